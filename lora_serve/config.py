@@ -1,0 +1,112 @@
+"""Every option of the server, once: command line, YAML file and environment all fill this."""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+
+class ServeConfig(BaseSettings):
+    """Serve one base model and its LoRA adapters over an OpenAI-style API.
+
+    Options come, strongest first, from the command line, from environment variables named LORA_SERVE_… (LORA_SERVE_PORT
+    for --port), from the YAML file that LORA_SERVE_CONFIG names, and from the defaults below.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORA_SERVE_",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        extra="forbid",
+        protected_namespaces=(),
+    )
+
+    model: CliPositionalArg[str] = Field(description="local folder or hub id of the base model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
+    served_model_name: str | None = Field(None, description="name of the base in the API (default: as given in MODEL)")
+
+    adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
+    store: Path | None = Field(
+        None, description="folder where published adapters are kept (default: per model, in the user's data folder)"
+    )
+    adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at once")
+    adapter_cache_memory: ByteSize = Field(ByteSize(2 << 30), description="host memory for adapters, e.g. 2GiB")
+    max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="largest adapter upload, unpacked")
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(0, ge=0, description="compute threads (0: one a physical core)")
+    native_kernels: bool = Field(True, description="build and use the native CPU kernels; otherwise plain torch")
+
+    max_model_len: int | None = Field(
+        None, ge=8, description="longest context in tokens (default: the model's, as far as memory allows)"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step; longer prompts are read in chunks")
+    kv_cache_memory: ByteSize = Field(ByteSize(1 << 30), description="device memory for the KV cache, e.g. 4GiB")
+    kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
+    prefix_cache: bool = Field(True, description="reuse KV of equal prompt beginnings under the same adapter")
+    max_queue: int = Field(1024, ge=1, description="requests that may wait before new ones get 429")
+
+    api_key_file: Path | None = Field(
+        None, description="YAML file of hashed API keys; without it every caller may do everything"
+    )
+    insecure: bool = Field(False, description="allow a public --host without --api-key-file")
+    adapter_roots: list[Path] = Field([], description="folders below which /v1/load_lora_adapter may read")
+    max_body: ByteSize = Field(ByteSize(8 << 20), description="largest JSON body")
+    max_n: int = Field(16, ge=1, description="largest n of a request")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
+    heartbeat_timeout: float = Field(60.0, gt=0, description="seconds of engine silence before it is restarted")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    def served_name(self) -> str:
+        """The base's name in the API: as given, or a local folder's own name."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    def store_folder(self) -> Path:
+        """Where published adapters live: as given, or one folder per base in the user's data folder."""
+        if self.store is not None:
+            return self.store
+        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        root = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        return data / "lora-serve" / f"{self.served_name().replace('/', '--')}-{sha256(root.encode()).hexdigest()[:8]}"
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("name a local folder or a hub id")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+        **_: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("LORA_SERVE_CONFIG")
+        yaml = (YamlConfigSettingsSource(settings_cls, yaml_file=file),) if file else ()
+        return init_settings, env_settings, *yaml

@@ -1,0 +1,256 @@
+"""The engine as seen from asyncio: streams and calls over whichever engine process lives now.
+
+The API talks to this and to nothing else of the engine. It survives the engine's death: whatever ran gets a clean
+error at once, a new process is started (`engine/supervisor.py`), and until that is ready `ready` is False. It knows
+no HTTP, and tokens are numbers to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from lora_serve.config import ServeConfig
+from lora_serve.engine.stream import EventStream
+from lora_serve.engine.supervisor import Supervisor
+from lora_serve.errors import EngineFault, Failure, Overloaded, ServeError, Unavailable
+from lora_serve.messages import (
+    Abort,
+    Call,
+    Drain,
+    EngineInfo,
+    FromEngine,
+    Generate,
+    Operation,
+    Reply,
+    Stats,
+    Update,
+)
+from lora_serve.request import Event, Finished, Request
+
+COMMAND = (sys.executable, "-m", "lora_serve.engine.process")
+UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[Update], None]
+
+
+class EngineClient:
+    """One engine, restarted as often as needed. All methods belong to the event loop that called `start`.
+
+    Args:
+        config: `max_queue` and `max_num_seqs` bound how many streams may be open, `heartbeat_timeout` the silence.
+        command: program that hosts the engine; the socket's address and this process's id are appended.
+        unread_tokens: tokens of one stream that may wait for its reader.
+    """
+
+    def __init__(
+        self, config: ServeConfig, *, command: Sequence[str] = COMMAND, unread_tokens: int = UNREAD_TOKENS
+    ) -> None:
+        self._unread_tokens = unread_tokens
+        self._most_streams = config.max_queue + config.max_num_seqs
+        self._streams: dict[str, EventStream] = {}  # those that the engine still works on
+        self._readers = 0  # generators not yet closed, their streams perhaps finished
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count(1)
+        self._observers: list[Observer] = []
+        self._stats = Stats()
+        self._draining = False
+        self._supervisor = Supervisor(config, command, self._take, self._lost)
+
+    def __repr__(self) -> str:
+        state = "draining" if self._draining else "ready" if self.ready else "not ready"
+        return (
+            f"<EngineClient {state}, {len(self._streams)} streams, {len(self._calls)} calls, {self.restarts} restarts>"
+        )
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What the engine last said of its base; None before the first start."""
+        return self._supervisor.info
+
+    @property
+    def stats(self) -> Stats:
+        """The newest numbers; zeros while no engine runs."""
+        return self._stats
+
+    @property
+    def alive(self) -> bool:
+        """An engine runs and its heartbeat is recent. Turns False well before the watchdog gives up on it."""
+        return self._supervisor.alive
+
+    @property
+    def ready(self) -> bool:
+        """New requests are taken."""
+        return self.alive and not self._draining
+
+    @property
+    def restarts(self) -> int:
+        """How often another engine took over from a lost one."""
+        return self._supervisor.restarts
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running engine."""
+        child = self._supervisor.child
+        return None if child is None else child.pid
+
+    # --- work ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Serve `request`: `Admitted`, any number of `Tokens`, `Finished` last. Closing it early aborts the request.
+
+        `request.id` must not be in use. A reader that lets too much wait gets `Finished` with an error instead.
+
+        Raises: `Unavailable`, `Overloaded`, both with `retry_after`, before anything was sent.
+        """
+        child = self._supervisor.child
+        if child is None or not self.ready:
+            raise self._unavailable("the engine takes no requests at the moment")
+        if len(self._streams) >= self._most_streams:
+            raise Overloaded("too many requests wait already", retry_after=1.0)
+        if request.id in self._streams:
+            raise ValueError("the request id is in use")
+        stream = EventStream(self._unread_tokens)
+        self._streams[request.id] = stream
+        self._readers += 1
+        child.send(Generate(request))
+        try:
+            while True:
+                event = await stream.get()
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._readers -= 1
+            if self._streams.get(request.id) is stream:
+                del self._streams[request.id]
+                self._abort(request.id)
+
+    async def call(self, operation: Operation) -> Any:
+        """Have the engine do `operation`; returns what its documentation promises, in builtins.
+
+        Raises: the engine's `ServeError`; `Unavailable` if there is no engine or it dies meanwhile.
+        """
+        child = self._supervisor.child
+        if child is None:
+            raise self._unavailable("the engine is not running at the moment")
+        id = next(self._call_ids)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[id] = answer
+        child.send(Call(id, operation))
+        try:
+            return await answer
+        finally:
+            self._calls.pop(id, None)
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called with every update of the engine, on the event loop."""
+        self._observers.append(observer)
+
+    # --- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self, on_progress: Callable[[str, float], None] = lambda stage, fraction: None) -> None:
+        """Start the engine; returns when it is ready. From then on it is supervised until `stop`.
+
+        Raises: the `ServeError` that the engine refused to start with, `EngineFault` if it died.
+        """
+        await self._supervisor.start(on_progress)
+
+    async def drain(self, timeout: float) -> None:
+        """Take no new requests; return when those that run are finished and read, or after `timeout` seconds."""
+        self._draining = True
+        deadline = time.monotonic() + timeout
+        try:
+            await asyncio.wait_for(self.call(Drain()), timeout)
+            while self._readers and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("%d requests were still running at the end of the drain", len(self._streams))
+        except ServeError as error:
+            log.warning("the engine could not be drained: %s", error.message)
+
+    async def stop(self) -> None:
+        """End every stream with an error, then the engine. The client cannot be started again."""
+        self._draining = True
+        self._end_all(Unavailable("the server is shutting down", retry_after=self._retry_after))
+        await self._supervisor.stop()
+
+    def abandon(self) -> None:
+        """Kill the engine without waiting; for a process that is about to end."""
+        self._supervisor.abandon()
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Update():
+                for event in message.events:
+                    self._deliver(event)
+                if message.stats is not None:
+                    self._stats = message.stats
+                for observer in self._observers:
+                    try:
+                        observer(message)
+                    except Exception:  # one that only looks on must not end the streams
+                        log.exception("an observer of the engine failed")
+            case Reply(id, result, failure):
+                answer = self._calls.get(id)
+                if answer is None or answer.done():
+                    return
+                if failure is None:
+                    answer.set_result(result)
+                else:
+                    answer.set_exception(failure.error())
+            case _:
+                log.warning("the engine sent a %s out of turn", type(message).__name__)
+
+    def _deliver(self, event: Event) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return  # late: the reader left, and the abort was on its way
+        if isinstance(event, Finished):
+            del self._streams[event.request_id]
+        if stream.put(event):
+            return
+        del self._streams[event.request_id]
+        self._abort(event.request_id)
+        error = EngineFault("the stream was ended because it was not read for too long")
+        stream.put(Finished(event.request_id, "error", failure=Failure.of(error)))
+
+    def _abort(self, id: str) -> None:
+        child = self._supervisor.child
+        if child is not None:
+            child.send(Abort(id))
+
+    def _lost(self) -> None:
+        self._stats = Stats()
+        self._end_all(self._unavailable("the engine ended while it served this request and is being restarted"))
+
+    def _end_all(self, error: ServeError) -> None:
+        failure = Failure.of(error)
+        streams, self._streams = self._streams, {}
+        for id, stream in streams.items():
+            stream.put(Finished(id, "error", failure=failure))
+        calls, self._calls = self._calls, {}
+        for answer in calls.values():
+            if not answer.done():
+                answer.set_exception(failure.error())
+
+    # --- errors --------------------------------------------------------------------------------------------------
+
+    @property
+    def _retry_after(self) -> float:
+        return float(min(60, max(1, math.ceil(self._supervisor.start_seconds))))
+
+    def _unavailable(self, message: str) -> Unavailable:
+        return Unavailable(message, retry_after=self._retry_after)

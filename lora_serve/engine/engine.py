@@ -1,0 +1,290 @@
+"""The engine: take messages, make one step, tell what happened. Synchronous, one thread, no sockets.
+
+It never touches the disk and never waits: loading, checking and storing adapters happen in the registry's threads, and
+their results are picked up at the beginning of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
+from lora_serve.config import ServeConfig
+from lora_serve.engine.assemble import assemble
+from lora_serve.engine.runner import Outcome, Runner
+from lora_serve.engine.scheduler import Scheduler
+from lora_serve.engine.sequence import Sequence
+from lora_serve.errors import BadRequest, ContextExceeded, Failure, Overloaded, ServeError, Unavailable
+from lora_serve.messages import (
+    Abort,
+    Call,
+    DeleteAdapter,
+    DescribeAdapter,
+    Drain,
+    EngineInfo,
+    EvictAdapter,
+    Generate,
+    ListAdapters,
+    LoadAdapter,
+    PinAdapter,
+    Publish,
+    Reply,
+    Stats,
+    StepReport,
+    Update,
+)
+from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """One resident base serving many sequences.
+
+    Args:
+        info: what callers must know of the base.
+        scheduler, runner, registry: decisions, device, adapters.
+        max_queue: sequences that may wait.
+    """
+
+    def __init__(
+        self, info: EngineInfo, scheduler: Scheduler, runner: Runner, registry: Registry, *, max_queue: int
+    ) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._registry = registry
+        self._max_queue = max_queue
+        self._sequences: dict[str, Sequence] = {}
+        self._leases: dict[str, list[Lease]] = {}
+        self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
+        self._events: list[Event] = []
+        self._replies: list[Reply] = []
+        self._draining: list[int] | None = None  # ids of the calls to answer when nothing runs any more
+        self._admitted = 0
+        self._steps = 0
+        self._stalled = True  # nothing can run until a message or a finished load changes that
+
+    @classmethod
+    def build(cls, config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> Engine:
+        """Load the base and everything around it; raises ModelUnsupported and other ServeErrors if that cannot be."""
+        parts = assemble(config, wake, progress)
+        return cls(parts.info, parts.scheduler, parts.runner, parts.registry, max_queue=config.max_queue)
+
+    @property
+    def busy(self) -> bool:
+        """Whether another step would do something now."""
+        return bool(self._events) or bool(self._replies) or (bool(self._sequences) and not self._stalled)
+
+    def receive(self, message: Generate | Abort | Call) -> None:
+        """Take one message in. Refusals become events or replies; nothing is raised."""
+        self._stalled = False
+        if isinstance(message, Generate):
+            try:
+                self._admit(message.request)
+            except ServeError as error:
+                self._events.append(Finished(message.request.id, "error", failure=Failure.of(error)))
+        elif isinstance(message, Abort):
+            seq = self._sequences.get(message.request_id)
+            if seq is not None:
+                self._finish(seq, "abort")
+        else:
+            self._call(message)
+
+    def step(self) -> Update:
+        """Make one step, or none if nothing can run; returns all events since the last."""
+        if self._registry.poll():
+            self._stalled = False
+        report = None
+        started = time.perf_counter()
+        self._load_ahead()
+        work = self._scheduler.plan(self._loaded, self._registry.pinned)
+        if work:
+            digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
+            slots = self._registry.seat(digests)
+            for outcome in self._runner.run(work, slots):
+                self._settle(outcome)
+            self._steps += 1
+            report = StepReport(
+                len(work), sum(item.count for item in work), len(digests), time.perf_counter() - started
+            )
+        self._stalled = not work
+        if self._draining is not None and not self._sequences:
+            self._replies += [Reply(call) for call in self._draining]
+            self._draining = []
+        events, self._events = self._events, []
+        return Update(events, None, report)
+
+    def replies(self) -> list[Reply]:
+        """Answers to calls that became ready."""
+        replies, self._replies = self._replies, []
+        return replies
+
+    def stats(self) -> Stats:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        stats = Stats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            kv_blocks_used=pool.used,
+            kv_blocks=pool.blocks,
+            prefix_tokens_total=scheduler.prefix_tokens,
+            prefix_hit_tokens_total=scheduler.prefix_hits,
+            preemptions_total=scheduler.preemptions,
+            steps_total=self._steps,
+            waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
+        )
+        self._registry.fill(stats)
+        return stats
+
+    def close(self) -> None:
+        """End all that runs (a last `step` hands out the events) and free the adapters."""
+        for seq in list(self._sequences.values()):
+            self._finish(seq, "error", Unavailable("the server is shutting down", retry_after=5))
+        self._registry.close()
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        """Check a request, lease its adapters and queue it; raises the ServeError that refuses it."""
+        sampling, limit = request.sampling, self.info.max_model_len
+        if self._draining is not None:
+            raise Unavailable("the server is shutting down", retry_after=5)
+        if request.id in self._sequences:
+            raise BadRequest("a request with this id is already running", param="request_id")
+        if not request.prompt:
+            raise BadRequest("the prompt has no tokens", param="prompt")
+        if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
+            raise BadRequest(f"the prompt has token ids outside 0..{self.info.vocab_size - 1}", param="prompt")
+        if len(request.prompt) + min(sampling.max_tokens, 1) > limit:
+            raise ContextExceeded(f"the prompt has {len(request.prompt)} tokens, the context {limit}", param="prompt")
+        if len(request.adapters) > self._scheduler.turns.slots - len(self._registry.pinned):
+            raise BadRequest("more adapters than can be on the device at once", param="adapter")
+        if len(self._scheduler.waiting) >= self._max_queue:
+            raise Overloaded(f"{self._max_queue} requests are waiting already", retry_after=1)
+        leases: list[Lease] = []
+        try:
+            leases += [self._registry.acquire(use) for use in request.adapters]
+        except ServeError:
+            for lease in leases:
+                self._registry.release(lease)
+            raise
+        seq = Sequence(
+            request=request,
+            order=self._admitted,
+            adapters=tuple(Served(lease.name, lease.digest, lease.weight) for lease in leases),
+            seed=int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed,
+            stop_ids=frozenset(sampling.stop_token_ids)
+            | (frozenset() if sampling.ignore_eos else frozenset(self.info.eos_token_ids)),
+            limit=min(len(request.prompt) + sampling.max_tokens, limit),
+        )
+        self._admitted += 1
+        self._sequences[request.id] = seq
+        self._leases[request.id] = leases
+        self._scheduler.add(seq)
+        self._events.append(Admitted(request.id, list(seq.adapters)))
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Take one sequence's result of the step."""
+        item, seq = outcome.work, outcome.work.seq
+        if outcome.failure is not None:
+            self._finish(seq, "error", outcome.failure, forget=True)
+            return
+        self._scheduler.computed(item)
+        prompt_logprobs = self._collect(outcome) if seq.wants_prompt_logits else None
+        if outcome.token is None:
+            return
+        if len(seq.tokens) < seq.limit and outcome.token not in seq.stop_ids:
+            seq.tokens.append(outcome.token)
+            logprobs = None if outcome.logprob is None else [outcome.logprob]
+            event = Tokens(seq.request.id, [outcome.token], logprobs, prompt_logprobs, seq.cached or 0)
+            self._events.append(event)
+            if len(seq.tokens) == seq.limit:
+                self._finish(seq, "length")
+            return
+        if prompt_logprobs is not None or seq.generated == 0:
+            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, seq.cached or 0))
+        if len(seq.tokens) >= seq.limit:
+            self._finish(seq, "length")
+        else:
+            self._finish(seq, "stop", stop_token=outcome.token)
+
+    def _collect(self, outcome: Outcome) -> list[Logprob | None] | None:
+        """Gather a chunked prompt's log-probabilities; all of them once the prompt is done."""
+        item, request = outcome.work, outcome.work.seq.request
+        if item.start == 0:
+            self._prompt_logprobs[request.id] = [None]
+        self._prompt_logprobs[request.id] += outcome.prompt_logprobs
+        return self._prompt_logprobs.pop(request.id) if item.last else None
+
+    def _finish(
+        self,
+        seq: Sequence,
+        reason: str,
+        error: ServeError | None = None,
+        *,
+        stop_token: int | None = None,
+        forget: bool = False,
+    ) -> None:
+        """The one way out, on every path: blocks, leases and state are freed."""
+        self._scheduler.remove(seq, forget=forget)
+        del self._sequences[seq.request.id]
+        self._prompt_logprobs.pop(seq.request.id, None)
+        for lease in self._leases.pop(seq.request.id):
+            self._registry.release(lease)
+        self._events.append(Finished(seq.request.id, reason, stop_token, None if error is None else Failure.of(error)))
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+
+    def _loaded(self, digest: str) -> bool:
+        return isinstance(self._registry.state(digest), Ready)
+
+    def _load_ahead(self) -> None:
+        """Ask for adapters that the oldest sequences lack, as many as there are slots; end those whose load failed."""
+        lacking: dict[str, None] = {}
+        for seq in list(self._sequences.values()):
+            for digest in seq.digests:
+                state = self._registry.state(digest)
+                if isinstance(state, Failed):
+                    self._finish(seq, "error", state.error)
+                    break
+                if not isinstance(state, Ready):
+                    lacking[digest] = None
+        for digest in list(lacking)[: self._scheduler.turns.slots]:
+            self._registry.want(digest)
+
+    def _call(self, call: Call) -> None:
+        """Start an operation; its answer is among the `replies` when it is ready."""
+
+        def done(result: Any) -> None:
+            if isinstance(result, ServeError):
+                self._replies.append(Reply(call.id, failure=Failure.of(result)))
+            else:
+                self._replies.append(Reply(call.id, msgspec.to_builtins(result)))
+
+        registry, operation = self._registry, call.operation
+        try:
+            match operation:
+                case Publish():
+                    registry.publish(operation, done)
+                case ListAdapters():
+                    done(registry.list())
+                case DescribeAdapter():
+                    done(registry.describe(operation.name))
+                case LoadAdapter():
+                    registry.load(operation.name, done)
+                case EvictAdapter():
+                    registry.evict(operation.name, done)
+                case PinAdapter():
+                    registry.pin(operation.name, operation.pinned, done)
+                case DeleteAdapter():
+                    registry.delete(operation.name, done)
+                case Drain():
+                    self._draining = [*(self._draining or []), call.id]
+        except ServeError as error:
+            done(error)

@@ -1,0 +1,79 @@
+"""Who sits on the device when more adapters are wanted at once than there are slots.
+
+Pure decisions over plain state. A *party* is the set of adapters that one sequence needs at the same time (mostly one).
+Parties that wait are seated by age; a seated party keeps its seats for at least a quantum of steps, then yields to
+one that has waited, and joins the line again behind it. So every adapter's turn comes, and nobody's is so short that
+loading outweighs running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+Party = tuple[str, ...]
+
+
+class Turns:
+    """Seats over time.
+
+    Args:
+        slots: adapters on the device at once.
+        quantum: steps that a seated adapter keeps its seat while others wait.
+    """
+
+    def __init__(self, slots: int, quantum: int) -> None:
+        self.slots = slots
+        self._quantum = quantum
+        self._since: dict[str, int] = {}  # seated adapter → step at which its turn began, in that order
+        self._tickets: dict[str, int] = {}  # wanted, unseated adapter → its number in the line
+        self._issued = 0
+
+    def __repr__(self) -> str:
+        return f"<Turns {len(self._since)} of {self.slots} seats taken, {len(self._tickets)} wait>"
+
+    def seat(self, step: int, parties: Iterable[Party], pinned: Set[str] = frozenset()) -> set[str]:
+        """The adapters that are seated in this step.
+
+        Args:
+            step: number of this step; grows.
+            parties: who could run now, oldest sequence first (duplicates allowed).
+            pinned: adapters that always have a seat; fewer than there are slots.
+        """
+        parties = (tuple(digest for digest in party if digest not in pinned) for party in parties)
+        line = [party for party in dict.fromkeys(parties) if party]
+        wanted = dict.fromkeys(digest for party in line for digest in party)
+        whole = {digest for party in line if self._since.keys() >= set(party) for digest in party}
+        self._since = {digest: since for digest, since in self._since.items() if digest in whole}
+        self._tickets = {digest: ticket for digest, ticket in self._tickets.items() if digest in wanted}
+        for digest in wanted:
+            if digest not in self._since and digest not in self._tickets:
+                self._queue(digest)
+        waiting = [party for party in line if any(digest in self._tickets for digest in party)]
+        for party in sorted(waiting, key=lambda party: max(self._tickets.get(digest, -1) for digest in party)):
+            # Strictly in line: where the first cannot be seated, nobody behind it takes what it waits for.
+            if not self._admit(step, party, self.slots - len(pinned)):
+                break
+        return set(self._since) | pinned
+
+    def _admit(self, step: int, party: Party, slots: int) -> bool:
+        """Seat a party if there is room, or if enough others have sat out their quantum."""
+        missing = [digest for digest in party if digest not in self._since]
+        short = len(missing) - (slots - len(self._since))
+        if short > 0:
+            done = [  # longest seated first: that is the order of the dict
+                digest for digest, since in self._since.items() if digest not in party and step - since >= self._quantum
+            ]
+            if len(done) < short:
+                return False
+            for digest in done[:short]:
+                del self._since[digest]
+                self._queue(digest)
+        for digest in party:  # a turn is the party's: it begins now for all of it
+            self._since.pop(digest, None)
+            self._since[digest] = step
+            self._tickets.pop(digest, None)
+        return True
+
+    def _queue(self, digest: str) -> None:
+        self._issued += 1
+        self._tickets[digest] = self._issued

@@ -1,0 +1,146 @@
+"""What a kernel backend promises: the only maths that the adapters and the paged KV need.
+
+Imports torch only. Backends (`reference`, `native`, later Triton) implement `Kernels`; whoever calls them never asks which
+one it has. Every tensor of one call lives on one device. Nothing is allocated by the caller for a maximum: rows
+without a segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One adapter's low-rank part for one module; views into the adapter's flat tensor.
+
+    `a` is [rank, in]; `b` is [rank, out] (transposed from PEFT's), scaling folded in. Both contiguous and of the same dtype; rows
+    start at 64-byte boundaries only by luck of the sizes, the matrices always do.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class DeltaGroup:
+    """Pointer tables of the modules that read one input (q, k and v, say): a slot is a row of pointers.
+
+    Attributes:
+        in_features, out_features: width of the shared input; one output width per module.
+        a, b: int64 [modules, slots], address of each `Delta.a` / `Delta.b`; 0 where the slot has none.
+        rank: int32 [modules, slots]; 0 where the slot has none.
+        deltas: the tensors behind the addresses, [module][slot]; keeps them alive and lets the reference read them.
+    Slot 0 is the base model and always empty. The tables' addresses never change.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: tuple[int, ...], slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        modules = len(out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype = dtype
+        self.a = torch.zeros(modules, slots, dtype=torch.int64, device=device)
+        self.b = torch.zeros(modules, slots, dtype=torch.int64, device=device)
+        self.rank = torch.zeros(modules, slots, dtype=torch.int32, device=device)
+        self.deltas: list[list[Delta | None]] = [[None] * slots for _ in range(modules)]
+
+    def set(self, module: int, slot: int, delta: Delta | None) -> None:
+        """Point `slot` of `module` at `delta` (None: at nothing)."""
+        self.deltas[module][slot] = delta
+        self.a[module, slot] = 0 if delta is None else delta.a.data_ptr()
+        self.b[module, slot] = 0 if delta is None else delta.b.data_ptr()
+        self.rank[module, slot] = 0 if delta is None else delta.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of consecutive rows that share a slot.
+
+    All tensors are [segments], on the device: `start`, `end` (int32, half-open row ranges), `slot` (int32, never 0),
+    `weight` (float32). Segments may cover the same rows (a composition): their deltas add. Rows in no segment are the base's.
+    """
+
+    start: Tensor
+    end: Tensor
+    slot: Tensor
+    weight: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.start.shape[0]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How a flat batch of tokens lies over its sequences and their KV blocks.
+
+    Attributes:
+        query_start: int32 [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
+        context: int32 [sequences], tokens of the sequence including this step's: the last row of sequence i
+            stands at position context[i] - 1.
+        block_table: int32 [sequences, blocks], the sequence's KV blocks in order; unused entries are 0.
+        longest_query, longest_context: maxima over the batch, known on the host.
+    """
+
+    query_start: Tensor
+    context: Tensor
+    block_table: Tensor
+    longest_query: int
+    longest_context: int
+
+
+class Kernels(Protocol):
+    """A backend."""
+
+    name: str
+
+    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+        """Add each row's own low-rank delta to the base's outputs, in place.
+
+        Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
+
+            rows = slice(start[s], end[s])
+            h = x[rows] @ a(m, slot[s]).T                          # shrink [rows, rank]
+            outputs[m][rows] += weight[s] * (h @ b(m, slot[s]))    # expand [rows, out_m]
+
+        Shapes: x [tokens, in], outputs[m] [tokens, out_m]; x and outputs share a dtype (fp32, bf16, fp16), the
+        group's dtype may differ from it. Inputs have unit stride in the last dimension.
+        """
+        ...
+
+    def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+        """Store this step's keys and values at their places in the block pool.
+
+        Semantics: `keys.flatten(0, 1)[kv_index] = k; values.flatten(0, 1)[kv_index] = v`.
+        Shapes: keys [blocks, block_size, kv_heads, key_dim], values [blocks, block_size, kv_heads, value_dim],
+        k [tokens, kv_heads, key_dim], v likewise (any strides over the first two dimensions), kv_index int64 [tokens], position = block * block_size + offset.
+        """
+        ...
+
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spans: Spans,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of each row over its own sequence's blocks (this step's keys are already written).
+
+        Semantics, for the row at position p of sequence i and query head h (kv head h // (heads // kv_heads)):
+
+            j runs over max(0, p - window + 1) .. p  (from 0 without a window)
+            score[j] = scale * q · key[j];  with softcap c: c * tanh(score / c)
+            out = softmax(score ++ [sinks[h]])[:-1] @ value    (a sink takes probability and gives nothing)
+
+        Shapes: q [tokens, heads, key_dim] (any strides over the first two dimensions), sinks [heads]; returns [tokens, heads, value_dim] in q's dtype, contiguous. Softmax in float32.
+        """
+        ...

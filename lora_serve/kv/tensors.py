@@ -1,0 +1,35 @@
+"""The memory behind the KV blocks: per layer one tensor of keys and one of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores per token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class KVTensors:
+    """Keys and values of all layers, [blocks + 1, block_size, kv_heads, dim] each (block 0 is scratch)."""
+
+    def __init__(
+        self, layers: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def make(heads: int, dim: int) -> Tensor:
+            return torch.zeros(blocks + 1, block_size, heads, dim, dtype=dtype, device=device)
+
+        self.keys = [make(layer.kv_heads, layer.key_dim) for layer in layers]
+        self.values = [make(layer.kv_heads, layer.value_dim) for layer in layers]
+
+
+def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
+    """KV bytes that one token takes over all layers."""
+    return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize

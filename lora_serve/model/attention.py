@@ -1,0 +1,89 @@
+"""Attention over paged KV, in the place where the HF modelling code asks for an attention function.
+
+The rope is already applied. Batch and KV memory arrive through the keyword arguments that the model passes on; nothing
+is global. Causality, windows and sequence borders are the kernel's: the model is given no mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lora_serve.kernels.contract import Kernels, Spans
+from lora_serve.kv.tensors import KVTensors, LayerShape
+
+BLOCKS = "lora_serve_blocks"  # not a name that transformers reads a meaning into, so no mask is made for it
+OBSERVE = "lora_serve_observe"
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """What an attention layer needs of the step: where KV lies, and which of it belongs to whom.
+
+    `windows` holds each layer's sliding window (None: full attention), for models that keep it in the config only.
+    """
+
+    kernels: Kernels
+    tensors: KVTensors
+    kv_index: Tensor
+    spans: Spans
+    windows: list[int | None]
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: PagedKV,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, tokens, key_dim], key and value [1, kv_heads, tokens, dim] → [1, tokens, heads, value_dim]."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    keys, values = paged.tensors.keys[layer], paged.tensors.values[layer]
+    paged.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), paged.kv_index)
+    output = paged.kernels.attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        paged.spans,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        kwargs["sliding_window"] if "sliding_window" in kwargs else paged.windows[layer],
+        softcap,
+        s_aux,
+    )
+    return output.unsqueeze(0), None
+
+
+class Observed(dict[int, LayerShape]):
+    """KV shape by layer, filled in by a forward pass under the attention function `OBSERVE`."""
+
+
+def observe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    observed: Observed,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Note what a layer would store; attend to nothing."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    observed[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(BLOCKS, block_attention)
+AttentionInterface.register(OBSERVE, observe_attention)

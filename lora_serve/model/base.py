@@ -1,0 +1,113 @@
+"""The resident base: the Hugging Face model with adapters within reach and its KV in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.contract import DeltaGroup, Kernels, Spans
+from lora_serve.kv.tensors import KVTensors
+from lora_serve.model.attention import BLOCKS, PagedKV
+from lora_serve.model.batch import Batch
+from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
+from lora_serve.model.load import LoadedModel
+
+
+class ResidentBase:
+    """Runs flat batches.
+
+    Args:
+        loaded: the model as it came from disk; its linear modules are wrapped in place.
+        groups: pointer tables by group of `loaded.shape.groups`.
+        kernels: the backend for deltas and attention.
+        kv: memory for keys and values.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, groups: Mapping[tuple[str, ...], DeltaGroup], kernels: Kernels, kv: KVTensors
+    ) -> None:
+        self._model: Any = loaded.model
+        self._keeps_logits = loaded.keeps_logits
+        self._windows = loaded.windows
+        self._kernels = kernels
+        self._kv = kv
+        self._routing = Routing(kernels)
+        head = loaded.model.get_output_embeddings()  # type: ignore[operator]
+        for names, group in groups.items():
+            bases = [self._model.get_submodule(name) for name in names]
+            shared = SharedInput(bases, group, kernels)
+            for index, (name, base) in enumerate(zip(names, bases, strict=True)):
+                adapted = AdaptedLinear(base, shared, index, self._routing, head=base is head and self._keeps_logits)
+                _replace(self._model, name, adapted)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype."""
+        self._routing.tokens = batch.segments
+        self._routing.logits = batch.logits_segments
+        paged = PagedKV(self._kernels, self._kv, batch.kv_index, batch.spans, self._windows)
+        keep = {"logits_to_keep": batch.logits_rows} if self._keeps_logits else {}
+        logits: Tensor = self._model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            paged=paged,
+            **keep,
+        ).logits[0]
+        return logits if self._keeps_logits else logits[batch.logits_rows]
+
+    @torch.inference_mode()
+    def prove(self) -> None:
+        """Hold two sequences in one flat batch against the model's own forward of each alone.
+
+        Run once at start, on an empty KV pool of at least two blocks. Raises ModelUnsupported where they differ by more
+        than rounding: such a model keeps state that a flat batch would leak from one request to another.
+        """
+        device = self._kv.keys[0].device
+        size = self._kv.keys[0].shape[1]
+        lengths = (min(7, size), min(5, size))
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        tokens = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in lengths]
+
+        def int32(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        flat = self.forward(
+            Batch(
+                token_ids=torch.cat(tokens),
+                positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
+                kv_index=torch.cat([torch.arange(n, device=device) + size * (i + 1) for i, n in enumerate(lengths)]),
+                spans=Spans(
+                    int32([0, lengths[0], sum(lengths)]),
+                    int32([*lengths]),
+                    int32([[1], [2]]),
+                    max(lengths),
+                    max(lengths),
+                ),
+                logits_rows=torch.arange(sum(lengths), device=device),
+                segments=None,
+                logits_segments=None,
+            )
+        ).float()
+        self._model.set_attn_implementation("eager")
+        try:
+            alone = torch.cat([self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0] for ids in tokens])
+        finally:
+            self._model.set_attn_implementation(BLOCKS)
+        apart = (flat - alone.float()).norm() / alone.float().norm()
+        bound = {torch.float32: 1e-3, torch.float16: 2e-2}.get(self._model.dtype, 1e-1)
+        if not apart <= bound:
+            raise ModelUnsupported(
+                f"{self._model.config.model_type} in a flat batch differs from itself alone "
+                f"(relative error {apart:.2g}, at most {bound:g} is rounding)"
+            )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,230 @@
+"""From a folder or hub id to a Hugging Face model in memory, and what the server must know of it.
+
+A model that the flat, paged forward pass would serve wrongly is refused here, by name and with the reason. Whatever can
+be observed is observed in a short forward pass instead of being guessed from names: what each layer stores, and which
+linear modules read the same input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from lora_serve.adapters.adapter import BaseShape, Site
+from lora_serve.errors import ModelUnsupported
+from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.attention import BLOCKS, OBSERVE, Observed
+
+LINEAR = (nn.Linear, Conv1D)
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Ropes whose angles depend on the longest position of the whole batch once it passes the original context.
+BATCH_DEPENDENT_ROPES = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base as it came from disk, not yet adapted.
+
+    Attributes:
+        layers: what each attention layer stores per token.
+        windows: sliding window of each layer that the modelling code may not pass on.
+        max_model_len: the longest context that is served right.
+        keeps_logits: the model's forward takes the rows whose logits are wanted.
+        notes: what an operator should know, for the start-up summary.
+    """
+
+    model: nn.Module
+    shape: BaseShape
+    layers: list[LayerShape]
+    windows: list[int | None]
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    keeps_logits: bool
+    parameters: int
+    generation_defaults: dict[str, Any]
+    notes: list[str]
+
+
+def load(
+    name: str, *, revision: str | None, dtype: str, device: torch.device, progress: Callable[[str, float], None]
+) -> LoadedModel:
+    """Load a base model; raises ModelUnsupported if it cannot be served right."""
+    progress("reading the model's configuration", 0.02)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
+    notes: list[str] = []
+    _check(name, config)
+    max_model_len = _context(config, notes)
+    progress("loading weights", 0.05)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=BLOCKS,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced (no AttentionInterface)")
+    model = model.to(device).eval().requires_grad_(False)
+    progress("observing the forward pass", 0.8)
+    layers, groups, called = _observe(model, device)
+    sites, others = _sites(model, called)
+    generation = _generation_config(name, revision, model)
+    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    return LoadedModel(
+        model=model,
+        shape=BaseShape(sites, groups, others, config.model_type, bool(config.tie_word_embeddings)),
+        layers=layers,
+        windows=_windows(config, len(layers)),
+        max_model_len=max_model_len,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        dtype=model.dtype,
+        device=device,
+        keeps_logits="logits_to_keep" in inspect.signature(type(model).forward).parameters,
+        parameters=sum(p.numel() for p in model.parameters()),
+        generation_defaults={
+            key: generation[key]
+            for key in ("temperature", "top_k", "top_p", "repetition_penalty")
+            if generation.get("do_sample") and generation.get(key) is not None
+        },
+        notes=notes,
+    )
+
+
+def _check(name: str, config: Any) -> None:
+    """Refuse what is known to be served wrongly, before any weight is read."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelUnsupported(f"{name!r} ({kind}) is an encoder-decoder; only decoders are served")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelUnsupported(f"{name!r} is a quantised checkpoint, which is not served yet; use the original one")
+    alien = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
+    if alien:
+        raise ModelUnsupported(
+            f"{name!r} ({kind}) has layers of type {', '.join(sorted(alien))}, "
+            "whose state would leak between requests in a flat batch"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise ModelUnsupported(f"{name!r} ({kind}) attends in chunks, which paged attention does not do")
+
+
+def _context(config: Any, notes: list[str]) -> int:
+    """Longest context in which every request is independent of its neighbours."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise ModelUnsupported(f"{config.model_type} does not say how long its context is (max_position_embeddings)")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind in BATCH_DEPENDENT_ROPES:
+            original = int(
+                entry.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or longest
+            )
+            if original < longest:
+                notes.append(
+                    f"context is {original} instead of {longest} tokens: "
+                    f"beyond it the {kind} rope of one request would change others"
+                )
+                longest = original
+    return longest
+
+
+def _windows(config: Any, layers: int) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None or window is None:
+        return [None] * layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _observe(model: Any, device: torch.device) -> tuple[list[LayerShape], tuple[tuple[str, ...], ...], set[str]]:
+    """One short forward pass: KV shape per layer, modules grouped by shared input, modules called at all."""
+    calls: list[tuple[str, Tensor]] = []  # keeps every input alive, so that identity means sameness
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: calls.append((name, inputs[0]))
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR)
+    ]
+    observed = Observed()
+    ids = torch.arange(2, device=device).unsqueeze(0)
+    model.set_attn_implementation(OBSERVE)
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, position_ids=ids, use_cache=False, observed=observed)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ModelUnsupported(
+            f"{model.config.model_type} does not hand keyword arguments on to its attention: {_first_line(error)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(BLOCKS)
+    if sorted(observed) != list(range(model.config.num_hidden_layers)):
+        raise ModelUnsupported(
+            f"{model.config.model_type}: {len(observed)} of {model.config.num_hidden_layers} layers "
+            "use the attention interface"
+        )
+    once: dict[str, None] = {}
+    groups: list[list[str]] = []
+    last: Tensor | None = None
+    for name, x in calls:
+        if name in once:
+            continue
+        once[name] = None
+        if x is last:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last = x
+    return [observed[layer] for layer in sorted(observed)], tuple(map(tuple, groups)), set(once)
+
+
+def _sites(model: nn.Module, called: set[str]) -> tuple[dict[str, Site], dict[str, str]]:
+    sites: dict[str, Site] = {}
+    others: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not name or next(module.children(), None) is not None:
+            continue
+        if not isinstance(module, LINEAR):
+            others[name] = f"a {type(module).__name__}, not a linear module"
+        elif name not in called:
+            others[name] = "not used in the forward pass"
+        else:
+            rows, columns = module.weight.shape
+            sites[name] = Site(name, rows, columns) if isinstance(module, Conv1D) else Site(name, columns, rows)
+    return sites, others
+
+
+def _generation_config(name: str, revision: str | None, model: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = GenerationConfig.from_pretrained(name, revision=revision or "main").to_dict()
+    except OSError:  # many checkpoints have none
+        found = model.generation_config.to_dict()
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

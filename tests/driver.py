@@ -1,0 +1,90 @@
+"""Runs the engine's own scheduling, flattening and forward pass over given tokens, and keeps every row's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_serve.adapters.adapter import Adapter
+from lora_serve.adapters.bank import Bank
+from lora_serve.engine.fairness import Turns
+from lora_serve.engine.flatten import flatten
+from lora_serve.engine.scheduler import Scheduler
+from lora_serve.engine.sequence import Sequence
+from lora_serve.kernels.select import select
+from lora_serve.kv.pool import BlockPool
+from lora_serve.kv.tensors import KVTensors
+from lora_serve.model.base import ResidentBase
+from lora_serve.model.load import load
+from lora_serve.request import Request, Sampling, Served
+
+CPU = torch.device("cpu")
+
+
+class Driver:
+    """One base, its KV and its bank, without sampling: tokens are given, logits come back."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        native: bool = True,
+        max_tokens: int = 64,
+        block_size: int = 4,
+        slots: int = 16,
+    ) -> None:
+        self.loaded = load(str(folder), revision=None, dtype=dtype, device=CPU, progress=lambda stage, done: None)
+        self.bank = Bank(self.loaded.shape, slots, self.loaded.dtype, CPU)
+        kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, CPU)
+        self.base = ResidentBase(self.loaded, self.bank.groups, select(CPU, native), kv)
+        self.base.prove()
+        self.scheduler = Scheduler(
+            BlockPool(200, block_size), Turns(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
+        )
+        self.slots: dict[str, int] = {}
+        self.sequences: list[list[int]] = []
+
+    def seat(self, adapter: Adapter) -> str:
+        """Put an adapter on the device; its digest names it in `teach`."""
+        self.slots[adapter.digest] = self.bank.load(adapter)
+        return adapter.digest
+
+    def teach(
+        self, prompts: list[list[int]], decode: int, adapters: list[list[tuple[str, float]]] | None = None
+    ) -> list[Tensor]:
+        """Logits [tokens, vocab] of every row of every sequence: its prompt, then `decode` greedy tokens one by one.
+
+        Args:
+            adapters: per sequence, (digest, weight) pairs; empty is the base.
+        """
+        seqs = [
+            Sequence(
+                request=Request(str(index), prompt, Sampling(max_tokens=decode, prompt_logprobs=0)),
+                order=index,
+                adapters=tuple(Served(digest[:8], digest, weight) for digest, weight in (adapters or [[]] * 99)[index]),
+                seed=0,
+                stop_ids=frozenset(),
+                limit=len(prompt) + decode,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        for seq in seqs:
+            self.scheduler.add(seq)
+        rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
+        while self.scheduler.running or self.scheduler.waiting:
+            flat = flatten(self.scheduler.plan(lambda digest: True), self.slots, self.scheduler.pool.block_size, CPU)
+            logits = self.base.forward(flat.batch)
+            for row in flat.rows:
+                seq = row.work.seq
+                self.scheduler.computed(row.work)
+                rows[seq.order].append(logits[row.start : row.end])
+                if row.samples:
+                    if len(seq.tokens) == seq.limit:
+                        self.scheduler.remove(seq)
+                    else:
+                        seq.tokens.append(int(logits[row.end - 1].argmax()))
+        self.sequences = [seq.tokens for seq in seqs]
+        return [torch.cat(rows[seq.order]) for seq in seqs]

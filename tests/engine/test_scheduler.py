@@ -1,0 +1,169 @@
+"""The scheduler's decisions, without tensors: budgets, chunks, preemption, turns, and that nothing is lost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from lora_serve.engine.fairness import Turns
+from lora_serve.engine.scheduler import Scheduler, Work
+from lora_serve.engine.sequence import Sequence
+from lora_serve.kv.pool import BlockPool
+from lora_serve.request import Request, Sampling, Served
+
+
+def scheduler(blocks: int = 100, *, seqs: int = 8, tokens: int = 16, slots: int = 4, prefix: bool = True) -> Scheduler:
+    turns = Turns(slots, quantum=4)
+    return Scheduler(BlockPool(blocks, 4), turns, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
+
+
+def sequence(order: int, prompt: list[int] | int, adapter: str | None = None, *, tenant: str = "") -> Sequence:
+    tokens = [order * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else prompt
+    return Sequence(
+        request=Request(str(order), tokens, Sampling(max_tokens=8), tenant=tenant),
+        order=order,
+        adapters=() if adapter is None else (Served(adapter, adapter, 1.0),),
+        seed=0,
+        stop_ids=frozenset(),
+        limit=len(tokens) + 8,
+    )
+
+
+def everything(digest: str) -> bool:
+    return True
+
+
+def run(s: Scheduler, loaded: Callable[[str], bool] = everything) -> list[Work]:
+    """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
+    work = s.plan(loaded)
+    for item in work:
+        s.computed(item)
+        if item.last:
+            item.seq.tokens.append(item.seq.order)
+            if len(item.seq.tokens) == item.seq.limit:
+                s.remove(item.seq)
+    return work
+
+
+def shape(work: list[Work]) -> list[tuple[int, int, int]]:
+    return [(item.seq.order, item.start, item.count) for item in work]
+
+
+def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
+    s = scheduler(tokens=10)
+    s.add(sequence(0, 3))
+    assert shape(run(s)) == [(0, 0, 3)]
+    s.add(sequence(1, 12))
+    assert shape(run(s)) == [(0, 3, 1), (1, 0, 9)]
+    assert shape(run(s)) == [(0, 4, 1), (1, 9, 3)]
+    assert shape(run(s)) == [(0, 5, 1), (1, 12, 1)]
+
+
+def test_no_more_sequences_than_allowed_hold_kv() -> None:
+    s = scheduler(seqs=2)
+    for order in range(4):
+        s.add(sequence(order, 2))
+    assert [item.seq.order for item in run(s)] == [0, 1]
+    assert (len(s.running), len(s.waiting)) == (2, 2)
+
+
+def test_a_repeated_prompt_is_found_and_its_last_token_still_computed() -> None:
+    s = scheduler()
+    prompt = list(range(12))
+    s.add(sequence(0, prompt))
+    run(s)
+    s.add(sequence(1, prompt))
+    assert shape(run(s)) == [(0, 12, 1), (1, 8, 4)]
+    assert s.prefix_hits == 8
+
+
+def test_another_adapter_or_tenant_never_finds_the_same_prompt() -> None:
+    s = scheduler(tokens=100)
+    prompt = list(range(12))
+    s.add(sequence(0, prompt))
+    run(s)
+    s.add(sequence(1, prompt, "a"))
+    s.add(sequence(2, prompt, tenant="someone"))
+    run(s)
+    assert s.prefix_hits == 0
+
+
+def test_the_youngest_is_preempted_when_blocks_run_out_and_finishes_later() -> None:
+    s = scheduler(blocks=5, prefix=False)
+    for order in range(2):
+        s.add(sequence(order, 7))
+    steps = [run(s) for _ in range(40)]
+    assert s.preemptions >= 1
+    assert not s.running
+    assert not s.waiting
+    assert s.pool.free == 5
+    finished = [item.seq.order for work in steps for item in work if len(item.seq.tokens) == item.seq.limit]
+    assert finished[0] == 0
+
+
+def test_a_sequence_whose_adapter_is_not_loaded_lets_others_pass() -> None:
+    s = scheduler()
+    s.add(sequence(0, 3, "slow"))
+    s.add(sequence(1, 3, "fast"))
+    assert shape(run(s, lambda digest: digest != "slow")) == [(1, 0, 3)]
+    assert shape(run(s))[0][0] == 1
+    assert {item.seq.order for item in run(s)} == {0, 1}
+
+
+def test_adapters_that_outnumber_slots_take_turns() -> None:
+    s = scheduler(slots=1, tokens=64)
+    for order in range(3):
+        s.add(sequence(order, 3, f"a{order}"))
+    order = [work[0].seq.order for work in (run(s) for _ in range(24)) if work]
+    assert order == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_paused_sequences_that_hold_all_blocks_do_not_block_a_new_turn() -> None:
+    s = scheduler(blocks=4, slots=1, prefix=False)
+    s.add(sequence(0, 8, "a"))
+    s.add(sequence(1, 8, "b"))
+    for _ in range(40):
+        run(s)
+        if not s.running and not s.waiting:
+            break
+    assert not s.running
+    assert not s.waiting
+
+
+def test_prompt_logprobs_are_computed_not_looked_up() -> None:
+    s = scheduler()
+    prompt = list(range(12))
+    s.add(sequence(0, prompt))
+    run(s)
+    seq = Sequence(
+        request=Request("1", prompt, Sampling(max_tokens=1, prompt_logprobs=1)),
+        order=1, adapters=(), seed=0, stop_ids=frozenset(), limit=13,
+    )  # fmt: skip
+    s.add(seq)
+    assert (1, 0, 12) in shape(run(s))
+
+
+def test_random_load_always_ends_with_every_block_back() -> None:
+    rng = random.Random(3)
+    for trial in range(30):
+        s = scheduler(blocks=rng.randrange(8, 30), seqs=rng.randrange(1, 6), tokens=rng.randrange(1, 20), slots=2)
+        total = rng.randrange(5, 25)
+        for order in range(total):
+            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
+            s.add(sequence(order, prompt, rng.choice([None, "a", "b", "c"])))
+            if rng.random() < 0.5:
+                run(s)
+            if s.waiting and rng.random() < 0.1:
+                s.remove(rng.choice(s.waiting))
+            if s.running and rng.random() < 0.1:
+                s.remove(rng.choice(s.running))
+        for _ in range(3000):
+            if not s.running and not s.waiting:
+                break
+            work = run(s)
+            assert sum(item.count for item in work) <= s.max_tokens
+            assert len(s.running) <= s.max_seqs
+            assert all(len(item.seq.blocks) * 4 >= item.start + item.count for item in work if item.seq in s.running)
+        assert not s.running, trial
+        assert not s.waiting, trial
+        assert s.pool.used == 0

@@ -1,0 +1,71 @@
+"""Small bases that the tests make, save and serve; one shape per architecture, random weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**COMMON),
+    "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**COMMON, head_dim=16),
+    "mistral": MistralConfig(**COMMON, sliding_window=6),
+    "gemma2": Gemma2Config(**COMMON, head_dim=16, sliding_window=5, query_pre_attn_scalar=16),
+    "phi3": Phi3Config(**COMMON, sliding_window=9),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
+    """A model of this shape with random weights that are large enough for differences to show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.12)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.05)
+    return model
+
+
+@cache
+def reference(architecture: str) -> Any:
+    """The shared fp32 model of an architecture; tests must not change it."""
+    return make_model(ARCHITECTURES[architecture])
+
+
+def save(architecture: str, folder: Path) -> Path:
+    """The architecture's model as a safetensors folder."""
+    reference(architecture).save_pretrained(folder)
+    return folder
