@@ -13,6 +13,7 @@ from pydantic_settings import (
     CliPositionalArg,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -21,7 +22,7 @@ class ServeConfig(BaseSettings):
     """Serve one base model and its LoRA adapters over an OpenAI-style API.
 
     Options come, strongest first, from the command line, from environment variables named LORA_SERVE_… (LORA_SERVE_PORT
-    for --port), from the YAML file that LORA_SERVE_CONFIG names, and from the defaults below.
+    for --port), from the YAML file that --config names, and from the defaults below.
     """
 
     model_config = SettingsConfigDict(
@@ -34,7 +35,8 @@ class ServeConfig(BaseSettings):
         protected_namespaces=(),
     )
 
-    model: CliPositionalArg[str] = Field(description="local folder or hub id of the base model")
+    model: CliPositionalArg[str] = Field("", validate_default=True, description="local folder or hub id of the base")
+    config: Path | None = Field(None, description="YAML file of these options, named with underscores")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
@@ -94,7 +96,7 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _model_is_named(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("name a local folder or a hub id")
+            raise ValueError("name the base model: a local folder or a hub id")
         return value
 
     @classmethod
@@ -107,6 +109,8 @@ class ServeConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
         **_: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = os.environ.get("LORA_SERVE_CONFIG")
+        file = init_settings().get("config") or env_settings().get("config")
+        if file and not Path(file).is_file():
+            raise SettingsError(f"config: there is no file {file}")
         yaml = (YamlConfigSettingsSource(settings_cls, yaml_file=file),) if file else ()
         return init_settings, env_settings, *yaml

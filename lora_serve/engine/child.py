@@ -69,8 +69,9 @@ class Child:
             socket.linger = 0
             address = f"ipc://{folder}/engine"
             socket.bind(address)
-            # The parent keeps its own maths libraries at one thread; the engine must not inherit that.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+            # The engine's options are what it is given here, and the parent's one-thread maths is not for it.
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("LORA_SERVE_")}
+            environment["OMP_NUM_THREADS"] = str(threads)
             process = await asyncio.create_subprocess_exec(
                 *command, address, str(os.getpid()), stdin=PIPE, env=environment
             )
@@ -80,7 +81,8 @@ class Child:
             raise
         child = cls(process, context, socket, folder)
         try:
-            await _give(process, config.model_copy(update={"threads": threads}).model_dump_json().encode())
+            options = config.model_copy(update={"threads": threads}).model_dump_json(exclude={"config"})
+            await _give(process, options.encode())
         except BaseException:
             await child.close()
             raise
@@ -96,6 +98,8 @@ class Child:
                 case Progress(stage, fraction):
                     on_progress(stage, fraction)
                 case Ready(info):
+                    # Both ends are connected, the name is not needed any more: not even kill -9 leaves it behind.
+                    shutil.rmtree(self._folder, ignore_errors=True)
                     return info
                 case Refused(failure):
                     raise failure.error()

@@ -49,6 +49,7 @@ HEARTBEAT = 0.5  # seconds; half of what `Update` promises, so that one late tur
 STATS_EVERY = 0.1  # seconds between the numbers that travel with busy steps
 NOTHING_RAN = 0.005  # seconds to wait for a poke when the engine is busy but this step had nothing to run
 BACKPRESSURE = 0.05  # seconds between tries while the parent does not read
+UNREAD = 256  # updates that may be on their way to a parent that does not read
 LINGER = 1000  # milliseconds that the last messages get to leave
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Line:
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.linger = LINGER
+        self._socket.sndhwm = UNREAD
         self._socket.connect(address)
         self._waker = waker
         self._unsent: deque[bytes] = deque()

@@ -77,10 +77,10 @@ def load(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:  # its table of attention functions has no room for ours
+        raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced ({error})") from error
+    except (OSError, ValueError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced (no AttentionInterface)")
     model = model.to(device).eval().requires_grad_(False)
     progress("observing the forward pass", 0.8)
     layers, groups, called = _observe(model, device)
@@ -115,14 +115,14 @@ def _check(name: str, config: Any) -> None:
         raise ModelUnsupported(f"{name!r} ({kind}) is an encoder-decoder; only decoders are served")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelUnsupported(f"{name!r} is a quantised checkpoint, which is not served yet; use the original one")
-    alien = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYER_TYPES
-    if alien:
+    types = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in types or getattr(config, "attention_chunk_size", None):
+        raise ModelUnsupported(f"{name!r} ({kind}) attends in chunks, which paged attention does not do")
+    if alien := types - SERVED_LAYER_TYPES:
         raise ModelUnsupported(
             f"{name!r} ({kind}) has layers of type {', '.join(sorted(alien))}, "
             "whose state would leak between requests in a flat batch"
         )
-    if getattr(config, "attention_chunk_size", None):
-        raise ModelUnsupported(f"{name!r} ({kind}) attends in chunks, which paged attention does not do")
 
 
 def _context(config: Any, notes: list[str]) -> int:

@@ -39,6 +39,8 @@ class Act(IntEnum):
 
 
 class FakeEngine:
+    pace = 0.002  # seconds a step takes
+
     def __init__(self, config: ServeConfig, starts: int) -> None:
         self.info = EngineInfo(
             model=config.model,
@@ -84,7 +86,7 @@ class FakeEngine:
         events, self.events = self.events, []
         if not self.running:
             return Update(events)
-        time.sleep(0.002)
+        time.sleep(self.pace)
         for id, (request, done) in list(self.running.items()):
             act = Act(request.prompt[0])
             if act is Act.HANG:

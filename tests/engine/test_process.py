@@ -36,6 +36,7 @@ class Parent:
 
 
 class Counting(FakeEngine):
+    pace = 0.0001
     steps = 0
 
     def step(self) -> Update:

@@ -1,0 +1,248 @@
+// The low-rank delta of a mixed batch: every row its own adapter, through the pointer tables.
+//
+// Two phases with one barrier between them. Shrink is split over threads by (segment, rows, ranks), expand by columns
+// of the outputs: no two threads ever write one place, so segments may overlap. Weights are read as they lie and
+// widened in registers; a segment's weights come from memory once, whatever its number of rows.
+#include <algorithm>
+
+#include "simd.h"
+
+namespace {
+
+struct Group {  // as native.py packs it
+    const int64_t* a;     // [modules, slots]
+    const int64_t* b;     // [modules, slots]
+    const int32_t* rank;  // [modules, slots]
+    int64_t modules, slots, in, type;
+    // then int64_t out[modules]
+    int64_t out(int64_t m) const { return reinterpret_cast<const int64_t*>(this + 1)[m]; }
+};
+
+struct Output { void* data; int64_t stride; };
+
+struct DeltaCall {  // as native.py packs it
+    const Group* group;
+    const void* x;
+    int64_t x_stride, tokens, type, threads, segments;
+    const int32_t* start;
+    const int32_t* end;
+    const int32_t* slot;
+    const float* weight;
+    // then Output output[modules]
+    Output output(int64_t m) const { return reinterpret_cast<const Output*>(this + 1)[m]; }
+};
+
+struct Segment {
+    int64_t first, rows, slot, ranks;  // ranks: of all modules together
+    float weight;
+    size_t shrunk;  // where its [rows, ranks] begin
+};
+
+// out[T, R] = weight * x[T, n] @ a[R, n].T
+template <class T_, int T, int R>
+void dots(const float* x, size_t ldx, const T_* a, size_t n, float weight, float* out, size_t ldo) {
+    V acc[W] = {};
+    size_t k = 0;
+    for (; k + W <= n; k += W) {
+        V w[R];
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            w[r] = load(a + r * n + k);
+            __builtin_prefetch(a + (R + r) * n + k);
+        }
+        UNROLL
+        for (int t = 0; t < T; t++) {
+            V v = load(x + t * ldx + k);
+            UNROLL
+            for (int r = 0; r < R; r++) acc[t * R + r] += v * w[r];
+        }
+    }
+    if (k < n)
+        for (int r = 0; r < R; r++) {
+            V w = load_part(a + r * n + k, n - k);
+            UNROLL
+            for (int t = 0; t < T; t++) acc[t * R + r] += load(x + t * ldx + k) * w;
+        }
+    float sum[W];
+    store(sum, sums(acc) * weight);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
+}
+
+template <class T_>
+void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, size_t n, int64_t ranks, float weight, float* out,
+                 size_t ldo) {
+    with_rows(rows, [&](auto t) {
+        constexpr int T = decltype(t)::value;
+        constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
+        int64_t r = 0;
+        for (; r + R <= ranks; r += R) dots<T_, T, R>(x, ldx, a + r * n, n, weight, out + r, ldo);
+        for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, n, weight, out + r, ldo);
+    });
+}
+
+// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], the weights straight from memory
+template <class T_, int T, int C>
+void stream(const float* h, size_t ldh, const T_* b, size_t ldb, size_t ranks, float* sum) {
+    V acc[T][C] = {};
+    for (size_t r = 0; r < ranks; r++) {
+        UNROLL
+        for (int c = 0; c < C; c++) {
+            V w = load(b + r * ldb + c * W);
+            if (c * W * sizeof(T_) % 64 == 0) __builtin_prefetch(b + r * ldb + (C + c) * W);
+            UNROLL
+            for (int t = 0; t < T; t++) acc[t][c] += w * h[t * ldh + r];
+        }
+    }
+    UNROLL
+    for (int t = 0; t < T; t++)
+        UNROLL
+        for (int c = 0; c < C; c++) store(sum + (t * C + c) * W, acc[t][c]);
+}
+
+struct Matrix { char* data; size_t stride, type; };  // stride in bytes
+
+void add_tile(Matrix out, int64_t row, int rows, size_t column, size_t n, const float* sum, size_t lds) {
+    with_type(out.type, [&](auto* type) {
+        using O = std::remove_pointer_t<decltype(type)>;
+        for (int t = 0; t < rows; t++)
+            add_row(reinterpret_cast<O*>(out.data + (row + t) * out.stride) + column, n, sum + t * lds);
+    });
+}
+
+// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]
+template <class T_>
+void expand(const float* h, size_t ldh, const T_* b, size_t ldb, size_t ranks, Matrix out, int64_t first,
+            int64_t rows, size_t from, size_t to, float* wide) {
+    float sum[8 * 8 * W];
+    if (rows <= TILE)
+        with_rows((int)rows, [&](auto t) {
+            constexpr int T = decltype(t)::value;
+            constexpr int C = T <= 2 ? 8 : T <= 4 ? 4 : 2;
+            for (; from + C * W <= to; from += C * W) {
+                stream<T_, T, C>(h, ldh, b + from, ldb, ranks, sum);
+                add_tile(out, first, T, from, C * W, sum, C * W);
+            }
+        });
+    for (; from < to; from += 2 * W) {  // a panel of columns, widened once for all rows
+        size_t n = std::min<size_t>(2 * W, to - from);
+        for (size_t r = 0; r < ranks; r++) {
+            if (n <= W) store(wide + r * 2 * W + W, V{});
+            widen_row(b + r * ldb + from, n, wide + r * 2 * W);
+        }
+        for (int64_t row = 0; row < rows; row += TILE)
+            with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t) {
+                constexpr int T = decltype(t)::value;
+                panel<T, false>(h + row * ldh, ldh, wide, 2 * W, ranks, sum, 2 * W);
+                add_tile(out, first + row, T, from, n, sum, 2 * W);
+            });
+    }
+}
+
+struct Work {
+    const DeltaCall& call;
+    const Group& group;
+    const std::vector<Segment>& segments;
+    float* shrunk;
+    int64_t shrink_cost, expand_cost;
+    std::vector<int64_t> column_cost;  // [modules]
+
+    int64_t rank(int64_t m, const Segment& s) const { return group.rank[m * group.slots + s.slot]; }
+
+    // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`; a multiple of `step`.
+    static int64_t cut(int64_t at, int64_t begin, int64_t each, int64_t n, int64_t step) {
+        if (at <= begin) return 0;
+        return std::min(n, ((at - begin) / each + step / 2) / step * step);
+    }
+    static int64_t share(int64_t total, int thread, int threads) { return total * thread / threads; }
+
+    void shrink_share(int thread, int threads, float* x) const {
+        int64_t lo = share(shrink_cost, thread, threads), hi = share(shrink_cost, thread + 1, threads), at = 0;
+        size_t in = (size_t)group.in, ldx = padded(in);
+        for (const Segment& s : segments)
+            for (int64_t row = 0; row < s.rows; row += TILE) {
+                int rows = (int)std::min<int64_t>(TILE, s.rows - row);
+                int64_t each = TILE + rows, from = cut(lo, at, each, s.ranks, 8);
+                int64_t to = thread + 1 == threads ? s.ranks : cut(hi, at, each, s.ranks, 8);
+                at += each * s.ranks;
+                if (from >= to) continue;
+                with_type(call.type, [&](auto* type) {
+                    auto* source = (decltype(type))call.x + (s.first + row) * call.x_stride;
+                    for (int t = 0; t < rows; t++) widen_row(source + t * call.x_stride, in, x + t * ldx);
+                });
+                float* out = shrunk + s.shrunk + row * s.ranks;
+                for (int64_t m = 0, offset = 0; m < group.modules; offset += rank(m, s), m++) {
+                    int64_t begin = std::max(from, offset), end = std::min(to, offset + rank(m, s));
+                    if (begin >= end) continue;
+                    with_type(group.type, [&](auto* type) {
+                        auto* a = (decltype(type))group.a[m * group.slots + s.slot] + (begin - offset) * in;
+                        shrink_tile(rows, x, ldx, a, in, end - begin, s.weight, out + begin, s.ranks);
+                    });
+                }
+            }
+    }
+
+    void expand_share(int thread, int threads, float* wide) const {
+        int64_t lo = share(expand_cost, thread, threads), hi = share(expand_cost, thread + 1, threads), at = 0;
+        for (int64_t m = 0; m < group.modules; m++) {
+            int64_t each = column_cost[m], columns = group.out(m);
+            if (each == 0) continue;
+            int64_t from = cut(lo, at, each, columns, 64);
+            int64_t to = thread + 1 == threads ? columns : cut(hi, at, each, columns, 64);
+            at += each * columns;
+            if (from >= to) continue;
+            Output output = call.output(m);
+            size_t bytes = call.type == FP32 ? 4 : 2;
+            Matrix out{(char*)output.data, (size_t)output.stride * bytes, (size_t)call.type};
+            for (const Segment& s : segments) {
+                int64_t ranks = rank(m, s), offset = 0;
+                if (ranks == 0 || s.rows == 0) continue;
+                for (int64_t before = 0; before < m; before++) offset += rank(before, s);
+                with_type(group.type, [&](auto* type) {
+                    auto* b = (decltype(type))group.b[m * group.slots + s.slot];
+                    expand(shrunk + s.shrunk + offset, s.ranks, b, columns, ranks, out, s.first, s.rows, from, to, wide);
+                });
+            }
+        }
+    }
+};
+
+}  // namespace
+
+// 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was done).
+extern "C" int64_t lora_delta(const DeltaCall* call) {
+    static thread_local std::vector<Segment> segments;
+    static thread_local std::vector<float> memory;
+    const Group& group = *call->group;
+    segments.clear();
+    Work work{*call, group, segments, nullptr, 0, 0, std::vector<int64_t>(group.modules)};
+    size_t floats = 0, bytes = 0, most = 0;
+    for (int64_t i = 0; i < call->segments; i++) {
+        Segment s{call->start[i], call->end[i] - call->start[i], call->slot[i], 0, call->weight[i], floats};
+        if (s.first < 0 || s.rows < 0 || call->end[i] > call->tokens || s.slot < 0 || s.slot >= group.slots) return i + 1;
+        int64_t tiles = (s.rows + TILE - 1) / TILE;
+        for (int64_t m = 0; m < group.modules; m++) {
+            int64_t rank = work.rank(m, s);
+            s.ranks += rank;
+            work.column_cost[m] += rank * (tiles * TILE + s.rows);
+            bytes += rank * (group.in + group.out(m)) * (tiles + 1);
+            most = std::max<size_t>(most, rank);
+        }
+        work.shrink_cost += s.ranks * (tiles * TILE + s.rows);
+        floats += s.rows * s.ranks;
+        if (s.rows && s.ranks) segments.push_back(s);
+    }
+    for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out(m);
+    if (segments.empty()) return 0;
+    work.shrunk = scratch(memory, floats);
+    size_t own = std::max(TILE * padded(group.in), most * 2 * W);
+    constexpr size_t SMALL = 1 << 15;  // elements that one thread reads while another wakes
+    parallel(bytes < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
+        static thread_local std::vector<float> mine;
+        float* room = scratch(mine, own);
+        work.shrink_share(thread, threads, room);
+        if (threads > 1) barrier();
+        work.expand_share(thread, threads, room);
+    });
+    return 0;
+}

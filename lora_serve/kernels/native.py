@@ -1,0 +1,207 @@
+"""The native CPU backend: packs addresses and sizes, and lets `delta.cpp` and `attention.cpp` do the work.
+
+A step makes hundreds of these calls, each a few dozen microseconds long, so a call is one packed struct and one foreign call
+(which releases the GIL). What never changes about a group is packed once. The C++ side checks every index that it
+follows; this side checks types and shapes, because a wrong one would write where it must not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from struct import Struct
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WRITE = Struct("6q6q 3q3q q5q")
+_ATTENTION = Struct("6q6q 4q q3q 9q q2d")
+
+
+class _PackedGroup:
+    """What C++ reads of a group, and how a call with that many outputs is packed."""
+
+    def __init__(self, group: DeltaGroup) -> None:
+        modules, slots = group.rank.shape
+        self.in_features = group.in_features
+        self.out_features = group.out_features
+        fields = (
+            group.a.data_ptr(),
+            group.b.data_ptr(),
+            group.rank.data_ptr(),
+            modules,
+            slots,
+            group.in_features,
+            _type(group.dtype),
+            *group.out_features,
+        )
+        self._memory = (ctypes.c_int64 * len(fields))(*fields)
+        self.address = ctypes.addressof(self._memory)
+        self.call = Struct(f"{11 + 2 * modules}q")
+
+
+class NativeKernels:
+    """`Kernels` on the CPU, from a library that `build.library` built.
+
+    Types are fp32, bf16 and fp16, each argument its own; anything else is a TypeError. Shapes, places or ranges that do not fit
+    are a ValueError, before anything is written (attention's result is lost).
+    """
+
+    name = "native"
+
+    def __init__(self, library: Path) -> None:
+        loaded = ctypes.CDLL(str(library))
+        self._delta, self._write_kv, self._attention = (
+            _function(loaded, name) for name in ("lora_delta", "lora_write_kv", "lora_attention")
+        )
+        self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
+
+    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+        """See `Kernels.delta`."""
+        count = segments.count
+        if count == 0:
+            return
+        packed = self._groups.get(group)
+        if packed is None:
+            packed = self._groups[group] = _PackedGroup(group)
+        tokens, width = x.shape
+        if width != packed.in_features or x.stride(1) != 1 or len(outputs) != len(packed.out_features):
+            raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
+        dtype = x.dtype
+        places = []
+        for output, features in zip(outputs, packed.out_features, strict=True):
+            if output.dtype is not dtype or output.shape != (tokens, features) or output.stride(1) != 1:
+                raise ValueError(f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}")
+            places += (output.data_ptr(), output.stride(0))
+        start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
+        if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
+            raise TypeError("segments are int32, their weights float32")
+        call = packed.call.pack(
+            packed.address,
+            x.data_ptr(),
+            x.stride(0),
+            tokens,
+            _type(dtype),
+            torch.get_num_threads(),
+            count,
+            start.data_ptr(),
+            end.data_ptr(),
+            slot.data_ptr(),
+            weight.data_ptr(),
+            *places,
+        )
+        wrong = self._delta(call)
+        if wrong:
+            raise ValueError(f"segment {wrong - 1} lies outside the batch or the slots")
+
+    def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+        """See `Kernels.write_kv`."""
+        blocks, size, heads, _ = keys.shape
+        tokens = kv_index.shape[0]
+        if k.dtype is not keys.dtype or v.dtype is not values.dtype or kv_index.dtype is not torch.int64:
+            raise TypeError("k and v have the pool's type, kv_index is int64")
+        if k.shape != (tokens, heads, keys.shape[3]) or v.shape != (tokens, heads, values.shape[3]):
+            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the pool {tuple(keys.shape)}")
+        call = _WRITE.pack(
+            *_pool(keys),
+            *_pool(values),
+            *_rows(k),
+            *_rows(v),
+            kv_index.contiguous().data_ptr(),
+            tokens,
+            heads,
+            blocks,
+            size,
+            torch.get_num_threads(),
+        )
+        wrong = self._write_kv(call)
+        if wrong:
+            raise ValueError(f"the place of token {wrong - 1} is not in the pool")
+
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spans: Spans,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels.attention`."""
+        tokens, heads, key_dim = q.shape
+        blocks, size, kv_heads, value_dim = values.shape
+        if keys.shape != (blocks, size, kv_heads, key_dim) or heads % kv_heads:
+            raise ValueError(f"q {tuple(q.shape)} does not fit the pool {tuple(keys.shape)}")
+        if keys.dtype is not values.dtype:
+            raise TypeError("keys and values share a type")
+        table = spans.block_table.contiguous()
+        for part in (spans.query_start, spans.context, table):
+            if part.dtype is not torch.int32:
+                raise TypeError("spans are int32")
+        if sinks is not None:
+            sinks = sinks.to(torch.float32).contiguous()
+        out = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
+        call = _ATTENTION.pack(
+            *_pool(keys),
+            *_pool(values),
+            *_rows(q),
+            _type(q.dtype),
+            out.data_ptr(),
+            spans.query_start.data_ptr(),
+            spans.context.data_ptr(),
+            table.data_ptr(),
+            table.shape[1],
+            spans.context.shape[0],
+            tokens,
+            heads,
+            kv_heads,
+            blocks,
+            size,
+            window or 0,
+            torch.get_num_threads(),
+            0 if sinks is None else sinks.data_ptr(),
+            scale,
+            softcap or 0.0,
+        )
+        wrong = self._attention(call)
+        if wrong:
+            raise ValueError(f"sequence {wrong - 1} does not fit its rows, context or blocks")
+        return out
+
+
+def _function(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
+    function = library[name]
+    function.argtypes = [ctypes.c_char_p]  # the packed call; its bytes live until the call returns
+    function.restype = ctypes.c_int64
+    return function
+
+
+def _type(dtype: torch.dtype) -> int:
+    try:
+        return _TYPES[dtype]
+    except KeyError:
+        raise TypeError(f"the native kernels know no {dtype}") from None
+
+
+def _pool(pool: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, byte strides of block, position and head, type, head size."""
+    block, position, head, unit = pool.stride()
+    if unit != 1:
+        raise ValueError("heads of the KV pool are contiguous")
+    each = pool.element_size()
+    return pool.data_ptr(), block * each, position * each, head * each, _type(pool.dtype), pool.shape[3]
+
+
+def _rows(rows: Tensor) -> tuple[int, int, int]:
+    """Address and byte strides of token and head."""
+    token, head, unit = rows.stride()
+    if unit != 1:
+        raise ValueError("heads are contiguous")
+    each = rows.element_size()
+    return rows.data_ptr(), token * each, head * each

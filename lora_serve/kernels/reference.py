@@ -1,0 +1,85 @@
+"""The contract in plain torch: slow, obvious, right on any device.
+
+It is what the other backends are tested against and what serves where none of them can run. It reads the tensors behind
+the pointer tables, never the addresses. Speed is no aim: it loops over segments and sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+
+
+class ReferenceKernels:
+    """`Kernels` in plain torch."""
+
+    name = "reference"
+
+    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+        """See `Kernels.delta`."""
+        if segments.count == 0:
+            return
+        runs = zip(
+            segments.start.tolist(),
+            segments.end.tolist(),
+            segments.slot.tolist(),
+            segments.weight.tolist(),
+            strict=True,
+        )
+        for start, end, slot, weight in runs:
+            rows = x[start:end].float()
+            for output, deltas in zip(outputs, group.deltas, strict=True):
+                delta = deltas[slot]
+                if delta is not None:
+                    shrunk = rows @ delta.a.float().T  # [rows, rank]
+                    sums = output[start:end].float() + weight * (shrunk @ delta.b.float())
+                    output[start:end] = sums.to(output.dtype)
+
+    def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+        """See `Kernels.write_kv`."""
+        size = keys.shape[1]
+        block, offset = kv_index // size, kv_index % size
+        keys[block, offset] = k.to(keys.dtype)
+        values[block, offset] = v.to(values.dtype)
+
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spans: Spans,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels.attention`."""
+        tokens, heads, _ = q.shape
+        size, kv_heads, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+        out = q.new_zeros(tokens, heads, value_dim)
+        starts = spans.query_start.tolist()
+        for i, context in enumerate(spans.context.tolist()):
+            first, last = starts[i], starts[i + 1]
+            if first == last:
+                continue
+            blocks = spans.block_table[i, : -(-context // size)].long()
+            key = keys[blocks].flatten(0, 1)[:context].float()  # [context, kv_heads, key_dim]
+            value = values[blocks].flatten(0, 1)[:context].float()
+            queries = q[first:last].float().unflatten(1, (kv_heads, -1))  # [rows, kv_heads, share, key_dim]
+            score = scale * torch.einsum("rhgd,jhd->hgrj", queries, key)
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            at = torch.arange(context - (last - first), context, device=q.device)[:, None]  # positions of the rows
+            j = torch.arange(context, device=q.device)
+            hidden = j > at
+            if window is not None:
+                hidden |= j <= at - window
+            score = score.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                sink = sinks.float().view(kv_heads, -1, 1, 1).expand(*score.shape[:-1], 1)
+                score = torch.cat([score, sink], dim=-1)
+            share = score.softmax(dim=-1)[..., :context]
+            out[first:last] = torch.einsum("hgrj,jhd->rhgd", share, value).flatten(1, 2).to(q.dtype)
+        return out

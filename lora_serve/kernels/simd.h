@@ -1,0 +1,271 @@
+// Vectors of floats that every compiler and CPU here understands, and the few moves the kernels are made of.
+//
+// GCC's vector extension (clang has it too) instead of intrinsics: one code for AVX-512, AVX2 and NEON. Intrinsics stand
+// only where the extension has no word for an instruction that matters (half floats, rounding to bfloat16).
+//
+// A row's result never depends on its neighbours: whatever number of rows a micro-kernel carries, each row sees the
+// same operations in the same order. So a stream gives the same bits alone, in a batch, or cut into chunks.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int W = 16;  // floats in a vector
+#else
+constexpr int W = 8;
+#endif
+constexpr int TILE = W / 2;  // rows a micro-kernel carries at most: TILE x 2 sums fill half the registers
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef uint32_t U __attribute__((vector_size(W * 4)));
+typedef int32_t I __attribute__((vector_size(W * 4)));
+typedef uint16_t H __attribute__((vector_size(W * 2)));
+
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+enum Type : int64_t { FP32, BF16, FP16 };
+
+constexpr size_t padded(size_t n) { return (n + W - 1) / W * W; }
+
+// --- load widens to float, store rounds to nearest even ---------------------------------------------------------
+
+INLINE V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+INLINE V load(const Bf16* p) {
+    H h;
+    memcpy(&h, p, sizeof h);
+    return (V)(__builtin_convertvector(h, U) << 16);
+}
+
+INLINE void store(Bf16* p, V v) {
+#if defined(__AVX512BF16__)
+    auto h = _mm512_cvtneps_pbh((__m512)v);
+#else
+    U u = (U)v;
+    U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    I number = v == v;  // all ones, or zero for NaN, which must not round into infinity
+    H h = __builtin_convertvector((rounded & (U)number) | (((u >> 16) | 0x40) & ~(U)number), H);
+#endif
+    memcpy(p, &h, W * 2);
+}
+
+#if defined(__AVX512F__)
+INLINE V load(const Fp16* p) { __m256i h; memcpy(&h, p, sizeof h); return (V)_mm512_cvtph_ps(h); }
+INLINE void store(Fp16* p, V v) { __m256i h = _mm512_cvtps_ph((__m512)v, 0); memcpy(p, &h, sizeof h); }
+#elif defined(__F16C__) && defined(__AVX__)
+INLINE V load(const Fp16* p) { __m128i h; memcpy(&h, p, sizeof h); return (V)_mm256_cvtph_ps(h); }
+INLINE void store(Fp16* p, V v) { __m128i h = _mm256_cvtps_ph((__m256)v, 0); memcpy(p, &h, sizeof h); }
+#elif defined(__aarch64__)
+INLINE V load(const Fp16* p) {
+    __fp16 h[W];
+    memcpy(h, p, sizeof h);
+    V v;
+    for (int i = 0; i < W; i++) v[i] = h[i];
+    return v;
+}
+INLINE void store(Fp16* p, V v) {
+    __fp16 h[W];
+    for (int i = 0; i < W; i++) h[i] = (__fp16)v[i];
+    memcpy(p, h, sizeof h);
+}
+#else
+INLINE float widened(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+    float f;
+    if (rest < 0x400) {  // zero and subnormals: an integer count of 2^-24
+        f = (float)rest * 0x1p-24f;
+        memcpy(&bits, &f, 4);
+    } else {
+        bits = (rest << 13) + (rest >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    }
+    bits |= sign;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE uint16_t narrowed(float f) {
+    uint32_t u, sign;
+    memcpy(&u, &f, 4);
+    sign = (u >> 16) & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (u < 0x38800000) {  // the addition rounds to a count of 2^-24
+        memcpy(&f, &u, 4);
+        f += 0.5f;
+        memcpy(&u, &f, 4);
+        return (uint16_t)(sign | (u - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13));
+}
+INLINE V load(const Fp16* p) {
+    V v;
+    for (int i = 0; i < W; i++) v[i] = widened(p[i].bits);
+    return v;
+}
+INLINE void store(Fp16* p, V v) {
+    for (int i = 0; i < W; i++) p[i].bits = narrowed(v[i]);
+}
+#endif
+
+// The last n < W elements of a row; the lanes after them are zero.
+template <class T> INLINE V load_part(const T* p, size_t n) {
+    T part[W] = {};
+    memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+template <class T> INLINE void store_part(T* p, V v, size_t n) {
+    T part[W];
+    store(part, v);
+    memcpy(p, part, n * sizeof(T));
+}
+
+// out[padded(n)] = row[n], zeros behind.
+template <class T> void widen_row(const T* row, size_t n, float* out) {
+    size_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(row + i));
+    if (i < n) store(out + i, load_part(row + i, n - i));
+}
+// row[n] += sums[n]
+template <class T> void add_row(T* row, size_t n, const float* sums) {
+    size_t i = 0;
+    for (; i + W <= n; i += W) store(row + i, load(row + i) + load(sums + i));
+    if (i < n) store_part(row + i, load_part(row + i, n - i) + load_part(sums + i, n - i), n - i);
+}
+
+// f called with a null pointer of the element type that `type` names.
+template <class F> INLINE void with_type(int64_t type, F f) {
+    switch (type) {
+        case BF16: f((Bf16*)nullptr); break;
+        case FP16: f((Fp16*)nullptr); break;
+        default: f((float*)nullptr);
+    }
+}
+
+// --- lanes ------------------------------------------------------------------------------------------------------
+
+template <int... J> INLINE V pick(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, J...);
+#else
+    return __builtin_shuffle(a, b, I{J...});
+#endif
+}
+using Lanes = std::make_integer_sequence<int, W>;
+template <int D, int... J> INLINE V low(V a, V b, std::integer_sequence<int, J...>) {
+    return pick<((J & D) ? W + J - D : J)...>(a, b);
+}
+template <int D, int... J> INLINE V high(V a, V b, std::integer_sequence<int, J...>) {
+    return pick<((J & D) ? W + J : J + D)...>(a, b);
+}
+template <int D, int... J> INLINE V swapped(V a, std::integer_sequence<int, J...>) { return pick<(J ^ D)...>(a, a); }
+
+// W x W matrix, in place.
+template <int D = W / 2> INLINE void transpose(V* r) {
+    UNROLL
+    for (int i = 0; i < W; i++)
+        if (!(i & D)) {
+            V a = r[i], b = r[i + D];
+            r[i] = low<D>(a, b, Lanes{});
+            r[i + D] = high<D>(a, b, Lanes{});
+        }
+    if constexpr (D > 1) transpose<D / 2>(r);
+}
+// Lane i of the result is the sum of r[i]; every r[i] is summed in the same order.
+template <int D = W / 2> INLINE V sums(V* r) {
+    UNROLL
+    for (int i = 0; i < D; i++) r[i] = low<D>(r[i], r[i + D], Lanes{}) + high<D>(r[i], r[i + D], Lanes{});
+    if constexpr (D > 1) return sums<D / 2>(r);
+    return r[0];
+}
+INLINE V larger(V a, V b) { return a > b ? a : b; }
+template <int D = W / 2> INLINE float largest(V v) {
+    v = larger(v, swapped<D>(v, Lanes{}));
+    if constexpr (D > 1) return largest<D / 2>(v);
+    return v[0];
+}
+template <int D = W / 2> INLINE float total(V v) {
+    v = v + swapped<D>(v, Lanes{});
+    if constexpr (D > 1) return total<D / 2>(v);
+    return v[0];
+}
+
+// --- the micro-kernel that expand and both halves of attention share --------------------------------------------
+
+// c[T, 2W] = (Add: c +) a[T, k] @ b[k, 2W]
+template <int T, bool Add>
+void panel(const float* a, size_t lda, const float* b, size_t ldb, size_t k, float* c, size_t ldc) {
+    V sum[T][2];
+    UNROLL
+    for (int t = 0; t < T; t++) {
+        sum[t][0] = Add ? load(c + t * ldc) : V{};
+        sum[t][1] = Add ? load(c + t * ldc + W) : V{};
+    }
+    for (size_t r = 0; r < k; r++) {
+        V left = load(b + r * ldb), right = load(b + r * ldb + W);
+        UNROLL
+        for (int t = 0; t < T; t++) {
+            float s = a[t * lda + r];
+            sum[t][0] += left * s;
+            sum[t][1] += right * s;
+        }
+    }
+    UNROLL
+    for (int t = 0; t < T; t++) {
+        store(c + t * ldc, sum[t][0]);
+        store(c + t * ldc + W, sum[t][1]);
+    }
+}
+
+// f called with std::integral_constant<int, rows>, 1 <= rows <= TILE.
+template <class F> INLINE void with_rows(int rows, F f) {
+#define ROWS(n) case n: if constexpr (n <= TILE) f(std::integral_constant<int, n>{}); break;
+    switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) }
+#undef ROWS
+}
+
+// --- threads ----------------------------------------------------------------------------------------------------
+
+INLINE void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// body(thread, threads) on up to `threads` threads at once; one thread runs it without waking others.
+template <class F> void parallel(int threads, F body) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    body(0, 1);
+}
+
+// Memory of the calling thread that grows and is kept; the contents are undefined.
+template <class T> T* scratch(std::vector<T>& memory, size_t n) {
+    if (memory.size() < n) memory.resize(n + n / 4);
+    return memory.data();
+}
+
+}  // namespace

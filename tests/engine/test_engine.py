@@ -1,0 +1,257 @@
+"""The engine, driven step by step: what a request gets, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import reference, save
+
+from lora_serve.config import ServeConfig
+from lora_serve.engine.engine import Engine
+from lora_serve.messages import Abort, Call, Drain, Generate, ListAdapters
+from lora_serve.request import Admitted, AdapterUse, Event, Finished, Request, Sampling, Tokens
+
+
+class Session:
+    """An engine and everything it said, by request."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        config = ServeConfig(
+            model=str(save("llama", folder / "base")),
+            store=folder / "store",
+            **{"kv_cache_memory": 1 << 20, "kv_block_size": 4, "max_num_batched_tokens": 16, **options},
+        )
+        self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None)
+        self.events: dict[str, list[Event]] = {}
+        self.replies: dict[int, Any] = {}
+
+    def send(self, id: str, prompt: list[int], *, adapter: str | None = None, **sampling: Any) -> None:
+        params = Sampling(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
+        uses = () if adapter is None else (AdapterUse(adapter),)
+        self.engine.receive(Generate(Request(id, prompt, params, uses)))
+
+    def step(self) -> None:
+        for event in self.engine.step().events:
+            self.events.setdefault(event.request_id, []).append(event)
+        self.replies |= {reply.id: reply for reply in self.engine.replies()}
+
+    def run(self) -> None:
+        for _ in range(2000):
+            if not self.engine.busy:
+                return
+            self.step()
+        raise AssertionError("the engine never came to rest")
+
+    def tokens(self, id: str) -> list[int]:
+        return [token for event in self.events[id] if isinstance(event, Tokens) for token in event.token_ids]
+
+    def end(self, id: str) -> Finished:
+        last = self.events[id][-1]
+        assert isinstance(last, Finished)
+        return last
+
+    def ask(self, id: str, prompt: list[int], **sampling: Any) -> list[int]:
+        """One request alone, to its end."""
+        self.send(id, prompt, **sampling)
+        self.run()
+        return self.tokens(id)
+
+    @property
+    def blocks_used(self) -> int:
+        return self.engine.stats().kv_blocks_used
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(tmp_path)
+    yield session
+    session.engine.close()
+
+
+def greedy(prompt: list[int], count: int) -> list[int]:
+    with torch.inference_mode():
+        return reference("llama").generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt):].tolist()  # fmt: skip
+
+
+PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40)), [11]]
+
+
+def test_greedy_batches_give_what_transformers_generates(session: Session) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        session.send(str(index), prompt, max_tokens=10)
+    session.run()
+    for index, prompt in enumerate(PROMPTS):
+        assert session.tokens(str(index)) == greedy(prompt, 10)
+        assert isinstance(session.events[str(index)][0], Admitted)
+        assert session.end(str(index)).reason == "length"
+    assert session.blocks_used == 0
+
+
+def test_a_seeded_request_repeats_whatever_runs_beside_it(session: Session) -> None:
+    options = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
+    alone = session.ask("alone", PROMPTS[0], **options)
+    for index, prompt in enumerate(PROMPTS):
+        session.send(f"other{index}", prompt, temperature=1.0)
+    session.send("beside", PROMPTS[0], **options)
+    session.run()
+    assert session.tokens("beside") == alone
+    assert session.ask("different", PROMPTS[0], **{**options, "seed": 8}) != alone
+
+
+def test_preemption_changes_no_answer(tmp_path: Path) -> None:
+    # 3 layers * 2 heads * 16 * 2 * 4 bytes = 768 bytes a token: room for 60 tokens, wanted are 4 * 40.
+    session = Session(tmp_path, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
+    for index in range(4):
+        session.send(str(index), [5 + index, 9, 33], max_tokens=37)
+    session.run()
+    assert session.engine.stats().preemptions_total > 0
+    for index in range(4):
+        assert session.tokens(str(index)) == greedy([5 + index, 9, 33], 37)
+    session.engine.close()
+
+
+def test_a_prefix_hit_changes_no_answer_and_is_reported(session: Session) -> None:
+    prompt = list(range(3, 23))
+    first = session.ask("first", prompt)
+    assert session.ask("second", prompt) == first
+    event = session.events["second"][1]
+    assert isinstance(event, Tokens)
+    assert event.cached == 16
+    assert session.engine.stats().prefix_hit_tokens_total == 16
+
+
+def test_abort_frees_everything_at_any_moment(session: Session) -> None:
+    for steps in range(6):
+        session.send(f"r{steps}", list(range(3, 40)), max_tokens=50)
+        for _ in range(steps):
+            session.step()
+        session.engine.receive(Abort(f"r{steps}"))
+        session.step()
+        assert session.end(f"r{steps}").reason == "abort"
+        assert session.blocks_used == 0
+    session.engine.receive(Abort("never seen"))
+    session.run()
+
+
+def test_a_stop_token_ends_and_is_not_sent(session: Session) -> None:
+    free = session.ask("free", PROMPTS[0], max_tokens=10)
+    stop = free[4]
+    cut = free.index(stop)
+    assert session.ask("stopped", PROMPTS[0], max_tokens=10, stop_token_ids=(stop,)) == free[:cut]
+    assert session.end("stopped").reason == "stop"
+    assert session.end("stopped").stop_token == stop
+    longer = session.ask("longer", PROMPTS[0], max_tokens=10, stop_token_ids=(stop,), min_tokens=cut + 2)
+    assert len(longer) >= cut + 2
+    assert stop not in longer[: cut + 2]
+
+
+def test_the_base_s_own_end_token_stops_unless_ignored(session: Session) -> None:
+    session.send("a", PROMPTS[0], logit_bias={2: 100.0}, ignore_eos=False)
+    session.send("b", PROMPTS[0], logit_bias={2: 100.0}, ignore_eos=True)
+    session.run()
+    assert (session.tokens("a"), session.end("a").stop_token) == ([], 2)
+    assert session.tokens("b") == [2] * 8
+
+
+def test_prompt_logprobs_are_those_of_transformers_across_chunks(session: Session) -> None:
+    prompt = list(range(3, 40))
+    session.send("a", prompt, max_tokens=1, prompt_logprobs=2, logprobs=2)
+    session.run()
+    with torch.inference_mode():
+        logits = reference("llama")(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+    truth = logits.float().log_softmax(-1)
+    event = session.events["a"][1]
+    assert isinstance(event, Tokens)
+    assert event.prompt_logprobs is not None
+    assert event.logprobs is not None
+    assert len(event.prompt_logprobs) == len(prompt)
+    assert event.prompt_logprobs[0] is None
+    for position, entry in enumerate(event.prompt_logprobs[1:]):
+        assert entry is not None
+        assert entry.token == prompt[position + 1]
+        assert entry.value == pytest.approx(truth[position, entry.token].item(), abs=1e-4)
+        assert [token for token, _ in entry.top] == truth[position].topk(2).indices.tolist()
+    assert event.logprobs[0].value == pytest.approx(truth[-1].max().item(), abs=1e-4)
+
+
+def test_reading_a_prompt_without_generating(session: Session) -> None:
+    session.send("a", PROMPTS[0], max_tokens=0, prompt_logprobs=0)
+    session.run()
+    assert session.tokens("a") == []
+    assert session.end("a").reason == "length"
+    assert session.blocks_used == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "adapter", "kind", "param"),
+    [
+        ([], None, "bad_request", "prompt"),
+        ([96], None, "bad_request", "prompt"),
+        ([-1], None, "bad_request", "prompt"),
+        ([5] * 128, None, "context_length_exceeded", "prompt"),
+        ([5], "nobody", "adapter_not_found", "adapter"),
+    ],
+)
+def test_refusals_name_the_field_and_leave_no_trace(
+    session: Session, prompt: list[int], adapter: str | None, kind: str, param: str
+) -> None:
+    session.send("a", prompt, adapter=adapter)
+    session.run()
+    assert len(session.events["a"]) == 1
+    failure = session.end("a").failure
+    assert failure is not None
+    assert (failure.kind, failure.param) == (kind, param)
+    assert session.engine.stats().waiting == 0
+
+
+def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
+    session = Session(tmp_path, max_queue=2)
+    for index in range(3):
+        session.send(str(index), PROMPTS[0])
+    session.run()
+    failure = session.end("2").failure
+    assert failure is not None
+    assert failure.kind == "overloaded"
+    assert failure.retry_after
+    assert session.tokens("1") == greedy(PROMPTS[0], 8)
+    session.engine.close()
+
+
+def test_the_context_ends_a_sequence(session: Session) -> None:
+    assert len(session.ask("a", [5] * 120, max_tokens=1000)) == 8
+    assert session.end("a").reason == "length"
+
+
+def test_draining_answers_when_all_are_done_and_takes_no_more(session: Session) -> None:
+    session.send("a", PROMPTS[0])
+    session.step()
+    session.engine.receive(Call(1, Drain()))
+    session.send("b", PROMPTS[0])
+    session.step()
+    assert 1 not in session.replies
+    session.run()
+    assert session.replies[1].failure is None
+    assert session.tokens("a") == greedy(PROMPTS[0], 8)
+    assert session.end("b").failure is not None
+
+
+def test_closing_ends_what_runs_with_a_clean_error(session: Session) -> None:
+    session.send("a", PROMPTS[0], max_tokens=100)
+    session.step()
+    session.engine.close()
+    session.step()
+    assert session.end("a").reason == "error"
+    assert session.blocks_used == 0
+
+
+def test_calls_are_answered_between_steps(session: Session) -> None:
+    session.send("a", PROMPTS[0])
+    session.engine.receive(Call(5, ListAdapters()))
+    session.step()
+    assert session.replies[5].result == []
