@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -25,8 +28,10 @@ from pydantic_settings import (
 )
 
 from lora_serve.config import ServeConfig
-from lora_serve.errors import ServeError
-from lora_serve.remote import AdapterCommand
+from lora_serve.errors import ModelUnsupported, ServeError
+from lora_serve.remote import AdapterCommand, Remote
+
+POSITIONAL = ("model", "name", "path")
 
 
 class Key(BaseModel):
@@ -47,9 +52,9 @@ class Cli(BaseSettings):
         cli_avoid_json=True,
     )
 
-    serve: CliSubCommand[ServeConfig]
-    key: CliSubCommand[Key]
-    adapter: CliSubCommand[AdapterCommand]
+    serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
+    adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    key: CliSubCommand[Key] = Field(description="make an API key")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,45 +64,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lora-serve {version('lora-serve')}")
         return 0
     try:
-        chosen = get_subcommand(CliApp.run(Cli, cli_args=given or ["--help"]), is_required=True)
+        chosen = parse(given)
     except ValidationError as error:
-        for line in complaints(error):
-            print(f"lora-serve: {line}", file=sys.stderr)
-        return 2
-    except SettingsError as error:
-        print(f"lora-serve: {error}", file=sys.stderr)
-        return 2
+        return say(2, *complaints(error))
+    except (SettingsError, yaml.YAMLError) as error:
+        return say(2, " ".join(str(error).split()))
     try:
         match chosen:
             case ServeConfig():
                 return serve(chosen)
             case Key():
-                return make_key(chosen)
-            case AdapterCommand():
-                return chosen.run()
+                make_key(chosen)
+            case Remote():
+                chosen.run()
     except ServeError as error:
-        print(f"lora-serve: {error.message}", file=sys.stderr)
-        return 1
-    return 2
+        return say(1, error.message)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The subcommand that was asked for, checked. Help and unknown options end the process, as argparse does."""
+    chosen = get_subcommand(CliApp.run(Cli, cli_args=list(arguments) or ["--help"]), cli_exit_on_error=False)
+    return get_subcommand(chosen, cli_exit_on_error=False) if isinstance(chosen, AdapterCommand) else chosen
+
+
+def say(status: int, *lines: str) -> int:
+    for line in lines:
+        print(f"lora-serve: {line}", file=sys.stderr)
+    return status
 
 
 def complaints(error: ValidationError) -> list[str]:
     """One line an option: how it is spelt on the command line, and what is wrong with it."""
     lines = []
     for problem in error.errors():
-        name = str(problem["loc"][-1] if isinstance(problem["loc"][-1], str) else problem["loc"][-2])
-        spelt = name.upper() if name in ("model", "name") else f"--{name.replace('_', '-')}"
-        lines.append(f"{spelt}: {problem['msg'].removeprefix('Value error, ')}")
+        message = problem["msg"].removeprefix("Value error, ")
+        option = next((part for part in reversed(problem["loc"]) if isinstance(part, str)), "")
+        if option in Cli.model_fields:  # of the command as a whole
+            lines.append(message)
+        else:
+            lines.append(f"{option.upper() if option in POSITIONAL else '--' + option.replace('_', '-')}: {message}")
     return lines
 
 
 def serve(config: ServeConfig) -> int:
-    # The compute threads are the engine's. Set before anything imports a maths library; the engine gets its own value.
+    """Run the server until it is told to end."""
+    # Compute belongs to the engine process: this one gets no maths threads and no torch at all. A None there makes
+    # torch look absent, and transformers brings its tokenizers alone: half the time, a quarter of the memory.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.modules["torch"] = None  # type: ignore[assignment]
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # Imported here: the other commands should not wait for a web server's libraries.
     from lora_serve import server
+    from lora_serve.api.app import create_app
+    from lora_serve.api.auth import load_keys
 
-    return server.serve(config)
+    keys = load_keys(config.api_key_file)
+    return server.serve(
+        config,
+        load_tokenizer=lambda: load_tokenizer(config),
+        make_app=lambda engine, tokenizer: create_app(engine, tokenizer, config, keys),
+    )
+
+
+def load_tokenizer(config: ServeConfig) -> Any:
+    """The base's own tokenizer; code that comes with it is never run. Raises `ModelUnsupported`."""
+    if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
+        raise ModelUnsupported(f"there is no folder {config.model}")
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
+
+
+def make_key(key: Key) -> None:
+    """Print a fresh key and the entry that makes the server accept it."""
+    from lora_serve.api.auth import hash_key
+
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    print(f"key of {key.name}, shown only now: {secret}")
+    print(f"{key.name}: {hash_key(secret)}")

@@ -20,18 +20,18 @@ import uvicorn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from starlette.types import ASGIApp
 
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import COMMAND, EngineClient
-from lora_serve.errors import BadRequest, ServeError
+from lora_serve.errors import BadRequest
 from lora_serve.messages import EngineInfo
 
 LAST_RESPONSES = 5  # seconds that open responses get to send their last bytes
 
 log = logging.getLogger(__name__)
 
-MakeApp = Callable[[EngineClient, Any], ASGIApp]
+App = Callable[..., Any]  # ASGI
+MakeApp = Callable[[EngineClient, Any], App]
 
 
 def is_public(host: str) -> bool:
@@ -51,12 +51,14 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        with contextlib.ExitStack() as undo:
+            bound = undo.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            undo.pop_all()
+            return bound
     except OSError as error:
         raise BadRequest(f"cannot listen on {host} port {port}: {error.strerror or error}", param="port") from error
-    return bound
 
 
 def serve(
@@ -108,19 +110,23 @@ class _Serving:
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
                 return 0
-            await self._serve(bound, make_app(self._engine, starting.result()), leave)
-            return 0
+            return await self._serve(bound, make_app(self._engine, starting.result()), leave)
         finally:
             leave.cancel()
             await self._engine.stop()
 
     async def _start(self, load_tokenizer: Callable[[], Any]) -> Any:
         """The tokenizer, once it and the engine are both there."""
-        with _progress() as show:
-            tokenizer, _ = await asyncio.gather(asyncio.to_thread(load_tokenizer), self._engine.start(show))
-        return tokenizer
+        try:
+            with _progress() as show:
+                async with asyncio.TaskGroup() as both:
+                    tokenizer = both.create_task(asyncio.to_thread(load_tokenizer))
+                    both.create_task(self._engine.start(show))
+        except BaseExceptionGroup as failures:  # the one that failed first; the other was cancelled for it
+            raise failures.exceptions[0] from None
+        return tokenizer.result()
 
-    async def _serve(self, bound: socket.socket, app: ASGIApp, leave: asyncio.Task[Any]) -> None:
+    async def _serve(self, bound: socket.socket, app: App, leave: asyncio.Task[Any]) -> int:
         server = _Server(
             uvicorn.Config(
                 app,
@@ -143,6 +149,7 @@ class _Serving:
         await self._engine.stop()
         server.should_exit = True
         await serving
+        return 0 if server.started else 1
 
     def _signalled(self, number: signal.Signals) -> None:
         if not self._leave.is_set():
@@ -198,8 +205,3 @@ def _summarise(info: EngineInfo, host: str, port: int) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
     sys.stdout.flush()
-
-
-def report(error: ServeError) -> str:
-    """A start-up error as one line for the operator."""
-    return f"--{error.param.replace('_', '-')}: {error.message}" if error.param else error.message

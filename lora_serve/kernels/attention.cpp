@@ -70,7 +70,7 @@ struct Room {
     size_t kd, vd, rows;  // padded widths
     float *q, *out, *score, *keys, *values, *top, *sum;
     Room(std::vector<float>& memory, size_t rows, size_t key_dim, size_t value_dim)
-        : kd(padded(key_dim)), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
+        : kd((key_dim + 2 * W - 1) / (2 * W) * 2 * W), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
         float* p = scratch(memory, rows * (kd + vd + KEYS + 2) + KEYS * (kd + vd));
         auto take = [&](size_t n) { return (p += n) - n; };
         keys = take(KEYS * kd);
@@ -83,21 +83,34 @@ struct Room {
     }
 };
 
-// keys[dim][KEYS] = n rows of T_, transposed; zeros behind row n
+// keys[dim][KEYS] = n rows of T_, transposed; zeros behind row n. Two-byte types travel in pairs: half the shuffles.
 template <class T_> void load_keys(const char* const* row, const char* const* next, int64_t n, size_t dim, float* keys) {
+    constexpr size_t PAIR = 4 / sizeof(T_), STEP = W * PAIR;
     for (int64_t j = 0; j < KEYS; j += W)
-        for (size_t d = 0; d < dim; d += W) {
+        for (size_t d = 0; d < dim; d += STEP) {
             V block[W];
+            size_t bytes = std::min(STEP, dim - d) * sizeof(T_);
             UNROLL
             for (int i = 0; i < W; i++) {
-                if (j + i >= n) { block[i] = V{}; continue; }
-                const T_* p = (const T_*)row[j + i] + d;
-                block[i] = d + W <= dim ? load(p) : load_part(p, dim - d);
+                const char* p = row[j + i] + d * sizeof(T_);
+                block[i] = V{};
+                if (j + i < n) {
+                    if (bytes == sizeof(V)) memcpy(&block[i], p, sizeof(V));
+                    else memcpy(&block[i], p, bytes);
+                }
                 __builtin_prefetch(next[j + i] + d * sizeof(T_), 0, 2);
             }
             transpose(block);
             UNROLL
-            for (int i = 0; i < W; i++) store(keys + (d + i) * KEYS + j, block[i]);
+            for (int i = 0; i < W; i++) {
+                float* to = keys + (d + i * PAIR) * KEYS + j;
+                if constexpr (PAIR == 2) {
+                    store(to, first_of_pair<T_>((U)block[i]));
+                    store(to + KEYS, second_of_pair<T_>((U)block[i]));
+                } else {
+                    store(to, block[i]);
+                }
+            }
         }
 }
 
@@ -193,13 +206,21 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     const char *places[2][2][KEYS];  // [this or next tile][keys, values]
     bool sound = true;
     auto find = [&](int which, int64_t from) {
-        for (int64_t j = 0; j < KEYS; j++) {
-            int64_t p = std::min(from + j, end - 1), block = table[p / call.block_size];
+        from = std::min(from, end - 1);
+        int64_t j = 0, n = std::min(KEYS, end - from), entry = from / call.block_size, offset = from % call.block_size;
+        for (; j < n; entry++, offset = 0) {
+            int64_t block = table[entry];
             if (block < 0 || block >= call.blocks) { sound = false; block = 0; }
-            const Pool *k = &call.keys, *v = &call.values;
-            places[which][0][j] = k->data + block * k->block + p % call.block_size * k->position + unit.head * k->head;
-            places[which][1][j] = v->data + block * v->block + p % call.block_size * v->position + unit.head * v->head;
+            const Pool &k = call.keys, &v = call.values;
+            const char* key = k.data + block * k.block + offset * k.position + unit.head * k.head;
+            const char* value = v.data + block * v.block + offset * v.position + unit.head * v.head;
+            for (; offset < call.block_size && j < n; offset++, j++, key += k.position, value += v.position) {
+                places[which][0][j] = key;
+                places[which][1][j] = value;
+            }
         }
+        for (; j < KEYS; j++)  // never read, only prefetched
+            for (auto& side : places[which]) side[j] = side[n - 1];
     };
     find(0, first);
     for (int which = 0; first < end; first += KEYS, which ^= 1) {

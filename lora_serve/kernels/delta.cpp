@@ -236,7 +236,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in), most * 2 * W);
-    constexpr size_t SMALL = 1 << 15;  // elements that one thread reads while another wakes
+    constexpr size_t SMALL = 1 << 16;  // elements that one thread reads while another wakes
     parallel(bytes < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         float* room = scratch(mine, own);

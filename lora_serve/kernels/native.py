@@ -1,7 +1,7 @@
 """The native CPU backend: packs addresses and sizes, and lets `delta.cpp` and `attention.cpp` do the work.
 
-A step makes hundreds of these calls, each a few dozen microseconds long, so a call is one packed struct and one foreign call
-(which releases the GIL). What never changes about a group is packed once. The C++ side checks every index that it
+A step makes hundreds of these calls, each a few dozen microseconds long, so a call is one packed struct and one foreign
+call (which releases the GIL). What never changes about a group is packed once. The C++ side checks every index that it
 follows; this side checks types and shapes, because a wrong one would write where it must not.
 """
 
@@ -47,8 +47,8 @@ class _PackedGroup:
 class NativeKernels:
     """`Kernels` on the CPU, from a library that `build.library` built.
 
-    Types are fp32, bf16 and fp16, each argument its own; anything else is a TypeError. Shapes, places or ranges that do not fit
-    are a ValueError, before anything is written (attention's result is lost).
+    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, places or ranges that do not fit are a
+    ValueError, before anything is written.
     """
 
     name = "native"
@@ -72,10 +72,12 @@ class NativeKernels:
         if width != packed.in_features or x.stride(1) != 1 or len(outputs) != len(packed.out_features):
             raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
         dtype = x.dtype
-        places = []
+        places: list[int] = []
         for output, features in zip(outputs, packed.out_features, strict=True):
             if output.dtype is not dtype or output.shape != (tokens, features) or output.stride(1) != 1:
-                raise ValueError(f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}")
+                raise ValueError(
+                    f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}"
+                )
             places += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
         if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:

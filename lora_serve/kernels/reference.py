@@ -56,7 +56,7 @@ class ReferenceKernels:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Kernels.attention`."""
-        tokens, heads, _ = q.shape
+        tokens, heads, key_dim = q.shape
         size, kv_heads, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
         out = q.new_zeros(tokens, heads, value_dim)
         starts = spans.query_start.tolist()
@@ -67,7 +67,9 @@ class ReferenceKernels:
             blocks = spans.block_table[i, : -(-context // size)].long()
             key = keys[blocks].flatten(0, 1)[:context].float()  # [context, kv_heads, key_dim]
             value = values[blocks].flatten(0, 1)[:context].float()
-            queries = q[first:last].float().unflatten(1, (kv_heads, -1))  # [rows, kv_heads, share, key_dim]
+            queries = (
+                q[first:last].float().reshape(last - first, kv_heads, -1, key_dim)
+            )  # [rows, kv_heads, share, key_dim]
             score = scale * torch.einsum("rhgd,jhd->hgrj", queries, key)
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)

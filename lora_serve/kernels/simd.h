@@ -9,9 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -50,10 +51,28 @@ constexpr size_t padded(size_t n) { return (n + W - 1) / W * W; }
 INLINE V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
+// GCC widens and narrows whole vectors in halves, at twice the cost, so these have their own words where it matters.
+INLINE U widened(H h) {
+#if defined(__AVX512F__)
+    return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+    return (U)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, U);
+#endif
+}
+INLINE H narrowed(U u) {
+#if defined(__AVX512F__)
+    return (H)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+    return __builtin_convertvector(u, H);
+#endif
+}
+
 INLINE V load(const Bf16* p) {
     H h;
     memcpy(&h, p, sizeof h);
-    return (V)(__builtin_convertvector(h, U) << 16);
+    return (V)(widened(h) << 16);
 }
 
 INLINE void store(Bf16* p, V v) {
@@ -63,7 +82,7 @@ INLINE void store(Bf16* p, V v) {
     U u = (U)v;
     U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     I number = v == v;  // all ones, or zero for NaN, which must not round into infinity
-    H h = __builtin_convertvector((rounded & (U)number) | (((u >> 16) | 0x40) & ~(U)number), H);
+    H h = narrowed((rounded & (U)number) | (((u >> 16) | 0x40) & ~(U)number));
 #endif
     memcpy(p, &h, W * 2);
 }
@@ -71,7 +90,7 @@ INLINE void store(Bf16* p, V v) {
 #if defined(__AVX512F__)
 INLINE V load(const Fp16* p) { __m256i h; memcpy(&h, p, sizeof h); return (V)_mm512_cvtph_ps(h); }
 INLINE void store(Fp16* p, V v) { __m256i h = _mm512_cvtps_ph((__m512)v, 0); memcpy(p, &h, sizeof h); }
-#elif defined(__F16C__) && defined(__AVX__)
+#elif defined(__F16C__) && defined(__AVX2__)
 INLINE V load(const Fp16* p) { __m128i h; memcpy(&h, p, sizeof h); return (V)_mm256_cvtph_ps(h); }
 INLINE void store(Fp16* p, V v) { __m128i h = _mm256_cvtps_ph((__m256)v, 0); memcpy(p, &h, sizeof h); }
 #elif defined(__aarch64__)
@@ -88,7 +107,7 @@ INLINE void store(Fp16* p, V v) {
     memcpy(p, h, sizeof h);
 }
 #else
-INLINE float widened(uint16_t h) {
+INLINE float from_half(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;
     float f;
     if (rest < 0x400) {  // zero and subnormals: an integer count of 2^-24
@@ -101,7 +120,7 @@ INLINE float widened(uint16_t h) {
     memcpy(&f, &bits, 4);
     return f;
 }
-INLINE uint16_t narrowed(float f) {
+INLINE uint16_t to_half(float f) {
     uint32_t u, sign;
     memcpy(&u, &f, 4);
     sign = (u >> 16) & 0x8000;
@@ -118,13 +137,26 @@ INLINE uint16_t narrowed(float f) {
 }
 INLINE V load(const Fp16* p) {
     V v;
-    for (int i = 0; i < W; i++) v[i] = widened(p[i].bits);
+    for (int i = 0; i < W; i++) v[i] = from_half(p[i].bits);
     return v;
 }
 INLINE void store(Fp16* p, V v) {
-    for (int i = 0; i < W; i++) p[i].bits = narrowed(v[i]);
+    for (int i = 0; i < W; i++) p[i].bits = to_half(v[i]);
 }
 #endif
+
+// Two neighbours of a two-byte type, as they lie in one 32-bit lane.
+template <class T> INLINE V first_of_pair(U pair) {
+    if constexpr (std::is_same_v<T, Bf16>) return (V)(pair << 16);
+    H h = narrowed(pair);
+    T lanes[W];
+    memcpy(lanes, &h, sizeof h);
+    return load(lanes);
+}
+template <class T> INLINE V second_of_pair(U pair) {
+    if constexpr (std::is_same_v<T, Bf16>) return (V)(pair & 0xffff0000);
+    return first_of_pair<T>(pair >> 16);
+}
 
 // The last n < W elements of a row; the lanes after them are zero.
 template <class T> INLINE V load_part(const T* p, size_t n) {

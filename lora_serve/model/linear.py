@@ -40,7 +40,7 @@ class SharedInput:
             rows = x.reshape(-1, self._group.in_features)
             outputs = [base(rows) for base in self._bases]
             self._kernels.delta(rows, outputs, self._group, segments)
-            self._ready = {index: y.view(*x.shape[:-1], -1) for index, y in enumerate(outputs)}
+            self._ready = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._ready.pop(module)
         if not self._ready:
@@ -69,6 +69,6 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         segments = self._routing.logits if self._head else self._routing.tokens
         if segments is None:
-            output: Tensor = self.base(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-            return output
+            rows: Tensor = self.base(x.reshape(-1, x.shape[-1]))
+            return rows.view(*x.shape[:-1], rows.shape[-1])
         return self._shared.output(self._module, x, segments)

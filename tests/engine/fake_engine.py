@@ -1,7 +1,7 @@
 """An engine core without a model, in a real process: what a test wants of it, it says in the request.
 
 The prompt's first number picks the behaviour (`Act`); `config.model` picks how the start goes; `config.store`, where
-given, is a folder in which the fake counts its starts.
+given, is a folder in which every start leaves its process id.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[
     progress("weights", 0.5)
     starts = 1
     if config.store is not None:
-        (config.store / str(time.monotonic_ns())).touch()
+        (config.store / str(os.getpid())).touch()
         starts = len(list(config.store.iterdir()))
     if config.model == "unsupported" or (config.model == "second-start-fails" and starts == 2):
         raise ModelUnsupported("no such architecture")

@@ -1,0 +1,93 @@
+"""The reference shapes: sizes of known models, without their weights.
+
+All that the benches must know of a model's arithmetic is here: tensors, linear modules, bytes and operations of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of the Llama kind. Sizes in elements; `model_type` is HF's name for its code."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool
+    context: int
+    rope_theta: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear modules of one layer, by path in the layer: (in, out)."""
+        kv = self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.hidden, kv),
+            "self_attn.v_proj": (self.hidden, kv),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.intermediate),
+            "mlp.up_proj": (self.hidden, self.intermediate),
+            "mlp.down_proj": (self.intermediate, self.hidden),
+        }
+
+    def tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of a layer's weights, as HF saves them."""
+        prefix = f"model.layers.{layer}"
+        for name, (inputs, outputs) in self.linears().items():
+            yield f"{prefix}.{name}.weight", (outputs, inputs)
+            if self.qkv_bias and name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                yield f"{prefix}.{name}.bias", (outputs,)
+        yield f"{prefix}.input_layernorm.weight", (self.hidden,)
+        yield f"{prefix}.post_attention_layernorm.weight", (self.hidden,)
+
+    def ends(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the weights outside the layers."""
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
+
+    def config(self, eos: int) -> dict[str, Any]:
+        """HF's config.json."""
+        return {
+            "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
+            "model_type": self.model_type,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": self.tied,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": None,
+            "eos_token_id": eos,
+            "use_cache": True,
+        }
+
+
+SHAPES = {
+    "tiny": Shape("qwen2", 4, 128, 4, 2, 384, 2048, True, True, 2048, 1e4),
+    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 4864, 151936, True, True, 32768, 1e6),
+    "qwen2.5-1.5b": Shape("qwen2", 28, 1536, 12, 2, 8960, 151936, True, True, 32768, 1e6),
+    "llama-3.1-8b": Shape("llama", 32, 4096, 32, 8, 14336, 128256, False, False, 131072, 5e5),
+}

@@ -1,0 +1,165 @@
+"""Random work for the kernels: what hypothesis draws is a small description, the numbers come from its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_serve.kernels.contract import Delta, DeltaGroup, Segments, Spans
+
+CPU = torch.device("cpu")
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # relative to the largest value
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def assert_near(got: Tensor, wanted: Tensor, what: str = "") -> None:
+    """Every element within the dtype's rounding of the largest one."""
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    largest = wanted.float().abs().max().item() if wanted.numel() else 0.0
+    torch.testing.assert_close(
+        got.float(),
+        wanted.float(),
+        rtol=0,
+        atol=TOLERANCE[wanted.dtype] * (largest + 1e-3),
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+# --- delta -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeltaCase:
+    """`ranks[module][slot - 1]`, 0 where the adapter leaves the module alone; segments as (start, end, slot, weight)."""
+
+    seed: int
+    dtype: torch.dtype
+    weights: torch.dtype
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: list[list[int]]
+    tokens: int
+    segments: list[tuple[int, int, int, float]]
+
+    def group(self) -> DeltaGroup:
+        torch.manual_seed(self.seed)
+        group = DeltaGroup(self.in_features, self.out_features, len(self.ranks[0]) + 1, self.weights, CPU)
+        for module, (out, ranks) in enumerate(zip(self.out_features, self.ranks, strict=True)):
+            for slot, rank in enumerate(ranks, start=1):
+                if rank:
+                    a = torch.randn(rank, self.in_features) / self.in_features**0.5
+                    b = torch.randn(rank, out) / rank**0.5
+                    group.set(module, slot, Delta(a.to(self.weights), b.to(self.weights)))
+        return group
+
+    def rows(self) -> tuple[Tensor, list[Tensor]]:
+        """x and the base's outputs; rows of wider tensors, as the slices of fused projections are."""
+        torch.manual_seed(self.seed + 1)
+        x = torch.randn(self.tokens, self.in_features + 3).to(self.dtype)[:, : self.in_features]
+        return x, [torch.randn(self.tokens, out + 5).to(self.dtype)[:, :out] for out in self.out_features]
+
+
+def segments_of(runs: list[tuple[int, int, int, float]]) -> Segments:
+    start, end, slot, weight = zip(*runs, strict=True) if runs else ((), (), (), ())
+    return Segments(int32(*start), int32(*end), int32(*slot), torch.tensor(weight, dtype=torch.float32))
+
+
+@st.composite
+def delta_cases(draw: st.DrawFn) -> DeltaCase:
+    slots = draw(st.integers(1, 4))
+    out_features = tuple(draw(st.lists(st.integers(1, 200), min_size=1, max_size=3)))
+    rank = st.one_of(st.just(0), st.integers(1, 130))
+    tokens = draw(st.integers(1, 40))
+    edge = st.integers(0, tokens)
+    runs = [
+        (min(a, b), max(a, b), slot, weight)
+        for a, b, slot, weight in draw(
+            st.lists(
+                st.tuples(edge, edge, st.integers(1, slots), st.sampled_from([1.0, 0.5, -2.0])), min_size=1, max_size=6
+            )
+        )
+    ]
+    return DeltaCase(
+        seed=draw(st.integers(0, 1000)),
+        dtype=draw(DTYPES),
+        weights=draw(DTYPES),
+        in_features=draw(st.integers(1, 150)),
+        out_features=out_features,
+        ranks=[draw(st.lists(rank, min_size=slots, max_size=slots)) for _ in out_features],
+        tokens=tokens,
+        segments=runs,
+    )
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """`sequences`: (rows of this step, context including them); 0 rows are a sequence that does not run."""
+
+    seed: int
+    dtype: torch.dtype
+    kv_heads: int
+    share: int
+    key_dim: int
+    value_dim: int
+    block_size: int
+    sequences: list[tuple[int, int]]
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+    @property
+    def options(self) -> tuple[float, int | None, float | None, Tensor | None]:
+        torch.manual_seed(self.seed + 1)
+        sinks = torch.randn(self.kv_heads * self.share) if self.sinks else None
+        return self.key_dim**-0.5, self.window, self.softcap, sinks
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Spans]:
+        """q (a transposed view, as models hand it over), keys, values, spans; blocks in random order."""
+        torch.manual_seed(self.seed)
+        counts = [-(-context // self.block_size) for _, context in self.sequences]
+        blocks = sum(counts) + 1
+        keys = torch.randn(blocks, self.block_size, self.kv_heads, self.key_dim).to(self.dtype)
+        values = torch.randn(blocks, self.block_size, self.kv_heads, self.value_dim).to(self.dtype)
+        order = torch.randperm(blocks).tolist()
+        table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+        for i, count in enumerate(counts):
+            table[i, :count] = int32(*(order.pop() for _ in range(count)))
+        rows = [rows for rows, _ in self.sequences]
+        start = int32(*(sum(rows[:i]) for i in range(len(rows) + 1)))
+        contexts = [context for _, context in self.sequences]
+        spans = Spans(start, int32(*contexts), table, max(rows), max(contexts))
+        q = torch.randn(self.kv_heads * self.share, sum(rows), self.key_dim).to(self.dtype).transpose(0, 1)
+        return q, keys, values, spans
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn) -> AttentionCase:
+    sequences = []
+    for _ in range(draw(st.integers(1, 4))):
+        rows = draw(st.sampled_from([0, 1, 1, 1, 2, 7, 40]))
+        sequences.append((rows, max(1, rows + draw(st.sampled_from([0, 0, 1, 15, 31, 32, 90])))))
+    key_dim = draw(st.sampled_from([8, 24, 64, 80, 128]))
+    return AttentionCase(
+        seed=draw(st.integers(0, 1000)),
+        dtype=draw(DTYPES),
+        kv_heads=draw(st.sampled_from([1, 2, 3])),
+        share=draw(st.sampled_from([1, 2, 7, 8])),
+        key_dim=key_dim,
+        value_dim=draw(st.sampled_from([key_dim, 8, 72])),
+        block_size=draw(st.sampled_from([1, 3, 16, 64])),
+        sequences=sequences,
+        window=draw(st.sampled_from([None, None, 1, 5, 33])),
+        softcap=draw(st.sampled_from([None, None, 2.0, 30.0])),
+        sinks=draw(st.booleans()),
+    )

@@ -1,0 +1,177 @@
+"""What every backend promises about `delta`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from kernel_cases import CPU, DeltaCase, assert_near, delta_cases, segments_of
+
+from lora_serve.kernels.contract import DeltaGroup
+from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.reference import ReferenceKernels
+
+reference = ReferenceKernels()
+many = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+CASE = DeltaCase(
+    seed=3,
+    dtype=torch.bfloat16,
+    weights=torch.bfloat16,
+    in_features=96,
+    out_features=(160, 33),
+    ranks=[[16, 5, 128], [16, 0, 8]],
+    tokens=30,
+    segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 30, 3, 1.0), (8, 9, 1, -1.0)],
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(delta_cases())
+def test_the_reference_does_what_the_contract_says(case: DeltaCase) -> None:
+    case = dataclasses.replace(case, dtype=torch.float32)
+    group = case.group()
+    x, outputs = case.rows()
+    wanted = [output.double() for output in outputs]
+    for start, end, slot, weight in case.segments:
+        for module, deltas in enumerate(group.deltas):
+            delta = deltas[slot]
+            if delta is not None:
+                for row in range(start, end):
+                    wanted[module][row] += weight * (x[row].double() @ delta.a.double().T) @ delta.b.double()
+    reference.delta(x, outputs, group, segments_of(case.segments))
+    for got, want in zip(outputs, wanted, strict=True):
+        assert_near(got, want.float())
+
+
+@many
+@given(delta_cases())
+def test_native_gives_the_references_numbers(native: NativeKernels, case: DeltaCase) -> None:
+    group, segments = case.group(), segments_of(case.segments)
+    x, outputs = case.rows()
+    _, wanted = case.rows()
+    native.delta(x, outputs, group, segments)
+    reference.delta(x, wanted, group, segments)
+    for module, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
+        assert_near(got, want, f"module {module}")
+
+
+@many
+@given(delta_cases())
+def test_rows_outside_all_segments_keep_every_bit(native: NativeKernels, case: DeltaCase) -> None:
+    x, outputs = case.rows()
+    before = [output.clone() for output in outputs]
+    covered = {row for start, end, _, _ in case.segments for row in range(start, end)}
+    outside = [row for row in range(case.tokens) if row not in covered]
+    x[outside] = float("nan")
+    native.delta(x, outputs, case.group(), segments_of(case.segments))
+    for got, was in zip(outputs, before, strict=True):
+        assert torch.equal(got[outside], was[outside])
+
+
+@pytest.mark.parametrize("rows", range(1, 20))
+def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(native: NativeKernels, rows: int) -> None:
+    group = CASE.group()
+    x, outputs = CASE.rows()
+    _, alone = CASE.rows()
+    native.delta(x, outputs, group, segments_of([(0, rows, 3, 0.7)]))
+    for row in range(rows):
+        native.delta(x, alone, group, segments_of([(row, row + 1, 3, 0.7)]))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, alone, strict=True))
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(native: NativeKernels) -> None:
+    big = dataclasses.replace(CASE, in_features=500, out_features=(700, 90), tokens=100, segments=[(0, 100, 3, 1.0)])
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        x, outputs = big.rows()
+        native.delta(x, outputs, big.group(), segments_of(big.segments))
+        results.append(outputs)
+    for outputs in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, results[0], strict=True))
+
+
+def test_a_composition_is_the_weighted_sum_of_its_adapters(native: NativeKernels) -> None:
+    case = dataclasses.replace(CASE, dtype=torch.float32, weights=torch.float32)
+    group = case.group()
+    x, both = case.rows()
+    _, base = case.rows()
+    native.delta(x, both, group, segments_of([(2, 9, 1, 0.7), (2, 9, 3, 0.3)]))
+    for module, (got, was) in enumerate(zip(both, base, strict=True)):
+        wanted = was.clone()
+        for slot, weight in ((1, 0.7), (3, 0.3)):
+            delta = group.deltas[module][slot]
+            assert delta is not None
+            wanted[2:9] += weight * (x[2:9] @ delta.a.T @ delta.b)
+        assert_near(got, wanted)
+
+
+def test_a_slot_can_be_pointed_elsewhere_between_calls(native: NativeKernels) -> None:
+    group = CASE.group()
+    x, outputs = CASE.rows()
+    segments = segments_of([(0, 30, 1, 1.0)])
+    native.delta(x, outputs, group, segments)
+    group.set(0, 1, None)
+    group.set(1, 1, group.deltas[1][3])
+    _, got = CASE.rows()
+    _, wanted = CASE.rows()
+    native.delta(x, got, group, segments)
+    reference.delta(x, wanted, group, segments)
+    assert torch.equal(got[0], wanted[0])
+    assert_near(got[1], wanted[1])
+    assert not torch.equal(got[1], outputs[1])
+
+
+def test_a_broken_adapter_breaks_only_its_own_rows(native: NativeKernels) -> None:
+    group = CASE.group()
+    x, wanted = CASE.rows()
+    native.delta(x, wanted, group, segments_of(CASE.segments))
+    broken = group.deltas[0][2]
+    assert broken is not None
+    broken.a.fill_(float("nan"))
+    _, got = CASE.rows()
+    native.delta(x, got, group, segments_of(CASE.segments))
+    others = [*range(1), *range(4, 30)]
+    assert got[0][1:4].isnan().all()
+    assert torch.equal(got[0][others], wanted[0][others])
+    assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_segments_is_no_work(native: NativeKernels, backend: str) -> None:
+    kernels = native if backend == "native" else reference
+    x, outputs = CASE.rows()
+    before = [output.clone() for output in outputs]
+    kernels.delta(x, outputs, CASE.group(), segments_of([]))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
+
+
+@pytest.mark.parametrize("run", [(0, 31, 1, 1.0), (-1, 3, 1, 1.0), (5, 3, 1, 1.0), (0, 3, 4, 1.0), (0, 3, -1, 1.0)])
+def test_segments_outside_the_batch_or_the_slots_write_nothing(
+    native: NativeKernels, run: tuple[int, int, int, float]
+) -> None:
+    x, outputs = CASE.rows()
+    before = [output.clone() for output in outputs]
+    with pytest.raises(ValueError, match="segment 1"):
+        native.delta(x, outputs, CASE.group(), segments_of([(0, 2, 1, 1.0), run]))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused(native: NativeKernels) -> None:
+    group, segments = CASE.group(), segments_of(CASE.segments)
+    x, outputs = CASE.rows()
+    with pytest.raises(ValueError, match="does not fit the group"):
+        native.delta(x[:, :-1], outputs, group, segments)
+    with pytest.raises(ValueError, match="does not fit the group"):
+        native.delta(x, outputs[:1], group, segments)
+    with pytest.raises(ValueError, match="does not fit 30 rows of 33"):
+        native.delta(x, [outputs[0], outputs[1][:20]], group, segments)
+    with pytest.raises(ValueError, match="does not fit 30 rows of 160"):
+        native.delta(x, [output.float() for output in outputs], group, segments)
+    with pytest.raises(TypeError, match="float64"):
+        native.delta(x.double(), [output.double() for output in outputs], group, segments)
+    with pytest.raises(TypeError, match="float64"):
+        native.delta(x, outputs, DeltaGroup(96, (160, 33), 4, torch.float64, CPU), segments)

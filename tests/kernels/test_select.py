@@ -1,0 +1,100 @@
+"""How a backend is found: built once, kept, and replaced by plain torch where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_serve.kernels.build import BuildError, library
+from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.select import select
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lora-serve"
+
+
+def compiler(folder: Path, body: str) -> str:
+    """A stand-in compiler; `$OUT` is where it was asked to write."""
+    script = folder / "cxx"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo one && exit 0\nfor OUT; do :; done\n{body}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_the_library_is_built_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'echo built >> {tmp_path}/log; echo so > "$OUT"'))
+    first = library()
+    assert first.parent == cache
+    assert library() == first
+    assert (tmp_path / "log").read_text().splitlines() == ["built"]
+
+
+def test_another_compiler_means_another_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo so > "$OUT"'))
+    first = library()
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo so > "$OUT"') + " -O1")
+    assert library() != first
+
+
+def test_servers_that_start_together_share_one_whole_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'printf half > "$OUT"; sleep 0.2; printf " and half" >> "$OUT"'))
+    with ThreadPoolExecutor(4) as pool:
+        found = {future.result() for future in [pool.submit(library) for _ in range(4)]}
+    assert [path.read_text() for path in found] == ["half and half"]
+    assert list(cache.iterdir()) == list(found)  # no scratch is left
+
+
+def test_a_compiler_that_fails_leaves_one_line_of_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo "x.cpp: note" >&2; echo "x.cpp: error: no luck" >&2; exit 3'))
+    with pytest.raises(BuildError) as caught:
+        library()
+    assert str(caught.value).endswith("ended with 3: x.cpp: error: no luck")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("body", ["exit 1", 'echo "not a library" > "$OUT"'])
+def test_without_native_kernels_torch_serves_and_the_log_says_so_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, body: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, body))
+    with caplog.at_level(logging.DEBUG):
+        kernels = select(CPU)
+    assert kernels.name == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "slower" in caplog.text
+
+
+def test_an_absent_compiler_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="no-such-compiler did not run"):
+        library()
+
+
+def test_the_cpu_gets_native_kernels_unless_told_otherwise(
+    native: NativeKernels, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert select(CPU).name == native.name
+    assert select(CPU, native=False).name == "reference"
+    assert select(torch.device("meta")).name == "reference"
+    assert caplog.records == []
+
+
+def test_the_kernels_share_torchs_threads(native: NativeKernels) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells what is loaded")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    assert len(loaded) <= 1
