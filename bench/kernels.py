@@ -1,7 +1,7 @@
 """How far the kernels are from what this machine's memory allows.
 
-Run it as `python bench/kernels.py` (`--quick` for fewer sizes and repeats). Every figure is a median; the floor of a row
-is the bytes that it must read, over the bandwidth measured at the start of the same run; a second measurement at the
+Run it as `python bench/kernels.py` (`--quick` for fewer sizes and repeats). Figures are medians; the floor of a row is
+the bytes that it must read, over the bandwidth measured at the start of the same run; a second measurement at the
 end shows whether that held. Weights and KV of many layers take turns, so no call finds its own in a near cache. A large
 last-level cache can still give more than memory does: then the ratio is below one. Prefill is bound by arithmetic, not
 by bytes, so every row gives its GFLOP/s too.

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +125,28 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-class _complete:
+@contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
     """A folder that appears under its own name only when everything is in it; replaces what was there."""
+    staging = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._staging = folder.with_name(f".{folder.name}.unfinished")
 
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
-        return self._staging
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._staging.rename(self._folder)
-        else:
-            shutil.rmtree(self._staging, ignore_errors=True)
+def _kept(recipe: Path, folder: Path, made_from: dict[str, Any]) -> bool:
+    """Whether `folder` is there, made as `recipe` says; if it was made otherwise it is removed."""
+    if folder.is_dir() and recipe.is_file() and json.loads(recipe.read_text()) == made_from:
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(recipe, made_from)
+    return False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,14 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = args.out or Path(".bench") / args.shape
     ranks = [int(rank) for rank in args.rank.split(",")]
     targets = args.targets.split(",") if args.targets else None
-    if not (out / "model").is_dir():
+    if not _kept(out / "model.json", out / "model", {"shape": args.shape, "seed": args.seed}):
         make_model(shape, out / "model", seed=args.seed)
-    made = {"shape": args.shape, "ranks": ranks, "targets": targets, "seed": args.seed}
-    recipe = out / "adapters.json"
-    same = recipe.is_file() and json.loads(recipe.read_text()) == made
-    if not same:
-        shutil.rmtree(out / "adapters", ignore_errors=True)
-        _write_json(recipe, made)
+    _kept(
+        out / "adapters.json",
+        out / "adapters",
+        {"shape": args.shape, "ranks": ranks, "targets": targets, "seed": args.seed},
+    )
     for number in range(args.adapters):
         folder = out / "adapters" / f"a{number:04}"
         if not folder.is_dir():

@@ -38,7 +38,6 @@ class Key(BaseModel):
     """Make an API key: prints the key, to be given to its user, and the line for the --api-key-file."""
 
     name: CliPositionalArg[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="whose key it is")
-    admin: bool = Field(False, description="may also upload and delete adapters")
 
 
 class Cli(BaseSettings):

@@ -5,6 +5,7 @@ Whatever an adapter was on disk, here it is one flat tensor and a plan that says
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +32,16 @@ class BaseShape:
 
     Attributes:
         sites: adaptable modules by their full path in the HF model (`model.layers.0.self_attn.q_proj`).
-        groups: names of sites that read one input, in the order in which the bank keeps them; every site is in one group.
+        groups: names of sites that read one input, in the order in which the bank keeps them; each site in one.
         others: paths of modules that exist but cannot be adapted, with the reason (for messages).
         model_type: HF's name for the architecture.
         tied: whether the head shares the embedding's weights.
+        weight: a site's own weights by name, for checks and formats that need them.
     """
 
     sites: dict[str, Site]
     groups: tuple[tuple[str, ...], ...]
+    weight: Callable[[str], Tensor]
     others: dict[str, str] = field(default_factory=dict)
     model_type: str = ""
     tied: bool = False
@@ -83,7 +86,7 @@ class Adapter:
         return self.flat.numel() * self.flat.element_size()
 
     def delta(self, site: Site, flat: Tensor | None = None) -> Delta | None:
-        """Views of the site's matrices in `flat` (a copy of this adapter's flat tensor on some device), if it has any."""
+        """Views of the site's matrices in `flat` (this adapter's flat tensor, on some device), if it has any."""
         place = self.places.get(site.name)
         if place is None:
             return None

@@ -85,7 +85,7 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
         eos_token_ids=loaded.eos_token_ids,
         kv_tokens=blocks * config.kv_block_size,
         adapter_slots=config.adapter_slots,
-        adapters=len(registry.list()),
+        adapters=len(registry.describe_all()),
         parameters=loaded.parameters,
         generation_defaults=loaded.generation_defaults,
         notes=notes,

@@ -273,7 +273,7 @@ class Engine:
                 case Publish():
                     registry.publish(operation, done)
                 case ListAdapters():
-                    done(registry.list())
+                    done(registry.describe_all())
                 case DescribeAdapter():
                     done(registry.describe(operation.name))
                 case LoadAdapter():

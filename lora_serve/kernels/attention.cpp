@@ -1,7 +1,8 @@
 // Paged attention and the writing of keys and values.
 //
-// A unit of work is (sequence, kv head, run of query rows): all query heads that share the kv head go together, so each
-// key and value is read and widened once for all of them. Keys come in tiles that begin at multiples of KEYS whatever the
+// A unit of work is (sequence, run of query rows, some kv heads): all query heads that share a kv head go together, so each
+// key and value is read and widened once for all of them; several kv heads go together where there are units enough, since
+// a position's heads are neighbours in memory. Keys come in tiles that begin at multiples of KEYS whatever the
 // batch, softmax runs online over the tiles; nothing is gathered into a copy of the context.
 #include <algorithm>
 #include <atomic>
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t KEYS = 32;  // positions in a tile
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
+constexpr int64_t FEW = 8;    // rows up to which values are not worth widening into a buffer first
 
 struct Pool { char* data; int64_t block, position, head, type, dim; };  // strides in bytes
 
@@ -39,31 +41,39 @@ struct AttentionCall {  // as native.py packs it
     double scale, softcap;  // softcap 0: none
 };
 
-struct Unit { int64_t sequence, head, first, tokens; };  // first: of the sequence's rows in this step
+struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
 
 size_t bytes_of(int64_t type) { return type == FP32 ? 4 : 2; }
 
-// exp for x <= 88; 0 below the smallest normal float, NaN for NaN. Cody and Waite's reduction, then a polynomial.
-INLINE V exponential(V x) {
-    constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
-    V floor = V{} - 87.3f;
-    V n = larger(x, floor) * 1.44269504f + magic - magic;
-    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    I power = (__builtin_convertvector(n, I) + 127) << 23;
-    return x < floor ? V{} : p * (V)power;
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x for x < 128; 0 below the smallest normal float, NaN for NaN. The polynomial is good to 2 ulp over [-1/2, 1/2].
+INLINE V power_of_two(V x) {
+    constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the lowest bits
+    V floor = V{} - 126.0f;
+    V whole = larger(x, floor) + magic;
+    V r = x - (whole - magic);
+    V p = r * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * r + 9.618437358e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472029e-1f;
+    p = p * r + 1.0f;
+    return x < floor ? V{} : p * (V)(((U)whole + 127) << 23);
 }
 INLINE V tangent(V x) {  // hyperbolic
     V positive = x < 0 ? -x : x;
-    V e = exponential(larger(V{} - 80.0f, positive * -2.0f));
+    V e = power_of_two(positive * (-2 * LOG2E));
     V value = (1.0f - e) / (1.0f + e);
     return x < 0 ? -value : value;
 }
+
+// Where the keys or values of a tile's positions lie, for one head.
+struct Places {
+    const char* const* first;  // of the unit's first kv head
+    int64_t offset;
+    const char* operator[](int64_t j) const { return first[j] + offset; }
+};
 
 // One unit's memory, all rows padded to vectors.
 struct Room {
@@ -84,7 +94,7 @@ struct Room {
 };
 
 // keys[dim][KEYS] = n rows of T_, transposed; zeros behind row n. Two-byte types travel in pairs: half the shuffles.
-template <class T_> void load_keys(const char* const* row, const char* const* next, int64_t n, size_t dim, float* keys) {
+template <class T_> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
     constexpr size_t PAIR = 4 / sizeof(T_), STEP = W * PAIR;
     for (int64_t j = 0; j < KEYS; j += W)
         for (size_t d = 0; d < dim; d += STEP) {
@@ -115,7 +125,7 @@ template <class T_> void load_keys(const char* const* row, const char* const* ne
 }
 
 template <class T_>
-void load_values(const char* const* row, const char* const* next, int64_t n, size_t dim, size_t width, float* values) {
+void load_values(Places row, Places next, int64_t n, size_t dim, size_t width, float* values) {
     for (int64_t j = 0; j < KEYS; j++) {
         float* to = values + j * width;
         size_t done = 0;
@@ -128,7 +138,7 @@ void load_values(const char* const* row, const char* const* next, int64_t n, siz
     }
 }
 
-// Turn scores of keys `first`.. into probabilities relative to the running maximum, and bring `out` to it.
+// Turn scores (in units of log 2) of keys `first`.. into probabilities relative to the running maximum, and bring `out` to it.
 INLINE void soften(const AttentionCall& call, float* score, int64_t first, int64_t oldest, int64_t position, float* top,
                    float* sum, float* out, size_t width) {
     constexpr int N = KEYS / W;
@@ -141,7 +151,7 @@ INLINE void soften(const AttentionCall& call, float* score, int64_t first, int64
     UNROLL
     for (int c = 0; c < N; c++) {
         s[c] = load(score + c * W);
-        if (cap > 0) s[c] = tangent(s[c] / cap) * cap;
+        if (cap > 0) s[c] = tangent(s[c] / cap) * (cap * LOG2E);
         if (!whole) {
             I seen = (lane >= (int32_t)(oldest - first - c * W)) & (lane <= (int32_t)(position - first - c * W));
             s[c] = seen ? s[c] : V{} + low;
@@ -155,12 +165,12 @@ INLINE void soften(const AttentionCall& call, float* score, int64_t first, int64
     V part = {};
     UNROLL
     for (int c = 0; c < N; c++) {
-        s[c] = exponential(s[c] - base);
+        s[c] = power_of_two(s[c] - base);
         part += s[c];
         store(score + c * W, s[c]);
     }
     if (now > *top) {
-        float shrink = exponential(V{} + (*top - base))[0];
+        float shrink = power_of_two(V{} + (*top - base))[0];
         *sum *= shrink;
         for (size_t d = 0; d < width; d += W) store(out + d, load(out + d) * shrink);
     }
@@ -178,33 +188,63 @@ void multiply(int64_t rows, const float* a, size_t lda, const float* b, size_t n
             });
 }
 
+// out[rows, dim] += score[rows, n] @ n rows of T_, widened as they come. For few rows; `dim` is a multiple of 2W.
+template <class T_>
+void weigh(int64_t rows, const float* score, Places row, Places next, int64_t n, size_t dim, float* out, size_t width) {
+    for (int64_t r = 0; r < rows; r += TILE)
+        with_rows((int)std::min<int64_t>(TILE, rows - r), [&](auto t_) {
+            constexpr int T = decltype(t_)::value;
+            for (size_t d = 0; d < dim; d += 2 * W) {
+                V sum[T][2];
+                UNROLL
+                for (int t = 0; t < T; t++)
+                    for (int c = 0; c < 2; c++) sum[t][c] = load(out + (r + t) * width + d + c * W);
+                for (int64_t j = 0; j < n; j++) {
+                    const T_* value = (const T_*)row[j] + d;
+                    V left = load(value), right = load(value + W);
+                    __builtin_prefetch(next[j] + d * sizeof(T_), 0, 2);
+                    UNROLL
+                    for (int t = 0; t < T; t++) {
+                        float p = score[(r + t) * KEYS + j];
+                        sum[t][0] += left * p;
+                        sum[t][1] += right * p;
+                    }
+                }
+                UNROLL
+                for (int t = 0; t < T; t++)
+                    for (int c = 0; c < 2; c++) store(out + (r + t) * width + d + c * W, sum[t][c]);
+            }
+        });
+}
+
 // False where the block table names a block that is not there.
 bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
-    int64_t share = call.heads / call.kv_heads, rows = unit.tokens * share, head = unit.head * share;
+    int64_t share = call.heads / call.kv_heads, rows = unit.tokens * share;  // rows of one kv head
     int64_t start = call.query_start[unit.sequence], length = call.query_start[unit.sequence + 1] - start;
     int64_t context = call.context[unit.sequence], position = context - length + unit.first;
     size_t kd = call.keys.dim, vd = call.values.dim;
     float infinity = std::numeric_limits<float>::infinity();
+    float scale = (float)call.scale * (call.softcap > 0 ? 1.0f : LOG2E);
 
-    auto q_row = [&](int64_t r) {
-        return call.q + (start + unit.first + r / share) * call.q_token + (head + r % share) * call.q_head;
-    };
+    // Row r of the unit: rows of the first kv head, then of the next.
+    auto token = [&](int64_t r) { return start + unit.first + r % rows / share; };
+    auto head = [&](int64_t r) { return (unit.head + r / rows) * share + r % share; };
     with_type(call.q_type, [&](auto* type) {
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < rows * unit.heads; r++) {
             float* q = room.q + r * room.kd;
-            widen_row((decltype(type))q_row(r), kd, q);
-            for (size_t d = 0; d < kd; d += W) store(q + d, load(q + d) * (float)call.scale);
-            room.top[r] = call.sinks ? call.sinks[head + r % share] : -infinity;
+            widen_row((decltype(type))(call.q + token(r) * call.q_token + head(r) * call.q_head), kd, q);
+            for (size_t d = 0; d < kd; d += W) store(q + d, load(q + d) * scale);
+            room.top[r] = call.sinks ? call.sinks[head(r)] * LOG2E : -infinity;
             room.sum[r] = call.sinks ? 1.0f : 0.0f;
         }
     });
-    std::fill(room.out, room.out + rows * room.vd, 0.0f);
+    std::fill(room.out, room.out + rows * unit.heads * room.vd, 0.0f);
 
     auto oldest = [&](int64_t p) { return call.window && p >= call.window ? p - call.window + 1 : 0; };
     const int32_t* table = call.block_table + unit.sequence * call.table_width;
     int64_t end = position + unit.tokens, first = oldest(position) / KEYS * KEYS;
     const char *places[2][2][KEYS];  // [this or next tile][keys, values]
-    bool sound = true;
+    bool sound = true, direct = rows <= FEW && vd % (2 * W) == 0;
     auto find = [&](int which, int64_t from) {
         from = std::min(from, end - 1);
         int64_t j = 0, n = std::min(KEYS, end - from), entry = from / call.block_size, offset = from % call.block_size;
@@ -226,27 +266,35 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     for (int which = 0; first < end; first += KEYS, which ^= 1) {
         find(which ^ 1, first + KEYS);
         if (!sound) return false;
-        auto& here = places[which];
-        auto& next = places[which ^ 1];
         int64_t n = std::min(KEYS, end - first);
-        with_type(call.keys.type, [&](auto* type) {
-            using T_ = std::remove_pointer_t<decltype(type)>;
-            load_keys<T_>(here[0], next[0], n, kd, room.keys);
-            load_values<T_>(here[1], next[1], n, vd, room.vd, room.values);
-        });
-        multiply<false>(rows, room.q, room.kd, room.keys, KEYS, kd, room.score);
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t p = position + r / share;
-            soften(call, room.score + r * KEYS, first, oldest(p), p, room.top + r, room.sum + r,
-                   room.out + r * room.vd, room.vd);
+        for (int64_t h = 0; h < unit.heads; h++) {
+            auto of = [&](int tile, int side) {
+                return Places{places[tile][side], h * (side ? call.values : call.keys).head};
+            };
+            float *q = room.q + h * rows * room.kd, *out = room.out + h * rows * room.vd;
+            float *top = room.top + h * rows, *sum = room.sum + h * rows;
+            with_type(call.keys.type, [&](auto* type) {
+                using T_ = std::remove_pointer_t<decltype(type)>;
+                load_keys<T_>(of(which, 0), of(which ^ 1, 0), n, kd, room.keys);
+            });
+            multiply<false>(rows, q, room.kd, room.keys, KEYS, kd, room.score);
+            for (int64_t r = 0; r < rows; r++) {
+                int64_t p = position + r / share;
+                soften(call, room.score + r * KEYS, first, oldest(p), p, top + r, sum + r, out + r * room.vd, room.vd);
+            }
+            with_type(call.values.type, [&](auto* type) {
+                using T_ = std::remove_pointer_t<decltype(type)>;
+                Places here = of(which, 1), next = of(which ^ 1, 1);
+                if (direct) return weigh<T_>(rows, room.score, here, next, n, vd, out, room.vd);
+                load_values<T_>(here, next, n, vd, room.vd, room.values);
+                multiply<true>(rows, room.score, KEYS, room.values, room.vd, KEYS, out);
+            });
         }
-        multiply<true>(rows, room.score, KEYS, room.values, room.vd, KEYS, room.out);
     }
     with_type(call.q_type, [&](auto* type) {
         using T_ = std::remove_pointer_t<decltype(type)>;
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t token = start + unit.first + r / share;
-            T_* to = (T_*)call.out + (token * call.heads + head + r % share) * vd;
+        for (int64_t r = 0; r < rows * unit.heads; r++) {
+            T_* to = (T_*)call.out + (token(r) * call.heads + head(r)) * vd;
             float* out = room.out + r * room.vd;
             size_t d = 0;
             for (; d + W <= vd; d += W) store(to + d, load(out + d) / room.sum[r]);
@@ -285,17 +333,20 @@ extern "C" int64_t lora_attention(const AttentionCall* call) {
     static thread_local std::vector<Unit> memory;
     std::vector<Unit>& units = memory;
     units.clear();
-    int64_t share = call->heads / call->kv_heads, most = std::max<int64_t>(1, ROWS / share), longest = 0;
-    int64_t work = 0;
+    int64_t share = call->heads / call->kv_heads, most = std::max<int64_t>(1, ROWS / share);
+    int64_t work = 0, rows = 0, enough = 4 * call->threads;
     for (int64_t i = 0; i < call->sequences; i++) {
         int64_t start = call->query_start[i], length = call->query_start[i + 1] - start, context = call->context[i];
         if (start < 0 || length < 0 || start + length > call->tokens || (length && context < length) ||
             context > call->table_width * call->block_size)
             return i + 1;
-        for (int64_t first = 0; first < length; first += most)
-            for (int64_t h = 0; h < call->kv_heads; h++)
-                units.push_back({i, h, first, std::min(most, length - first)});
-        longest = std::max(longest, std::min(most, length));
+        for (int64_t first = 0; first < length; first += most) {
+            int64_t tokens = std::min(most, length - first), heads = std::max<int64_t>(1, ROWS / (tokens * share));
+            heads = std::min(heads, std::max<int64_t>(1, call->sequences * call->kv_heads / enough));
+            for (int64_t h = 0; h < call->kv_heads; h += heads)
+                units.push_back({i, h, std::min(heads, call->kv_heads - h), first, tokens});
+            rows = std::max(rows, heads * tokens * share);
+        }
         work += length ? context * call->kv_heads * (length * share + 16) : 0;
     }
     // The longest contexts first, so that no thread is left alone with one at the end.
@@ -307,7 +358,7 @@ extern "C" int64_t lora_attention(const AttentionCall* call) {
     std::atomic<int64_t> next{0}, wrong{0};
     parallel(work < 4096 ? 1 : (int)call->threads, [&](int, int) {
         static thread_local std::vector<float> mine;
-        Room room(mine, longest * share, call->keys.dim, call->values.dim);
+        Room room(mine, rows, call->keys.dim, call->values.dim);
         for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < (int64_t)units.size();)
             if (!attend(*call, units[u], room)) wrong = units[u].sequence + 1;
     });

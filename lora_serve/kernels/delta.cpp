@@ -38,12 +38,14 @@ struct Segment {
     size_t shrunk;  // where its [rows, ranks] begin
 };
 
-// out[T, R] = weight * x[T, n] @ a[R, n].T
+// acc[T, R] += x[T, from:to] @ a[R, from:to].T, lane by lane; rows of `a` are n long
 template <class T_, int T, int R>
-void dots(const float* x, size_t ldx, const T_* a, size_t n, float weight, float* out, size_t ldo) {
-    V acc[W] = {};
-    size_t k = 0;
-    for (; k + W <= n; k += W) {
+void dots(const float* x, size_t ldx, const T_* a, size_t n, size_t from, size_t to, float* acc) {
+    V sum[T * R];
+    UNROLL
+    for (int i = 0; i < T * R; i++) sum[i] = from ? load(acc + i * W) : V{};
+    size_t k = from;
+    for (; k + W <= to; k += W) {
         V w[R];
         UNROLL
         for (int r = 0; r < R; r++) {
@@ -54,30 +56,47 @@ void dots(const float* x, size_t ldx, const T_* a, size_t n, float weight, float
         for (int t = 0; t < T; t++) {
             V v = load(x + t * ldx + k);
             UNROLL
-            for (int r = 0; r < R; r++) acc[t * R + r] += v * w[r];
+            for (int r = 0; r < R; r++) sum[t * R + r] += v * w[r];
         }
     }
-    if (k < n)
+    if (k < to)
         for (int r = 0; r < R; r++) {
-            V w = load_part(a + r * n + k, n - k);
+            V w = load_part(a + r * n + k, to - k);
             UNROLL
-            for (int t = 0; t < T; t++) acc[t * R + r] += load(x + t * ldx + k) * w;
+            for (int t = 0; t < T; t++) sum[t * R + r] += load(x + t * ldx + k) * w;
         }
+    UNROLL
+    for (int i = 0; i < T * R; i++) store(acc + i * W, sum[i]);
+}
+
+// out[T, R] = weight * acc[T, R] summed over lanes
+template <int T, int R> void finish(const float* acc, float weight, float* out, size_t ldo) {
+    V lanes[W] = {};
+    UNROLL
+    for (int i = 0; i < T * R; i++) lanes[i] = load(acc + i * W);
     float sum[W];
-    store(sum, sums(acc) * weight);
+    store(sum, sums(lanes) * weight);
     for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
 }
 
+// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc has room for rows * ranks vectors
 template <class T_>
 void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, size_t n, int64_t ranks, float weight, float* out,
-                 size_t ldo) {
+                 size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
         constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
+        constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // of x, that it stays near for all ranks
+        for (size_t k = 0; k < n; k += DEPTH) {
+            size_t to = std::min(n, k + DEPTH);
+            int64_t r = 0;
+            for (; r + R <= ranks; r += R) dots<T_, T, R>(x, ldx, a + r * n, n, k, to, acc + r * T * W);
+            for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, n, k, to, acc + r * T * W);
+        }
         int64_t r = 0;
-        for (; r + R <= ranks; r += R) dots<T_, T, R>(x, ldx, a + r * n, n, weight, out + r, ldo);
-        for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, n, weight, out + r, ldo);
+        for (; r + R <= ranks; r += R) finish<T, R>(acc + r * T * W, weight, out + r, ldo);
+        for (; r < ranks; r++) finish<T, 1>(acc + r * T * W, weight, out + r, ldo);
     });
 }
 
@@ -130,12 +149,15 @@ void expand(const float* h, size_t ldh, const T_* b, size_t ldb, size_t ranks, M
             if (n <= W) store(wide + r * 2 * W + W, V{});
             widen_row(b + r * ldb + from, n, wide + r * 2 * W);
         }
-        for (int64_t row = 0; row < rows; row += TILE)
+        for (int64_t row = 0; row < rows; row += TILE) {
+            for (int64_t next = row + TILE; next < std::min<int64_t>(row + 2 * TILE, rows); next++)
+                __builtin_prefetch(out.data + (first + next) * out.stride + from * (out.type == FP32 ? 4 : 2), 1);
             with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t) {
                 constexpr int T = decltype(t)::value;
                 panel<T, false>(h + row * ldh, ldh, wide, 2 * W, ranks, sum, 2 * W);
                 add_tile(out, first + row, T, from, n, sum, 2 * W);
             });
+        }
     }
 }
 
@@ -176,7 +198,7 @@ struct Work {
                     if (begin >= end) continue;
                     with_type(group.type, [&](auto* type) {
                         auto* a = (decltype(type))group.a[m * group.slots + s.slot] + (begin - offset) * in;
-                        shrink_tile(rows, x, ldx, a, in, end - begin, s.weight, out + begin, s.ranks);
+                        shrink_tile(rows, x, ldx, a, in, end - begin, s.weight, out + begin, s.ranks, x + TILE * ldx);
                     });
                 }
             }
@@ -235,7 +257,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out(m);
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
-    size_t own = std::max(TILE * padded(group.in), most * 2 * W);
+    size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);
     constexpr size_t SMALL = 1 << 16;  // elements that one thread reads while another wakes
     parallel(bytes < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;

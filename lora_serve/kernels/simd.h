@@ -228,7 +228,13 @@ template <int D = W / 2> INLINE V sums(V* r) {
     if constexpr (D > 1) return sums<D / 2>(r);
     return r[0];
 }
-INLINE V larger(V a, V b) { return a > b ? a : b; }
+INLINE V larger(V a, V b) {  // b where either is NaN
+#if defined(__AVX512F__)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 template <int D = W / 2> INLINE float largest(V v) {
     v = larger(v, swapped<D>(v, Lanes{}));
     if constexpr (D > 1) return largest<D / 2>(v);
@@ -283,7 +289,7 @@ INLINE void barrier() {
 }
 
 // body(thread, threads) on up to `threads` threads at once; one thread runs it without waking others.
-template <class F> void parallel(int threads, F body) {
+template <class F> void parallel([[maybe_unused]] int threads, F body) {
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)

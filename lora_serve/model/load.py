@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,14 @@ def load(
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     return LoadedModel(
         model=model,
-        shape=BaseShape(sites, groups, others, config.model_type, bool(config.tie_word_embeddings)),
+        shape=BaseShape(
+            sites=sites,
+            groups=groups,
+            weight=lambda name: cast(Tensor, model.get_submodule(name).weight),
+            others=others,
+            model_type=config.model_type,
+            tied=bool(config.tie_word_embeddings),
+        ),
         layers=layers,
         windows=_windows(config, len(layers)),
         max_model_len=max_model_len,

@@ -84,7 +84,7 @@ ROWS = st.builds(
 
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], Row]]) -> None:
     sampled = sample(torch.tensor([logits for logits, _ in cases]), [row for _, row in cases])
     assert all(sampled.finite)
@@ -97,7 +97,7 @@ def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], 
 
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=2, max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_row_is_the_same_alone_and_beside_others(cases: list[tuple[list[float], Row]]) -> None:
     logits = torch.tensor([logits for logits, _ in cases])
     together = sample(logits, [row for _, row in cases])

@@ -38,7 +38,7 @@ def assert_near(got: Tensor, wanted: Tensor, what: str = "") -> None:
 
 @dataclass(frozen=True)
 class DeltaCase:
-    """`ranks[module][slot - 1]`, 0 where the adapter leaves the module alone; segments as (start, end, slot, weight)."""
+    """`ranks[module][slot - 1]`, 0 where an adapter leaves a module alone; segments as (start, end, slot, weight)."""
 
     seed: int
     dtype: torch.dtype

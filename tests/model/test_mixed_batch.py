@@ -21,6 +21,8 @@ from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.registry import lower
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
+
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc", "lm_head"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"],

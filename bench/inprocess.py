@@ -1,0 +1,216 @@
+"""The engine driven in its own process, without HTTP: what a server could give at best, and what only the engine knows.
+
+    python -m bench.inprocess --folder .bench/qwen2.5-0.5b --serve "--threads 2"
+
+runs one load (a closed loop, as `bench/load.py` means it) for every mix and prints one line of JSON: tokens a second,
+the median decode step beside its floor (`bench/floor.py`), and with `--memory` what adapters take and give back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic_settings import CliApp, get_subcommand
+
+from bench import floor
+from bench.client import Job
+from bench.load import Load
+from bench.report import json_line
+from bench.serve import load_arguments, load_of, mixes
+from lora_serve.cli import Cli
+from lora_serve.config import ServeConfig
+from lora_serve.engine.engine import Engine
+from lora_serve.messages import (
+    Abort,
+    Call,
+    EngineInfo,
+    EvictAdapter,
+    Generate,
+    LoadAdapter,
+    Operation,
+    Reply,
+    Stats,
+    Update,
+)
+from lora_serve.request import AdapterUse, Finished, Request, Sampling, Tokens
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A load's result: tokens, seconds from first request to last token, and the seconds of each full decode step."""
+
+    tokens: int
+    seconds: float
+    decode_steps: list[float]
+
+    @property
+    def throughput(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Core(Protocol):
+    """What is driven here of `lora_serve.engine.engine.Engine`."""
+
+    @property
+    def busy(self) -> bool: ...
+    def receive(self, message: Generate | Abort | Call) -> None: ...
+    def step(self) -> Update: ...
+    def replies(self) -> list[Reply]: ...
+    def stats(self) -> Stats: ...
+
+
+class Driver:
+    """The loop that the server's engine process would be, around one engine.
+
+    Args:
+        wake: set by the engine's own threads when there is something to do again.
+    """
+
+    def __init__(self, engine: Core, wake: threading.Event) -> None:
+        self._engine = engine
+        self._wake = wake
+        self._ids = count()
+
+    def run(self, load: Load) -> Ran:
+        """Serve a closed loop to its end. Raises RuntimeError if any request fails."""
+        jobs = load.jobs()
+        clients = [iter(jobs[client :: load.clients]) for client in range(load.clients)]
+        running: dict[str, Iterator[Job]] = {}
+        tokens = 0
+        steps = []
+        begin = time.perf_counter()
+        for client in clients:
+            self._next(client, running)
+        while running:
+            before = time.perf_counter()
+            update = self._step()
+            now = time.perf_counter()
+            if update.step is not None and update.step.tokens == update.step.sequences == load.clients:
+                steps.append(now - before)
+            for event in update.events:
+                if isinstance(event, Tokens):
+                    tokens += len(event.token_ids)
+                elif isinstance(event, Finished):
+                    if event.failure is not None:
+                        raise RuntimeError(event.failure.message)
+                    client = running.pop(event.request_id)
+                    if now - begin < load.seconds:
+                        self._next(client, running)
+        return Ran(tokens, time.perf_counter() - begin, steps)
+
+    def call(self, operation: Operation) -> Any:
+        """One operation and its answer."""
+        id = next(self._ids)
+        self._engine.receive(Call(id, operation))
+        while True:
+            for reply in self._engine.replies():
+                if reply.id == id:
+                    if reply.failure is not None:
+                        raise RuntimeError(reply.failure.message)
+                    return reply.result
+            self._step()
+
+    def held(self) -> int:
+        """Bytes that adapters hold in all memory tiers, by the engine's own account."""
+        return sum(self._engine.stats().bytes.values())
+
+    def _step(self) -> Update:
+        if not self._engine.busy:
+            self._wake.wait(0.05)
+            self._wake.clear()
+        return self._engine.step()
+
+    def _next(self, client: Iterator[Job], running: dict[str, Iterator[Job]]) -> None:
+        job = next(client, None)
+        if job is None:
+            return
+        id = f"bench-{next(self._ids)}"
+        sampling = Sampling(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
+        uses = () if job.adapter is None else (AdapterUse(job.adapter),)
+        running[id] = client
+        self._engine.receive(Generate(Request(id, job.prompt, sampling, uses)))
+
+
+def memory(driver: Driver, names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Load adapters one by one, then evict them: bytes a tier's copy takes over the file's, bytes freed over taken."""
+    for name in names:
+        driver.call(EvictAdapter(name))
+    begin = driver.held()
+    ratios = []
+    for name in names:
+        version = driver.call(LoadAdapter(name))["versions"][0]
+        ratios.append(version["memory_bytes"] / (folder / name / "adapter_model.safetensors").stat().st_size)
+    taken = driver.held() - begin
+    for name in names:
+        driver.call(EvictAdapter(name))
+    freed = taken - (driver.held() - begin)
+    return {"bytes_over_file": max(ratios), "taken": taken, "freed": freed, "adapters": len(names)}
+
+
+def config_of(arguments: str) -> ServeConfig:
+    """The options of `lora-serve serve ARGUMENTS`, read as the command reads them."""
+    chosen = get_subcommand(CliApp.run(Cli, cli_args=["serve", *shlex.split(arguments)]))
+    if not isinstance(chosen, ServeConfig):
+        raise TypeError("not the options of a server")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="what bench/make_model.py made")
+    parser.add_argument("--serve", default="", metavar="ARGS", help="further options, as of `lora-serve serve`")
+    parser.add_argument("--mix", type=mixes, default=["none", "one", "distinct"])
+    parser.add_argument("--memory", action="store_true", help="also what adapters take and give back")
+    load_arguments(parser)
+    args = parser.parse_args(arguments)
+    adapters = tuple(sorted(path.name for path in (args.folder / "adapters").iterdir()))
+    with tempfile.TemporaryDirectory() as store:
+        given = [str(args.folder / "model"), "--adapters", str(args.folder / "adapters"), "--store", store]
+        wake = threading.Event()
+        config = config_of(f"{shlex.join(given)} {args.serve}")
+        engine = Engine.build(config, wake=wake.set, progress=lambda stage, done: None)
+        try:
+            load = replace(load_of(args), adapters=adapters, seed=args.seed)
+            print(json_line(_measure(Driver(engine, wake), engine.info, load, args)))
+        finally:
+            engine.close()
+
+
+def _measure(driver: Driver, info: EngineInfo, load: Load, args: argparse.Namespace) -> dict[str, Any]:
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    runs = {}
+    for mix in args.mix:
+        driver.run(replace(load, mix=mix, requests=load.clients, output=(4, 4), salt=1))
+        runs[mix] = driver.run(replace(load, mix=mix, salt=2 + args.mix.index(mix)))
+    result: dict[str, Any] = {"engine": {mix: ran.throughput for mix, ran in runs.items()}, "decode": {}}
+    machine = floor.measure(torch.device(info.device), dtype)
+    for mix, ran in runs.items():
+        if not ran.decode_steps:
+            continue
+        jobs = replace(load, mix=mix, requests=load.clients).jobs()
+        needed = floor.need(
+            args.folder / "model",
+            [args.folder / "adapters" / job.adapter for job in jobs if job.adapter is not None],
+            batch=load.clients,
+            context=sum(load.prompt) / 2 + sum(load.output) / 4,
+            itemsize=dtype.itemsize,
+        )
+        result["decode"][mix] = floor.verdict(statistics.median(ran.decode_steps), needed, machine)
+    if args.memory:
+        result["memory"] = memory(driver, load.adapters[: info.adapter_slots], args.folder / "adapters")
+    return result
+
+
+if __name__ == "__main__":
+    main()

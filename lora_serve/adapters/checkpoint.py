@@ -1,0 +1,160 @@
+"""An adapter's files, read as what they are: input from a stranger.
+
+Whatever a lying, broken or hostile file could do is refused here, with the file, key or field named, before any maths:
+links, pickles, oversized headers, duplicate keys, overlapping tensors, foreign dtypes, numbers that are not finite.
+Files are read into private memory, never mapped, so they may change afterwards. What the tensors mean is for the
+formats to say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora_serve.errors import AdapterInvalid, TooLarge
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+MAX_CONFIG = 1 << 20  # bytes
+MAX_HEADER = 8 << 20  # bytes
+MAX_TENSORS = 100_000
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' name → bytes an element
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A PEFT folder's content. `tensors` own their memory; every number in them is finite."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    file_bytes: int
+
+
+def read(folder: Path, *, max_bytes: int) -> Checkpoint:
+    """Read `adapter_config.json` and `adapter_model.safetensors` of a folder.
+
+    Raises: AdapterInvalid naming what is wrong; TooLarge over `max_bytes` in all.
+    """
+    config_bytes = _bytes(folder / CONFIG, MAX_CONFIG)
+    config = _json(config_bytes, CONFIG)
+    if not isinstance(config, dict):
+        raise AdapterInvalid(f"{CONFIG} is not a JSON object")
+    if not (folder / WEIGHTS).exists():
+        raise AdapterInvalid(_no_weights(folder))
+    data = _bytes(folder / WEIGHTS, max_bytes)
+    check_container(data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the library's own errors and whatever a strange header makes of it
+        raise AdapterInvalid(f"{WEIGHTS} cannot be read: {error}") from error
+    odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if odd:
+        raise AdapterInvalid(f"{WEIGHTS} has numbers that are not finite in {some(odd)}")
+    return Checkpoint(config, tensors, len(config_bytes) + len(data))
+
+
+def check_container(data: bytes) -> None:
+    """Hold a safetensors file to its format: header, dtypes, and tensors that tile the data without gap or overlap.
+
+    Source: the format description of safetensors; the library itself lets some of this through.
+    """
+    if len(data) < 8:
+        raise AdapterInvalid(f"{WEIGHTS} is truncated: no header")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise AdapterInvalid(f"{WEIGHTS} has a header of {length} bytes; at most {MAX_HEADER} are read")
+    if len(data) < 8 + length:
+        raise AdapterInvalid(f"{WEIGHTS} is truncated: its header says {length} bytes")
+    header = _json(data[8 : 8 + length], WEIGHTS)
+    if not isinstance(header, dict):
+        raise AdapterInvalid(f"{WEIGHTS} has a header that is not a JSON object")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise AdapterInvalid(f"{WEIGHTS} has {len(header)} tensors; at most {MAX_TENSORS} are read")
+    spans = sorted(_span(name, entry) for name, entry in header.items())
+    ends = [(0, 0), *spans, (len(data) - 8 - length,) * 2]
+    for (_, end), (start, _) in pairwise(ends):
+        if start != end:
+            raise AdapterInvalid(
+                f"{WEIGHTS} is truncated or its tensors overlap or leave gaps (at byte {min(start, end)})"
+            )
+
+
+def some(names: Iterable[str], most: int = 8) -> str:
+    """The first few of a list, and how many more there are: messages stay bounded."""
+    names = [name if len(name) <= 120 else name[:117] + "..." for name in names]
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor says it lies, if it says so consistently."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+            pass
+        case _:
+            raise AdapterInvalid(f"{WEIGHTS} describes {some([name])} in a way that is not safetensors'")
+    if dtype not in DTYPES:
+        raise AdapterInvalid(f"{WEIGHTS} has {some([name])} as {dtype[:20]}; float32, float16 and bfloat16 are served")
+    size = DTYPES[dtype]
+    for dimension in shape:
+        if not isinstance(dimension, int) or isinstance(dimension, bool) or dimension <= 0:
+            raise AdapterInvalid(f"{WEIGHTS} has {some([name])} with an empty or impossible shape")
+        size *= dimension
+    if start < 0 or end - start != size:
+        raise AdapterInvalid(f"{WEIGHTS}: the place of {some([name])} does not fit its shape and dtype")
+    return start, end
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    """A regular file's content in private memory; links are not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise AdapterInvalid(f"{path.name} is missing") from None
+    except OSError:
+        raise AdapterInvalid(f"{path.name} is a link or cannot be opened") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterInvalid(f"{path.name} is not a regular file")
+        if status.st_size > most:
+            raise TooLarge(f"{path.name} has {status.st_size} bytes; at most {most} are read")
+        return file.read(most + 1)
+
+
+def _json(data: bytes, name: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+            raise AdapterInvalid(f"{name} has keys twice: {some(twice)}")
+        return found
+
+    def number(text: str) -> None:
+        raise AdapterInvalid(f"{name} has a number that is not finite ({text})")
+
+    try:
+        return json.loads(data, object_pairs_hook=unique, parse_constant=number)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested beyond reason
+        raise AdapterInvalid(f"{name} is not valid JSON") from None
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    if pickles:
+        return f"{some(pickles)} would run code when read; save the adapter again with safe_serialization=True"
+    return f"{WEIGHTS} is missing"

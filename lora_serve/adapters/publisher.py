@@ -1,0 +1,89 @@
+"""From a folder of PEFT files to a stored, named version. Blocking: for the publishing thread, or before the loop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lora_serve.adapters.adapter import BaseShape
+from lora_serve.adapters.checkpoint import CONFIG, WEIGHTS, read
+from lora_serve.adapters.digest import digest
+from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.store import Meta, Record, Store
+from lora_serve.errors import AdapterExists, TooLarge
+
+
+@dataclass(frozen=True)
+class Published:
+    """A name that means a version, on disk."""
+
+    name: str
+    record: Record
+    meta: Meta
+
+
+class Publisher:
+    """Checks and stores.
+
+    Args:
+        max_bytes: largest weights file.
+        most_elements: numbers that fit into host memory at all; a larger adapter could never be served.
+    """
+
+    def __init__(self, store: Store, base: BaseShape, *, max_bytes: int, most_elements: int) -> None:
+        self._store = store
+        self._base = base
+        self._max_bytes = max_bytes
+        self._most_elements = most_elements
+        self._named = {name: record.digest for name, record in store.names().items()}  # as it is on disk
+
+    def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> Published:
+        """Read, lower, identify and store a folder below the store's staging, which is used up; or one elsewhere."""
+        try:
+            checkpoint = read(folder, max_bytes=self._max_bytes)
+            lowered = lower(checkpoint, self._base)
+            elements = sum(delta.a.numel() + delta.b.numel() for delta in lowered.deltas.values())
+            if elements > self._most_elements:
+                raise TooLarge(
+                    f"the adapter has {elements} numbers; --adapter-cache-memory holds {self._most_elements}"
+                )
+            if name in self._named and not replace:
+                raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
+            meta = Meta(
+                created=time.time(),
+                rank=max(delta.a.shape[0] for delta in lowered.deltas.values()),
+                modules=len(lowered.deltas),
+                elements=elements,
+                file_bytes=checkpoint.file_bytes,
+                report=lowered.report,
+            )
+            found = digest(lowered)
+            record = self._store.publish(name, folder, found, meta, source)
+            self._named[name] = found
+            return Published(name, record, self._store.meta(found))
+        finally:
+            if self._store.is_staged(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> Published | None:
+        """Publish a folder of the operator's; None if `record` was published from the very same files."""
+        signature = sha256()
+        for path in (folder / CONFIG, folder / WEIGHTS):
+            if path.exists():
+                status = path.stat()
+                signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        if record is not None and record.source == signature.hexdigest():
+            return None
+        return self.publish(name, folder, replace=True, source=signature.hexdigest())
+
+    def unpublish(self, name: str) -> None:
+        self._store.unpublish(name)
+        self._named.pop(name, None)
+
+    def drop(self, version: str) -> None:
+        """Delete a version that no name means any more (a publish may have named it again meanwhile)."""
+        if version not in self._named.values():
+            self._store.drop(version)

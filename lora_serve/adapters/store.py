@@ -1,0 +1,174 @@
+"""Adapters on disk: immutable versions in folders named by digest, and small records that give them names.
+
+    versions/<digest>/   the PEFT files as they came, and meta.json
+    names/<name>.json    which digest a name means; replaced atomically
+    staging/             uploads and publishes under way; swept when the store is opened
+
+A version is moved into place whole, by one rename, after it was written and synced; a name changes by one rename. So
+`kill -9` at any moment leaves the old state or the new one. All methods may block and belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lora_serve.adapters.checkpoint import CARD, CONFIG, WEIGHTS
+from lora_serve.errors import AdapterInvalid, StorageFull, Unavailable
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """What is known of a version without reading its weights.
+
+    `created` in seconds since the epoch, `elements` is how many numbers it has in memory.
+    """
+
+    created: float
+    rank: int
+    modules: int
+    elements: int
+    file_bytes: int
+    report: dict[str, Any]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a name means. `source` is the signature of the folder it was published from at start, if any."""
+
+    digest: str
+    created: float
+    source: str = ""
+
+
+class Store:
+    """A folder of adapters, opened by one process at a time.
+
+    Raises: Unavailable if another process has it open.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._versions, self._names, self._staging = root / "versions", root / "names", root / "staging"
+        for folder in (self._versions, self._names, self._staging):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (root / "lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise Unavailable("another server has the adapter store open; give each its own --store") from None
+        for leftover in self._staging.iterdir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        named = {record.digest for record in self.names().values()}
+        for version in self._versions.iterdir():
+            if version.name not in named:
+                shutil.rmtree(version, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process open the store; closing twice is harmless."""
+        self._lock.close()
+
+    def names(self) -> dict[str, Record]:
+        """All names, read from disk."""
+        found = {}
+        for path in sorted(self._names.glob("*.json")):
+            found[path.name.removesuffix(".json")] = msgspec.json.decode(path.read_bytes(), type=Record)
+        return found
+
+    def meta(self, digest: str) -> Meta:
+        return msgspec.json.decode((self._versions / digest / "meta.json").read_bytes(), type=Meta)
+
+    def folder(self, digest: str) -> Path:
+        """The version's PEFT files; they never change."""
+        return self._versions / digest
+
+    def is_staged(self, folder: Path) -> bool:
+        """Whether a folder lies in the store's staging, so that publishing may use it up."""
+        return folder.resolve().is_relative_to(self._staging.resolve())
+
+    def publish(self, name: str, folder: Path, digest: str, meta: Meta, source: str = "") -> Record:
+        """Keep the PEFT files of `folder` as version `digest`, and let `name` mean it.
+
+        Files are moved where they lie in the store's staging, else copied. Raises StorageFull; then nothing changed.
+        """
+        record = Record(digest, time.time(), source)
+        with _room():
+            if not (self._versions / digest).exists():
+                self._keep(folder, digest, meta)
+            self._write(self._names / f"{name}.json", msgspec.json.encode(record))
+        return record
+
+    def unpublish(self, name: str) -> None:
+        """Forget a name; its version stays until `drop`."""
+        (self._names / f"{name}.json").unlink(missing_ok=True)
+        _sync(self._names)
+
+    def drop(self, digest: str) -> None:
+        """Delete a version: renamed away first, so that it is never half there."""
+        gone = self._staging / f"{digest}.{time.monotonic_ns()}"
+        with suppress(FileNotFoundError):
+            (self._versions / digest).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _keep(self, folder: Path, digest: str, meta: Meta) -> None:
+        fresh = Path(tempfile.mkdtemp(dir=self._staging))
+        try:
+            for name in (CONFIG, WEIGHTS, CARD):
+                if (folder / name).is_file():
+                    _bring(folder / name, fresh / name, move=self.is_staged(folder))
+            (fresh / "meta.json").write_bytes(msgspec.json.encode(meta))
+            for path in fresh.iterdir():
+                _sync(path)
+            _sync(fresh)
+            fresh.rename(self._versions / digest)
+            _sync(self._versions)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        descriptor, temporary = tempfile.mkstemp(dir=self._staging)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            Path(temporary).rename(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _bring(source: Path, target: Path, *, move: bool) -> None:
+    if source.is_symlink():
+        raise AdapterInvalid(f"{source.name} is a link")
+    if move:
+        source.rename(target)
+    else:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("the disk of the adapter store is full; nothing was changed") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

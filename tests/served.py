@@ -1,0 +1,100 @@
+"""A real server process over the bundled demo, for tests that look at the whole from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo" / "model"
+ADAPTERS = ROOT / "adapters"
+
+
+class Served:
+    """`lora-serve serve` on a free port; use as a context manager."""
+
+    def __init__(self, store: Path, *options: str, model: Path = DEMO) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lora_serve.cli", "serve", str(model), "--port", "0", "--store", str(store), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self.url = self._await_url()
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(5)
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine: the server's only Python child."""
+        found = subprocess.run(
+            ["pgrep", "-P", str(self._process.pid), "-f", "lora_serve.engine"], capture_output=True, text=True, check=True
+        )
+        return int(found.stdout.split()[0])
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float) -> int:
+        return self._process.wait(timeout)
+
+    def complete(self, text: str, adapter: str | None = None, **body: object) -> str:
+        """Greedy completion of a demo sentence; the text alone."""
+        answer = self.http.post(
+            "/v1/completions",
+            json={"prompt": text + "\n", "max_tokens": 48, "temperature": 0, "adapter": adapter, **body},
+        )
+        answer.raise_for_status()
+        found: str = answer.json()["choices"][0]["text"]
+        return found
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its label sets."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}(\{{|\s)", line))
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        self.log += [*self._process.stderr]
+
+    def _await_url(self) -> str:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + 120
+        for line in self._process.stdout:
+            if found := re.search(r"http://\S+", line):
+                return found.group()
+            if time.monotonic() > deadline:
+                break
+        self._process.kill()
+        raise RuntimeError("the server did not start:\n" + "".join(self.log))
