@@ -238,7 +238,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     const Group& group = *call->group;
     segments.clear();
     Work work{*call, group, segments, nullptr, 0, 0, std::vector<int64_t>(group.modules)};
-    size_t floats = 0, bytes = 0, most = 0;
+    size_t floats = 0, weights = 0, most = 0;
     for (int64_t i = 0; i < call->segments; i++) {
         Segment s{call->start[i], call->end[i] - call->start[i], call->slot[i], 0, call->weight[i], floats};
         if (s.first < 0 || s.rows < 0 || call->end[i] > call->tokens || s.slot < 0 || s.slot >= group.slots) return i + 1;
@@ -247,7 +247,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
             int64_t rank = work.rank(m, s);
             s.ranks += rank;
             work.column_cost[m] += rank * (tiles * TILE + s.rows);
-            bytes += rank * (group.in + group.out(m)) * (tiles + 1);
+            weights += rank * (group.in + group.out(m)) * (tiles + 1);
             most = std::max<size_t>(most, rank);
         }
         work.shrink_cost += s.ranks * (tiles * TILE + s.rows);
@@ -258,8 +258,8 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);
-    constexpr size_t SMALL = 1 << 16;  // elements that one thread reads while another wakes
-    parallel(bytes < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
+    constexpr size_t SMALL = 1 << 18;  // weights to pass; with fewer, one thread is done before another is awake
+    parallel(weights < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         float* room = scratch(mine, own);
         work.shrink_share(thread, threads, room);

@@ -71,11 +71,15 @@ def test_rows_outside_all_segments_keep_every_bit(native: NativeKernels, case: D
         assert torch.equal(got[outside], was[outside])
 
 
-@pytest.mark.parametrize("rows", range(1, 20))
-def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(native: NativeKernels, rows: int) -> None:
-    group = CASE.group()
-    x, outputs = CASE.rows()
-    _, alone = CASE.rows()
+@pytest.mark.parametrize("in_features", [96, 2501])
+@pytest.mark.parametrize("rows", [*range(1, 10), 17])
+def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(
+    native: NativeKernels, rows: int, in_features: int
+) -> None:
+    case = dataclasses.replace(CASE, in_features=in_features)
+    group = case.group()
+    x, outputs = case.rows()
+    _, alone = case.rows()
     native.delta(x, outputs, group, segments_of([(0, rows, 3, 0.7)]))
     for row in range(rows):
         native.delta(x, alone, group, segments_of([(row, row + 1, 3, 0.7)]))

@@ -25,7 +25,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiler(folder: Path, body: str) -> str:
     """A stand-in compiler; `$OUT` is where it was asked to write."""
     script = folder / "cxx"
-    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo one && exit 0\nfor OUT; do :; done\n{body}\n')
+    answer = 'for OUT; do :; done\n[ "$OUT" = --version ] && echo one && exit 0'
+    script.write_text(f"#!/bin/sh\n{answer}\n{body}\n")
     script.chmod(0o755)
     return str(script)
 

@@ -131,7 +131,7 @@ def _pairs(tensors: dict[str, Tensor], base: BaseShape) -> dict[str, tuple[Tenso
     """A and B by site, in the base's order; every key must have a home."""
     found: dict[str, dict[str, Tensor]] = {}
     strays: list[str] = []
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[0]):
         name, matrix = _home(key)
         if name in base.sites and matrix in ("lora_A", "lora_B"):
             found.setdefault(name, {})[matrix] = tensor

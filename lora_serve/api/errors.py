@@ -1,0 +1,168 @@
+"""Errors as clients see them: the one place that knows HTTP statuses and OpenAI's error shape.
+
+Every refusal of this server, whoever raised it, leaves as `{"error": {"message", "type", "param", "code"}}`. Messages
+never repeat what was sent, except the name of a field, cut short. What went wrong inside is logged, not told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
+
+LONGEST_NAME = 100  # characters of a field's name that are repeated to whoever sent it
+MOST_REASONS = 4  # alternatives of a union that are told
+
+STATUS = {
+    "bad_request": 400,
+    "context_length_exceeded": 400,
+    "invalid_api_key": 401,
+    "forbidden": 403,
+    "adapter_not_found": 404,
+    "adapter_exists": 409,
+    "adapter_busy": 409,
+    "too_large": 413,
+    "adapter_invalid": 422,
+    "overloaded": 429,
+    "engine_fault": 500,
+    "server_error": 500,
+    "model_unsupported": 500,
+    "unavailable": 503,
+    "storage_full": 507,
+}
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+
+
+class Unauthenticated(ServeError):
+    """No key was sent, or none that is known."""
+
+    kind = "invalid_api_key"
+
+
+class Forbidden(ServeError):
+    """The key is known, but not for this."""
+
+    kind = "forbidden"
+
+
+def status(error: ServeError) -> int:
+    """The HTTP status of an error."""
+    return STATUS.get(error.kind, 500)
+
+
+def body(error: ServeError) -> dict[str, Any]:
+    """The error in OpenAI's shape; also what a data event carries when a stream has already begun."""
+    return _shape(status(error), error.message, error.param, error.kind)
+
+
+def headers(error: ServeError) -> dict[str, str]:
+    """What clients obey without reading the body: when to try again, how to present a key."""
+    if isinstance(error, Unauthenticated):
+        return {"WWW-Authenticate": "Bearer"}
+    seconds = error.retry_after
+    if seconds is None and isinstance(error, Overloaded | Unavailable):
+        seconds = 1.0
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def response(error: ServeError) -> JSONResponse:
+    """The whole answer of a request that failed before its response began."""
+    return JSONResponse(body(error), status(error), headers(error))
+
+
+def explain(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
+    """Message and field (a dotted path) of a failed validation.
+
+    Of pydantic's problems the first field's are told; where a field may have several forms, those that lie deepest,
+    as they belong to the form that was meant. `sent` is the decoded body: it tells field names, which it has, from
+    names of union members, which pydantic also puts into a location.
+    """
+    if not problems:
+        return "the request is not valid", None
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
+    paths = [_path(problem, sent) for problem in problems]
+    related = [
+        (path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]
+    ]
+    deepest = max((path for path, _ in related), key=len)
+    told = [problem for path, problem in related if path == deepest]
+    param = ".".join(deepest)[:LONGEST_NAME] or None
+    if any(problem["type"] == "extra_forbidden" for problem in told):
+        return f"unknown parameter: {param}", param
+    if any(problem["type"] == "missing" for problem in told):
+        return (f"missing parameter: {param}" if param else "the request needs a JSON body"), param
+    reasons = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in told))[:MOST_REASONS]
+    text = "; or ".join(reasons)[: 4 * LONGEST_NAME]
+    return (f"{param}: {text}" if param else text), param
+
+
+def install(app: FastAPI) -> None:
+    """Have every error of `app` leave in this room's shape."""
+    app.add_exception_handler(ServeError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def _shape(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
+    where, *location = problem["loc"]
+    if where != "body":
+        return tuple(str(part) for part in location)
+    path: list[str] = []
+    for index, part in enumerate(location):
+        if isinstance(sent, dict) and part in sent:
+            sent = sent[part]
+        elif isinstance(sent, list) and isinstance(part, int) and part < len(sent):
+            sent = sent[part]
+        elif not (problem["type"] == "missing" and index == len(location) - 1):
+            continue  # a union member's name
+        path.append(str(part))
+    return tuple(path)
+
+
+def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServeError)
+    return response(error)
+
+
+def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message, param = explain(error.errors(), error.body)
+    return JSONResponse(_shape(400, message, param, "bad_request"), 400)
+
+
+def _plain(request: Request, error: Exception) -> JSONResponse:
+    """Errors of the web framework: no such route, a method that a route does not have, a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    message = {404: "no such route", 405: "this route does not have that method"}.get(
+        error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
+    )
+    code = HTTPStatus(error.status_code).name.lower()
+    return JSONResponse(_shape(error.status_code, message, None, code), error.status_code, error.headers)
+
+
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    """A bug. The HTTP server logs it with its traceback, as the exception travels on; the client learns nothing."""
+    return response(EngineFault("the server failed on this request"))

@@ -1,0 +1,244 @@
+"""What operators and routers see: Prometheus text on `/metrics`.
+
+The only room that knows prometheus. It counts requests itself (`begin`), takes steps and numbers from the engine's
+updates, and adds the few `vllm:` gauges that LoRA-aware routers read. Names of metrics are an interface: dashboards
+and routers depend on them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lora_serve.messages import Stats, Update
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MOST_ADAPTERS = 200  # adapters with a label of their own; a label set costs memory here and in every Prometheus
+BASE = "base"
+OTHER = "other"
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+Clock = Callable[[], float]
+
+PLAIN = {  # totals of `Stats` without a label → name and meaning
+    "prefix_tokens_total": ("lora_serve_prefix_tokens", "Prompt tokens looked up in the prefix cache."),
+    "prefix_hit_tokens_total": ("lora_serve_prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "preemptions_total": ("lora_serve_preemptions", "Sequences put back into the queue for want of KV blocks."),
+    "steps_total": ("lora_serve_steps", "Steps of the engine."),
+}
+TIERED = {  # totals of `Stats` by tier
+    "cache_hits_total": ("lora_serve_adapter_hits", "Adapters found in a tier."),
+    "cache_misses_total": ("lora_serve_adapter_misses", "Adapters not found in a tier."),
+    "evictions_total": ("lora_serve_adapter_evictions", "Adapters that left a tier to make room."),
+    "loads_total": ("lora_serve_adapter_loads", "Adapters brought into a tier."),
+    "load_seconds_total": ("lora_serve_adapter_load_seconds", "Seconds spent bringing adapters into a tier."),
+}
+
+
+class Timer:
+    """One request, from its arrival to its end. Made by `Metrics.begin`; `end` is to be called once, on every path."""
+
+    def __init__(self, metrics: Metrics, endpoint: str, adapter: str) -> None:
+        self._metrics = metrics
+        self._endpoint = endpoint
+        self._adapter = adapter
+        self._begun = metrics._clock()
+        self._last: float | None = None
+        self._ended = False
+
+    def token(self, count: int = 1) -> None:
+        """`count` tokens are ready to be sent: time to the first, afterwards time between them, evenly shared."""
+        if count < 1:
+            return
+        now = self._metrics._clock()
+        if self._last is None:
+            self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
+        else:
+            gap = self._metrics._between_tokens.labels(self._endpoint)
+            for _ in range(count):
+                gap.observe((now - self._last) / count)
+        self._last = now
+
+    def end(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """The request is over: `outcome` is a finish reason or an error's kind. A second call is ignored."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics._end(self._endpoint, self._adapter, outcome, self._begun, prompt_tokens, completion_tokens)
+
+
+class Metrics:
+    """All metrics of one server, on a registry of their own.
+
+    Args:
+        engine_stats: the engine's newest numbers.
+        restarts: how often the engine was started again.
+        clock: for durations.
+        wall: seconds since the epoch, for the time of the last change.
+    """
+
+    def __init__(
+        self,
+        engine_stats: Callable[[], Stats],
+        restarts: Callable[[], int],
+        *,
+        clock: Clock = time.perf_counter,
+        wall: Clock = time.time,
+    ) -> None:
+        self._clock = clock
+        self._registry = registry = CollectorRegistry()
+        self._engine = _EngineCollector(engine_stats, restarts, wall)
+        registry.register(self._engine)
+        self._labelled: set[str] = set()
+
+        def histogram(name: str, meaning: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"lora_serve_{name}", meaning, labels, buckets=tuple(buckets), registry=registry)
+
+        def counter(name: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"lora_serve_{name}", meaning, labels, registry=registry)
+
+        self._sequences = histogram("batch_sequences", "Sequences in a step.", COUNTS)
+        self._tokens = histogram("batch_tokens", "Tokens in a step.", COUNTS)
+        self._adapters = histogram("batch_adapters", "Distinct adapters in a step.", (0, *COUNTS))
+        self._step = histogram("step_seconds", "Seconds a step took.", STEP_SECONDS)
+        by_endpoint = ("endpoint",)
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", REQUEST_SECONDS, by_endpoint
+        )
+        self._between_tokens = histogram(
+            "inter_token_seconds", "Between a request's tokens.", TOKEN_SECONDS, by_endpoint
+        )
+        self._whole = histogram("request_seconds", "From a request's arrival to its end.", REQUEST_SECONDS, by_endpoint)
+        self._requests = counter("requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"))
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self._completion_tokens = counter("completion_tokens", "Generated tokens of ended requests.")
+        self._adapter_requests = counter("adapter_requests", "Ended requests by adapter.", ("adapter",))
+        self._adapter_tokens = counter("adapter_tokens", "Generated tokens by adapter.", ("adapter",))
+
+    def observe(self, update: Update) -> None:
+        """Take in what the engine tells after a step; to be registered with `Engine.observe`."""
+        if update.step is not None:
+            self._sequences.observe(update.step.sequences)
+            self._tokens.observe(update.step.tokens)
+            self._adapters.observe(update.step.adapters)
+            self._step.observe(update.step.seconds)
+        if update.stats is not None:
+            self._engine.take(update.stats)
+
+    def begin(self, endpoint: str, adapter: str | None) -> Timer:
+        """A request has arrived. `adapter` is the name of one the store has; None is the base."""
+        return Timer(self, endpoint, self._label(adapter))
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
+        return generate_latest(self._registry)
+
+    def _label(self, adapter: str | None) -> str:
+        if adapter is None:
+            return BASE
+        if adapter not in self._labelled:
+            if len(self._labelled) >= MOST_ADAPTERS:
+                return OTHER
+            self._labelled.add(adapter)
+        return adapter
+
+    def _end(self, endpoint: str, adapter: str, outcome: str, begun: float, prompt: int, completion: int) -> None:
+        self._requests.labels(endpoint, outcome).inc()
+        self._whole.labels(endpoint).observe(self._clock() - begun)
+        self._prompt_tokens.inc(prompt)
+        self._completion_tokens.inc(completion)
+        self._adapter_requests.labels(adapter).inc()
+        self._adapter_tokens.labels(adapter).inc(completion)
+
+
+class _Growing:
+    """Totals that only grow, made of totals that begin again at zero with every engine."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], float] = {}
+        self._total: dict[tuple[str, str], float] = {}
+
+    def take(self, name: str, values: Mapping[str, float]) -> None:
+        for label, value in values.items():
+            key = (name, label)
+            last = self._last.get(key, 0.0)
+            self._total[key] = self._total.get(key, 0.0) + (value - last if value >= last else value)
+            self._last[key] = value
+
+    def begin_again(self) -> None:
+        self._last.clear()
+
+    def by_label(self, name: str) -> Iterator[tuple[str, float]]:
+        return ((label, total) for (of, label), total in sorted(self._total.items()) if of == name)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], Stats], restarts: Callable[[], int], wall: Clock) -> None:
+        self._stats = stats
+        self._restarts = restarts
+        self._wall = wall
+        self._engine = restarts()
+        self._growing = _Growing()
+        self._residents: tuple[str, str, str] | None = None
+        self._changed = 0.0
+
+    def take(self, stats: Stats) -> None:
+        if (engine := self._restarts()) != self._engine:
+            self._engine = engine
+            self._growing.begin_again()
+        for field in PLAIN:
+            self._growing.take(field, {"": getattr(stats, field)})
+        for field in TIERED:
+            self._growing.take(field, getattr(stats, field))
+        residents = (str(stats.adapter_slots), ",".join(stats.resident), ",".join(stats.waiting_adapters))
+        if residents != self._residents:
+            self._residents = residents
+            self._changed = self._wall()
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing to ask the engine for when the registry is made
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        self.take(stats)
+        usage = stats.kv_blocks_used / stats.kv_blocks if stats.kv_blocks else 0.0
+        for name, meaning, value in (
+            ("lora_serve_sequences_waiting", "Sequences in the queue.", stats.waiting),
+            ("lora_serve_sequences_running", "Sequences being served.", stats.running),
+            ("lora_serve_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used),
+            ("lora_serve_kv_blocks", "KV blocks in all.", stats.kv_blocks),
+            ("lora_serve_kv_usage_ratio", "KV blocks in use, 0 to 1.", usage),
+            ("lora_serve_adapters", "Published adapters.", stats.adapters),
+            ("lora_serve_adapters_resident", "Adapters on the device.", len(stats.resident)),
+            ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
+            ("vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting),
+            ("vllm:num_requests_running", "Sequences being served.", stats.running),
+            ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", usage),
+        ):
+            yield GaugeMetricFamily(name, meaning, value)
+        sizes = GaugeMetricFamily("lora_serve_adapter_bytes", "Bytes that adapters take in a tier.", labels=["tier"])
+        for tier, size in sorted(stats.bytes.items()):
+            sizes.add_metric([tier], size)
+        yield sizes
+        for field, (name, meaning) in (PLAIN | TIERED).items():
+            total = CounterMetricFamily(name, meaning, labels=["tier"] if field in TIERED else [])
+            for label, value in self._growing.by_label(field):
+                total.add_metric([label] if field in TIERED else [], value)
+            yield total
+        yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Time of the last change of the adapters on the device and in the queue.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        if self._residents is not None:
+            info.add_metric(self._residents, self._changed)
+        yield info

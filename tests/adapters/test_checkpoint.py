@@ -1,0 +1,120 @@
+"""Files from strangers: what is right is read exactly, everything else is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_folders import config, tensors, write
+
+from lora_serve.adapters.checkpoint import MAX_HEADER, MAX_TENSORS, check_container, read
+from lora_serve.errors import AdapterInvalid, TooLarge
+
+
+def container(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(start: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def test_a_folder_is_read_exactly(tmp_path: Path) -> None:
+    checkpoint = read(write(tmp_path), max_bytes=1 << 20)
+    assert checkpoint.config == config()
+    for name, tensor in tensors().items():
+        torch.testing.assert_close(checkpoint.tensors[name], tensor, rtol=0, atol=0)
+    assert checkpoint.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+    checkpoint = read(write(tmp_path), max_bytes=1 << 20)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    name = next(iter(tensors()))
+    torch.testing.assert_close(checkpoint.tensors[name], tensors()[name], rtol=0, atol=0)
+
+
+LYING = {
+    "no header": b"abc",
+    "a header longer than the file": (1 << 20).to_bytes(8, "little") + b"{}",
+    "a huge header": (MAX_HEADER + 1).to_bytes(8, "little") + b"{}",
+    "not JSON": container(b"{nope"),
+    "not an object": container(b"[]"),
+    "nested beyond reason": container(b"[" * 100_000),
+    "the same tensor twice": container(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        bytes(4),
+    ),
+    "truncated data": container({"a": entry(0, 8, [2])}, bytes(4)),
+    "data after the tensors": container({"a": entry(0, 8, [2])}, bytes(9)),
+    "overlapping tensors": container({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)),
+    "a gap": container({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)),
+    "a size that is not the shape's": container({"a": entry(0, 8, [3])}, bytes(8)),
+    "a negative offset": container({"a": entry(-4, 0, [1])}, bytes(4)),
+    "an empty tensor": container({"a": entry(0, 0, [0])}),
+    "a negative dimension": container({"a": entry(0, 4, [-1, -1])}, bytes(4)),
+    "a boolean dimension": container({"a": entry(0, 4, [True])}, bytes(4)),
+    "integers": container({"a": entry(0, 8, [1], "I64")}, bytes(8)),
+    "doubles": container({"a": entry(0, 8, [1], "F64")}, bytes(8)),
+    "an entry that is no entry": container({"a": 5}),
+    "200,000 tensors": container({f"t{i}": entry(0, 0, [0]) for i in range(MAX_TENSORS + 1)}),
+}
+
+
+@pytest.mark.parametrize("what", LYING)
+def test_a_container_that_lies_is_refused(what: str) -> None:
+    with pytest.raises(AdapterInvalid) as caught:
+        check_container(LYING[what])
+    assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_key(value: float, tmp_path: Path) -> None:
+    weights = tensors()
+    name = [*weights][1]
+    weights[name][3, 2] = value
+    with pytest.raises(AdapterInvalid, match=name):
+        read(write(tmp_path, weights), max_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', "\xff", "{" * 5000], ids=["empty", "list", "nan", "twice", "bytes", "deep"]
+)
+def test_a_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
+    (write(tmp_path) / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterInvalid, match=r"adapter_config\.json"):
+        read(tmp_path, max_bytes=1 << 20)
+
+
+def test_pickles_are_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.bin.*safe_serialization=True"):
+        read(tmp_path, max_bytes=1 << 20)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "real")
+    write(tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    os.symlink(tmp_path / "real" / "adapter_model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(AdapterInvalid, match="link"):
+        read(tmp_path / "a", max_bytes=1 << 20)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match=r"adapter_config\.json is missing"):
+        read(tmp_path, max_bytes=1 << 20)
+    (write(tmp_path) / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterInvalid, match=r"adapter_model\.safetensors is missing"):
+        read(tmp_path, max_bytes=1 << 20)
+
+
+def test_a_file_over_the_cap_is_refused_unread(tmp_path: Path) -> None:
+    with pytest.raises(TooLarge):
+        read(write(tmp_path), max_bytes=100)

@@ -1,0 +1,166 @@
+"""Lowering: exactly PEFT's scaling, every key has a home, and nothing that matters is ignored."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_folders import BASE, HEAD, PREFIX, tensors, write
+
+from lora_serve.adapters.adapter import BaseShape, Lowered, flatten
+from lora_serve.adapters.checkpoint import Checkpoint, read
+from lora_serve.adapters.digest import digest
+from lora_serve.adapters.formats.registry import FORMATS, lower
+from lora_serve.errors import AdapterInvalid
+
+
+def bring(folder: Path, weights: Any = None, **fields: Any) -> Lowered:
+    return lower(read(write(folder, weights, **fields), max_bytes=1 << 20), BASE)
+
+
+def scale(lowered: Lowered, name: str) -> float:
+    b = tensors()[f"{PREFIX}{name}.lora_B.weight"]
+    return (lowered.deltas[name].b.T / b).mean().item()
+
+
+def test_scaling_is_alpha_over_rank(tmp_path: Path) -> None:
+    lowered = bring(tmp_path, lora_alpha=6)
+    assert scale(lowered, "layers.0.q_proj") == pytest.approx(6 / 4)
+    assert [*lowered.deltas] == [*BASE.sites]
+
+
+def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    assert scale(bring(tmp_path, use_rslora=True), "layers.0.q_proj") == pytest.approx(8 / math.sqrt(4))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hit", "missed"),
+    [
+        ("q_proj", "layers.0.q_proj", "layers.0.k_proj"),
+        ("layers.0.q_proj", "layers.0.q_proj", "layers.1.q_proj"),
+        ("^layers.1.q_proj", "layers.1.q_proj", "layers.0.q_proj"),
+        (r"layers\.[01]\.q_proj", "layers.1.q_proj", "layers.0.k_proj"),
+        ("_proj", None, "layers.0.q_proj"),
+    ],
+)
+def test_patterns_match_as_peft_matches_them(pattern: str, hit: str | None, missed: str, tmp_path: Path) -> None:
+    lowered = bring(tmp_path, alpha_pattern={pattern: 20})
+    assert scale(lowered, missed) == pytest.approx(2)
+    if hit is not None:
+        assert scale(lowered, hit) == pytest.approx(5)
+
+
+def test_the_first_pattern_that_matches_decides(tmp_path: Path) -> None:
+    lowered = bring(tmp_path, alpha_pattern={"layers.0.q_proj": 4, "q_proj": 20})
+    assert scale(lowered, "layers.0.q_proj") == pytest.approx(1)
+    assert scale(lowered, "layers.1.q_proj") == pytest.approx(5)
+
+
+def test_a_pattern_that_would_take_forever_takes_no_time(tmp_path: Path) -> None:
+    assert scale(bring(tmp_path, alpha_pattern={"(a|a)*" * 20 + "(.*)*" * 10 + "!": 3}), "layers.0.q_proj") == 2
+
+
+REFUSED: dict[str, Any] = {
+    "use_dora": True,
+    "lora_bias": True,
+    "bias": "lora_only",
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1],
+    "layer_replication": [[0, 1]],
+    "alora_invocation_tokens": [1],
+    "target_parameters": ["experts"],
+    "use_bdlora": {"nblocks": 2},
+    "kasa_config": {"x": 1},
+    "init_lora_weights": "pissa",
+    "something_new": 3,
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_field_that_would_change_the_maths_is_refused_by_name(field: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match=field):
+        bring(tmp_path, **{field: REFUSED[field]})
+
+
+def test_unknown_fields_at_nothing_and_training_fields_are_ignored(tmp_path: Path) -> None:
+    bring(tmp_path, something_new=None, lora_dropout=0.3, layers_to_transform=[0], task_type="CAUSAL_LM")
+
+
+def test_a_key_without_a_home_is_named_with_the_reason(tmp_path: Path) -> None:
+    weights = tensors() | {f"{PREFIX}norm.lora_A.weight": torch.ones(4, 8), f"{PREFIX}ghost.lora_A.weight": torch.ones(4, 8)}
+    with pytest.raises(AdapterInvalid, match=r"2 tensors.*ghost.*norm.*RMSNorm"):
+        bring(tmp_path, weights)
+
+
+def test_half_a_pair_is_refused(tmp_path: Path) -> None:
+    weights = tensors()
+    del weights[f"{PREFIX}layers.1.q_proj.lora_B.weight"]
+    with pytest.raises(AdapterInvalid, match=r"layers\.1\.q_proj"):
+        bring(tmp_path, weights)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 8)])
+def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, int], tmp_path: Path) -> None:
+    weights = tensors() | {f"{PREFIX}layers.0.q_proj.lora_A.weight": torch.ones(shape)}
+    with pytest.raises(AdapterInvalid, match=r"layers\.0\.q_proj"):
+        bring(tmp_path, weights)
+
+
+def test_a_rank_that_is_not_the_configuration_s_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match="rank 4 in the weights and 16"):
+        bring(tmp_path, r=16)
+
+
+def test_an_adapter_that_touches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match="changes nothing"):
+        bring(tmp_path, {})
+
+
+def test_zero_weights_are_served_with_a_warning(tmp_path: Path) -> None:
+    weights = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in tensors().items()}
+    assert "zero" in bring(tmp_path, weights).report["warnings"][0]
+
+
+def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_refused(tmp_path: Path) -> None:
+    key = f"{PREFIX}layers.0.q_proj.base_layer.weight"
+    bring(tmp_path / "same", tensors() | {key: HEAD.clone()})
+    with pytest.raises(AdapterInvalid, match="differs from the base"):
+        bring(tmp_path / "changed", tensors() | {key: HEAD + 1})
+
+
+def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match="BOFT"):
+        bring(tmp_path, peft_type="BOFT")
+
+
+def test_a_family_is_added_by_registering_it(tmp_path: Path) -> None:
+    def toy(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
+        lowered = FORMATS["LORA"](checkpoint, base)
+        return Lowered(lowered.deltas, {"method": "toy"})
+
+    checkpoint = read(write(tmp_path, peft_type="LORA"), max_bytes=1 << 20)
+    checkpoint.config["peft_type"] = "TOY"
+    assert lower(checkpoint, BASE, {"TOY": toy}).report == {"method": "toy"}
+
+
+def test_the_digest_is_of_what_it_does(tmp_path: Path) -> None:
+    first = digest(bring(tmp_path / "a"))
+    shuffled = dict(reversed(tensors().items()))
+    assert digest(bring(tmp_path / "b", shuffled, lora_dropout=0.5)) == first
+    assert digest(bring(tmp_path / "c", lora_alpha=9)) != first
+    assert digest(bring(tmp_path / "d", tensors(seed=1))) != first
+
+
+def test_the_flat_tensor_holds_exactly_the_matrices_at_aligned_places(tmp_path: Path) -> None:
+    lowered = bring(tmp_path)
+    adapter = flatten("d", lowered, torch.bfloat16)
+    for name, site in BASE.sites.items():
+        delta = adapter.delta(site)
+        assert delta is not None
+        torch.testing.assert_close(delta.a, lowered.deltas[name].a.bfloat16(), rtol=0, atol=0)
+        torch.testing.assert_close(delta.b, lowered.deltas[name].b.bfloat16(), rtol=0, atol=0)
+        assert (delta.a.data_ptr() - adapter.flat.data_ptr()) % 64 == 0
+    assert adapter.nbytes == 2 * 3 * (4 * 8 + 4 * 12 + 16)  # B of 48 numbers is padded to 64, nothing else

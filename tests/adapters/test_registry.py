@@ -1,0 +1,244 @@
+"""The registry: leases on exact versions, one load for many waiters, memory that really returns."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_folders import BASE, tensors, write
+
+from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.cache import Cache
+from lora_serve.adapters.registry import Failed, Loading, Ready, Registry
+from lora_serve.adapters.store import Store
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, ServeError
+from lora_serve.messages import AdapterInfo, Publish, Stats
+from lora_serve.request import AdapterUse
+
+
+class House:
+    """A registry on a small base, and what an engine's loop does with it."""
+
+    def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
+        self.folder = folder
+        self.bank = Bank(BASE, slots, torch.float32, torch.device("cpu"))
+        self.cache = Cache(memory)
+        self.registry = Registry(
+            Store(folder / "store"), self.cache, self.bank, BASE, torch.float32, lambda: None, max_bytes=1 << 20
+        )
+
+    def until(self, condition: Any) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            self.registry.poll()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def answer(self, start: Any) -> Any:
+        """Result of an operation that takes a callback; ServeErrors are raised."""
+        answers: list[Any] = []
+        start(answers.append)
+        self.until(lambda: answers)
+        if isinstance(answers[0], ServeError):
+            raise answers[0]
+        return answers[0]
+
+    def publish(self, name: str, seed: int = 0, *, replace: bool = False) -> AdapterInfo:
+        folder = write(self.folder / "store" / "staging" / f"{name}-{seed}", tensors(seed))
+        info: AdapterInfo = self.answer(
+            lambda done: self.registry.publish(Publish(name, str(folder), replace), done)
+        )
+        return info
+
+    def bring(self, digest: str) -> None:
+        self.registry.want(digest)
+        self.until(lambda: not isinstance(self.registry.state(digest), Loading))
+
+    def stats(self) -> Stats:
+        stats = Stats()
+        self.registry.fill(stats)
+        return stats
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.registry.close()
+
+
+def test_a_published_adapter_is_leased_loaded_and_seated(house: House) -> None:
+    info = house.publish("a")
+    lease = house.registry.acquire(AdapterUse("a", weight=0.5))
+    assert (lease.name, lease.digest, lease.weight) == ("a", info.versions[0].digest, 0.5)
+    assert isinstance(house.registry.state(lease.digest), Loading)
+    house.bring(lease.digest)
+    assert house.registry.seat([lease.digest]) == {lease.digest: house.bank.slot(lease.digest)}
+    version = house.registry.describe("a").versions[0]
+    assert (version.tiers, version.leases, version.rank, version.modules) == (["disk", "host", "device"], 1, 4, 3)
+    assert house.stats().resident == ["a"]
+
+
+def test_unknown_names_and_versions_are_not_found(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    for use in (AdapterUse("b"), AdapterUse("a", "zzz")):
+        with pytest.raises(AdapterNotFound) as caught:
+            house.registry.acquire(use)
+        assert caught.value.param == "adapter"
+    assert house.registry.acquire(AdapterUse("a", digest[:6])).digest == digest
+
+
+def test_many_waiters_cause_one_load(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    for _ in range(5):
+        house.registry.acquire(AdapterUse("a"))
+        house.registry.want(digest)
+    house.bring(digest)
+    assert house.stats().loads_total["host"] == 1
+
+
+def test_a_new_version_leaves_running_requests_on_the_old_one(house: House) -> None:
+    old = house.publish("a", 0).versions[0].digest
+    lease = house.registry.acquire(AdapterUse("a"))
+    house.bring(old)
+    info = house.publish("a", 1, replace=True)
+    assert [version.digest for version in info.versions][1:] == [old]
+    assert house.registry.acquire(AdapterUse("a")).digest == info.versions[0].digest != old
+    assert isinstance(house.registry.state(old), Ready)
+    assert house.registry.acquire(AdapterUse("a", old[:8])).digest == old
+    house.registry.release(lease)
+    house.registry.release(lease)
+    assert old not in house.cache
+    assert len(house.registry.describe("a").versions) == 1
+    house.until(lambda: not (house.folder / "store" / "versions" / old).exists())
+
+
+def test_publishing_the_same_content_again_changes_nothing(house: House) -> None:
+    first = house.publish("a").versions[0].digest
+    house.bring(first)
+    assert house.publish("a", replace=True).versions[0].digest == first
+    assert first in house.cache
+
+
+def test_a_taken_name_is_refused(house: House) -> None:
+    house.publish("a")
+    with pytest.raises(AdapterExists):
+        house.publish("a", 1)
+
+
+def test_a_bad_upload_is_refused_and_leaves_nothing(house: House) -> None:
+    folder = write(house.folder / "store" / "staging" / "bad", tensors(), use_dora=True)
+    with pytest.raises(AdapterInvalid, match="use_dora"):
+        house.answer(lambda done: house.registry.publish(Publish("bad", str(folder)), done))
+    assert not folder.exists()
+    assert house.registry.describe_all() == []
+
+
+def test_deleting_waits_for_the_last_lease_and_then_everything_is_gone(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    lease = house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    house.registry.seat([digest])
+    house.answer(lambda done: house.registry.delete("a", done))
+    with pytest.raises(AdapterNotFound):
+        house.registry.acquire(AdapterUse("a"))
+    assert house.bank.holds(digest)
+    house.registry.release(lease)
+    assert (house.bank.bytes, house.cache.bytes) == (0, 0)
+    house.until(lambda: not any((house.folder / "store" / "versions").iterdir()))
+
+
+def test_evicting_returns_the_bytes_and_keeps_the_files(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    house.bring(digest)
+    house.registry.seat([digest])
+    taken = house.bank.bytes
+    assert taken == house.cache.bytes > 0
+    info = house.answer(lambda done: house.registry.evict("a", done))
+    assert info.versions[0].tiers == ["disk"]
+    assert (house.bank.bytes, house.cache.bytes) == (0, 0)
+    house.bring(digest)
+    assert isinstance(house.registry.state(digest), Ready)
+
+
+def test_evicting_one_in_use_happens_when_it_is_free(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    lease = house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    house.answer(lambda done: house.registry.evict("a", done))
+    assert digest in house.cache
+    house.registry.release(lease)
+    assert digest not in house.cache
+
+
+def test_pins_hold_their_slot_and_always_leave_one_free(house: House) -> None:
+    for seed, name in enumerate("abc"):
+        house.publish(name, seed)
+    pinned = [house.answer(lambda done, name=name: house.registry.pin(name, True, done)) for name in "ab"]
+    assert all(info.pinned and "device" in info.versions[0].tiers for info in pinned)
+    assert len(house.registry.pinned) == 2
+    with pytest.raises(AdapterBusy):
+        house.answer(lambda done: house.registry.pin("c", True, done))
+    with pytest.raises(AdapterBusy):
+        house.answer(lambda done: house.registry.evict("a", done))
+    assert not house.answer(lambda done: house.registry.pin("a", False, done)).pinned
+
+
+def test_the_least_recently_used_gives_up_its_slot(house: House) -> None:
+    digests = [house.publish(name, seed).versions[0].digest for seed, name in enumerate("abcd")]
+    for digest in digests:
+        house.bring(digest)
+    house.registry.seat(digests[:3])
+    house.registry.seat(digests[:1])
+    house.registry.seat(digests[3:])
+    assert house.bank.seated == [digests[2], digests[0], digests[3]]
+
+
+def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_by_the_next(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    version = house.folder / "store" / "versions" / digest
+    shutil.move(version, house.folder / "away")
+    lease = house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    assert isinstance(house.registry.state(digest), Failed)
+    house.registry.release(lease)
+    shutil.move(house.folder / "away", version)
+    house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    assert isinstance(house.registry.state(digest), Ready)
+
+
+def test_folders_are_published_at_start_once_and_bad_ones_reported(tmp_path: Path) -> None:
+    write(tmp_path / "given" / "good")
+    write(tmp_path / "given" / "bad", tensors(), use_dora=True)
+    (tmp_path / "given" / "notes").mkdir()
+    house = House(tmp_path)
+    failed = house.registry.publish_folder(tmp_path / "given")
+    assert [(name, type(error)) for name, error in failed] == [("bad", AdapterInvalid)]
+    created = house.registry.describe("good").versions[0].created
+    house.registry.publish_folder(tmp_path / "given")
+    house.registry.close()
+    again = House(tmp_path)
+    again.registry.publish_folder(tmp_path / "given")
+    assert again.registry.describe("good").versions[0].created == created
+    write(tmp_path / "given" / "good", tensors(5))
+    again.registry.publish_folder(tmp_path / "given")
+    assert again.registry.describe("good").versions[0].created > created
+    again.registry.close()
+
+
+def test_counters_tell_hits_from_misses(house: House) -> None:
+    digest = house.publish("a").versions[0].digest
+    house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    house.registry.acquire(AdapterUse("a"))
+    house.registry.seat([digest])
+    house.registry.acquire(AdapterUse("a"))
+    stats = house.stats()
+    assert stats.cache_hits_total == {"host": 1, "device": 1}
+    assert stats.cache_misses_total == {"host": 1, "device": 2}
