@@ -7,12 +7,12 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo/model
 PORT   ?= 8000
 ARGS   ?=
-ADAPTERS := $(if $(filter demo/model,$(MODEL)),--adapters adapters)
+DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters adapters)
 
 .PHONY: serve test check format clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
-	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(ADAPTERS) $(ARGS)
+	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 	$(BIN)/pytest $(ARGS)

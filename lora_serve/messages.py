@@ -125,7 +125,7 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the API must know of the base, sent once when the engine is ready."""
+    """What the API must know of the base, sent once when the engine is ready. `created` in seconds since the epoch."""
 
     model: str
     root: str
@@ -139,6 +139,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapter_slots: int
     adapters: int
     parameters: int
+    created: int
     generation_defaults: dict[str, Any] = {}
     notes: list[str] = []
 

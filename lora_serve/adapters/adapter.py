@@ -91,9 +91,10 @@ class Adapter:
         if place is None:
             return None
         source = self.flat if flat is None else flat
+        rank, wide, tall = place.rank, site.in_features, site.out_features
         return Delta(
-            a=source[place.a : place.a + place.rank * site.in_features].view(place.rank, site.in_features),
-            b=source[place.b : place.b + place.rank * site.out_features].view(place.rank, site.out_features),
+            a=source.as_strided((rank, wide), (wide, 1), place.a),
+            b=source.as_strided((rank, tall), (tall, 1), place.b),
         )
 
 

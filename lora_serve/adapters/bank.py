@@ -1,7 +1,7 @@
 """Adapters on the device: a slot is a row of pointers, an adapter one flat tensor of exactly its own size.
 
-Seating an adapter writes one column of each group's tables; nothing is copied into a stack and nothing padded. On a CPU
-the device's memory is the host's, so the flat tensor itself is used and seating costs no copy.
+Seating an adapter writes one column of the bank's tables, of which every group has some rows; nothing is copied into a
+stack and nothing padded. On a CPU the device's memory is the host's, so the flat tensor itself is used, without a copy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter, BaseShape
-from lora_serve.kernels.contract import DeltaGroup
+from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
 def vacate(seated: Iterable[str], needed: int, keep: Set[str]) -> list[str] | None:
@@ -35,16 +35,20 @@ class Bank:
 
     def __init__(self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = slots
-        self.groups: dict[tuple[str, ...], DeltaGroup] = {
-            names: DeltaGroup(
+        self.groups: dict[tuple[str, ...], DeltaGroup] = {}
+        self._tables = pointer_tables(sum(map(len, base.groups)), slots + 1, device)
+        row = 0
+        for names in base.groups:
+            a, b, rank = (table[row : row + len(names)] for table in self._tables)
+            self.groups[names] = DeltaGroup(
                 base.sites[names[0]].in_features,
                 tuple(base.sites[name].out_features for name in names),
                 slots + 1,
                 dtype,
                 device,
+                tables=(a, b, rank),
             )
-            for names in base.groups
-        }
+            row += len(names)
         self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
@@ -83,10 +87,17 @@ class Bank:
         slot = self._free.pop()
         flat = adapter.flat.to(self._device, non_blocking=True)
         self._seated[adapter.digest] = (slot, flat)
+        start, step = flat.data_ptr(), flat.element_size()
+        columns: tuple[list[int], list[int], list[int]] = ([], [], [])
         for names, group in self.groups.items():
             for module, name in enumerate(names):
-                if name in adapter.places:
-                    group.set(module, slot, adapter.delta(self._base.sites[name], flat))
+                group.deltas[module][slot] = adapter.delta(self._base.sites[name], flat)
+                place = adapter.places.get(name)
+                entry = (0, 0, 0) if place is None else (start + step * place.a, start + step * place.b, place.rank)
+                for column, value in zip(columns, entry, strict=True):
+                    column.append(value)
+        for table, column in zip(self._tables, columns, strict=True):
+            table[:, slot] = torch.tensor(column, dtype=table.dtype)  # one copy a table, not one a module
         return slot
 
     def evict(self, digest: str) -> None:
@@ -95,7 +106,10 @@ class Bank:
         if entry is None:
             return
         slot, _ = entry
+        for table in self._tables:
+            table[:, slot] = 0
         for group in self.groups.values():
-            group.clear(slot)
+            for row in group.deltas:
+                row[slot] = None
         self._free.append(slot)
         self.evictions += 1

@@ -66,11 +66,11 @@ class Store:
             self._lock.close()
             raise Unavailable("another server has the adapter store open; give each its own --store") from None
         for leftover in self._staging.iterdir():
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         named = {record.digest for record in self.names().values()}
         for version in self._versions.iterdir():
             if version.name not in named:
-                shutil.rmtree(version, ignore_errors=True)
+                _remove(version)
 
     def close(self) -> None:
         """Let another process open the store; closing twice is harmless."""
@@ -154,6 +154,14 @@ def _bring(source: Path, target: Path, *, move: bool) -> None:
         source.rename(target)
     else:
         shutil.copyfile(source, target)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it, or a file (half-written names are files)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field's name that are repeated to whoever sent it
+NEEDS_JSON = "the body must be a JSON object, sent as application/json"
 MOST_REASONS = 4  # alternatives of a union that are told
 
 STATUS = {
@@ -27,6 +28,7 @@ STATUS = {
     "invalid_api_key": 401,
     "forbidden": 403,
     "adapter_not_found": 404,
+    "model_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "too_large": 413,
@@ -98,16 +100,16 @@ def explain(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str 
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
     paths = [_path(problem, sent) for problem in problems]
-    related = [
-        (path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]
-    ]
+    related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)
     told = [problem for path, problem in related if path == deepest]
     param = ".".join(deepest)[:LONGEST_NAME] or None
     if any(problem["type"] == "extra_forbidden" for problem in told):
         return f"unknown parameter: {param}", param
     if any(problem["type"] == "missing" for problem in told):
-        return (f"missing parameter: {param}" if param else "the request needs a JSON body"), param
+        return (f"missing parameter: {param}" if param else NEEDS_JSON), param
+    if not param and not isinstance(sent, dict):
+        return NEEDS_JSON, None
     reasons = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in told))[:MOST_REASONS]
     text = "; or ".join(reasons)[: 4 * LONGEST_NAME]
     return (f"{param}: {text}" if param else text), param
@@ -132,11 +134,10 @@ def _path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
         return tuple(str(part) for part in location)
     path: list[str] = []
     for index, part in enumerate(location):
-        if isinstance(sent, dict) and part in sent:
+        held = part in sent if isinstance(sent, dict) else isinstance(sent, list) and part in range(len(sent))
+        if held:
             sent = sent[part]
-        elif isinstance(sent, list) and isinstance(part, int) and part < len(sent):
-            sent = sent[part]
-        elif not (problem["type"] == "missing" and index == len(location) - 1):
+        elif problem["type"] != "missing" or index < len(location) - 1:
             continue  # a union member's name
         path.append(str(part))
     return tuple(path)

@@ -87,6 +87,7 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
         adapter_slots=config.adapter_slots,
         adapters=len(registry.describe_all()),
         parameters=loaded.parameters,
+        created=loaded.created,
         generation_defaults=loaded.generation_defaults,
         notes=notes,
     )

@@ -1,8 +1,8 @@
 """Who runs in the next step, with how many tokens, in which blocks. Plain state, no tensors, no clock.
 
 Continuous batching under a token budget: sequences that decode come first with one token each, then prompts take what
-is left of the budget in chunks, oldest first. When blocks run out the youngest sequence is preempted: it gives its blocks back
-and reads its tokens again later (mostly from the prefix index).
+is left of the budget in chunks, oldest first. When blocks run out the youngest sequence is preempted: it gives its
+blocks back and reads its tokens again later (mostly from the prefix index).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 // Paged attention and the writing of keys and values.
 //
-// A unit of work is (sequence, run of query rows, some kv heads): all query heads that share a kv head go together, so each
-// key and value is read and widened once for all of them; several kv heads go together where there are units enough, since
-// a position's heads are neighbours in memory. Keys come in tiles that begin at multiples of KEYS whatever the
-// batch, softmax runs online over the tiles; nothing is gathered into a copy of the context.
+// A unit of work is (sequence, run of query rows, some kv heads). All query heads that share a kv head go together, so
+// each key and value is read and widened once for all of them; several kv heads go together where there are units
+// enough, since a position's heads are neighbours in memory. Keys come in tiles that begin at multiples of KEYS
+// whatever the batch, softmax runs online over the tiles; nothing is gathered into a copy of the context.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -138,7 +138,8 @@ void load_values(Places row, Places next, int64_t n, size_t dim, size_t width, f
     }
 }
 
-// Turn scores (in units of log 2) of keys `first`.. into probabilities relative to the running maximum, and bring `out` to it.
+// Turn scores (in units of log 2) of keys `first`.. into probabilities relative to the running maximum, and bring
+// `out` to it.
 INLINE void soften(const AttentionCall& call, float* score, int64_t first, int64_t oldest, int64_t position, float* top,
                    float* sum, float* out, size_t width) {
     constexpr int N = KEYS / W;

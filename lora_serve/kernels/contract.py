@@ -1,8 +1,8 @@
 """What a kernel backend promises: the only maths that the adapters and the paged KV need.
 
-Imports torch only. Backends (`reference`, `native`, later Triton) implement `Kernels`; whoever calls them never asks which
-one it has. Every tensor of one call lives on one device. Nothing is allocated by the caller for a maximum: rows
-without a segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
+Imports torch only. Backends (`reference`, `native`) implement `Kernels`; whoever calls them never asks which one it
+has. Every tensor of one call lives on one device. Nothing is allocated by the caller for a maximum: rows without a
+segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from torch import Tensor
 class Delta:
     """One adapter's low-rank part for one module; views into the adapter's flat tensor.
 
-    `a` is [rank, in]; `b` is [rank, out] (transposed from PEFT's), scaling folded in. Both contiguous and of the same dtype; rows
-    start at 64-byte boundaries only by luck of the sizes, the matrices always do.
+    `a` is [rank, in]; `b` is [rank, out] (transposed from PEFT's), scaling folded in. Both contiguous, of one dtype,
+    and beginning at 64-byte boundaries.
     """
 
     a: Tensor
     b: Tensor
+
+
+def pointer_tables(modules: int, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tables of addresses of A and of B (int64) and of ranks (int32), each [modules, slots]."""
+    return (
+        torch.zeros(modules, slots, dtype=torch.int64, device=device),
+        torch.zeros(modules, slots, dtype=torch.int64, device=device),
+        torch.zeros(modules, slots, dtype=torch.int32, device=device),
+    )
 
 
 class DeltaGroup:
@@ -35,18 +44,26 @@ class DeltaGroup:
         rank: int32 [modules, slots]; 0 where the slot has none.
         deltas: the tensors behind the addresses, [module][slot]; keeps them alive and lets the reference read them.
     Slot 0 is the base model and always empty. The tables' addresses never change.
+
+    Args:
+        tables: zeroed memory for `a`, `b` and `rank`; the bank gives rows of its own, so that one write fills a slot of
+            all groups. None: the group's own memory.
     """
 
     def __init__(
-        self, in_features: int, out_features: tuple[int, ...], slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tables: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         modules = len(out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
-        self.a = torch.zeros(modules, slots, dtype=torch.int64, device=device)
-        self.b = torch.zeros(modules, slots, dtype=torch.int64, device=device)
-        self.rank = torch.zeros(modules, slots, dtype=torch.int32, device=device)
+        self.a, self.b, self.rank = pointer_tables(modules, slots, device) if tables is None else tables
         self.deltas: list[list[Delta | None]] = [[None] * slots for _ in range(modules)]
 
     def set(self, module: int, slot: int, delta: Delta | None) -> None:
@@ -71,7 +88,8 @@ class Segments:
     """Runs of consecutive rows that share a slot.
 
     All tensors are [segments], on the device: `start`, `end` (int32, half-open row ranges), `slot` (int32, never 0),
-    `weight` (float32). Segments may cover the same rows (a composition): their deltas add. Rows in no segment are the base's.
+    `weight` (float32). Segments may cover the same rows (a composition): their deltas add. Rows in no segment are
+    the base's.
     """
 
     start: Tensor
@@ -127,7 +145,8 @@ class Kernels(Protocol):
 
         Semantics: `keys.flatten(0, 1)[kv_index] = k; values.flatten(0, 1)[kv_index] = v`.
         Shapes: keys [blocks, block_size, kv_heads, key_dim], values [blocks, block_size, kv_heads, value_dim],
-        k [tokens, kv_heads, key_dim], v likewise (any strides over the first two dimensions), kv_index int64 [tokens], position = block * block_size + offset.
+        k [tokens, kv_heads, key_dim], v likewise (any strides over the first two dimensions), kv_index int64 [tokens],
+        position = block * block_size + offset.
         """
         ...
 
@@ -150,6 +169,7 @@ class Kernels(Protocol):
             score[j] = scale * q · key[j];  with softcap c: c * tanh(score / c)
             out = softmax(score ++ [sinks[h]])[:-1] @ value    (a sink takes probability and gives nothing)
 
-        Shapes: q [tokens, heads, key_dim] (any strides over the first two dimensions), sinks [heads]; returns [tokens, heads, value_dim] in q's dtype, contiguous. Softmax in float32.
+        Shapes: q [tokens, heads, key_dim] (any strides over the first two dimensions), sinks [heads];
+        returns [tokens, heads, value_dim] in q's dtype, contiguous. Softmax in float32.
         """
         ...

@@ -171,7 +171,8 @@ struct Work {
 
     int64_t rank(int64_t m, const Segment& s) const { return group.rank[m * group.slots + s.slot]; }
 
-    // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`; a multiple of `step`.
+    // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`,
+    // rounded to `step`.
     static int64_t cut(int64_t at, int64_t begin, int64_t each, int64_t n, int64_t step) {
         if (at <= begin) return 0;
         return std::min(n, ((at - begin) / each + step / 2) / step * step);
@@ -222,7 +223,8 @@ struct Work {
                 for (int64_t before = 0; before < m; before++) offset += rank(before, s);
                 with_type(group.type, [&](auto* type) {
                     auto* b = (decltype(type))group.b[m * group.slots + s.slot];
-                    expand(shrunk + s.shrunk + offset, s.ranks, b, columns, ranks, out, s.first, s.rows, from, to, wide);
+                    expand(shrunk + s.shrunk + offset, s.ranks, b, columns, ranks, out, s.first, s.rows, from, to,
+                           wide);
                 });
             }
         }
@@ -241,7 +243,8 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     size_t floats = 0, weights = 0, most = 0;
     for (int64_t i = 0; i < call->segments; i++) {
         Segment s{call->start[i], call->end[i] - call->start[i], call->slot[i], 0, call->weight[i], floats};
-        if (s.first < 0 || s.rows < 0 || call->end[i] > call->tokens || s.slot < 0 || s.slot >= group.slots) return i + 1;
+        if (s.first < 0 || s.rows < 0 || call->end[i] > call->tokens) return i + 1;
+        if (s.slot < 0 || s.slot >= group.slots) return i + 1;
         int64_t tiles = (s.rows + TILE - 1) / TILE;
         for (int64_t m = 0; m < group.modules; m++) {
             int64_t rank = work.rank(m, s);

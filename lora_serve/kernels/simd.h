@@ -1,7 +1,7 @@
 // Vectors of floats that every compiler and CPU here understands, and the few moves the kernels are made of.
 //
-// GCC's vector extension (clang has it too) instead of intrinsics: one code for AVX-512, AVX2 and NEON. Intrinsics stand
-// only where the extension has no word for an instruction that matters (half floats, rounding to bfloat16).
+// GCC's vector extension (clang has it too) instead of intrinsics: one code for AVX-512, AVX2 and NEON. Intrinsics
+// stand only where the extension has no word for an instruction that matters.
 //
 // A row's result never depends on its neighbours: whatever number of rows a micro-kernel carries, each row sees the
 // same operations in the same order. So a stream gives the same bits alone, in a batch, or cut into chunks.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,7 @@ class LoadedModel:
         windows: sliding window of each layer that the modelling code may not pass on.
         max_model_len: the longest context that is served right.
         keeps_logits: the model's forward takes the rows whose logits are wanted.
+        created: seconds since the epoch.
         notes: what an operator should know, for the start-up summary.
     """
 
@@ -51,6 +53,7 @@ class LoadedModel:
     device: torch.device
     keeps_logits: bool
     parameters: int
+    created: int
     generation_defaults: dict[str, Any]
     notes: list[str]
 
@@ -106,6 +109,7 @@ def load(
         device=device,
         keeps_logits="logits_to_keep" in inspect.signature(type(model).forward).parameters,
         parameters=sum(p.numel() for p in model.parameters()),
+        created=_created(name),
         generation_defaults={
             key: generation[key]
             for key in ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -231,6 +235,12 @@ def _generation_config(name: str, revision: str | None, model: Any) -> dict[str,
     except OSError:  # many checkpoints have none
         found = model.generation_config.to_dict()
     return found
+
+
+def _created(name: str) -> int:
+    """When the model's configuration was written, so that what clients are told does not change from start to start."""
+    config = Path(name) / "config.json"
+    return int(config.stat().st_mtime) if config.is_file() else 0
 
 
 def _first_line(error: BaseException) -> str:

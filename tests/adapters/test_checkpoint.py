@@ -83,7 +83,9 @@ def test_numbers_that_are_not_finite_are_refused_by_key(value: float, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', "\xff", "{" * 5000], ids=["empty", "list", "nan", "twice", "bytes", "deep"]
+    "text",
+    ["", "[]", '{"r": NaN}', '{"r": 1, "r": 2}', "\xff", "{" * 5000],
+    ids=["empty", "list", "nan", "twice", "bytes", "deep"],
 )
 def test_a_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
     (write(tmp_path) / "adapter_config.json").write_bytes(text.encode("latin-1"))

@@ -90,7 +90,10 @@ def test_unknown_fields_at_nothing_and_training_fields_are_ignored(tmp_path: Pat
 
 
 def test_a_key_without_a_home_is_named_with_the_reason(tmp_path: Path) -> None:
-    weights = tensors() | {f"{PREFIX}norm.lora_A.weight": torch.ones(4, 8), f"{PREFIX}ghost.lora_A.weight": torch.ones(4, 8)}
+    weights = tensors() | {
+        f"{PREFIX}norm.lora_A.weight": torch.ones(4, 8),
+        f"{PREFIX}ghost.lora_A.weight": torch.ones(4, 8),
+    }
     with pytest.raises(AdapterInvalid, match=r"2 tensors.*ghost.*norm.*RMSNorm"):
         bring(tmp_path, weights)
 

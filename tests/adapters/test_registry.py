@@ -3,66 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from peft_folders import BASE, tensors, write
+from peft_folders import tensors, write
+from registry_house import House
 
-from lora_serve.adapters.bank import Bank
-from lora_serve.adapters.cache import Cache
-from lora_serve.adapters.registry import Failed, Loading, Ready, Registry
-from lora_serve.adapters.store import Store
-from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, ServeError
-from lora_serve.messages import AdapterInfo, Publish, Stats
+from lora_serve.adapters.registry import Failed, Loading, Ready
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound
+from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
-
-
-class House:
-    """A registry on a small base, and what an engine's loop does with it."""
-
-    def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
-        self.folder = folder
-        self.bank = Bank(BASE, slots, torch.float32, torch.device("cpu"))
-        self.cache = Cache(memory)
-        self.registry = Registry(
-            Store(folder / "store"), self.cache, self.bank, BASE, torch.float32, lambda: None, max_bytes=1 << 20
-        )
-
-    def until(self, condition: Any) -> None:
-        deadline = time.monotonic() + 10
-        while not condition():
-            self.registry.poll()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def answer(self, start: Any) -> Any:
-        """Result of an operation that takes a callback; ServeErrors are raised."""
-        answers: list[Any] = []
-        start(answers.append)
-        self.until(lambda: answers)
-        if isinstance(answers[0], ServeError):
-            raise answers[0]
-        return answers[0]
-
-    def publish(self, name: str, seed: int = 0, *, replace: bool = False) -> AdapterInfo:
-        folder = write(self.folder / "store" / "staging" / f"{name}-{seed}", tensors(seed))
-        info: AdapterInfo = self.answer(
-            lambda done: self.registry.publish(Publish(name, str(folder), replace), done)
-        )
-        return info
-
-    def bring(self, digest: str) -> None:
-        self.registry.want(digest)
-        self.until(lambda: not isinstance(self.registry.state(digest), Loading))
-
-    def stats(self) -> Stats:
-        stats = Stats()
-        self.registry.fill(stats)
-        return stats
 
 
 @pytest.fixture

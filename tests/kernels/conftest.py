@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lora_serve.kernels.build import BuildError, library
+from lora_serve.kernels.build import COMPILERS, library
 from lora_serve.kernels.native import NativeKernels
 
 
 @pytest.fixture(scope="session")
 def native() -> NativeKernels:
-    try:
-        return NativeKernels(library())
-    except BuildError as error:
-        pytest.skip(f"no native kernels here: {error}")
+    if not os.environ.get("CXX") and not any(shutil.which(name) for name in COMPILERS):
+        pytest.skip("no compiler here")
+    return NativeKernels(library())
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lora_serve.kernels.native import NativeKernels
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
-many = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 CASE = DeltaCase(
     seed=3,

@@ -1,0 +1,204 @@
+"""Which versions are in host or device memory, on their way there, or failed to come.
+
+Names are not known here, only digests: the registry says who has claims (leases and pins), this room moves adapters
+between the tiers accordingly and counts what that took. Belongs to the engine's loop; reading happens in the `Loader`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_serve.adapters.adapter import Adapter
+from lora_serve.adapters.bank import Bank, vacate
+from lora_serve.adapters.cache import Cache
+from lora_serve.adapters.loader import Loader
+from lora_serve.errors import EngineFault, ServeError
+from lora_serve.messages import Stats
+
+
+@dataclass(frozen=True)
+class Ready:
+    """In memory: it can be seated at once."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """On its way, or not asked for yet."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The load that was asked for last did not succeed."""
+
+    error: ServeError
+
+
+class Claims(Protocol):
+    """Who must not lose what."""
+
+    @property
+    def leased(self) -> Sequence[str]:
+        """Digests that sequences hold, the one held longest first."""
+        ...
+
+    @property
+    def kept(self) -> Set[str]:
+        """Digests that never leave by LRU, whether or not they are in memory yet."""
+        ...
+
+
+class Memory:
+    """The two memory tiers.
+
+    Args:
+        fetch: reads, lowers and flattens a version; called in the reading thread.
+        claims: consulted whenever something has to leave.
+        landed: called after each load, in the loop's thread, before those who waited are told.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        bank: Bank,
+        loader: Loader,
+        fetch: Callable[[str], Adapter],
+        claims: Claims,
+        landed: Callable[[str], None],
+    ) -> None:
+        self._cache, self._bank, self._loader = cache, bank, loader
+        self._fetch, self._claims, self._landed = fetch, claims, landed
+        self._loading: dict[str, list[Callable[[ServeError | None], None]]] = {}  # digest → who waits
+        self._failed: dict[str, ServeError] = {}
+        self._hits: Counter[str] = Counter(host=0, device=0)
+        self._misses: Counter[str] = Counter(host=0, device=0)
+        self._loads: Counter[str] = Counter(host=0, device=0)
+        self._seconds: dict[str, float] = {"host": 0.0, "device": 0.0}
+
+    def __repr__(self) -> str:
+        return f"<Memory {len(self._loading)} loading, {self._cache!r}, {self._bank!r}>"
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._cache or self._bank.holds(digest)
+
+    @property
+    def seated(self) -> list[str]:
+        """Digests on the device, least recently used first."""
+        return self._bank.seated
+
+    def tiers(self, digest: str) -> list[str]:
+        """The memory tiers that hold a version: of 'host' and 'device'."""
+        there = {"host": digest in self._cache, "device": self._bank.holds(digest)}
+        return [tier for tier, holds in there.items() if holds]
+
+    def is_loading(self, digest: str) -> bool:
+        return digest in self._loading
+
+    def state(self, digest: str) -> Ready | Loading | Failed:
+        """How far a leased version is."""
+        if digest in self._failed:
+            return Failed(self._failed[digest])
+        return Ready() if digest in self else Loading()
+
+    def touch(self, digest: str) -> None:
+        """A request begins to use a version: it is recently used, and the counters learn where it was found."""
+        for tier, there in (
+            ("device", self._bank.slot(digest) is not None),
+            ("host", self._cache.get(digest) is not None),
+        ):
+            (self._hits if there else self._misses)[tier] += 1
+            if there:
+                break
+
+    def want(self, digest: str, done: Callable[[ServeError | None], None] | None = None) -> None:
+        """Have a version brought into host memory, unless it is there or on its way; one load serves all who wait."""
+        waiters = [] if done is None else [done]
+        if digest in self:
+            for waiter in waiters:
+                waiter(None)
+        elif digest in self._loading:
+            self._loading[digest] += waiters
+        else:
+            self._failed.pop(digest, None)
+            self._loading[digest] = waiters
+            self._load(digest)
+
+    def seat(self, digests: Sequence[str]) -> dict[str, int]:
+        """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
+        keep = {*digests, *self._claims.kept}
+        slots: dict[str, int] = {}
+        for digest in digests:
+            slot = self._bank.slot(digest)
+            slots[digest] = self._seat(digest, keep) if slot is None else slot
+        return slots
+
+    def warm(self, digest: str) -> None:
+        """Seat a version ahead of its use, if that takes nobody's seat who is in use."""
+        if digest not in self or self._bank.holds(digest):
+            return
+        keep = {*self._claims.leased, *self._claims.kept}
+        if self._bank.free or vacate(self._bank.seated, 1, keep):
+            self._seat(digest, keep)
+
+    def evict(self, digest: str) -> None:
+        """Out of both tiers; what it took returns."""
+        self._bank.evict(digest)
+        self._cache.evict(digest)
+
+    def forget_failure(self, digest: str) -> None:
+        """Everyone who waited for a failed load has been told; the next who wants it tries again."""
+        self._failed.pop(digest, None)
+
+    def fill(self, stats: Stats) -> None:
+        """Write the tiers' share of the numbers."""
+        stats.adapter_slots = self._bank.slots
+        stats.bytes = {"host": self._cache.bytes, "device": self._bank.bytes}
+        stats.evictions_total = {"host": self._cache.evictions, "device": self._bank.evictions}
+        stats.cache_hits_total = dict(self._hits)
+        stats.cache_misses_total = dict(self._misses)
+        stats.loads_total = dict(self._loads)
+        stats.load_seconds_total = dict(self._seconds)
+
+    def _seat(self, digest: str, keep: Set[str]) -> int:
+        started = time.perf_counter()
+        if not self._bank.free:
+            for gone in vacate(self._bank.seated, 1, keep) or []:
+                self._bank.evict(gone)
+        adapter = self._cache.get(digest)
+        if adapter is None or not self._bank.free:
+            raise EngineFault("an adapter was scheduled that cannot be seated")
+        slot = self._bank.load(adapter)
+        self._loads["device"] += 1
+        self._seconds["device"] += time.perf_counter() - started
+        return slot
+
+    def _load(self, digest: str) -> None:
+        def work() -> tuple[Adapter, float]:
+            started = time.perf_counter()
+            return self._fetch(digest), time.perf_counter() - started
+
+        def arrived(result: tuple[Adapter, float] | ServeError) -> None:
+            failure = result if isinstance(result, ServeError) else self._keep(*result)
+            if failure is not None and digest in self._claims.leased:
+                self._failed[digest] = failure
+            waiters = self._loading.pop(digest)
+            self._landed(digest)
+            for waiter in waiters:
+                waiter(failure)
+
+        self._loader.load(work, arrived)
+
+    def _keep(self, adapter: Adapter, seconds: float) -> ServeError | None:
+        """Put a loaded adapter into the cache; the error if it does not fit."""
+        self._loads["host"] += 1
+        self._seconds["host"] += seconds
+        for digest in reversed(self._claims.leased):  # what is leased leaves last, the longest held last of all
+            self._cache.get(digest)
+        try:
+            self._cache.put(adapter, self._claims.kept.__contains__)
+        except ServeError as error:
+            return error
+        return None

@@ -1,0 +1,98 @@
+"""Log-probabilities in the two shapes that OpenAI's API has for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from lora_serve.request import Logprob
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenTexts:
+    """What single tokens look like, as text and as bytes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+
+    def text(self, token: int) -> str:
+        found: str = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return found
+
+    def bytes(self, token: int) -> bytes:
+        """The token's own bytes, also where they are no whole character."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if self._byte_level and all(character in _alphabet() for character in piece):
+            return bytes(_alphabet()[character] for character in piece)
+        if match := _BYTE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return self.text(token).encode()
+
+    def key(self, token: int) -> str:
+        """The token as a key: its text; its bytes where it is no whole character."""
+        text = self.text(token)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token))
+
+
+@lru_cache(1)
+def _alphabet() -> dict[str, int]:
+    """The printable characters by which byte-level BPE writes bytes (as in GPT-2's vocabulary)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
+
+
+def for_completion(
+    texts: TokenTexts, entries: Sequence[Logprob | None], tokens: Sequence[int], top: int, offset: int
+) -> dict[str, Any]:
+    """The `logprobs` object of a completion.
+
+    Args:
+        entries: one per token; None where there is none (the first token of a prompt).
+        offset: where the first token stands in the returned text.
+
+    The token that was chosen always stands in its `top_logprobs`, with the very same number; an alternative whose text
+    is another's gets a key of its own.
+    """
+    shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, entry in zip(tokens, entries, strict=True):
+        text = texts.key(token)
+        shown["tokens"].append(text)
+        shown["text_offset"].append(offset)
+        offset += len(texts.text(token))
+        if entry is None:
+            shown["token_logprobs"].append(None)
+            shown["top_logprobs"].append(None)
+            continue
+        shown["token_logprobs"].append(entry.value)
+        likely = {text: entry.value}
+        for other, value in entry.top[:top]:
+            if other != token:
+                key = texts.key(other)
+                likely[key if key not in likely else f"token_id:{other}"] = value
+        shown["top_logprobs"].append(likely)
+    return shown
+
+
+def for_chat(texts: TokenTexts, entries: Sequence[Logprob], top: int) -> dict[str, Any]:
+    """The `logprobs` object of a chat choice."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        return {"token": texts.key(token), "logprob": value, "bytes": [*texts.bytes(token)]}
+
+    return {
+        "content": [
+            entry(found.token, found.value)
+            | {"top_logprobs": [entry(token, value) for token, value in found.top[:top]]}
+            for found in entries
+        ]
+    }

@@ -1,0 +1,68 @@
+"""`GET /v1/models`: the base first, then every adapter that the caller may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+
+from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.openai.prompt import ModelNotFound, base_names, engine_info
+from lora_serve.api.services import Injected, Services
+from lora_serve.errors import AdapterNotFound
+from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
+
+router = APIRouter(tags=["openai"])
+
+
+@router.get("/v1/models")
+async def models(services: Injected, caller: Authorized) -> dict[str, Any]:
+    """What `model` may be."""
+    info = engine_info(services)
+    found = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
+    shown = [_adapter(info, adapter) for adapter in found if caller.may_use(adapter.name)]
+    return {"object": "list", "data": [_base(info), *shown]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, services: Injected, caller: Authorized) -> dict[str, Any]:
+    """One of them."""
+    info = engine_info(services)
+    if model in base_names(services):
+        return _base(info)
+    return _adapter(info, await _find(model, services, caller))
+
+
+async def _find(name: str, services: Services, caller: Caller) -> AdapterInfo:
+    try:
+        if caller.may_use(name):
+            return msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)
+    except AdapterNotFound:
+        pass
+    raise ModelNotFound(f"model {name[:100]} does not exist", param="model")
+
+
+def _base(info: EngineInfo) -> dict[str, Any]:
+    return {
+        "id": info.model,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "lora-serve",
+        "root": info.root,
+        "parent": None,
+        "max_model_len": info.max_model_len,
+    }
+
+
+def _adapter(info: EngineInfo, adapter: AdapterInfo) -> dict[str, Any]:
+    newest = adapter.versions[0]
+    return {
+        "id": adapter.name,
+        "object": "model",
+        "created": int(newest.created),
+        "owned_by": "lora-serve",
+        "root": f"{adapter.name}@{newest.digest}",
+        "parent": info.model,
+        "max_model_len": info.max_model_len,
+    }

@@ -1,0 +1,167 @@
+"""What a body means for the engine: prompts as tokens, sampling parameters, and which adapters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lora_serve.api.auth import Caller
+from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
+from lora_serve.api.services import Services
+from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
+from lora_serve.messages import EngineInfo
+from lora_serve.request import AdapterUse, Sampling
+
+LONG = 2000  # characters; a longer text is tokenized beside the event loop
+
+
+class ModelNotFound(ServeError):
+    """`model` is neither the base nor an adapter."""
+
+    kind = "model_not_found"
+
+
+def engine_info(services: Services) -> EngineInfo:
+    """What the engine said of its base; Unavailable before it did."""
+    if services.engine.info is None:
+        raise Unavailable("the engine is starting", retry_after=1)
+    return services.engine.info
+
+
+def base_names(services: Services) -> set[str]:
+    """All that `model` may be to mean the base."""
+    return {engine_info(services).model, services.config.served_name(), services.config.model}
+
+
+def adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
+    """The adapters that `adapter` and `model` name together; empty is the base.
+
+    Raises AdapterNotFound for one that the caller may not use, in the words used for one that is not there.
+    """
+    given = body.adapter
+    if given is None:
+        uses: tuple[AdapterUse, ...] = ()
+    elif isinstance(given, list):
+        uses = tuple(_use(entry) for entry in given)
+    else:
+        uses = (_use(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
+    if body.model and body.model not in base_names(services):
+        named = _use(WeightedAdapter(name=body.model))
+        if not uses:
+            uses = (named,)
+        elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
+            raise BadRequest("model and adapter name different adapters", param="adapter")
+    if len({use.name for use in uses}) < len(uses):
+        raise BadRequest("an adapter is named twice", param="adapter")
+    for use in uses:
+        if not caller.may_use(use.name):
+            raise AdapterNotFound(f"adapter {use.name[:100]} does not exist", param="adapter")
+    return uses
+
+
+def _use(given: WeightedAdapter) -> AdapterUse:
+    name, at, version = given.name.partition("@")
+    if at and not version:
+        raise BadRequest("an adapter's name ends in @ without a version", param="adapter")
+    return AdapterUse(name, version or None, given.weight)
+
+
+def sampling(
+    body: Generation,
+    services: Services,
+    *,
+    prompt_tokens: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> Sampling:
+    """The body's sampling parameters, defaults filled in from the model's own generation config.
+
+    Args:
+        max_tokens: as asked; None is all that the context has left.
+    """
+    info = engine_info(services)
+    defaults = info.generation_defaults
+    room = info.max_model_len - prompt_tokens
+    if room < min(1, max_tokens if max_tokens is not None else 1) or (max_tokens or 0) > room:
+        raise ContextExceeded(
+            f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens} and "
+            f"{max_tokens if max_tokens is not None else 1} more are asked for",
+            param="max_tokens" if max_tokens else "prompt",
+        )
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    if any(token >= info.vocab_size for token in bias):
+        raise BadRequest(f"logit_bias has token ids outside 0..{info.vocab_size - 1}", param="logit_bias")
+    if any(token >= info.vocab_size for token in body.stop_token_ids or ()):
+        raise BadRequest(f"stop_token_ids has ids outside 0..{info.vocab_size - 1}", param="stop_token_ids")
+
+    def chosen(field: str, otherwise: float) -> Any:
+        value = getattr(body, field)
+        return defaults.get(field, otherwise) if value is None else value
+
+    return Sampling(
+        max_tokens=room if max_tokens is None else max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=float(chosen("temperature", 1.0)),
+        top_k=max(0, int(chosen("top_k", 0))),
+        top_p=float(chosen("top_p", 1.0)),
+        min_p=body.min_p or 0.0,
+        seed=body.seed,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=float(chosen("repetition_penalty", 1.0)),
+        logit_bias=bias,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text; an empty one is the tokenizer's first token, where it has one."""
+
+    def work() -> list[int]:
+        ids: list[int] = services.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        if not ids and services.tokenizer.bos_token_id is not None:
+            ids = [services.tokenizer.bos_token_id]
+        return ids
+
+    return await asyncio.to_thread(work) if len(text) > LONG else work()
+
+
+async def encode_chat(
+    services: Services,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
+    arguments: dict[str, Any] | None = None,
+) -> list[int]:
+    """Messages through the base's own chat template. BadRequest where it has none or refuses them."""
+    if not services.tokenizer.chat_template:
+        raise BadRequest("the base model has no chat template; use /v1/completions", param="messages")
+    turns = []
+    for message in messages:
+        content = message.content
+        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+        turns.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
+
+    def work() -> list[int]:
+        text = services.tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(arguments or {}),
+        )
+        ids: list[int] = services.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    try:
+        return await asyncio.to_thread(work)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error

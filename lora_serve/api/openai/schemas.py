@@ -1,0 +1,174 @@
+"""Request bodies, strictly: what is not here is refused by name, and nothing is coerced.
+
+Fields that OpenAI's clients send as a matter of course are accepted at the values at which they mean nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MOST_STOPS = 4
+LONGEST_STOP = 256  # characters
+MOST_BIASES = 1024
+MOST_LOGPROBS = 20
+MOST_ADAPTERS = 8
+MOST_PROMPTS = 2048
+
+Text = Annotated[str, Field(max_length=4_000_000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class WeightedAdapter(Strict):
+    """An adapter with a factor on its delta."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+class Generation(Strict):
+    """What completions and chat have in common. None is the default everywhere."""
+
+    model: Annotated[str, Field(max_length=400)] | None = None
+    adapter: (
+        Annotated[str, Field(min_length=1, max_length=200)]
+        | WeightedAdapter
+        | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS)]
+        | None
+    ) = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_BIASES)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MOST_BIASES),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Completion(Generation):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(max_length=MOST_PROMPTS)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = None
+    add_special_tokens: bool | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _something_to_complete(cls, value: Any) -> Any:
+        if isinstance(value, list) and not value:
+            raise ValueError("the prompt is empty")
+        return value
+
+
+class Part(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None
+    name: Annotated[str, Field(max_length=200)] | None = None
+
+
+class TemplateArguments(Strict):
+    """The chat template arguments that callers may set."""
+
+    enable_thinking: bool | None = None
+    add_vision_id: bool | None = None
+
+
+class ChatCompletion(Generation):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _fields_that_need_each_other(self) -> ChatCompletion:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+
+class Tokenize(Strict):
+    """Body of `POST /tokenize`: a prompt, or messages to be put through the chat template."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Tokenize:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class Detokenize(Strict):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: TokenIds

@@ -1,0 +1,52 @@
+"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer, for clients that count tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from lora_serve.api.auth import Authorized
+from lora_serve.api.openai.prompt import encode, encode_chat, engine_info
+from lora_serve.api.openai.schemas import Detokenize, Tokenize
+from lora_serve.api.services import Injected
+from lora_serve.errors import BadRequest
+
+router = APIRouter(tags=["tokenizer"])
+
+
+@router.post("/tokenize")
+async def tokenize(body: Tokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
+    """Text or messages → token ids."""
+    if body.messages is not None:
+        tokens = await encode_chat(
+            services, body.messages, add_generation_prompt=body.add_generation_prompt is not False
+        )
+    else:
+        special = body.add_special_tokens is not False
+        tokens = await encode(services, body.prompt or "", add_special_tokens=special)
+    return {"count": len(tokens), "max_model_len": engine_info(services).max_model_len, "tokens": tokens}
+
+
+@router.post("/detokenize")
+async def detokenize(body: Detokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
+    """Token ids → text."""
+    vocabulary = engine_info(services).vocab_size
+    if any(token >= vocabulary for token in body.tokens):
+        raise BadRequest(f"tokens has ids outside 0..{vocabulary - 1}", param="tokens")
+    return {"prompt": services.tokenizer.decode(body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(services: Injected, caller: Authorized) -> dict[str, Any]:
+    """What clients need to count and to stop."""
+    tokenizer = services.tokenizer
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": len(tokenizer),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "unk_token": tokenizer.unk_token,
+        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+    }

@@ -1,0 +1,235 @@
+"""Uploads: a multipart form, written to the store's staging folder as it comes in.
+
+Nothing of an upload is held in memory but what one read brings, and nothing of it outlives its request: the folder is
+removed on success, error and disconnect alike. What the adapter's files say is for the engine to check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from lora_serve.api import archive
+from lora_serve.errors import BadRequest, StorageFull, TooLarge
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+BATCH = 1 << 20  # bytes that are handed to the disk's thread at once
+FORM_SLACK = 1 << 20  # of boundaries, headers and fields beside the files' bytes
+LONGEST_FIELD = 4096
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A received form: the field `name`, if it was there, and a fresh folder with the adapter's files."""
+
+    name: str | None
+    folder: Path
+
+
+def check_name(name: str, param: str = "name") -> str:
+    """The name itself, if an adapter can have it. Raises `BadRequest`."""
+    if not NAME.fullmatch(name):
+        raise BadRequest("a name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", param=param)
+    return name
+
+
+@asynccontextmanager
+async def staged(staging: Path) -> AsyncIterator[Path]:
+    """A fresh folder in `staging`, gone with everything in it when the context ends.
+
+    Inside, a full disk is `StorageFull`.
+    """
+    root = staging / f"upload-{uuid.uuid4().hex}"
+    with disk_errors():
+        try:
+            await asyncio.to_thread(root.mkdir, parents=True)
+            yield root
+        finally:
+            # Shielded, so that a request that is cancelled leaves nothing behind either.
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, root, True))
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Within, errors of the disk that the caller should know of are told in our words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageFull("the disk of the adapter store is full") from error
+        raise
+
+
+@asynccontextmanager
+async def received(request: Request, staging: Path, most: int) -> AsyncIterator[Upload]:
+    """Receive the form of `request`; the folder lasts as long as the context.
+
+    Args:
+        most: bytes of the adapter's files together, unpacked.
+
+    Raises: `BadRequest`, `AdapterInvalid`, `TooLarge`, `StorageFull`.
+    """
+    boundary = _boundary(request)
+    announced = request.headers.get("Content-Length", "")
+    if announced.isdigit() and int(announced) > most + FORM_SLACK:
+        raise TooLarge(f"the upload is larger than {most:,} bytes")
+    async with staged(staging) as root:
+        form = _Form(root, most)
+        parser = MultipartParser(boundary, form.callbacks())
+        try:
+            try:
+                async for batch in _batches(request):
+                    await asyncio.to_thread(form.take, parser, batch)
+            finally:
+                form.close()
+        except ClientDisconnect:
+            raise BadRequest("the upload ended before its time") from None
+        except FormParserError as error:
+            raise BadRequest("the multipart form cannot be read") from error
+        yield await asyncio.to_thread(form.finish, most)
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("Content-Type"))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise BadRequest("an adapter is uploaded as multipart/form-data")
+    return boundary
+
+
+async def _batches(request: Request) -> AsyncIterator[bytes]:
+    batch = bytearray()
+    async for chunk in request.stream():
+        batch += chunk
+        if len(batch) >= BATCH:
+            yield bytes(batch)
+            batch.clear()
+    yield bytes(batch)
+
+
+class _Form:
+    """Takes a form's parts as the parser finds them. Works in a thread, one call at a time."""
+
+    def __init__(self, root: Path, most: int) -> None:
+        self._archive = root / "archive"
+        self._folder = root / "adapter"
+        self._folder.mkdir()
+        self._most = most
+        self._received = 0
+        self._ended = False
+        self._name: bytes | None = None
+        self._files: set[str] = set()  # all that were sent, also those that are not stored
+        self._open: IO[bytes] | None = None
+        self._header = [bytearray(), bytearray()]
+        self._disposition = b""
+        self._field = ""
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self._begin,
+            "on_part_data": self._data,
+            "on_part_end": self.close,
+            "on_header_field": lambda data, start, end: self._more_header(0, data[start:end]),
+            "on_header_value": lambda data, start, end: self._more_header(1, data[start:end]),
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_end": self._end,
+        }
+
+    def take(self, parser: MultipartParser, batch: bytes) -> None:
+        self._received += len(batch)
+        if self._received > self._most + FORM_SLACK:
+            raise TooLarge(f"the upload is larger than {self._most:,} bytes")
+        parser.write(batch)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def finish(self, most: int) -> Upload:
+        """The form, once all of it came. Raises `BadRequest` that names what is missing."""
+        if not self._ended:
+            raise BadRequest("the multipart form is cut off")
+        if self._archive.exists():
+            if self._files:
+                raise BadRequest("send either files or one archive, not both", param="archive")
+            archive.unpack(self._archive, self._folder, most)
+            self._archive.unlink()
+        elif not self._files:
+            raise BadRequest("the adapter is missing: send files, or one archive", param="files")
+        for name in (archive.CONFIG, archive.WEIGHTS):
+            if not (self._folder / name).exists():
+                raise BadRequest(f"{name} is missing", param="files")
+        return Upload(None if self._name is None else self._name.decode(errors="replace"), self._folder)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._field = ""
+        self._disposition = b""
+
+    def _more_header(self, which: int, data: bytes) -> None:
+        self._header[which] += data
+        if len(self._header[which]) > LONGEST_FIELD:
+            raise BadRequest("a header in the multipart form is too long")
+
+    def _header_end(self) -> None:
+        if self._header[0].lower() == b"content-disposition":
+            self._disposition = bytes(self._header[1])
+        self._header = [bytearray(), bytearray()]
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._field = options.get(b"name", b"").decode(errors="replace")
+        file = options.get(b"filename", b"").decode(errors="replace")
+        match self._field:
+            case "name":
+                if self._name is not None:
+                    raise BadRequest("name was sent twice", param="name")
+                self._name = b""
+            case "archive":
+                if self._archive.exists():
+                    raise BadRequest("send one archive only", param="archive")
+                self._open = self._archive.open("xb")
+            case "files":
+                self._begin_file(PurePosixPath(file.replace("\\", "/")).name)
+            case _:
+                raise BadRequest(f"unknown parameter: {self._field[:100]}", param=self._field[:100])
+
+    def _begin_file(self, name: str) -> None:
+        if not name:
+            raise BadRequest("every one of files needs a file name", param="files")
+        if name in self._files:
+            raise BadRequest(f"{name[:100]} was sent twice", param="files")
+        if len(self._files) >= archive.MOST_MEMBERS:
+            raise BadRequest(f"more than {archive.MOST_MEMBERS} files", param="files")
+        self._files.add(name)
+        if archive.kept(name):
+            self._open = (self._folder / name).open("xb")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._field == "name":
+            self._name = (self._name or b"") + data[start:end]
+            if len(self._name) > LONGEST_FIELD:
+                raise BadRequest("the name is too long", param="name")
+        elif self._open is not None:
+            self._open.write(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        self._ended = True

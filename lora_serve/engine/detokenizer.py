@@ -1,0 +1,90 @@
+"""Token ids → text that is safe to send: whole characters only, and nothing that could become a stop string.
+
+Works on a window of recent tokens, so a token costs the same however long the text is. The window starts at a token
+boundary at which text was complete, which keeps every tokenizer's own spacing rules intact (a sentencepiece token means
+something else at the beginning of a text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "\ufffd"  # what an incomplete UTF-8 character decodes to
+LONGEST_CHARACTER = 8  # tokens; one that is not complete by then never will be
+CONTEXT = 6  # prompt tokens that tell how the first token is spaced
+
+
+class Detokenizer:
+    """One sequence's text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: the tokens before; only the last few matter.
+        stop: strings that end the text.
+        include_stop: leave the stop string in the text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._include_stop = include_stop
+        self._window = list(prompt[-CONTEXT:])
+        self._known = len(self._window)  # tokens of the window whose text is out of it
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Take new tokens; returns the text that can be sent now. After a stop string: nothing more."""
+        if self.stopped:
+            return ""
+        text = "".join(self._next(token) for token in token_ids)
+        return self._release(self._held + text)
+
+    def flush(self) -> str:
+        """The end: what was held back, however incomplete."""
+        if self.stopped:
+            return ""
+        text, self._held = self._held + self._fresh(), ""
+        return text
+
+    def _next(self, token: int) -> str:
+        self._window.append(token)
+        fresh = self._fresh()
+        pending = len(self._window) - self._known
+        if not fresh or (fresh.endswith(UNFINISHED) and pending < LONGEST_CHARACTER):
+            return ""
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        return fresh
+
+    def _fresh(self) -> str:
+        """Text that the window's unknown tokens add to its known ones."""
+        before = self._decode(self._window[: self._known])
+        return self._decode(self._window)[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _release(self, text: str) -> str:
+        """Cut at the first stop string; hold back an end that could become one."""
+        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            place, stop = min(found, key=lambda match: (match[0], len(match[1])))
+            self.stopped = True
+            self._held = ""
+            return text[: place + len(stop)] if self._include_stop else text[:place]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are a beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,67 @@
+"""A registry on a small base, driven as the engine's loop drives it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft_folders import BASE, tensors, write
+from torch import Tensor
+
+from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.cache import Cache
+from lora_serve.adapters.registry import Loading, Registry
+from lora_serve.adapters.store import Store
+from lora_serve.errors import ServeError
+from lora_serve.messages import AdapterInfo, Publish, Stats
+
+
+class House:
+    """A registry on a small base, and what an engine's loop does with it."""
+
+    def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
+        self.folder = folder
+        self.bank = Bank(BASE, slots, torch.float32, torch.device("cpu"))
+        self.cache = Cache(memory)
+        self.registry = Registry(
+            Store(folder / "store"), self.cache, self.bank, BASE, torch.float32, lambda: None, max_bytes=1 << 20
+        )
+
+    def until(self, condition: Any) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            self.registry.poll()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def answer(self, start: Any) -> Any:
+        """Result of an operation that takes a callback; ServeErrors are raised."""
+        answers: list[Any] = []
+        start(answers.append)
+        self.until(lambda: answers)
+        if isinstance(answers[0], ServeError):
+            raise answers[0]
+        return answers[0]
+
+    def publish(self, name: str, seed: int = 0, *, replace: bool = False) -> AdapterInfo:
+        folder = write(self.folder / "store" / "staging" / f"{name}-{seed}", self.tensors(seed))
+        info: AdapterInfo = self.answer(lambda done: self.start_publish(name, folder, done, replace=replace))
+        return info
+
+    def start_publish(self, name: str, folder: Path, done: Any, *, replace: bool = False) -> None:
+        self.registry.publish(Publish(name, str(folder), replace), done)
+
+    @staticmethod
+    def tensors(seed: int) -> dict[str, Tensor]:
+        return tensors(seed)
+
+    def bring(self, digest: str) -> None:
+        self.registry.want(digest)
+        self.until(lambda: not isinstance(self.registry.state(digest), Loading))
+
+    def stats(self) -> Stats:
+        stats = Stats()
+        self.registry.fill(stats)
+        return stats

@@ -1,0 +1,163 @@
+"""An engine that only keeps adapters, and an app over it: what the tests of the operator's routes talk to."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from fastapi import FastAPI
+
+from lora_serve.api.app import create_app
+from lora_serve.api.auth import Keys
+from lora_serve.config import ServeConfig
+from lora_serve.errors import AdapterExists, AdapterNotFound
+from lora_serve.messages import (
+    AdapterInfo,
+    AdapterVersion,
+    DeleteAdapter,
+    DescribeAdapter,
+    Drain,
+    EngineInfo,
+    EvictAdapter,
+    ListAdapters,
+    LoadAdapter,
+    Operation,
+    PinAdapter,
+    Publish,
+    Stats,
+    Update,
+)
+from lora_serve.request import Event, Finished, Request
+
+CONFIG = json.dumps({"peft_type": "LORA", "r": 8}).encode()
+WEIGHTS = bytes(range(256)) * 40
+FILES = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}
+
+
+class OperatedEngine:
+    """Keeps what is published by name, and the files that each publish found. `failure` is raised by the next call."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.ready = True
+        self.restarts = 0
+        self.stats = Stats()
+        self.info: EngineInfo | None = None
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.published: list[dict[str, bytes]] = []
+        self.operations: list[Operation] = []
+        self.failure: Exception | None = None
+        self.observers: list[Callable[[Update], None]] = []
+
+    def observe(self, observer: Callable[[Update], None]) -> None:
+        self.observers.append(observer)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        yield Finished(request.id, "length")
+
+    async def call(self, operation: Operation) -> Any:
+        self.operations.append(operation)
+        if isinstance(operation, Publish):
+            self.published.append({path.name: path.read_bytes() for path in Path(operation.folder).iterdir()})
+        if self.failure is not None:
+            raise self.failure
+        return msgspec.to_builtins(self._do(operation))
+
+    def _do(self, operation: Operation) -> Any:
+        match operation:
+            case Publish(name=name):
+                if name in self.adapters and not operation.replace:
+                    raise AdapterExists(f"{name} exists", param="name")
+                versions = self.adapters[name].versions if name in self.adapters else []
+                fresh = AdapterVersion(f"digest{len(versions)}", 1.0, 8, 2, 10_240, 10_240, ["disk"], 0)
+                self.adapters[name] = AdapterInfo(name, False, [fresh, *versions])
+                return self.adapters[name]
+            case ListAdapters():
+                return [self.adapters[name] for name in sorted(self.adapters)]
+            case PinAdapter(name=name):
+                self.adapters[name] = msgspec.structs.replace(self._find(name), pinned=operation.pinned)
+                return self.adapters[name]
+            case DeleteAdapter(name=name):
+                self._find(name)
+                return self.adapters.pop(name)
+            case DescribeAdapter(name=name) | LoadAdapter(name=name) | EvictAdapter(name=name):
+                return self._find(name)
+            case Drain():
+                return None
+
+    def _find(self, name: str) -> AdapterInfo:
+        if name not in self.adapters:
+            raise AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")
+        return self.adapters[name]
+
+
+class Operated:
+    """An app over an `OperatedEngine`, and a client of it."""
+
+    def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
+        self.engine = OperatedEngine()
+        self.config = ServeConfig(model="base", store=store, **options)
+        self.app: FastAPI = create_app(self.engine, None, self.config, keys)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    async def ask(self, method: str, path: str, key: str | None = None, **given: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= given.pop("headers", {})
+        return await self.client.request(method, path, headers=headers, **given)
+
+    async def upload(
+        self, files: Mapping[str, bytes] = FILES, name: str | None = "poet", path: str = "/v1/adapters"
+    ) -> httpx.Response:
+        """A POST, or with another path a PUT, of single files."""
+        parts: list[tuple[str, Any]] = [("files", (file, content)) for file, content in files.items()]
+        return await self.send(parts, name, path)
+
+    async def send(
+        self, parts: list[tuple[str, Any]], name: str | None = "poet", path: str = "/v1/adapters"
+    ) -> httpx.Response:
+        fields = [] if name is None else [("name", (None, name.encode()))]
+        method = "POST" if path == "/v1/adapters" else "PUT"
+        return await self.client.request(method, path, files=[*fields, *parts])
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """What lies in staging; empty whenever no upload is under way."""
+        staging = self.config.store_folder() / "staging"
+        return sorted(staging.iterdir()) if staging.exists() else []
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str | None, str]:
+    """Status, field and message of an error; fails if it has another shape than OpenAI's."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["param"], error["message"]
+
+
+def tar(files: Mapping[str, bytes | tarfile.TarInfo], mode: str = "w:gz") -> bytes:
+    """A tar of files; a `TarInfo` is added as it is, without content."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def packed_zip(files: Mapping[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()

@@ -1,0 +1,167 @@
+"""Errors as clients see them: OpenAI's shape everywhere, statuses, and words that name the field at fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Body
+from operated import Operated, refusal
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from lora_serve import errors as tree
+from lora_serve.api import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "type"),
+    [
+        (tree.BadRequest, 400, "invalid_request_error"),
+        (tree.ContextExceeded, 400, "invalid_request_error"),
+        (errors.Unauthenticated, 401, "authentication_error"),
+        (errors.Forbidden, 403, "permission_error"),
+        (tree.AdapterNotFound, 404, "not_found_error"),
+        (tree.AdapterExists, 409, "conflict_error"),
+        (tree.AdapterBusy, 409, "conflict_error"),
+        (tree.TooLarge, 413, "invalid_request_error"),
+        (tree.AdapterInvalid, 422, "invalid_request_error"),
+        (tree.Overloaded, 429, "rate_limit_error"),
+        (tree.EngineFault, 500, "server_error"),
+        (tree.ServeError, 500, "server_error"),
+        (tree.Unavailable, 503, "server_error"),
+        (tree.StorageFull, 507, "server_error"),
+    ],
+)
+def test_every_kind_has_a_status_and_a_type(error: type[tree.ServeError], status: int, type: str) -> None:
+    raised = error("words", param="field")
+    assert errors.status(raised) == status
+    shown = {"message": "words", "type": type, "param": "field", "code": error.kind}
+    assert errors.body(raised) == {"error": shown}
+
+
+def test_no_kind_of_the_tree_is_left_out() -> None:
+    def kinds(cls: type[tree.ServeError]) -> set[str]:
+        return {cls.kind}.union(*map(kinds, cls.__subclasses__()))
+
+    assert kinds(tree.ServeError) == errors.STATUS.keys()
+
+
+def test_overload_and_unavailability_say_when_to_come_back() -> None:
+    assert errors.headers(tree.Overloaded("full")) == {"Retry-After": "1"}
+    assert errors.headers(tree.Unavailable("later", retry_after=2.1)) == {"Retry-After": "3"}
+    assert errors.headers(tree.Unavailable("soon", retry_after=0.01)) == {"Retry-After": "1"}
+    assert errors.headers(tree.BadRequest("never")) == {}
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Use(Strict):
+    name: str
+    weight: float = 1.0
+
+
+class Asked(Strict):
+    prompt: str | list[str] | list[int]
+    temperature: float = Field(1.0, ge=0, le=2)
+    adapter: str | Use | list[Use] | None = None
+    seed: int | None = None
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_is_even(cls, value: int | None) -> int | None:
+        if value is not None and value % 2:
+            raise ValueError("must be even")
+        return value
+
+
+def explained(sent: Any) -> tuple[str, str | None]:
+    """What a client would be told of a body."""
+    with pytest.raises(ValidationError) as failed:
+        TypeAdapter(Asked).validate_python(sent)
+    problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in failed.value.errors()]
+    return errors.explain(problems, sent)
+
+
+@pytest.mark.parametrize(
+    ("sent", "param", "message"),
+    [
+        ({"prompt": "x", "best_of": 2}, "best_of", "unknown parameter: best_of"),
+        ({}, "prompt", "missing parameter: prompt"),
+        ({"prompt": "x", "temperature": 3.0}, "temperature", "temperature: Input should be less than or equal to 2"),
+        ({"prompt": "x", "seed": "5"}, "seed", "seed: Input should be a valid integer"),
+        ({"prompt": "x", "seed": 3}, "seed", "seed: must be even"),
+        ({"prompt": "x", "adapter": [{"name": "a", "wait": 1}]}, "adapter.0.wait", "unknown parameter: adapter.0.wait"),
+        ({"prompt": "x", "adapter": {"weight": 1.0}}, "adapter.name", "missing parameter: adapter.name"),
+        ([], None, errors.NEEDS_JSON),
+    ],
+)
+def test_a_failed_validation_names_the_field(sent: Any, param: str | None, message: str) -> None:
+    assert explained(sent) == (message, param)
+
+
+def test_alternatives_of_a_union_are_told_together() -> None:
+    message, param = explained({"prompt": 5})
+    assert param == "prompt"
+    assert message == "prompt: Input should be a valid string; or Input should be a valid list"
+
+
+def test_what_was_sent_is_not_repeated_beyond_a_bound() -> None:
+    message, param = explained({"prompt": "x", "y" * 10_000: 1})
+    assert param == "y" * errors.LONGEST_NAME
+    assert len(message) < 2 * errors.LONGEST_NAME
+    message, _ = explained({"prompt": "x", "temperature": "secret words"})
+    assert "secret" not in message
+    assert "http" not in message
+
+
+# --- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Operated:
+    server = Operated(tmp_path)
+
+    @server.app.post("/ask")
+    async def ask(asked: Annotated[Asked, Body()]) -> None:
+        raise ZeroDivisionError(asked.prompt)
+
+    return server
+
+
+async def test_a_route_or_method_that_is_not_there_has_the_same_shape(server: Operated) -> None:
+    assert refusal(await server.ask("GET", "/no/such")) == (404, None, "no such route")
+    answer = await server.ask("DELETE", "/v1/adapters")
+    assert refusal(answer)[0] == 405
+    assert answer.headers["Allow"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"prompt": "x"} y', "", "null", "5", "[" * 100_000, '{"prompt": "\\ud800'])
+async def test_bodies_that_are_no_json_object_are_400(server: Operated, content: str) -> None:
+    answer = await server.ask("POST", "/ask", content=content, headers={"Content-Type": "application/json"})
+    status, param, message = refusal(answer)
+    assert (status, param) == (400, None)
+    assert len(message) < 200
+
+
+async def test_a_body_that_is_not_sent_as_json_is_said(server: Operated) -> None:
+    assert refusal(await server.ask("POST", "/ask", content='{"prompt": "x"}')) == (400, None, errors.NEEDS_JSON)
+
+
+async def test_an_error_of_the_tree_keeps_its_words_and_headers(server: Operated) -> None:
+    server.engine.failure = tree.Unavailable("restarting", retry_after=4.0)
+    answer = await server.ask("GET", "/v1/adapters")
+    assert refusal(answer) == (503, None, "restarting")
+    assert answer.headers["Retry-After"] == "4"
+
+
+async def test_a_bug_tells_the_client_nothing(server: Operated) -> None:
+    answer = await server.ask("POST", "/ask", json={"prompt": "secret words"})
+    assert refusal(answer) == (500, None, "the server failed on this request")
+    assert "secret" not in answer.text
+    assert "ZeroDivision" not in answer.text

@@ -1,0 +1,73 @@
+"""How the server says how it is, and what it refuses to read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from operated import Operated, refusal
+
+from lora_serve.messages import StepReport, Update
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Operated:
+    return Operated(tmp_path, max_body=1000)
+
+
+@pytest.mark.parametrize(
+    ("alive", "ready", "health", "readiness"),
+    [(True, True, 200, 200), (True, False, 200, 503), (False, False, 503, 503)],
+)
+async def test_health_is_the_heartbeat_and_ready_is_taking_requests(
+    server: Operated, alive: bool, ready: bool, health: int, readiness: int
+) -> None:
+    server.engine.alive, server.engine.ready = alive, ready
+    assert (await server.ask("GET", "/health")).status_code == health
+    answer = await server.ask("GET", "/ready")
+    assert answer.status_code == readiness
+    assert ("Retry-After" in answer.headers) == (readiness == 503)
+
+
+async def test_metrics_show_what_the_engine_told(server: Operated) -> None:
+    for observer in server.engine.observers:
+        observer(Update([], step=StepReport(3, 30, 2, 0.1)))
+    answer = await server.ask("GET", "/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert "lora_serve_batch_sequences_sum 3.0" in answer.text
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_over_the_cap_is_refused_whether_its_length_is_announced_or_not(
+    server: Operated, announced: bool
+) -> None:
+    sent = 0
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 100
+            yield b" " * 100
+
+    content = b" " * 10_000 if announced else pieces()
+    answer = await server.ask("POST", "/v1/unload_lora_adapter", content=content)
+    status, _, message = refusal(answer)
+    assert status == 413
+    assert "1,000 bytes" in message
+    assert sent <= 1100, "it must stop reading at the cap"
+
+
+async def test_a_body_within_the_cap_arrives_whole(server: Operated) -> None:
+    content = b'{"lora_name": "poet"}' + b" " * 970
+    assert refusal(await server.ask("POST", "/v1/unload_lora_adapter", content=content, headers=JSON))[0] == 404
+
+
+async def test_the_schema_lists_every_route(server: Operated) -> None:
+    schema = (await server.ask("GET", "/openapi.json")).json()
+    for path in ("/health", "/ready", "/metrics", "/v1/adapters", "/v1/adapters/{name}", "/v1/load_lora_adapter"):
+        assert path in schema["paths"]
+    upload = schema["paths"]["/v1/adapters"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert set(upload["properties"]) == {"name", "files", "archive"}

@@ -1,0 +1,348 @@
+"""Uploads: what is taken, what is refused and in which words, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import struct
+import tarfile
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operated import CONFIG, FILES, WEIGHTS, Operated, packed_zip, refusal, tar
+from starlette.types import Message
+
+from lora_serve.errors import AdapterInvalid
+
+MOST = 1 << 20
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Operated:
+    return Operated(tmp_path, max_adapter_size=MOST)
+
+
+def archive(content: bytes, name: str = "a.tar.gz") -> list[tuple[str, Any]]:
+    return [("archive", (name, content))]
+
+
+# --- what is taken ---------------------------------------------------------------------------------------------------
+
+
+async def test_single_files_are_published_and_staging_is_empty_afterwards(server: Operated) -> None:
+    answer = await server.upload(FILES | {"README.md": b"words"})
+    assert answer.status_code == 201
+    assert answer.json()["versions"][0]["digest"] == "digest0"
+    assert server.engine.published == [FILES | {"README.md": b"words"}]
+    assert server.leftovers == []
+
+
+@pytest.mark.parametrize("top", ["", "./", "poet/", "./poet/"])
+@pytest.mark.parametrize("mode", ["w:gz", "w:"])
+async def test_a_tar_of_the_files_or_of_their_folder_is_taken(server: Operated, top: str, mode: str) -> None:
+    packed = tar({top + name: content for name, content in FILES.items()}, mode)
+    assert (await server.send(archive(packed))).status_code == 201
+    assert server.engine.published == [FILES]
+    assert server.leftovers == []
+
+
+@pytest.mark.parametrize("top", ["", "poet/"])
+async def test_a_zip_is_taken(server: Operated, top: str) -> None:
+    packed = packed_zip({top + name: content for name, content in FILES.items()})
+    assert (await server.send(archive(packed, "a.zip"))).status_code == 201
+    assert server.engine.published == [FILES]
+
+
+async def test_what_lies_beside_an_adapter_is_left_out(server: Operated) -> None:
+    beside = dict.fromkeys(
+        ["tokenizer.json", "chat_template.jinja", ".gitattributes", "training_args.bin", "._adapter_config.json"], b"x"
+    )
+    await server.upload(FILES | beside)
+    await server.send(archive(tar(FILES | beside | {"__MACOSX/a/b/._x": b""})))
+    assert server.engine.published == [FILES, FILES]
+
+
+async def test_a_part_may_come_in_any_pieces(server: Operated) -> None:
+    whole = server.client.build_request("POST", "/v1/adapters", data={"name": "poet"}, files=form(FILES))
+    body = whole.read()
+    for size in (1, 7, 1000):
+
+        async def pieces(size: int = size) -> AsyncIterator[bytes]:
+            for at in range(0, len(body), size):
+                yield body[at : at + size]
+
+        headers = {"Content-Type": whole.headers["Content-Type"]}
+        answer = await server.ask("POST", "/v1/adapters", content=pieces(), headers=headers)
+        assert answer.status_code == 201
+        server.engine.adapters.clear()
+    assert server.engine.published == [FILES] * 3
+
+
+def form(files: dict[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("files", (name, content)) for name, content in files.items()]
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "a" * 65, "ü", "a\n", "-x", "a@b"])
+async def test_names_are_checked(server: Operated, name: str) -> None:
+    assert refusal(await server.upload(name=name))[:2] == (400, "name")
+    assert server.engine.operations == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "name", "param", "message"),
+    [
+        (form(FILES), None, "name", "missing parameter: name"),
+        ([("files", None)], "poet", "files", "needs a file name"),
+        (form({"adapter_config.json": CONFIG}), "poet", "files", "adapter_model.safetensors is missing"),
+        (form({"adapter_model.safetensors": WEIGHTS}), "poet", "files", "adapter_config.json is missing"),
+        ([*form(FILES), *form(FILES)], "poet", "files", "sent twice"),
+        ([*form(FILES), *archive(b"")], "poet", "archive", "not both"),
+        ([*archive(b""), *archive(b"")], "poet", "archive", "one archive"),
+        ([*form(FILES), ("color", (None, b"red"))], "poet", "color", "unknown parameter: color"),
+        ([*form(FILES), ("name", (None, b"other"))], "poet", "name", "sent twice"),
+        (form({f"{number}.txt": b"" for number in range(65)}), "poet", "files", "more than 64"),
+    ],
+)
+async def test_a_form_that_makes_no_sense_names_the_field(
+    server: Operated, parts: list[tuple[str, Any]], name: str | None, param: str, message: str
+) -> None:
+    parts = [(field, (None, b"x") if part is None else part) for field, part in parts]
+    answer = refusal(await server.send(parts, name))
+    assert answer[:2] == (400, param)
+    assert message in answer[2]
+    assert server.leftovers == []
+
+
+async def test_a_form_without_an_adapter_is_said(server: Operated) -> None:
+    assert refusal(await server.send([]))[:2] == (400, "files")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{}", "application/json"),
+        (b"", "multipart/form-data"),
+        (b"junk", "multipart/form-data; boundary=b"),
+        (b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\npoe', "multipart/form-data; boundary=b"),
+        (b"--b\r\n" + b"X" * 10_000, "multipart/form-data; boundary=b"),
+    ],
+)
+async def test_what_is_no_whole_form_is_400(server: Operated, content: bytes, kind: str) -> None:
+    answer = await server.ask("POST", "/v1/adapters", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    assert server.leftovers == []
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.bin", "save the adapter as adapter_model.safetensors"),
+        ("weights.PT", "pickle"),
+        ("model.pkl", "pickle"),
+        ("modeling_custom.py", "no part of a PEFT adapter"),
+        ("model.safetensors", "no part of a PEFT adapter"),
+    ],
+)
+async def test_files_that_could_matter_are_refused_by_name(server: Operated, name: str, message: str) -> None:
+    for answer in (
+        await server.upload(FILES | {name: b"x"}),
+        await server.send(archive(tar(FILES | {name: b"x"}))),
+        await server.send(archive(packed_zip(FILES | {name: b"x"}))),
+    ):
+        status, _, said = refusal(answer)
+        assert status == 422
+        assert name in said
+        assert message in said
+    assert server.leftovers == []
+
+
+async def test_a_path_in_a_file_name_leads_nowhere(server: Operated, tmp_path: Path) -> None:
+    parts = [("files", (f"../../{name}", content)) for name, content in FILES.items()]
+    assert (await server.send(parts)).status_code == 201
+    assert server.engine.published == [FILES]
+    assert [path.name for path in tmp_path.iterdir()] == ["staging"]
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_upload_over_the_cap_is_413_and_read_no_further(server: Operated) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
+        while sent < 100 * MOST:
+            sent += 1 << 16
+            yield b"\0" * (1 << 16)
+
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert refusal(await server.ask("POST", "/v1/adapters", content=endless(), headers=kind))[0] == 413
+    assert sent < 5 * MOST
+    assert server.leftovers == []
+
+
+async def test_an_announced_length_over_the_cap_is_413_at_once(server: Operated) -> None:
+    assert refusal(await server.upload(FILES | {"adapter_model.safetensors": b"\0" * (3 * MOST)}))[0] == 413
+
+
+@pytest.mark.parametrize("pack", [tar, packed_zip])
+async def test_an_archive_that_unpacks_beyond_the_cap_is_413(server: Operated, pack: Any) -> None:
+    packed = pack(FILES | {"adapter_model.safetensors": b"\0" * (3 * MOST)})
+    assert len(packed) < MOST
+    assert refusal(await server.send(archive(packed)))[0] == 413
+    assert server.leftovers == []
+
+
+@pytest.mark.parametrize("pack", [tar, packed_zip])
+async def test_a_bomb_below_the_cap_is_told_by_its_ratio(tmp_path: Path, pack: Any) -> None:
+    server = Operated(tmp_path)
+    packed = pack(FILES | {"adapter_model.safetensors": bytes(20 << 20)})
+    status, _, message = refusal(await server.send(archive(packed)))
+    assert status == 422
+    assert "100 times" in message
+
+
+async def test_a_full_disk_is_507(server: Operated) -> None:
+    server.engine.failure = OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+    answer = await server.upload()
+    assert refusal(answer)[0] == 507
+    assert "secret" not in answer.text
+    assert server.leftovers == []
+
+
+# --- hostile archives ------------------------------------------------------------------------------------------------
+
+
+def member(kind: bytes, name: str = "adapter_model.safetensors", link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def bomb_in_a_header() -> bytes:
+    """A tar whose extended header claims to be, and is, 64 MB long."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 64 << 20
+    return gzip.compress(header.tobuf() + bytes(64 << 20), 1)
+
+
+def skip_without_end() -> bytes:
+    """A tar whose first member, which nobody wants, claims 4 TB."""
+    header = tarfile.TarInfo("notes.txt")
+    header.size = 4 << 40
+    return gzip.compress(header.tobuf() + bytes(64 << 20), 1)
+
+
+def zip_with_a_link() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        link = zipfile.ZipInfo("adapter_config.json")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "/etc/passwd")
+    return packed.getvalue()
+
+
+def zip_with_a_long_directory() -> bytes:
+    packed = bytearray(packed_zip(FILES))
+    packed[-10:-6] = struct.pack("<L", 1 << 30)
+    return bytes(packed)
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (tar({"/adapter_config.json": b"x"}), "leads out"),
+        (tar({"../adapter_config.json": b"x"}), "leads out"),
+        (tar({"a/../../adapter_config.json": b"x"}), "leads out"),
+        (tar({"a\\..\\adapter_config.json": b"x"}), "leads out"),
+        (packed_zip({"../adapter_config.json": b"x"}), "leads out"),
+        (packed_zip({"C:/adapter_config.json": b"x"}), "leads out"),
+        (tar({"a/b/adapter_config.json": b"x"}), "folders in folders"),
+        (tar({"a/adapter_config.json": b"x", "b/adapter_model.safetensors": b"x"}), "more than one folder"),
+        (tar({"a/adapter_config.json": b"x", "adapter_config.json": b"x"}), "more than one folder"),
+        (tar({"adapter_config.json": b"x", "./adapter_config.json": b"x"}), "two files"),
+        (tar({"link": member(tarfile.SYMTYPE, link="/etc/passwd")}), "links"),
+        (tar({"link": member(tarfile.LNKTYPE, link="adapter_config.json")}), "links"),
+        (tar({"device": member(tarfile.CHRTYPE)}), "links"),
+        (tar({"pipe": member(tarfile.FIFOTYPE)}), "links"),
+        (tar({"sparse": member(tarfile.GNUTYPE_SPARSE)}), "links"),
+        (zip_with_a_link(), "links"),
+        (tar({f"{number}.txt": b"" for number in range(65)}), "more than 64"),
+        (packed_zip({f"{number}.txt": b"" for number in range(65)}), "more than 64"),
+        (zip_with_a_long_directory(), "more than 64"),
+        (bomb_in_a_header(), "header that is too long"),
+        (b"", "cannot be read"),
+        (b"nothing of the kind", "cannot be read"),
+        (b"PK\x03\x04 but no more", "cannot be read"),
+        (packed_zip(FILES) + b"comment", "cannot be read"),
+        (tar(FILES)[:200], "cannot be read"),
+        (b"\x1f\x8b" + b"\0" * 100, "cannot be read"),
+    ],
+)
+async def test_hostile_archives_are_refused_and_leave_nothing(tmp_path: Path, packed: bytes, message: str) -> None:
+    server = Operated(tmp_path / "store")
+    status, _, said = refusal(await server.send(archive(packed)))
+    assert status == 422
+    assert message in said
+    assert server.engine.published == []
+    assert server.leftovers == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["store", "staging"]
+
+
+async def test_a_member_that_is_skipped_is_read_no_further_than_the_cap(server: Operated) -> None:
+    assert refusal(await server.send(archive(skip_without_end())))[0] == 413
+
+
+async def test_an_encrypted_or_exotic_zip_is_refused(server: Operated) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("adapter_config.json", CONFIG)
+    encrypted = bytearray(packed_zip(FILES))
+    encrypted[encrypted.rindex(b"PK\x01\x02", 0, encrypted.rindex(b"PK\x01\x02")) + 8] |= 1
+    for content in (packed.getvalue(), bytes(encrypted)):
+        assert refusal(await server.send(archive(content)))[0] == 422
+
+
+# --- leaving ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Operated) -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
+    messages: list[Message] = [
+        {"type": "http.request", "body": head + bytes(2 << 20), "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    found: list[int] = []
+
+    async def receive() -> Message:
+        if len(messages) == 1:
+            found.append(len(server.leftovers))
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        pass
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/adapters", "headers": headers, "query_string": b""}
+    await server.app(scope, receive, send)
+    assert found == [1]
+    assert server.leftovers == []
+    assert server.engine.operations == []
+
+
+async def test_an_upload_that_the_engine_refuses_leaves_nothing_behind(server: Operated) -> None:
+    server.engine.failure = AdapterInvalid("unknown module q_prok")
+    assert refusal(await server.upload()) == (422, None, "unknown module q_prok")
+    assert len(server.engine.published) == 1
+    assert server.leftovers == []

@@ -1,0 +1,130 @@
+"""Metrics: what is counted, under which names, and that counters only grow."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lora_serve.messages import Stats, StepReport, Update
+from lora_serve.metrics import MOST_ADAPTERS, Metrics
+
+
+class World:
+    """An engine's numbers and two clocks, all set by hand."""
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self.restarts = 0
+        self.now = 100.0
+        self.metrics = Metrics(lambda: self.stats, lambda: self.restarts, clock=self.clock, wall=self.clock)
+
+    def clock(self) -> float:
+        return self.now
+
+    def read(self) -> dict[str, float]:
+        """Every sample as `name{label=value,…}`."""
+        found = {}
+        for family in text_string_to_metric_families(self.metrics.render().decode()):
+            for sample in family.samples:
+                labels = ",".join(f"{key}={value}" for key, value in sample.labels.items())
+                found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+        return found
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_request_is_counted_once_with_its_times_and_tokens(world: World) -> None:
+    timer = world.metrics.begin("completions", "poet")
+    world.now += 0.5
+    timer.token()
+    world.now += 0.2
+    timer.token(2)
+    timer.end("stop", prompt_tokens=7, completion_tokens=3)
+    timer.end("abort", prompt_tokens=7, completion_tokens=3)
+    read = world.read()
+    assert read["lora_serve_requests_total{endpoint=completions,outcome=stop}"] == 1
+    assert "lora_serve_requests_total{endpoint=completions,outcome=abort}" not in read
+    assert read["lora_serve_time_to_first_token_seconds_sum{endpoint=completions}"] == pytest.approx(0.5)
+    assert read["lora_serve_inter_token_seconds_sum{endpoint=completions}"] == pytest.approx(0.2)
+    assert read["lora_serve_inter_token_seconds_count{endpoint=completions}"] == 2
+    assert read["lora_serve_request_seconds_sum{endpoint=completions}"] == pytest.approx(0.7)
+    assert read["lora_serve_prompt_tokens_total"] == 7
+    assert read["lora_serve_completion_tokens_total"] == 3
+    assert read["lora_serve_adapter_requests_total{adapter=poet}"] == 1
+    assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 3
+
+
+def test_labels_by_adapter_are_bounded(world: World) -> None:
+    for number in range(MOST_ADAPTERS + 5):
+        world.metrics.begin("chat", f"a{number}").end("stop", 1, 1)
+    world.metrics.begin("chat", "a0").end("stop", 1, 1)
+    world.metrics.begin("chat", None).end("stop", 1, 1)
+    requests = {name: value for name, value in world.read().items() if "adapter_requests_total" in name}
+    assert len(requests) == MOST_ADAPTERS + 2
+    assert requests["lora_serve_adapter_requests_total{adapter=a0}"] == 2
+    assert requests["lora_serve_adapter_requests_total{adapter=other}"] == 5
+    assert requests["lora_serve_adapter_requests_total{adapter=base}"] == 1
+
+
+def test_steps_become_histograms(world: World) -> None:
+    world.metrics.observe(Update([], step=StepReport(sequences=8, tokens=70, adapters=5, seconds=0.04)))
+    world.metrics.observe(Update([]))
+    read = world.read()
+    for name, total in (("batch_sequences", 8), ("batch_tokens", 70), ("batch_adapters", 5), ("step_seconds", 0.04)):
+        assert read[f"lora_serve_{name}_sum"] == pytest.approx(total)
+        assert read[f"lora_serve_{name}_count"] == 1
+
+
+def test_the_engines_numbers_are_shown_as_they_are_now(world: World) -> None:
+    world.stats = Stats(
+        waiting=3,
+        running=4,
+        kv_blocks_used=25,
+        kv_blocks=100,
+        evictions_total={"device": 2},
+        load_seconds_total={"host": 1.5},
+        bytes={"host": 1000},
+    )
+    read = world.read()
+    assert read["lora_serve_kv_usage_ratio"] == read["vllm:kv_cache_usage_perc"] == 0.25
+    assert read["lora_serve_sequences_waiting"] == read["vllm:num_requests_waiting"] == 3
+    assert read["lora_serve_sequences_running"] == read["vllm:num_requests_running"] == 4
+    assert read["lora_serve_adapter_evictions_total{tier=device}"] == 2
+    assert read["lora_serve_adapter_load_seconds_total{tier=host}"] == 1.5
+    assert read["lora_serve_adapter_bytes{tier=host}"] == 1000
+
+
+@pytest.mark.parametrize("after", [2, 50])
+def test_counters_go_on_growing_when_the_engine_is_restarted(world: World, after: int) -> None:
+    world.stats = Stats(steps_total=10, cache_hits_total={"host": 10})
+    world.read()
+    world.restarts = 1
+    world.stats = Stats(steps_total=after, cache_hits_total={"host": after})
+    read = world.read()
+    assert read["lora_serve_steps_total"] == 10 + after
+    assert read["lora_serve_adapter_hits_total{tier=host}"] == 10 + after
+    assert read["lora_serve_engine_restarts_total"] == 1
+
+
+def test_numbers_of_zero_between_two_engines_lose_nothing(world: World) -> None:
+    for steps in (10, 0, 0, 3, 4):
+        world.stats = Stats(steps_total=steps)
+        world.read()
+    assert world.read()["lora_serve_steps_total"] == 14
+
+
+def test_routers_see_one_set_of_adapters_and_when_it_changed(world: World) -> None:
+    world.stats = Stats(adapter_slots=8, resident=["a", "b"])
+    world.metrics.observe(Update([], stats=world.stats))
+    world.now = 200.0
+    assert lora_info(world) == {"{max_lora=8,running_lora_adapters=a,b,waiting_lora_adapters=}": 100.0}
+    world.stats = Stats(adapter_slots=8, resident=["b"], waiting_adapters=["c"])
+    assert lora_info(world) == {"{max_lora=8,running_lora_adapters=b,waiting_lora_adapters=c}": 200.0}
+
+
+def lora_info(world: World) -> dict[str, float]:
+    name = "vllm:lora_requests_info"
+    return {key.removeprefix(name): value for key, value in world.read().items() if key.startswith(name)}
