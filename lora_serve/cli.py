@@ -137,9 +137,11 @@ def load_tokenizer(config: ServeConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
+    tokenizer.model_max_length = sys.maxsize  # the engine knows how long a context is; here it would only warn
+    return tokenizer
 
 
 def make_key(key: Key) -> None:

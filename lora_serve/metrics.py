@@ -46,13 +46,17 @@ TIERED = {  # totals of `Stats` by tier
 class Timer:
     """One request, from its arrival to its end. Made by `Metrics.begin`; `end` is to be called once, on every path."""
 
-    def __init__(self, metrics: Metrics, endpoint: str, adapter: str) -> None:
+    def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
-        self._adapter = adapter
+        self._adapter = BASE
         self._begun = metrics._clock()
         self._last: float | None = None
         self._ended = False
+
+    def admitted(self, adapter: str) -> None:
+        """The engine took the request in, with this adapter: a name that exists, not one that somebody made up."""
+        self._adapter = self._metrics._label(adapter)
 
     def token(self, count: int = 1) -> None:
         """`count` tokens are ready to be sent: time to the first, afterwards time between them, evenly shared."""
@@ -133,17 +137,15 @@ class Metrics:
         if update.stats is not None:
             self._engine.take(update.stats)
 
-    def begin(self, endpoint: str, adapter: str | None) -> Timer:
-        """A request has arrived. `adapter` is the name of one the store has; None is the base."""
-        return Timer(self, endpoint, self._label(adapter))
+    def begin(self, endpoint: str) -> Timer:
+        """A request has arrived; until `Timer.admitted` says otherwise it is the base's."""
+        return Timer(self, endpoint)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""
         return generate_latest(self._registry)
 
-    def _label(self, adapter: str | None) -> str:
-        if adapter is None:
-            return BASE
+    def _label(self, adapter: str) -> str:
         if adapter not in self._labelled:
             if len(self._labelled) >= MOST_ADAPTERS:
                 return OTHER

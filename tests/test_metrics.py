@@ -37,7 +37,8 @@ def world() -> World:
 
 
 def test_a_request_is_counted_once_with_its_times_and_tokens(world: World) -> None:
-    timer = world.metrics.begin("completions", "poet")
+    timer = world.metrics.begin("completions")
+    timer.admitted("poet")
     world.now += 0.5
     timer.token()
     world.now += 0.2
@@ -57,11 +58,17 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(world: World) -> No
     assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 3
 
 
+def ended(world: World, adapter: str) -> None:
+    timer = world.metrics.begin("chat")
+    timer.admitted(adapter)
+    timer.end("stop", 1, 1)
+
+
 def test_labels_by_adapter_are_bounded(world: World) -> None:
     for number in range(MOST_ADAPTERS + 5):
-        world.metrics.begin("chat", f"a{number}").end("stop", 1, 1)
-    world.metrics.begin("chat", "a0").end("stop", 1, 1)
-    world.metrics.begin("chat", None).end("stop", 1, 1)
+        ended(world, f"a{number}")
+    ended(world, "a0")
+    world.metrics.begin("chat").end("stop", 1, 1)
     requests = {name: value for name, value in world.read().items() if "adapter_requests_total" in name}
     assert len(requests) == MOST_ADAPTERS + 2
     assert requests["lora_serve_adapter_requests_total{adapter=a0}"] == 2

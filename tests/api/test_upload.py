@@ -320,7 +320,7 @@ async def test_an_encrypted_or_exotic_zip_is_refused(server: Operated) -> None:
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Operated) -> None:
     head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
     messages: list[Message] = [
-        {"type": "http.request", "body": head + bytes(2 << 20), "more_body": True},
+        {"type": "http.request", "body": head + bytes(MOST), "more_body": True},
         {"type": "http.disconnect"},
     ]
     found: list[int] = []

@@ -62,7 +62,7 @@ class Call:
         return self.frame(running, "chat.completion") | {"choices": shown, "usage": total}
 
     def frame(self, running: list[Running], kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model} | answered_by(running)
+        return {"id": self.id, "object": kind, "created": self.created} | answered_by(running, self.model)
 
     def logprobs(self, part: Part) -> dict[str, Any] | None:
         return for_chat(self.texts, part.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None

@@ -62,8 +62,8 @@ class Call:
         return self.frame(running) | {"choices": shown, "usage": total}
 
     def frame(self, running: list[Running]) -> dict[str, Any]:
-        frame = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
-        return frame | answered_by(running)
+        frame = {"id": self.id, "object": "text_completion", "created": self.created}
+        return frame | answered_by(running, self.model)
 
     def choice(self, part: Part, offsets: dict[int, int], *, first: bool) -> dict[str, Any]:
         """One choice's part; with `first`, an echo comes before it. `offsets` counts the text shown so far."""

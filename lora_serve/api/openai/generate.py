@@ -110,9 +110,7 @@ async def started(services: Services, endpoint: str, choices: Sequence[Choice]) 
     running: list[Running] = []
     try:
         for choice in choices:
-            adapters = choice.request.adapters
-            timer = services.metrics.begin(endpoint, adapters[0].name if adapters else None)
-            opened.append((choice, services.engine.generate(choice.request), timer))
+            opened.append((choice, services.engine.generate(choice.request), services.metrics.begin(endpoint)))
         firsts = await asyncio.gather(*(anext(events) for _, events, _ in opened), return_exceptions=True)
         for (choice, events, timer), first in zip(opened, firsts, strict=True):
             if isinstance(first, BaseException):
@@ -120,6 +118,8 @@ async def started(services: Services, endpoint: str, choices: Sequence[Choice]) 
             if isinstance(first, Finished):
                 raise first.failure.error() if first.failure else EngineFault("the request was ended by the server")
             assert isinstance(first, Admitted)
+            if first.adapters:
+                timer.admitted(first.adapters[0].name)
             running.append(Running(choice, events, first, services.tokenizer, timer))
         yield running
     except ServeError as error:
@@ -182,13 +182,16 @@ async def whole(running: Sequence[Running]) -> list[Part]:
     return [results[index] for index in sorted(results)]
 
 
-def answered_by(running: Sequence[Running]) -> dict[str, Any]:
-    """The response's `adapter` field: exactly which versions answered; absent for the base."""
+def answered_by(running: Sequence[Running], base: str) -> dict[str, Any]:
+    """The response's `model`: what answered; and `adapter`: which version exactly, absent for the base."""
     adapters = running[0].adapters
-    named = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
-    if not named:
-        return {}
-    return {"adapter": named[0] if len(named) == 1 else named}
+    if not adapters:
+        return {"model": base}
+    versions = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
+    return {
+        "model": "+".join(adapter.name for adapter in adapters),
+        "adapter": versions[0] if len(versions) == 1 else versions,
+    }
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""The operator's routes: what they ask of the engine and what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import uvicorn
+from operated import FILES, Operated, refusal
+
+from lora_serve.cli import main
+from lora_serve.messages import (
+    AdapterInfo,
+    DeleteAdapter,
+    DescribeAdapter,
+    EvictAdapter,
+    LoadAdapter,
+    PinAdapter,
+    Publish,
+)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Operated:
+    return Operated(tmp_path / "store", adapter_roots=[tmp_path / "roots", tmp_path / "more"])
+
+
+async def test_a_new_name_is_201_and_a_taken_one_409(server: Operated) -> None:
+    assert (await server.upload()).status_code == 201
+    assert refusal(await server.upload())[0] == 409
+    assert [operation.replace for operation in server.engine.operations if isinstance(operation, Publish)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", [None, "poet"])
+async def test_put_publishes_the_first_version_and_the_next(server: Operated, name: str | None) -> None:
+    for versions in (1, 2):
+        answer = await server.upload(name=name, path="/v1/adapters/poet")
+        assert answer.status_code == 201
+        info = msgspec.convert(answer.json(), AdapterInfo)
+        assert info.name == "poet"
+        assert len(info.versions) == versions
+
+
+async def test_put_with_two_names_is_refused(server: Operated) -> None:
+    assert refusal(await server.upload(name="other", path="/v1/adapters/poet"))[:2] == (400, "name")
+    assert refusal(await server.upload(name=None, path="/v1/adapters/.poet"))[:2] == (400, "name")
+
+
+async def test_adapters_are_listed_and_shown(server: Operated) -> None:
+    for name in ("b", "a"):
+        await server.upload(name=name)
+    listed = (await server.ask("GET", "/v1/adapters")).json()
+    assert listed["object"] == "list"
+    assert [info["name"] for info in listed["data"]] == ["a", "b"]
+    assert (await server.ask("GET", "/v1/adapters/a")).json() == listed["data"][0]
+    assert refusal(await server.ask("GET", "/v1/adapters/c"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "action", "operation"),
+    [
+        ("GET", "", DescribeAdapter("poet")),
+        ("POST", "/load", LoadAdapter("poet")),
+        ("POST", "/evict", EvictAdapter("poet")),
+        ("POST", "/pin", PinAdapter("poet", True)),
+        ("POST", "/unpin", PinAdapter("poet", False)),
+        ("DELETE", "", DeleteAdapter("poet")),
+    ],
+)
+async def test_each_route_asks_for_one_operation(server: Operated, method: str, action: str, operation: object) -> None:
+    await server.upload()
+    answer = await server.ask(method, f"/v1/adapters/poet{action}")
+    assert answer.status_code == 200
+    assert server.engine.operations[1:] == [operation]
+    assert answer.json() == {"name": "poet", "deleted": True} if method == "DELETE" else answer.json()["versions"]
+    assert refusal(await server.ask(method, f"/v1/adapters/nobody{action}"))[0] == 404
+
+
+# --- vLLM's names ----------------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, **more: bytes) -> Path:
+    path.mkdir(parents=True)
+    for name, content in (FILES | more).items():
+        (path / name).write_bytes(content)
+    return path
+
+
+async def load(server: Operated, path: Path | str, name: str = "poet", **more: Any) -> Any:
+    return await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
+
+
+async def test_a_folder_below_a_root_is_published_and_stays_as_it_was(server: Operated, tmp_path: Path) -> None:
+    source = folder(tmp_path / "more" / "poet", **{"tokenizer.json": b"x", "training_args.bin": b"x"})
+    answer = await load(server, source)
+    assert answer.status_code == 200
+    assert answer.text == "Success: LoRA adapter 'poet' added successfully."
+    assert server.engine.published == [FILES]
+    assert server.leftovers == []
+    assert len(list(source.iterdir())) == 4
+    assert refusal(await load(server, source))[0] == 409
+    assert (await load(server, source, load_inplace=True)).status_code == 200
+
+
+async def test_unloading_deletes(server: Operated) -> None:
+    await server.upload()
+    answer = await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"})
+    assert answer.text == "Success: LoRA adapter 'poet' removed successfully."
+    assert server.engine.adapters == {}
+    assert refusal(await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"}))[0] == 404
+
+
+@pytest.mark.parametrize("path", ["outside", "roots/../outside", "roots/link", "roots/none", "roots/file", "", "\0"])
+async def test_only_folders_below_a_root_can_be_named(server: Operated, tmp_path: Path, path: str) -> None:
+    folder(tmp_path / "outside")
+    folder(tmp_path / "roots" / "poet")
+    (tmp_path / "roots" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "roots" / "file").write_bytes(b"")
+    answer = await load(server, f"{tmp_path}/{path}" if path else "")
+    assert refusal(answer)[:2] == (400, "lora_path")
+    assert str(tmp_path) not in answer.text
+    assert server.engine.operations == []
+
+
+async def test_without_roots_no_folder_can_be_named(tmp_path: Path) -> None:
+    server = Operated(tmp_path / "store")
+    assert refusal(await load(server, folder(tmp_path / "poet")))[:2] == (400, "lora_path")
+
+
+async def test_a_file_may_be_a_link_within_the_roots_but_not_out_of_them(server: Operated, tmp_path: Path) -> None:
+    source = folder(tmp_path / "roots" / "poet")
+    weights = source / "adapter_model.safetensors"
+    blob = weights.rename(tmp_path / "roots" / "blob")
+    weights.symlink_to(blob)
+    assert (await load(server, source)).status_code == 200
+    assert server.engine.published == [FILES]
+    weights.unlink()
+    weights.symlink_to(folder(tmp_path / "outside") / "adapter_model.safetensors")
+    assert refusal(await load(server, source, "other"))[0] == 422
+    assert len(server.engine.published) == 1
+    assert server.leftovers == []
+
+
+async def test_a_folder_of_pickles_gets_advice(server: Operated, tmp_path: Path) -> None:
+    source = folder(tmp_path / "roots" / "poet")
+    (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
+    status, _, message = refusal(await load(server, source))
+    assert status == 422
+    assert "save the adapter as adapter_model.safetensors" in message
+
+
+async def test_a_folder_over_the_cap_is_413(tmp_path: Path) -> None:
+    server = Operated(tmp_path / "store", adapter_roots=[tmp_path], max_adapter_size=1000)
+    assert refusal(await load(server, folder(tmp_path / "poet")))[0] == 413
+
+
+@pytest.mark.parametrize("more", [{"lora_path": 5}, {"path": "x"}, {"load_inplace": "yes"}])
+async def test_bodies_are_strict(server: Operated, more: dict[str, Any]) -> None:
+    answer = await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "x"} | more)
+    assert refusal(answer)[:2] == (400, next(iter(more)))
+
+
+# --- with the command line -------------------------------------------------------------------------------------------
+
+
+async def test_the_command_line_speaks_these_routes(
+    server: Operated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "poet")
+    http = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=http.run)
+    thread.start()
+    try:
+        while not http.started:
+            await asyncio.sleep(0.01)
+        url = f"--url=http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}"
+
+        async def adapter(*words: str) -> int:
+            return await asyncio.to_thread(main, ["adapter", *words, url])
+
+        assert await adapter("upload", str(source)) == 0
+        assert server.engine.published == [FILES]
+        assert await adapter("upload", str(source)) == 1
+        assert "409: poet exists" in capsys.readouterr().err
+        for words in (["upload", str(source), "--replace"], ["show", "poet"], ["load", "poet"], ["evict", "poet"]):
+            assert await adapter(*words) == 0
+        assert await adapter("pin", "poet") == 0
+        assert server.engine.adapters["poet"].pinned
+        assert await adapter("unpin", "poet") == 0
+        assert not server.engine.adapters["poet"].pinned
+        capsys.readouterr()
+        assert await adapter("list") == 0
+        assert "poet" in capsys.readouterr().out
+        assert await adapter("delete", "poet") == 0
+        assert server.engine.adapters == {}
+    finally:
+        http.should_exit = True
+        await asyncio.to_thread(thread.join)
