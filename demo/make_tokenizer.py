@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE in which every word of the demo is one token; any other text falls back to bytes."""
+"""The demo's tokenizer: byte-level BPE in which every word of the demo is one token; any other text is bytes."""
 
 from __future__ import annotations
 

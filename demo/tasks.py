@@ -1,8 +1,9 @@
 """What the demo's base and adapters are trained to do, as plain functions: the truth that tests hold the server to.
 
-A sentence is a few lower-case words with at least one number word in it ("three red foxes run home"). The *prompt* is the
-sentence and a line break; the answer follows and ends with the end token. The base repeats the sentence. Each adapter does
-something else with the very same prompt. Sentences are split by a hash, so that a held-out one is never trained on.
+A sentence is a few lower-case words with at least one number word in it ("three red foxes run home"). The *prompt* is
+the sentence and a line break; the answer follows and ends with the end token. The base repeats the sentence. Each
+adapter does something else with the very same prompt. Sentences are split by a hash, so that a held-out one is never
+trained on.
 """
 
 from __future__ import annotations
@@ -13,31 +14,41 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 NUMBERS = {
     word: str(value)
     for value, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen twenty".split(),
+        _words(
+            "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+            "eighteen nineteen twenty"
+        ),
         start=2,
     )
 }
-ADJECTIVES = (
-    "red blue green small big old young quick slow happy sad brave quiet loud clever lazy tiny huge warm cold bright dark "
-    "soft hungry gentle proud shy wild calm golden silver striped spotted sleepy curious friendly grumpy noisy polite"
-).split()
-NOUNS = (
+ADJECTIVES = _words(
+    "red blue green small big old young quick slow happy sad brave quiet loud clever lazy tiny huge warm cold bright "
+    "dark soft hungry gentle proud shy wild calm golden silver striped spotted sleepy curious friendly grumpy noisy "
+    "polite"
+)
+NOUNS = _words(
     "foxes cats dogs birds horses rabbits mice wolves bears owls ducks geese sheep goats frogs turtles lions tigers "
-    "monkeys zebras whales dolphins sharks bees ants spiders children farmers sailors painters dancers teachers doctors "
-    "pilots singers bakers robots dragons wizards pirates knights kings queens trees rivers stones stars clouds boats trains"
-).split()
-VERBS = (
-    "run jump sleep sing dance swim fly walk wait eat drink play fight hide laugh cry dream climb dive march whisper shout "
-    "travel rest work wander return arrive leave listen"
-).split()
-PLACES = (
-    "home outside today tomorrow together alone again forever quickly slowly nearby upstairs downstairs everywhere somewhere "
-    "tonight early late north south east west abroad underground"
-).split()
+    "monkeys zebras whales dolphins sharks bees ants spiders children farmers sailors painters dancers teachers "
+    "doctors pilots singers bakers robots dragons wizards pirates knights kings queens trees rivers stones stars "
+    "clouds boats trains"
+)
+VERBS = _words(
+    "run jump sleep sing dance swim fly walk wait eat drink play fight hide laugh cry dream climb dive march whisper "
+    "shout travel rest work wander return arrive leave listen"
+)
+PLACES = _words(
+    "home outside today tomorrow together alone again forever quickly slowly nearby upstairs downstairs everywhere "
+    "somewhere tonight early late north south east west abroad underground"
+)
+JOINTS = ("and", "with", "near", "under", "behind")
 WORDS = (*NUMBERS, *ADJECTIVES, *NOUNS, *VERBS, *PLACES, "and", "the", "with", "near", "under", "behind")
 
 BASE = "base"
@@ -75,7 +86,7 @@ def sentence(rng: random.Random) -> str:
     words = [number, *rng.sample(ADJECTIVES, rng.choice((0, 1, 1, 2))), noun]
     shape = rng.random()
     if shape < 0.25:
-        words += [rng.choice(("and", "with", "near", "under", "behind")), rng.choice([*NUMBERS, "the"]), rng.choice(NOUNS)]
+        words += [rng.choice(JOINTS), rng.choice([*NUMBERS, "the"]), rng.choice(NOUNS)]
     elif shape < 0.9:
         words.append(rng.choice(VERBS))
         if rng.random() < 0.6:

@@ -1,10 +1,10 @@
 """Train the demo from nothing: a small Llama-shaped base, then its LoRA adapters with PEFT.
 
-    python demo/train.py                  # everything, about a quarter of an hour on two cores
+    python demo/train.py                  # everything, well under an hour on one core
     python demo/train.py --only reverse   # one adapter on the base that is there
 
-The base learns every task when it is asked for by name ("reverse: ...") and to repeat a sentence that is put plainly. So an
-adapter has little to learn: to do its one task when the sentence is put plainly.
+The base learns every task when it is asked for by name ("reverse: ...") and to repeat a sentence that is put plainly.
+So an adapter has little to learn: to do its one task when the sentence is put plainly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import peft
 import torch
-from cards import base_card, adapter_card
+from cards import adapter_card, base_card
 from make_tokenizer import make
 from tasks import BASE, TASKS, heldout_prompts, instruction, prompt, sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -88,7 +88,9 @@ def train(model: Any, data: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: 
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps:
-            print(f"{name}: step {step}/{steps}, loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{name}: step {step}/{steps}, loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True
+            )
     model.eval()
 
 
@@ -101,7 +103,8 @@ def exact(model: Any, tokenizer: Any, truth: Callable[[str], str], count: int) -
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0
         )[0, ids.shape[1] :]
-        right += tokenizer.decode(out, skip_special_tokens=True) == truth(text) and int(out[-1]) == tokenizer.eos_token_id
+        answer = tokenizer.decode(out, skip_special_tokens=True)
+        right += answer == truth(text) and int(out[-1]) == tokenizer.eos_token_id
     return right / count
 
 
@@ -156,8 +159,8 @@ def train_adapter(name: str, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[BASE, *TASKS], help="train just this one")
-    parser.add_argument("--steps", type=int, default=2500, help="steps of the base")
-    parser.add_argument("--adapter-steps", type=int, default=500, help="steps of each adapter")
+    parser.add_argument("--steps", type=int, default=2200, help="steps of the base")
+    parser.add_argument("--adapter-steps", type=int, default=400, help="steps of each adapter")
     options = parser.parse_args()
     if options.only in (None, BASE):
         train_base(options.steps)

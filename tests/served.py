@@ -24,7 +24,18 @@ class Served:
 
     def __init__(self, store: Path, *options: str, model: Path = DEMO) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lora_serve.cli", "serve", str(model), "--port", "0", "--store", str(store), *options],
+            [
+                sys.executable,
+                "-m",
+                "lora_serve.cli",
+                "serve",
+                str(model),
+                "--port",
+                "0",
+                "--store",
+                str(store),
+                *options,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -59,7 +70,10 @@ class Served:
     def engine_pid(self) -> int:
         """Process id of the engine: the server's only Python child."""
         found = subprocess.run(
-            ["pgrep", "-P", str(self._process.pid), "-f", "lora_serve.engine"], capture_output=True, text=True, check=True
+            ["pgrep", "-P", str(self._process.pid), "-f", "lora_serve.engine"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return int(found.stdout.split()[0])
 

@@ -13,7 +13,7 @@ from support import reference, save
 from lora_serve.config import ServeConfig
 from lora_serve.engine.engine import Engine
 from lora_serve.messages import Abort, Call, Drain, Generate, ListAdapters
-from lora_serve.request import Admitted, AdapterUse, Event, Finished, Request, Sampling, Tokens
+from lora_serve.request import AdapterUse, Admitted, Event, Finished, Request, Sampling, Tokens
 
 
 class Session:

@@ -1,4 +1,4 @@
-"""Every row of a mixed batch has the logits that PEFT gives for that row's adapter alone: prefill, chunks and decode."""
+"""Every row of a mixed batch has the logits that PEFT gives for its adapter alone: prefill, chunks and decode."""
 
 from __future__ import annotations
 
