@@ -27,7 +27,7 @@ class Served:
             [
                 sys.executable,
                 "-m",
-                "lora_serve.cli",
+                "lora_serve",
                 "serve",
                 str(model),
                 "--port",
