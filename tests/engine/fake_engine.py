@@ -55,6 +55,7 @@ class FakeEngine:
             adapter_slots=config.adapter_slots,
             adapters=0,
             parameters=starts,
+            created=0,
         )
         self.running: dict[str, tuple[Request, int]] = {}
         self.events: list[Event] = []
