@@ -192,7 +192,7 @@ def _summarise(info: EngineInfo, host: str, port: int) -> None:
     table = Table.grid(padding=(0, 2))
     shown = f"[{host}]" if ":" in host else host
     rows = {
-        "model": f"{info.model} ({info.parameters / 1e6:,.0f} M parameters)",
+        "model": f"{info.model} ({info.parameters / 1e6:,.1f} M parameters)",
         "device": f"{info.device}, {info.dtype}, {info.kernels} kernels",
         "context": f"{info.max_model_len:,} tokens each, KV for {info.kv_tokens:,}",
         "adapters": f"{info.adapters} published, {info.adapter_slots} at once on the device",

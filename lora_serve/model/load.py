@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.errors import ModelUnsupported
@@ -71,6 +72,7 @@ def load(
     _check(name, config)
     max_model_len = _context(config, notes)
     progress("loading weights", 0.05)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # ours says it
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
