@@ -18,7 +18,7 @@ from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.assemble import assemble
 from lora_serve.engine.runner import Outcome, Runner
-from lora_serve.engine.scheduler import Scheduler
+from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import BadRequest, ContextExceeded, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
@@ -107,8 +107,7 @@ class Engine:
         work = self._scheduler.plan(self._loaded, self._registry.pinned)
         if work:
             digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
-            slots = self._registry.seat(digests)
-            for outcome in self._runner.run(work, slots):
+            for outcome in self._run(work, digests):
                 self._settle(outcome)
             self._steps += 1
             report = StepReport(
@@ -188,6 +187,16 @@ class Engine:
         self._leases[request.id] = leases
         self._scheduler.add(seq)
         self._events.append(Admitted(request.id, list(seq.adapters)))
+
+    def _run(self, work: list[Work], digests: list[str]) -> list[Outcome]:
+        """Seat the step's adapters and compute it. If they cannot be seated, only those who wanted them fail."""
+        try:
+            slots = self._registry.seat(digests)
+        except ServeError as error:
+            failed = [Outcome(item, failure=error) for item in work if item.seq.digests]
+            rest = [item for item in work if not item.seq.digests]
+            return failed + (self._runner.run(rest, {}) if rest else [])
+        return self._runner.run(work, slots)
 
     def _settle(self, outcome: Outcome) -> None:
         """Take one sequence's result of the step."""
