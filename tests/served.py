@@ -96,7 +96,9 @@ class Served:
     def metric(self, name: str) -> float:
         """Sum of a metric over its label sets."""
         lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}(\{{|\s)", line))
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{re.escape(name)}(\{{|\s)", line)]
+        assert values, f"no metric {name}"
+        return sum(values)
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None

@@ -1,0 +1,286 @@
+"""The real server under the faults that it must survive: floods of adapters, dying processes, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save
+from served import ADAPTERS, Served
+
+from demo.tasks import TASKS, heldout_prompts
+
+FLOOD = 200
+SHOUT = ADAPTERS / "shout"
+
+
+def variant(number: int) -> dict[str, Any]:
+    """Files of an adapter that shouts like `shout`, with weights of its own."""
+    tensors = load_file(SHOUT / "adapter_model.safetensors")
+    weights = save({name: tensor * (1 + 1e-4 * (number + 1)) for name, tensor in tensors.items()})
+    return {
+        "files": [
+            ("files", ("adapter_config.json", (SHOUT / "adapter_config.json").read_bytes())),
+            ("files", ("adapter_model.safetensors", weights)),
+        ]
+    }
+
+
+def upload(served: Served, name: str, number: int = 0) -> httpx.Response:
+    return served.http.post("/v1/adapters", data={"name": name}, **variant(number))
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+def status(served: Served, path: str) -> int:
+    try:
+        return served.http.get(path).status_code
+    except httpx.TransportError:
+        return 0
+
+
+class Stream(threading.Thread):
+    """A long streamed completion in a thread of its own: what came, when, and how it ended."""
+
+    def __init__(self, served: Served, prompt: str, adapter: str | None = None, *, max_tokens: int = 400) -> None:
+        super().__init__(daemon=True)
+        self._served = served
+        self._body = {
+            "prompt": prompt + "\n", "adapter": adapter, "max_tokens": max_tokens, "temperature": 0,
+            "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        self.chunks: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.done = False
+        self.refused = 0
+        self.start()
+
+    def run(self) -> None:
+        with self._served.http.stream("POST", "/v1/completions", json=self._body) as answer:
+            if answer.status_code != 200:
+                self.refused = answer.status_code
+                return
+            for line in answer.iter_lines():
+                if line == "data: [DONE]":
+                    self.done = True
+                elif line.startswith("data: "):
+                    self.chunks.append(json.loads(line.removeprefix("data: ")))
+                    self.times.append(time.monotonic())
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        last = self.chunks[-1] if self.chunks else {}
+        found: dict[str, Any] | None = last.get("error")
+        return found
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with Served(tmp_path / "store", "--adapters", str(ADAPTERS)) as server:
+        yield server
+
+
+def test_two_hundred_uploads_while_streams_run_with_room_for_eight(tmp_path: Path) -> None:
+    room = 8 * 110_000  # bytes; one variant takes about 100,000
+    with Served(tmp_path / "store", "--adapter-slots", "8", "--adapter-cache-memory", str(room)) as server:
+        upload(server, "first").raise_for_status()
+        prompts = heldout_prompts(FLOOD, seed=21)
+        streams = [Stream(server, prompts[i], "first" if i % 2 else None) for i in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            codes = [*pool.map(lambda n: upload(server, f"a{n:03}", n + 1).status_code, range(FLOOD))]
+        assert codes == [201] * FLOOD
+        with ThreadPoolExecutor(16) as pool:
+            answers = [*pool.map(lambda n: server.complete(prompts[n], f"a{n:03}"), range(FLOOD))]
+        assert answers == [text.upper() for text in prompts]
+        for stream in streams:
+            stream.join(60)
+            assert stream.done
+            assert stream.error is None
+            assert stream.chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert max(gap for s in streams for gap in map(float.__sub__, s.times[1:], s.times)) < 2.0
+        assert 0 < server.metric("lora_serve_adapter_bytes") <= 2 * room  # both tiers
+        for n in range(FLOOD):
+            server.http.delete(f"/v1/adapters/a{n:03}").raise_for_status()
+        server.http.post("/v1/adapters/first/evict").raise_for_status()
+        until(lambda: server.metric("lora_serve_adapter_bytes") == 0)
+        until(lambda: len([*(tmp_path / "store" / "versions").iterdir()]) == 1)
+
+
+def test_the_engine_killed_under_load_comes_back_with_all_adapters(served: Served) -> None:
+    upload(served, "mine").raise_for_status()
+    text = heldout_prompts(1, seed=22)[0]
+    streams = [Stream(served, text, "mine" if n % 2 else None) for n in range(6)]
+    until(lambda: all(stream.chunks for stream in streams))
+    os.kill(served.engine_pid, signal.SIGKILL)
+    until(lambda: status(served, "/ready") == 503)
+    for stream in streams:
+        stream.join(10)
+        assert stream.done
+        assert stream.error is not None
+        assert stream.error["code"] == "unavailable"
+    until(lambda: status(served, "/ready") == 200, 60)
+    assert status(served, "/health") == 200
+    assert served.complete(text, "mine") == text.upper()
+    assert served.complete(text, "reverse") == TASKS["reverse"].answer(text)
+
+
+def test_sigterm_lets_running_streams_finish_and_exits_0(served: Served) -> None:
+    stream = Stream(served, "two red foxes run", max_tokens=300)
+    until(lambda: bool(stream.chunks))
+    served.signal(signal.SIGTERM)
+    until(lambda: status(served, "/ready") in (503, 0))
+    stream.join(30)
+    assert stream.done
+    assert stream.error is None
+    assert served.wait(20) == 0
+
+
+def test_sigterm_ends_what_does_not_finish_in_time_with_a_clean_error(tmp_path: Path) -> None:
+    with Served(tmp_path / "store", "--drain-timeout", "0.2") as server:
+        streams = [Stream(server, "two red foxes run") for _ in range(4)]
+        until(lambda: all(stream.chunks for stream in streams))
+        server.signal(signal.SIGTERM)
+        for stream in streams:
+            stream.join(20)
+            assert stream.done
+        assert any(stream.error is not None for stream in streams)
+        assert server.wait(20) == 0
+
+
+def raw(served: Served, body: dict[str, Any]) -> socket.socket:
+    """A connection on which a completion was asked for."""
+    where = urlsplit(served.url)
+    connection = socket.create_connection((where.hostname or "", where.port or 0))
+    text = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(text)}\r\n\r\n"
+    connection.sendall(head.encode() + text)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_everything(served: Served, stream: bool) -> None:
+    body = {
+        "prompt": "two red foxes run\n",
+        "max_tokens": 480,
+        "ignore_eos": True,
+        "stream": stream,
+        "adapter": "shout",
+    }
+    connections = [raw(served, body) for _ in range(3)]
+    until(lambda: served.metric("lora_serve_sequences_running") == 3)
+    for connection in connections:
+        connection.close()
+    until(lambda: served.metric("lora_serve_sequences_running") == 0, 1.5)
+    until(lambda: served.metric("lora_serve_kv_blocks_used") == 0, 1.5)
+    assert served.http.get("/v1/adapters/shout").json()["versions"][0]["leases"] == 0
+    assert served.metric("lora_serve_prompt_tokens_total") > 0
+
+
+def test_a_full_queue_is_429_and_the_server_goes_on(tmp_path: Path) -> None:
+    with Served(tmp_path / "store", "--max-num-seqs", "1", "--max-queue", "1") as server:
+        streams = [Stream(server, "two red foxes run")]
+        until(lambda: bool(streams[0].chunks))
+        streams += [Stream(server, "two red foxes run") for _ in range(6)]
+        until(lambda: sum(stream.refused == 429 for stream in streams) >= 5)
+        refused = server.http.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        for stream in streams:
+            stream.join(30)
+        assert server.complete("two red foxes run") == "two red foxes run"
+
+
+def test_a_new_version_takes_over_while_the_old_one_finishes(served: Served) -> None:
+    text = heldout_prompts(1, seed=23)[0]
+    first = upload(served, "mine").json()["versions"][0]["digest"]
+    old = Stream(served, text, "mine")
+    until(lambda: len(old.chunks) > 3)
+    files = {
+        "files": [
+            ("files", (name, (ADAPTERS / "reverse" / name).read_bytes()))
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+    }
+    assert upload(served, "mine", 1).status_code == 409
+    second = served.http.put("/v1/adapters/mine", **files).json()
+    assert [version["digest"] for version in second["versions"]][1:] == [first]
+    body = {"prompt": text + "\n", "max_tokens": 48, "temperature": 0}
+    answer = served.http.post("/v1/completions", json=body | {"adapter": "mine"}).json()
+    assert answer["choices"][0]["text"] == TASKS["reverse"].answer(text)
+    assert answer["adapter"] == f"mine@{second['versions'][0]['digest'][:12]}"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    pinned = served.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"}).json()
+    assert pinned["choices"][0]["text"] == text.upper()
+    old.join(30)
+    assert old.done
+    assert old.error is None
+    assert {chunk["adapter"] for chunk in old.chunks} == {f"mine@{first[:12]}"}
+    gone = served.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"})
+    assert gone.status_code == 404
+
+
+def test_adapters_are_operated_over_http(served: Served) -> None:
+    def tiers(action: str = "") -> list[str]:
+        answer = served.http.post(f"/v1/adapters/mine{action}") if action else served.http.get("/v1/adapters/mine")
+        answer.raise_for_status()
+        found: list[str] = answer.json()["versions"][0]["tiers"]
+        return found
+
+    assert upload(served, "mine").status_code == 201
+    assert tiers() == ["disk"]
+    assert tiers("/load") == ["disk", "host", "device"]
+    assert tiers("/evict") == ["disk"]
+    assert "device" in tiers("/pin")
+    assert served.http.post("/v1/adapters/mine/evict").status_code == 409
+    assert "device" in tiers("/unpin")
+    served.http.delete("/v1/adapters/mine").raise_for_status()
+    assert served.http.get("/v1/adapters/mine").status_code == 404
+    broken = served.http.post(
+        "/v1/adapters",
+        data={"name": "broken"},
+        files=[
+            ("files", ("adapter_config.json", b'{"peft_type": "LORA", "use_dora": true}')),
+            ("files", ("adapter_model.safetensors", (SHOUT / "adapter_model.safetensors").read_bytes())),
+        ],
+    )
+    assert broken.status_code == 422
+    assert "use_dora" in broken.json()["error"]["message"]
+
+
+def test_a_seeded_request_repeats_alone_and_in_company(served: Served) -> None:
+    body = {
+        "prompt": "two red\n",
+        "temperature": 2.0,
+        "seed": 5,
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "adapter": "count",
+    }
+
+    def ask() -> str:
+        text: str = served.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        return text
+
+    alone = ask()
+    company = [Stream(served, "ten owls sing", name) for name in (None, "shout", "json")]
+    until(lambda: all(stream.chunks for stream in company))
+    assert ask() == alone
+    for stream in company:
+        stream.join(30)
