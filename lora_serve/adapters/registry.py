@@ -141,7 +141,7 @@ class Registry:
     @property
     def pinned(self) -> Set[str]:
         """Versions on the device that never leave it."""
-        return self.kept.intersection(self._memory.seated)
+        return self.kept & set(self._memory.seated)
 
     def poll(self) -> bool:
         """Take in what the threads finished; whether there was anything."""
