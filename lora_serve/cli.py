@@ -38,6 +38,7 @@ class Key(BaseModel):
     """Make an API key: prints the key, to be given to its user, and the line for the --api-key-file."""
 
     name: CliPositionalArg[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="whose key it is")
+    admin: bool = Field(False, description="may also publish and delete adapters")
 
 
 class Cli(BaseSettings):
@@ -150,4 +151,5 @@ def make_key(key: Key) -> None:
 
     secret = f"sk-{secrets.token_urlsafe(32)}"
     print(f"key of {key.name}, shown only now: {secret}")
-    print(f"{key.name}: {hash_key(secret)}")
+    entry = f'{{hash: "{hash_key(secret)}", admin: true}}' if key.admin else hash_key(secret)
+    print(f"{key.name}: {entry}")

@@ -149,9 +149,9 @@ class AdapterCommand(BaseModel):
 
 def adapter_files(folder: Path) -> list[Path]:
     """The files of a PEFT folder that the server wants. Raises `BadRequest` if it is not one."""
-    files = [folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]
-    if not files[0].is_file() or len(files) == 1:
-        raise BadRequest(f"{folder} is neither an archive nor a folder with adapter_config.json and safetensors")
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    if not all(path.is_file() for path in files):
+        raise BadRequest(f"{folder} is neither an archive nor a folder with {files[0].name} and {files[1].name}")
     return files
 
 

@@ -17,6 +17,7 @@ import pytest
 import tokenizers.models
 import tokenizers.pre_tokenizers
 
+from lora_serve.api.auth import Keys
 from lora_serve.cli import load_tokenizer, main
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported
@@ -287,3 +288,15 @@ print(load_tokenizer(ServeConfig(model=sys.argv[1])).encode("one two two", add_s
 def test_a_model_folder_that_is_not_there_is_said() -> None:
     with pytest.raises(ModelUnsupported, match="no folder"):
         load_tokenizer(ServeConfig(model="./no-such-folder"))
+
+
+@pytest.mark.parametrize("admin", [True, False])
+def test_a_made_key_is_accepted_by_a_server_with_its_line(
+    admin: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["key", "ci", *(["--admin"] if admin else [])]) == 0
+    shown, line = capsys.readouterr().out.splitlines()
+    (tmp_path / "keys.yaml").write_text(line)
+    caller = Keys.load(tmp_path / "keys.yaml").find(shown.rpartition(" ")[2])
+    assert caller is not None
+    assert (caller.name, caller.admin) == ("ci", admin)

@@ -1,0 +1,136 @@
+"""An engine that answers as it is told, an app over it, and a tokenizer whose tokens are bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from operated import OperatedEngine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lora_serve.api.app import create_app
+from lora_serve.api.auth import Keys
+from lora_serve.api.openai.logprobs import _alphabet
+from lora_serve.config import ServeConfig
+from lora_serve.errors import AdapterNotFound, Failure, ServeError
+from lora_serve.messages import EngineInfo
+from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+
+BOS, EOS = 256, 257
+CONTEXT = 64
+TEMPLATE = (
+    "{%- for m in messages -%}{{ m['role'] }}:{{ m['content'] }}|{%- endfor -%}"
+    "{%- if add_generation_prompt -%}assistant:{%- endif -%}"
+)
+
+
+def byte_tokenizer(*, bos: bool = False, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Token id = byte; 256 begins a text (put there if `bos`), 257 ends it."""
+    vocabulary = {**_alphabet(), "<s>": BOS, "</s>": EOS}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>" if bos else None, eos_token="</s>", chat_template=template
+    )
+
+
+class AnsweringEngine(OperatedEngine):
+    """Says `reply`, a token a step, to every request; what was asked, and which generators were closed, is kept.
+
+    `refusals` maps the number of a request to the error it is refused with, `breaks` after how many tokens one fails.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.info = EngineInfo(
+            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=CONTEXT,
+            vocab_size=258, eos_token_ids=(EOS,), kv_tokens=1000, adapter_slots=4, adapters=0, parameters=1, created=7,
+        )  # fmt: skip
+        self.reply = b"hello"
+        self.requests: list[Request] = []
+        self.closed: list[str] = []
+        self.refusals: dict[int, ServeError] = {}
+        self.breaks: int | None = None
+        self.forever = False
+        self.cached = 0
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        number = len(self.requests)
+        self.requests.append(request)
+        try:
+            if number in self.refusals:
+                yield Finished(request.id, "error", failure=Failure.of(self.refusals[number]))
+                return
+            unknown = [use.name for use in request.adapters if use.name not in ("poet", "clerk")]
+            if unknown:
+                error = AdapterNotFound(f"adapter {unknown[0]} does not exist", param="adapter")
+                yield Finished(request.id, "error", failure=Failure.of(error))
+                return
+            yield Admitted(request.id, [Served(use.name, "d" * 64, use.weight) for use in request.adapters])
+            async for event in self._say(request):
+                yield event
+        finally:
+            self.closed.append(request.id)
+
+    async def _say(self, request: Request) -> AsyncGenerator[Event, None]:
+        params = request.sampling
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *(self._logprob(token) for token in request.prompt[1:])]
+        count = 0
+        while self.forever or count < min(len(self.reply), params.max_tokens):
+            await asyncio.sleep(0.001 if self.forever else 0)
+            if self.breaks is not None and count == self.breaks:
+                yield Finished(request.id, "error", failure=Failure("engine_fault", "it broke"))
+                return
+            token = self.reply[count % len(self.reply)]
+            logprobs = None if params.logprobs is None else [self._logprob(token)]
+            yield Tokens(request.id, [token], logprobs, prompt_logprobs, self.cached)
+            prompt_logprobs = None
+            count += 1
+        if prompt_logprobs is not None:
+            yield Tokens(request.id, [], None, prompt_logprobs)
+        if count < params.max_tokens:
+            yield Finished(request.id, "stop", stop_token=EOS)
+        else:
+            yield Finished(request.id, "length")
+
+    def _logprob(self, token: int) -> Logprob:
+        return Logprob(token, -0.1 * token, [(BOS, -0.01), (EOS, -0.02)])
+
+
+class Answering:
+    """An app over an `AnsweringEngine`, and a client of it."""
+
+    def __init__(self, store: Path, keys: Keys | None = None, tokenizer: Any = None, **options: Any) -> None:
+        self.engine = AnsweringEngine()
+        config = ServeConfig(model="base", store=store, **options)
+        self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    async def post(self, path: str, body: dict[str, Any], key: str = "any") -> httpx.Response:
+        return await self.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+
+    async def complete(self, key: str = "any", **body: Any) -> httpx.Response:
+        return await self.post("/v1/completions", {"prompt": "hi", **body}, key)
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        return await self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **body})
+
+
+def events(answer: httpx.Response) -> list[dict[str, Any]]:
+    """Data events of a stream, which must end with exactly one `[DONE]` line."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
