@@ -1,0 +1,97 @@
+"""The real openai SDK, sync and async, against the real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from served import ADAPTERS, Served
+
+from demo.tasks import TASKS
+
+TEXT = "two red foxes run home"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    options = ("--adapters", str(ADAPTERS), "--served-model-name", "demo")
+    with Served(tmp_path_factory.mktemp("store"), *options) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_completions_with_an_adapter_in_the_body(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model="demo", prompt=f"{TEXT}\n", max_tokens=32, temperature=0, extra_body={"adapter": "reverse"}
+    )
+    assert answer.choices[0].text == TASKS["reverse"].answer(TEXT)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_chat_with_an_adapter_as_the_model(client: OpenAI, name: str) -> None:
+    answer = client.chat.completions.create(
+        model=name, messages=[{"role": "user", "content": TEXT}], temperature=0, max_completion_tokens=48
+    )
+    assert answer.choices[0].message.content == TASKS[name].answer(TEXT)
+    assert answer.model == name
+
+
+def test_streams_with_usage(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="shout", messages=[{"role": "user", "content": TEXT}], temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = [*stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == TEXT.upper()
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 3
+
+
+def test_logprobs_and_copies(client: OpenAI) -> None:
+    answer = client.completions.create(model="demo", prompt=TEXT, max_tokens=4, logprobs=2, n=2, seed=1, echo=True)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[1] is not None
+
+
+def test_models_lists_the_base_first(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo", *sorted(TASKS)]
+    assert client.models.retrieve("shout").id == "shout"
+
+
+def test_errors_are_the_sdk_s_own(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nobody", prompt="x")
+    assert missing.value.code == "adapter_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="demo", prompt="x", extra_body={"whatever": 1})
+    assert bad.value.param == "whatever"
+
+
+async def test_many_adapters_at_once_asynchronously(served: Served) -> None:
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any") as client:
+
+        async def ask(name: str) -> str:
+            pieces = await client.completions.create(
+                model=name, prompt=f"{TEXT}\n", max_tokens=48, temperature=0, stream=True
+            )
+            return "".join([piece.choices[0].text async for piece in pieces])
+
+        names = [*TASKS] * 4
+        answers = await asyncio.gather(*map(ask, names))
+    assert answers == [TASKS[name].answer(TEXT) for name in names]
