@@ -102,7 +102,8 @@ class Served:
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None
-        self.log += [*self._process.stderr]
+        for line in self._process.stderr:
+            self.log.append(line)
 
     def _await_url(self) -> str:
         assert self._process.stdout is not None

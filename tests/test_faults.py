@@ -191,6 +191,8 @@ def test_a_client_that_leaves_frees_everything(served: Served, stream: bool) -> 
     until(lambda: served.metric("lora_serve_kv_blocks_used") == 0, 1.5)
     assert served.http.get("/v1/adapters/shout").json()["versions"][0]["leases"] == 0
     assert served.metric("lora_serve_prompt_tokens_total") > 0
+    assert served.log
+    assert not [line for line in served.log if "Traceback" in line]
 
 
 def test_a_full_queue_is_429_and_the_server_goes_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 
 from lora_serve.api import admin, errors
 from lora_serve.api.auth import Authorized, Keys
@@ -16,6 +16,7 @@ from lora_serve.api.engine import Engine
 from lora_serve.api.limits import BodyLimit
 from lora_serve.api.openai import chat, completions, models, tokenize
 from lora_serve.api.services import Injected, Services
+from lora_serve.api.stream import ClientGone
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
@@ -35,10 +36,16 @@ def create_app(engine: Engine, tokenizer: Any, config: ServeConfig, keys: Keys |
     app.state.services = Services(engine, tokenizer, config, keys, metrics, config.store_folder() / "staging")
     app.add_middleware(BodyLimit, most=config.max_body, streams=admin.is_upload)
     errors.install(app)
+    app.add_exception_handler(ClientGone, nobody)
     for routes in (completions, chat, models, tokenize, admin):
         app.include_router(routes.router)
     app.include_router(router)
     return app
+
+
+async def nobody(request: Request, error: Exception) -> Response:
+    """What is said to a client that has gone: nothing, without a trace in the log."""
+    return Response(status_code=499)
 
 
 @router.get("/health")

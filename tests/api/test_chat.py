@@ -62,7 +62,7 @@ async def test_a_bad_field_is_400_and_named(world: Answering, field: str, value:
     answer = await world.chat(**{field: value})
     assert answer.status_code == 400, answer.text
     param = (answer.json()["error"]["param"] or "").split(".")[0]
-    assert param == ("prompt" if "x" * 100 in str(value) else field)
+    assert param == field
 
 
 async def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:

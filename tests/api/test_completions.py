@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,20 @@ async def test_what_does_not_fit_the_context_is_refused_unasked(world: Answering
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
     assert world.engine.requests == []
+
+
+async def test_the_default_length_gives_way_to_the_context(world: Answering) -> None:
+    assert (await world.complete(prompt="x" * (CONTEXT - 3))).status_code == 200
+    assert world.engine.requests[0].sampling.max_tokens == 3
+
+
+async def test_a_choice_that_stopped_is_aborted_while_others_go_on(world: Answering) -> None:
+    world.engine.reply = b"ab"
+    world.engine.forever = True
+    async with asyncio.timeout(5):
+        asking = asyncio.ensure_future(world.complete(prompt=["x", "y"], stop="ab"))
+        await asking
+    assert len(world.engine.closed) == 2
 
 
 async def test_an_error_on_the_way_is_the_answer(world: Answering) -> None:

@@ -93,6 +93,8 @@ async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> 
         services,
         prompt_tokens=len(prompt),
         max_tokens=body.max_completion_tokens or body.max_tokens,
+        otherwise=None,
+        field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     id_ = f"chatcmpl-{uuid.uuid4().hex}"

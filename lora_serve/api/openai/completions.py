@@ -103,7 +103,9 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Call
             body,
             services,
             prompt_tokens=len(prompt),
-            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens=body.max_tokens,
+            otherwise=DEFAULT_MAX_TOKENS,
+            field="prompt",
             logprobs=logprobs,
             prompt_logprobs=logprobs if body.echo else None,
         )

@@ -72,10 +72,7 @@ class Running:
             raise
         finally:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)
-
-    async def close(self) -> None:
-        self._timer.end("abort", len(self.choice.request.prompt), self._generated)
-        await self._events.aclose()
+            await self._events.aclose()  # a stop string ends it here: what the engine would still say is not wanted
 
     def _part(self, event: Event) -> Part:
         index = self.choice.index

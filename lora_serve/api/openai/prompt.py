@@ -75,23 +75,29 @@ def sampling(
     *,
     prompt_tokens: int,
     max_tokens: int | None,
+    otherwise: int | None,
+    field: str,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> Sampling:
     """The body's sampling parameters, defaults filled in from the model's own generation config.
 
     Args:
-        max_tokens: as asked; None is all that the context has left.
+        max_tokens: as asked; more than the context has left is refused.
+        otherwise: how many where none were asked for, as far as the context has them left; None is all of it.
+        field: what a prompt that is too long was sent in.
     """
     info = engine_info(services)
     defaults = info.generation_defaults
     room = info.max_model_len - prompt_tokens
-    if room < min(1, max_tokens if max_tokens is not None else 1) or (max_tokens or 0) > room:
+    needed = 1 if max_tokens is None else max_tokens
+    if needed > room:
         raise ContextExceeded(
-            f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens} and "
-            f"{max_tokens if max_tokens is not None else 1} more are asked for",
-            param="max_tokens" if max_tokens else "prompt",
+            f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens}, "
+            f"and {needed} more are asked for",
+            param="max_tokens" if needed > 1 else field,
         )
+    count = max_tokens if max_tokens is not None else room if otherwise is None else min(otherwise, room)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     if any(token >= info.vocab_size for token in bias):
         raise BadRequest(f"logit_bias has token ids outside 0..{info.vocab_size - 1}", param="logit_bias")
@@ -103,7 +109,7 @@ def sampling(
         return defaults.get(field, otherwise) if value is None else value
 
     return Sampling(
-        max_tokens=room if max_tokens is None else max_tokens,
+        max_tokens=count,
         min_tokens=body.min_tokens or 0,
         temperature=float(chosen("temperature", 1.0)),
         top_k=max(0, int(chosen("top_k", 0))),
