@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic_settings import CliApp, get_subcommand
@@ -31,16 +31,14 @@ from bench.serve import load_arguments, load_of, mixes
 from lora_serve.cli import Cli
 from lora_serve.config import ServeConfig
 from lora_serve.engine.engine import Engine
+from lora_serve.engine.process import EngineCore
 from lora_serve.messages import (
-    Abort,
     Call,
     EngineInfo,
     EvictAdapter,
     Generate,
     LoadAdapter,
     Operation,
-    Reply,
-    Stats,
     Update,
 )
 from lora_serve.request import AdapterUse, Finished, Request, Sampling, Tokens
@@ -59,17 +57,6 @@ class Ran:
         return self.tokens / self.seconds
 
 
-class Core(Protocol):
-    """What is driven here of `lora_serve.engine.engine.Engine`."""
-
-    @property
-    def busy(self) -> bool: ...
-    def receive(self, message: Generate | Abort | Call) -> None: ...
-    def step(self) -> Update: ...
-    def replies(self) -> list[Reply]: ...
-    def stats(self) -> Stats: ...
-
-
 class Driver:
     """The loop that the server's engine process would be, around one engine.
 
@@ -77,7 +64,7 @@ class Driver:
         wake: set by the engine's own threads when there is something to do again.
     """
 
-    def __init__(self, engine: Core, wake: threading.Event) -> None:
+    def __init__(self, engine: EngineCore, wake: threading.Event) -> None:
         self._engine = engine
         self._wake = wake
         self._ids = count()

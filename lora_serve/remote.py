@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_serve.errors import BadRequest, ServeError, Unavailable
+from lora_serve.names import CONFIG, WEIGHTS
 
 TIMEOUT = 600.0  # seconds; checking and storing a large adapter takes a while
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -149,9 +150,9 @@ class AdapterCommand(BaseModel):
 
 def adapter_files(folder: Path) -> list[Path]:
     """The files of a PEFT folder that the server wants. Raises `BadRequest` if it is not one."""
-    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    files = [folder / CONFIG, folder / WEIGHTS]
     if not all(path.is_file() for path in files):
-        raise BadRequest(f"{folder} is neither an archive nor a folder with {files[0].name} and {files[1].name}")
+        raise BadRequest(f"{folder} is neither an archive nor a folder with {CONFIG} and {WEIGHTS}")
     return files
 
 

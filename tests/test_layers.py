@@ -34,7 +34,7 @@ ROOMS = (
     Room(2, "adapters", ("adapters",)),
     Room(2, "kv", ("kv",)),
     Room(1, "kernels", ("kernels",)),
-    Room(1, "words", ("request", "messages", "config", "errors")),
+    Room(1, "words", ("request", "messages", "config", "errors", "names")),
 )
 
 # Libraries that only some rooms may know; whatever is not listed is free to all.

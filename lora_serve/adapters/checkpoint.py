@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from lora_serve.errors import AdapterInvalid, TooLarge
+from lora_serve.names import CONFIG, WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-CARD = "README.md"
 MAX_CONFIG = 1 << 20  # bytes
 MAX_HEADER = 8 << 20  # bytes
 MAX_TENSORS = 100_000

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from hashlib import sha256
 
 import torch
 
 from lora_serve.adapters.adapter import Lowered
-from lora_serve.errors import BadRequest
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 def digest(lowered: Lowered) -> str:
@@ -25,14 +21,3 @@ def digest(lowered: Lowered) -> str:
             found.update(f"{name} {tuple(matrix.shape)} {matrix.dtype}\n".encode())
             found.update(matrix.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def check_name(name: str) -> str:
-    """The name, if adapters may be called so; names never become paths of their own."""
-    if not NAME.fullmatch(name):
-        raise BadRequest(
-            "an adapter's name has 1 to 64 letters, digits, dots, dashes and underscores, "
-            "and begins with a letter or digit",
-            param="name",
-        )
-    return name

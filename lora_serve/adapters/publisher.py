@@ -9,11 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from lora_serve.adapters.adapter import BaseShape
-from lora_serve.adapters.checkpoint import CONFIG, WEIGHTS, read
+from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.registry import lower
 from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.errors import AdapterExists, TooLarge
+from lora_serve.names import CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True)

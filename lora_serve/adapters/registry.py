@@ -19,7 +19,6 @@ from lora_serve.adapters.adapter import Adapter, BaseShape, flatten
 from lora_serve.adapters.bank import Bank
 from lora_serve.adapters.cache import Cache
 from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.digest import check_name
 from lora_serve.adapters.formats.registry import lower
 from lora_serve.adapters.loader import Loader
 from lora_serve.adapters.memory import Failed, Loading, Memory, Ready
@@ -28,14 +27,14 @@ from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.errors import (
     AdapterBusy,
     AdapterExists,
-    AdapterNotFound,
     BadRequest,
     ServeError,
 )
 from lora_serve.messages import AdapterInfo, AdapterVersion, Publish, Stats
+from lora_serve.names import check_name, unknown
 from lora_serve.request import AdapterUse
 
-__all__ = ["Failed", "Lease", "Loading", "Ready", "Registry", "unknown"]  # `state` answers with the first ones
+__all__ = ["Failed", "Lease", "Loading", "Ready", "Registry"]  # `state` answers with the first ones
 
 Done = Callable[[Any], None]
 
@@ -306,8 +305,3 @@ class Registry:
             last_used=self._used.get(digest),
             report=meta.report,
         )
-
-
-def unknown(name: str) -> AdapterNotFound:
-    """The one answer about adapters that are not there, or not for this caller."""
-    return AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")

@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.adapters.checkpoint import CARD, CONFIG, WEIGHTS
 from lora_serve.errors import AdapterInvalid, StorageFull, Unavailable
+from lora_serve.names import CARD, CONFIG, WEIGHTS
 
 
 class Meta(msgspec.Struct, frozen=True):

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from lora_serve.api import archive
 from lora_serve.api.auth import Administrator, Authorized
 from lora_serve.api.services import Injected, Services
-from lora_serve.api.upload import check_name, received, staged
-from lora_serve.errors import AdapterNotFound, BadRequest
+from lora_serve.api.upload import received, staged
+from lora_serve.errors import BadRequest
 from lora_serve.messages import (
     DeleteAdapter,
     DescribeAdapter,
@@ -29,6 +29,7 @@ from lora_serve.messages import (
     PinAdapter,
     Publish,
 )
+from lora_serve.names import check_name, unknown
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
@@ -81,7 +82,7 @@ async def list_adapters(services: Injected, caller: Authorized) -> dict[str, Any
 async def show(name: Name, services: Injected, caller: Authorized) -> Info:
     """One adapter: its versions, where they are, what they take."""
     if not caller.may_use(name):
-        raise AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")  # the registry's own words
+        raise unknown(name)
     return await _call(services, DescribeAdapter(name))
 
 

@@ -20,10 +20,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from lora_serve.errors import AdapterInvalid, TooLarge
+from lora_serve.names import CARD, CONFIG, WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-KEPT = (CONFIG, WEIGHTS, "README.md")
+KEPT = (CONFIG, WEIGHTS, CARD)
 
 MOST_MEMBERS = 64
 MOST_RATIO = 100  # of unpacked to packed; weights hardly shrink, bombs do

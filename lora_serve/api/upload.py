@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -23,11 +22,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from lora_serve.api import archive
 from lora_serve.errors import BadRequest, StorageFull, TooLarge
+from lora_serve.names import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BATCH = 1 << 20  # bytes that are handed to the disk's thread at once
 FORM_SLACK = 1 << 20  # of boundaries, headers and fields beside the files' bytes
 LONGEST_FIELD = 4096
@@ -39,13 +38,6 @@ class Upload:
 
     name: str | None
     folder: Path
-
-
-def check_name(name: str, param: str = "name") -> str:
-    """The name itself, if an adapter can have it. Raises `BadRequest`."""
-    if not NAME.fullmatch(name):
-        raise BadRequest("a name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", param=param)
-    return name
 
 
 @asynccontextmanager
@@ -173,7 +165,7 @@ class _Form:
             self._archive.unlink()
         elif not self._files:
             raise BadRequest("the adapter is missing: send files, or one archive", param="files")
-        for name in (archive.CONFIG, archive.WEIGHTS):
+        for name in (CONFIG, WEIGHTS):
             if not (self._folder / name).exists():
                 raise BadRequest(f"{name} is missing", param="files")
         return Upload(None if self._name is None else self._name.decode(errors="replace"), self._folder)

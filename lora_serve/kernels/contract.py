@@ -73,15 +73,6 @@ class DeltaGroup:
         self.b[module, slot] = 0 if delta is None else delta.b.data_ptr()
         self.rank[module, slot] = 0 if delta is None else delta.a.shape[0]
 
-    def clear(self, slot: int) -> None:
-        """Point `slot` at nothing, in every module."""
-        if any(row[slot] is not None for row in self.deltas):
-            self.a[:, slot] = 0
-            self.b[:, slot] = 0
-            self.rank[:, slot] = 0
-            for row in self.deltas:
-                row[slot] = None
-
 
 @dataclass(frozen=True)
 class Segments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from lora_serve.adapters.registry import Failed, Loading, Ready
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path)
-    yield house
-    house.registry.close()
 
 
 def test_a_published_adapter_is_leased_loaded_and_seated(house: House) -> None:

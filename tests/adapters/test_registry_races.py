@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from registry_house import House
 from lora_serve.adapters.registry import Failed, Ready
 from lora_serve.errors import AdapterInvalid, AdapterNotFound, ServeError
 from lora_serve.request import AdapterUse
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path)
-    yield house
-    house.registry.close()
 
 
 def test_going_back_to_a_version_that_is_still_leased_makes_it_the_one_current_version(house: House) -> None:

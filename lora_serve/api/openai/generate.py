@@ -1,23 +1,29 @@
 """From requests to text: several choices at once, each a stream of parts.
 
 A choice is one `Request` to the engine. Its first event decides whether the whole call is answered at all, so it is
-awaited for every choice before anything is sent. However a call ends, all of its streams are
-closed, which aborts what still runs.
+awaited for every choice before anything is sent. However a call ends, all of its streams are closed, which aborts
+what still runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
+from fastapi import Request as HttpRequest
+from fastapi import Response
+
+from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.services import Services
+from lora_serve.api.stream import JSON, EventStream, while_connected
 from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import EngineFault, ServeError
 from lora_serve.metrics import Timer
-from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,46 @@ class Part:
     cached: int = 0
 
 
+class Call(Protocol):
+    """One call to the API: what is asked for, and how its answer is written down."""
+
+    @property
+    def choices(self) -> list[Choice]: ...
+
+    def answer(self, running: list[Running], parts: list[Part]) -> dict[str, Any]:
+        """The whole response."""
+
+    def chunks(self, running: list[Running]) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed response."""
+
+
+def copies(
+    body: Generation,
+    id_: str,
+    first: int,
+    prompt: list[int],
+    params: Sampling,
+    uses: tuple[AdapterUse, ...],
+    tenant: str,
+) -> list[Choice]:
+    """The `n` choices of one prompt, numbered from `first`; with a seed, each has one of its own."""
+    choices = []
+    for copy in range(body.n or 1):
+        own = params if body.seed is None else msgspec.structs.replace(params, seed=body.seed + copy)
+        request = Request(f"{id_}-{first + copy}", prompt, own, uses, tenant)
+        choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output)))
+    return choices
+
+
+async def respond(http: HttpRequest, body: Generation, services: Services, endpoint: str, call: Call) -> Response:
+    """Run a call and answer it, streamed if asked for. Raises what refuses it, and ClientGone."""
+    async with AsyncExitStack() as stack:
+        running = await while_connected(http, stack.enter_async_context(started(services, endpoint, call.choices)))
+        if not body.stream:
+            return JSON(call.answer(running, await while_connected(http, whole(running))))
+        return EventStream(call.chunks(running), stack.pop_all())
+
+
 class Running:
     """A choice that the engine took in."""
 
@@ -57,7 +103,7 @@ class Running:
         self._text = Detokenizer(tokenizer, choice.request.prompt, choice.stop, include_stop=choice.include_stop)
         self._generated = 0
 
-    async def parts(self) -> AsyncIterator[Part]:
+    async def parts(self) -> AsyncGenerator[Part, None]:
         """Parts as they come; the last has a finish reason. Raises the ServeError that ends it otherwise."""
         outcome = "abort"
         try:
@@ -132,7 +178,7 @@ async def started(services: Services, endpoint: str, choices: Sequence[Choice]) 
 async def merged(running: Sequence[Running]) -> AsyncGenerator[Part, None]:
     """Parts of all choices in the order in which they come."""
     if len(running) == 1:
-        async with aclosing(running[0].parts()) as parts:  # type: ignore[type-var]
+        async with aclosing(running[0].parts()) as parts:
             async for part in parts:
                 yield part
         return
@@ -189,6 +235,17 @@ def answered_by(running: Sequence[Running], base: str) -> dict[str, Any]:
         "model": "+".join(adapter.name for adapter in adapters),
         "adapter": versions[0] if len(versions) == 1 else versions,
     }
+
+
+def with_usage(
+    chunk: dict[str, Any], options: StreamOptions | None, spent: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A chunk of a stream with the usage that `stream_options` wants in it."""
+    if options is not None and options.continuous_usage_stats:
+        return chunk | {"usage": spent()}
+    if options is not None and options.include_usage:
+        return chunk | {"usage": None}
+    return chunk
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:

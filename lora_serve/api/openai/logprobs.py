@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lora_serve.request import Logprob
@@ -17,12 +17,19 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+        self._texts: dict[int, str] = {}  # a call shows the same few tokens again and again
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return backend is not None and "ByteLevel" in str(backend.decoder)
 
     def text(self, token: int) -> str:
-        found: str = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return found
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode(
+                [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        return self._texts[token]
 
     def bytes(self, token: int) -> bytes:
         """The token's own bytes, also where they are no whole character."""

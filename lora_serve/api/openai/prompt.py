@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,8 +11,9 @@ from jinja2 import TemplateError
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
 from lora_serve.api.services import Services
-from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
+from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo
+from lora_serve.names import unknown
 from lora_serve.request import AdapterUse, Sampling
 
 LONG = 2000  # characters; a longer text is tokenized beside the event loop
@@ -29,6 +30,12 @@ def engine_info(services: Services) -> EngineInfo:
     if services.engine.info is None:
         raise Unavailable("the engine is starting", retry_after=1)
     return services.engine.info
+
+
+def check_tokens(tokens: Iterable[int], info: EngineInfo, field: str) -> None:
+    """BadRequest if a token id of `field` is not in the vocabulary."""
+    if any(token >= info.vocab_size for token in tokens):
+        raise BadRequest(f"{field} has token ids outside 0..{info.vocab_size - 1}", param=field)
 
 
 def base_names(services: Services) -> set[str]:
@@ -58,8 +65,14 @@ def adapters(body: Generation, services: Services, caller: Caller) -> tuple[Adap
         raise BadRequest("an adapter is named twice", param="adapter")
     for use in uses:
         if not caller.may_use(use.name):
-            raise AdapterNotFound(f"adapter {use.name[:100]} does not exist", param="adapter")
+            raise unknown(use.name)
     return uses
+
+
+def check_copies(body: Generation, services: Services) -> None:
+    """BadRequest if more answers are asked for than the operator allows."""
+    if (body.n or 1) > services.config.max_n:
+        raise BadRequest(f"n is more than {services.config.max_n}", param="n")
 
 
 def _use(given: WeightedAdapter) -> AdapterUse:
@@ -99,10 +112,8 @@ def sampling(
         )
     count = max_tokens if max_tokens is not None else room if otherwise is None else min(otherwise, room)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    if any(token >= info.vocab_size for token in bias):
-        raise BadRequest(f"logit_bias has token ids outside 0..{info.vocab_size - 1}", param="logit_bias")
-    if any(token >= info.vocab_size for token in body.stop_token_ids or ()):
-        raise BadRequest(f"stop_token_ids has ids outside 0..{info.vocab_size - 1}", param="stop_token_ids")
+    check_tokens(bias, info, "logit_bias")
+    check_tokens(body.stop_token_ids or (), info, "stop_token_ids")
 
     def chosen(field: str, otherwise: float) -> Any:
         value = getattr(body, field)

@@ -7,10 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized
-from lora_serve.api.openai.prompt import encode, encode_chat, engine_info
+from lora_serve.api.openai.prompt import check_tokens, encode, encode_chat, engine_info
 from lora_serve.api.openai.schemas import Detokenize, Tokenize
 from lora_serve.api.services import Injected
-from lora_serve.errors import BadRequest
 
 router = APIRouter(tags=["tokenizer"])
 
@@ -31,9 +30,7 @@ async def tokenize(body: Tokenize, services: Injected, caller: Authorized) -> di
 @router.post("/detokenize")
 async def detokenize(body: Detokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
     """Token ids → text."""
-    vocabulary = engine_info(services).vocab_size
-    if any(token >= vocabulary for token in body.tokens):
-        raise BadRequest(f"tokens has ids outside 0..{vocabulary - 1}", param="tokens")
+    check_tokens(body.tokens, engine_info(services), "tokens")
     return {"prompt": services.tokenizer.decode(body.tokens)}
 
 
