@@ -1,6 +1,8 @@
 """The lowered form of an adapter, and what lowering must know of the base.
 
-Whatever an adapter was on disk, here it is one flat tensor and a plan that says where each module's A and B lie in it.
+Whatever an adapter was on disk, here it is one flat tensor and a plan that says what lies where in it: for linear sites
+the low-rank matrices of the one instruction, and for whatever else a format can express, a `Change` of a module or a
+`Prefix`. The batched kernel knows deltas only; the rest costs only the batches that hold such an adapter.
 """
 
 from __future__ import annotations
@@ -26,17 +28,33 @@ class Site:
     out_features: int
 
 
+def _unknown_parameter(path: str) -> Tensor:
+    raise KeyError(path)
+
+
 @dataclass(frozen=True)
 class BaseShape:
     """What lowering needs to know of the resident base.
 
     Attributes:
-        sites: adaptable modules by their full path in the HF model (`model.layers.0.self_attn.q_proj`).
+        sites: adaptable linear maps by their path in the HF model (`model.layers.0.self_attn.q_proj`); one expert of a
+            stacked parameter is a site too (`model.layers.0.mlp.experts.down_proj[3]`).
         groups: names of sites that read one input, in the order in which the bank keeps them; each site in one.
-        others: paths of modules that exist but cannot be adapted, with the reason (for messages).
+        weight: a site's own weights by name, [out_features, in_features], as the forward pass uses them: of a quantised
+            base, the dequantised ones.
+        others: paths of modules that cannot get a delta, with the reason (for messages).
         model_type: HF's name for the architecture.
         tied: whether the head shares the embedding's weights.
-        weight: a site's own weights by name, for checks and formats that need them.
+        modules: modules whose own parameters an adapter may replace, and the shapes of these: path → name → shape. Each
+            works row by row, so that the rows of one batch may each have their own.
+        parameter: a parameter of such a module by its full path.
+        embeddings: lookup modules, and the factor that each multiplies its rows by.
+        input_embedding, head: path of the module that embeds the tokens, and of the one that makes the logits.
+        hidden_size: width of an embedded token.
+        kv: (heads, key_dim, value_dim) of every layer's keys and values.
+        names: what the base is called (for warnings about adapters trained on another).
+        vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
+        quantized: how the base's weights are stored, if not in full precision (for reports).
     """
 
     sites: dict[str, Site]
@@ -45,17 +63,143 @@ class BaseShape:
     others: dict[str, str] = field(default_factory=dict)
     model_type: str = ""
     tied: bool = False
+    modules: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    parameter: Callable[[str], Tensor] = _unknown_parameter
+    embeddings: dict[str, float] = field(default_factory=dict)
+    input_embedding: str = ""
+    head: str = ""
+    hidden_size: int = 0
+    kv: tuple[tuple[int, int, int], ...] = ()
+    names: tuple[str, ...] = ()
+    vocabulary: str = ""
+    quantized: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one module besides a linear site's delta. Tensors that are None change nothing.
+
+    For the adapter's rows, in this order (a composition's weight w is 1 unless only `lookup` and `shift` are set):
+
+        y = module(gain_in ⊙ x), with `parameters` in place of the module's own
+        y += w · lookup.a[x] @ lookup.b                  # embeddings: x are token ids
+        y += w · B(A x)                                  # linear sites: the delta, which is not part of a change
+        y = gain_out ⊙ y + w · shift
+        y at `token_ids` = `token_rows`                  # embeddings: x equal to an id gives its row;
+                                                         # the head: that id's logit is x @ row (no bias)
+    Attributes:
+        parameters: by the parameter's name in the module; shapes as the module's own, except that a table of tokens
+            (embedding, head) may have another number of them.
+        gain_in [in], gain_out [out], shift [out].
+        lookup: a [ids, rank], b [rank, out].
+        token_ids, token_rows: ids, and [ids, width].
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    gain_in: Tensor | None = None
+    gain_out: Tensor | None = None
+    shift: Tensor | None = None
+    lookup: Delta | None = None
+    token_ids: tuple[int, ...] = ()
+    token_rows: Tensor | None = None
+
+    @property
+    def additive(self) -> bool:
+        """Whether the change is a sum onto the module's output, so that it can be weighted and composed."""
+        return not self.parameters and self.gain_in is None and self.gain_out is None and self.token_rows is None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, under its role."""
+        found = {f"parameter {name}": tensor for name, tensor in sorted(self.parameters.items())}
+        if self.lookup is not None:
+            found |= {"lookup a": self.lookup.a, "lookup b": self.lookup.b}
+        rest = {role: getattr(self, role) for role in ("gain_in", "gain_out", "shift", "token_rows")}
+        return found | {role: tensor for role, tensor in rest.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Change:
+        """The same change with every tensor passed through `function`."""
+
+        def each(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return Change(
+            parameters={name: function(tensor) for name, tensor in sorted(self.parameters.items())},
+            gain_in=each(self.gain_in),
+            gain_out=each(self.gain_out),
+            shift=each(self.shift),
+            lookup=None if self.lookup is None else Delta(function(self.lookup.a), function(self.lookup.b)),
+            token_ids=self.token_ids,
+            token_rows=each(self.token_rows),
+        )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Virtual tokens that stand before every prompt: embedded ones, or ones whose keys and values are given.
+
+    Attributes:
+        length: how many.
+        embeddings: [length, hidden], what the input embedding would have given.
+        keys, values: per layer [length, kv_heads, dim], position already in them; empty if `embeddings` is set.
+    """
+
+    length: int
+    embeddings: Tensor | None = None
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, under its role."""
+        found = {} if self.embeddings is None else {"embeddings": self.embeddings}
+        found |= {f"keys {layer}": tensor for layer, tensor in enumerate(self.keys)}
+        return found | {f"values {layer}": tensor for layer, tensor in enumerate(self.values)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prefix:
+        """The same with every tensor passed through `function`."""
+        embeddings = None if self.embeddings is None else function(self.embeddings)
+        return Prefix(self.length, embeddings, tuple(map(function, self.keys)), tuple(map(function, self.values)))
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A format's result: per site A [rank, in] and B [rank, out] with scaling folded in, still separate tensors.
+    """A format's result, still separate tensors.
 
-    `report` is for people: method, features found, ranks, modules, warnings.
+    Attributes:
+        deltas: per linear site A [rank, in] and B [rank, out], scaling folded in.
+        report: for people: method, features found, ranks, modules, warnings.
+        changes: per module, what is not a linear site's delta.
+        prefix: virtual tokens before the prompt.
+        invocation: tokens from whose last occurrence in the prompt on the adapter is active (never without one); empty:
+            always active.
     """
 
     deltas: dict[str, Delta]
     report: dict[str, Any]
+    changes: dict[str, Change] = field(default_factory=dict)
+    prefix: Prefix | None = None
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, under a name that says what it does."""
+        found: dict[str, Tensor] = {}
+        for site, delta in self.deltas.items():
+            found |= {f"{site} a": delta.a, f"{site} b": delta.b}
+        for module in sorted(self.changes):
+            found |= {f"{module} {role}": tensor for role, tensor in self.changes[module].tensors.items()}
+        if self.prefix is not None:
+            found |= {f"prefix {role}": tensor for role, tensor in self.prefix.tensors.items()}
+        return found
+
+    @property
+    def not_additive(self) -> str:
+        """Why the adapter cannot be weighted or composed; empty if it can."""
+        if self.prefix is not None:
+            return "it puts virtual tokens before the prompt"
+        fixed = [module for module, change in self.changes.items() if not change.additive]
+        return f"it replaces or rescales parts of the base ({fixed[0]})" if fixed else ""
 
 
 @dataclass(frozen=True)
@@ -74,12 +218,15 @@ class Adapter:
     Attributes:
         digest: hex digest of the content; the identity that KV, leases and metrics key on.
         flat: one-dimensional tensor of the serving dtype.
-        places: by site name.
+        places: deltas by site name.
+        changes, prefix: as lowered; their tensors are views into `flat`.
     """
 
     digest: str
     flat: Tensor
     places: dict[str, Place]
+    changes: dict[str, Change] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,21 +244,36 @@ class Adapter:
             b=source.as_strided((rank, tall), (tall, 1), place.b),
         )
 
+    def moved(self, flat: Tensor) -> tuple[dict[str, Change], Prefix | None]:
+        """Changes and prefix as views into `flat`, a copy of this adapter's flat tensor."""
+
+        def view(tensor: Tensor) -> Tensor:
+            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        changes = {module: change.map(view) for module, change in self.changes.items()}
+        return changes, None if self.prefix is None else self.prefix.map(view)
+
 
 def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
-    """Lay all matrices end to end in one tensor of `dtype`, each at an aligned offset."""
+    """Lay all tensors end to end in one tensor of `dtype`, each at an aligned offset."""
     step = ALIGNMENT // dtype.itemsize
-    places: dict[str, Place] = {}
-    parts: list[tuple[int, Tensor]] = []
-    size = 0
+
+    def room(tensor: Tensor) -> int:
+        return -(-tensor.numel() // step) * step
+
+    flat = torch.zeros(sum(map(room, lowered.tensors.values())), dtype=dtype)
+    at = 0
+
+    def put(tensor: Tensor) -> Tensor:
+        nonlocal at
+        view = flat[at : at + tensor.numel()].view(tensor.shape)
+        view.copy_(tensor)
+        at += room(tensor)
+        return view
+
+    places = {}
     for name, delta in lowered.deltas.items():
-        offsets = []
-        for matrix in (delta.a, delta.b):
-            offsets.append(size)
-            parts.append((size, matrix))
-            size += -(-matrix.numel() // step) * step
-        places[name] = Place(offsets[0], offsets[1], delta.a.shape[0])
-    flat = torch.zeros(size, dtype=dtype)
-    for offset, matrix in parts:
-        flat[offset : offset + matrix.numel()] = matrix.reshape(-1)
-    return Adapter(digest, flat, places)
+        a, b = put(delta.a), put(delta.b)
+        places[name] = Place(a.storage_offset(), b.storage_offset(), a.shape[0])
+    changes = {name: lowered.changes[name].map(put) for name in sorted(lowered.changes)}
+    return Adapter(digest, flat, places, changes, None if lowered.prefix is None else lowered.prefix.map(put))

@@ -12,12 +12,13 @@ from lora_serve.adapters.adapter import Lowered
 def digest(lowered: Lowered) -> str:
     """Hex SHA-256 over the lowered content in the precision it was saved in.
 
-    The serving dtype and the order of keys in the file do not matter: the same deltas have the same digest.
+    The serving dtype and the order of keys in the file do not matter: the same content has the same digest.
     """
     found = sha256()
-    for name in sorted(lowered.deltas):
-        delta = lowered.deltas[name]
-        for matrix in (delta.a, delta.b):
-            found.update(f"{name} {tuple(matrix.shape)} {matrix.dtype}\n".encode())
-            found.update(matrix.contiguous().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(lowered.tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    ids = {module: change.token_ids for module, change in sorted(lowered.changes.items()) if change.token_ids}
+    if ids or lowered.invocation:
+        found.update(f"{ids} {lowered.invocation}\n".encode())
     return found.hexdigest()
