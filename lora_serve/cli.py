@@ -31,7 +31,7 @@ from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.remote import AdapterCommand, Remote
 
-POSITIONAL = ("model", "name", "path")
+POSITIONAL = ("model", "name", "path", "adapter")
 
 
 class Key(BaseModel):

@@ -53,6 +53,9 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="keep the base's linear weights in int8 or int4, made at load; adapters stay as they are"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="compute threads (0: one a physical core)")
     native_kernels: bool = Field(True, description="build and use the native CPU kernels; otherwise plain torch")

@@ -6,7 +6,7 @@ atomic: a `Generate` sent before a delete of its adapter is admitted before it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -38,6 +38,12 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     folder: str
     replace: bool = False
     source: str = ""
+
+
+class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
+    """Read and check the PEFT folder `folder` as publishing would, and keep nothing. Answers with an `Inspection`."""
+
+    folder: str
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag="list"):
@@ -82,7 +88,9 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Take no new requests; finish those that run. Answered (with None) when nothing runs any more."""
 
 
-Operation = Publish | ListAdapters | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter | DeleteAdapter | Drain
+Operation = (
+    Publish | Inspect | ListAdapters | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter | DeleteAdapter | Drain
+)
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
@@ -101,6 +109,15 @@ ToEngine = Generate | Abort | Call | Exit
 # --- from the engine ---------------------------------------------------------------------------------------------
 
 
+Report = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        description="for people: method, features, ranks, modules touched, size, what became what, whether it can be "
+        "composed, base_model_name_or_path, warnings"
+    ),
+]
+
+
 class AdapterVersion(msgspec.Struct, frozen=True):
     """One immutable content of an adapter. Sizes in bytes; `last_used` in seconds since the epoch."""
 
@@ -113,7 +130,18 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     tiers: list[str]
     leases: int
     last_used: float | None = None
-    report: dict[str, Any] = {}
+    report: Report = {}
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """What a version of this content would be. Sizes in bytes."""
+
+    digest: str
+    rank: int
+    modules: int
+    file_bytes: int
+    memory_bytes: int
+    report: Report
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):

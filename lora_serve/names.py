@@ -12,6 +12,7 @@ from lora_serve.errors import AdapterNotFound, BadRequest
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
+TOKENIZER = "tokenizer.json"  # of an adapter: never used, only compared with the base's
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

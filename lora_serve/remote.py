@@ -18,11 +18,10 @@ from urllib import error, parse, request
 
 from pydantic import BaseModel, Field
 from pydantic_settings import CliPositionalArg, CliSubCommand
-from rich.console import Console
-from rich.table import Table
 
+from lora_serve import reports
 from lora_serve.errors import BadRequest, ServeError, Unavailable
-from lora_serve.names import CONFIG, WEIGHTS
+from lora_serve.names import CONFIG, TOKENIZER, WEIGHTS
 
 TIMEOUT = 600.0  # seconds; checking and storing a large adapter takes a while
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -59,12 +58,22 @@ class Remote(BaseModel, ABC):
             raise Unavailable(f"no answer from {self.url} ({getattr(failure, 'reason', failure)})") from failure
         return json.loads(text) if text else None
 
+    def send(self, method: str, where: str, path: Path, name: str | None = None) -> Any:
+        """Send the adapter at `path`, a folder or an archive. Raises `BadRequest` if it is neither."""
+        archive = path.is_file() and path.name.endswith(ARCHIVES)
+        files = [path] if archive else adapter_files(path)
+        boundary = uuid.uuid4().hex
+        with tempfile.TemporaryFile() as body:
+            write_form(body, boundary, name, "archive" if archive else "files", files)
+            return self.ask(method, where, body, f"multipart/form-data; boundary={boundary}")
+
 
 class List(Remote):
     """List all adapters, where they are and what they cost."""
 
     def run(self) -> None:
-        show(self.ask("GET", "/v1/adapters"))
+        answer = self.ask("GET", "/v1/adapters")
+        reports.as_table(answer["data"] if isinstance(answer, dict) else answer)
 
 
 class Upload(Remote):
@@ -76,21 +85,37 @@ class Upload(Remote):
 
     def run(self) -> None:
         name = self.name or self.path.resolve().name.removesuffix(".gz").split(".")[0]
-        archive = self.path.is_file() and self.path.name.endswith(ARCHIVES)
-        files = [self.path] if archive else adapter_files(self.path)
-        boundary = uuid.uuid4().hex
-        with tempfile.TemporaryFile() as body:
-            write_form(body, boundary, name, "archive" if archive else "files", files)
-            kind = f"multipart/form-data; boundary={boundary}"
-            where = f"/v1/adapters/{parse.quote(name, safe='')}" if self.replace else "/v1/adapters"
-            show(self.ask("PUT" if self.replace else "POST", where, body, kind))
+        where = f"/v1/adapters/{parse.quote(name, safe='')}" if self.replace else "/v1/adapters"
+        reports.in_short(self.send("PUT" if self.replace else "POST", where, self.path, name))
+
+
+class Inspect(Remote):
+    """Say what an adapter is, what the server would make of it, and what to beware of; nothing is published."""
+
+    adapter: CliPositionalArg[str] = Field(
+        description="PATH of a folder or archive, which is sent to the server, or NAME of a published adapter"
+    )
+    as_json: bool = Field(False, alias="json", description="print the server's answer as it is")
+
+    def run(self) -> None:
+        path = Path(self.adapter)
+        if path.exists():
+            answer = self.send("POST", "/v1/adapters/inspect", path)
+        elif path.name != self.adapter:
+            raise BadRequest(f"there is no folder or archive {self.adapter}")
+        else:
+            answer = self.ask("GET", f"/v1/adapters/{parse.quote(self.adapter, safe='')}")
+        if self.as_json:
+            reports.as_json(answer)
+        else:
+            reports.in_full(answer, path.resolve().name if path.exists() else self.adapter)
 
 
 class Named(Remote):
     name: CliPositionalArg[str] = Field(description="name of the adapter")
 
     def act(self, method: str, action: str = "") -> None:
-        show(self.ask(method, f"/v1/adapters/{parse.quote(self.name, safe='')}{action}"))
+        reports.as_json(self.ask(method, f"/v1/adapters/{parse.quote(self.name, safe='')}{action}"))
 
 
 class Show(Named):
@@ -136,11 +161,12 @@ class Unpin(Named):
 
 
 class AdapterCommand(BaseModel):
-    """List, publish and manage the adapters of a running server."""
+    """List, inspect, publish and manage the adapters of a running server."""
 
     list: CliSubCommand[List]
     show: CliSubCommand[Show]
     upload: CliSubCommand[Upload]
+    inspect: CliSubCommand[Inspect]
     delete: CliSubCommand[Delete]
     load: CliSubCommand[Load]
     evict: CliSubCommand[Evict]
@@ -153,12 +179,13 @@ def adapter_files(folder: Path) -> list[Path]:
     files = [folder / CONFIG, folder / WEIGHTS]
     if not all(path.is_file() for path in files):
         raise BadRequest(f"{folder} is neither an archive nor a folder with {CONFIG} and {WEIGHTS}")
-    return files
+    return files + [path for path in [folder / TOKENIZER] if path.is_file()]
 
 
-def write_form(body: IO[bytes], boundary: str, name: str, field: str, files: list[Path]) -> None:
+def write_form(body: IO[bytes], boundary: str, name: str | None, field: str, files: list[Path]) -> None:
     """A multipart form with the field `name` and one file part per file, written through so that size is no matter."""
-    body.write(f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n{name}\r\n'.encode())
+    if name is not None:
+        body.write(f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n{name}\r\n'.encode())
     for path in files:
         shown = parse.quote(path.name)
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; filename="{shown}"\r\n'
@@ -167,28 +194,6 @@ def write_form(body: IO[bytes], boundary: str, name: str, field: str, files: lis
             shutil.copyfileobj(content, body)
         body.write(b"\r\n")
     body.write(f"--{boundary}--\r\n".encode())
-
-
-def show(answer: Any) -> None:
-    """A list of adapters as a table, anything else as JSON."""
-    adapters = answer.get("data") if isinstance(answer, dict) else answer
-    console = Console(highlight=False, markup=False)
-    if not isinstance(adapters, list):
-        console.print_json(json.dumps(answer))
-        return
-    table = Table("name", "version", "rank", "size", "where", "leases", "pinned", box=None)
-    for adapter in adapters:
-        newest: dict[str, Any] = next(iter(adapter.get("versions") or []), {})
-        table.add_row(
-            str(adapter.get("name", adapter.get("id", ""))),
-            str(newest.get("digest", ""))[:12],
-            str(newest.get("rank", "")),
-            f"{newest.get('memory_bytes', 0) / 1e6:.1f} MB",
-            ", ".join(newest.get("tiers", [])),
-            str(newest.get("leases", "")),
-            "yes" if adapter.get("pinned") else "",
-        )
-    console.print(table)
 
 
 def _reason(body: bytes) -> str:

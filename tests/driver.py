@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import Turns
 from lora_serve.engine.flatten import flatten
 from lora_serve.engine.scheduler import Scheduler
@@ -18,6 +19,7 @@ from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import load
+from lora_serve.model.quantize import Scheme
 from lora_serve.request import Request, Sampling, Served
 
 CPU = torch.device("cpu")
@@ -35,43 +37,59 @@ class Driver:
         max_tokens: int = 64,
         block_size: int = 4,
         slots: int = 16,
+        scheme: Scheme | None = None,
     ) -> None:
-        self.loaded = load(str(folder), revision=None, dtype=dtype, device=CPU, progress=lambda stage, done: None)
+        self.loaded = load(
+            str(folder), revision=None, dtype=dtype, device=CPU, progress=lambda stage, done: None, scheme=scheme
+        )
         self.bank = Bank(self.loaded.shape, slots, self.loaded.dtype, CPU)
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, CPU)
-        self.base = ResidentBase(self.loaded, self.bank.groups, select(CPU, native), kv)
+        self.base = ResidentBase(self.loaded, self.bank, select(CPU, native), kv)
         self.base.prove()
         self.scheduler = Scheduler(
             BlockPool(200, block_size), Turns(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
         )
         self.slots: dict[str, int] = {}
+        self.traits: dict[str, Traits] = {}
         self.sequences: list[list[int]] = []
+        self.computed = 0  # rows, over all steps
 
-    def seat(self, adapter: Adapter) -> str:
+    def seat(self, adapter: Adapter, invocation: tuple[int, ...] = ()) -> str:
         """Put an adapter on the device; its digest names it in `teach`."""
         self.slots[adapter.digest] = self.bank.load(adapter)
+        virtual = 0 if adapter.prefix is None else adapter.prefix.length
+        self.traits[adapter.digest] = Traits(virtual=virtual, invocation=invocation)
         return adapter.digest
 
     def teach(
-        self, prompts: list[list[int]], decode: int, adapters: list[list[tuple[str, float]]] | None = None
+        self,
+        prompts: list[list[int]],
+        decode: int,
+        adapters: list[list[tuple[str, float]]] | None = None,
+        *,
+        look_up: bool = False,
     ) -> list[Tensor]:
         """Logits [tokens, vocab] of every row of every sequence: its prompt, then `decode` greedy tokens one by one.
 
         Args:
             adapters: per sequence, (digest, weight) pairs; empty is the base.
+            look_up: look prompts up in the prefix cache; then only their last row's logits are there.
         """
-        seqs = [
-            Sequence(
-                request=Request(str(index), prompt, Sampling(max_tokens=decode, prompt_logprobs=0)),
+        sampling = Sampling(max_tokens=decode, prompt_logprobs=None if look_up else 0)
+        seqs = []
+        for index, prompt in enumerate(prompts):
+            uses = tuple(Served(digest[:8], digest, weight) for digest, weight in (adapters or [[]] * 99)[index])
+            traits = {use.digest: self.traits[use.digest] for use in uses}
+            seq = Sequence(
+                request=Request(str(index), prompt, sampling),
                 order=index,
-                adapters=tuple(Served(digest[:8], digest, weight) for digest, weight in (adapters or [[]] * 99)[index]),
+                adapters=uses,
                 seed=0,
                 stop_ids=frozenset(),
-                limit=len(prompt) + decode,
+                limit=sum(each.virtual for each in traits.values()) + len(prompt) + decode,
+                traits=traits,
             )
-            for index, prompt in enumerate(prompts)
-        ]
-        for seq in seqs:
+            seqs.append(seq)
             self.scheduler.add(seq)
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
@@ -80,11 +98,18 @@ class Driver:
             for row in flat.rows:
                 seq = row.work.seq
                 self.scheduler.computed(row.work)
+                self.computed += row.work.count
                 rows[seq.order].append(logits[row.start : row.end])
                 if row.samples:
                     if len(seq.tokens) == seq.limit:
                         self.scheduler.remove(seq)
                     else:
                         seq.tokens.append(int(logits[row.end - 1].argmax()))
-        self.sequences = [seq.tokens for seq in seqs]
-        return [torch.cat(rows[seq.order]) for seq in seqs]
+        self.sequences = [seq.tokens[seq.virtual :] for seq in seqs]
+        return [_stacked(rows[seq.order]) for seq in seqs]
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Rows of several steps, whose vocabularies may differ in size: those that a step did not have are -inf."""
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-torch.inf) for row in rows])

@@ -13,10 +13,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 96
@@ -45,6 +47,14 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
 }
 
+# Mixtures of experts, kept apart: what holds for every architecture need not be shown on them each time.
+EXPERTS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON, head_dim=16, moe_intermediate_size=48, num_experts=6, num_experts_per_tok=3, mlp_only_layers=[0]
+    ),
+}
+
 
 def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
     """A model of this shape with random weights that are large enough for differences to show."""
@@ -62,7 +72,7 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
 @cache
 def reference(architecture: str) -> Any:
     """The shared fp32 model of an architecture; tests must not change it."""
-    return make_model(ARCHITECTURES[architecture])
+    return make_model((ARCHITECTURES | EXPERTS)[architecture])
 
 
 def save(architecture: str, folder: Path) -> Path:

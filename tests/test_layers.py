@@ -24,7 +24,7 @@ class Room(NamedTuple):
 
 OUTSIDE = ("client", "process", "supervisor", "child", "stream", "watch")
 ROOMS = (
-    Room(7, "command line", ("__main__", "cli", "server", "remote")),
+    Room(7, "command line", ("__main__", "cli", "server", "remote", "reports")),
     Room(7, "deploy", ("deploy",)),
     Room(6, "api", ("api",)),
     Room(5, "metrics", ("metrics",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import json
+import re
 import threading
 from collections.abc import Iterator
 from email.message import Message
@@ -14,11 +15,40 @@ import pytest
 
 from lora_serve.cli import main
 
-ADAPTER = {
-    "name": "poet",
-    "pinned": True,
-    "versions": [{"digest": "0123456789abcdef", "rank": 8, "memory_bytes": 2_500_000, "tiers": ["disk"], "leases": 1}],
+REPORT = {
+    "method": "LoRA",
+    "features": ["use_rslora", "bias"],
+    "ranks": [4, 8],
+    "modules": "2 of 7",
+    "touched": {"linear": "2 of 7", "embedding": "1 of 1"},
+    "lowered": ["2 low-rank updates", "1 modules with a constant added"],
+    "composable": False,
+    "not_composable": "it replaces parts of the base",
+    "base_model_name_or_path": "some/base\x1b[31m",
+    "warnings": ["it was trained on some/base", "its tokenizer differs"],
 }
+VERSION = {
+    "digest": "0123456789abcdef",
+    "rank": 8,
+    "file_bytes": 1_200_000,
+    "memory_bytes": 2_500_000,
+    "tiers": ["disk"],
+    "leases": 1,
+    "report": REPORT,
+}
+ADAPTER = {"name": "poet", "pinned": True, "versions": [VERSION]}
+SHOWN = [
+    ["method", "LoRA (use_rslora, bias)"],
+    ["ranks", "4, 8"],
+    ["changes", "2 of 7 linear, 1 of 1 embedding"],
+    ["size", "1.2 MB on disk, 2.5 MB in memory"],
+    ["became", "2 low-rank updates"],
+    ["1 modules with a constant added"],
+    ["composable", "no: it replaces parts of the base"],
+    ["trained on", "some/base?[31m"],
+    ["warning", "it was trained on some/base"],
+    ["warning", "its tokenizer differs"],
+]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -98,6 +128,84 @@ def test_upload_sends_an_archive_as_it_is_and_can_replace(server: Answering, tmp
     ((method, path, headers, body),) = server.asked
     assert (method, path) == ("PUT", "/v1/adapters/bard")
     assert parts(headers, body) == [("name", None, b"bard"), ("archive", "bard.tar.gz", b"packed")]
+
+
+def test_upload_sends_the_tokenizer_along(server: Answering, folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
+    assert parts(*server.asked[0][2:])[-1] == ("files", "tokenizer.json", b"{}")
+
+
+def test_upload_says_in_short_what_was_published(
+    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "published poet@0123456789ab: LoRA, 2 of 7 linear, 1 of 1 embedding, 2.5 MB",
+        "warning: it was trained on some/base",
+        "warning: its tokenizer differs",
+    ]
+
+
+def shown(text: str) -> list[list[str]]:
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+
+
+def test_inspect_sends_a_folder_without_a_name_and_shows_the_report(
+    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = (200, VERSION)
+    assert main(["adapter", "inspect", str(folder), "--url", server.url]) == 0
+    ((method, path, headers, body),) = server.asked
+    assert (method, path) == ("POST", "/v1/adapters/inspect")
+    assert [part[:2] for part in parts(headers, body)] == [
+        ("files", "adapter_config.json"),
+        ("files", "adapter_model.safetensors"),
+    ]
+    assert shown(capsys.readouterr().out) == [["poet, version 0123456789ab"], *SHOWN]
+
+
+def test_inspect_sends_an_archive_as_it_is(server: Answering, tmp_path: Path) -> None:
+    archive = tmp_path / "bard.zip"
+    archive.write_bytes(b"packed")
+    server.answer = (200, VERSION)
+    assert main(["adapter", "inspect", str(archive), "--url", server.url]) == 0
+    assert parts(*server.asked[0][2:]) == [("archive", "bard.zip", b"packed")]
+
+
+def test_inspect_asks_for_what_is_no_path_by_name(server: Answering, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapter", "inspect", "poet", "--url", server.url]) == 0
+    assert server.asked[0][:2] == ("GET", "/v1/adapters/poet")
+    assert shown(capsys.readouterr().out) == [["poet, version 0123456789ab"], *SHOWN]
+
+
+def test_inspect_can_show_the_answer_as_it_is(server: Answering, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapter", "inspect", "poet", "--json", "--url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == ADAPTER
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"versions": []}, {"name": "poet", "versions": [{"digest": "0", "report": {}}]}]
+)
+def test_an_answer_without_a_report_is_shown_as_far_as_it_goes(server: Answering, answer: object) -> None:
+    server.answer = (200, answer)
+    assert main(["adapter", "inspect", "poet", "--url", server.url]) == 0
+
+
+def test_a_path_that_is_not_there_is_said_and_not_asked_for(
+    server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapter", "inspect", str(tmp_path / "none"), "--url", server.url]) == 1
+    assert "there is no folder or archive" in capsys.readouterr().err
+    assert server.asked == []
+
+
+def test_a_refused_inspection_says_why_and_fails(
+    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = (422, {"error": {"message": "OFT is not served: it rotates"}})
+    assert main(["adapter", "inspect", str(folder), "--url", server.url]) == 1
+    assert "422: OFT is not served: it rotates" in capsys.readouterr().err
 
 
 def test_what_is_no_adapter_is_not_sent(server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

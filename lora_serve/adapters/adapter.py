@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_serve.kernels.contract import Delta
 
 ALIGNMENT = 64  # bytes; every matrix starts at a multiple of it, so vector loads never straddle a cache line needlessly
+VECTORS = ("gain_in", "gain_out", "shift")  # kept in float32: they are small, and their rounding would hit every row
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class BaseShape:
         tied: whether the head shares the embedding's weights.
         modules: modules whose own parameters an adapter may replace, and the shapes of these: path → name → shape. Each
             works row by row, so that the rows of one batch may each have their own.
-        parameter: a parameter of such a module by its full path.
+        parameter: a parameter of such a module by its full path, in full precision.
         embeddings: lookup modules, and the factor that each multiplies its rows by.
         input_embedding, head: path of the module that embeds the tokens, and of the one that makes the logits.
         hidden_size: width of an embedded token.
@@ -73,6 +74,10 @@ class BaseShape:
     names: tuple[str, ...] = ()
     vocabulary: str = ""
     quantized: str = ""
+
+    def bias(self, site: str) -> Tensor | None:
+        """A linear module's own constant [out], if it has one."""
+        return self.parameter(f"{site}.bias") if "bias" in self.modules.get(site, {}) else None
 
 
 @dataclass(frozen=True)
@@ -117,20 +122,16 @@ class Change:
         rest = {role: getattr(self, role) for role in ("gain_in", "gain_out", "shift", "token_rows")}
         return found | {role: tensor for role, tensor in rest.items() if tensor is not None}
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Change:
-        """The same change with every tensor passed through `function`."""
-
-        def each(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
+    def map(self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor] | None = None) -> Change:
+        """The same change with every tensor passed through `function`, gains and constants through `vectors`."""
+        vectors = vectors or function
+        own = {role: tensor for role in VECTORS if (tensor := getattr(self, role)) is not None}
         return Change(
             parameters={name: function(tensor) for name, tensor in sorted(self.parameters.items())},
-            gain_in=each(self.gain_in),
-            gain_out=each(self.gain_out),
-            shift=each(self.shift),
             lookup=None if self.lookup is None else Delta(function(self.lookup.a), function(self.lookup.b)),
             token_ids=self.token_ids,
-            token_rows=each(self.token_rows),
+            token_rows=None if self.token_rows is None else function(self.token_rows),
+            **{role: vectors(tensor) for role, tensor in own.items()},
         )
 
 
@@ -248,32 +249,42 @@ class Adapter:
         """Changes and prefix as views into `flat`, a copy of this adapter's flat tensor."""
 
         def view(tensor: Tensor) -> Tensor:
-            return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            whole = flat if tensor.dtype == flat.dtype else flat.view(tensor.dtype)
+            return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
         changes = {module: change.map(view) for module, change in self.changes.items()}
         return changes, None if self.prefix is None else self.prefix.map(view)
 
 
 def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
-    """Lay all tensors end to end in one tensor of `dtype`, each at an aligned offset."""
+    """Lay all tensors end to end in one tensor of `dtype`, each at an aligned offset; vectors in float32."""
     step = ALIGNMENT // dtype.itemsize
 
-    def room(tensor: Tensor) -> int:
-        return -(-tensor.numel() // step) * step
+    def room(tensor: Tensor, kept: torch.dtype) -> int:
+        return -(-tensor.numel() * kept.itemsize // ALIGNMENT) * step
 
-    flat = torch.zeros(sum(map(room, lowered.tensors.values())), dtype=dtype)
+    size = sum(room(tensor, _kept(name, dtype)) for name, tensor in lowered.tensors.items())
+    flat = torch.zeros(size, dtype=dtype)
     at = 0
 
-    def put(tensor: Tensor) -> Tensor:
+    def put(tensor: Tensor, kept: torch.dtype = dtype) -> Tensor:
         nonlocal at
-        view = flat[at : at + tensor.numel()].view(tensor.shape)
-        view.copy_(tensor)
-        at += room(tensor)
-        return view
+        place = flat[at : at + tensor.numel() * kept.itemsize // dtype.itemsize].view(kept).view(tensor.shape)
+        place.copy_(tensor)
+        at += room(tensor, kept)
+        return place
 
     places = {}
     for name, delta in lowered.deltas.items():
         a, b = put(delta.a), put(delta.b)
-        places[name] = Place(a.storage_offset(), b.storage_offset(), a.shape[0])
-    changes = {name: lowered.changes[name].map(put) for name in sorted(lowered.changes)}
+        places[name] = Place(int(a.storage_offset()), int(b.storage_offset()), a.shape[0])
+    changes = {
+        name: lowered.changes[name].map(put, lambda vector: put(vector, torch.float32))
+        for name in sorted(lowered.changes)
+    }
     return Adapter(digest, flat, places, changes, None if lowered.prefix is None else lowered.prefix.map(put))
+
+
+def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of `Lowered.tensors` lies in memory."""
+    return torch.float32 if name.rpartition(" ")[2] in VECTORS else dtype

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Set
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import Adapter, BaseShape
+from lora_serve.adapters.adapter import Adapter, BaseShape, Change, Prefix
 from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
@@ -28,6 +28,10 @@ def vacate(seated: Iterable[str], needed: int, keep: Set[str]) -> list[str] | No
 class Bank:
     """Slots of the device; slot 0 is the base.
 
+    Attributes:
+        groups: pointer tables by group of sites.
+        changes, prefixes: what else the seated adapters do, by slot; only those that do.
+
     Args:
         base: sites and groups of the resident base.
         slots: adapters at once.
@@ -36,11 +40,14 @@ class Bank:
     def __init__(self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = slots
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
+        self.changes: dict[int, dict[str, Change]] = {}
+        self.prefixes: dict[int, Prefix] = {}
         self._tables = pointer_tables(sum(map(len, base.groups)), slots + 1, device)
+        self._rows: dict[str, tuple[int, DeltaGroup, int]] = {}  # site → row of the tables, group, module of the group
         row = 0
         for names in base.groups:
             a, b, rank = (table[row : row + len(names)] for table in self._tables)
-            self.groups[names] = DeltaGroup(
+            group = self.groups[names] = DeltaGroup(
                 base.sites[names[0]].in_features,
                 tuple(base.sites[name].out_features for name in names),
                 slots + 1,
@@ -48,11 +55,12 @@ class Bank:
                 device,
                 tables=(a, b, rank),
             )
+            self._rows |= {name: (row + module, group, module) for module, name in enumerate(names)}
             row += len(names)
         self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
-        self._seated: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # digest → slot, flat; LRU first
+        self._seated: OrderedDict[str, tuple[int, Tensor, list[str]]] = OrderedDict()  # LRU first; see `load`
         self.evictions = 0
 
     def __repr__(self) -> str:
@@ -69,7 +77,7 @@ class Bank:
 
     @property
     def bytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for _, flat in self._seated.values())
+        return sum(flat.numel() * flat.element_size() for _, flat, _ in self._seated.values())
 
     def holds(self, digest: str) -> bool:
         return digest in self._seated
@@ -86,18 +94,22 @@ class Bank:
         """Give an adapter a free slot (there must be one); returns it."""
         slot = self._free.pop()
         flat = adapter.flat.to(self._device, non_blocking=True)
-        self._seated[adapter.digest] = (slot, flat)
+        self._seated[adapter.digest] = (slot, flat, list(adapter.places))
         start, step = flat.data_ptr(), flat.element_size()
-        columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for names, group in self.groups.items():
-            for module, name in enumerate(names):
-                group.deltas[module][slot] = adapter.delta(self._base.sites[name], flat)
-                place = adapter.places.get(name)
-                entry = (0, 0, 0) if place is None else (start + step * place.a, start + step * place.b, place.rank)
-                for column, value in zip(columns, entry, strict=True):
-                    column.append(value)
+        columns = [torch.zeros(table.shape[0], dtype=table.dtype) for table in self._tables]
+        entries = [column.numpy() for column in columns]  # sharing memory: setting single numbers of a tensor is slow
+        for name, place in adapter.places.items():
+            row, group, module = self._rows[name]
+            group.deltas[module][slot] = adapter.delta(self._base.sites[name], flat)
+            for entry, value in zip(entries, (start + step * place.a, start + step * place.b, place.rank), strict=True):
+                entry[row] = value
         for table, column in zip(self._tables, columns, strict=True):
-            table[:, slot] = torch.tensor(column, dtype=table.dtype)  # one copy a table, not one a module
+            table[:, slot] = column.to(self._device)  # one copy a table, not one a module
+        changes, prefix = adapter.moved(flat)
+        if changes:
+            self.changes[slot] = changes
+        if prefix is not None:
+            self.prefixes[slot] = prefix
         return slot
 
     def evict(self, digest: str) -> None:
@@ -105,11 +117,13 @@ class Bank:
         entry = self._seated.pop(digest, None)
         if entry is None:
             return
-        slot, _ = entry
+        slot, _, names = entry
         for table in self._tables:
             table[:, slot] = 0
-        for group in self.groups.values():
-            for row in group.deltas:
-                row[slot] = None
+        for name in names:
+            _, group, module = self._rows[name]
+            group.deltas[module][slot] = None
+        self.changes.pop(slot, None)
+        self.prefixes.pop(slot, None)
         self._free.append(slot)
         self.evictions += 1

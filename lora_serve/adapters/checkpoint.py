@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import AdapterInvalid, TooLarge
 from lora_serve.names import CONFIG, WEIGHTS
 
@@ -28,15 +29,23 @@ MAX_CONFIG = 1 << 20  # bytes
 MAX_HEADER = 8 << 20  # bytes
 MAX_TENSORS = 100_000
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' name → bytes an element
+INDEX_DTYPES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}  # only under keys that end in INDICES
+INDICES = "_topk_indices"  # VB-LoRA's choice of sub-vectors
+# Ranks that training cut to none (AdaLoRA), and weights of the one sub-vector of one (VB-LoRA).
+MAY_BE_EMPTY = (".lora_A", ".lora_B", ".lora_E", "_topk_weights")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A PEFT folder's content. `tensors` own their memory; every number in them is finite."""
+    """A PEFT folder's content. `tensors` own their memory; every number in them is finite.
+
+    `vocabulary` is the digest of its tokenizer's, if one lies beside it; the tokenizer itself is never used.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     file_bytes: int
+    vocabulary: str = ""
 
 
 def read(folder: Path, *, max_bytes: int) -> Checkpoint:
@@ -59,7 +68,7 @@ def read(folder: Path, *, max_bytes: int) -> Checkpoint:
     odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if odd:
         raise AdapterInvalid(f"{WEIGHTS} has numbers that are not finite in {some(odd)}")
-    return Checkpoint(config, tensors, len(config_bytes) + len(data))
+    return Checkpoint(config, tensors, len(config_bytes) + len(data), vocabulary_digest(folder))
 
 
 def check_container(data: bytes) -> None:
@@ -103,11 +112,13 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
             pass
         case _:
             raise AdapterInvalid(f"{WEIGHTS} describes {some([name])} in a way that is not safetensors'")
-    if dtype not in DTYPES:
-        raise AdapterInvalid(f"{WEIGHTS} has {some([name])} as {dtype[:20]}; float32, float16 and bfloat16 are served")
-    size = DTYPES[dtype]
+    chooses = name.endswith(INDICES)
+    dtypes, served = (INDEX_DTYPES, "integers") if chooses else (DTYPES, "float32, float16 and bfloat16")
+    if dtype not in dtypes:
+        raise AdapterInvalid(f"{WEIGHTS} has {some([name])} as {dtype[:20]}; {served} are served")
+    size, least = dtypes[dtype], 0 if name.endswith(MAY_BE_EMPTY) else 1
     for dimension in shape:
-        if not isinstance(dimension, int) or isinstance(dimension, bool) or dimension <= 0:
+        if not isinstance(dimension, int) or isinstance(dimension, bool) or dimension < least:
             raise AdapterInvalid(f"{WEIGHTS} has {some([name])} with an empty or impossible shape")
         size *= dimension
     if start < 0 or end - start != size:

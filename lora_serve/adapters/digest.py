@@ -17,7 +17,7 @@ def digest(lowered: Lowered) -> str:
     found = sha256()
     for name, tensor in sorted(lowered.tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     ids = {module: change.token_ids for module, change in sorted(lowered.changes.items()) if change.token_ids}
     if ids or lowered.invocation:
         found.update(f"{ids} {lowered.invocation}\n".encode())

@@ -12,7 +12,9 @@ from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.report import complete
 from lora_serve.adapters.store import Meta, Record, Store
+from lora_serve.adapters.traits import traits
 from lora_serve.errors import AdapterExists, TooLarge
 from lora_serve.names import CONFIG, WEIGHTS
 
@@ -44,30 +46,21 @@ class Publisher:
     def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> Published:
         """Read, lower, identify and store a folder below the store's staging, which is used up; or one elsewhere."""
         try:
-            checkpoint = read(folder, max_bytes=self._max_bytes)
-            lowered = lower(checkpoint, self._base)
-            elements = sum(delta.a.numel() + delta.b.numel() for delta in lowered.deltas.values())
-            if elements > self._most_elements:
-                raise TooLarge(
-                    f"the adapter has {elements} numbers; --adapter-cache-memory holds {self._most_elements}"
-                )
+            found, meta = self._check(folder)
             if name in self._named and not replace:
                 raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
-            meta = Meta(
-                created=time.time(),
-                rank=max(delta.a.shape[0] for delta in lowered.deltas.values()),
-                modules=len(lowered.deltas),
-                elements=elements,
-                file_bytes=checkpoint.file_bytes,
-                report=lowered.report,
-            )
-            found = digest(lowered)
             record = self._store.publish(name, folder, found, meta, source)
             self._named[name] = found
             return Published(name, record, self._store.meta(found))
         finally:
-            if self._store.is_staged(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._use_up(folder)
+
+    def inspect(self, folder: Path) -> tuple[str, Meta]:
+        """Digest and description of what publishing the folder would make; nothing is stored, a staged one used up."""
+        try:
+            return self._check(folder)
+        finally:
+            self._use_up(folder)
 
     def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> Published | None:
         """Publish a folder of the operator's; None if `record` was published from the very same files."""
@@ -88,3 +81,24 @@ class Publisher:
         """Delete a version that no name means any more (a publish may have named it again meanwhile)."""
         if version not in self._named.values():
             self._store.drop(version)
+
+    def _check(self, folder: Path) -> tuple[str, Meta]:
+        checkpoint = read(folder, max_bytes=self._max_bytes)
+        lowered = lower(checkpoint, self._base)
+        elements = sum(tensor.numel() for tensor in lowered.tensors.values())
+        if elements > self._most_elements:
+            raise TooLarge(f"the adapter has {elements} numbers; --adapter-cache-memory holds {self._most_elements}")
+        meta = Meta(
+            created=time.time(),
+            rank=max((delta.a.shape[0] for delta in lowered.deltas.values()), default=0),
+            modules=len(lowered.deltas.keys() | lowered.changes.keys()),
+            elements=elements,
+            file_bytes=checkpoint.file_bytes,
+            report=complete(lowered, checkpoint, self._base),
+            traits=traits(lowered, self._base),
+        )
+        return digest(lowered), meta
+
+    def _use_up(self, folder: Path) -> None:
+        if self._store.is_staged(folder):
+            shutil.rmtree(folder, ignore_errors=True)

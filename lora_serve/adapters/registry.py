@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from lora_serve.adapters.loader import Loader
 from lora_serve.adapters.memory import Failed, Loading, Memory, Ready
 from lora_serve.adapters.publisher import Published, Publisher
 from lora_serve.adapters.store import Meta, Record, Store
+from lora_serve.adapters.traits import Traits
 from lora_serve.errors import (
     AdapterBusy,
     AdapterExists,
     BadRequest,
     ServeError,
 )
-from lora_serve.messages import AdapterInfo, AdapterVersion, Publish, Stats
+from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection, Publish, Stats
 from lora_serve.names import check_name, unknown
 from lora_serve.request import AdapterUse
 
@@ -41,11 +42,12 @@ Done = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Lease:
-    """A sequence's claim on one exact version."""
+    """A sequence's claim on one exact version, and what that does to sequences."""
 
     name: str
     digest: str
     weight: float
+    traits: Traits = field(default_factory=Traits)
 
 
 class Registry:
@@ -100,7 +102,7 @@ class Registry:
         self._leases[digest] += 1
         self._used[digest] = time.time()
         self._memory.touch(digest)
-        return Lease(use.name, digest, use.weight)
+        return Lease(use.name, digest, use.weight, self._meta[digest].traits)
 
     def release(self, lease: Lease) -> None:
         """Give a claim back. With the last one goes what was only kept for it."""
@@ -169,6 +171,14 @@ class Registry:
             done(self.describe(name))
 
         self._loader.publish(work, stored)
+
+    def inspect(self, operation: Inspect, done: Done) -> None:
+        """Check a folder as publishing would, and keep nothing; `done` gets an `Inspection` or the error."""
+
+        def checked(result: tuple[str, Meta] | ServeError) -> None:
+            done(result if isinstance(result, ServeError) else self._inspection(*result))
+
+        self._loader.publish(lambda: self._publisher.inspect(Path(operation.folder)), checked)
 
     def publish_folder(self, folder: Path) -> list[tuple[str, ServeError]]:
         """At start: publish every PEFT folder in `folder` under its own name, unless unchanged. Returns what failed."""
@@ -290,6 +300,10 @@ class Registry:
         """From disk to the flat form; in the reading thread."""
         lowered = lower(read(self._store.folder(digest), max_bytes=self._max_bytes), self._base)
         return flatten(digest, lowered, self._dtype)
+
+    def _inspection(self, digest: str, meta: Meta) -> Inspection:
+        memory = meta.elements * self._dtype.itemsize
+        return Inspection(digest, meta.rank, meta.modules, meta.file_bytes, memory, meta.report)
 
     def _version(self, digest: str) -> AdapterVersion:
         meta = self._meta[digest]

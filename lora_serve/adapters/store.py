@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterInvalid, StorageFull, Unavailable
 from lora_serve.names import CARD, CONFIG, WEIGHTS
 
@@ -30,7 +31,8 @@ from lora_serve.names import CARD, CONFIG, WEIGHTS
 class Meta(msgspec.Struct, frozen=True):
     """What is known of a version without reading its weights.
 
-    `created` in seconds since the epoch, `elements` is how many numbers it has in memory.
+    `created` in seconds since the epoch, `rank` the largest, `modules` how many it touches, `elements` how many numbers
+    it has in memory.
     """
 
     created: float
@@ -39,6 +41,7 @@ class Meta(msgspec.Struct, frozen=True):
     elements: int
     file_bytes: int
     report: dict[str, Any]
+    traits: Traits = Traits()
 
 
 class Record(msgspec.Struct, frozen=True):

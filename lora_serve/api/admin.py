@@ -1,4 +1,4 @@
-"""Routes of the operator: publish, list, load, evict, pin and delete adapters.
+"""Routes of the operator: inspect, publish, list, load, evict, pin and delete adapters.
 
 Looking is for every key, at the adapters that it may use; changing needs an admin key. Bodies of answers are the
 engine's own descriptions. What publishing checks is the engine's business, how an upload is received `upload.py`'s.
@@ -10,6 +10,7 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
 from fastapi.responses import PlainTextResponse
@@ -21,9 +22,12 @@ from lora_serve.api.services import Injected, Services
 from lora_serve.api.upload import received, staged
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
+    AdapterInfo,
     DeleteAdapter,
     DescribeAdapter,
     EvictAdapter,
+    Inspect,
+    Inspection,
     ListAdapters,
     LoadAdapter,
     PinAdapter,
@@ -33,26 +37,41 @@ from lora_serve.names import check_name, unknown
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
-Info = dict[str, Any]  # builtins of `messages.AdapterInfo`
+Info = dict[str, Any]  # builtins of `messages.AdapterInfo` or `Inspection`
 Name = Annotated[str, InPath(description="the adapter's published name")]
 
 
-def _form(required: list[str]) -> dict[str, Any]:
+def _form(*required: str, name: bool = True) -> dict[str, Any]:
     """OpenAPI's description of an upload, which is read as a stream and not by the framework."""
     binary = {"type": "string", "format": "binary"}
-    fields = {"name": {"type": "string"}, "files": {"type": "array", "items": binary}, "archive": binary}
-    schema = {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+    fields: dict[str, Any] = {"name": {"type": "string"}} if name else {}
+    fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
+    schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _answer(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of an answer that is the engine's own."""
+    (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, list):
+            return [whole(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return whole(parts[node["$ref"]]) if "$ref" in node else {key: whole(value) for key, value in node.items()}
+
+    return {status: {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}}
 
 
 def is_upload(method: str, path: str) -> bool:
     """Whether a request's body is an upload, which has its own cap and is not to be read into memory."""
     if method == "POST":
-        return path == "/v1/adapters"
+        return path in ("/v1/adapters", "/v1/adapters/inspect")
     return method == "PUT" and path.startswith("/v1/adapters/")
 
 
-@router.post("/adapters", status_code=201, openapi_extra=_form(["name"]))
+@router.post("/adapters", status_code=201, openapi_extra=_form("name"), responses=_answer(AdapterInfo, 201))
 async def publish(request: Request, services: Injected, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
     async with received(request, services.staging, services.config.max_adapter_size) as upload:
@@ -61,7 +80,16 @@ async def publish(request: Request, services: Injected, caller: Administrator) -
         return await _publish(services, check_name(upload.name), upload.folder, replace=False)
 
 
-@router.put("/adapters/{name}", status_code=201, openapi_extra=_form([]))
+@router.post("/adapters/inspect", openapi_extra=_form(name=False), responses=_answer(Inspection))
+async def inspect(request: Request, services: Injected, caller: Administrator) -> Info:
+    """What publishing these `files` or this `archive` would make, with its report; nothing is stored."""
+    async with received(request, services.staging, services.config.max_adapter_size) as upload:
+        if upload.name is not None:
+            raise BadRequest("name has no meaning here: nothing is published", param="name")
+        return await _call(services, Inspect(str(upload.folder)))
+
+
+@router.put("/adapters/{name}", status_code=201, openapi_extra=_form(), responses=_answer(AdapterInfo, 201))
 async def publish_version(name: Name, request: Request, services: Injected, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they began with."""
     check_name(name)
@@ -78,9 +106,9 @@ async def list_adapters(services: Injected, caller: Authorized) -> dict[str, Any
     return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
 
 
-@router.get("/adapters/{name}")
+@router.get("/adapters/{name}", responses=_answer(AdapterInfo))
 async def show(name: Name, services: Injected, caller: Authorized) -> Info:
-    """One adapter: its versions, where they are, what they take."""
+    """One adapter: its versions, where they are, what they take, and the report on each."""
     if not caller.may_use(name):
         raise unknown(name)
     return await _call(services, DescribeAdapter(name))
@@ -171,7 +199,7 @@ async def _publish(services: Services, name: str, folder: Path, *, replace: bool
 
 
 async def _call(
-    services: Services, operation: Publish | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter
+    services: Services, operation: Publish | Inspect | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter
 ) -> Info:
     info: Info = await services.engine.call(operation)
     return info

@@ -20,9 +20,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from lora_serve.errors import AdapterInvalid, TooLarge
-from lora_serve.names import CARD, CONFIG, WEIGHTS
+from lora_serve.names import CARD, CONFIG, TOKENIZER, WEIGHTS
 
-KEPT = (CONFIG, WEIGHTS, CARD)
+KEPT = (CONFIG, WEIGHTS, CARD, TOKENIZER)  # the engine compares the last with the base's, and stores the others
 
 MOST_MEMBERS = 64
 MOST_RATIO = 100  # of unpacked to packed; weights hardly shrink, bombs do
@@ -51,7 +51,7 @@ _UNREADABLE = (
 
 
 def kept(name: str) -> bool:
-    """Whether a file of this bare name is stored (True), or left out as no part of the adapter (False).
+    """Whether a file of this bare name is handed on (True), or left out as no part of the adapter (False).
 
     Raises: `AdapterInvalid` for files that are neither.
     """

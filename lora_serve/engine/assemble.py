@@ -44,13 +44,21 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
     torch.set_num_threads(config.threads or physical_cores())
     progress("building kernels", 0.0)
     kernels = select(device, config.native_kernels)
-    loaded = load(config.model, revision=config.revision, dtype=config.dtype, device=device, progress=progress)
+    loaded = load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=device,
+        progress=progress,
+        scheme=config.quantize,
+        names=(config.served_name(),),
+    )
     progress("allocating KV", 0.85)
     max_model_len = _context(config, loaded)
     blocks = _blocks(config, loaded, max_model_len)
     kv = KVTensors(loaded.layers, blocks, config.kv_block_size, loaded.dtype, device)
     bank = Bank(loaded.shape, config.adapter_slots, loaded.dtype, device)
-    base = ResidentBase(loaded, bank.groups, kernels, kv)
+    base = ResidentBase(loaded, bank, kernels, kv)
     progress("proving the base", 0.88)
     base.prove()
     progress("opening the adapter store", 0.92)

@@ -16,11 +16,12 @@ import msgspec
 
 from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
 from lora_serve.config import ServeConfig
+from lora_serve.engine.admission import check
 from lora_serve.engine.assemble import assemble
 from lora_serve.engine.runner import Outcome, Runner
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
-from lora_serve.errors import BadRequest, ContextExceeded, Failure, Overloaded, ServeError, Unavailable
+from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
     Abort,
     Call,
@@ -30,6 +31,7 @@ from lora_serve.messages import (
     EngineInfo,
     EvictAdapter,
     Generate,
+    Inspect,
     ListAdapters,
     LoadAdapter,
     PinAdapter,
@@ -151,42 +153,44 @@ class Engine:
 
     def _admit(self, request: Request) -> None:
         """Check a request, lease its adapters and queue it; raises the ServeError that refuses it."""
-        sampling, limit = request.sampling, self.info.max_model_len
         if self._draining is not None:
             raise Unavailable("the server is shutting down", retry_after=5)
         if request.id in self._sequences:
             raise BadRequest("a request with this id is already running", param="request_id")
-        if not request.prompt:
-            raise BadRequest("the prompt has no tokens", param="prompt")
-        if max(request.prompt) >= self.info.vocab_size or min(request.prompt) < 0:
-            raise BadRequest(f"the prompt has token ids outside 0..{self.info.vocab_size - 1}", param="prompt")
-        if len(request.prompt) + min(sampling.max_tokens, 1) > limit:
-            raise ContextExceeded(f"the prompt has {len(request.prompt)} tokens, the context {limit}", param="prompt")
-        if len(request.adapters) > self._scheduler.turns.slots - len(self._registry.pinned):
-            raise BadRequest("more adapters than can be on the device at once", param="adapter")
         if len(self._scheduler.waiting) >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are waiting already", retry_after=1)
         leases: list[Lease] = []
         try:
-            leases += [self._registry.acquire(use) for use in request.adapters]
+            for use in request.adapters:
+                leases.append(self._registry.acquire(use))
+            check(request, leases, self.info)
+            pinned = self._registry.pinned
+            if len({lease.digest for lease in leases} - pinned) > self._scheduler.turns.slots - len(pinned):
+                raise BadRequest("more adapters than can be on the device at once", param="adapter")
         except ServeError:
             for lease in leases:
                 self._registry.release(lease)
             raise
-        seq = Sequence(
+        seq = self._sequence(request, leases)
+        self._admitted += 1
+        self._sequences[request.id] = seq
+        self._leases[request.id] = leases
+        self._scheduler.add(seq)
+        self._events.append(Admitted(request.id, list(seq.adapters)))
+
+    def _sequence(self, request: Request, leases: list[Lease]) -> Sequence:
+        sampling = request.sampling
+        virtual = max((lease.traits.virtual for lease in leases), default=0)
+        return Sequence(
             request=request,
             order=self._admitted,
             adapters=tuple(Served(lease.name, lease.digest, lease.weight) for lease in leases),
             seed=int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed,
             stop_ids=frozenset(sampling.stop_token_ids)
             | (frozenset() if sampling.ignore_eos else frozenset(self.info.eos_token_ids)),
-            limit=min(len(request.prompt) + sampling.max_tokens, limit),
+            limit=min(virtual + len(request.prompt) + sampling.max_tokens, self.info.max_model_len),
+            traits={lease.digest: lease.traits for lease in leases},
         )
-        self._admitted += 1
-        self._sequences[request.id] = seq
-        self._leases[request.id] = leases
-        self._scheduler.add(seq)
-        self._events.append(Admitted(request.id, list(seq.adapters)))
 
     def _run(self, work: list[Work], digests: list[str]) -> list[Outcome]:
         """Seat the step's adapters and compute it. If they cannot be seated, only those who wanted them fail."""
@@ -226,7 +230,7 @@ class Engine:
     def _collect(self, outcome: Outcome) -> list[Logprob | None] | None:
         """Gather a chunked prompt's log-probabilities; all of them once the prompt is done."""
         item, request = outcome.work, outcome.work.seq.request
-        if item.start == 0:
+        if item.start <= item.seq.virtual:  # it begins, perhaps again
             self._prompt_logprobs[request.id] = [None]
         self._prompt_logprobs[request.id] += outcome.prompt_logprobs
         return self._prompt_logprobs.pop(request.id) if item.last else None
@@ -281,6 +285,8 @@ class Engine:
             match operation:
                 case Publish():
                     registry.publish(operation, done)
+                case Inspect():
+                    registry.inspect(operation, done)
                 case ListAdapters():
                     done(registry.describe_all())
                 case DescribeAdapter():

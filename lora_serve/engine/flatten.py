@@ -6,9 +6,9 @@ belong to. Lists become tensors once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_serve.engine.scheduler import Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.kernels.contract import Segments, Spans
-from lora_serve.model.batch import Batch
+from lora_serve.model.batch import Batch, Run, VirtualRun
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,35 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
         work: what is computed; not empty.
         slots: slot of every adapter (by digest) that the step uses.
     """
-    work = sorted(work, key=lambda item: _routes(item.seq, slots))
+    work = sorted(work, key=lambda item: [(slots[digest], weight) for digest, weight, _ in item.seq.active])
     tokens: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
     query_start = [0]
     logits_rows: list[int] = []
     rows: list[Rows] = []
+    virtual: list[VirtualRun] = []
+    spans: list[tuple[Sequence, int, int]] = []
+    logits_spans: list[tuple[Sequence, int, int]] = []
     for item in work:
-        seq, end = item.seq, item.start + item.count
-        tokens += seq.tokens[item.start : end]
-        positions += range(item.start, end)
-        for first in range(item.start - item.start % block_size, end, block_size):
+        seq, start, end = item.seq, item.start, item.start + item.count
+        if start < seq.virtual:
+            count = min(end, seq.virtual) - start
+            virtual.append(VirtualRun(len(tokens), len(tokens) + count, slots[seq.active[0].digest], start))
+            tokens += [0] * count
+        tokens += seq.tokens[max(start, seq.virtual) : end]
+        positions += range(start, end)
+        for first in range(start - start % block_size, end, block_size):
             base = seq.blocks[first // block_size] * block_size
-            kv_index += range(base + max(item.start - first, 0), base + min(end - first, block_size))
+            kv_index += range(base + max(start - first, 0), base + min(end - first, block_size))
         query_start.append(len(tokens))
-        wanted = item.count if seq.wants_prompt_logits else int(item.last)
+        wanted = max(0, end - max(start, seq.virtual)) if seq.wants_prompt_logits else int(item.last)
+        spans.append((seq, start, end))
+        logits_spans.append((seq, end - wanted, end))
         rows.append(Rows(item, len(logits_rows), len(logits_rows) + wanted, item.last))
         logits_rows += range(len(tokens) - wanted, len(tokens))
     longest = max(len(item.seq.blocks) for item in work)
+    runs, logits_runs = _runs(spans, slots), _runs(logits_spans, slots)
     batch = Batch(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
@@ -75,31 +85,44 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
             longest_context=max(item.start + item.count for item in work),
         ),
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
-        segments=_segments([(item.seq, item.count) for item in work], slots, device),
-        logits_segments=_segments([(row.work.seq, row.end - row.start) for row in rows], slots, device),
+        segments=_segments(runs, device),
+        logits_segments=_segments(logits_runs, device),
+        runs=runs,
+        logits_runs=logits_runs,
+        virtual=virtual,
     )
     return Flat(batch, rows)
 
 
-def _routes(seq: Sequence, slots: Mapping[str, int]) -> list[tuple[int, float]]:
-    """What is added to a sequence's rows: (slot, weight), none for the base."""
-    return [(slots[adapter.digest], adapter.weight) for adapter in seq.adapters]
+def _runs(spans: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]) -> list[Run]:
+    """Rows by what is added to them; `spans` are positions (start, end) of sequences that lie end to end as rows."""
+    found: list[Run] = []
+    row = 0
+    for routes, group in groupby(_pieces(spans, slots), key=lambda piece: piece[0]):
+        end = row + sum(count for _, count in group)
+        found += [Run(row, end, slot, weight) for slot, weight in routes]
+        row = end
+    return found
 
 
-def _segments(runs: Iterable[tuple[Sequence, int]], slots: Mapping[str, int], device: torch.device) -> Segments | None:
-    """Merge neighbouring runs of rows with the same routes; None if no row has any."""
-    found: list[tuple[int, int, int, float]] = []
-    start = 0
-    for routes, group in groupby(runs, key=lambda run: _routes(run[0], slots)):
-        end = start + sum(count for _, count in group)
-        if end > start:
-            found += [(start, end, slot, weight) for slot, weight in routes]
-        start = end
-    if not found:
+def _pieces(
+    spans: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
+) -> Iterator[tuple[list[tuple[int, float]], int]]:
+    """Spans cut where an adapter becomes active: (slot, weight) of those that are, and how many rows."""
+    for seq, start, end in spans:
+        cuts = sorted({start, end, *(each.start for each in seq.active if start < each.start < end)})
+        for first, last in pairwise(cuts):
+            routes = [(slots[each.digest], each.weight) for each in seq.active if each.start <= first]
+            yield routes, last - first
+
+
+def _segments(runs: list[Run], device: torch.device) -> Segments | None:
+    """Runs as the kernels read them; None if there are none."""
+    if not runs:
         return None
-    starts, ends, slot, weight = zip(*found, strict=True)
+    starts, ends, slots, weights = zip(*runs, strict=True)
     return Segments(
-        _int32(starts, device), _int32(ends, device), _int32(slot, device), torch.tensor(weight, device=device)
+        _int32(starts, device), _int32(ends, device), _int32(slots, device), torch.tensor(weights, device=device)
     )
 
 

@@ -69,9 +69,10 @@ class Runner:
 
     def _prompt(self, rows: Rows, logits: Tensor) -> tuple[Logprob, ...]:
         """Log-probabilities of the tokens that follow each of the step's rows within the prompt."""
-        item = rows.work
-        following = item.seq.tokens[item.start + 1 : min(item.start + item.count, item.seq.prompt_length - 1) + 1]
-        top = item.seq.request.sampling.prompt_logprobs or 0
+        item, seq = rows.work, rows.work.seq
+        first = max(item.start, seq.virtual)
+        following = seq.tokens[first + 1 : min(item.start + item.count, seq.prompt_end - 1) + 1]
+        top = seq.request.sampling.prompt_logprobs or 0
         return tuple(prompt_logprobs(logits[rows.start : rows.start + len(following)], following, top))
 
     def _sample(
@@ -87,7 +88,7 @@ class Runner:
                 position=item.work.seq.generated,
                 stop_ids=item.work.seq.stop_ids,
                 prompt=item.work.seq.request.prompt,
-                output=item.work.seq.tokens[item.work.seq.prompt_length :],
+                output=item.work.seq.tokens[item.work.seq.prompt_end :],
             )
             for item in sampling
         ]

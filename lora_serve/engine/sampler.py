@@ -253,7 +253,9 @@ def _logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> 
 
 
 def _entry(ids: list[int], values: list[float], top: int) -> Logprob:
-    return Logprob(ids[0], values[0], list(zip(ids[1 : top + 1], values[1 : top + 1], strict=True)))
+    """What is -inf is not in the row's vocabulary: a neighbour's is larger."""
+    likeliest = zip(ids[1 : top + 1], values[1 : top + 1], strict=True)
+    return Logprob(ids[0], values[0], [(id_, value) for id_, value in likeliest if value != -torch.inf])
 
 
 def _likeliest(values: Tensor, count: int) -> Tensor:

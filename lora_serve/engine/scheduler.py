@@ -37,7 +37,7 @@ class Scheduler:
         turns: who is seated when adapters outnumber slots.
         max_seqs: sequences that may hold KV at once.
         max_tokens: tokens in one step.
-        prefix_cache: look up and index full blocks.
+        prefix_cache: look up and index full blocks; those of virtual tokens always are.
     """
 
     def __init__(self, pool: BlockPool, turns: Turns, *, max_seqs: int, max_tokens: int, prefix_cache: bool) -> None:
@@ -79,11 +79,11 @@ class Scheduler:
         """The step ran: the tokens of `item` have their KV; full blocks become findable."""
         seq = item.seq
         seq.computed = item.start + item.count
-        if self.prefix_cache:
-            size = self.pool.block_size
-            while (seq.indexed + 1) * size <= seq.computed:
-                self.pool.index(seq.blocks[seq.indexed], seq.key(seq.indexed, size))
-                seq.indexed += 1
+        size = self.pool.block_size
+        findable = seq.computed if self.prefix_cache else min(seq.computed, seq.virtual)
+        while (seq.indexed + 1) * size <= findable:
+            self.pool.index(seq.blocks[seq.indexed], seq.key(seq.indexed, size))
+            seq.indexed += 1
 
     def remove(self, seq: Sequence, *, forget: bool = False) -> None:
         """Take a sequence out, wherever it is, and free its blocks (`forget`: their content is not to be trusted)."""
@@ -162,19 +162,19 @@ class Scheduler:
         seq.computed = start
         seq.indexed = len(found)
         if seq.cached is None:
-            seq.cached = start
-            self.prefix_tokens += seq.prompt_length
-            self.prefix_hits += start
+            seq.cached = max(0, start - seq.virtual)
+            self.prefix_tokens += len(seq.request.prompt)
+            self.prefix_hits += seq.cached
         self.waiting.remove(seq)
         self.running.append(seq)
         return Work(seq, start, count)
 
     def _find(self, seq: Sequence) -> list[int]:
         """Indexed blocks that hold the beginning of the sequence; at least its last token is always computed."""
-        if not self.prefix_cache or seq.wants_prompt_logits:
-            return []
+        looked_up = self.prefix_cache and not seq.wants_prompt_logits
         size = self.pool.block_size
-        return self.pool.find(seq.key(block, size) for block in range((len(seq.tokens) - 1) // size))
+        whole = (len(seq.tokens) - 1 if looked_up else seq.virtual) // size
+        return self.pool.find(seq.key(block, size) for block in range(whole))
 
     def _lacking(self, seq: Sequence, tokens: int) -> int:
         return -(-tokens // self.pool.block_size) - len(seq.blocks)

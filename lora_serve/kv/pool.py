@@ -16,13 +16,13 @@ import msgspec
 _pack = msgspec.msgpack.Encoder().encode
 
 
-def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Key of a full block: everything before it (`parent`) and its own tokens. 16 bytes.
+def chain(parent: bytes, content: Sequence[int | float | str]) -> bytes:
+    """Key of what comes after `parent`: a full block's tokens, or a name of what its KV depends on. 16 bytes.
 
-    The first parent of a sequence is its identity (tenant, adapter digests and weights), so KV is only ever found by a
-    request that would compute the very same values.
+    The first parent is empty. Names (a tenant, an adapter) join before the first block that they matter to, so KV is
+    only ever found by a request that would compute the very same values. They begin with a text, which no block does.
     """
-    return blake2b(_pack(tokens), digest_size=16, key=parent[:64]).digest()
+    return blake2b(_pack(content), digest_size=16, key=parent[:64]).digest()
 
 
 class BlockPool:

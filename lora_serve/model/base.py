@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_serve.adapters.bank import Bank
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Spans
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.attention import BLOCKS, PagedKV
 from lora_serve.model.batch import Batch
+from lora_serve.model.changes import Changes
+from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
+from lora_serve.model.virtual import embedded
 
 
 class ResidentBase:
@@ -22,34 +26,57 @@ class ResidentBase:
 
     Args:
         loaded: the model as it came from disk; its linear modules are wrapped in place.
-        groups: pointer tables by group of `loaded.shape.groups`.
+        bank: the adapters on the device.
         kernels: the backend for deltas and attention.
         kv: memory for keys and values.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, groups: Mapping[tuple[str, ...], DeltaGroup], kernels: Kernels, kv: KVTensors
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, bank: Bank, kernels: Kernels, kv: KVTensors) -> None:
         self._model: Any = loaded.model
         self._keeps_logits = loaded.keeps_logits
         self._windows = loaded.windows
         self._kernels = kernels
         self._kv = kv
         self._routing = Routing(kernels)
-        head = loaded.model.get_output_embeddings()  # type: ignore[operator]
-        for names, group in groups.items():
+        self._prefixes = bank.prefixes
+        self._embedding = loaded.shape.input_embedding
+        self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
+        stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
+        for names, group in bank.groups.items():
+            if names[0].endswith("]"):
+                module, _, parameter = names[0].partition("[")[0].rpartition(".")
+                stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
+                continue
             bases = [self._model.get_submodule(name) for name in names]
             shared = SharedInput(bases, group, kernels)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
-                adapted = AdaptedLinear(base, shared, index, self._routing, head=base is head and self._keeps_logits)
-                _replace(self._model, name, adapted)
+                head = name == loaded.shape.head and self._keeps_logits
+                _replace(self._model, name, AdaptedLinear(base, shared, index, self._routing, head=head))
+        for module, groups in stacks.items():
+            _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype."""
+        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype.
+
+        The vocabulary is the largest of the rows' own; tokens that a row's does not have are -inf.
+        """
         self._routing.tokens = batch.segments
         self._routing.logits = batch.logits_segments
-        paged = PagedKV(self._kernels, self._kv, batch.kv_index, batch.spans, self._windows)
+        parts = self._changes.of(batch)
+        if not parts and not batch.virtual:
+            return self._logits(batch)
+        with ExitStack() as meanwhile:
+            if parts:
+                meanwhile.enter_context(self._changes.applied(parts))
+            if batch.virtual:  # after the changes, so that its rows have the last word
+                embedding = self._model.get_submodule(self._embedding)
+                meanwhile.enter_context(embedded(embedding, batch.virtual, self._prefixes))
+            return self._changes.masked(self._logits(batch), batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        given = [run for run in batch.virtual if self._prefixes[run.slot].keys]
+        paged = PagedKV(self._kernels, self._kv, batch.kv_index, batch.spans, self._windows, given, self._prefixes)
         keep = {"logits_to_keep": batch.logits_rows} if self._keeps_logits else {}
         logits: Tensor = self._model(
             input_ids=batch.token_ids.unsqueeze(0),

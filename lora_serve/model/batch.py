@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lora_serve.kernels.contract import Segments, Spans
+
+
+class Run(NamedTuple):
+    """Rows `start` to `end` of a batch get the adapter in `slot`; the same rows may get several."""
+
+    start: int
+    end: int
+    slot: int
+    weight: float
+
+
+class VirtualRun(NamedTuple):
+    """Rows `start` to `end` of a batch are virtual tokens of the adapter in `slot`, from its number `offset` on."""
+
+    start: int
+    end: int
+    slot: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -20,6 +39,8 @@ class Batch:
         logits_rows: int64 [rows], the tokens whose logits are wanted, in order.
         segments: runs of tokens that share a slot; None if all rows are the base's.
         logits_segments: the same over `logits_rows`, for an adapted head.
+        runs, logits_runs: the rows of `segments` and `logits_segments`, known on the host.
+        virtual: rows that are an adapter's virtual tokens; their `token_ids` are 0.
     """
 
     token_ids: Tensor
@@ -29,3 +50,6 @@ class Batch:
     logits_rows: Tensor
     segments: Segments | None
     logits_segments: Segments | None
+    runs: list[Run] = field(default_factory=list)
+    logits_runs: list[Run] = field(default_factory=list)
+    virtual: list[VirtualRun] = field(default_factory=list)

@@ -1,8 +1,6 @@
 """From a folder or hub id to a Hugging Face model in memory, and what the server must know of it.
 
-A model that the flat, paged forward pass would serve wrongly is refused here, by name and with the reason. Whatever can
-be observed is observed in a short forward pass instead of being guessed from names: what each layer stores, and which
-linear modules read the same input.
+A model that the flat, paged forward pass would serve wrongly is refused here, by name and with the reason.
 """
 
 from __future__ import annotations
@@ -11,20 +9,22 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from lora_serve.adapters.adapter import BaseShape, Site
+from lora_serve.adapters.adapter import BaseShape
+from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
-from lora_serve.model.attention import BLOCKS, OBSERVE, Observed
+from lora_serve.model.attention import BLOCKS
+from lora_serve.model.observe import observe
+from lora_serve.model.quantize import Scheme, quantize
+from lora_serve.model.shape import shape_of
 
-LINEAR = (nn.Linear, Conv1D)
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Ropes whose angles depend on the longest position of the whole batch once it passes the original context.
 BATCH_DEPENDENT_ROPES = {"dynamic", "longrope"}
@@ -60,9 +60,21 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, revision: str | None, dtype: str, device: torch.device, progress: Callable[[str, float], None]
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: torch.device,
+    progress: Callable[[str, float], None],
+    scheme: Scheme | None = None,
+    names: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """Load a base model; raises ModelUnsupported if it cannot be served right."""
+    """Load a base model; raises ModelUnsupported if it cannot be served right.
+
+    Args:
+        scheme: how its linear maps are quantised; None leaves them as they are.
+        names: what else the base is called, beside `name`.
+    """
     progress("reading the model's configuration", 0.02)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -87,23 +99,24 @@ def load(
     except (OSError, ValueError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
     model = model.to(device).eval().requires_grad_(False)
+    if scheme is not None:
+        progress(f"quantising to {scheme}", 0.7)
+        notes.append(f"{quantize(model, scheme)} linear modules are in {scheme}")
     progress("observing the forward pass", 0.8)
-    layers, groups, called = _observe(model, device)
-    sites, others = _sites(model, called)
+    seen = observe(model, device)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     return LoadedModel(
         model=model,
-        shape=BaseShape(
-            sites=sites,
-            groups=groups,
-            weight=lambda name: cast(Tensor, model.get_submodule(name).weight),
-            others=others,
-            model_type=config.model_type,
-            tied=bool(config.tie_word_embeddings),
+        shape=shape_of(
+            model,
+            seen,
+            names=(name, str(getattr(config, "_name_or_path", "")), *names),
+            vocabulary=vocabulary_digest(Path(name)),
+            quantized=scheme or "",
         ),
-        layers=layers,
-        windows=_windows(config, len(layers)),
+        layers=seen.layers,
+        windows=_windows(config, len(seen.layers)),
         max_model_len=max_model_len,
         vocab_size=model.get_output_embeddings().weight.shape[0],
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
@@ -167,68 +180,6 @@ def _windows(config: Any, layers: int) -> list[int | None]:
     if types is None or window is None:
         return [None] * layers
     return [window if kind == "sliding_attention" else None for kind in types]
-
-
-def _observe(model: Any, device: torch.device) -> tuple[list[LayerShape], tuple[tuple[str, ...], ...], set[str]]:
-    """One short forward pass: KV shape per layer, modules grouped by shared input, modules called at all."""
-    calls: list[tuple[str, Tensor]] = []  # keeps every input alive, so that identity means sameness
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, inputs: calls.append((name, inputs[0]))
-
-    hooks = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR)
-    ]
-    observed = Observed()
-    ids = torch.arange(2, device=device).unsqueeze(0)
-    model.set_attn_implementation(OBSERVE)
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, observed=observed)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ModelUnsupported(
-            f"{model.config.model_type} does not hand keyword arguments on to its attention: {_first_line(error)}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(BLOCKS)
-    if sorted(observed) != list(range(model.config.num_hidden_layers)):
-        raise ModelUnsupported(
-            f"{model.config.model_type}: {len(observed)} of {model.config.num_hidden_layers} layers "
-            "use the attention interface"
-        )
-    once: dict[str, None] = {}
-    groups: list[list[str]] = []
-    last: Tensor | None = None
-    for name, x in calls:
-        if name in once:
-            continue
-        once[name] = None
-        if x is last:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        last = x
-    return [observed[layer] for layer in sorted(observed)], tuple(map(tuple, groups)), set(once)
-
-
-def _sites(model: nn.Module, called: set[str]) -> tuple[dict[str, Site], dict[str, str]]:
-    sites: dict[str, Site] = {}
-    others: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not name or next(module.children(), None) is not None:
-            continue
-        if not isinstance(module, LINEAR):
-            others[name] = f"a {type(module).__name__}, not a linear module"
-        elif name not in called:
-            others[name] = "not used in the forward pass"
-        else:
-            rows, columns = module.weight.shape
-            sites[name] = Site(name, rows, columns) if isinstance(module, Conv1D) else Site(name, columns, rows)
-    return sites, others
 
 
 def _generation_config(name: str, revision: str | None, model: Any) -> dict[str, Any]:

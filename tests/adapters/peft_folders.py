@@ -20,6 +20,8 @@ BASE = BaseShape(
     groups=(("layers.0.q_proj", "layers.0.k_proj"), ("layers.1.q_proj",)),
     weight=lambda name: HEAD,
     others={"norm": "a RMSNorm, not a linear module"},
+    modules={name: {"weight": (12, 8)} for name in SITES},
+    parameter=lambda path: HEAD,
 )
 
 

@@ -64,18 +64,22 @@ def test_a_pattern_that_would_take_forever_takes_no_time(tmp_path: Path) -> None
 
 
 REFUSED: dict[str, Any] = {
+    "layer_replication": [[0, 1]],
+    "use_qalora": True,
+    "arrow_config": {"top_k": 2},
+    "megatron_config": {"x": 1},
+    "init_lora_weights": "pissa_niter_16",
+    "bias": "some",
+    "something_new": 3,
+}
+PROMISED: dict[str, Any] = {
     "use_dora": True,
     "lora_bias": True,
-    "bias": "lora_only",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1],
-    "layer_replication": [[0, 1]],
-    "alora_invocation_tokens": [1],
-    "target_parameters": ["experts"],
-    "use_bdlora": {"nblocks": 2},
     "kasa_config": {"x": 1},
-    "init_lora_weights": "pissa",
-    "something_new": 3,
+    "modules_to_save": ["layers.1.q_proj"],
+    "trainable_token_indices": [1],
+    "use_bdlora": {"nblocks": 0},
+    "alora_invocation_tokens": [-1],
 }
 
 
@@ -83,6 +87,20 @@ REFUSED: dict[str, Any] = {
 def test_a_field_that_would_change_the_maths_is_refused_by_name(field: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match=field):
         bring(tmp_path, **{field: REFUSED[field]})
+
+
+@pytest.mark.parametrize("field", PROMISED)
+def test_a_field_that_promises_what_the_weights_do_not_have_is_refused_by_name(field: str, tmp_path: Path) -> None:
+    weights = {name: tensor for name, tensor in tensors().items() if ".1." not in name}
+    with pytest.raises(AdapterInvalid, match=field):
+        bring(tmp_path, weights, **{field: PROMISED[field]})
+
+
+@pytest.mark.parametrize("tail", ["lora_magnitude_vector", "lora_B.bias", "lora_diag"])
+def test_weights_that_the_configuration_does_not_speak_of_are_refused(tail: str, tmp_path: Path) -> None:
+    weights = tensors() | {f"{PREFIX}layers.0.q_proj.{tail}": torch.ones(4 if tail == "lora_diag" else 12)}
+    with pytest.raises(AdapterInvalid, match="is off, but there is"):
+        bring(tmp_path, weights)
 
 
 def test_unknown_fields_at_nothing_and_training_fields_are_ignored(tmp_path: Path) -> None:
@@ -127,11 +145,15 @@ def test_zero_weights_are_served_with_a_warning(tmp_path: Path) -> None:
     assert "zero" in bring(tmp_path, weights).report["warnings"][0]
 
 
-def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_refused(tmp_path: Path) -> None:
+def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_takes_its_place(tmp_path: Path) -> None:
     key = f"{PREFIX}layers.0.q_proj.base_layer.weight"
-    bring(tmp_path / "same", tensors() | {key: HEAD.clone()})
-    with pytest.raises(AdapterInvalid, match="differs from the base"):
-        bring(tmp_path / "changed", tensors() | {key: HEAD + 1})
+    same = bring(tmp_path / "same", tensors() | {key: HEAD.clone()})
+    assert not same.changes
+    changed = bring(tmp_path / "changed", tensors() | {key: HEAD + 1})
+    delta = same.deltas["layers.0.q_proj"]
+    torch.testing.assert_close(changed.changes["layers.0.q_proj"].parameters["weight"], HEAD + 1 + delta.b.T @ delta.a)
+    assert "layers.0.q_proj" not in changed.deltas
+    assert "weights of the base" in changed.report["warnings"][0]
 
 
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:

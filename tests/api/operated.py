@@ -26,6 +26,8 @@ from lora_serve.messages import (
     Drain,
     EngineInfo,
     EvictAdapter,
+    Inspect,
+    Inspection,
     ListAdapters,
     LoadAdapter,
     Operation,
@@ -38,11 +40,15 @@ from lora_serve.request import Event, Finished, Request
 
 CONFIG = json.dumps({"peft_type": "LORA", "r": 8}).encode()
 WEIGHTS = bytes(range(256)) * 40
+REPORT = {"method": "LoRA", "modules": "2 of 7", "touched": {"linear": "2 of 7"}, "warnings": ["another base"]}
 FILES = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}
 
 
 class OperatedEngine:
-    """Keeps what is published by name, and the files that each publish found. `failure` is raised by the next call."""
+    """Keeps what is published by name, and the files that each publish or inspection found.
+
+    `failure` is raised by the next call.
+    """
 
     def __init__(self) -> None:
         self.alive = True
@@ -52,6 +58,7 @@ class OperatedEngine:
         self.info: EngineInfo | None = None
         self.adapters: dict[str, AdapterInfo] = {}
         self.published: list[dict[str, bytes]] = []
+        self.inspected: list[dict[str, bytes]] = []
         self.operations: list[Operation] = []
         self.failure: Exception | None = None
         self.observers: list[Callable[[Update], None]] = []
@@ -64,8 +71,9 @@ class OperatedEngine:
 
     async def call(self, operation: Operation) -> Any:
         self.operations.append(operation)
-        if isinstance(operation, Publish):
-            self.published.append({path.name: path.read_bytes() for path in Path(operation.folder).iterdir()})
+        if isinstance(operation, Publish | Inspect):
+            found = self.published if isinstance(operation, Publish) else self.inspected
+            found.append({path.name: path.read_bytes() for path in Path(operation.folder).iterdir()})
         if self.failure is not None:
             raise self.failure
         return msgspec.to_builtins(self._do(operation))
@@ -76,9 +84,11 @@ class OperatedEngine:
                 if name in self.adapters and not operation.replace:
                     raise AdapterExists(f"{name} exists", param="name")
                 versions = self.adapters[name].versions if name in self.adapters else []
-                fresh = AdapterVersion(f"digest{len(versions)}", 1.0, 8, 2, 10_240, 10_240, ["disk"], 0)
+                fresh = AdapterVersion(f"digest{len(versions)}", 1.0, 8, 2, 10_240, 10_240, ["disk"], 0, report=REPORT)
                 self.adapters[name] = AdapterInfo(name, False, [fresh, *versions])
                 return self.adapters[name]
+            case Inspect():
+                return Inspection("digest", 8, 2, 10_240, 10_240, REPORT)
             case ListAdapters():
                 return [self.adapters[name] for name in sorted(self.adapters)]
             case PinAdapter(name=name):
@@ -116,7 +126,7 @@ class Operated:
     async def upload(
         self, files: Mapping[str, bytes] = FILES, name: str | None = "poet", path: str = "/v1/adapters"
     ) -> httpx.Response:
-        """A POST, or with another path a PUT, of single files."""
+        """A POST of single files, or a PUT where the path is an adapter's."""
         parts: list[tuple[str, Any]] = [("files", (file, content)) for file, content in files.items()]
         return await self.send(parts, name, path)
 
@@ -124,7 +134,7 @@ class Operated:
         self, parts: list[tuple[str, Any]], name: str | None = "poet", path: str = "/v1/adapters"
     ) -> httpx.Response:
         fields = [] if name is None else [("name", (None, name.encode()))]
-        method = "POST" if path == "/v1/adapters" else "PUT"
+        method = "POST" if path in ("/v1/adapters", "/v1/adapters/inspect") else "PUT"
         return await self.client.request(method, path, files=[*fields, *parts])
 
     @property

@@ -10,14 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 import uvicorn
-from operated import FILES, Operated, refusal
+from operated import FILES, REPORT, Operated, refusal, tar
 
+from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.cli import main
+from lora_serve.errors import AdapterInvalid
 from lora_serve.messages import (
     AdapterInfo,
     DeleteAdapter,
     DescribeAdapter,
     EvictAdapter,
+    Inspection,
     LoadAdapter,
     PinAdapter,
     Publish,
@@ -80,6 +83,66 @@ async def test_each_route_asks_for_one_operation(server: Operated, method: str, 
     assert refusal(await server.ask(method, f"/v1/adapters/nobody{action}"))[0] == 404
 
 
+# --- inspection ------------------------------------------------------------------------------------------------------
+
+INSPECT = "/v1/adapters/inspect"
+
+
+async def test_an_upload_can_be_inspected_and_leaves_nothing(server: Operated) -> None:
+    files = FILES | {"tokenizer.json": b"{}"}
+    answers = [
+        await server.upload(files, name=None, path=INSPECT),
+        await server.send([("archive", ("a.tar.gz", tar(files)))], name=None, path=INSPECT),
+    ]
+    for answer in answers:
+        assert answer.status_code == 200
+        assert msgspec.convert(answer.json(), Inspection).report == REPORT
+    assert server.engine.inspected == [files, files]
+    assert server.engine.adapters == {}
+    assert server.leftovers == []
+
+
+async def test_inspecting_takes_no_name(server: Operated) -> None:
+    assert refusal(await server.upload(path=INSPECT))[:2] == (400, "name")
+    assert server.engine.operations == []
+
+
+async def test_what_could_not_be_published_is_refused_by_inspecting_too(server: Operated) -> None:
+    server.engine.failure = AdapterInvalid("OFT is not served: it rotates")
+    assert refusal(await server.upload(name=None, path=INSPECT)) == (422, None, "OFT is not served: it rotates")
+    assert server.leftovers == []
+
+
+async def test_an_upload_to_be_inspected_has_the_cap_of_an_upload(tmp_path: Path) -> None:
+    large = FILES | {"adapter_model.safetensors": bytes(3 << 20)}
+    small = Operated(tmp_path, max_adapter_size=1 << 20)
+    assert refusal(await small.upload(large, name=None, path=INSPECT))[0] == 413
+    assert (await Operated(tmp_path, max_body=1000).upload(large, name=None, path=INSPECT)).status_code == 200
+
+
+async def test_inspecting_needs_an_admin_key(tmp_path: Path) -> None:
+    server = Operated(tmp_path, Keys({hash_key("sk-user"): Caller("user")}))
+    assert refusal(await server.ask("POST", INSPECT))[0] == 401
+    assert refusal(await server.ask("POST", INSPECT, key="sk-user"))[0] == 403
+
+
+async def test_an_upload_and_a_look_answer_with_the_report(server: Operated) -> None:
+    assert (await server.upload()).json()["versions"][0]["report"] == REPORT
+    assert (await server.ask("GET", "/v1/adapters/poet")).json()["versions"][0]["report"] == REPORT
+
+
+async def test_the_schema_lists_inspection_and_what_it_answers(server: Operated) -> None:
+    paths = (await server.ask("GET", "/openapi.json")).json()["paths"]
+    inspect = paths[INSPECT]["post"]
+    form = inspect["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert sorted(form["properties"]) == ["archive", "files"]
+    for answer in (inspect["responses"]["200"], paths["/v1/adapters"]["post"]["responses"]["201"]):
+        schema = answer["content"]["application/json"]["schema"]
+        schema = schema["properties"].get("versions", {}).get("items", schema)
+        assert {"digest", "rank", "modules", "report"} <= schema["properties"].keys()
+        assert "warnings" in schema["properties"]["report"]["description"]
+
+
 # --- vLLM's names ----------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +158,7 @@ async def load(server: Operated, path: Path | str, name: str = "poet", **more: A
 
 
 async def test_a_folder_below_a_root_is_published_and_stays_as_it_was(server: Operated, tmp_path: Path) -> None:
-    source = folder(tmp_path / "more" / "poet", **{"tokenizer.json": b"x", "training_args.bin": b"x"})
+    source = folder(tmp_path / "more" / "poet", **{"tokenizer_config.json": b"x", "training_args.bin": b"x"})
     answer = await load(server, source)
     assert answer.status_code == 200
     assert answer.text == "Success: LoRA adapter 'poet' added successfully."
@@ -193,6 +256,10 @@ async def test_the_command_line_speaks_these_routes(
         assert await adapter("unpin", "poet") == 0
         assert not server.engine.adapters["poet"].pinned
         capsys.readouterr()
+        for words in (["inspect", str(source)], ["inspect", "poet"]):
+            assert await adapter(*words) == 0
+            assert "another base" in capsys.readouterr().out
+        assert server.engine.inspected == [FILES]
         assert await adapter("list") == 0
         assert "poet" in capsys.readouterr().out
         assert await adapter("delete", "poet") == 0

@@ -59,11 +59,29 @@ async def test_a_zip_is_taken(server: Operated, top: str) -> None:
 
 async def test_what_lies_beside_an_adapter_is_left_out(server: Operated) -> None:
     beside = dict.fromkeys(
-        ["tokenizer.json", "chat_template.jinja", ".gitattributes", "training_args.bin", "._adapter_config.json"], b"x"
+        [
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+            "tokenizer.model",
+            "chat_template.jinja",
+            ".gitattributes",
+            "training_args.bin",
+            "._adapter_config.json",
+        ],
+        b"x",
     )
     await server.upload(FILES | beside)
     await server.send(archive(tar(FILES | beside | {"__MACOSX/a/b/._x": b""})))
     assert server.engine.published == [FILES, FILES]
+
+
+async def test_a_tokenizer_is_handed_on_to_be_compared(server: Operated) -> None:
+    files = FILES | {"tokenizer.json": b"{}"}
+    await server.upload(files, "one")
+    await server.send(archive(tar(files)), "two")
+    await server.send(archive(packed_zip(files), "a.zip"), "three")
+    assert server.engine.published == [files] * 3
 
 
 async def test_a_part_may_come_in_any_pieces(server: Operated) -> None:

@@ -4,65 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support import reference, save
+from engine_session import Session
+from support import reference
 
-from lora_serve.config import ServeConfig
-from lora_serve.engine.engine import Engine
-from lora_serve.messages import Abort, Call, Drain, Generate, ListAdapters
-from lora_serve.request import AdapterUse, Admitted, Event, Finished, Request, Sampling, Tokens
-
-
-class Session:
-    """An engine and everything it said, by request."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        config = ServeConfig(
-            model=str(save("llama", folder / "base")),
-            store=folder / "store",
-            **{"kv_cache_memory": 1 << 20, "kv_block_size": 4, "max_num_batched_tokens": 16, **options},
-        )
-        self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None)
-        self.events: dict[str, list[Event]] = {}
-        self.replies: dict[int, Any] = {}
-
-    def send(self, id: str, prompt: list[int], *, adapter: str | None = None, **sampling: Any) -> None:
-        params = Sampling(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
-        uses = () if adapter is None else (AdapterUse(adapter),)
-        self.engine.receive(Generate(Request(id, prompt, params, uses)))
-
-    def step(self) -> None:
-        for event in self.engine.step().events:
-            self.events.setdefault(event.request_id, []).append(event)
-        self.replies |= {reply.id: reply for reply in self.engine.replies()}
-
-    def run(self) -> None:
-        for _ in range(2000):
-            if not self.engine.busy:
-                return
-            self.step()
-        raise AssertionError("the engine never came to rest")
-
-    def tokens(self, id: str) -> list[int]:
-        return [token for event in self.events[id] if isinstance(event, Tokens) for token in event.token_ids]
-
-    def end(self, id: str) -> Finished:
-        last = self.events[id][-1]
-        assert isinstance(last, Finished)
-        return last
-
-    def ask(self, id: str, prompt: list[int], **sampling: Any) -> list[int]:
-        """One request alone, to its end."""
-        self.send(id, prompt, **sampling)
-        self.run()
-        return self.tokens(id)
-
-    @property
-    def blocks_used(self) -> int:
-        return self.engine.stats().kv_blocks_used
+from lora_serve.messages import Abort, Call, Drain, ListAdapters
+from lora_serve.request import Admitted, Tokens
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import Turns
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
@@ -17,7 +18,10 @@ def scheduler(blocks: int = 100, *, seqs: int = 8, tokens: int = 16, slots: int 
     return Scheduler(BlockPool(blocks, 4), turns, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
 
 
-def sequence(order: int, prompt: list[int] | int, adapter: str | None = None, *, tenant: str = "") -> Sequence:
+def sequence(
+    order: int, prompt: list[int] | int, adapter: str | None = None, *, tenant: str = "", traits: Traits | None = None
+) -> Sequence:
+    traits = traits or Traits()
     tokens = [order * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else prompt
     return Sequence(
         request=Request(str(order), tokens, Sampling(max_tokens=8), tenant=tenant),
@@ -25,7 +29,8 @@ def sequence(order: int, prompt: list[int] | int, adapter: str | None = None, *,
         adapters=() if adapter is None else (Served(adapter, adapter, 1.0),),
         seed=0,
         stop_ids=frozenset(),
-        limit=len(tokens) + 8,
+        limit=traits.virtual + len(tokens) + 8,
+        traits={} if adapter is None else {adapter: traits},
     )
 
 
@@ -143,6 +148,50 @@ def test_prompt_logprobs_are_computed_not_looked_up() -> None:
     assert (1, 0, 12) in shape(run(s))
 
 
+def test_virtual_tokens_are_computed_once_for_all_tenants_even_without_a_prefix_cache() -> None:
+    s = scheduler(tokens=100, prefix=False)
+    virtual = Traits(virtual=9)
+    s.add(sequence(0, 6, "a", tenant="one", traits=virtual))
+    assert shape(run(s)) == [(0, 0, 15)]
+    s.add(sequence(1, 6, "a", tenant="two", traits=virtual))
+    s.add(sequence(2, 6, "b", tenant="one", traits=virtual))
+    assert shape(run(s)) == [(0, 15, 1), (1, 8, 7), (2, 0, 15)]
+    assert (s.prefix_hits, s.running[1].cached) == (0, 0)
+
+
+def test_virtual_tokens_are_found_where_the_prompt_must_be_computed() -> None:
+    s = scheduler(tokens=100)
+    prompt = list(range(6))
+    for order in range(2):
+        seq = Sequence(
+            request=Request(str(order), prompt, Sampling(max_tokens=1, prompt_logprobs=1)),
+            order=order, adapters=(Served("a", "a", 1.0),), seed=0, stop_ids=frozenset(), limit=16,
+            traits={"a": Traits(virtual=8)},
+        )  # fmt: skip
+        s.add(seq)
+        assert shape(run(s))[-1] == (order, 8 * order, 14 - 8 * order)
+
+
+def test_only_the_prompt_s_own_tokens_count_as_found() -> None:
+    s = scheduler(tokens=100)
+    for order in range(2):
+        s.add(sequence(order, list(range(8)), "a", traits=Traits(virtual=6)))
+        run(s)
+    assert s.running[1].cached == 6  # three blocks of 4, of which 6 tokens are virtual
+    assert (s.prefix_hits, s.prefix_tokens) == (6, 16)
+
+
+def test_an_invoked_adapter_finds_the_base_s_prompt_up_to_its_invocation() -> None:
+    s = scheduler(tokens=100)
+    prompt = list(range(16))
+    s.add(sequence(0, prompt))
+    run(s)
+    s.add(sequence(1, prompt, "a", traits=Traits(invocation=(9, 10))))
+    assert shape(run(s))[-1] == (1, 8, 8)
+    s.add(sequence(2, prompt, "a", traits=Traits(invocation=(9, 10))))
+    assert shape(run(s))[-1] == (2, 12, 4)
+
+
 def test_random_load_always_ends_with_every_block_back() -> None:
     rng = random.Random(3)
     for trial in range(30):
@@ -150,7 +199,9 @@ def test_random_load_always_ends_with_every_block_back() -> None:
         total = rng.randrange(5, 25)
         for order in range(total):
             prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 20))]
-            s.add(sequence(order, prompt, rng.choice([None, "a", "b", "c"])))
+            virtual = {"c": Traits(virtual=6), "b": Traits(invocation=(1, 0))}
+            adapter = rng.choice([None, "a", "b", "c"])
+            s.add(sequence(order, prompt, adapter, traits=virtual.get(adapter or "")))
             if rng.random() < 0.5:
                 run(s)
             if s.waiting and rng.random() < 0.1:

@@ -27,7 +27,10 @@ MAX_PATTERN = 200  # characters of a pattern key
 
 
 def check_fields(
-    config: Config, read: Set[str], without_effect: Set[str] = frozenset(), off: Mapping[str, tuple[Any, ...]] | None = None
+    config: Config,
+    read: Set[str],
+    without_effect: Set[str] = frozenset(),
+    off: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> None:
     """Refuse what would change the maths and is not served.
 

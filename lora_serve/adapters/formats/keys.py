@@ -17,6 +17,10 @@ from lora_serve.errors import AdapterInvalid
 PREFIX = "base_model.model."
 
 
+class Misfit(AdapterInvalid):
+    """Keys or shapes for which the base has no place, as they are when an adapter was made for another base."""
+
+
 def home(key: str, base: BaseShape) -> tuple[str, str]:
     """(module, tail) that a key names; an empty module if the base has none of that path."""
     path = key.removeprefix(PREFIX).split(".")
@@ -56,7 +60,7 @@ def by_site(tensors: Mapping[str, Tensor], base: BaseShape, tails: Mapping[str, 
 
 def refuse_strays(strays: list[str]) -> None:
     if strays:
-        raise AdapterInvalid(f"{len(strays)} tensors of the adapter have no place in this base: {some(strays)}")
+        raise Misfit(f"{len(strays)} tensors of the adapter have no place in this base: {some(strays)}")
 
 
 def need(found: Mapping[str, Mapping[str, Tensor]], matrices: set[str]) -> None:
@@ -68,9 +72,9 @@ def need(found: Mapping[str, Mapping[str, Tensor]], matrices: set[str]) -> None:
 
 def check_delta(site: Site, a: Tensor, b: Tensor) -> None:
     """Hold A [r, in] and B [out, r], as PEFT saves them, to a site."""
-    rank = a.shape[0]
+    rank = a.shape[0] if a.ndim else 0
     if tuple(a.shape) != (rank, site.in_features) or tuple(b.shape) != (site.out_features, rank):
-        raise AdapterInvalid(
+        raise Misfit(
             f"{site.name} takes A [r, {site.in_features}] and B [{site.out_features}, r]; "
             f"the adapter has {list(a.shape)} and {list(b.shape)}"
         )
@@ -79,4 +83,4 @@ def check_delta(site: Site, a: Tensor, b: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Hold a tensor to the shape that its place has."""
     if tuple(tensor.shape) != shape:
-        raise AdapterInvalid(f"{name} takes {list(shape)}; the adapter has {list(tensor.shape)}")
+        raise Misfit(f"{name} takes {list(shape)}; the adapter has {list(tensor.shape)}")

@@ -1,192 +1,227 @@
-"""LoRA as PEFT saves it: y = W x + s · B(A x).
+"""LoRA as PEFT saves it: y = W x + s · B(A x), and its many relatives that end there.
 
     s = α/r, or α/√r with `use_rslora`; `rank_pattern` and `alpha_pattern` override r and α by module name
-    keys: base_model.model.<module>.lora_A.weight [r, in], base_model.model.<module>.lora_B.weight [out, r]
+    keys: X.lora_A.weight [r, in], X.lora_B.weight [out, r], below base_model.model.; Conv1D modules keep these shapes
 
-Conv1D modules (GPT-2) keep these shapes, whatever `fan_in_fan_out` says. Source: PEFT 0.21, `peft/tuners/lora`. A field
-that would change the maths and is not served is refused by name; one that cannot matter at inference is ignored; an
-unknown one is refused.
+    lora_bias            X.lora_B.bias: + s · bias
+    DoRA                 X.lora_magnitude_vector: `dora.py`
+    embeddings           X.lora_embedding_A [r, ids], X.lora_embedding_B [dim, r]: `embedding.py`
+    PiSSA, OLoRA, KaSA   a base that is changed alike: `residual.py`
+    experts              `target_parameters`, and adapters from before experts were stacked: `moe.py`
+    BD-LoRA              A [r, in / n] or B [out, r / n], n blocks on the diagonal of the full matrix
+    aLoRA                active from its invocation tokens on
+    MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal    plain at inference
+
+Source: PEFT 0.21, `peft/tuners/lora`. A field that would change the maths and is not served is refused by name; one that
+cannot matter at inference is ignored; an unknown one is refused.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-import re2
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Lowered, Site
+from lora_serve.adapters.adapter import BaseShape, Change, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint, some
+from lora_serve.adapters.formats import dora, embedding, moe, residual, saved
+from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, number
+from lora_serve.adapters.formats.keys import by_module, check_delta, check_shape
+from lora_serve.adapters.formats.refusals import FIELDS, refuse_fields, refuse_initialisation
+from lora_serve.adapters.formats.report import report
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 
-PREFIX = "base_model.model."
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
-# Say where deltas go (the keys say it too), how training went, or what a library is called.
-WITHOUT_EFFECT = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
-    "megatron_core", "runtime_config", "eva_config", "ensure_weight_tying", "qalora_group_size", "loftq_config",
+READ = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "lora_bias",
+    "use_dora", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_bdlora", "kasa_config",
 }  # fmt: skip
-# Field → the values at which it changes nothing; any other is refused.
-MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "modules_to_save": ((), []),
-    "trainable_token_indices": ([], {}),
-    "layer_replication": ([],),
-    "megatron_config": (),
-    "corda_config": (),
-    "lora_ga_config": (),
-    "velora_config": (),
-    "monteclora_config": (),
-    "alora_invocation_tokens": (),
-    "target_parameters": ([],),
-    "use_bdlora": (False,),
-    "arrow_config": (),
-    "kasa_config": (),
+# How training went or began; what is left of it is in the weights.
+WITHOUT_EFFECT = {
+    "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+    "velora_config", "monteclora_config", "qalora_group_size",
+}  # fmt: skip
+TAILS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_diag": "diagonal",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
 }
-# Initialisations that leave the base's weights as they are; the others would need the base changed alike.
-PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-MAX_PATTERN = 200  # characters of a pattern key
+TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler.")  # state of samplers and estimators
+
+
+class Scaling:
+    """The factor on B A of each module, and its rank, by configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self._ranks = Patterns(config, "rank_pattern")
+        self._alphas = Patterns(config, "alpha_pattern")
+        self._rank, self._alpha = number(config, "r", 8), number(config, "lora_alpha", 8)
+        self._root = bool(config.get("use_rslora"))
+
+    def of(self, name: str, rank: int) -> float:
+        """s of a module whose matrices have `rank`; AdapterInvalid if the configuration gives it another one."""
+        configured = self._ranks.get(name, self._rank)
+        if configured != rank:
+            raise AdapterInvalid(f"{name} has rank {rank} in the weights and {configured:g} in adapter_config.json")
+        alpha = self._alphas.get(name, self._alpha)
+        return alpha / math.sqrt(rank) if self._root else alpha / rank
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to deltas, scaling folded into B in float32. Raises AdapterInvalid naming keys and fields."""
+    """Compile, scaling folded into B in float32. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     _check_fields(config)
-    ranks = _patterns(config, "rank_pattern")
-    alphas = _patterns(config, "alpha_pattern")
-    deltas: dict[str, Delta] = {}
-    for name, (a, b) in _pairs(checkpoint.tensors, base).items():
-        site = base.sites[name]
-        _check_shapes(site, a, b)
-        rank = ranks.get(name, _number(config, "r", 8))
-        if rank != a.shape[0]:
-            raise AdapterInvalid(f"{name} has rank {a.shape[0]} in the weights and {rank:g} in adapter_config.json")
-        alpha = alphas.get(name, _number(config, "lora_alpha", 8))
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        deltas[name] = Delta(a, (b.float() * scaling).T.contiguous())
-    return Lowered(deltas, _report(checkpoint, base, deltas))
-
-
-def _check_fields(config: dict[str, Any]) -> None:
-    for field, off in MUST_BE_OFF.items():
-        value = config.get(field)
-        if value is not None and value not in off:
-            raise AdapterInvalid(f"{field} = {str(value)[:60]!r} in adapter_config.json is not served yet")
-    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
+    scaling = Scaling(config)
+    taken = saved.take(config, checkpoint.tensors, base)
+    tensors = {key: tensor for key, tensor in taken.rest.items() if not any(part in key for part in TRAINING_ONLY)}
+    stacks = moe.take(config, tensors, base, scaling.of)
+    found = by_module(stacks.rest, base, TAILS, lambda name: name in base.sites or name in base.embeddings)
+    deltas, changes = dict(stacks.deltas), dict(taken.changes)
+    for name, parameters in stacks.parameters.items():
+        change = changes.get(name, Change())
+        changes[name] = replace(change, parameters=change.parameters | parameters)
+    features = [*_features(config), *stacks.features, *taken.features]
+    for name, matrices in found.items():
+        change = changes.get(name, Change())
+        if name in base.embeddings:
+            changes[name] = embedding.lower(name, matrices, change, scaling.of, base)
+            features.append("embedding")
+            continue
+        delta, change = _linear(base.sites[name], matrices, change, config, scaling, base)
+        if delta is not None:
+            deltas[name] = delta
+        if change != Change():
+            changes[name] = change
+    _check_kept(config, found)
+    invocation = _invocation(config)
+    if invocation and changes:
         raise AdapterInvalid(
-            f"init_lora_weights = {str(config['init_lora_weights'])[:40]!r} changes the base's own weights; "
-            "save the adapter with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            "alora_invocation_tokens in adapter_config.json: an adapter that is active from some token on cannot also "
+            f"replace or rescale parts of the base ({some(changes)})"
         )
-    known = READ | WITHOUT_EFFECT | MUST_BE_OFF.keys()
-    unknown = [field for field, value in config.items() if field not in known and value not in (None, False, [], {})]
-    if unknown:
-        raise AdapterInvalid(f"adapter_config.json has unknown fields that may matter: {some(unknown)}")
+    deltas = {name: deltas[name] for name in base.sites if name in deltas}
+    notes = [*stacks.lowered, *_notes(config, base)]
+    made = report(
+        config,
+        base,
+        method="LoRA",
+        deltas=deltas,
+        changes=changes,
+        features=list(dict.fromkeys(features)),
+        lowered=notes,
+    )
+    return Lowered(deltas, made, changes, invocation=invocation)
 
 
-class _Patterns:
-    """A `rank_pattern` or `alpha_pattern`: the first key, in order, that matches a module's path decides.
-
-    The keys are a stranger's regular expressions, so they are matched in linear time (RE2).
-    """
-
-    def __init__(self, field: str, patterns: dict[str, float]) -> None:
-        options = re2.Options()
-        options.log_errors = False
-        options.max_mem = 1 << 20
-        self._compiled = []
-        for key, value in patterns.items():
-            if len(key) > MAX_PATTERN:
-                raise AdapterInvalid(f"{field} has a key of {len(key)} characters; at most {MAX_PATTERN} are read")
-            try:
-                self._compiled.append((re2.compile(rf"(.*\.)?({key})", options), value))
-            except re2.error:
-                raise AdapterInvalid(f"{field} has a key that is not a plain regular expression: {key}") from None
-
-    def get(self, name: str, otherwise: float) -> float:
-        return next((value for pattern, value in self._compiled if pattern.fullmatch(name)), otherwise)
-
-
-def _patterns(config: dict[str, Any], field: str) -> _Patterns:
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise AdapterInvalid(f"{field} in adapter_config.json is not an object")
-    return _Patterns(field, {key: _number(patterns, key, 0, f"{field}.{key}") for key in patterns})
-
-
-def _number(config: dict[str, Any], field: str, otherwise: float, shown: str | None = None) -> float:
-    value = config.get(field, otherwise)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e6:
-        raise AdapterInvalid(f"{(shown or field)[:100]} in adapter_config.json is not a usable number")
-    return value
-
-
-def _pairs(tensors: dict[str, Tensor], base: BaseShape) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by site, in the base's order; every key must have a home."""
-    found: dict[str, dict[str, Tensor]] = {}
-    strays: list[str] = []
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[0]):
-        name, matrix = _home(key)
-        if name in base.sites and matrix in ("lora_A", "lora_B"):
-            found.setdefault(name, {})[matrix] = tensor
-        elif not (name in base.sites and matrix == "base_layer" and _is_copy(base, name, tensor)):
-            strays.append(_why(key, name, matrix, base))
-    if strays:
-        raise AdapterInvalid(f"{len(strays)} tensors of the adapter have no place in this base: {some(strays)}")
-    halves = [name for name, pair in found.items() if len(pair) != 2]
-    if halves:
-        raise AdapterInvalid(f"only one of lora_A and lora_B is there for {some(halves)}")
-    return {name: (found[name]["lora_A"], found[name]["lora_B"]) for name in base.sites if name in found}
+def _linear(
+    site: Site, matrices: dict[str, Tensor], change: Change, config: Config, scaling: Scaling, base: BaseShape
+) -> tuple[Delta | None, Change]:
+    """One linear site: its delta, and what else changes there. No delta where the whole weight is replaced."""
+    if not {"A", "B"} <= matrices.keys():
+        raise AdapterInvalid(f"only one of lora_A and lora_B is there for {site.name}")
+    a, b = _whole(site, matrices["A"].float(), matrices["B"].float(), config)
+    factor = scaling.of(site.name, matrices["A"].shape[0])
+    own = change.parameters.get("weight")
+    check_delta(site if own is None else replace(site, out_features=own.shape[0]), a, b)
+    b = b * factor
+    if (diagonal := matrices.get("diagonal")) is not None:
+        check_shape(f"{site.name}.lora_diag", diagonal, (a.shape[0],))
+        b = b * diagonal.float()
+    bias = matrices.get("bias")
+    if bias is not None and "magnitude" in matrices:
+        raise AdapterInvalid("lora_bias with use_dora in adapter_config.json is not defined")
+    if bias is not None:
+        check_shape(f"{site.name}.lora_B.bias", bias, (b.shape[0],))
+        bias = bias.float() * factor
+    if residual.changes_base(config):
+        a, b = residual.added(site, a, b, matrices["A"].shape[0], factor, config, base)
+    gain = None
+    if "magnitude" in matrices:
+        weight = base.weight(site.name).cpu() if own is None else own
+        gain = dora.gain(site.name, matrices["magnitude"], weight.float(), b @ a)
+        kept = base.bias(site.name)
+        if kept is not None and own is None:
+            change = saved.shifted(change, kept.float().cpu() * (1 - gain))
+    if bias is not None:
+        change = saved.shifted(change, bias)
+    if own is not None:  # a weight of another vocabulary: one map, not a map and a delta
+        merged = own.float() + b @ a
+        merged = merged if gain is None else gain[:, None] * merged
+        return None, replace(change, parameters=change.parameters | {"weight": merged})
+    delta = Delta(a if a.dtype == matrices["A"].dtype else a.to(matrices["A"].dtype), b.T.contiguous())
+    return delta, change if gain is None else replace(change, gain_out=gain)
 
 
-def _home(key: str) -> tuple[str, str]:
-    """(module, matrix) that a key names."""
-    path, _, kind = key.removeprefix(PREFIX).rpartition(".")
-    name, _, matrix = path.rpartition(".")
-    return name, matrix if kind == "weight" else f"{matrix}.{kind}"
+def _whole(site: Site, a: Tensor, b: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """A and B with the blocks of BD-LoRA laid out on the diagonal."""
+    given = config.get("use_bdlora")
+    if not given:
+        return a, b
+    blocks = given.get("nblocks") if isinstance(given, dict) else None
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= 4096:
+        raise AdapterInvalid("use_bdlora in adapter_config.json has no usable nblocks")
+    if a.shape[1] * blocks == site.in_features and a.shape[0] % blocks == 0:
+        a = torch.block_diag(*a.chunk(blocks))  # type: ignore[no-untyped-call]
+    if b.shape[1] * blocks == a.shape[0] and b.shape[0] % blocks == 0:
+        b = torch.block_diag(*b.chunk(blocks))  # type: ignore[no-untyped-call]
+    return a, b
 
 
-def _is_copy(base: BaseShape, name: str, tensor: Tensor) -> bool:
-    """PEFT saves the head's own weights beside its LoRA; harmless if they are the base's."""
-    own = base.weight(name)
-    return own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+def _check_fields(config: Config) -> None:
+    if config.get("bias", "none") not in ("none", "all", "lora_only", None):
+        raise AdapterInvalid(f"bias = {str(config['bias'])[:60]!r} in adapter_config.json is not one of PEFT's")
+    refuse_initialisation(config.get("init_lora_weights", True))
+    refuse_fields(config)
+    check_fields(config, READ, WITHOUT_EFFECT | FIELDS.keys())
 
 
-def _why(key: str, name: str, matrix: str, base: BaseShape) -> str:
-    if name in base.others:
-        return f"{key} ({base.others[name]})"
-    if name in base.sites and matrix == "base_layer":
-        return f"{key} (differs from the base's own weights)"
-    return key
+def _check_kept(config: Config, found: dict[str, dict[str, Tensor]]) -> None:
+    """Refuse a configuration that promises what the weights do not have, or the other way round."""
+    for field, matrix in (("use_dora", "magnitude"), ("lora_bias", "bias"), ("kasa_config", "diagonal")):
+        has = [name for name, matrices in found.items() if matrix in matrices]
+        lacks = [name for name, matrices in found.items() if matrix not in matrices]
+        if config.get(field) and lacks:
+            raise AdapterInvalid(f"{field} in adapter_config.json needs a {matrix} that is not there for {some(lacks)}")
+        if has and not config.get(field):
+            raise AdapterInvalid(f"{field} in adapter_config.json is off, but there is a {matrix} for {some(has)}")
 
 
-def _check_shapes(site: Site, a: Tensor, b: Tensor) -> None:
-    rank = a.shape[0]
-    if tuple(a.shape) != (rank, site.in_features) or tuple(b.shape) != (site.out_features, rank):
-        raise AdapterInvalid(
-            f"{site.name} takes A [r, {site.in_features}] and B [{site.out_features}, r]; "
-            f"the adapter has {list(a.shape)} and {list(b.shape)}"
+def _invocation(config: Config) -> tuple[int, ...]:
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is None:
+        return ()
+    if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        raise AdapterInvalid("alora_invocation_tokens in adapter_config.json is not a list of token ids")
+    return tuple(tokens)
+
+
+def _features(config: Config) -> list[str]:
+    fields = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "use_bdlora", "kasa_config",
+              "alora_invocation_tokens", "velora_config", "monteclora_config", "ensure_weight_tying")  # fmt: skip
+    found = [field for field in fields if config.get(field)]
+    initialisation = config.get("init_lora_weights", True)
+    return found if isinstance(initialisation, bool | None) else [*found, f"init_lora_weights={initialisation}"]
+
+
+def _notes(config: dict[str, Any], base: BaseShape) -> list[str]:
+    """What became what, where that is not obvious."""
+    notes = []
+    source = f"the base's weights, dequantised from {base.quantized}" if base.quantized else "the base's own weights"
+    if config.get("use_dora"):
+        notes.append(f"DoRA: magnitudes became output gains over the norms of {source}")
+    if residual.changes_base(config):
+        notes.append(
+            f"{residual.name(config)}: a second low-rank part takes out of {source} what training had taken out; "
+            "it is computed at every load, which a conversion by PEFT would save"
         )
-
-
-def _report(checkpoint: Checkpoint, base: BaseShape, deltas: dict[str, Delta]) -> dict[str, Any]:
-    config = checkpoint.config
-    ranks = sorted({delta.a.shape[0] for delta in deltas.values()})
-    features = [field for field in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(field)]
-    warnings = []
-    if all(not delta.b.any() for delta in deltas.values()):
-        warnings.append("all of B is zero: the adapter changes nothing")
-    return {
-        "method": "LoRA",
-        "features": features,
-        "ranks": ranks,
-        "modules": f"{len(deltas)} of {len(base.sites)}",
-        "base_model_name_or_path": str(config.get("base_model_name_or_path") or "")[:200],
-        "warnings": warnings,
-    }
+    if config.get("alora_invocation_tokens"):
+        notes.append("aLoRA: active from the last occurrence of its invocation tokens in the prompt")
+    return notes

@@ -9,12 +9,49 @@ from collections.abc import Callable, Mapping
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats import lora
+from lora_serve.adapters.formats import (
+    adalora,
+    delora,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    prefix,
+    prompt,
+    randlora,
+    trainable_tokens,
+    vblora,
+    vera,
+)
+from lora_serve.adapters.formats.keys import Misfit
+from lora_serve.adapters.formats.refusals import refuse_method
+from lora_serve.adapters.formats.report import made_for_another
 from lora_serve.errors import AdapterInvalid
 
 Lower = Callable[[Checkpoint, BaseShape], Lowered]
 
-FORMATS: Mapping[str, Lower] = {"LORA": lora.lower}
+FORMATS: Mapping[str, Lower] = {
+    "LORA": lora.lower,
+    "ADALORA": adalora.lower,
+    "VERA": vera.lower,
+    "LOHA": loha.lower,
+    "LOKR": lokr.lower,
+    "VBLORA": vblora.lower,
+    "RANDLORA": randlora.lower,
+    "DELORA": delora.lower,
+    "MISS": miss.lower,
+    "IA3": ia3.lower,
+    "LN_TUNING": ln_tuning.lower,
+    "TRAINABLE_TOKENS": trainable_tokens.lower,
+    "PROMPT_TUNING": prompt.lower,
+    "P_TUNING": prompt.lower_p_tuning,
+    "CPT": prompt.lower_cpt,
+    "MULTITASK_PROMPT_TUNING": prompt.lower_multitask,
+    "PREFIX_TUNING": prefix.lower,
+    "CARTRIDGE": prefix.lower_cartridge,
+}
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] = FORMATS) -> Lowered:
@@ -23,9 +60,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
     if not isinstance(method, str):
         raise AdapterInvalid("adapter_config.json does not say its peft_type")
     if method not in formats:
-        served = ", ".join(sorted(formats))
-        raise AdapterInvalid(f"peft_type {method[:40]} is not served; these are: {served}")
-    lowered = formats[method](checkpoint, base)
-    if not lowered.deltas:
+        raise refuse_method(method, formats)
+    try:
+        lowered = formats[method](checkpoint, base)
+    except Misfit as error:
+        raise AdapterInvalid(error.message + made_for_another(checkpoint.config, base)) from error
+    if not (lowered.deltas or lowered.changes or lowered.prefix):
         raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
     return lowered

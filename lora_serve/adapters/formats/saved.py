@@ -2,7 +2,8 @@
 
     modules_to_save                      X.weight, X.bias, and the same below X     the module's own, replaced
     bias: lora_only, all                 X.base_layer.bias, X.bias                  the bias, replaced
-    a vocabulary that was resized        X.base_layer.weight, X.weight of the embedding and the head
+    a vocabulary that was resized        X.base_layer.weight, X.weight, X.modules_to_save.weight (and
+                                         X.original_module.weight, which is not used) of the embedding and the head
     trainable_token_indices              X.token_adapter.trainable_tokens_delta     rows of the embedding, replaced
 
 Of tied weights, an embedding in `modules_to_save` is a copy that the head does not follow, unless
@@ -42,9 +43,13 @@ def take(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) ->
     features: dict[str, None] = {}
     strays: list[str] = []
     whole = _names(config, "modules_to_save")
+    seen = set()
     for key, tensor in sorted(tensors.items()):
         module, tail = home(key, base)
-        own = tail.removeprefix("base_layer.")
+        seen.add(module)
+        own = tail.removeprefix("token_adapter.").removeprefix("base_layer.").removeprefix("modules_to_save.")
+        if module and tail.startswith("original_module."):
+            continue  # what the copy in modules_to_save stands in front of
         if module and tail == TOKENS:
             _replace_tokens(changes, module, token_ids(config, module), tensor, base)
             features["trainable_token_indices"] = None
@@ -56,12 +61,19 @@ def take(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) ->
             else:
                 rest[key] = tensor
         elif not _is_own(base, module, own, tensor):
-            saved = any(module == name or module.endswith("." + name) or f".{name}." in f".{module}." for name in whole)
+            saved = any(_within(module, name) for name in whole)
             features[_feature(base, module, own, tensor, saved)] = None
-            tied = base.tied and module == base.input_embedding and (not saved or bool(config.get("ensure_weight_tying")))
+            tied = (
+                base.tied and module == base.input_embedding and (not saved or bool(config.get("ensure_weight_tying")))
+            )
             for target in (module, base.head) if tied else (module,):
                 _replace_parameter(changes, target, own, tensor, base)
     refuse_strays(strays)
+    for name in whole:
+        if any(_within(module, name) for module in base.modules) and not any(_within(module, name) for module in seen):
+            raise AdapterInvalid(f"modules_to_save in adapter_config.json names {name}, of which no weights were saved")
+    if config.get("trainable_token_indices") and not any(change.token_ids for change in changes.values()):
+        raise AdapterInvalid("trainable_token_indices in adapter_config.json names tokens whose rows were not saved")
     return Saved(changes, rest, list(features))
 
 
@@ -96,16 +108,15 @@ def _replace_parameter(changes: dict[str, Change], module: str, name: str, tenso
         changes[module] = replace(change, parameters=change.parameters | {name: tensor})
 
 
-def _replace_tokens(
-    changes: dict[str, Change], module: str, ids: list[int], rows: Tensor, base: BaseShape
-) -> None:
+def _replace_tokens(changes: dict[str, Change], module: str, ids: list[int], rows: Tensor, base: BaseShape) -> None:
     if module not in base.embeddings:
         raise AdapterInvalid(f"trainable_token_indices: {module} of this base does not embed tokens")
-    ids_, width = base.modules[module]["weight"]
+    change = changes.get(module, Change())
+    table = change.parameters.get("weight")  # of a resized vocabulary; its key sorts before the rows'
+    ids_, width = base.modules[module]["weight"] if table is None else table.shape
     check_shape(f"{module}.{TOKENS}", rows, (len(ids), width))
     if ids and not 0 <= min(ids) <= max(ids) < ids_:
         raise AdapterInvalid(f"trainable_token_indices in adapter_config.json has token ids outside 0..{ids_ - 1}")
-    change = changes.get(module, Change())
     changes[module] = replace(change, token_ids=tuple(ids), token_rows=rows * base.embeddings[module])
     if base.tied and module == base.input_embedding:
         change = changes.get(base.head, Change())
@@ -126,6 +137,11 @@ def _feature(base: BaseShape, module: str, name: str, tensor: Tensor, saved: boo
     if name == "bias":
         return "bias"
     return "resized vocabulary" if tuple(tensor.shape) != base.modules[module][name] else "replaced base weights"
+
+
+def _within(module: str, name: str) -> bool:
+    """Whether a module is one that `modules_to_save` means by `name`, or lies in one."""
+    return f".{name}." in f".{module}."
 
 
 def _names(config: dict[str, Any], field: str) -> list[str]:

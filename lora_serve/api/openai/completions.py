@@ -23,7 +23,15 @@ from lora_serve.api.openai.generate import (
     with_usage,
 )
 from lora_serve.api.openai.logprobs import TokenTexts, for_completion
-from lora_serve.api.openai.prompt import adapters, check_copies, check_tokens, encode, engine_info, sampling
+from lora_serve.api.openai.prompt import (
+    adapters,
+    check_copies,
+    check_tokens,
+    encode,
+    engine_info,
+    sampling,
+    vocabulary,
+)
 from lora_serve.api.openai.schemas import Completion
 from lora_serve.api.services import Injected, Services
 from lora_serve.errors import BadRequest
@@ -150,6 +158,6 @@ async def _prompts(body: Completion, services: Services) -> tuple[list[str], lis
             tokens.append(await encode(services, prompt, add_special_tokens=special))
         else:
             tokens.append(prompt)
-            check_tokens(prompt, engine_info(services), "prompt")
+            check_tokens(prompt, vocabulary(body, services), "prompt")
             texts.append(services.tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else "")
     return texts, tokens

@@ -32,10 +32,16 @@ def engine_info(services: Services) -> EngineInfo:
     return services.engine.info
 
 
-def check_tokens(tokens: Iterable[int], info: EngineInfo, field: str) -> None:
-    """BadRequest if a token id of `field` is not in the vocabulary."""
-    if any(token >= info.vocab_size for token in tokens):
-        raise BadRequest(f"{field} has token ids outside 0..{info.vocab_size - 1}", param=field)
+def check_tokens(tokens: Iterable[int], vocabulary: int, field: str) -> None:
+    """BadRequest if a token id of `field` is not in a vocabulary of this size."""
+    if any(token >= vocabulary for token in tokens):
+        raise BadRequest(f"{field} has token ids outside 0..{vocabulary - 1}", param=field)
+
+
+def vocabulary(body: Generation, services: Services) -> int:
+    """How many tokens a request may know: an adapter may have its own, whose size the engine holds it to."""
+    named = body.adapter or (body.model and body.model not in base_names(services))
+    return LARGEST_VOCABULARY if named else engine_info(services).vocab_size
 
 
 def base_names(services: Services) -> set[str]:
@@ -112,8 +118,8 @@ def sampling(
         )
     count = max_tokens if max_tokens is not None else room if otherwise is None else min(otherwise, room)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    check_tokens(bias, info, "logit_bias")
-    check_tokens(body.stop_token_ids or (), info, "stop_token_ids")
+    check_tokens(bias, vocabulary(body, services), "logit_bias")
+    check_tokens(body.stop_token_ids or (), vocabulary(body, services), "stop_token_ids")
 
     def chosen(field: str, otherwise: float) -> Any:
         value = getattr(body, field)

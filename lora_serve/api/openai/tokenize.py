@@ -30,7 +30,7 @@ async def tokenize(body: Tokenize, services: Injected, caller: Authorized) -> di
 @router.post("/detokenize")
 async def detokenize(body: Detokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
     """Token ids → text."""
-    check_tokens(body.tokens, engine_info(services), "tokens")
+    check_tokens(body.tokens, engine_info(services).vocab_size, "tokens")
     return {"prompt": services.tokenizer.decode(body.tokens)}
 
 

@@ -1,0 +1,31 @@
+"""DoRA: a magnitude for every output of an adapted weight.
+
+    g = m / ‖W + s·BA‖, norms over each output's weights;   y = g ⊙ (W x + s·BA x) + b
+    embeddings: e' = g ⊙ (e + s · lookup), norms over each embedding dimension's column
+    keys: X.lora_magnitude_vector [out]
+
+Norms are computed once, at load, from the base's weights (dequantised ones of a quantised base). Source: PEFT 0.21,
+`peft/tuners/lora/dora.py`; Liu et al. 2024 (arXiv 2402.09353).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_serve.adapters.formats.keys import check_shape
+from lora_serve.errors import AdapterInvalid
+
+
+def gain(name: str, magnitude: Tensor, weight: Tensor, change: Tensor) -> Tensor:
+    """g [out], float32.
+
+    Args:
+        magnitude: m [out].
+        weight, change: W and s·BA, both [out, in], float32.
+    """
+    check_shape(f"{name}.lora_magnitude_vector", magnitude, (weight.shape[0],))
+    norm: Tensor = torch.linalg.vector_norm(weight + change, dim=1)
+    if not norm.all():
+        raise AdapterInvalid(f"{name} has an output without any weight, for which DoRA is not defined")
+    return magnitude.float() / norm

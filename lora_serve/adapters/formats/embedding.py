@@ -1,0 +1,48 @@
+"""LoRA on an embedding: e' = e + s · B A[:, id], times the factor that the model multiplies its embeddings by.
+
+    keys: X.lora_embedding_A [r, ids], X.lora_embedding_B [dim, r], X.lora_magnitude_vector [dim] with DoRA
+    `target_parameters` on X.weight: X.lora_A.weight [r, dim], X.lora_B.weight [ids, r], e' = e + s · B[id] A
+
+With tied weights the head does not follow, unless `ensure_weight_tying`, for which PEFT saves the head's LoRA too.
+Source: PEFT 0.21, `peft/tuners/lora/layer.py` (Embedding, ParamWrapper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lora_serve.adapters.adapter import BaseShape, Change
+from lora_serve.adapters.formats import dora
+from lora_serve.adapters.formats.keys import check_shape
+from lora_serve.errors import AdapterInvalid
+from lora_serve.kernels.contract import Delta
+
+
+def lower(
+    name: str, matrices: dict[str, Tensor], change: Change, scaling: Callable[[str, int], float], base: BaseShape
+) -> Change:
+    """The change of an embedding, added to what is known of it. Raises AdapterInvalid naming keys."""
+    table = change.parameters.get("weight")
+    ids, width = tuple(base.modules[name]["weight"] if table is None else table.shape)
+    match matrices:
+        case {"embedding_A": narrow, "embedding_B": wide}:
+            rank = narrow.shape[0]
+            check_shape(f"{name}.lora_embedding_A", narrow, (rank, ids))
+            check_shape(f"{name}.lora_embedding_B", wide, (width, rank))
+            factor = scaling(name, rank)
+            rows, columns = narrow.T.contiguous(), wide.T.float().contiguous() * factor
+        case {"A": wide, "B": narrow}:
+            rank = wide.shape[0]
+            check_shape(f"{name}.lora_A", wide, (rank, width))
+            check_shape(f"{name}.lora_B", narrow, (ids, rank))
+            factor = scaling(f"{name}.weight", rank)
+            rows, columns = narrow.contiguous(), wide.float() * factor
+        case _:
+            raise AdapterInvalid(f"only one of A and B is there for {name}")
+    if (magnitude := matrices.get("magnitude")) is not None:
+        weight = base.parameter(f"{name}.weight").cpu() if table is None else table
+        change = replace(change, gain_out=dora.gain(name, magnitude, weight.float().T, (rows.float() @ columns).T))
+    return replace(change, lookup=Delta(rows, columns * base.embeddings[name]))

@@ -1,0 +1,49 @@
+"""(IA)³: a gain for every channel, on a module's output or, of feed-forward modules, on its input.
+
+    y = l ⊙ (W x + b), or W(l ⊙ x) + b
+    keys: X.ia3_l, [out, 1] on the output, [1, in] on the input
+
+The shape says which of the two it is; `feedforward_modules` said so when the adapter was made. Source: PEFT 0.21,
+`peft/tuners/ia3`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lora_serve.adapters.adapter import BaseShape, Change, Lowered
+from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.fields import check_fields
+from lora_serve.adapters.formats.keys import by_site
+from lora_serve.adapters.formats.report import report
+from lora_serve.adapters.formats.saved import take
+from lora_serve.errors import AdapterInvalid
+
+WITHOUT_EFFECT = {"feedforward_modules", "init_ia3_weights"}
+TAILS = {"ia3_l": "ia3_l"}
+
+
+def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
+    """Compile to gains. Raises AdapterInvalid naming keys and fields."""
+    config = checkpoint.config
+    check_fields(config, set(), WITHOUT_EFFECT)
+    saved = take(config, checkpoint.tensors, base)
+    changes, found = dict(saved.changes), by_site(saved.rest, base, TAILS)
+    inputs = 0
+    for name, group in found.items():
+        gain, site = group["ia3_l"], base.sites[name]
+        change = changes.get(name, Change())
+        if tuple(gain.shape) == (1, site.in_features):
+            changes[name] = replace(change, gain_in=gain.flatten())
+            inputs += 1
+        elif tuple(gain.shape) == (site.out_features, 1):
+            changes[name] = replace(change, gain_out=gain.flatten())
+        else:
+            raise AdapterInvalid(
+                f"{name}.ia3_l takes [{site.out_features}, 1] or [1, {site.in_features}]; "
+                f"the adapter has {list(gain.shape)}"
+            )
+    lowered = [f"gains on the inputs of {inputs} modules and on the outputs of {len(found) - inputs}"]
+    return Lowered(
+        {}, report(config, base, method="IA3", changes=changes, features=saved.features, lowered=lowered), changes
+    )

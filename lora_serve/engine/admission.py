@@ -1,0 +1,46 @@
+"""Whether a request can be served as asked, once its adapters are known. Pure; the engine acts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lora_serve.adapters.registry import Lease
+from lora_serve.errors import BadRequest, ContextExceeded
+from lora_serve.messages import EngineInfo
+from lora_serve.request import Request
+
+MOST_ADAPTERS = 8  # in one request
+
+
+def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
+    """Hold a request to the base and to its adapters. Raises the ServeError that refuses it, naming the field."""
+    if not request.prompt:
+        raise BadRequest("the prompt has no tokens", param="prompt")
+    _check_composition(leases)
+    vocabulary = next((lease.traits.vocabulary for lease in leases if lease.traits.vocabulary), info.vocab_size)
+    _check_tokens(request.prompt, vocabulary, "the prompt", "prompt")
+    _check_tokens(request.sampling.stop_token_ids, vocabulary, "stop_token_ids", "stop_token_ids")
+    _check_tokens(request.sampling.logit_bias, vocabulary, "logit_bias", "logit_bias")
+    virtual = max((lease.traits.virtual for lease in leases), default=0)
+    if virtual + len(request.prompt) + min(request.sampling.max_tokens, 1) > info.max_model_len:
+        more = f" and the adapter {virtual} virtual ones" if virtual else ""
+        raise ContextExceeded(
+            f"the prompt has {len(request.prompt)} tokens{more}, the context {info.max_model_len}", param="prompt"
+        )
+
+
+def _check_composition(leases: Sequence[Lease]) -> None:
+    if len(leases) > MOST_ADAPTERS:
+        raise BadRequest(f"more than {MOST_ADAPTERS} adapters in one request", param="adapter")
+    for lease in leases:
+        if lease.traits.not_additive and (len(leases) > 1 or lease.weight != 1.0):
+            what = "composed with others" if len(leases) > 1 else "weighted"
+            raise BadRequest(
+                f"adapter {lease.name} cannot be {what}: {lease.traits.not_additive}; ask for it alone, at weight 1",
+                param="adapter",
+            )
+
+
+def _check_tokens(tokens: Iterable[int], vocabulary: int, what: str, param: str) -> None:
+    if any(not 0 <= token < vocabulary for token in tokens):
+        raise BadRequest(f"{what} has token ids outside 0..{vocabulary - 1}", param=param)

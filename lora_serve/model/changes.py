@@ -1,0 +1,188 @@
+"""What adapters do to modules besides the low-rank delta: replaced parameters, gains, constants, lookups, token rows.
+
+A batch that holds such adapters gets forward hooks on just the modules that they change, for the time of its forward
+pass; each hook treats the rows of each adapter after the module (and the deltas) computed the whole batch. Any other
+batch runs none of this. The formula is in `adapters.adapter.Change`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_serve.adapters.adapter import BaseShape, Change
+from lora_serve.model.batch import Batch, Run
+from lora_serve.model.observe import rows_of, tensors_of
+from lora_serve.model.shape import base_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of the batch, and what is done to them at one module."""
+
+    run: Run
+    change: Change
+
+
+class Changes:
+    """The changes of a resident base.
+
+    Args:
+        model: the base, adapted modules in place.
+        slots: changes by slot, then module; the bank keeps it up to date.
+        head_rows: whether the head sees only the rows whose logits are wanted.
+    """
+
+    def __init__(
+        self, model: nn.Module, shape: BaseShape, slots: Mapping[int, Mapping[str, Change]], *, head_rows: bool
+    ) -> None:
+        self._model = model
+        self._shape = shape
+        self._slots = slots
+        self._head_rows = head_rows
+
+    def of(self, batch: Batch) -> dict[str, list[Part]]:
+        """What the batch's rows need, by module; empty for most batches."""
+        found: dict[str, list[Part]] = {}
+        if not self._slots:
+            return found
+        for runs, at_head in ((batch.runs, False), (batch.logits_runs, True)):
+            for run in runs:
+                for module, change in self._slots.get(run.slot, {}).items():
+                    if (module == self._shape.head and self._head_rows) == at_head:
+                        found.setdefault(module, []).append(Part(run, change))
+        return found
+
+    @contextmanager
+    def applied(self, parts: Mapping[str, list[Part]]) -> Iterator[None]:
+        """Have the modules changed for the rows of `parts` meanwhile."""
+        hooks = []
+        try:
+            for name, each in parts.items():
+                module = self._model.get_submodule(name)
+                looks_up = name in self._shape.embeddings
+                hook = _Hook(base_of(self._model, name), each, looks_up=looks_up, widens=name == self._shape.head)
+                if looks_up:
+                    hook.limit = self._ids(name)
+                    hooks.append(module.register_forward_pre_hook(hook.before))
+                hooks.append(module.register_forward_hook(hook.after))
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def masked(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits with -inf for tokens that a row's vocabulary does not have.
+
+        Only of interest where an adapter replaced the head by one of another size: then `logits` has as many columns as
+        the largest vocabulary in the batch.
+        """
+        own, base = {}, self._ids(self._shape.head)
+        for run in batch.logits_runs:
+            weight = _head_weight(self._slots.get(run.slot, {}).get(self._shape.head))
+            if weight is not None and weight.shape[0] != base:
+                own[run] = weight.shape[0]
+        if not own:
+            return logits
+        logits = logits.clone()
+        limit = torch.full((logits.shape[0],), base, device=logits.device)
+        for run, ids in own.items():
+            limit[run.start : run.end] = ids
+        return logits.masked_fill_(torch.arange(logits.shape[1], device=logits.device) >= limit[:, None], -torch.inf)
+
+    def _ids(self, module: str) -> int:
+        return self._shape.modules[module]["weight"][0]
+
+
+class _Hook:
+    """One module's part in a forward pass.
+
+    Args:
+        module: the base's own module, which computes with an adapter's parameters.
+        looks_up: it gets ids; `widens`: it gives logits, of as many tokens as the largest vocabulary has.
+    """
+
+    def __init__(self, module: nn.Module, parts: Sequence[Part], *, looks_up: bool, widens: bool) -> None:
+        self._module, self._parts = module, parts
+        self._looks_up, self._widens = looks_up, widens
+        self._busy = False  # the module that is hooked may itself be the one that computes
+        self._ids: Tensor | None = None
+        self.limit = 0
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Let a lookup that knows `limit` ids pass over larger ones, which only an adapter's own table has."""
+        if self._busy:
+            return None
+        self._ids = args[0]
+        return (args[0].clamp(max=self.limit - 1), *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Treat the adapters' rows."""
+        if self._busy:
+            return output
+        inputs = args if self._ids is None else (self._ids, *args[1:])
+        x = inputs[0]
+        tokens = x.shape[1] if x.ndim > 1 and x.shape[0] == 1 else x.shape[0]
+        if self._widens:
+            output = _widened(output, self._parts)
+        self._busy = True
+        try:
+            for part in self._parts:
+                _change(self._module, part, inputs, output, tokens, looks_up=self._looks_up)
+        finally:
+            self._busy = False
+        return output
+
+
+def _change(
+    module: nn.Module, part: Part, inputs: tuple[Any, ...], output: Any, tokens: int, *, looks_up: bool
+) -> None:
+    """Treat one adapter's rows of a module's output, in place."""
+    change, run = part.change, part.run
+
+    def own(value: Any) -> Any:
+        rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
+        return value if rows is None else rows[run.start : run.end]
+
+    args = tuple(map(own, inputs))
+    outputs = [own(tensor) for tensor in tensors_of(output)]
+    x, y = args[0], outputs[0]
+    if change.parameters or change.gain_in is not None:
+        if change.gain_in is not None:
+            args = ((x.float() * change.gain_in).to(x.dtype), *args[1:])
+        fresh = functional_call(module, change.parameters, args)
+        for place, tensor in zip(outputs, tensors_of(fresh), strict=True):
+            place[..., : tensor.shape[-1]] = tensor
+    if change.lookup is not None:
+        y += run.weight * (change.lookup.a[x] @ change.lookup.b)
+    if change.gain_out is not None or change.shift is not None:
+        exact = y.float()
+        if change.gain_out is not None:
+            exact = exact * change.gain_out
+        if change.shift is not None:
+            exact = exact + run.weight * change.shift
+        y.copy_(exact)
+    if change.token_rows is not None:
+        ids = torch.tensor(change.token_ids, device=y.device)
+        if looks_up:
+            hits = x[:, None] == ids  # [rows, ids]
+            y.copy_(torch.where(hits.any(1, keepdim=True), change.token_rows[hits.int().argmax(1)], y))
+        else:
+            y[:, ids] = nn.functional.linear(x, change.token_rows)
+
+
+def _head_weight(change: Change | None) -> Tensor | None:
+    return None if change is None else change.parameters.get("weight")
+
+
+def _widened(output: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Room for the logits of the largest vocabulary; what is beyond a row's own is masked in the end."""
+    weights = [weight for part in parts if (weight := _head_weight(part.change)) is not None]
+    more = max((weight.shape[0] for weight in weights), default=0) - output.shape[-1]
+    return nn.functional.pad(output, (0, more)) if more > 0 else output

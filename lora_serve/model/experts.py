@@ -1,0 +1,94 @@
+"""Mixture-of-experts layers whose experts lie stacked in 3-D parameters, with every adapter's deltas within reach.
+
+An expert's slice of a stacked parameter is a site like any linear module. In a batch without adapter rows the base's own
+module runs. With them, each expert that any token chose computes its tokens in order, so that rows of one adapter stay
+one segment, and the same kernel adds their deltas:
+
+    h = W_up[e] x + B A x;  h = gate(h);  y = W_down[e] h + B A h;  out += y · routing weight
+
+Covers the modules that transformers marks with `use_experts_implementation` (Mixtral, Qwen-MoE, gpt-oss, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_serve.kernels.contract import DeltaGroup, Segments
+from lora_serve.model.linear import Routing
+
+UP = ("gate_up_proj", "up_proj")
+DOWN = "down_proj"
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module's experts are in a form that is understood here."""
+    marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
+    return marked and not getattr(module, "has_post_expert_norm", False) and DOWN in dict(module.named_parameters())
+
+
+def stacked_parameters(module: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    """By parameter, the (in, out) features of each expert's slice."""
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in (*UP, DOWN) and parameter.ndim == 3:
+            experts, tall, wide = parameter.shape
+            found[name] = [(tall, wide) if module.is_transposed else (wide, tall)] * experts
+    return found
+
+
+def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:
+    """One expert's weights [out, in]."""
+    weight = cast(Tensor, getattr(module, parameter))[expert]
+    return weight.T if module.is_transposed else weight
+
+
+class AdaptedExperts(nn.Module):
+    """Stands in the place of the base's module.
+
+    Args:
+        groups: by parameter, each expert's pointer tables.
+    """
+
+    def __init__(self, base: nn.Module, groups: Mapping[str, list[DeltaGroup]], routing: Routing) -> None:
+        super().__init__()
+        self.base: Any = base
+        self._groups = groups
+        self._routing = routing
+        self._up = next(name for name in UP if name in groups)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] → [tokens, hidden]."""
+        segments = self._routing.tokens
+        if segments is None:
+            plain: Tensor = self.base(hidden_states, top_k_index, top_k_weights)
+            return plain
+        out = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.base.num_experts:
+                continue  # a place that the router left empty
+            tokens, choice = torch.where(top_k_index == expert)  # ascending: a token chooses an expert once
+            runs = _narrowed(segments, tokens)
+            rows = self._project(self._up, expert, hidden_states[tokens], runs)
+            rows = self.base._apply_gate(rows) if self.base.has_gate else self.base.act_fn(rows)
+            rows = self._project(DOWN, expert, rows, runs)
+            out.index_add_(0, tokens, (rows * top_k_weights[tokens, choice, None]).to(out.dtype))
+        return out
+
+    def _project(self, name: str, expert: int, x: Tensor, runs: Segments) -> Tensor:
+        bias = getattr(self.base, f"{name}_bias")[expert] if self.base.has_bias else None
+        y = nn.functional.linear(x, expert_weight(self.base, name, expert), bias)
+        self._routing.kernels.delta(x.contiguous(), [y], self._groups[name][expert], runs)
+        return y
+
+
+def _narrowed(segments: Segments, tokens: Tensor) -> Segments:
+    """The segments over a selection of the batch's rows; `tokens` ascends."""
+
+    def moved(edge: Tensor) -> Tensor:
+        return torch.searchsorted(tokens, edge.to(tokens.dtype)).to(torch.int32)
+
+    return Segments(moved(segments.start), moved(segments.end), segments.slot, segments.weight)

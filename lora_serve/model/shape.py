@@ -1,0 +1,108 @@
+"""A loaded model described for lowering: its sites, its modules, its weights as formats may ask for them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_serve.adapters.adapter import BaseShape, Site
+from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
+from lora_serve.model.linear import AdaptedLinear
+from lora_serve.model.observe import LINEAR, Seen
+from lora_serve.model.quantize import QuantizedLinear
+
+_EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
+
+
+def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str = "", quantized: str = "") -> BaseShape:
+    """The description of a model that was watched in a pass.
+
+    Args:
+        names, vocabulary, quantized: see `BaseShape`.
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
+    sites: dict[str, Site] = {}
+    others: dict[str, str] = {}
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    groups = list(seen.groups)
+    for name, module in model.named_modules():
+        own = _parameters(module)
+        if name in seen.rowwise:
+            modules[name] = own
+        if isinstance(module, LINEAR):
+            if name in seen.rowwise:
+                rows, columns = own["weight"]
+                sites[name] = Site(name, rows, columns) if isinstance(module, Conv1D) else Site(name, columns, rows)
+            else:
+                others[name] = "not used in the forward pass, or not for every token"
+        elif is_stacked(module) and name in seen.rowwise:
+            for parameter, experts in stacked_parameters(module).items():
+                for index, (wide, tall) in enumerate(experts):
+                    site = Site(f"{name}.{parameter}[{index}]", wide, tall)
+                    sites[site.name] = site
+                    groups.append((site.name,))
+        elif name and own:
+            others[name] = f"a {type(module).__name__}, not a linear module"
+        elif name and next(module.children(), None) is None:
+            others[name] = f"a {type(module).__name__}, which has no parameters"
+    inputs = model.get_input_embeddings()
+    return BaseShape(
+        sites=sites,
+        groups=tuple(groups),
+        weight=lambda site: _weight(model, site),
+        others=others,
+        model_type=model.config.model_type,
+        tied=bool(model.config.tie_word_embeddings),
+        modules=modules,
+        parameter=lambda path: _parameter(model, path),
+        embeddings={
+            name: float(getattr(module, "embed_scale", 1.0))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and name in seen.rowwise
+        },
+        input_embedding=paths[id(inputs)],
+        head=paths[id(model.get_output_embeddings())],
+        hidden_size=inputs.weight.shape[1],
+        kv=tuple((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in seen.layers),
+        names=names,
+        vocabulary=vocabulary,
+        quantized=quantized,
+    )
+
+
+def _parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's own parameters; a quantised linear map has those of the one that it stands for."""
+    own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    return own | {"weight": module.shape} if isinstance(module, QuantizedLinear) else own
+
+
+def _weight(model: Any, site: str) -> Tensor:
+    """A site's weights [out, in], as the forward pass uses them."""
+    expert = _EXPERT.fullmatch(site)
+    module = base_of(model, site if expert is None else expert[1])
+    if expert is not None:
+        return expert_weight(module, expert[2], int(expert[3]))
+    weight = module.dequantized() if isinstance(module, QuantizedLinear) else module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _parameter(model: Any, path: str) -> Tensor:
+    """A parameter by its path before adapters were installed, in full precision if the base is quantised."""
+    name, _, leaf = path.rpartition(".")
+    module = base_of(model, name)
+    if leaf == "weight" and isinstance(module, QuantizedLinear):
+        return module.dequantized()
+    parameter = getattr(module, leaf)
+    assert isinstance(parameter, Tensor)
+    return parameter
+
+
+def base_of(model: Any, name: str) -> nn.Module:
+    """The base's own module of that path, whether or not an adapted one stands in its place."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Module)
+    return module.base if isinstance(module, AdaptedLinear | AdaptedExperts) else module

@@ -1,0 +1,100 @@
+"""What `lora-serve adapter …` prints: the server's answers, laid out for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Answer = Mapping[str, Any]  # of the server's, which may be another version: nothing in it is certain to be there
+
+
+def as_json(answer: Any) -> None:
+    _console().print_json(json.dumps(answer))
+
+
+def as_table(adapters: Iterable[Answer]) -> None:
+    """One line an adapter."""
+    table = Table("name", "version", "rank", "size", "where", "leases", "pinned", box=None)
+    for adapter in adapters:
+        newest: Answer = next(iter(adapter.get("versions") or []), {})
+        table.add_row(
+            str(adapter.get("name", adapter.get("id", ""))),
+            str(newest.get("digest", ""))[:12],
+            str(newest.get("rank", "")),
+            _size(newest, "memory_bytes"),
+            ", ".join(newest.get("tiers", [])),
+            str(newest.get("leases", "")),
+            "yes" if adapter.get("pinned") else "",
+        )
+    _console().print(table)
+
+
+def in_short(adapter: Answer) -> None:
+    """What was just published: a line, and one for every warning."""
+    newest: Answer = next(iter(adapter.get("versions") or []), {})
+    report: Answer = newest.get("report") or {}
+    touched = f"{_touched(report)}, {_size(newest, 'memory_bytes')}"
+    version = str(newest.get("digest", ""))[:12]
+    lines = [f"published {adapter.get('name', '')}@{version}: {report.get('method', 'adapter')}, {touched}"]
+    _say(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
+
+
+def in_full(answer: Answer, title: str) -> None:
+    """The report on an inspected folder, or on the newest version of a published adapter."""
+    versions = answer.get("versions")
+    version: Answer = next(iter(versions), {}) if versions else answer
+    report: Answer = version.get("report") or {}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for label, value in _lines(version, report):
+        table.add_row(label, _printable(value))
+    _say([f"{title}, version {str(version.get('digest', ''))[:12]}"])
+    _console().print(table)
+
+
+def _lines(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
+    features = ", ".join(map(str, report.get("features") or ()))
+    yield "method", str(report.get("method", "")) + (f" ({features})" if features else "")
+    if ranks := report.get("ranks"):
+        yield "ranks", ", ".join(map(str, ranks))
+    yield "changes", _touched(report)
+    yield "size", f"{_size(version, 'file_bytes')} on disk, {_size(version, 'memory_bytes')} in memory"
+    for number, sentence in enumerate(report.get("lowered") or ()):
+        yield "" if number else "became", str(sentence)
+    if "composable" in report:
+        yield "composable", "yes" if report["composable"] else f"no: {report.get('not_composable', '')}"
+    if tokens := report.get("invocation_tokens"):
+        yield "active from", f"tokens {tokens}"
+    if name := report.get("base_model_name_or_path"):
+        yield "trained on", str(name)
+    for warning in report.get("warnings") or ():
+        yield "warning", str(warning)
+
+
+def _touched(report: Answer) -> str:
+    kinds = report.get("touched")
+    if not isinstance(kinds, dict):
+        return f"{report.get('modules', 'no')} modules"
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no module of the base"
+
+
+def _size(version: Answer, field: str) -> str:
+    count = version.get(field, 0)
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _printable(text: str) -> str:
+    """Names come from strangers, and a terminal obeys control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        _console().print(_printable(line), soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False)

@@ -1,0 +1,100 @@
+"""Holds the server to PEFT: adapters that PEFT makes and saves, served in one mixed batch, row by row.
+
+Tests that use it let PEFT talk: `pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from driver import Driver
+from support import reference, save
+from torch import Tensor
+
+from lora_serve.adapters.adapter import Adapter, flatten
+from lora_serve.adapters.checkpoint import read
+from lora_serve.adapters.digest import digest
+from lora_serve.adapters.formats.registry import lower
+
+LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: within one chunk and over several
+
+
+def make(
+    architecture: str, folder: Path, seed: int, config: peft.PeftConfig, *, noise: float = 0.08, reload: bool = True
+) -> Any:
+    """A PEFT model whose adapter, saved to `folder`, is its method's initialisation plus noise everywhere.
+
+    Args:
+        noise: standard deviation of what is added to each trainable parameter.
+        reload: hand back what PEFT loads from `folder` onto a fresh base (what a user would get), not the maker's own.
+    """
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(copy.deepcopy(reference(architecture)), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * noise)
+    model.save_pretrained(folder)
+    return again(architecture, folder) if reload else model
+
+
+def again(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """What PEFT makes of an adapter's folder on a fresh base."""
+    return peft.PeftModel.from_pretrained(copy.deepcopy(reference(architecture)).to(dtype), folder).eval()
+
+
+def bring(driver: Driver, folder: Path) -> Adapter:
+    """Read, lower and flatten an adapter as the registry does."""
+    lowered = lower(read(folder, max_bytes=1 << 30), driver.loaded.shape)
+    return flatten(digest(lowered), lowered, driver.loaded.dtype)
+
+
+def logits(model: Any, tokens: list[int]) -> Tensor:
+    """PEFT's own logits of these tokens; rows of virtual tokens before them are left out."""
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return found[-len(tokens) :]
+
+
+def check(
+    architecture: str,
+    folder: Path,
+    configs: Sequence[peft.PeftConfig],
+    *,
+    native: bool = True,
+    noise: float = 0.08,
+    reload: bool = True,
+    prompts: Sequence[list[int]] = (),
+    tolerance: float = 1e-4,
+) -> None:
+    """Serve all adapters and the base in one batch, two sequences each, and hold every row to PEFT.
+
+    Args:
+        prompts: dealt out in turn to the base, the first adapter, the second …; empty: random ones.
+    """
+    driver = Driver(save(architecture, folder / "base"), native=native, max_tokens=23)
+    models = [reference(architecture)]
+    routes: list[list[tuple[str, float]]] = [[]]
+    for index, config in enumerate(configs):
+        models.append(make(architecture, folder / str(index), index, config, noise=noise, reload=reload))
+        routes.append([(driver.seat(bring(driver, folder / str(index))), 1.0)])
+    count = 2 * len(models)
+    if not prompts:
+        generator = torch.Generator().manual_seed(9)
+        prompts = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in LENGTHS]
+    rows = driver.teach(
+        [prompts[i % len(prompts)] for i in range(count)],
+        decode=4,
+        adapters=[routes[i % len(models)] for i in range(count)],
+    )
+    moved = [False] * len(models)
+    for index, (tokens, got) in enumerate(zip(driver.sequences, rows, strict=True)):
+        which = index % len(models)
+        torch.testing.assert_close(got, logits(models[which], tokens), atol=tolerance, rtol=tolerance)
+        moved[which] |= not torch.allclose(got, logits(models[0], tokens), atol=10 * tolerance)
+    assert moved == [False] + [True] * len(configs), "an adapter that changes nothing proves nothing"
