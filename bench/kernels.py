@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,10 @@ from pathlib import Path
 
 import torch
 
+if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import changes
 from lora_serve.kernels.contract import Delta, DeltaGroup, Kernels, Segments, Spans
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.kernels.select import select
@@ -232,9 +237,20 @@ def main() -> None:
             f"{row.kernel + ' ' + row.what:44}{row.native_us:11.1f}{row.reference_us:11.1f}"
             f"{row.floor_us:11.1f}{row.ratio:9.2f}{row.gflops:9.0f}"
         )
+    costs = changes.measure(repeats=20 if chosen.quick else 60)
+    changes.show(costs)
     after = bandwidth()
     print(f"\nmemory read at {before / 1e9:.1f} GB/s before, {after / 1e9:.1f} after (floors use the first)")
-    print(json.dumps(head | {"bandwidth": [before, after], "rows": [asdict(row) for row in rows]}))
+    print(
+        json.dumps(
+            head
+            | {
+                "bandwidth": [before, after],
+                "rows": [asdict(row) for row in rows],
+                "changes": [asdict(c) for c in costs],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

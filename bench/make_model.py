@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.shapes import SHAPES, Shape
 from bench.vocabulary import make_tokenizer

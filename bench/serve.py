@@ -24,8 +24,8 @@ from itertools import count
 from pathlib import Path
 from typing import get_args
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.client import Server
 from bench.launch import launched

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from lora_serve.adapters.registry import Lease
 from lora_serve.errors import BadRequest, ContextExceeded
@@ -41,6 +41,6 @@ def _check_composition(leases: Sequence[Lease]) -> None:
             )
 
 
-def _check_tokens(tokens: Iterable[int], vocabulary: int, what: str, param: str) -> None:
-    if any(not 0 <= token < vocabulary for token in tokens):
+def _check_tokens(tokens: Collection[int], vocabulary: int, what: str, param: str) -> None:
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
         raise BadRequest(f"{what} has token ids outside 0..{vocabulary - 1}", param=param)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lora_serve.adapters.adapter import BaseShape, Change
 from lora_serve.model.batch import Batch, Run
@@ -111,70 +110,93 @@ class _Hook:
     def __init__(self, module: nn.Module, parts: Sequence[Part], *, looks_up: bool, widens: bool) -> None:
         self._module, self._parts = module, parts
         self._looks_up, self._widens = looks_up, widens
-        self._busy = False  # the module that is hooked may itself be the one that computes
+        self._scaled = [part for part in parts if part.change.gain_out is not None or part.change.shift is not None]
         self._ids: Tensor | None = None
         self.limit = 0
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Let a lookup that knows `limit` ids pass over larger ones, which only an adapter's own table has."""
-        if self._busy:
-            return None
         self._ids = args[0]
         return (args[0].clamp(max=self.limit - 1), *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Treat the adapters' rows."""
-        if self._busy:
-            return output
         inputs = args if self._ids is None else (self._ids, *args[1:])
         x = inputs[0]
         tokens = x.shape[1] if x.ndim > 1 and x.shape[0] == 1 else x.shape[0]
         if self._widens:
             output = _widened(output, self._parts)
-        self._busy = True
-        try:
-            for part in self._parts:
-                _change(self._module, part, inputs, output, tokens, looks_up=self._looks_up)
-        finally:
-            self._busy = False
+        for part in self._parts:
+            if part.change.parameters or part.change.gain_in is not None:
+                _recompute(self._module, part, inputs, output, tokens)
+            if part.change.lookup is not None:
+                ids, y = _own(x, part, tokens), _own(output, part, tokens)
+                y += part.run.weight * (part.change.lookup.a[ids] @ part.change.lookup.b)
+        if self._scaled:
+            _scale(self._scaled, output, tokens)
+        for part in self._parts:
+            if part.change.token_rows is not None:
+                _replace_tokens(part, _own(x, part, tokens), _own(output, part, tokens), looks_up=self._looks_up)
         return output
 
 
-def _change(
-    module: nn.Module, part: Part, inputs: tuple[Any, ...], output: Any, tokens: int, *, looks_up: bool
-) -> None:
-    """Treat one adapter's rows of a module's output, in place."""
-    change, run = part.change, part.run
+def _own(value: Any, part: Part, tokens: int) -> Any:
+    """The part's rows of a tensor that has the batch's; anything else as it is."""
+    rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
+    return value if rows is None else rows[part.run.start : part.run.end]
 
-    def own(value: Any) -> Any:
-        rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
-        return value if rows is None else rows[run.start : run.end]
 
-    args = tuple(map(own, inputs))
-    outputs = [own(tensor) for tensor in tensors_of(output)]
-    x, y = args[0], outputs[0]
-    if change.parameters or change.gain_in is not None:
-        if change.gain_in is not None:
-            args = ((x.float() * change.gain_in).to(x.dtype), *args[1:])
-        fresh = functional_call(module, change.parameters, args)
-        for place, tensor in zip(outputs, tensors_of(fresh), strict=True):
-            place[..., : tensor.shape[-1]] = tensor
-    if change.lookup is not None:
-        y += run.weight * (change.lookup.a[x] @ change.lookup.b)
-    if change.gain_out is not None or change.shift is not None:
-        exact = y.float()
-        if change.gain_out is not None:
-            exact = exact * change.gain_out
-        if change.shift is not None:
-            exact = exact + run.weight * change.shift
-        y.copy_(exact)
-    if change.token_rows is not None:
-        ids = torch.tensor(change.token_ids, device=y.device)
-        if looks_up:
-            hits = x[:, None] == ids  # [rows, ids]
-            y.copy_(torch.where(hits.any(1, keepdim=True), change.token_rows[hits.int().argmax(1)], y))
-        else:
-            y[:, ids] = nn.functional.linear(x, change.token_rows)
+def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: Any, tokens: int) -> None:
+    """Rows of a module's output, with the adapter's input gain and parameters."""
+    args = [_own(value, part, tokens) for value in inputs]
+    if part.change.gain_in is not None:
+        args[0] = (args[0].float() * part.change.gain_in).to(args[0].dtype)
+    with _parameters(module, part.change.parameters):
+        fresh = module.forward(*args)  # its hooks are for the whole batch
+    for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
+        _own(whole, part, tokens)[..., : tensor.shape[-1]] = tensor
+
+
+@contextmanager
+def _parameters(module: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have other parameters meanwhile (as torch's `functional_call`, at a twentieth of its cost)."""
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, tensor in others.items():
+            holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            places.append((holder, name, holder[name]))
+            holder[name] = tensor
+        yield
+    finally:
+        for holder, name, tensor in places:
+            holder[name] = tensor
+
+
+def _scale(parts: Sequence[Part], output: Tensor, tokens: int) -> None:
+    """Gains and constants of all parts, in float32; one call for all rather than one each."""
+    exact = output.float()
+    rows = rows_of(exact, tokens)
+    assert rows is not None
+    gains = [(part.run, gain) for part in parts if (gain := part.change.gain_out) is not None]
+    shifts = [(part.run, shift) for part in parts if (shift := part.change.shift) is not None]
+    if gains:
+        torch._foreach_mul_([rows[run.start : run.end] for run, _ in gains], [gain for _, gain in gains])
+    if shifts:
+        constants = [shift if run.weight == 1 else run.weight * shift for run, shift in shifts]
+        torch._foreach_add_([rows[run.start : run.end] for run, _ in shifts], constants)
+    if exact is not output:
+        output.copy_(exact)
+
+
+def _replace_tokens(part: Part, x: Tensor, y: Tensor, *, looks_up: bool) -> None:
+    """Rows of an embedding whose id is one of the part's, or the logits of these ids."""
+    rows, ids = part.change.token_rows, torch.tensor(part.change.token_ids, device=y.device)
+    assert rows is not None
+    if looks_up:
+        hits = x[:, None] == ids  # [rows, ids]
+        y.copy_(torch.where(hits.any(1, keepdim=True), rows[hits.int().argmax(1)], y))
+    else:
+        y[:, ids] = nn.functional.linear(x, rows)
 
 
 def _head_weight(change: Change | None) -> Tensor | None:

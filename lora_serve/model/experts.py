@@ -1,8 +1,8 @@
 """Mixture-of-experts layers whose experts lie stacked in 3-D parameters, with every adapter's deltas within reach.
 
-An expert's slice of a stacked parameter is a site like any linear module. In a batch without adapter rows the base's own
-module runs. With them, each expert that any token chose computes its tokens in order, so that rows of one adapter stay
-one segment, and the same kernel adds their deltas:
+An expert's slice of a stacked parameter is a site like any linear module. In a batch without adapter rows the base's
+own module runs. With them, each expert that any token chose computes its tokens in order, so that rows of one adapter
+stay one segment, and the same kernel adds their deltas:
 
     h = W_up[e] x + B A x;  h = gate(h);  y = W_down[e] h + B A h;  out += y · routing weight
 

@@ -30,7 +30,8 @@ class Seen:
     Attributes:
         layers: what each attention layer stores per token.
         groups: linear modules by the input that they share, in the order of the pass.
-        rowwise: modules that see every row of a batch, and whose outputs' rows depend on the same rows of their inputs only.
+        rowwise: modules that see every row of a batch, and whose outputs' rows depend on the same rows of their inputs
+            only.
     """
 
     layers: list[LayerShape]

@@ -104,6 +104,16 @@ async def test_sampling_arrives_at_the_engine_as_it_was_sent(world: Answering) -
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.5)
 
 
+async def test_tokens_of_an_adapter_are_the_engine_s_to_check(world: Answering) -> None:
+    asked = {"prompt": [300, 5], "logit_bias": {"301": 1}, "stop_token_ids": [302], "echo": True, "logprobs": 1}
+    for named in ({"adapter": "poet"}, {"model": "poet"}, {"adapter": [{"name": "poet", "weight": 0.5}]}):
+        assert (await world.complete(**asked, **named)).status_code == 200
+        assert world.engine.requests[-1].prompt == [300, 5]
+    answer = await world.complete(prompt=[1 << 31], adapter="poet")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
 async def test_prompts_and_copies_are_numbered_prompt_by_prompt_with_seeds_of_their_own(world: Answering) -> None:
     answer = (await world.complete(prompt=["a", "bb"], n=2, seed=10)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]

@@ -196,6 +196,24 @@ def test_very_low_temperatures_and_infinite_gaps_are_no_trouble() -> None:
     assert (sampled.token_ids, sampled.finite) == ([1, 2], [True, True])
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"top_k": 7},
+        {"top_p": 0.8, "min_p": 0.01},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "logit_bias": {3: 2.0}},
+    ],
+)
+def test_a_neighbour_s_larger_vocabulary_changes_nothing(params: dict[str, Any]) -> None:
+    narrow = torch.randn(1, 6, generator=torch.Generator().manual_seed(4))
+    wide = torch.nn.functional.pad(narrow, (0, 3), value=-INF)
+    rows = [row(seed=5, prompt=[1, 2], output=[2], logprobs=8, **params)]
+    assert sample(wide, rows) == sample(narrow, rows)
+    assert prompt_logprobs(wide, [4], 8) == prompt_logprobs(narrow, [4], 8)
+    assert len(prompt_logprobs(wide, [4], 8)[0].top) == 6
+
+
 @pytest.mark.parametrize("poison", [[NAN, 1.0, 0.0], [1.0, INF, 0.0], [-INF, -INF, -INF], [1.0, NAN, INF]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_that_is_not_finite_is_reported_and_disturbs_nobody(poison: list[float], dtype: torch.dtype) -> None:

@@ -103,6 +103,10 @@ def test_tied_weights_stay_tied_where_peft_ties_them(architecture: str, tmp_path
     check(architecture, tmp_path, [config(architecture, ensure_weight_tying=True, **each) for each in features])
 
 
+def test_a_tied_head_s_delta_comes_on_top_of_replaced_rows(tmp_path: Path) -> None:
+    check("qwen2", tmp_path, [config("qwen2", trainable_token_indices=[4, 90], target_modules=["lm_head", "q_proj"])])
+
+
 EXPERT_PARAMETERS: list[dict[str, Any]] = [
     {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
     {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True},

@@ -120,7 +120,7 @@ def randlora(architecture: str) -> list[peft.PeftConfig]:
 def delora(architecture: str) -> list[peft.PeftConfig]:
     targets = LINEAR.get(architecture, ALL)
     return [
-        peft.DeloraConfig(r=4, delora_lambda=3, target_modules=targets),
+        peft.DeloraConfig(r=4, delora_lambda=3, target_modules=targets, bias="delora_only"),
         peft.DeloraConfig(
             r=4, delora_lambda=2, target_modules=targets, rank_pattern={targets[0]: 7}, lambda_pattern={targets[0]: 5}
         ),
@@ -134,8 +134,8 @@ def miss(architecture: str) -> list[peft.PeftConfig]:
     targets = LINEAR.get(architecture, ALL)
     return [
         peft.MissConfig(r=5, target_modules=targets, modules_to_save=LAST_NORM.get(architecture, ["norm"])),
-        peft.MissConfig(r=4, target_modules=targets, init_weights="bat"),
-        peft.MissConfig(r=7, mini_r=4, target_modules=targets, init_weights="mini"),
+        peft.MissConfig(r=4, target_modules=targets, init_weights="bat", bias="MiSS_only"),
+        peft.MissConfig(r=7, mini_r=4, target_modules=targets, init_weights="mini", bias="all"),
         peft.MissConfig(r=2, mini_r=8, target_modules=targets, init_weights="mini"),
     ]
 

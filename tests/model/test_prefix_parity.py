@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, check, logits, make
+from parity import again, bring, check, logits, make
 from peft import PeftConfig, PeftModel
 from support import reference, save
 
@@ -41,6 +41,17 @@ def test_virtual_tokens_of_every_method_equal_peft_row_by_row(architecture: str,
 
 def test_they_do_on_the_reference_kernels_too(tmp_path: Path) -> None:
     check("llama", tmp_path, methods("llama"), native=False)
+
+
+@pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_in_bf16_they_are_as_close_to_exact_as_peft_in_bf16(method: type[PeftConfig], tmp_path: Path) -> None:
+    driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
+    exact = make("llama", tmp_path / "a", 0, method(num_virtual_tokens=5, **TASK))
+    route = [(driver.seat(bring(driver, tmp_path / "a")), 1.0)]
+    rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[route, []])[0].float()
+    truth = logits(exact, driver.sequences[0])
+    theirs = logits(again("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
+    assert (rows - truth).norm() <= 1.25 * (theirs - truth).norm()
 
 
 def test_cartridges_and_prompts_of_a_single_task_are_served(tmp_path: Path) -> None:

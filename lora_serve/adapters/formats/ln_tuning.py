@@ -1,5 +1,6 @@
 """LN-tuning: chosen modules, norms as a rule, are replaced by trained copies of themselves.
 
+    y = module(x) with its parameters = the trained ones
     keys: X.ln_tuning_layers.weight, X.ln_tuning_layers.bias
           X.ln_tuning_layers.default.Y.weight, … where X has modules Y of its own; "default" is the adapter's name
 

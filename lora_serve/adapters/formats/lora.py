@@ -12,8 +12,8 @@
     aLoRA                active from its invocation tokens on
     MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal    plain at inference
 
-Source: PEFT 0.21, `peft/tuners/lora`. A field that would change the maths and is not served is refused by name; one that
-cannot matter at inference is ignored; an unknown one is refused.
+Source: PEFT 0.21, `peft/tuners/lora`. A field that would change the maths and is not served is refused by name; one
+that cannot matter at inference is ignored; an unknown one is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Change, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint, some
-from lora_serve.adapters.formats import dora, embedding, moe, residual, saved
+from lora_serve.adapters.formats import dora, embedding, factors, moe, residual, saved
 from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, number
 from lora_serve.adapters.formats.keys import by_module, check_delta, check_shape
 from lora_serve.adapters.formats.refusals import FIELDS, refuse_fields, refuse_initialisation
@@ -100,6 +100,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
             deltas[name] = delta
         if change != Change():
             changes[name] = change
+    deltas, changes = factors.settled(deltas, changes, base)
     _check_kept(config, found)
     invocation = _invocation(config)
     if invocation and changes:
@@ -145,6 +146,8 @@ def _linear(
         a, b = residual.added(site, a, b, matrices["A"].shape[0], factor, config, base)
     gain = None
     if "magnitude" in matrices:
+        if change.token_rows is not None:
+            raise AdapterInvalid("use_dora on a head together with trainable_token_indices is not defined")
         weight = base.weight(site.name).cpu() if own is None else own
         gain = dora.gain(site.name, matrices["magnitude"], weight.float(), b @ a)
         kept = base.bias(site.name)

@@ -7,8 +7,8 @@ others' nest in `base_layer`):
     X.[base_layer.…]lora_B.weight [out, r·E]  rank by rank: B_e = B viewed as [out, r, E], at e
     ΔW_e = s · B_e A_e;  a 2-D parameter (a router's weights) is one map, replaced whole by W + s · B A
 
-Adapters from before experts were stacked have each expert's own modules (`…experts.3.w1`, `…experts.3.gate_proj`). Gate
-and up are halves of one map now: A = [A_gate; A_up], B block-diagonal; their router's LoRA is the router's map replaced.
+Adapters from before experts were stacked have each expert's own modules (`…experts.3.w1`, `…experts.3.gate_proj`).
+Gate and up are halves of one map now: A = [A_gate; A_up], B block-diagonal; a router's LoRA replaces the router's map.
 Source: PEFT 0.21, `peft/tuners/lora/layer.py` (ParamWrapper) and `utils/transformers_weight_conversion.py`.
 """
 

@@ -1,5 +1,6 @@
 """Prefix tuning and cartridges: keys and values of virtual tokens, as saved.
 
+    every layer's K = [K_p; K(x)], V = [V_p; V(x)]
     key: prompt_embeddings [tokens, layers · 2 · heads · dim]; of token t the keys of layer i are [t, 2i], its values
          [t, 2i + 1] of the view [tokens, 2 · layers, heads, dim], with the heads that the base has for keys and values
 

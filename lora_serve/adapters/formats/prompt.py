@@ -1,6 +1,7 @@
 """Prompt tuning, P-tuning, CPT and single-task multitask prompt tuning: embedded virtual tokens before the prompt.
 
-    keys: prompt_embeddings [tokens, hidden]; of multitask prompt tuning (E) also
+    embedded sequence = [E; e(prompt)]
+    keys: E = prompt_embeddings [tokens, hidden]; of multitask prompt tuning (E) also
           prefix_task_cols P [tasks, tokens, rank], prefix_task_rows Q [tasks, rank, hidden]: the embeddings are E ⊙ P Q
 
 PEFT saves what its encoders made of their parameters (the MLP or LSTM of P-tuning; CPT's token embeddings plus

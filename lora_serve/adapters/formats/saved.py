@@ -91,6 +91,12 @@ def token_ids(config: dict[str, Any], module: str) -> list[int]:
     return given
 
 
+def without_bias(change: Change, module: str, base: BaseShape) -> Change:
+    """PEFT applies a linear module that has replaced rows without its bias."""
+    bias = base.bias(module)
+    return change if bias is None else shifted(change, -bias.detach().float().cpu())
+
+
 def shifted(change: Change, more: Tensor) -> Change:
     """The change with `more` [out] added to its constant."""
     return replace(change, shift=more if change.shift is None else change.shift + more)
@@ -120,7 +126,7 @@ def _replace_tokens(changes: dict[str, Change], module: str, ids: list[int], row
     changes[module] = replace(change, token_ids=tuple(ids), token_rows=rows * base.embeddings[module])
     if base.tied and module == base.input_embedding:
         change = changes.get(base.head, Change())
-        changes[base.head] = replace(change, token_ids=tuple(ids), token_rows=rows)
+        changes[base.head] = replace(without_bias(change, base.head, base), token_ids=tuple(ids), token_rows=rows)
 
 
 def _is_own(base: BaseShape, module: str, name: str, tensor: Tensor) -> bool:
@@ -140,8 +146,9 @@ def _feature(base: BaseShape, module: str, name: str, tensor: Tensor, saved: boo
 
 
 def _within(module: str, name: str) -> bool:
-    """Whether a module is one that `modules_to_save` means by `name`, or lies in one."""
-    return f".{name}." in f".{module}."
+    """Whether a module is one that `modules_to_save` means by `name` (the end of a path), or lies in one."""
+    parts = module.split(".")
+    return any(".".join(parts[: end + 1]).endswith(name) for end in range(len(parts)))
 
 
 def _names(config: dict[str, Any], field: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Trainable tokens: chosen rows of the embedding, and of the head, are replaced.
 
+    e[id] = row;  logit[id] = x · row
     keys: X.trainable_tokens_delta [ids, width]: the new rows, not differences; `token_indices` says which they are
 
 A head that is tied to the embedding follows it; its own key is a copy. A linear module that has such rows, a head or
@@ -21,7 +22,7 @@ from lora_serve.adapters.formats.factors import dequantised, own_weight, site_of
 from lora_serve.adapters.formats.fields import check_fields
 from lora_serve.adapters.formats.keys import by_site, check_shape, home
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import TOKENS, shifted, take, token_ids
+from lora_serve.adapters.formats.saved import TOKENS, take, token_ids, without_bias
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 
@@ -50,14 +51,14 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         if not 0 <= min(ids, default=0) <= max(ids, default=0) < site.out_features:
             raise AdapterInvalid(f"token_indices in adapter_config.json has ids outside 0..{site.out_features - 1}")
         if name == base.head:
-            changes[name] = replace(changes.get(name, Change()), token_ids=tuple(ids), token_rows=rows)
+            change = without_bias(changes.get(name, Change()), name, base)
+            changes[name] = replace(change, token_ids=tuple(ids), token_rows=rows)
             continue
         places = torch.zeros(len(ids), site.out_features)
         places[torch.arange(len(ids)), ids] = 1
         deltas[name] = Delta(rows.float() - own_weight(name, changes, base)[ids], places)
-        changes |= _without_bias(changes, name, base)
-    if base.head in changes and changes[base.head].token_rows is not None:
-        changes |= _without_bias(changes, base.head, base)
+        if base.bias(name) is not None:
+            changes[name] = without_bias(changes.get(name, Change()), name, base)
     lowered = [f"{len(token_ids(config, ''))} rows are replaced"]
     if deltas:
         lowered += [f"in {len(deltas)} linear modules, as differences from the base's rows", *dequantised(base)]
@@ -74,10 +75,3 @@ def _check_copy(name: str, rows: Tensor, embedded: Tensor | None, base: BaseShap
     """Tied modules share one parameter in PEFT; two different ones cannot both be meant."""
     if embedded is None or not torch.equal(rows * base.embeddings[base.input_embedding], embedded):
         raise AdapterInvalid(f"{name}.{TAIL} is not a copy of the embedding's, to which the head is tied")
-
-
-def _without_bias(changes: dict[str, Change], name: str, base: BaseShape) -> dict[str, Change]:
-    """PEFT applies a linear module that has replaced rows without its bias."""
-    if "bias" not in base.modules.get(name, {}):
-        return {}
-    return {name: shifted(changes.get(name, Change()), -base.parameter(f"{name}.bias").detach().float().cpu())}

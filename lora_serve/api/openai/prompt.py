@@ -17,6 +17,7 @@ from lora_serve.names import unknown
 from lora_serve.request import AdapterUse, Sampling
 
 LONG = 2000  # characters; a longer text is tokenized beside the event loop
+LARGEST_VOCABULARY = 1 << 31
 
 
 class ModelNotFound(ServeError):

@@ -1,0 +1,158 @@
+"""What gains, constants, replaced norms and embedding updates cost, and that a batch without them pays nothing.
+
+Part of `python bench/kernels.py`; alone: `python bench/changes.py`. One decode step of eight rows, each with an adapter
+of its own (rank 16 on all linear modules), on six layers of the 0.5B shape in bf16. The cases take turns, so what
+disturbs the machine disturbs all; figures are medians, ratios are over the first case.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.make_model import make_model
+from bench.shapes import SHAPES
+from lora_serve.adapters.adapter import BaseShape, Change, Lowered, flatten
+from lora_serve.adapters.bank import Bank
+from lora_serve.kernels.contract import Delta, Segments, Spans
+from lora_serve.kernels.select import select
+from lora_serve.kv.tensors import KVTensors
+from lora_serve.model.base import ResidentBase
+from lora_serve.model.batch import Batch, Run
+from lora_serve.model.load import load
+
+CPU = torch.device("cpu")
+ROWS = 8
+SHAPE = replace(SHAPES["qwen2.5-0.5b"], layers=6, vocabulary=2048)
+Changing = Callable[[BaseShape], dict[str, Change]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A case's median step, and its ratio to a batch of plain LoRA while no other adapter is on the device."""
+
+    what: str
+    step_us: float
+    ratio: float
+
+
+def gains(shape: BaseShape) -> dict[str, Change]:
+    """As DoRA, or IA³ and a bias: an output gain and a constant on every linear module."""
+    sites = [site for site in shape.sites.values() if site.name != shape.head]
+    return {
+        site.name: Change(gain_out=torch.rand(site.out_features) + 0.5, shift=torch.rand(site.out_features))
+        for site in sites
+    }
+
+
+def norms(shape: BaseShape) -> dict[str, Change]:
+    """As LN-tuning: every norm replaced."""
+    names = [name for name in shape.modules if name.endswith("norm")]
+    return {name: Change(parameters={"weight": torch.rand(shape.modules[name]["weight"])}) for name in names}
+
+
+def lookup(shape: BaseShape) -> dict[str, Change]:
+    """LoRA on the embedding."""
+    ids, width = shape.modules[shape.input_embedding]["weight"]
+    return {shape.input_embedding: Change(lookup=Delta(torch.rand(ids, 16), torch.rand(16, width)))}
+
+
+CASES: dict[str, Changing] = {
+    "output gains and constants everywhere": gains,
+    "every norm replaced": norms,
+    "low-rank embedding": lookup,
+}
+
+
+class Bench:
+    """A base with eight plain adapters, and eight more for each case."""
+
+    def __init__(self, folder: Path) -> None:
+        loaded = load(str(folder), revision=None, dtype="bfloat16", device=CPU, progress=lambda stage, done: None)
+        self.bank = Bank(loaded.shape, ROWS * (1 + len(CASES)), loaded.dtype, CPU)
+        self._base = ResidentBase(loaded, self.bank, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU))
+        self._shape = loaded.shape
+        self.plain = self._seat("plain", lambda shape: {})
+
+    def seat(self) -> dict[str, list[int]]:
+        """The other adapters' slots, by case."""
+        return {name: self._seat(name, changing) for name, changing in CASES.items()}
+
+    def _seat(self, name: str, changing: Changing) -> list[int]:
+        slots = []
+        for number in range(ROWS):
+            deltas = {
+                site.name: Delta(torch.randn(16, site.in_features) * 0.03, torch.randn(16, site.out_features) * 0.02)
+                for site in self._shape.sites.values()
+                if site.name != self._shape.head
+            }
+            lowered = Lowered(deltas, {}, changing(self._shape))
+            slots.append(self.bank.load(flatten(f"{name} {number}", lowered, torch.bfloat16)))
+        return slots
+
+    def step(self, slots: list[int]) -> float:
+        """Seconds of one forward pass with a row for each slot."""
+        runs = [Run(row, row + 1, slot, 1.0) for row, slot in enumerate(slots)]
+        rows = torch.arange(ROWS, dtype=torch.int32)
+        segments = Segments(rows, rows + 1, torch.tensor(slots, dtype=torch.int32), torch.ones(ROWS))
+        batch = Batch(
+            token_ids=torch.arange(ROWS),
+            positions=torch.zeros(ROWS, dtype=torch.int64),
+            kv_index=16 * torch.arange(1, ROWS + 1),
+            spans=Spans(
+                torch.arange(ROWS + 1, dtype=torch.int32),
+                torch.ones(ROWS, dtype=torch.int32),
+                (rows + 1)[:, None].contiguous(),
+                1,
+                1,
+            ),
+            logits_rows=torch.arange(ROWS),
+            segments=segments,
+            logits_segments=segments,
+            runs=runs,
+            logits_runs=runs,
+        )
+        begin = time.perf_counter()
+        self._base.forward(batch)
+        return time.perf_counter() - begin
+
+
+def measure(repeats: int) -> list[Cost]:
+    """Costs of all cases, the plain ones first."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(SHAPE, Path(folder) / "model")
+        lone, full = Bench(Path(folder) / "model"), Bench(Path(folder) / "model")
+        cases = {"plain LoRA alone": (lone, lone.plain), "plain LoRA beside seated adapters of all": (full, full.plain)}
+        cases |= {name: (full, slots) for name, slots in full.seat().items()}
+        taken: dict[str, list[float]] = {name: [] for name in cases}
+        for turn in range(3 + repeats):
+            for name, (bench, slots) in cases.items():
+                if (seconds := bench.step(slots)) and turn >= 3:
+                    taken[name].append(seconds)
+    medians = {name: statistics.median(each) for name, each in taken.items()}
+    base = next(iter(medians.values()))
+    return [Cost(name, seconds * 1e6, seconds / base) for name, seconds in medians.items()]
+
+
+def show(costs: list[Cost]) -> None:
+    print(f"\n{'decode step, 8 adapters, 6 layers':50}{'µs':>11}{'ratio':>9}")
+    for cost in costs:
+        print(f"{cost.what:50}{cost.step_us:11.1f}{cost.ratio:9.2f}")
+
+
+if __name__ == "__main__":
+    found = measure(repeats=40)
+    show(found)
+    print(json.dumps({"bench": "changes", "torch": torch.__version__, "rows": [asdict(cost) for cost in found]}))
