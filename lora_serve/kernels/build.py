@@ -29,6 +29,7 @@ FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wno-psabi",
 )
+LIBRARIES = ("-lstdc++",)  # which a C compiler that takes C++ (CXX=gcc) does not add by itself
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds
 
@@ -48,7 +49,7 @@ def library() -> Path:
     here = Path(__file__).parent
     compiler = _compiler()
     key = hashlib.sha256()
-    for part in (*FLAGS, *compiler, _run([*compiler, "--version"]), platform.machine(), _cpu_features()):
+    for part in (*FLAGS, *LIBRARIES, *compiler, _run([*compiler, "--version"]), platform.machine(), _cpu_features()):
         key.update(part.encode() + b"\0")
     try:
         for name in (*SOURCES, *HEADERS):
@@ -60,7 +61,7 @@ def library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
-            _run([*compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(built)])
+            _run([*compiler, *FLAGS, *(str(here / name) for name in SOURCES), *LIBRARIES, "-o", str(built)])
             os.replace(built, target)
     except OSError as error:
         raise BuildError(f"no place to build in: {error.strerror or error}") from error

@@ -84,6 +84,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     tensors = {key: tensor for key, tensor in taken.rest.items() if not any(part in key for part in TRAINING_ONLY)}
     stacks = moe.take(config, tensors, base, scaling.of)
     found = by_module(stacks.rest, base, TAILS, lambda name: name in base.sites or name in base.embeddings)
+    _check_kept(config, found)
     deltas, changes = dict(stacks.deltas), dict(taken.changes)
     for name, parameters in stacks.parameters.items():
         change = changes.get(name, Change())
@@ -101,7 +102,6 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         if change != Change():
             changes[name] = change
     deltas, changes = factors.settled(deltas, changes, base)
-    _check_kept(config, found)
     invocation = _invocation(config)
     if invocation and changes:
         raise AdapterInvalid(
