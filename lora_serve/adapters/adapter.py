@@ -195,6 +195,11 @@ class Lowered:
         return found
 
     @property
+    def vectors(self) -> int:
+        """How many of its numbers are kept in float32, whatever the serving dtype."""
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if _is_vector(name))
+
+    @property
     def not_additive(self) -> str:
         """Why the adapter cannot be weighted or composed; empty if it can."""
         if self.prefix is not None:
@@ -263,7 +268,7 @@ def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
     def room(tensor: Tensor, kept: torch.dtype) -> int:
         return -(-tensor.numel() * kept.itemsize // ALIGNMENT) * step
 
-    size = sum(room(tensor, _kept(name, dtype)) for name, tensor in lowered.tensors.items())
+    size = sum(room(tensor, torch.float32 if _is_vector(name) else dtype) for name, tensor in lowered.tensors.items())
     flat = torch.zeros(size, dtype=dtype)
     at = 0
 
@@ -285,6 +290,6 @@ def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
     return Adapter(digest, flat, places, changes, None if lowered.prefix is None else lowered.prefix.map(put))
 
 
-def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of `Lowered.tensors` lies in memory."""
-    return torch.float32 if name.rpartition(" ")[2] in VECTORS else dtype
+def _is_vector(name: str) -> bool:
+    """Whether a tensor of `Lowered.tensors` is a gain or a constant."""
+    return name.rpartition(" ")[2] in VECTORS

@@ -86,13 +86,14 @@ class Publisher:
         checkpoint = read(folder, max_bytes=self._max_bytes)
         lowered = lower(checkpoint, self._base)
         elements = sum(tensor.numel() for tensor in lowered.tensors.values())
-        if elements > self._most_elements:
+        if elements + lowered.vectors > self._most_elements:
             raise TooLarge(f"the adapter has {elements} numbers; --adapter-cache-memory holds {self._most_elements}")
         meta = Meta(
             created=time.time(),
             rank=max((delta.a.shape[0] for delta in lowered.deltas.values()), default=0),
             modules=len(lowered.deltas.keys() | lowered.changes.keys()),
             elements=elements,
+            vectors=lowered.vectors,
             file_bytes=checkpoint.file_bytes,
             report=complete(lowered, checkpoint, self._base),
             traits=traits(lowered, self._base),

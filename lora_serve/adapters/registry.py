@@ -302,7 +302,7 @@ class Registry:
         return flatten(digest, lowered, self._dtype)
 
     def _inspection(self, digest: str, meta: Meta) -> Inspection:
-        memory = meta.elements * self._dtype.itemsize
+        memory = meta.bytes(self._dtype.itemsize)
         return Inspection(digest, meta.rank, meta.modules, meta.file_bytes, memory, meta.report)
 
     def _version(self, digest: str) -> AdapterVersion:
@@ -313,7 +313,7 @@ class Registry:
             rank=meta.rank,
             modules=meta.modules,
             file_bytes=meta.file_bytes,
-            memory_bytes=meta.elements * self._dtype.itemsize,
+            memory_bytes=meta.bytes(self._dtype.itemsize),
             tiers=["disk", *self._memory.tiers(digest)],
             leases=self._leases[digest],
             last_used=self._used.get(digest),

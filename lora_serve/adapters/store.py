@@ -32,7 +32,7 @@ class Meta(msgspec.Struct, frozen=True):
     """What is known of a version without reading its weights.
 
     `created` in seconds since the epoch, `rank` the largest, `modules` how many it touches, `elements` how many numbers
-    it has in memory.
+    it has in memory, `vectors` how many of these are in float32 whatever the serving dtype.
     """
 
     created: float
@@ -42,6 +42,11 @@ class Meta(msgspec.Struct, frozen=True):
     file_bytes: int
     report: dict[str, Any]
     traits: Traits = Traits()
+    vectors: int = 0
+
+    def bytes(self, itemsize: int) -> int:
+        """What it takes in memory at a serving dtype of `itemsize` bytes, but for alignment."""
+        return (self.elements - self.vectors) * itemsize + 4 * self.vectors
 
 
 class Record(msgspec.Struct, frozen=True):
