@@ -14,12 +14,12 @@ from lora_serve.engine.fairness import Turns
 from lora_serve.engine.flatten import flatten
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
+from lora_serve.kernels.packed import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import load
-from lora_serve.model.quantize import Scheme
 from lora_serve.request import Request, Sampling, Served
 
 CPU = torch.device("cpu")

@@ -7,11 +7,14 @@ segment are not touched, ranks are not padded, slots that are not in a batch cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lora_serve.kernels.packed import Packed, Scheme
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,22 @@ class Kernels(Protocol):
     """A backend."""
 
     name: str
+
+    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+        """Put a map's weights [out, in] (fp32, bf16 or fp16) into the form that `linear` reads."""
+        ...
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """The weights [out, in] that a packed map amounts to: in their own dtype, or float32 if made small."""
+        ...
+
+    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+        """Up to eight maps of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
+
+        Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns contiguous
+        [rows, out] in x's dtype. In int8, rows are rounded too (see `packed.rounded`).
+        """
+        ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """Add each row's own low-rank delta to the base's outputs, in place.

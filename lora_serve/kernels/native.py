@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+from lora_serve.kernels.native_linear import NativeLinear, bound, type_number
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")
 
@@ -36,7 +36,7 @@ class _PackedGroup:
             modules,
             slots,
             group.in_features,
-            _type(group.dtype),
+            type_number(group.dtype),
             *group.out_features,
         )
         self._memory = (ctypes.c_int64 * len(fields))(*fields)
@@ -56,8 +56,10 @@ class NativeKernels:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         self._delta, self._write_kv, self._attention = (
-            _function(loaded, name) for name in ("lora_delta", "lora_write_kv", "lora_attention")
+            bound(loaded, name) for name in ("lora_delta", "lora_write_kv", "lora_attention")
         )
+        maps = NativeLinear(loaded)
+        self.pack, self.unpack, self.linear = maps.pack, maps.unpack, maps.linear
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -87,7 +89,7 @@ class NativeKernels:
             x.data_ptr(),
             x.stride(0),
             tokens,
-            _type(dtype),
+            type_number(dtype),
             torch.get_num_threads(),
             count,
             start.data_ptr(),
@@ -153,7 +155,7 @@ class NativeKernels:
             *_pool(keys),
             *_pool(values),
             *_rows(q),
-            _type(q.dtype),
+            type_number(q.dtype),
             out.data_ptr(),
             spans.query_start.data_ptr(),
             spans.context.data_ptr(),
@@ -177,27 +179,13 @@ class NativeKernels:
         return out
 
 
-def _function(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
-    function = library[name]
-    function.argtypes = [ctypes.c_char_p]  # the packed call; its bytes live until the call returns
-    function.restype = ctypes.c_int64
-    return function
-
-
-def _type(dtype: torch.dtype) -> int:
-    try:
-        return _TYPES[dtype]
-    except KeyError:
-        raise TypeError(f"the native kernels know no {dtype}") from None
-
-
 def _pool(pool: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, byte strides of block, position and head, type, head size."""
     block, position, head, unit = pool.stride()
     if unit != 1:
         raise ValueError("heads of the KV pool are contiguous")
     each = pool.element_size()
-    return pool.data_ptr(), block * each, position * each, head * each, _type(pool.dtype), pool.shape[3]
+    return pool.data_ptr(), block * each, position * each, head * each, type_number(pool.dtype), pool.shape[3]
 
 
 def _rows(rows: Tensor) -> tuple[int, int, int]:

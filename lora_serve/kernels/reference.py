@@ -6,16 +6,41 @@ the pointer tables, never the addresses. Speed is no aim: it loops over segments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized, rounded
 
 
 class ReferenceKernels:
     """`Kernels` in plain torch."""
 
     name = "reference"
+
+    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+        """See `Kernels.pack`."""
+        shape = (weight.shape[0], weight.shape[1])
+        data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
+        return Packed(shape, weight.dtype, scheme, data, scale)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """See `Kernels.unpack`."""
+        return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
+
+    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+        """See `Kernels.linear`."""
+        outputs = []
+        for packed, bias in maps:
+            if packed.scheme is None:
+                outputs.append(nn.functional.linear(x, packed.data, bias))
+                continue
+            rows = rounded(x) if packed.scheme == "int8" else x.float()
+            y = rows @ self.unpack(packed).T
+            outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
+        return outputs
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""

@@ -18,6 +18,7 @@ from lora_serve.model.changes import Changes
 from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
+from lora_serve.model.packed import PackedLinear
 from lora_serve.model.virtual import embedded
 
 
@@ -25,7 +26,7 @@ class ResidentBase:
     """Runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; its linear modules are wrapped in place.
+        loaded: the model as it came from disk; its linear modules are packed and wrapped in place, one after the other.
         bank: the adapters on the device.
         kernels: the backend for deltas and attention.
         kv: memory for keys and values.
@@ -47,7 +48,7 @@ class ResidentBase:
                 module, _, parameter = names[0].partition("[")[0].rpartition(".")
                 stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
                 continue
-            bases = [self._model.get_submodule(name) for name in names]
+            bases = [PackedLinear(self._model.get_submodule(name), kernels, loaded.scheme) for name in names]
             shared = SharedInput(bases, group, kernels)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
                 head = name == loaded.shape.head and self._keeps_logits

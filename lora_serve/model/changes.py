@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_serve.adapters.adapter import BaseShape, Change
 from lora_serve.model.batch import Batch, Run
 from lora_serve.model.observe import rows_of, tensors_of
+from lora_serve.model.packed import PackedLinear
 from lora_serve.model.shape import base_of
 
 
@@ -151,8 +152,11 @@ def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: A
     args = [_own(value, part, tokens) for value in inputs]
     if part.change.gain_in is not None:
         args[0] = (args[0].float() * part.change.gain_in).to(args[0].dtype)
-    with _parameters(module, part.change.parameters):
-        fresh = module.forward(*args)  # its hooks are for the whole batch
+    if isinstance(module, PackedLinear):
+        fresh = module.with_parameters(args[0], part.change.parameters)
+    else:
+        with _parameters(module, part.change.parameters):
+            fresh = module.forward(*args)  # its hooks are for the whole batch
     for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
         _own(whole, part, tokens)[..., : tensor.shape[-1]] = tensor
 
@@ -160,16 +164,14 @@ def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: A
 @contextmanager
 def _parameters(module: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a module have other parameters meanwhile (as torch's `functional_call`, at a twentieth of its cost)."""
-    places: list[tuple[dict[str, Any], str, Any]] = []
+    places: list[tuple[str, nn.Parameter | None]] = []
     try:
         for name, tensor in others.items():
-            holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-            places.append((holder, name, holder[name]))
-            holder[name] = tensor
+            places.append((name, module._parameters[name]))
+            module._parameters[name] = tensor  # type: ignore[assignment]  # a view, not a Parameter of its own
         yield
     finally:
-        for holder, name, tensor in places:
-            holder[name] = tensor
+        module._parameters.update(places)
 
 
 def _scale(parts: Sequence[Part], output: Tensor, tokens: int) -> None:

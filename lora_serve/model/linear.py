@@ -1,9 +1,9 @@
 """Where the two streets meet: a base layer's output, plus each row's own delta.
 
 `AdaptedLinear` stands in the place of a linear module of the HF model. It does not look into the base layer, be it
-full-precision or quantised: it asks it for its output and lets the kernel add the deltas. Modules that read one input
-(q, k and v) are computed together when the first of them is called, so that the kernel gets them in one call; the
-others find their result ready. A batch without adapter rows calls the base layer and nothing else.
+full-precision or quantised: the kernels compute its output and add the deltas. Modules that read one input (q, k and v)
+are computed together when the first of them is called, so that the kernels get them in one call; the others find their
+result ready. A batch without adapter rows has no deltas to add.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
+from lora_serve.model.packed import PackedLinear
 
 
 @dataclass
@@ -27,19 +28,20 @@ class Routing:
 class SharedInput:
     """The base layers that read one input, their pointer tables, and results computed ahead of being asked for."""
 
-    def __init__(self, bases: list[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
-        self._bases = bases
+    def __init__(self, bases: list[PackedLinear], group: DeltaGroup, kernels: Kernels) -> None:
+        self._maps = [(base.packed, base.bias) for base in bases]
         self._group = group
         self._kernels = kernels
         self._input: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
-    def output(self, module: int, x: Tensor, segments: Segments) -> Tensor:
+    def output(self, module: int, x: Tensor, segments: Segments | None) -> Tensor:
         """Output of one of the modules for x [..., in], deltas added."""
         if x is not self._input or module not in self._ready:
             rows = x.reshape(-1, self._group.in_features)
-            outputs = [base(rows) for base in self._bases]
-            self._kernels.delta(rows, outputs, self._group, segments)
+            outputs = self._kernels.linear(rows, self._maps)
+            if segments is not None:
+                self._kernels.delta(rows, outputs, self._group, segments)
             self._ready = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._ready.pop(module)
@@ -51,7 +53,7 @@ class SharedInput:
 class AdaptedLinear(nn.Module):
     """A linear module of the base with every adapter's delta within reach."""
 
-    def __init__(self, base: nn.Module, shared: SharedInput, module: int, routing: Routing, *, head: bool) -> None:
+    def __init__(self, base: PackedLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool) -> None:
         super().__init__()
         self.base = base
         self._shared = shared
@@ -62,13 +64,8 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for modelling code that looks at its dtype or device."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self._routing.logits if self._head else self._routing.tokens
-        if segments is None:
-            rows: Tensor = self.base(x.reshape(-1, x.shape[-1]))
-            return rows.view(*x.shape[:-1], rows.shape[-1])
         return self._shared.output(self._module, x, segments)

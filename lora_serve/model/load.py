@@ -19,10 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.packed import Scheme
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.attention import BLOCKS
 from lora_serve.model.observe import observe
-from lora_serve.model.quantize import Scheme, quantize
 from lora_serve.model.shape import shape_of
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -40,6 +40,7 @@ class LoadedModel:
         max_model_len: the longest context that is served right.
         keeps_logits: the model's forward takes the rows whose logits are wanted.
         created: seconds since the epoch.
+        scheme: how the linear maps are to be quantised.
         notes: what an operator should know, for the start-up summary.
     """
 
@@ -57,6 +58,7 @@ class LoadedModel:
     created: int
     generation_defaults: dict[str, Any]
     notes: list[str]
+    scheme: Scheme | None
 
 
 def load(
@@ -72,7 +74,7 @@ def load(
     """Load a base model; raises ModelUnsupported if it cannot be served right.
 
     Args:
-        scheme: how its linear maps are quantised; None leaves them as they are.
+        scheme: how its linear maps will be quantised when they are packed; None leaves them as they are.
         names: what else the base is called, beside `name`.
     """
     progress("reading the model's configuration", 0.02)
@@ -99,9 +101,6 @@ def load(
     except (OSError, ValueError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
     model = model.to(device).eval().requires_grad_(False)
-    if scheme is not None:
-        progress(f"quantising to {scheme}", 0.7)
-        notes.append(f"{quantize(model, scheme)} linear modules are in {scheme}")
     progress("observing the forward pass", 0.8)
     seen = observe(model, device)
     generation = _generation_config(name, revision, model)
@@ -131,6 +130,7 @@ def load(
             if generation.get("do_sample") and generation.get(key) is not None
         },
         notes=notes,
+        scheme=scheme,
     )
 
 

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.attention import BLOCKS, OBSERVE, Observed
-from lora_serve.model.quantize import QuantizedLinear
 
-LINEAR = (nn.Linear, Conv1D, QuantizedLinear)
+LINEAR = (nn.Linear, Conv1D)
 TOKENS = 13  # of the watched pass: unlikely to be mistaken for a number of heads
 
 

@@ -12,13 +12,13 @@ from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import LINEAR, Seen
-from lora_serve.model.quantize import QuantizedLinear
+from lora_serve.model.packed import PackedLinear
 
 _EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
 
 def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str = "", quantized: str = "") -> BaseShape:
-    """The description of a model that was watched in a pass.
+    """The description of a model that was watched in a pass; it speaks of weights once its modules are packed.
 
     Args:
         names, vocabulary, quantized: see `BaseShape`.
@@ -74,9 +74,8 @@ def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str 
 
 
 def _parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's own parameters; a quantised linear map has those of the one that it stands for."""
-    own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-    return own | {"weight": module.shape} if isinstance(module, QuantizedLinear) else own
+    """Shapes of a module's own parameters."""
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _weight(model: Any, site: str) -> Tensor:
@@ -85,17 +84,14 @@ def _weight(model: Any, site: str) -> Tensor:
     module = base_of(model, site if expert is None else expert[1])
     if expert is not None:
         return expert_weight(module, expert[2], int(expert[3]))
-    weight = module.dequantized() if isinstance(module, QuantizedLinear) else module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+    assert isinstance(module, PackedLinear)
+    return module.rows
 
 
 def _parameter(model: Any, path: str) -> Tensor:
     """A parameter by its path before adapters were installed, in full precision if the base is quantised."""
     name, _, leaf = path.rpartition(".")
     module = base_of(model, name)
-    if leaf == "weight" and isinstance(module, QuantizedLinear):
-        return module.dequantized()
     parameter = getattr(module, leaf)
     assert isinstance(parameter, Tensor)
     return parameter

@@ -1,0 +1,141 @@
+"""The native CPU backend's linear maps: packs weights for `linear.cpp` and calls it.
+
+bf16 has two ways through the same packed weights: widened to float32 in registers, or by the CPU's own dot product of
+bf16 pairs. Which one is faster depends on the CPU; it is measured once, and then serves whatever number of rows comes,
+so that a row's bits never depend on its company.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Sequence
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT8, _INT4, _DOT = 3, 4, 5
+_INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
+_PACK = Struct("5q")
+_CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
+
+
+class NativeLinear:
+    """`Kernels.pack`, `unpack` and `linear`.
+
+    Args:
+        library: built from `linear.cpp`; its panels have `lora_columns()` outputs.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._linear, self._pack, self._unpack = (
+            bound(library, name) for name in ("lora_linear", "lora_pack", "lora_unpack")
+        )
+        library.lora_columns.restype = ctypes.c_int64
+        library.lora_has_dot.restype = ctypes.c_int64
+        self._columns = int(library.lora_columns())
+        self._bf16 = _KINDS[torch.bfloat16]
+        if library.lora_has_dot() and self._seconds(_DOT) < self._seconds(self._bf16):
+            self._bf16 = _DOT
+
+    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+        """See `Kernels.pack`."""
+        shape = (weight.shape[0], weight.shape[1])
+        if scheme is None:
+            source, scale = weight.detach().contiguous(), None
+        else:
+            source, each = quantized(weight, scheme)
+            scale = self._scale(source, each, scheme)
+        kind = self._kind(weight.dtype, scheme)
+        lanes = -(-shape[1] // _INPUTS[kind])
+        data = torch.empty(self._panels(shape[0]) * lanes * self._columns, dtype=torch.int32)
+        self._pack(_PACK.pack(source.data_ptr(), *shape, kind, data.data_ptr()))
+        return Packed(shape, weight.dtype, scheme, data, scale)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """See `Kernels.unpack`."""
+        whole = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.int8)
+        kind = self._kind(packed.dtype, packed.scheme)
+        self._unpack(_PACK.pack(whole.data_ptr(), *packed.shape, kind, packed.data.data_ptr()))
+        if packed.scale is None:
+            return whole
+        panels, out = self._panels(packed.shape[0]), packed.shape[0]
+        each = packed.scale if packed.scheme == "int4" else packed.scale[: panels * self._columns]
+        by_output = each.view(panels, -1, self._columns).transpose(1, 2).reshape(panels * self._columns, -1)
+        return dequantized(whole, by_output[:out])
+
+    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+        """See `Kernels.linear`."""
+        rows, width = x.shape
+        first = maps[0][0]
+        kind = self._kind(first.dtype, first.scheme)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        places: list[int] = []
+        outputs = []
+        for packed, bias in maps:
+            if packed.shape[1] != width or packed.dtype is not first.dtype or packed.scheme != first.scheme:
+                raise ValueError(f"a map of {packed.shape[1]} inputs and scheme {packed.scheme} does not fit its call")
+            y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
+            if bias is not None and bias.dtype is not x.dtype:
+                raise TypeError("a bias has the rows' type")
+            scale = 0 if packed.scale is None else packed.scale.data_ptr()
+            constant = 0 if bias is None else bias.data_ptr()
+            places += (packed.data.data_ptr(), scale, constant, y.data_ptr(), y.shape[1], packed.shape[0])
+            outputs.append(y)
+        threads = torch.get_num_threads()
+        head = (x.data_ptr(), x.stride(0), rows, width, type_number(x.dtype), threads, kind, len(outputs))
+        self._linear(_CALLS[len(outputs)].pack(*head, *places))
+        return outputs
+
+    def _kind(self, dtype: torch.dtype, scheme: Scheme | None) -> int:
+        if scheme is not None:
+            return _INT8 if scheme == "int8" else _INT4
+        return self._bf16 if dtype is torch.bfloat16 else type_number(dtype)
+
+    def _panels(self, out: int) -> int:
+        return -(-out // self._columns)
+
+    def _scale(self, whole: Tensor, each: Tensor, scheme: Scheme) -> Tensor:
+        """Scales in the order of the panels; for int8, each output's sum of weights behind them."""
+        panels, (out, groups) = self._panels(whole.shape[0]), each.shape
+        padded = torch.zeros(panels * self._columns, groups)
+        padded[:out] = each
+        scale = padded.view(panels, self._columns, groups).transpose(1, 2).reshape(-1)
+        if scheme == "int4":
+            return scale
+        totals = torch.zeros(panels * self._columns, dtype=torch.int32)
+        totals[:out] = whole.sum(1, dtype=torch.int32)
+        return torch.cat([scale, totals.view(torch.float32)])
+
+    def _seconds(self, kind: int) -> float:
+        """How long a product of some rows takes by this kind of bf16."""
+        self._bf16 = kind
+        packed, x = self.pack(torch.zeros(512, 1024, dtype=torch.bfloat16)), torch.zeros(64, 1024, dtype=torch.bfloat16)
+        taken = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            self.linear(x, [(packed, None)])
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken)
+
+
+def bound(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
+    """A function of the library that takes one packed call."""
+    function = library[name]
+    function.argtypes = [ctypes.c_char_p]  # the packed call; its bytes live until the call returns
+    function.restype = ctypes.c_int64
+    return function
+
+
+def type_number(dtype: torch.dtype) -> int:
+    """What C++ calls a type; TypeError for one that it does not know."""
+    try:
+        return _KINDS[dtype]
+    except KeyError:
+        raise TypeError(f"the native kernels know no {dtype}") from None

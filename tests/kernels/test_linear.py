@@ -1,0 +1,107 @@
+"""Linear maps over packed weights: the reference's numbers, and bits that depend on nothing but the row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_near
+from torch import Tensor
+
+from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.packed import GROUP, Packed, Scheme, dequantized, quantized, rounded
+from lora_serve.kernels.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+SCHEMES: list[Scheme | None] = [None, "int8", "int4"]
+Maps = list[tuple[Packed, Tensor | None]]
+
+
+def weights(outs: list[int], wide: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(out, wide, generator=generator) / wide**0.5).to(dtype) for out in outs]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=DTYPES,
+    scheme=st.sampled_from(SCHEMES),
+    outs=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    wide=st.integers(1, 70) | st.sampled_from([1024, 1100, 2080]),
+    rows=st.integers(1, 40),
+    biased=st.booleans(),
+)
+def test_native_gives_the_references_numbers(
+    native: NativeKernels,
+    seed: int,
+    dtype: torch.dtype,
+    scheme: Scheme | None,
+    outs: list[int],
+    wide: int,
+    rows: int,
+    biased: bool,
+) -> None:
+    wide = -(-wide // GROUP) * GROUP if scheme == "int4" else wide
+    each = weights(outs, wide, dtype, seed)
+    torch.manual_seed(seed)
+    x = torch.randn(rows, wide).to(dtype)
+    constants = [torch.randn(out).to(dtype) if biased else None for out in outs]
+    ours: Maps = [(native.pack(weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
+    theirs: Maps = [(REFERENCE.pack(weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
+    for (mine, _), (other, _) in zip(ours, theirs, strict=True):
+        assert native.unpack(mine).equal(REFERENCE.unpack(other))
+    for got, wanted in zip(native.linear(x, ours), REFERENCE.linear(x, theirs), strict=True):
+        assert_near(got, wanted, f"{dtype} {scheme}")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rows_bits_do_not_depend_on_company_or_threads(
+    native: NativeKernels, dtype: torch.dtype, scheme: Scheme | None
+) -> None:
+    maps: Maps = [(native.pack(weight, scheme), None) for weight in weights([200, 33], 2528, dtype)]
+    x = torch.randn(70, 2528).to(dtype)
+    together = native.linear(x, maps)
+    for first, count in ((0, 1), (1, 2), (3, 5), (8, 8), (16, 9), (25, 40)):
+        some = native.linear(x[first : first + count], maps)
+        assert all(part.equal(whole[first : first + count]) for part, whole in zip(some, together, strict=True))
+    torch.set_num_threads(1)
+    assert all(part.equal(whole) for part, whole in zip(native.linear(x, maps), together, strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.5 / 127), ("int4", 0.5 / 7)])
+def test_a_weight_is_off_by_at_most_half_a_step_of_its_group(scheme: Scheme, most: float) -> None:
+    (weight,) = weights([24], 64, torch.float32)
+    whole, scale = quantized(weight, scheme)
+    groups = scale.shape[1]
+    apart = (dequantized(whole, scale) - weight).view(24, groups, -1).abs()
+    assert groups == (1 if scheme == "int8" else 64 // GROUP)
+    assert (apart <= most * weight.view(24, groups, -1).abs().amax(-1, keepdim=True) * 1.001).all()
+
+
+def test_rows_are_rounded_to_their_own_largest_value() -> None:
+    x = torch.tensor([[127.0, 0.4, -0.6, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    assert rounded(x).tolist() == [[127.0, 0.0, -1.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_packed_weights_take_what_their_numbers_take(native: NativeKernels) -> None:
+    (weight,) = weights([128], 256, torch.bfloat16)
+    full, half, quarter = (native.pack(weight, scheme).data.nbytes for scheme in SCHEMES)
+    assert (full, half, quarter) == (weight.nbytes, weight.nbytes // 2, weight.nbytes // 4)
+
+
+def test_maps_that_do_not_fit_are_refused(native: NativeKernels) -> None:
+    packed = native.pack(weights([32], 64, torch.bfloat16)[0])
+    with pytest.raises(ValueError, match="64 inputs"):
+        native.linear(torch.zeros(1, 32, dtype=torch.bfloat16), [(packed, None)])
+    with pytest.raises(TypeError, match="bias"):
+        native.linear(torch.zeros(1, 64, dtype=torch.bfloat16), [(packed, torch.zeros(32))])
+    with pytest.raises(TypeError, match="float64"):
+        native.pack(torch.zeros(4, 4, dtype=torch.float64))
+
+
+def test_no_rows_is_no_work(native: NativeKernels) -> None:
+    packed = native.pack(weights([32], 64, torch.float32)[0])
+    assert native.linear(torch.zeros(0, 64), [(packed, None)])[0].shape == (0, 32)
