@@ -45,22 +45,6 @@ struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; fir
 
 size_t bytes_of(int64_t type) { return type == FP32 ? 4 : 2; }
 
-constexpr float LOG2E = 1.44269504f;
-
-// 2^x for x < 128; 0 below the smallest normal float, NaN for NaN. The polynomial is good to 2 ulp over [-1/2, 1/2].
-INLINE V power_of_two(V x) {
-    constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the lowest bits
-    V floor = V{} - 126.0f;
-    V whole = larger(x, floor) + magic;
-    V r = x - (whole - magic);
-    V p = r * 1.535336188e-4f + 1.339887440e-3f;
-    p = p * r + 9.618437358e-3f;
-    p = p * r + 5.550332471e-2f;
-    p = p * r + 2.402264791e-1f;
-    p = p * r + 6.931472029e-1f;
-    p = p * r + 1.0f;
-    return x < floor ? V{} : p * (V)(((U)whole + 127) << 23);
-}
 INLINE V tangent(V x) {  // hyperbolic
     V positive = x < 0 ? -x : x;
     V e = power_of_two(positive * (-2 * LOG2E));

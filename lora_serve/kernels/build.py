@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("delta.cpp", "attention.cpp", "linear.cpp")
+SOURCES = ("delta.cpp", "attention.cpp", "linear.cpp", "pointwise.cpp")
 HEADERS = ("simd.h",)
 FLAGS = (
     "-std=c++17",

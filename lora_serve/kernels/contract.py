@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +115,9 @@ class Spans:
     longest_context: int
 
 
+Activation = Literal["silu", "gelu_tanh"]
+
+
 class Kernels(Protocol):
     """A backend."""
 
@@ -134,6 +137,17 @@ class Kernels(Protocol):
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns contiguous
         [rows, out] in x's dtype. In int8, rows are rounded too (see `packed.rounded`).
         """
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+        """Root mean square norm of rows x [..., width], in x's dtype, computed in float32.
+
+        n = x / sqrt(mean(x²) + eps); y = n * (1 + weight) with `plus_one`, else n rounded to x's dtype, times weight.
+        """
+        ...
+
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:

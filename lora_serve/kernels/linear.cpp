@@ -52,6 +52,15 @@ INLINE U load_lanes(const char* p) {
     return u;
 }
 INLINE U same(uint32_t lane) { return U{} + lane; }
+INLINE I nearest(V v) {  // halves to the even one
+#if defined(__AVX512F__)
+    return (I)_mm512_cvtps_epi32((__m512)v);
+#else
+    I i;
+    for (int j = 0; j < W; j++) i[j] = (int32_t)std::nearbyint(v[j]);
+    return i;
+#endif
+}
 INLINE V to_float(I i) {
 #if defined(__AVX512F__)
     return (V)_mm512_cvtepi32_ps((__m512i)i);
@@ -185,14 +194,9 @@ struct Work {
                 float peak = largest(most);
                 *factor = peak / 127;
                 float inverse = peak > 0 ? 127 / peak : 0;
-                float part[W];
                 for (size_t i = 0; i < in; i += W) {
-                    store(part, (i + W <= in ? load(x + i) : load_part(x + i, in - i)) * inverse + 0x1.8p23f);
-                    for (size_t j = 0; j < W && i + j < lanes * 4; j++) {
-                        uint32_t bits;
-                        memcpy(&bits, part + j, 4);
-                        to[i + j] = (char)(bits + 128);  // rounded to an integer in the lowest bits
-                    }
+                    I whole = nearest((i + W <= in ? load(x + i) : load_part(x + i, in - i)) * inverse) + 128;
+                    for (size_t j = 0; j < W && i + j < lanes * 4; j++) to[i + j] = (char)whole[j];
                 }
             } else {
                 widen_row(x, in, (float*)to);

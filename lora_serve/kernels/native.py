@@ -15,11 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
 from lora_serve.kernels.native_linear import NativeLinear, bound, type_number
 
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")
+_NORM = Struct("3q 7q d")
+_GATED = Struct("3q 7q")
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class _PackedGroup:
@@ -55,8 +58,9 @@ class NativeKernels:
 
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
-        self._delta, self._write_kv, self._attention = (
-            bound(loaded, name) for name in ("lora_delta", "lora_write_kv", "lora_attention")
+        names = ("lora_delta", "lora_write_kv", "lora_attention", "lora_rms_norm", "lora_gated")
+        self._delta, self._write_kv, self._attention, self._rms_norm, self._gated = (
+            bound(loaded, name) for name in names
         )
         maps = NativeLinear(loaded)
         self.pack, self.unpack, self.linear = maps.pack, maps.unpack, maps.linear
@@ -101,6 +105,53 @@ class NativeKernels:
         wrong = self._delta(call)
         if wrong:
             raise ValueError(f"segment {wrong - 1} lies outside the batch or the slots")
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+        """See `Kernels.rms_norm`."""
+        width = x.shape[-1]
+        rows = x.reshape(-1, width)
+        if rows.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+            raise ValueError(f"weight {tuple(weight.shape)} does not fit rows of {width}")
+        y = torch.empty(x.shape, dtype=x.dtype)
+        self._rms_norm(
+            _NORM.pack(
+                rows.data_ptr(),
+                weight.data_ptr(),
+                y.data_ptr(),
+                rows.shape[0],
+                width,
+                rows.stride(0),
+                type_number(x.dtype),
+                type_number(weight.dtype),
+                plus_one,
+                torch.get_num_threads(),
+                eps,
+            )
+        )
+        return y
+
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """See `Kernels.gated`."""
+        width = gate.shape[-1]
+        if gate.shape != up.shape or gate.dtype is not up.dtype or (gate.stride(-1), up.stride(-1)) != (1, 1):
+            raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
+        left, right = gate.reshape(-1, width), up.reshape(-1, width)
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        self._gated(
+            _GATED.pack(
+                left.data_ptr(),
+                right.data_ptr(),
+                y.data_ptr(),
+                left.shape[0],
+                width,
+                left.stride(0),
+                right.stride(0),
+                type_number(gate.dtype),
+                _ACTIVATIONS[activation],
+                torch.get_num_threads(),
+            )
+        )
+        return y
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         """See `Kernels.write_kv`."""

@@ -62,5 +62,5 @@ def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
 
 def rounded(x: Tensor) -> Tensor:
     """Rows x [rows, in] as int8 keeps them, float32."""
-    step = x.float().abs().amax(-1, keepdim=True) / 127
-    return (x.float() / step.clamp(min=1e-30)).round() * step
+    peak = x.float().abs().amax(-1, keepdim=True)
+    return (x.float() * torch.where(peak > 0, 127 / peak, 0)).round() * (peak / 127)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
 from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized, rounded
 
 
@@ -41,6 +41,18 @@ class ReferenceKernels:
             y = rows @ self.unpack(packed).T
             outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
         return outputs
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+        """See `Kernels.rms_norm`."""
+        wide = x.float()
+        n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
+
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """See `Kernels.gated`."""
+        if activation == "silu":
+            return nn.functional.silu(gate) * up
+        return nn.functional.gelu(gate, approximate="tanh") * up
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""

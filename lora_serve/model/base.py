@@ -16,6 +16,7 @@ from lora_serve.model.attention import BLOCKS, PagedKV
 from lora_serve.model.batch import Batch
 from lora_serve.model.changes import Changes
 from lora_serve.model.experts import AdaptedExperts
+from lora_serve.model.lean import lean
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed import PackedLinear
@@ -42,6 +43,7 @@ class ResidentBase:
         self._prefixes = bank.prefixes
         self._embedding = loaded.shape.input_embedding
         self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
+        lean(self._model, loaded.dtype, kernels)
         stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
         for names, group in bank.groups.items():
             if names[0].endswith("]"):

@@ -1,0 +1,56 @@
+"""Norms and gated activations in one pass: the reference's numbers, whatever rows come together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_near
+
+from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 150))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, plus_one=st.booleans())
+def test_norms_are_the_references(
+    native: NativeKernels, seed: int, dtype: torch.dtype, shape: tuple[int, int, int], plus_one: bool
+) -> None:
+    torch.manual_seed(seed)
+    x, weight = (5 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    got = native.rms_norm(x, weight, 1e-6, plus_one=plus_one)
+    assert_near(got, REFERENCE.rms_norm(x, weight, 1e-6, plus_one=plus_one))
+    assert got[:1].equal(native.rms_norm(x[:1], weight, 1e-6, plus_one=plus_one))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, activation=st.sampled_from(["silu", "gelu_tanh"]))
+def test_gated_activations_are_the_references(
+    native: NativeKernels, seed: int, dtype: torch.dtype, shape: tuple[int, int, int], activation: Activation
+) -> None:
+    torch.manual_seed(seed)
+    gate, up = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
+    assert_near(native.gated(gate, up, activation), REFERENCE.gated(gate, up, activation))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(
+    native: NativeKernels, activation: Activation
+) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan")]])
+    got = native.gated(gate, torch.ones_like(gate), activation)[0]
+    assert got[:3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+    assert got[3:6].tolist() == pytest.approx([0.0, 90.0, 1e30])
+    assert got[6].isnan()
+
+
+def test_shapes_that_do_not_fit_are_refused(native: NativeKernels) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        native.rms_norm(torch.zeros(2, 8), torch.zeros(9), 1e-6, plus_one=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        native.gated(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
