@@ -55,9 +55,16 @@ class AdapterExists(ServeError):
 
 
 class AdapterInvalid(ServeError):
-    """The adapter's files cannot be served faithfully; the message names keys and fields."""
+    """The adapter's files cannot be served faithfully; the message names keys and fields.
+
+    These are a stranger's, so what a terminal would not print as it is does not stay in the message.
+    """
 
     kind = "adapter_invalid"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in message)
+        super().__init__(printable, param=param, retry_after=retry_after)
 
 
 class AdapterBusy(ServeError):

@@ -99,7 +99,8 @@ class Inspect(Remote):
 
     def run(self) -> None:
         path = Path(self.adapter)
-        if path.exists():
+        local = len(self.adapter) < 4096 and os.path.exists(path)  # unlike Path's own, of any name
+        if local:
             answer = self.send("POST", "/v1/adapters/inspect", path)
         elif path.name != self.adapter:
             raise BadRequest(f"there is no folder or archive {self.adapter}")
@@ -108,7 +109,7 @@ class Inspect(Remote):
         if self.as_json:
             reports.as_json(answer)
         else:
-            reports.in_full(answer, path.resolve().name if path.exists() else self.adapter)
+            reports.in_full(answer, path.resolve().name if local else self.adapter)
 
 
 class Named(Remote):

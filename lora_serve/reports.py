@@ -13,7 +13,7 @@ Answer = Mapping[str, Any]  # of the server's, which may be another version: not
 
 
 def as_json(answer: Any) -> None:
-    _console().print_json(json.dumps(answer))
+    _console().print_json(json.dumps(answer, ensure_ascii=True), ensure_ascii=True)
 
 
 def as_table(adapters: Iterable[Answer]) -> None:

@@ -155,8 +155,15 @@ def _json(data: bytes, name: str) -> Any:
     def number(text: str) -> None:
         raise AdapterInvalid(f"{name} has a number that is not finite ({text})")
 
+    def whole(text: str) -> int:
+        if len(text) > 19:  # 64 bits are what messages carry
+            raise AdapterInvalid(f"{name} has a number of {len(text)} digits")
+        return int(text)
+
     try:
-        return json.loads(data, object_pairs_hook=unique, parse_constant=number)
+        found = json.loads(data, object_pairs_hook=unique, parse_constant=number, parse_int=whole)
+        json.dumps(found, ensure_ascii=False).encode()  # escapes can spell halves of characters
+        return found
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested beyond reason
         raise AdapterInvalid(f"{name} is not valid JSON") from None
 

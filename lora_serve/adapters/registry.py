@@ -24,11 +24,13 @@ from lora_serve.adapters.loader import Loader
 from lora_serve.adapters.memory import Failed, Loading, Memory, Ready
 from lora_serve.adapters.publisher import Published, Publisher
 from lora_serve.adapters.store import Meta, Record, Store
-from lora_serve.adapters.traits import Traits
+from lora_serve.adapters.traits import Traits, traits
 from lora_serve.errors import (
     AdapterBusy,
     AdapterExists,
+    AdapterInvalid,
     BadRequest,
+    EngineFault,
     ServeError,
 )
 from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection, Publish, Stats
@@ -192,6 +194,8 @@ class Registry:
                     self._take(published)
             except ServeError as error:
                 failed.append((path.name, error))
+            except Exception as error:  # a fault of ours or the disk's keeps no other adapter from being served
+                failed.append((path.name, EngineFault(f"it could not be read or stored ({type(error).__name__})")))
         self.poll()
         return failed
 
@@ -299,6 +303,8 @@ class Registry:
     def _fetch(self, digest: str) -> Adapter:
         """From disk to the flat form; in the reading thread."""
         lowered = lower(read(self._store.folder(digest), max_bytes=self._max_bytes), self._base)
+        if traits(lowered, self._base) != self._store.meta(digest).traits:
+            raise AdapterInvalid("the base was loaded in another form when the adapter was published; publish it again")
         return flatten(digest, lowered, self._dtype)
 
     def _inspection(self, digest: str, meta: Meta) -> Inspection:

@@ -111,6 +111,9 @@ class Store:
         with _room():
             if not (self._versions / digest).exists():
                 self._keep(folder, digest, meta)
+            else:  # the same content, said of itself anew
+                meta = msgspec.structs.replace(meta, created=self.meta(digest).created)
+                self._write(self._versions / digest / "meta.json", msgspec.json.encode(meta))
             self._write(self._names / f"{name}.json", msgspec.json.encode(record))
         return record
 

@@ -72,7 +72,10 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
         rows.append(Rows(item, len(logits_rows), len(logits_rows) + wanted, item.last))
         logits_rows += range(len(tokens) - wanted, len(tokens))
     longest = max(len(item.seq.blocks) for item in work)
-    runs, logits_runs = _runs(spans, slots), _runs(logits_spans, slots)
+    runs = _runs(spans, slots)
+    segments = _segments(runs, device)
+    same = logits_spans == spans  # as in every step that only decodes
+    logits_runs = runs if same else _runs(logits_spans, slots)
     batch = Batch(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
@@ -85,8 +88,8 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
             longest_context=max(item.start + item.count for item in work),
         ),
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
-        segments=_segments(runs, device),
-        logits_segments=_segments(logits_runs, device),
+        segments=segments,
+        logits_segments=segments if same else _segments(logits_runs, device),
         runs=runs,
         logits_runs=logits_runs,
         virtual=virtual,
@@ -110,6 +113,11 @@ def _pieces(
 ) -> Iterator[tuple[list[tuple[int, float]], int]]:
     """Spans cut where an adapter becomes active: (slot, weight) of those that are, and how many rows."""
     for seq, start, end in spans:
+        if end == start:
+            continue
+        if all(each.start <= start for each in seq.active):
+            yield [(slots[each.digest], each.weight) for each in seq.active], end - start
+            continue
         cuts = sorted({start, end, *(each.start for each in seq.active if start < each.start < end)})
         for first, last in pairwise(cuts):
             routes = [(slots[each.digest], each.weight) for each in seq.active if each.start <= first]

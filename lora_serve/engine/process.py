@@ -117,8 +117,14 @@ class Line:
         self._poller.register(waker.fileno(), zmq.POLLIN)
 
     def send(self, message: FromEngine) -> None:
-        """Send, or keep in order until the parent reads again."""
-        self._unsent.append(encode(message))
+        """Send, or keep in order until the parent reads again. An answer that cannot be written becomes a failure."""
+        try:
+            self._unsent.append(encode(message))
+        except (ValueError, OverflowError):
+            if not isinstance(message, Reply):
+                raise
+            log.exception("an answer cannot be sent")
+            self._unsent.append(encode(Reply(message.id, failure=Failure.of(EngineFault("the answer cannot be sent")))))
         self.flush()
 
     def flush(self) -> bool:

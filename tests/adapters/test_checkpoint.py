@@ -120,3 +120,15 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_a_file_over_the_cap_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(TooLarge):
         read(write(tmp_path), max_bytes=100)
+
+
+@pytest.mark.parametrize("text", ['{"r": 1000000000000000000000000000000}', '{"a\\ud800b": 1}', '{"r": "\\udfff"}'])
+def test_what_no_message_could_carry_is_refused(text: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterInvalid):
+        read(tmp_path, max_bytes=1 << 20)
+
+
+def test_a_refusal_holds_nothing_that_a_terminal_would_act_on() -> None:
+    assert AdapterInvalid("key \x1b]0;evil\x07 \u202e").message == "key \ufffd]0;evil\ufffd \ufffd"

@@ -189,3 +189,16 @@ def test_the_flat_tensor_holds_exactly_the_matrices_at_aligned_places(tmp_path: 
         torch.testing.assert_close(delta.b, lowered.deltas[name].b.bfloat16(), rtol=0, atol=0)
         assert (delta.a.data_ptr() - adapter.flat.data_ptr()) % 64 == 0
     assert adapter.nbytes == 2 * 3 * (4 * 8 + 4 * 12 + 16)  # B of 48 numbers is padded to 64, nothing else
+
+
+@pytest.mark.parametrize("matrix", ["lora_A.weight", "lora_B.weight"])
+@pytest.mark.parametrize("shape", [(), (4,), (4, 8, 1)])
+def test_matrices_of_no_two_dimensions_are_refused(matrix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    weights = tensors() | {f"{PREFIX}layers.0.q_proj.{matrix}": torch.ones(shape)}
+    with pytest.raises(AdapterInvalid, match=r"layers\.0\.q_proj"):
+        bring(tmp_path, weights)
+
+
+def test_an_invocation_longer_than_any_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match="alora_invocation_tokens"):
+        bring(tmp_path, alora_invocation_tokens=[1] * 5000)

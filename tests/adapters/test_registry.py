@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from peft_folders import tensors, write
 from registry_house import House
 
 from lora_serve.adapters.registry import Failed, Loading, Ready
+from lora_serve.adapters.store import Meta
+from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
@@ -185,3 +188,29 @@ def test_counters_tell_hits_from_misses(house: House) -> None:
     stats = house.stats()
     assert stats.cache_hits_total == {"host": 1, "device": 1}
     assert stats.cache_misses_total == {"host": 1, "device": 2}
+
+
+def test_the_same_content_published_again_is_described_anew(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.publish("a")
+    folder = write(tmp_path / "store" / "staging" / "b", House.tensors(0), base_model_name_or_path="someone/other")
+    house.answer(lambda done: house.start_publish("b", folder, done))
+    (version,) = house.registry.describe("b").versions
+    assert version.report["base_model_name_or_path"] == "someone/other"
+    assert version.digest == house.registry.describe("a").versions[0].digest
+    house.registry.close()
+
+
+def test_an_adapter_that_means_another_thing_to_this_base_is_not_served_as_what_it_was(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    digest = house.publish("a").versions[0].digest
+    path = tmp_path / "store" / "versions" / digest / "meta.json"
+    meta = msgspec.json.decode(path.read_bytes(), type=Meta)
+    told = msgspec.structs.replace(meta, traits=Traits(not_additive="it was different"))
+    path.write_bytes(msgspec.json.encode(told))
+    house.registry.acquire(AdapterUse("a"))
+    house.bring(digest)
+    state = house.registry.state(digest)
+    assert isinstance(state, Failed)
+    assert "publish it again" in state.error.message
+    house.registry.close()

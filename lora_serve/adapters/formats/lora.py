@@ -54,6 +54,8 @@ TAILS = {
     "lora_embedding_A": "embedding_A",
     "lora_embedding_B": "embedding_B",
 }
+VECTORS = ("bias", "magnitude", "diagonal")
+MAX_INVOCATION = 1024
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler.")  # state of samplers and estimators
 
 
@@ -85,6 +87,10 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     stacks = moe.take(config, tensors, base, scaling.of)
     found = by_module(stacks.rest, base, TAILS, lambda name: name in base.sites or name in base.embeddings)
     _check_kept(config, found)
+    for name, matrices in found.items():
+        odd = [matrix for matrix, tensor in matrices.items() if tensor.ndim != (1 if matrix in VECTORS else 2)]
+        if odd:
+            raise AdapterInvalid(f"{name} has {', '.join(odd)} with an impossible number of dimensions")
     deltas, changes = dict(stacks.deltas), dict(taken.changes)
     for name, parameters in stacks.parameters.items():
         change = changes.get(name, Change())
@@ -102,7 +108,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         if change != Change():
             changes[name] = change
     deltas, changes = factors.settled(deltas, changes, base)
-    invocation = _invocation(config)
+    invocation = _invocation(config, base)
     if invocation and changes:
         raise AdapterInvalid(
             "alora_invocation_tokens in adapter_config.json: an adapter that is active from some token on cannot also "
@@ -197,12 +203,17 @@ def _check_kept(config: Config, found: dict[str, dict[str, Tensor]]) -> None:
             raise AdapterInvalid(f"{field} in adapter_config.json is off, but there is a {matrix} for {some(has)}")
 
 
-def _invocation(config: Config) -> tuple[int, ...]:
+def _invocation(config: Config, base: BaseShape) -> tuple[int, ...]:
     tokens = config.get("alora_invocation_tokens")
     if tokens is None:
         return ()
-    if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-        raise AdapterInvalid("alora_invocation_tokens in adapter_config.json is not a list of token ids")
+    ids = base.modules.get(base.input_embedding, {}).get("weight", (1 << 31,))[0]
+    if not isinstance(tokens, list) or not 0 < len(tokens) <= MAX_INVOCATION:
+        raise AdapterInvalid(
+            f"alora_invocation_tokens in adapter_config.json is not a list of 1 to {MAX_INVOCATION} ids"
+        )
+    if not all(type(token) is int and 0 <= token < ids for token in tokens):
+        raise AdapterInvalid(f"alora_invocation_tokens in adapter_config.json has ids outside 0..{ids - 1}")
     return tuple(tokens)
 
 

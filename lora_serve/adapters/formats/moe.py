@@ -65,12 +65,19 @@ def take(config: Config, tensors: dict[str, Tensor], base: BaseShape, scale: Sca
     halves = [" ".join(map(str, name)) for name, pair in (*nested.items(), *old.items()) if len(pair) < 2]
     if halves:
         raise AdapterInvalid(f"only one of lora_A and lora_B is there for {some(halves)}")
+    odd = [" ".join(map(str, name)) for name, pair in (*nested.items(), *old.items()) if _flat(pair)]
+    if odd:
+        raise AdapterInvalid(f"lora_A and lora_B have two dimensions, unlike those of {some(odd)}")
     for (module, depth), pair in nested.items():
         _parameter(found, module, _targeted(config, module, depth, base), pair["A"], pair["B"], base, scale)
     if nested:
         found.features.append("target_parameters")
     _former(found, old, base, scale)
     return found
+
+
+def _flat(pair: dict[str, Tensor]) -> bool:
+    return any(tensor.ndim != 2 for tensor in pair.values())
 
 
 def _targeted(config: Config, module: str, depth: int, base: BaseShape) -> str:
