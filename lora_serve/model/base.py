@@ -71,7 +71,7 @@ class ResidentBase:
             return self._logits(batch)
         with ExitStack() as meanwhile:
             if parts:
-                meanwhile.enter_context(self._changes.applied(parts))
+                meanwhile.enter_context(self._changes.applied(parts, batch))
             if batch.virtual:  # after the changes, so that its rows have the last word
                 embedding = self._model.get_submodule(self._embedding)
                 meanwhile.enter_context(embedded(embedding, batch.virtual, self._prefixes))

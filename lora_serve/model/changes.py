@@ -60,14 +60,16 @@ class Changes:
         return found
 
     @contextmanager
-    def applied(self, parts: Mapping[str, list[Part]]) -> Iterator[None]:
+    def applied(self, parts: Mapping[str, list[Part]], batch: Batch) -> Iterator[None]:
         """Have the modules changed for the rows of `parts` meanwhile."""
         hooks = []
         try:
             for name, each in parts.items():
                 module = self._model.get_submodule(name)
                 looks_up = name in self._shape.embeddings
-                hook = _Hook(base_of(self._model, name), each, looks_up=looks_up, widens=name == self._shape.head)
+                head = name == self._shape.head
+                seen = batch.logits_rows if head and self._head_rows else batch.token_ids
+                hook = _Hook(base_of(self._model, name), each, seen.shape[0], looks_up=looks_up, widens=head)
                 if looks_up:
                     hook.limit = self._ids(name)
                     hooks.append(module.register_forward_pre_hook(hook.before))
@@ -105,11 +107,12 @@ class _Hook:
 
     Args:
         module: the base's own module, which computes with an adapter's parameters.
+        tokens: rows that the module sees.
         looks_up: it gets ids; `widens`: it gives logits, of as many tokens as the largest vocabulary has.
     """
 
-    def __init__(self, module: nn.Module, parts: Sequence[Part], *, looks_up: bool, widens: bool) -> None:
-        self._module, self._parts = module, parts
+    def __init__(self, module: nn.Module, parts: Sequence[Part], tokens: int, *, looks_up: bool, widens: bool) -> None:
+        self._module, self._parts, self._tokens = module, parts, tokens
         self._looks_up, self._widens = looks_up, widens
         self._scaled = [part for part in parts if part.change.gain_out is not None or part.change.shift is not None]
         self._ids: Tensor | None = None
@@ -123,8 +126,7 @@ class _Hook:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Treat the adapters' rows."""
         inputs = args if self._ids is None else (self._ids, *args[1:])
-        x = inputs[0]
-        tokens = x.shape[1] if x.ndim > 1 and x.shape[0] == 1 else x.shape[0]
+        x, tokens = inputs[0], self._tokens
         if self._widens:
             output = _widened(output, self._parts)
         for part in self._parts:

@@ -127,6 +127,17 @@ def test_experts_and_routers_equal_peft(architecture: str, native: bool, tmp_pat
     check(architecture, tmp_path, [*configs, config(architecture, target_modules=["q_proj", "v_proj"])], native=native)
 
 
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_a_lone_row_gets_its_own_router(architecture: str, tmp_path: Path) -> None:
+    """A step of one token: nothing in its shapes tells a row of the batch from a number of the row."""
+    model = make(
+        architecture, tmp_path / "a", 0, config(architecture, target_modules=[], target_parameters=["gate.weight"])
+    )
+    driver = Driver(save(architecture, tmp_path / "base"))
+    rows = driver.teach([[5, 9, 33]], decode=3, adapters=[[(driver.seat(bring(driver, tmp_path / "a")), 1.0)]])
+    torch.testing.assert_close(rows[0], logits(model, driver.sequences[0]), atol=1e-4, rtol=1e-4)
+
+
 OLD_NAMES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2", range(3)),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj", (1, 2)),
@@ -207,3 +218,25 @@ def test_copies_of_the_base_s_own_weights_change_nothing(tmp_path: Path) -> None
     driver = Driver(save("llama", tmp_path / "base"))
     make("llama", tmp_path / "a", 0, config("llama", target_modules=["lm_head", "q_proj"]))
     assert bring(driver, tmp_path / "a").changes == {}
+
+
+def test_constants_and_embeddings_compose_like_deltas(tmp_path: Path) -> None:
+    """What only adds can be weighed and summed, whatever module it adds to."""
+    options: list[dict[str, Any]] = [{"lora_bias": True}, {"target_modules": ["embed_tokens", "q_proj"]}]
+    driver = Driver(save("llama", tmp_path / "base"))
+    digests = []
+    for seed, each in enumerate(options):
+        make("llama", tmp_path / str(seed), seed, config("llama", **each))
+        digests.append(driver.seat(bring(driver, tmp_path / str(seed))))
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "0", adapter_name="0")
+    model.load_adapter(tmp_path / "1", adapter_name="1")
+    model.base_model.set_adapter(["0", "1"])
+    weights = (0.5, -1.5)
+    for module in model.modules():
+        for name, weight in zip("01", weights, strict=True):
+            if name in getattr(module, "scaling", {}):
+                module.set_scale(name, weight)
+    rows = driver.teach(
+        [[5, 9, 33, 60, 7]] * 2, decode=3, adapters=[list(zip(digests, weights, strict=True)), [(digests[0], 1.0)]]
+    )
+    torch.testing.assert_close(rows[0], logits(model.eval(), driver.sequences[0]), atol=1e-4, rtol=1e-4)
