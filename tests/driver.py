@@ -94,7 +94,7 @@ class Driver:
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
             flat = flatten(self.scheduler.plan(lambda digest: True), self.slots, self.scheduler.pool.block_size, CPU)
-            logits = self.base.forward(flat.batch)
+            logits = self.base.forward(flat.batch).clone()  # the next pass may write over it
             for row in flat.rows:
                 seq = row.work.seq
                 self.scheduler.computed(row.work)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.packed import Packed, Scheme
+from lora_serve.kernels.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,18 @@ class Kernels(Protocol):
 
     def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
+        ...
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary position embedding of queries and keys (RoFormer, arXiv:2104.09864; halves, not pairs).
+
+        y = x * cos + concat(-x[dim/2:], x[:dim/2]) * sin for every head, in float32, rounded once.
+        Shapes: q [1, heads, tokens, dim], k [1, kv_heads, tokens, dim], cos and sin [1, tokens, dim].
+        """
+        ...
+
+    def tape(self) -> Tape | None:
+        """A tape that notes a pass over this backend's calls; None if it has none."""
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:

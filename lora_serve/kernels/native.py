@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
-from lora_serve.kernels.native_linear import NativeLinear, bound, type_number
+from lora_serve.kernels.library import TYPES, Library, type_number
+from lora_serve.kernels.native_linear import NativeLinear
+from lora_serve.kernels.tape import Tape
 
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")
 _NORM = Struct("3q 7q d")
 _GATED = Struct("3q 7q")
+_ROPE = Struct("4q4q 5q 5q")
+_ADD = Struct("6q")
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
@@ -57,12 +61,12 @@ class NativeKernels:
     name = "native"
 
     def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        names = ("lora_delta", "lora_write_kv", "lora_attention", "lora_rms_norm", "lora_gated")
-        self._delta, self._write_kv, self._attention, self._rms_norm, self._gated = (
-            bound(loaded, name) for name in names
+        self._library = Library(library)
+        names = ("delta", "write_kv", "attention", "rms_norm", "gated", "rope", "add")
+        self._delta, self._write_kv, self._attention, self._rms_norm, self._gated, self._rope, self._add = (
+            self._library.call(f"lora_{name}") for name in names
         )
-        maps = NativeLinear(loaded)
+        maps = NativeLinear(self._library)
         self.pack, self.unpack, self.linear = maps.pack, maps.unpack, maps.linear
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
@@ -152,6 +156,59 @@ class NativeKernels:
             )
         )
         return y
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.rope`."""
+        _, heads, tokens, dim = q.shape
+        kv_heads = k.shape[1]
+        fits = q.shape[0] == k.shape[0] == 1 and k.shape[2:] == (tokens, dim) and dim % 2 == 0
+        if not fits or cos.shape != (1, tokens, dim) or sin.shape != cos.shape:
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")
+        if q.dtype is not k.dtype or cos.dtype is not sin.dtype or (q.stride(3), k.stride(3)) != (1, 1):
+            raise TypeError("q and k share a type, cos and sin too; heads are contiguous")
+        cos, sin = cos.contiguous(), sin.contiguous()
+        q_out = torch.empty(tokens, heads, dim, dtype=q.dtype)
+        k_out = torch.empty(tokens, kv_heads, dim, dtype=k.dtype)
+        self._rope(
+            _ROPE.pack(
+                *(q.data_ptr(), q.stride(2), q.stride(1), heads),
+                *(k.data_ptr(), k.stride(2), k.stride(1), kv_heads),
+                q_out.data_ptr(),
+                k_out.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                dim,
+                tokens,
+                dim,
+                type_number(q.dtype),
+                type_number(cos.dtype),
+                torch.get_num_threads(),
+            )
+        )
+        return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
+
+    def tape(self) -> Tape:
+        """See `Kernels.tape`."""
+        return Tape(self._library.play(), self._sum, self._library.listen)
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """x + y by one native call, if it can be had; rounds as torch does."""
+        if x.shape != y.shape or x.dtype is not y.dtype or x.dtype not in TYPES or x.device != y.device:
+            return None
+        if not (x.is_contiguous() and y.is_contiguous()):
+            return None
+        total = torch.empty(x.shape, dtype=x.dtype)
+        self._add(
+            _ADD.pack(
+                x.data_ptr(),
+                y.data_ptr(),
+                total.data_ptr(),
+                x.numel(),
+                type_number(x.dtype),
+                torch.get_num_threads(),
+            )
+        )
+        return total
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         """See `Kernels.write_kv`."""

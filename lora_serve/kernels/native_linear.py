@@ -7,7 +7,6 @@ so that a row's bits never depend on its company.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.library import Library, type_number
 from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8, _INT4, _DOT = 3, 4, 5
 _INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
 _PACK = Struct("5q")
@@ -32,15 +31,13 @@ class NativeLinear:
         library: built from `linear.cpp`; its panels have `lora_columns()` outputs.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: Library) -> None:
         self._linear, self._pack, self._unpack = (
-            bound(library, name) for name in ("lora_linear", "lora_pack", "lora_unpack")
+            library.call(name) for name in ("lora_linear", "lora_pack", "lora_unpack")
         )
-        library.lora_columns.restype = ctypes.c_int64
-        library.lora_has_dot.restype = ctypes.c_int64
-        self._columns = int(library.lora_columns())
-        self._bf16 = _KINDS[torch.bfloat16]
-        if library.lora_has_dot() and self._seconds(_DOT) < self._seconds(self._bf16):
+        self._columns = library.number("lora_columns")
+        self._bf16 = type_number(torch.bfloat16)
+        if library.number("lora_has_dot") and self._seconds(_DOT) < self._seconds(self._bf16):
             self._bf16 = _DOT
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
@@ -123,19 +120,3 @@ class NativeLinear:
             self.linear(x, [(packed, None)])
             taken.append(time.perf_counter() - begin)
         return statistics.median(taken)
-
-
-def bound(library: ctypes.CDLL, name: str) -> ctypes._NamedFuncPointer:
-    """A function of the library that takes one packed call."""
-    function = library[name]
-    function.argtypes = [ctypes.c_char_p]  # the packed call; its bytes live until the call returns
-    function.restype = ctypes.c_int64
-    return function
-
-
-def type_number(dtype: torch.dtype) -> int:
-    """What C++ calls a type; TypeError for one that it does not know."""
-    try:
-        return _KINDS[dtype]
-    except KeyError:
-        raise TypeError(f"the native kernels know no {dtype}") from None

@@ -1,4 +1,6 @@
-// The small operations between the linear maps, each in one pass over its rows: norms and gated activations.
+// The small operations between the linear maps, each in one pass over its rows: norms, gated activations, rotary
+// embeddings, sums; and the playing of noted calls.
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -20,6 +22,25 @@ struct GatedCall {  // as native.py packs it
     const char* up;
     char* y;
     int64_t rows, width, gate_stride, up_stride, type, activation, threads;  // strides in elements
+};
+
+struct Heads { const char* data; int64_t token, head, heads; };  // strides in elements
+
+struct RopeCall {  // as native.py packs it
+    Heads q, k;
+    char* q_out;
+    char* k_out;
+    const char* cosine;
+    const char* sine;
+    int64_t turn;  // stride of a token's cosines and sines, in elements
+    int64_t tokens, dim, type, turn_type, threads;
+};
+
+struct AddCall {  // as native.py packs it
+    const char* x;
+    const char* y;
+    char* sum;
+    int64_t count, type, threads;
 };
 
 template <class T> INLINE V load_some(const T* p, size_t n) { return n >= W ? load(p) : load_part(p, n); }
@@ -97,5 +118,60 @@ extern "C" int64_t lora_gated(const GatedCall* call) {
             }
         });
     });
+    return 0;
+}
+
+// Each head's halves turned against each other: (a, b) -> (a cos - b sin, b cos' + a sin').
+extern "C" int64_t lora_rope(const RopeCall* call) {
+    size_t half = (size_t)call->dim / 2;
+    int64_t heads = call->q.heads + call->k.heads;
+    with_type(call->type, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        with_type(call->turn_type, [&](auto* other) {
+            using S = std::remove_pointer_t<decltype(other)>;
+            over_rows(call->tokens, heads * call->dim, call->threads, [&](int64_t token) {
+                const S* cosine = (const S*)call->cosine + token * call->turn;
+                const S* sine = (const S*)call->sine + token * call->turn;
+                for (int64_t h = 0; h < heads; h++) {
+                    bool is_q = h < call->q.heads;
+                    const Heads& from = is_q ? call->q : call->k;
+                    int64_t own = is_q ? h : h - call->q.heads;
+                    const T* x = (const T*)from.data + token * from.token + own * from.head;
+                    T* y = (T*)(is_q ? call->q_out : call->k_out) + (token * from.heads + own) * call->dim;
+                    for (size_t i = 0; i < half; i += W) {
+                        V a = load_some(x + i, half - i), b = load_some(x + half + i, half - i);
+                        V first = a * load_some(cosine + i, half - i) - b * load_some(sine + i, half - i);
+                        V second = b * load_some(cosine + half + i, half - i) + a * load_some(sine + half + i, half - i);
+                        store_some(y + i, first, half - i);
+                        store_some(y + half + i, second, half - i);
+                    }
+                }
+            });
+        });
+    });
+    return 0;
+}
+
+extern "C" int64_t lora_add(const AddCall* call) {
+    constexpr int64_t EACH = 4096;
+    with_type(call->type, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        over_rows((call->count + EACH - 1) / EACH, EACH, call->threads, [&](int64_t part) {
+            int64_t from = part * EACH, to = std::min(call->count, from + EACH);
+            for (int64_t i = from; i < to; i += W) {
+                size_t n = (size_t)(to - i);
+                store_some((T*)call->sum + i, load_some((const T*)call->x + i, n) + load_some((const T*)call->y + i, n), n);
+            }
+        });
+    });
+    return 0;
+}
+
+// Makes calls one after the other; 0, or 1 + index of the first that fails (then those after it are not made).
+extern "C" int64_t lora_play(const int64_t* pairs, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        auto function = (int64_t(*)(const void*))pairs[2 * i];
+        if (function((const void*)pairs[2 * i + 1])) return i + 1;
+    }
     return 0;
 }

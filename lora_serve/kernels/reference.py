@@ -54,6 +54,20 @@ class ReferenceKernels:
             return nn.functional.silu(gate) * up
         return nn.functional.gelu(gate, approximate="tanh") * up
 
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.rope`."""
+
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.float().chunk(2, dim=-1)
+            return (x.float() * cos[:, None].float() + torch.cat([-second, first], -1) * sin[:, None].float()).to(
+                x.dtype
+            )
+
+        return turned(q), turned(k)
+
+    def tape(self) -> None:
+        """Nothing here is noted: it follows values through Python."""
+
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""
         if segments.count == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lora_serve.model.lean import lean
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed import PackedLinear
+from lora_serve.model.replay import Replay
 from lora_serve.model.virtual import embedded
 
 
@@ -40,6 +42,7 @@ class ResidentBase:
         self._kernels = kernels
         self._kv = kv
         self._routing = Routing(kernels)
+        self._replay = Replay(self._logits, kernels)
         self._prefixes = bank.prefixes
         self._embedding = loaded.shape.input_embedding
         self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
@@ -60,15 +63,13 @@ class ResidentBase:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype.
+        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype; valid until the next pass.
 
         The vocabulary is the largest of the rows' own; tokens that a row's does not have are -inf.
         """
-        self._routing.tokens = batch.segments
-        self._routing.logits = batch.logits_segments
         parts = self._changes.of(batch)
         if not parts and not batch.virtual:
-            return self._logits(batch)
+            return self._replay(batch)
         with ExitStack() as meanwhile:
             if parts:
                 meanwhile.enter_context(self._changes.applied(parts, batch))
@@ -78,6 +79,9 @@ class ResidentBase:
             return self._changes.masked(self._logits(batch), batch)
 
     def _logits(self, batch: Batch) -> Tensor:
+        """The model's pass, whatever hooks are on its modules."""
+        self._routing.tokens = batch.segments
+        self._routing.logits = batch.logits_segments
         given = [run for run in batch.virtual if self._prefixes[run.slot].keys]
         paged = PagedKV(self._kernels, self._kv, batch.kv_index, batch.spans, self._windows, given, self._prefixes)
         keep = {"logits_to_keep": batch.logits_rows} if self._keeps_logits else {}
@@ -103,27 +107,7 @@ class ResidentBase:
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         tokens = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in lengths]
-
-        def int32(values: list[Any]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        flat = self.forward(
-            Batch(
-                token_ids=torch.cat(tokens),
-                positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
-                kv_index=torch.cat([torch.arange(n, device=device) + size * (i + 1) for i, n in enumerate(lengths)]),
-                spans=Spans(
-                    int32([0, lengths[0], sum(lengths)]),
-                    int32([*lengths]),
-                    int32([[1], [2]]),
-                    max(lengths),
-                    max(lengths),
-                ),
-                logits_rows=torch.arange(sum(lengths), device=device),
-                segments=None,
-                logits_segments=None,
-            )
-        ).float()
+        flat = self.forward(_side_by_side(tokens, [list(range(n)) for n in lengths], size)).float()
         self._model.set_attn_implementation("eager")
         try:
             alone = torch.cat([self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0] for ids in tokens])
@@ -136,6 +120,35 @@ class ResidentBase:
                 f"{self._model.config.model_type} in a flat batch differs from itself alone "
                 f"(relative error {apart:.2g}, at most {bound:g} is rounding)"
             )
+        last = [[n - 1] for n in lengths]
+        others = [ids[:1] for ids in reversed(tokens)]
+        self._replay.prove(_side_by_side(others, last, size), _side_by_side([ids[-1:] for ids in tokens], last, size))
+
+
+def _side_by_side(tokens: list[Tensor], positions: list[list[int]], block_size: int) -> Batch:
+    """Sequences at the given positions, each in one block of its own, as a batch of the base."""
+    device = tokens[0].device
+
+    def int32(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    counts = [len(each) for each in tokens]
+    places = [block_size * (i + 1) + position for i, own in enumerate(positions) for position in own]
+    return Batch(
+        token_ids=torch.cat(tokens),
+        positions=torch.tensor([position for own in positions for position in own], device=device),
+        kv_index=torch.tensor(places, device=device),
+        spans=Spans(
+            int32([0, *accumulate(counts)]),
+            int32([own[-1] + 1 for own in positions]),
+            int32([[i + 1] for i in range(len(tokens))]),
+            max(counts),
+            max(own[-1] + 1 for own in positions),
+        ),
+        logits_rows=torch.arange(sum(counts), device=device),
+        segments=None,
+        logits_segments=None,
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

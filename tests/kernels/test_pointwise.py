@@ -38,6 +38,20 @@ def test_gated_activations_are_the_references(
     assert_near(native.gated(gate, up, activation), REFERENCE.gated(gate, up, activation))
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, heads=st.integers(1, 4))
+def test_rotary_embeddings_are_the_references(
+    native: NativeKernels, seed: int, dtype: torch.dtype, shape: tuple[int, int, int], heads: int
+) -> None:
+    torch.manual_seed(seed)
+    tokens, shares, half = shape
+    q, k = (torch.randn(tokens, n, 2 * half).to(dtype).transpose(0, 1)[None] for n in (heads * shares, heads))
+    cos, sin = (torch.randn(1, tokens, 2 * half).to(dtype) for _ in range(2))
+    got, wanted = native.rope(q, k, cos, sin), REFERENCE.rope(q, k, cos, sin)
+    for mine, right in zip(got, wanted, strict=True):
+        assert_near(mine, right)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(
     native: NativeKernels, activation: Activation

@@ -1,0 +1,153 @@
+"""A pass through the model, noted call by call while it is made, to be made again without the model's Python.
+
+What a graph is on a GPU: a step of the same sizes repeats the same calls on the same memory with other numbers in it.
+Native calls are noted by the library that makes them, torch's operators by their dispatch; all memory that the pass
+took stays with the tape. A pass that lets values steer Python, or draws random numbers, cannot be noted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_UNSTEADY = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+_ADD = torch.ops.aten.add.Tensor
+
+Play = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes while it is entered; plays afterwards, on one thread, as often as wanted.
+
+    Args:
+        play: makes native calls, one after the other.
+        add: the sum of two contiguous tensors of one shape and type, natively; None where it cannot.
+        listen: tells those who make native calls whom to tell of them, or nobody any more.
+    """
+
+    def __init__(
+        self, play: Play, add: Callable[[Tensor, Tensor], Tensor | None], listen: Callable[[Tape | None], None]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.refused: str | None = None
+        self.nbytes = 0
+        self._play, self._add, self._listen = play, add, listen
+        self._kept: dict[int, Tensor] = {}  # by storage
+        self._steps: list[Callable[[], object]] = []
+        self._values = _Values(self.refuse)
+        self._calls: list[tuple[int, bytes]] = []  # native ones since the last operator
+
+    def call(self, function: int, packed: bytes) -> None:
+        """Note a native call, by the function's address."""
+        self._calls.append((function, packed))
+
+    def __enter__(self) -> Tape:
+        self._values.__enter__()  # type: ignore[no-untyped-call]
+        self._listen(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._listen(None)
+        self._values.__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._flush()
+
+    def refuse(self, operator: str) -> None:
+        """The pass did something that cannot be noted."""
+        self.refused = self.refused or operator
+
+    def play(self) -> None:
+        """Make the pass again. Raises ValueError if a native call finds an index out of its range."""
+        for step in self._steps:
+            step()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ADD and len(args) == 2 and not kwargs:
+            total = self._add(*args) if isinstance(args[1], Tensor) else None
+            if total is not None:
+                self._keep(total, fresh=True)
+                return total
+        result = func(*args, **kwargs)
+        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        outputs = tree_leaves(result)
+        fresh = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and _storage(x) not in given]
+        if not all(isinstance(x, Tensor) for x in outputs) or (fresh and _unsteady(func, args)):
+            self.refuse(str(func))
+        elif func._schema.is_mutable:
+            self._note(lambda: func(*args, **kwargs))
+        elif fresh and not func.name().startswith("aten::empty"):
+            self._note(lambda: _again(func, args, kwargs, fresh))
+        for x in outputs:
+            if isinstance(x, Tensor):
+                self._keep(x, fresh=_storage(x) not in given)
+        return result
+
+    def _keep(self, x: Tensor, *, fresh: bool) -> None:
+        if _storage(x) not in self._kept:
+            self._kept[_storage(x)] = x
+            self.nbytes += x.untyped_storage().nbytes() if fresh else 0
+
+    def _note(self, step: Callable[[], object]) -> None:
+        self._flush()
+        self._steps.append(step)
+
+    def _flush(self) -> None:
+        if not self._calls:
+            return
+        calls, self._calls = self._calls, []
+        pairs: list[int | None] = []
+        for function, packed in calls:
+            pairs += (function, ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value)
+        memory = (ctypes.c_int64 * len(pairs))(*pairs)  # type: ignore[misc]  # bytes have an address
+
+        def step() -> None:
+            wrong = self._play(memory, len(calls))  # `calls` holds what the addresses point to
+            if wrong:
+                raise ValueError(f"call {wrong - 1} of a noted pass has an index out of its range")
+
+        self._steps.append(step)
+
+
+class _Values(TorchFunctionMode):
+    """Sees values leave a tensor on ways that dispatch does not."""
+
+    def __init__(self, refuse: Callable[[str], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy):
+            self._refuse(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _unsteady(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operator's result has a size or numbers that its inputs' sizes do not settle."""
+    if func is torch.ops.aten.index.Tensor:  # by a mask it is, by places it is not
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return any(tag in func.tags for tag in _UNSTEADY)
+
+
+def _storage(x: Tensor) -> int:
+    number: int = x.untyped_storage()._cdata
+    return number
+
+
+def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, Tensor]]) -> None:
+    """An operator on the same tensors as before, its new results put where its first ones were."""
+    outputs = tree_leaves(func(*args, **kwargs))
+    for index, x in fresh:
+        x.copy_(outputs[index])
