@@ -18,6 +18,7 @@ from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.admission import check
 from lora_serve.engine.assemble import assemble
+from lora_serve.engine.pace import Pace
 from lora_serve.engine.runner import Outcome, Runner
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
@@ -69,6 +70,7 @@ class Engine:
         self._events: list[Event] = []
         self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of the calls to answer when nothing runs any more
+        self._pace = Pace()
         self._admitted = 0
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
@@ -106,15 +108,16 @@ class Engine:
         report = None
         started = time.perf_counter()
         self._load_ahead()
-        work = self._scheduler.plan(self._loaded, self._registry.pinned)
+        work = self._scheduler.plan(self._loaded, self._registry.pinned, self._pace.room())
         if work:
             digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
             for outcome in self._run(work, digests):
                 self._settle(outcome)
             self._steps += 1
-            report = StepReport(
-                len(work), sum(item.count for item in work), len(digests), time.perf_counter() - started
-            )
+            seconds, tokens = time.perf_counter() - started, sum(item.count for item in work)
+            decoding = sum(item.count == 1 for item in work)
+            self._pace.note(decoding, tokens - decoding, seconds)
+            report = StepReport(len(work), tokens, len(digests), seconds)
         self._stalled = not work
         if self._draining is not None and not self._sequences:
             self._replies += [Reply(call) for call in self._draining]

@@ -1,8 +1,9 @@
 """Who runs in the next step, with how many tokens, in which blocks. Plain state, no tensors, no clock.
 
 Continuous batching under a token budget: sequences that decode come first with one token each, then prompts take what
-is left of the budget in chunks, oldest first. When blocks run out the youngest sequence is preempted: it gives its
-blocks back and reads its tokens again later (mostly from the prefix index).
+is left of the budget in chunks, oldest first, and beside sequences that decode no more than these can wait for. When
+blocks run out the youngest sequence is preempted: it gives its blocks back and reads its tokens again later (mostly
+from the prefix index).
 """
 
 from __future__ import annotations
@@ -59,20 +60,23 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    def plan(self, loaded: Callable[[str], bool], pinned: Set[str] = frozenset()) -> list[Work]:
+    def plan(
+        self, loaded: Callable[[str], bool], pinned: Set[str] = frozenset(), room: int | None = None
+    ) -> list[Work]:
         """Decide one step; blocks for it are allocated.
 
         Args:
             loaded: whether an adapter (by digest) is in host memory, so that it could be seated at once.
             pinned: adapters that are never unseated.
+            room: prompt tokens that may be taken in beside sequences that decode; None: the token budget alone decides.
         """
         self.step += 1
         able = [seq for seq in self._by_age() if all(map(loaded, seq.digests))]
         seated = self.turns.seat(self.step, [seq.digests for seq in able], pinned)
-        work = self._work([seq for seq in able if seated.issuperset(seq.digests)])
+        work = self._work([seq for seq in able if seated.issuperset(seq.digests)], room)
         if not work:
             # Those whose turn it is cannot start because paused sequences hold the room: let these run on.
-            work = self._work(self._resume(able, pinned))
+            work = self._work(self._resume(able, pinned), room)
         return work
 
     def computed(self, item: Work) -> None:
@@ -93,11 +97,13 @@ class Scheduler:
     def _by_age(self) -> list[Sequence]:
         return sorted(self.running + self.waiting, key=lambda seq: seq.order)
 
-    def _work(self, seqs: list[Sequence]) -> list[Work]:
+    def _work(self, seqs: list[Sequence], room: int | None) -> list[Work]:
         """One step's work out of `seqs`, oldest first."""
         running = set(self.running)
         work: list[Work] = []
         budget = self._continue([s for s in seqs if s in running and s.pending == 1], work, self.max_tokens)
+        if work and room is not None:
+            budget = min(budget, room)
         budget = self._continue([s for s in seqs if s in running and s.pending > 1], work, budget)
         self._admit([s for s in seqs if s not in running], work, budget)
         preempted = running.difference(self.running)

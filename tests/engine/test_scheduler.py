@@ -38,9 +38,9 @@ def everything(digest: str) -> bool:
     return True
 
 
-def run(s: Scheduler, loaded: Callable[[str], bool] = everything) -> list[Work]:
+def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: int | None = None) -> list[Work]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
-    work = s.plan(loaded)
+    work = s.plan(loaded, room=room)
     for item in work:
         s.computed(item)
         if item.last:
@@ -62,6 +62,17 @@ def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
     assert shape(run(s)) == [(0, 3, 1), (1, 0, 9)]
     assert shape(run(s)) == [(0, 4, 1), (1, 9, 3)]
     assert shape(run(s)) == [(0, 5, 1), (1, 12, 1)]
+
+
+def test_beside_sequences_that_decode_prompts_take_only_the_room_that_is_given() -> None:
+    s = scheduler(tokens=10)
+    s.add(sequence(0, 8))
+    assert shape(run(s, room=3)) == [(0, 0, 8)]
+    s.add(sequence(1, 7))
+    s.add(sequence(2, 4))
+    assert shape(run(s, room=3)) == [(0, 8, 1), (1, 0, 3)]
+    assert shape(run(s, room=5)) == [(0, 9, 1), (1, 3, 4), (2, 0, 1)]
+    assert shape(run(s, room=100)) == [(0, 10, 1), (1, 7, 1), (2, 1, 3)]
 
 
 def test_no_more_sequences_than_allowed_hold_kv() -> None:

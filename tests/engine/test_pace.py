@@ -1,0 +1,44 @@
+"""Prompts are read no faster than the streams beside them can bear, as far as the steps so far tell."""
+
+from __future__ import annotations
+
+import random
+
+from lora_serve.engine.pace import BEFORE, LEAST, Pace
+
+
+def step(decoding: int, prompt: int) -> float:
+    """Seconds on a machine that reads weights in 40 ms and computes a row in 2 ms."""
+    return max(0.040, 0.002 * (decoding + prompt)) + 0.002
+
+
+def test_steps_with_prompts_stay_below_twice_the_usual_whatever_comes_first() -> None:
+    draw = random.Random(0)
+    pace = Pace()
+    assert pace.room() == BEFORE
+    pace.note(0, 512, step(0, 512))
+    for _ in range(200):
+        prompt = draw.choice([0, pace.room()])
+        seconds = step(8, prompt) * draw.uniform(0.95, 1.1)
+        pace.note(8, prompt, seconds)
+        assert seconds < 2 * step(8, 0)
+    assert pace.room() > 16  # what the machine can do in that time
+
+
+def test_where_prompt_tokens_cost_little_many_are_taken_and_where_much_a_few() -> None:
+    quick, slow = Pace(), Pace()
+    for pace, each in (quick, 1e-6), (slow, 1.0):
+        pace.note(4, 0, 0.01)
+        pace.note(0, 100, 100 * each)
+    assert quick.room() > 1000
+    assert slow.room() == LEAST
+
+
+def test_one_odd_step_does_not_change_the_pace() -> None:
+    pace = Pace()
+    pace.note(0, 100, 0.2)
+    for _ in range(9):
+        pace.note(4, 0, 0.05)
+    usual = pace.room()
+    pace.note(4, 0, 5.0)
+    assert pace.room() == usual
