@@ -26,7 +26,7 @@ def launched(arguments: Sequence[str], *, command: Sequence[str] = LORA_SERVE, t
 
     Raises: RuntimeError with the end of what it printed, if it exits before or is not ready within `timeout` seconds.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
@@ -39,10 +39,10 @@ def launched(arguments: Sequence[str], *, command: Sequence[str] = LORA_SERVE, t
             _wait(process, url, printed, timeout)
             yield url
         finally:
-            _stop(process)
+            stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -54,9 +54,9 @@ def _wait(process: subprocess.Popen[bytes], url: str, printed: IO[bytes], timeou
     while True:
         status = process.poll()
         if status is not None:
-            raise RuntimeError(f"the server exited with {status}:\n{_tail(printed)}")
+            raise RuntimeError(f"the server exited with {status}:\n{tail(printed)}")
         if time.monotonic() > end:
-            raise RuntimeError(f"the server was not ready after {timeout:g} s:\n{_tail(printed)}")
+            raise RuntimeError(f"the server was not ready after {timeout:g} s:\n{tail(printed)}")
         try:
             with urllib.request.urlopen(f"{url}/ready", timeout=5):
                 return
@@ -64,12 +64,12 @@ def _wait(process: subprocess.Popen[bytes], url: str, printed: IO[bytes], timeou
             time.sleep(0.1)
 
 
-def _tail(printed: IO[bytes]) -> str:
+def tail(printed: IO[bytes]) -> str:
     printed.seek(0)
     return printed.read()[-3000:].decode(errors="replace")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(STOP)

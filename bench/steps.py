@@ -1,6 +1,6 @@
 """Where a step goes: the kernels' calls by kind, and what is left around them.
 
-    python -m bench.profile --folder .bench/qwen2.5-0.5b --serve "--quantize int8"
+    python -m bench.steps --folder .bench/qwen2.5-0.5b --serve "--quantize int8"
 
 drives the engine in its own process, with a clock around every call of the kernels, and prints medians over the steps
 of each kind: decode steps of all clients, and a prefill of all their prompts together. The clocks themselves cost about
@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure(args.folder, args.serve, args.mix, args.clients, args.output)
     parts = sorted({part for each in found.values() for part in each} - {"step", "steps"})
     order = ["steps", "step", *sorted(parts, key=lambda part: -max(each.get(part, 0.0) for each in found.values()))]
-    rows = [[part, *(number(each.get(part, 0.0), 0 if part == "steps" else 2) for each in found.values())] for part in order]
+    rows = [
+        [part, *(number(each.get(part, 0.0), 0 if part == "steps" else 2) for each in found.values())] for part in order
+    ]
     print(table(["ms", *found], rows))
     print(json_line(found))
 
