@@ -132,11 +132,15 @@ class Kernels(Protocol):
         """The weights [out, in] that a packed map amounts to: in their own dtype, or float32 if made small."""
         ...
 
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """unpack(packed)[ids] of a map in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
+        ...
+
     def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
         """Up to eight maps of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns contiguous
-        [rows, out] in x's dtype. In int8, rows are rounded too (see `packed.rounded`).
+        [rows, out] in x's dtype. Where the weights are small, rows are rounded too: x is `packed.rounded(x, scheme)`.
         """
         ...
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.library import Library, type_number
-from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized
+from lora_serve.kernels.packed import GROUP, Packed, Scheme
 
 _INT8, _INT4, _DOT = 3, 4, 5
 _INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
-_PACK = Struct("5q")
+_PACK = Struct("8q")
 _CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
 
 
@@ -43,28 +43,22 @@ class NativeLinear:
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
         """See `Kernels.pack`."""
         shape = (weight.shape[0], weight.shape[1])
-        if scheme is None:
-            source, scale = weight.detach().contiguous(), None
-        else:
-            source, each = quantized(weight, scheme)
-            scale = self._scale(source, each, scheme)
-        kind = self._kind(weight.dtype, scheme)
-        lanes = -(-shape[1] // _INPUTS[kind])
-        data = torch.empty(self._panels(shape[0]) * lanes * self._columns, dtype=torch.int32)
-        self._pack(_PACK.pack(source.data_ptr(), *shape, kind, data.data_ptr()))
-        return Packed(shape, weight.dtype, scheme, data, scale)
+        if scheme == "int4" and shape[1] % GROUP:
+            raise ValueError(f"{shape[1]} inputs are no whole number of int4's groups")
+        kind, panels = self._kind(weight.dtype, scheme), -(-shape[0] // self._columns)
+        lanes = -(-shape[1] // _INPUTS[kind]) * self._columns  # of a panel, 32 bits each
+        scales = shape[1] // GROUP * self._columns // 2 if scheme == "int4" else 0  # of a panel, two in 32 bits
+        data = torch.empty(panels * (lanes + scales), dtype=torch.int32)
+        scale = torch.zeros(panels * self._columns) if scheme == "int8" else None
+        packed = Packed(shape, weight.dtype, scheme, data, scale)
+        self._pack(self._call(weight.detach().contiguous(), packed))
+        return packed
 
     def unpack(self, packed: Packed) -> Tensor:
         """See `Kernels.unpack`."""
-        whole = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.int8)
-        kind = self._kind(packed.dtype, packed.scheme)
-        self._unpack(_PACK.pack(whole.data_ptr(), *packed.shape, kind, packed.data.data_ptr()))
-        if packed.scale is None:
-            return whole
-        panels, out = self._panels(packed.shape[0]), packed.shape[0]
-        each = packed.scale if packed.scheme == "int4" else packed.scale[: panels * self._columns]
-        by_output = each.view(panels, -1, self._columns).transpose(1, 2).reshape(panels * self._columns, -1)
-        return dequantized(whole, by_output[:out])
+        whole = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.float32)
+        self._unpack(self._call(whole, packed))
+        return whole
 
     def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
         """See `Kernels.linear`."""
@@ -95,20 +89,16 @@ class NativeLinear:
             return _INT8 if scheme == "int8" else _INT4
         return self._bf16 if dtype is torch.bfloat16 else type_number(dtype)
 
-    def _panels(self, out: int) -> int:
-        return -(-out // self._columns)
-
-    def _scale(self, whole: Tensor, each: Tensor, scheme: Scheme) -> Tensor:
-        """Scales in the order of the panels; for int8, each output's sum of weights behind them."""
-        panels, (out, groups) = self._panels(whole.shape[0]), each.shape
-        padded = torch.zeros(panels * self._columns, groups)
-        padded[:out] = each
-        scale = padded.view(panels, self._columns, groups).transpose(1, 2).reshape(-1)
-        if scheme == "int4":
-            return scale
-        totals = torch.zeros(panels * self._columns, dtype=torch.int32)
-        totals[:out] = whole.sum(1, dtype=torch.int32)
-        return torch.cat([scale, totals.view(torch.float32)])
+    def _call(self, weight: Tensor, packed: Packed) -> bytes:
+        return _PACK.pack(
+            weight.data_ptr(),
+            *packed.shape,
+            type_number(packed.dtype),
+            self._kind(packed.dtype, packed.scheme),
+            packed.data.data_ptr(),
+            0 if packed.scale is None else packed.scale.data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def _seconds(self, kind: int) -> float:
         """How long a product of some rows takes by this kind of bf16."""

@@ -1,10 +1,12 @@
 """Weights of linear maps in the form that a backend reads, in full precision or made small.
 
-    int8:  W[o, i] ≈ scale[o] · q[o, i],             q in -127..127; rows of inputs are rounded to int8 alike:
-           x[t, i] ≈ step[t] · p[t, i],              step[t] = max |x[t]| / 127
-    int4:  W[o, i] ≈ scale[o, i // GROUP] · q[o, i],  q in -7..7; inputs stay as they are
+    int8:  W[o, i] ≈ scale[o] · q[o, i],             q in -127..127
+           x[t, i] ≈ step[t] · p[t, i],              p in -127..127
+    int4:  W[o, i] ≈ scale[o, i // GROUP] · q[o, i], q in -7..7, scale in bf16
+           x[t, i] ≈ step[t, i // GROUP] · p[t, i],  p in -127..127
 
-Symmetric, rounded to nearest.
+Symmetric, rounded to nearest (halves to even); a scale or step is the largest magnitude of what shares it over the
+largest whole number. Products of whole numbers are summed exactly over what shares scale and step.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor
 
 Scheme = Literal["int8", "int4"]
-GROUP = 32  # inputs that share a scale in int4
-_MOST = {"int8": 127, "int4": 7}
+GROUP = 32  # inputs that share a scale, and a step of the rows, in int4
+_MOST = {"int8": 127, "int4": 7}  # largest whole number of a weight
+_ROWS_MOST = 127  # of a row's
+_LEAST = 1e-30  # scale or step; what is smaller becomes zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +52,11 @@ def fitting(scheme: Scheme | None, in_features: int) -> Scheme | None:
 
 def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Whole numbers q int8 [out, in] and scale float32 [out, groups] (one group in int8)."""
-    out, wide = weight.shape
-    grouped = weight.detach().float().reshape(out, -1, wide if scheme == "int8" else GROUP)
-    scale = (grouped.abs().amax(-1, keepdim=True) / _MOST[scheme]).clamp(min=1e-12)
-    whole = (grouped / scale).round().clamp(-_MOST[scheme], _MOST[scheme]).to(torch.int8)
-    return whole.reshape(out, wide), scale.squeeze(-1)
+    grouped = _grouped(weight.detach(), scheme)
+    scale = _step(grouped, _MOST[scheme])
+    if scheme == "int4":
+        scale = scale.bfloat16().float()
+    return _whole(grouped, scale).to(torch.int8).view(weight.shape), scale.squeeze(-1)
 
 
 def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
@@ -60,7 +64,23 @@ def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
     return (whole.view(*scale.shape, -1).float() * scale[..., None]).view(whole.shape)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Rows x [rows, in] as int8 keeps them, float32."""
-    peak = x.float().abs().amax(-1, keepdim=True)
-    return (x.float() * torch.where(peak > 0, 127 / peak, 0)).round() * (peak / 127)
+def rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """Rows x [rows, in] as a map in the scheme sees them, float32."""
+    grouped = _grouped(x, scheme)
+    step = _step(grouped, _ROWS_MOST)
+    return (_whole(grouped, step) * step).view(x.shape)
+
+
+def _grouped(rows: Tensor, scheme: Scheme) -> Tensor:
+    """float32 [rows, groups, inputs that share a scale]."""
+    count, width = rows.shape
+    size = width if scheme == "int8" else GROUP
+    return rows.float().reshape(count, width // size, size)
+
+
+def _step(grouped: Tensor, most: int) -> Tensor:
+    return (grouped.abs().amax(-1, keepdim=True) / most).clamp(min=_LEAST)
+
+
+def _whole(grouped: Tensor, step: Tensor) -> Tensor:
+    return (grouped * (1 / step)).round()

@@ -30,6 +30,10 @@ class ReferenceKernels:
         """See `Kernels.unpack`."""
         return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
 
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """See `Kernels.rows`."""
+        return nn.functional.embedding(ids, packed.data)
+
     def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
         """See `Kernels.linear`."""
         outputs = []
@@ -37,8 +41,7 @@ class ReferenceKernels:
             if packed.scheme is None:
                 outputs.append(nn.functional.linear(x, packed.data, bias))
                 continue
-            rows = rounded(x) if packed.scheme == "int8" else x.float()
-            y = rows @ self.unpack(packed).T
+            y = rounded(x, packed.scheme) @ self.unpack(packed).T
             outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
         return outputs
 

@@ -20,7 +20,7 @@ from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.lean import lean
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
-from lora_serve.model.packed import PackedLinear
+from lora_serve.model.packed import PackedEmbedding, PackedLinear
 from lora_serve.model.replay import Replay
 from lora_serve.model.virtual import embedded
 
@@ -46,19 +46,25 @@ class ResidentBase:
         self._replay = Replay(self._logits, kernels)
         self._prefixes = bank.prefixes
         self._embedding = loaded.shape.input_embedding
+        self._ids = loaded.shape.modules[self._embedding]["weight"][0]
         self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
         lean(self._model, loaded.dtype, kernels)
+        table = self._model.get_submodule(self._embedding)
         stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
         for names, group in bank.groups.items():
             if names[0].endswith("]"):
                 module, _, parameter = names[0].partition("[")[0].rpartition(".")
                 stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
                 continue
-            bases = [PackedLinear(self._model.get_submodule(name), kernels, loaded.scheme) for name in names]
+            maps = [self._model.get_submodule(name) for name in names]
+            bases = [PackedLinear(each, kernels, loaded.scheme) for each in maps]
             shared = SharedInput(bases, group, kernels)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
                 head = name == loaded.shape.head and self._keeps_logits
                 _replace(self._model, name, AdaptedLinear(base, shared, index, self._routing, head=head))
+                tied = type(table) is nn.Embedding and maps[index].weight is table.weight
+                if tied and base.packed.scheme is None:
+                    _replace(self._model, self._embedding, PackedEmbedding(base.packed, kernels))
         for module, groups in stacks.items():
             _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
         for left in self._model.parameters():  # a rest of a file's mapping keeps all of it in memory
@@ -107,7 +113,7 @@ class ResidentBase:
         device = self._kv.keys[0].device
         size = self._kv.keys[0].shape[1]
         lengths = (min(7, size), min(5, size))
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        vocabulary = self._ids
         generator = torch.Generator().manual_seed(0)
         tokens = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in lengths]
         flat = self.forward(_side_by_side(tokens, [list(range(n)) for n in lengths], size)).float()

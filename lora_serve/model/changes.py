@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_serve.adapters.adapter import BaseShape, Change
 from lora_serve.model.batch import Batch, Run
 from lora_serve.model.observe import rows_of, tensors_of
-from lora_serve.model.packed import PackedLinear
+from lora_serve.model.packed import PackedEmbedding, PackedLinear
 from lora_serve.model.shape import base_of
 
 
@@ -154,7 +154,7 @@ def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: A
     args = [_own(value, part, tokens) for value in inputs]
     if part.change.gain_in is not None:
         args[0] = (args[0].float() * part.change.gain_in).to(args[0].dtype)
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | PackedEmbedding):
         fresh = module.with_parameters(args[0], part.change.parameters)
     else:
         with _parameters(module, part.change.parameters):

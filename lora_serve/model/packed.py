@@ -1,10 +1,11 @@
-"""A linear module of the base whose weights a kernel backend has packed, in full precision or made small."""
+"""Modules of the base whose weights a kernel backend has packed, in full precision or made small."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.kernels.contract import Kernels
@@ -48,4 +49,29 @@ class PackedLinear(nn.Module):
         if "weight" not in others:
             return self._kernels.linear(x, [(self.packed, others.get("bias", self.bias))])[0]
         weight = others["weight"].T if self._transposed else others["weight"]
-        return nn.functional.linear(x, weight, others.get("bias", self.bias))
+        return functional.linear(x, weight, others.get("bias", self.bias))
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a map's packed weights by their number: the embedding of a base whose head has the same weights.
+
+    Args:
+        packed: in full precision.
+    """
+
+    def __init__(self, packed: Packed, kernels: Kernels) -> None:
+        super().__init__()
+        self._packed, self._kernels = packed, kernels
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [ids, width]; unpacked anew each time."""
+        return self._kernels.unpack(self._packed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] → [..., width], in the weights' dtype."""
+        return self._kernels.rows(self._packed, ids.reshape(-1)).view(*ids.shape, -1)
+
+    def with_parameters(self, ids: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """The same with an adapter's parameters in the place of the module's own."""
+        return functional.embedding(ids, others["weight"])
