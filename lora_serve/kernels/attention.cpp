@@ -4,6 +4,9 @@
 // each key and value is read and widened once for all of them; several kv heads go together where there are units
 // enough, since a position's heads are neighbours in memory. Keys come in tiles that begin at multiples of KEYS
 // whatever the batch, softmax runs online over the tiles; nothing is gathered into a copy of the context.
+//
+// Few rows (decoding) take keys and values through registers (`compare`, `weigh`), more share buffers (`load_*`,
+// `multiply*`). Either way a score adds up its dimensions in their order and an output its keys in theirs: same bits.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -14,7 +17,19 @@ namespace {
 
 constexpr int64_t KEYS = 32;  // positions in a tile
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
-constexpr int64_t FEW = 8;    // rows up to which values are not worth widening into a buffer first
+
+// Whether scores of bf16 queries and keys are summed by the dot product of pairs: exact products, float sums. Zen runs
+// it at the pace of an FMA; cores that have fp16 arithmetic are Intel's, and there it is slower than widening.
+#if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
+constexpr bool DOTS = true;
+INLINE V dot(V sum, U a, U b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr bool DOTS = false;
+INLINE V dot(V sum, U a, U b) {
+    sum += first_of_pair<Bf16>(a) * first_of_pair<Bf16>(b);
+    return sum + second_of_pair<Bf16>(a) * second_of_pair<Bf16>(b);
+}
+#endif
 
 struct Pool { char* data; int64_t block, position, head, type, dim; };  // strides in bytes
 
@@ -62,50 +77,119 @@ struct Places {
 // One unit's memory, all rows padded to vectors.
 struct Room {
     size_t kd, vd, rows;  // padded widths
-    float *q, *out, *score, *keys, *values, *top, *sum;
+    float *q, *out, *score, *keys, *values, *top, *sum;  // sum: W parts of it a row
     Room(std::vector<float>& memory, size_t rows, size_t key_dim, size_t value_dim)
         : kd((key_dim + 2 * W - 1) / (2 * W) * 2 * W), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
-        float* p = scratch(memory, rows * (kd + vd + KEYS + 2) + KEYS * (kd + vd));
+        float* p = scratch(memory, rows * (kd + vd + KEYS + W + 1) + TILE + KEYS * (kd + vd));
         auto take = [&](size_t n) { return (p += n) - n; };
         keys = take(KEYS * kd);
         values = take(KEYS * vd);
         score = take(rows * KEYS);
         q = take(rows * kd);
         out = take(rows * vd);
-        top = take(rows);
-        sum = take(rows);
+        top = take(rows + TILE);  // `soften` takes TILE at once
+        sum = take(rows * W);
     }
 };
 
-// keys[dim][KEYS] = n rows of T_, transposed; zeros behind row n. Two-byte types travel in pairs: half the shuffles.
-template <class T_> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
-    constexpr size_t PAIR = 4 / sizeof(T_), STEP = W * PAIR;
+// Dimensions from `d` of keys j..j+W, transposed: pair p (of two-byte types; half the shuffles) or dimension p of all
+// W keys in block[p]; zeros behind key n and behind the last dimension.
+template <class T_> INLINE void load_block(Places row, int64_t j, int64_t n, size_t d, size_t dim, V* block) {
+    size_t bytes = std::min(sizeof(V), (dim - d) * sizeof(T_));
+    if (j + W <= n && bytes == sizeof(V)) {
+        UNROLL
+        for (int i = 0; i < W; i++) block[i] = load((const float*)(row[j + i] + d * sizeof(T_)));
+    } else {
+        UNROLL
+        for (int i = 0; i < W; i++) {
+            V part = {};  // a copy of unknown length would keep all of `block` out of the registers
+            if (j + i < n) memcpy(&part, row[j + i] + d * sizeof(T_), bytes);
+            block[i] = part;
+        }
+    }
+    transpose(block);
+}
+
+// keys[dim][KEYS] = n rows of T_, transposed and widened (Dot: [pair of dim][KEYS], as they are); zeros behind row n.
+template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
+    constexpr size_t EACH = 4 / sizeof(T_);
     for (int64_t j = 0; j < KEYS; j += W)
-        for (size_t d = 0; d < dim; d += STEP) {
+        for (size_t d = 0; d < dim; d += W * EACH) {
             V block[W];
-            size_t bytes = std::min(STEP, dim - d) * sizeof(T_);
+            load_block<T_>(row, j, n, d, dim, block);
             UNROLL
             for (int i = 0; i < W; i++) {
-                const char* p = row[j + i] + d * sizeof(T_);
-                block[i] = V{};
-                if (j + i < n) {
-                    if (bytes == sizeof(V)) memcpy(&block[i], p, sizeof(V));
-                    else memcpy(&block[i], p, bytes);
-                }
                 __builtin_prefetch(next[j + i] + d * sizeof(T_), 0, 2);
-            }
-            transpose(block);
-            UNROLL
-            for (int i = 0; i < W; i++) {
-                float* to = keys + (d + i * PAIR) * KEYS + j;
-                if constexpr (PAIR == 2) {
-                    store(to, first_of_pair<T_>((U)block[i]));
-                    store(to + KEYS, second_of_pair<T_>((U)block[i]));
+                if constexpr (EACH == 1 || Dot) {
+                    store(keys + (d / EACH + i) * KEYS + j, block[i]);
                 } else {
-                    store(to, block[i]);
+                    store(keys + (d + 2 * i) * KEYS + j, first_of_pair<T_>((U)block[i]));
+                    store(keys + (d + 2 * i + 1) * KEYS + j, second_of_pair<T_>((U)block[i]));
                 }
             }
         }
+}
+
+// sum[T] += a lane of q[T rows of kd] * keys, one element or one pair of them; `d` counts elements.
+template <int T> INLINE void score_element(V* sum, V key, const float* q, size_t kd) {
+    UNROLL
+    for (int t = 0; t < T; t++) sum[t] += key * q[t * kd];
+}
+template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd) {
+    UNROLL
+    for (int t = 0; t < T; t++) {
+        uint32_t pair;
+        memcpy(&pair, q + t * kd, sizeof pair);
+        sum[t] = dot(sum[t], key, U{} + pair);
+    }
+}
+
+// score[rows, KEYS] = q[rows, dim] @ n rows of T_, transposed and widened as they come. For few rows.
+template <class T_, bool Dot>
+void compare(int64_t rows, const float* q, size_t kd, Places row, int64_t n, size_t dim, float* score) {
+    constexpr size_t EACH = 4 / sizeof(T_);
+    with_rows((int)rows, [&](auto t_) {
+        constexpr int T = decltype(t_)::value;
+        for (int64_t j = 0; j < n; j += W) {
+            V sum[T] = {};
+            for (size_t d = 0; d < dim; d += W * EACH) {
+                V block[W];
+                load_block<T_>(row, j, n, d, dim, block);
+                UNROLL
+                for (int i = 0; i < W; i++) {
+                    if constexpr (Dot) {
+                        score_pair<T>(sum, (U)block[i], q + d / 2 + i, kd);
+                    } else if constexpr (EACH == 1) {
+                        score_element<T>(sum, block[i], q + d + i, kd);
+                    } else {
+                        score_element<T>(sum, first_of_pair<T_>((U)block[i]), q + d + 2 * i, kd);
+                        score_element<T>(sum, second_of_pair<T_>((U)block[i]), q + d + 2 * i + 1, kd);
+                    }
+                }
+            }
+            UNROLL
+            for (int t = 0; t < T; t++) store(score + t * KEYS + j, sum[t]);
+        }
+    });
+}
+
+// score[rows, KEYS] = q[rows, pairs] . keys[pairs, KEYS]
+void multiply_pairs(int64_t rows, const float* q, size_t kd, const float* keys, size_t pairs, float* score) {
+    for (int64_t j = 0; j < KEYS; j += 2 * W)
+        for (int64_t row = 0; row < rows; row += TILE)
+            with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t_) {
+                constexpr int T = decltype(t_)::value;
+                V left[T] = {}, right[T] = {};
+                for (size_t p = 0; p < pairs; p++) {
+                    score_pair<T>(left, (U)load(keys + p * KEYS + j), q + row * kd + p, kd);
+                    score_pair<T>(right, (U)load(keys + p * KEYS + j + W), q + row * kd + p, kd);
+                }
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    store(score + (row + t) * KEYS + j, left[t]);
+                    store(score + (row + t) * KEYS + j + W, right[t]);
+                }
+            });
 }
 
 template <class T_>
@@ -122,45 +206,70 @@ void load_values(Places row, Places next, int64_t n, size_t dim, size_t width, f
     }
 }
 
-// Turn scores (in units of log 2) of keys `first`.. into probabilities relative to the running maximum, and bring
-// `out` to it.
-INLINE void soften(const AttentionCall& call, float* score, int64_t first, int64_t oldest, int64_t position, float* top,
-                   float* sum, float* out, size_t width) {
+// Lane t of the result is the largest lane of r[t], for TILE vectors.
+template <int D = W / 2> INLINE V largests(V* r) {
+    UNROLL
+    for (int i = 0; i < TILE; i++)
+        if constexpr (D == TILE) r[i] = larger(r[i], swapped<D>(r[i], Lanes{}));
+        else if (i < D) r[i] = larger(low<D>(r[i], r[i + D], Lanes{}), high<D>(r[i], r[i + D], Lanes{}));
+    if constexpr (D > 1) return largests<D / 2>(r);
+    return r[0];
+}
+
+// The keys that a row sees: all of its sequence up to its own, or the last `window` of these.
+struct Sight {
+    int64_t window, position, share;  // position of row 0; rows to a position
+    int64_t newest(int64_t row) const { return position + row / share; }
+    int64_t oldest(int64_t row) const { return window ? std::max<int64_t>(0, newest(row) - window + 1) : 0; }
+};
+
+// A softmax that runs over tiles of keys: what the rows have met so far.
+struct Running {
+    float *out, *top, *sum;  // sum: W parts of it a row
+    size_t width;            // of a row of `out`
+};
+
+// Turn the unscaled scores that rows `row`.. < `row` + `rows` <= `row` + TILE have with the keys `first`.. into
+// probabilities relative to the rows' largest scores so far, and bring sums and `out` to these.
+INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t rows, int64_t first, float* score,
+                   Running run) {
     constexpr int N = KEYS / W;
-    V s[N];
-    float low = -std::numeric_limits<float>::infinity();
-    float cap = (float)call.softcap;
-    bool whole = first >= oldest && first + KEYS - 1 <= position;
+    V low = V{} - std::numeric_limits<float>::infinity(), most[TILE];
+    bool whole = first >= sight.oldest(row + rows - 1) && first + KEYS - 1 <= sight.newest(row);
     I lane;
     for (int i = 0; i < W; i++) lane[i] = i;
-    UNROLL
-    for (int c = 0; c < N; c++) {
-        s[c] = load(score + c * W);
-        if (cap > 0) s[c] = tangent(s[c] / cap) * (cap * LOG2E);
-        if (!whole) {
-            I seen = (lane >= (int32_t)(oldest - first - c * W)) & (lane <= (int32_t)(position - first - c * W));
-            s[c] = seen ? s[c] : V{} + low;
+    for (int t = 0; t < TILE; t++) most[t] = low;
+    score += row * KEYS;
+    for (int t = 0; t < rows; t++)
+        for (int c = 0; c < N; c++) {
+            V s = load(score + t * KEYS + c * W) * scale;
+            if (cap > 0) s = tangent(s / cap) * (cap * LOG2E);
+            if (!whole) {
+                int32_t from = (int32_t)(sight.oldest(row + t) - first), to = (int32_t)(sight.newest(row + t) - first);
+                s = (lane >= from - c * W) & (lane <= to - c * W) ? s : low;
+            }
+            store(score + t * KEYS + c * W, s);
+            most[t] = larger(most[t], s);
         }
+    V old = {}, base, shrink;
+    memcpy(&old, run.top + row, TILE * sizeof(float));
+    V now = larger(old, largests(most));
+    base = now == low ? V{} : now;  // low: nothing seen yet
+    shrink = power_of_two(old - base);
+    memcpy(run.top + row, &now, TILE * sizeof(float));
+    for (int t = 0; t < rows; t++) {
+        V part = {};
+        UNROLL
+        for (int c = 0; c < N; c++) {
+            V p = power_of_two(load(score + t * KEYS + c * W) - base[t]);
+            store(score + t * KEYS + c * W, p);
+            part += p;
+        }
+        float *sum = run.sum + (row + t) * W, *out = run.out + (row + t) * run.width;
+        store(sum, load(sum) * shrink[t] + part);
+        if (shrink[t] != 1.0f)
+            for (size_t d = 0; d < run.width; d += W) store(out + d, load(out + d) * shrink[t]);
     }
-    V most = s[0];
-    UNROLL
-    for (int c = 1; c < N; c++) most = larger(most, s[c]);
-    float now = std::max(*top, largest(most));
-    float base = now == low ? 0.0f : now;  // nothing seen yet
-    V part = {};
-    UNROLL
-    for (int c = 0; c < N; c++) {
-        s[c] = power_of_two(s[c] - base);
-        part += s[c];
-        store(score + c * W, s[c]);
-    }
-    if (now > *top) {
-        float shrink = power_of_two(V{} + (*top - base))[0];
-        *sum *= shrink;
-        for (size_t d = 0; d < width; d += W) store(out + d, load(out + d) * shrink);
-    }
-    *sum += total(part);
-    *top = now;
 }
 
 // a[rows, k] @ b[k, n] into or onto c, n a multiple of 2W
@@ -173,9 +282,31 @@ void multiply(int64_t rows, const float* a, size_t lda, const float* b, size_t n
             });
 }
 
+// 2W values in the order that is cheapest for their type, and that order undone.
+template <class T_> INLINE void load_two(const T_* p, V& left, V& right) {
+    if constexpr (std::is_same_v<T_, Bf16>) {
+        U pairs;
+        memcpy(&pairs, p, sizeof pairs);
+        left = first_of_pair<Bf16>(pairs);
+        right = second_of_pair<Bf16>(pairs);
+    } else {
+        left = load(p);
+        right = load(p + W);
+    }
+}
+template <class T_, int... J> INLINE void sort_two(float* p, std::integer_sequence<int, J...>) {
+    if constexpr (std::is_same_v<T_, Bf16>) {
+        V left = load(p), right = load(p + W);
+        store(p, pick<(J / 2 + J % 2 * W)...>(left, right));
+        store(p + W, pick<(W / 2 + J / 2 + J % 2 * W)...>(left, right));
+    }
+}
+
 // out[rows, dim] += score[rows, n] @ n rows of T_, widened as they come. For few rows; `dim` is a multiple of 2W.
+// The next tile's keys are fetched here too, evenly between the sums: the CPU drops fetches that come in a burst.
 template <class T_>
-void weigh(int64_t rows, const float* score, Places row, Places next, int64_t n, size_t dim, float* out, size_t width) {
+void weigh(int64_t rows, const float* score, Places row, Places next, Places next_key, int64_t n, size_t dim,
+           float* out, size_t width) {
     for (int64_t r = 0; r < rows; r += TILE)
         with_rows((int)std::min<int64_t>(TILE, rows - r), [&](auto t_) {
             constexpr int T = decltype(t_)::value;
@@ -185,9 +316,10 @@ void weigh(int64_t rows, const float* score, Places row, Places next, int64_t n,
                 for (int t = 0; t < T; t++)
                     for (int c = 0; c < 2; c++) sum[t][c] = load(out + (r + t) * width + d + c * W);
                 for (int64_t j = 0; j < n; j++) {
-                    const T_* value = (const T_*)row[j] + d;
-                    V left = load(value), right = load(value + W);
+                    V left, right;
+                    load_two((const T_*)row[j] + d, left, right);
                     __builtin_prefetch(next[j] + d * sizeof(T_), 0, 2);
+                    __builtin_prefetch(next_key[j] + d * sizeof(T_), 0, 2);
                     UNROLL
                     for (int t = 0; t < T; t++) {
                         float p = score[(r + t) * KEYS + j];
@@ -214,22 +346,26 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     // Row r of the unit: rows of the first kv head, then of the next.
     auto token = [&](int64_t r) { return start + unit.first + r % rows / share; };
     auto head = [&](int64_t r) { return (unit.head + r / rows) * share + r % share; };
+    bool dots = DOTS && call.q_type == BF16 && call.keys.type == BF16;
     with_type(call.q_type, [&](auto* type) {
         for (int64_t r = 0; r < rows * unit.heads; r++) {
-            float* q = room.q + r * room.kd;
-            widen_row((decltype(type))(call.q + token(r) * call.q_token + head(r) * call.q_head), kd, q);
-            for (size_t d = 0; d < kd; d += W) store(q + d, load(q + d) * scale);
+            auto from = (decltype(type))(call.q + token(r) * call.q_token + head(r) * call.q_head);
+            float *q = room.q + r * room.kd, *sum = room.sum + r * W;
+            std::fill(q, q + room.kd, 0.0f);
+            if (dots) memcpy(q, from, kd * sizeof(Bf16));
+            else widen_row(from, kd, q);
             room.top[r] = call.sinks ? call.sinks[head(r)] * LOG2E : -infinity;
-            room.sum[r] = call.sinks ? 1.0f : 0.0f;
+            std::fill(sum, sum + W, 0.0f);
+            if (call.sinks) *sum = 1.0f;
         }
     });
     std::fill(room.out, room.out + rows * unit.heads * room.vd, 0.0f);
 
-    auto oldest = [&](int64_t p) { return call.window && p >= call.window ? p - call.window + 1 : 0; };
+    Sight sight = {call.window, position, share};
     const int32_t* table = call.block_table + unit.sequence * call.table_width;
-    int64_t end = position + unit.tokens, first = oldest(position) / KEYS * KEYS;
+    int64_t end = position + unit.tokens, first = sight.oldest(0) / KEYS * KEYS;
     const char *places[2][2][KEYS];  // [this or next tile][keys, values]
-    bool sound = true, direct = rows <= FEW && vd % (2 * W) == 0;
+    bool sound = true, few = rows <= TILE, direct = few && vd % (2 * W) == 0;
     auto find = [&](int which, int64_t from) {
         from = std::min(from, end - 1);
         int64_t j = 0, n = std::min(KEYS, end - from), entry = from / call.block_size, offset = from % call.block_size;
@@ -257,33 +393,44 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
                 return Places{places[tile][side], h * (side ? call.values : call.keys).head};
             };
             float *q = room.q + h * rows * room.kd, *out = room.out + h * rows * room.vd;
-            float *top = room.top + h * rows, *sum = room.sum + h * rows;
+            Running run = {out, room.top + h * rows, room.sum + h * rows * W, room.vd};
             with_type(call.keys.type, [&](auto* type) {
                 using T_ = std::remove_pointer_t<decltype(type)>;
-                load_keys<T_>(of(which, 0), of(which ^ 1, 0), n, kd, room.keys);
+                Places here = of(which, 0), next = of(which ^ 1, 0);
+                if constexpr (DOTS && std::is_same_v<T_, Bf16>)
+                    if (dots) {
+                        if (few) return compare<T_, true>(rows, q, room.kd, here, n, kd, room.score);
+                        load_keys<T_, true>(here, next, n, kd, room.keys);
+                        return multiply_pairs(rows, q, room.kd, room.keys, (kd + 1) / 2, room.score);
+                    }
+                if (few) return compare<T_, false>(rows, q, room.kd, here, n, kd, room.score);
+                load_keys<T_, false>(here, next, n, kd, room.keys);
+                multiply<false>(rows, q, room.kd, room.keys, KEYS, kd, room.score);
             });
-            multiply<false>(rows, q, room.kd, room.keys, KEYS, kd, room.score);
-            for (int64_t r = 0; r < rows; r++) {
-                int64_t p = position + r / share;
-                soften(call, room.score + r * KEYS, first, oldest(p), p, top + r, sum + r, out + r * room.vd, room.vd);
-            }
+            for (int64_t r = 0; r < rows; r += TILE)
+                soften(scale, (float)call.softcap, sight, r, std::min<int64_t>(TILE, rows - r), first, room.score, run);
             with_type(call.values.type, [&](auto* type) {
                 using T_ = std::remove_pointer_t<decltype(type)>;
                 Places here = of(which, 1), next = of(which ^ 1, 1);
-                if (direct) return weigh<T_>(rows, room.score, here, next, n, vd, out, room.vd);
+                if (direct) return weigh<T_>(rows, room.score, here, next, of(which ^ 1, 0), n, vd, out, room.vd);
                 load_values<T_>(here, next, n, vd, room.vd, room.values);
                 multiply<true>(rows, room.score, KEYS, room.values, room.vd, KEYS, out);
             });
         }
     }
+    if (direct)
+        with_type(call.values.type, [&](auto* type) {
+            using T_ = std::remove_pointer_t<decltype(type)>;
+            for (float* p = room.out; p < room.out + rows * unit.heads * room.vd; p += 2 * W) sort_two<T_>(p, Lanes{});
+        });
     with_type(call.q_type, [&](auto* type) {
         using T_ = std::remove_pointer_t<decltype(type)>;
         for (int64_t r = 0; r < rows * unit.heads; r++) {
             T_* to = (T_*)call.out + (token(r) * call.heads + head(r)) * vd;
-            float* out = room.out + r * room.vd;
+            float *out = room.out + r * room.vd, sum = total(load(room.sum + r * W));
             size_t d = 0;
-            for (; d + W <= vd; d += W) store(to + d, load(out + d) / room.sum[r]);
-            if (d < vd) store_part(to + d, load(out + d) / room.sum[r], vd - d);
+            for (; d + W <= vd; d += W) store(to + d, load(out + d) / sum);
+            if (d < vd) store_part(to + d, load(out + d) / sum, vd - d);
         }
     });
     return true;

@@ -16,8 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("delta.cpp", "attention.cpp", "linear.cpp", "pointwise.cpp")
-HEADERS = ("simd.h",)
+SOURCES = ("delta.cpp", "attention.cpp", "linear.cpp", "packing.cpp", "pointwise.cpp")
+HEADERS = ("simd.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -1,111 +1,19 @@
-// Linear maps of the base: y = x Wᵀ + b, over weights that are packed once.
+// Linear maps of the base: y = x Wᵀ + b, over weights that were packed once (panels.h says how).
 //
 // Whatever number of rows comes, weights stream from memory once, in order. Every output is summed over the inputs in
 // ascending order: a row's bits depend neither on how many rows come with it, nor on threads, nor on how the work is
 // cut.
-//
-// A packed weight is cut into panels of COLUMNS outputs; a panel holds, lane by lane of 32 bits, the weights of its
-// outputs side by side. A lane is one float, two inputs of a two-byte type, four of int8, or eight of int4, whose low
-// nibbles are the first four. In int4 the lanes of GROUP inputs are followed by the group's scales.
-//
-// Small weights are kept unsigned, which is too high by an offset. They meet rows that were rounded to signed bytes:
-// a stretch of a row that shares a step is a Head, then its bytes. What the offset adds to a sum over the stretch is
-// taken off where the sum begins.
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 
-#include "simd.h"
+#include "panels.h"
 
 namespace {
-
-// --- how weights and rows lie -----------------------------------------------------------------------------------
-
-enum Kind : int64_t { F32, B16, F16, INT8, INT4, DOT };  // DOT: B16 by the CPU's own dot product of bf16 pairs
-constexpr size_t COLUMNS = 2 * W;                        // outputs of a panel
-constexpr size_t GROUP = 32;                             // inputs that share a scale in int4, and a step of the rows
-constexpr size_t GROUP_LANES = GROUP / 8;
-constexpr size_t GROUP_SCALES = GROUP_LANES * COLUMNS * 4;          // where a group's bf16 scales begin, bytes
-constexpr size_t GROUP_BYTES = GROUP_SCALES + COLUMNS * 2;          // of a group in a panel
-constexpr float LEAST = 1e-30f;                                     // step
-
-struct Head {
-    int32_t start;
-    float step;
-};
-
-constexpr int32_t offset_of(int64_t kind) { return kind == INT8 ? 128 : 8; }
-constexpr float most_of(int64_t kind) { return kind == INT8 ? 127 : 7; }  // largest magnitude of a weight
-constexpr size_t inputs_of_lane(int64_t kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : kind == INT4 ? 8 : 2; }
-inline size_t lanes_of(int64_t kind, int64_t in) {
-    return ((size_t)in + inputs_of_lane(kind) - 1) / inputs_of_lane(kind);
-}
-inline size_t panels_of(int64_t out) { return ((size_t)out + COLUMNS - 1) / COLUMNS; }
-constexpr size_t lane_at(int64_t kind, size_t lane) {  // bytes from a panel's begin; a panel's size, given all lanes
-    return kind == INT4 ? lane / GROUP_LANES * GROUP_BYTES + lane % GROUP_LANES * COLUMNS * 4 : lane * COLUMNS * 4;
-}
-
-// --- whole numbers ----------------------------------------------------------------------------------------------
-
-INLINE I nearest(V v) {  // halves to the even one
-#if defined(__AVX512F__)
-    return (I)_mm512_cvtps_epi32((__m512)v);
-#else
-    I i;
-    for (int j = 0; j < W; j++) i[j] = (int32_t)std::nearbyint(v[j]);
-    return i;
-#endif
-}
-INLINE V to_float(I i) {
-#if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps((__m512i)i);
-#else
-    return __builtin_convertvector(i, V);
-#endif
-}
-INLINE void store_bytes(char* p, I i) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)i));
-#else
-    for (int j = 0; j < W; j++) p[j] = (char)i[j];
-#endif
-}
-
-template <int D = W / 2> INLINE I largest_whole(I v) {
-    I other = (I)swapped<D>((V)v, Lanes{});
-    v = v > other ? v : other;
-    if constexpr (D > 1) return largest_whole<D / 2>(v);
-    return v;
-}
-// The step that lets x[n] reach from -most to most. Magnitudes are compared as bits, so that NaN is the largest.
-template <class T> INLINE float step_of(const T* x, size_t n, float most) {
-    I peak{};
-    for (size_t i = 0; i < n; i += W) {
-        I v = (I)(i + W <= n ? load(x + i) : load_part(x + i, n - i)) & 0x7fffffff;
-        peak = v > peak ? v : peak;
-    }
-    float step = ((V)largest_whole(peak))[0] / most;
-    return step < LEAST ? LEAST : step;
-}
-// bytes[padded(n)] = x[n] in steps, rounded, + offset; returns their sum without the offsets.
-template <class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
-    float inverse = 1 / step;
-    U sum{};
-    for (size_t i = 0; i < n; i += W) {
-        I whole = nearest((i + W <= n ? load(x + i) : load_part(x + i, n - i)) * inverse);
-        sum += (U)whole;
-        store_bytes(bytes + i, whole + offset);
-    }
-    uint32_t all = 0;
-    for (int j = 0; j < W; j++) all += sum[j];
-    return (int32_t)all;
-}
-
-// --- rows through panels ----------------------------------------------------------------------------------------
 
 constexpr size_t DEPTH = 1024;   // lanes for which the rows stay near while many rows pass; whole groups of int4
 constexpr int64_t FEW = TILE;    // rows that pass all at once
 constexpr size_t AHEAD = 2048;   // bytes of a panel that are asked for before they are needed
-constexpr size_t STRETCH = sizeof(Head) + GROUP;  // bytes of a row in int4 that meet a group
+constexpr size_t stretch_of(int64_t kind) { return sizeof(Head) + shared_of(kind); }  // bytes that share a step
 
 struct Output {
     const char* weight;
@@ -156,21 +64,45 @@ INLINE void ask_for(const char* p, size_t lanes) {
     for (size_t k = 0; k < lanes * COLUMNS * 4; k += 64) __builtin_prefetch(p + AHEAD + k);
 }
 
+// acc[T] += a stretch of T small rows, `next` bytes apart, @ N lanes of one side of a panel
+template <int64_t K, int T, class A> INLINE void stretch_of_lanes(const char* x, const char* at, int side, size_t n, A& acc) {
+    constexpr size_t next = stretch_of(K), width = K == INT4 ? 8 : 4;  // of a row: to the next one; of a lane
+    asm volatile("" : "+r"(x));  // else the sides share broadcasts, more of them than registers
+    I whole[T];
+    UNROLL
+    for (int t = 0; t < T; t++) whole[t] = (I)lane_of(x + t * next);
+    UNROLL
+    for (size_t i = 0; i < n; i++) {
+        U w = load_lanes(at + (2 * i + side) * W * 4);
+        const char* four = x + sizeof(Head) + i * width;
+        if constexpr (K == INT4) {
+            U low = w & 0x0f0f0f0f;
+            UNROLL
+            for (int t = 0; t < T; t++) whole[t] = dot_bytes(whole[t], low, lane_of(four + t * next));
+            w = (w >> 4) & 0x0f0f0f0f;
+            four += 4;
+        }
+        UNROLL
+        for (int t = 0; t < T; t++) whole[t] = dot_bytes(whole[t], w, lane_of(four + t * next));
+    }
+    V scale = K == INT4 ? load((const Bf16*)(at + GROUP_SCALES) + side * W) : V{} + 1.0f;
+    UNROLL
+    for (int t = 0; t < T; t++) acc[t] += to_float(whole[t]) * (scale * ((const Head*)(x + t * next))->step);
+}
+
 // sum[T, P * COLUMNS] (+)= rows x [T, from : to] (in lanes) @ the same lanes of P panels
 template <int64_t K, int T, int P>
 void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes, size_t from, size_t to, float* sum,
               size_t lds, bool add) {
-    using Sum = std::conditional_t<K == INT8, I, V>;
-    Sum acc[T][2 * P];
+    V acc[2 * P][T];
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int c = 0; c < 2 * P; c++) {
-            acc[t][c] = add ? (Sum)load(sum + t * lds + c * W) : Sum{};
-            if (K == INT8 && !add) acc[t][c] += (Sum)lane_of(rows + t * ld);
-        }
-    constexpr size_t STEP = K == INT4 ? GROUP_LANES : 1;
+        for (int c = 0; c < 2 * P; c++) acc[c][t] = add ? load(sum + t * lds + c * W) : V{};
+    constexpr bool small = K == INT4 || K == INT8;
+    constexpr size_t STEP = small ? shared_of(K) / inputs_of_lane(K) : 1;
     for (size_t k = from; k < to; k += STEP) {
+        const char* x = rows + k / STEP * TILE * stretch_of(K);
         UNROLL
         for (int p = 0; p < P; p++) {
             const char* at = panel + p * panel_bytes + lane_at(K, k);
@@ -178,43 +110,23 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
             UNROLL
             for (int side = 0; side < 2; side++) {
                 int c = 2 * p + side;
-                if constexpr (K == INT4) {
-                    const char* x = rows + k / GROUP_LANES * TILE * STRETCH;
-                    asm volatile("" : "+r"(x));  // else the sides share broadcasts, more of them than registers
-                    I whole[T];
-                    UNROLL
-                    for (int t = 0; t < T; t++) whole[t] = (I)lane_of(x + t * STRETCH);
-                    UNROLL
-                    for (size_t i = 0; i < GROUP_LANES; i++) {
-                        U w = load_lanes(at + (2 * i + side) * W * 4), low = w & 0x0f0f0f0f,
-                          high = (w >> 4) & 0x0f0f0f0f;
-                        const char* four = x + sizeof(Head) + i * 8;
-                        UNROLL
-                        for (int t = 0; t < T; t++) whole[t] = dot_bytes(whole[t], low, lane_of(four + t * STRETCH));
-                        UNROLL
-                        for (int t = 0; t < T; t++)
-                            whole[t] = dot_bytes(whole[t], high, lane_of(four + 4 + t * STRETCH));
-                    }
-                    V scale = load((const Bf16*)(at + GROUP_SCALES) + side * W);
-                    UNROLL
-                    for (int t = 0; t < T; t++)
-                        acc[t][c] += to_float(whole[t]) * (scale * ((const Head*)(x + t * STRETCH))->step);
-                } else {
-                    U w = load_lanes(at + side * W * 4);
-                    UNROLL
-                    for (int t = 0; t < T; t++) {
-                        const char* row = rows + t * ld;
-                        if constexpr (K == INT8) {
-                            acc[t][c] = dot_bytes(acc[t][c], w, lane_of(row + sizeof(Head) + k * 4));
-                        } else if constexpr (K == DOT) {
-                            acc[t][c] = dot_pair(acc[t][c], lane_of(row + k * 4), w);
-                        } else if constexpr (K == F32) {
-                            acc[t][c] += (V)w * ((const float*)row)[k];
-                        } else {
-                            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-                            acc[t][c] += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
-                            acc[t][c] += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
-                        }
+                if constexpr (small) {
+                    if (to - k >= STEP) stretch_of_lanes<K, T>(x, at, side, STEP, acc[c]);
+                    else stretch_of_lanes<K, T>(x, at, side, to - k, acc[c]);
+                    continue;
+                }
+                U w = load_lanes(at + side * W * 4);
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    const char* row = rows + t * ld;
+                    if constexpr (K == DOT) {
+                        acc[c][t] = dot_pair(acc[c][t], lane_of(row + k * 4), w);
+                    } else if constexpr (K == F32) {
+                        acc[c][t] += (V)w * ((const float*)row)[k];
+                    } else if constexpr (!small) {
+                        using Two = std::conditional_t<K == B16, Bf16, Fp16>;
+                        acc[c][t] += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
+                        acc[c][t] += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
                     }
                 }
             }
@@ -223,7 +135,7 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int c = 0; c < 2 * P; c++) store(sum + t * lds + c * W, (V)acc[t][c]);
+        for (int c = 0; c < 2 * P; c++) store(sum + t * lds + c * W, acc[c][t]);
 }
 
 template <class F> INLINE void with_kind(int64_t kind, F f) {
@@ -242,15 +154,15 @@ struct Work {
 
     explicit Work(const LinearCall& all)
         : call(all), lanes(lanes_of(all.kind, all.in)), bytes(lane_at(all.kind, lanes)), rows(nullptr) {
-        size_t size = all.kind == INT4   ? lanes / GROUP_LANES * STRETCH
-                      : all.kind == INT8 ? sizeof(Head) + lanes * 4
-                      : all.kind == DOT  ? lanes * 4
-                                         : lanes * inputs_of_lane(all.kind) * 4;
+        size_t shared = shared_of(all.kind);
+        size_t size = all.kind == INT4 || all.kind == INT8 ? ((size_t)all.in + shared - 1) / shared * stretch_of(all.kind)
+                      : all.kind == DOT                    ? lanes * 4
+                                                           : lanes * inputs_of_lane(all.kind) * 4;
         ld = padded(size / 4) * 4 + W * 4;
     }
 
-    // One row as the kind wants it: floats, bf16 pairs, or stretches of bytes; zeros behind. In int4 a tile's rows lie
-    // together group by group, so that a constant leads from row to row.
+    // One row as the kind wants it: floats, bf16 pairs, or stretches of bytes; zeros behind. A tile's small rows lie
+    // together stretch by stretch, so that a constant leads from row to row.
     void prepare(int64_t row, char* all) const {
         size_t in = (size_t)call.in;
         char* to = all + (size_t)row * ld;
@@ -263,11 +175,10 @@ struct Work {
                 for (; i + W <= in; i += W) store(pairs + i, load(x + i));
                 if (i < in) store_part(pairs + i, load_part(x + i, in - i), in - i);
                 if (in % 2) pairs[in] = Bf16{0};
-            } else if (call.kind == INT8) {
-                stretch(x, in, to);
-            } else if (call.kind == INT4) {
-                to = all + (size_t)(row / TILE * TILE) * ld + (size_t)(row % TILE) * STRETCH;
-                for (size_t i = 0; i < in; i += GROUP, to += TILE * STRETCH) stretch(x + i, GROUP, to);
+            } else if (call.kind == INT4 || call.kind == INT8) {
+                size_t shared = shared_of(call.kind), next = stretch_of(call.kind);
+                to = all + (size_t)(row / TILE * TILE) * ld + (size_t)(row % TILE) * next;
+                for (size_t i = 0; i < in; i += shared, to += TILE * next) stretch(x + i, std::min(shared, in - i), to);
             } else {
                 widen_row(x, in, (float*)to);
             }
@@ -287,11 +198,10 @@ struct Work {
             const T* bias = o.bias ? (const T*)o.bias + column : nullptr;
             for (int64_t t = 0; t < count; t++) {
                 T* y = (T*)o.y + (first + t) * o.stride + column;
-                float step = call.kind == INT8 ? ((const Head*)(rows + (first + t) * ld))->step : 1;
                 for (int64_t c = 0; c < n; c += W) {
                     int64_t m = std::min<int64_t>(W, n - c);
                     V v = load(sum + t * lds + c);
-                    if (call.kind == INT8) v = to_float((I)v) * (load(o.scale + column + c) * step);
+                    if (call.kind == INT8) v *= load(o.scale + column + c);
                     if (bias) v += m == W ? load(bias + c) : load_part(bias + c, m);
                     if (m == W) store(y + c, v);
                     else store_part(y + c, v, m);
@@ -344,6 +254,23 @@ struct Work {
     }
 };
 
+// Panels as the threads come for them, in shares that shrink: long runs of memory first, and in the end so little each
+// that a thread which was kept from working holds up nobody for long.
+struct Shares {
+    int64_t all, least;
+    std::atomic<int64_t> given{0};
+
+    bool next(int threads, int64_t& from, int64_t& to) {
+        from = given.load(std::memory_order_relaxed);
+        do {
+            if (from >= all) return false;
+            int64_t left = all - from;
+            to = from + (threads == 1 ? left : std::min(left, std::max(least, left / (2 * threads))));
+        } while (!given.compare_exchange_weak(from, to, std::memory_order_relaxed));
+        return true;
+    }
+};
+
 }  // namespace
 
 extern "C" int64_t lora_columns() { return (int64_t)COLUMNS; }
@@ -368,6 +295,7 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
     float* common = own ? nullptr : scratch(shared, prepared);
     constexpr int64_t SMALL = 1 << 17;  // products; with fewer, one thread is done before another is awake
     int wanted = all * (int64_t)COLUMNS * call->in * call->rows < SMALL ? 1 : (int)call->threads;
+    Shares shares{all, own ? 4 : 1};
     parallel(wanted, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         size_t sums = count * COLUMNS * (work.lanes <= DEPTH ? 1 : (size_t)((all + threads - 1) / threads) + 1);
@@ -378,148 +306,17 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
         size_t from = own ? 0 : count * thread / threads, until = own ? count : count * (thread + 1) / threads;
         for (size_t row = from; row < until; row++) part.prepare((int64_t)row, rows);
         if (!own && threads > 1) barrier();
-        int64_t lo = all * thread / threads, hi = all * (thread + 1) / threads, at = 0;
-        for (int64_t i = 0; i < call->outputs; i++) {
-            int64_t n = (int64_t)panels_of(call->output(i).out);
-            Span span{i, std::max<int64_t>(0, lo - at), std::min(n, hi - at)};
-            at += n;
-            if (span.from >= span.to) continue;
-            if (own) part.few(span);
-            else part.many(span, room);
+        for (int64_t lo = 0, hi = 0; shares.next(threads, lo, hi);) {
+            int64_t at = 0;
+            for (int64_t i = 0; i < call->outputs; i++) {
+                int64_t n = (int64_t)panels_of(call->output(i).out);
+                Span span{i, std::max<int64_t>(0, lo - at), std::min(n, hi - at)};
+                at += n;
+                if (span.from >= span.to) continue;
+                if (own) part.few(span);
+                else part.many(span, room);
+            }
         }
     });
-    return 0;
-}
-
-// --- packing ----------------------------------------------------------------------------------------------------
-//
-// W outputs at a time: each one's weights become a row of lanes, and the rows are turned into one side of a panel.
-
-namespace {
-
-struct PackCall {  // as native_linear.py packs it
-    char* weight;  // [out, in] contiguous; what is unpacked from INT8 and INT4 is float32
-    int64_t out, in, type, kind;  // type: of the weights that are packed
-    char* packed;
-    float* scale;  // INT8 [panels * COLUMNS]
-    int64_t threads;
-};
-
-struct Packing {
-    const PackCall& call;
-    size_t in, lanes, ld;  // of a row: inputs, lanes, floats from row to row
-
-    explicit Packing(const PackCall& all)
-        : call(all), in((size_t)all.in), lanes(lanes_of(all.kind, all.in)), ld(padded(lanes) + W) {}
-
-    // Rows of lanes [W, lanes] into one side of a panel.
-    void turn(const float* rows, char* side) const {
-        for (size_t k = 0; k < lanes; k += W) {
-            V block[W];
-            for (size_t i = 0; i < W; i++) block[i] = load(rows + i * ld + k);
-            transpose(block);
-            for (size_t i = 0; i < W && k + i < lanes; i++) store((float*)(side + lane_at(call.kind, k + i)), block[i]);
-        }
-    }
-    void turn_back(const char* side, float* rows) const {
-        for (size_t k = 0; k < lanes; k += W) {
-            V block[W] = {};
-            for (size_t i = 0; i < W && k + i < lanes; i++)
-                block[i] = load((const float*)(side + lane_at(call.kind, k + i)));
-            transpose(block);
-            for (size_t i = 0; i < W; i++) store(rows + i * ld + k, block[i]);
-        }
-    }
-
-    // An output's weights as lanes; its scales go where they stay, in int4 from the first group's on.
-    template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
-        if (call.kind == INT8) {
-            *scale = step_of(x, in, most_of(INT8));
-            round_row(x, in, *scale, offset_of(INT8), to);
-        } else if (call.kind == INT4) {
-            char bytes[GROUP];
-            for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
-                Bf16* kept = (Bf16*)group_scale;
-                store_part(kept, V{} + step_of(x + i, GROUP, most_of(INT4)), 1);
-                round_row(x + i, GROUP, load_part(kept, 1)[0], offset_of(INT4), bytes);
-                for (size_t b = 0; b < GROUP; b += 8, to += 4) {
-                    uint32_t low, high;
-                    memcpy(&low, bytes + b, 4);
-                    memcpy(&high, bytes + b + 4, 4);
-                    low |= high << 4;
-                    memcpy(to, &low, 4);
-                }
-            }
-        } else {
-            memcpy(to, x, in * sizeof(T));
-        }
-    }
-    // The inverse for kinds that are small.
-    void widen(float* x, const uint8_t* from, const float* scale, const char* group_scale) const {
-        if (call.kind == INT8) {
-            for (size_t i = 0; i < in; i++) x[i] = (float)(from[i] - offset_of(INT8)) * *scale;
-            return;
-        }
-        for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
-            float step = load_part((const Bf16*)group_scale, 1)[0];
-            for (size_t b = 0; b < GROUP; b += 8, from += 4)
-                for (size_t j = 0; j < 8; j++)
-                    x[i + b + j] = (float)((from[j % 4] >> (j & 4) & 15) - offset_of(INT4)) * step;
-        }
-    }
-
-    // body(side, its rows, its place in a panel, first output, outputs) for all sides, shared among the threads
-    template <class F> void each_side(F body) const {
-        int64_t sides = 2 * (int64_t)panels_of(call.out);
-        parallel((int)call.threads, [&](int thread, int threads) {
-            static thread_local std::vector<float> memory;
-            float* rows = scratch(memory, W * ld);
-            for (int64_t s = sides * thread / threads; s < sides * (thread + 1) / threads; s++) {
-                char* side = call.packed + s / 2 * (int64_t)lane_at(call.kind, lanes) + s % 2 * W * 4;
-                char* group_scales = side + GROUP_SCALES - s % 2 * W * 2;
-                body(side, group_scales, rows, s * W, std::clamp<int64_t>(call.out - s * W, 0, W));
-            }
-        });
-    }
-    void pack() const {
-        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
-            std::fill(rows, rows + W * ld, 0.0f);
-            if (call.kind == INT4 && count < W)
-                for (size_t k = 0; k < lanes; k += GROUP_LANES) memset(group_scales + lane_at(INT4, k), 0, W * 2);
-            with_type(call.type, [&](auto* type) {
-                using T = std::remove_pointer_t<decltype(type)>;
-                for (int64_t i = 0; i < count; i++)
-                    shrink((const T*)call.weight + (first + i) * call.in, (char*)(rows + i * ld),
-                           call.scale + first + i, group_scales + 2 * i);
-            });
-            turn(rows, side);
-        });
-    }
-    void unpack() const {
-        bool small = call.kind == INT8 || call.kind == INT4;
-        size_t size = in * (small || call.type == FP32 ? 4 : 2);
-        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
-            turn_back(side, rows);
-            for (int64_t i = 0; i < count; i++) {
-                char* x = call.weight + (size_t)(first + i) * size;
-                const float* row = rows + i * ld;
-                if (small) widen((float*)x, (const uint8_t*)row, call.scale + first + i, group_scales + 2 * i);
-                else memcpy(x, row, size);
-            }
-        });
-    }
-};
-
-}  // namespace
-
-// Lays a weight [out, in] out in panels.
-extern "C" int64_t lora_pack(const PackCall* call) {
-    Packing(*call).pack();
-    return 0;
-}
-
-// The inverse: weights as they were, or what small ones stand for.
-extern "C" int64_t lora_unpack(const PackCall* call) {
-    Packing(*call).unpack();
     return 0;
 }

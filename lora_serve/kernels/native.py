@@ -67,7 +67,7 @@ class NativeKernels:
             self._library.call(f"lora_{name}") for name in names
         )
         maps = NativeLinear(self._library)
-        self.pack, self.unpack, self.linear = maps.pack, maps.unpack, maps.linear
+        self.pack, self.unpack, self.rows, self.linear = maps.pack, maps.unpack, maps.rows, maps.linear
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:

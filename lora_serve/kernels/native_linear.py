@@ -21,6 +21,7 @@ from lora_serve.kernels.packed import GROUP, Packed, Scheme
 _INT8, _INT4, _DOT = 3, 4, 5
 _INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
 _PACK = Struct("8q")
+_ROWS = Struct("9q")
 _CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
 
 
@@ -32,8 +33,8 @@ class NativeLinear:
     """
 
     def __init__(self, library: Library) -> None:
-        self._linear, self._pack, self._unpack = (
-            library.call(name) for name in ("lora_linear", "lora_pack", "lora_unpack")
+        self._linear, self._pack, self._unpack, self._rows = (
+            library.call(f"lora_{name}") for name in ("linear", "pack", "unpack", "rows")
         )
         self._columns = library.number("lora_columns")
         self._bf16 = type_number(torch.bfloat16)
@@ -59,6 +60,19 @@ class NativeLinear:
         whole = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.float32)
         self._unpack(self._call(whole, packed))
         return whole
+
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """See `Kernels.rows`."""
+        if packed.scheme is not None or ids.dtype is not torch.int64 or ids.ndim != 1:
+            raise TypeError("rows are looked up in full precision, by a list of int64")
+        ids = ids.contiguous()
+        found = torch.empty(ids.shape[0], packed.shape[1], dtype=packed.dtype)
+        kind = self._kind(packed.dtype, None)
+        head = (packed.data.data_ptr(), *packed.shape, kind, packed.dtype.itemsize, ids.data_ptr(), ids.shape[0])
+        wrong = self._rows(_ROWS.pack(*head, found.data_ptr(), torch.get_num_threads()))
+        if wrong:
+            raise ValueError(f"there is no row for id {wrong - 1} of the list")
+        return found
 
     def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
         """See `Kernels.linear`."""

@@ -1,7 +1,7 @@
 """Weights of linear maps in the form that a backend reads, in full precision or made small.
 
     int8:  W[o, i] ≈ scale[o] · q[o, i],             q in -127..127
-           x[t, i] ≈ step[t] · p[t, i],              p in -127..127
+           x[t, i] ≈ step[t, i // RUN] · p[t, i],    p in -127..127
     int4:  W[o, i] ≈ scale[o, i // GROUP] · q[o, i], q in -7..7, scale in bf16
            x[t, i] ≈ step[t, i // GROUP] · p[t, i],  p in -127..127
 
@@ -16,9 +16,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Scheme = Literal["int8", "int4"]
 GROUP = 32  # inputs that share a scale, and a step of the rows, in int4
+RUN = 64  # inputs that share a step of the rows in int8; the last of a row may be fewer
 _MOST = {"int8": 127, "int4": 7}  # largest whole number of a weight
 _ROWS_MOST = 127  # of a row's
 _LEAST = 1e-30  # scale or step; what is smaller becomes zero
@@ -52,7 +54,7 @@ def fitting(scheme: Scheme | None, in_features: int) -> Scheme | None:
 
 def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Whole numbers q int8 [out, in] and scale float32 [out, groups] (one group in int8)."""
-    grouped = _grouped(weight.detach(), scheme)
+    grouped = _grouped(weight.detach(), weight.shape[1] if scheme == "int8" else GROUP)
     scale = _step(grouped, _MOST[scheme])
     if scheme == "int4":
         scale = scale.bfloat16().float()
@@ -66,16 +68,15 @@ def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:
     """Rows x [rows, in] as a map in the scheme sees them, float32."""
-    grouped = _grouped(x, scheme)
+    width, size = x.shape[1], RUN if scheme == "int8" else GROUP
+    grouped = _grouped(functional.pad(x, (0, -width % size)), size)
     step = _step(grouped, _ROWS_MOST)
-    return (_whole(grouped, step) * step).view(x.shape)
+    return (_whole(grouped, step) * step).flatten(1)[:, :width]
 
 
-def _grouped(rows: Tensor, scheme: Scheme) -> Tensor:
-    """float32 [rows, groups, inputs that share a scale]."""
-    count, width = rows.shape
-    size = width if scheme == "int8" else GROUP
-    return rows.float().reshape(count, width // size, size)
+def _grouped(rows: Tensor, size: int) -> Tensor:
+    """float32 [rows, groups, size]."""
+    return rows.float().reshape(rows.shape[0], -1, size)
 
 
 def _step(grouped: Tensor, most: int) -> Tensor:

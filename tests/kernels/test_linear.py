@@ -140,3 +140,22 @@ def test_maps_that_do_not_fit_are_refused(native: NativeKernels) -> None:
 def test_no_rows_is_no_work(native: NativeKernels) -> None:
     packed = native.pack(weights([32], 64, torch.float32)[0])
     assert native.linear(torch.zeros(0, 64), [(packed, None)])[0].shape == (0, 32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(dtype=DTYPES, out=st.integers(1, 150), wide=st.integers(1, 70), data=st.data())
+def test_rows_of_packed_weights_are_the_weights_own(
+    native: NativeKernels, dtype: torch.dtype, out: int, wide: int, data: st.DataObject
+) -> None:
+    weight = weights([out], wide, dtype)[0]
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, out - 1), max_size=40)), dtype=torch.int64)
+    assert native.rows(native.pack(weight), ids).equal(weight[ids])
+
+
+def test_rows_that_there_are_not_are_refused(native: NativeKernels) -> None:
+    packed = native.pack(torch.zeros(5, 8))
+    for id in (-1, 5):
+        with pytest.raises(ValueError, match="id 1 of the list"):
+            native.rows(packed, torch.tensor([0, id]))
+    with pytest.raises(TypeError, match="full precision"):
+        native.rows(native.pack(torch.zeros(5, 64), "int8"), torch.tensor([0]))

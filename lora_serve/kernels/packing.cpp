@@ -1,0 +1,160 @@
+// Weights into panels and back (panels.h says how they lie), made small on the way if the kind is small.
+//
+// W outputs at a time: each one's weights become a row of lanes, and the rows are turned into one side of a panel.
+#include <algorithm>
+
+#include "panels.h"
+
+namespace {
+
+struct PackCall {  // as native_linear.py packs it
+    char* weight;  // [out, in] contiguous; what is unpacked from INT8 and INT4 is float32
+    int64_t out, in, type, kind;  // type: of the weights that are packed
+    char* packed;
+    float* scale;  // INT8 [panels * COLUMNS]
+    int64_t threads;
+};
+
+struct Packing {
+    const PackCall& call;
+    size_t in, lanes, ld;  // of a row: inputs, lanes, floats from row to row
+
+    explicit Packing(const PackCall& all)
+        : call(all), in((size_t)all.in), lanes(lanes_of(all.kind, all.in)), ld(padded(lanes) + W) {}
+
+    // Rows of lanes [W, lanes] into one side of a panel.
+    void turn(const float* rows, char* side) const {
+        for (size_t k = 0; k < lanes; k += W) {
+            V block[W];
+            for (size_t i = 0; i < W; i++) block[i] = load(rows + i * ld + k);
+            transpose(block);
+            for (size_t i = 0; i < W && k + i < lanes; i++) store((float*)(side + lane_at(call.kind, k + i)), block[i]);
+        }
+    }
+    void turn_back(const char* side, float* rows) const {
+        for (size_t k = 0; k < lanes; k += W) {
+            V block[W] = {};
+            for (size_t i = 0; i < W && k + i < lanes; i++)
+                block[i] = load((const float*)(side + lane_at(call.kind, k + i)));
+            transpose(block);
+            for (size_t i = 0; i < W; i++) store(rows + i * ld + k, block[i]);
+        }
+    }
+
+    // An output's weights as lanes; its scales go where they stay, in int4 from the first group's on.
+    template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
+        if (call.kind == INT8) {
+            *scale = step_of(x, in, most_of(INT8));
+            round_row(x, in, *scale, offset_of(INT8), to);
+        } else if (call.kind == INT4) {
+            char bytes[GROUP];
+            for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
+                Bf16* kept = (Bf16*)group_scale;
+                store_part(kept, V{} + step_of(x + i, GROUP, most_of(INT4)), 1);
+                round_row(x + i, GROUP, load_part(kept, 1)[0], offset_of(INT4), bytes);
+                for (size_t b = 0; b < GROUP; b += 8, to += 4) {
+                    uint32_t low, high;
+                    memcpy(&low, bytes + b, 4);
+                    memcpy(&high, bytes + b + 4, 4);
+                    low |= high << 4;
+                    memcpy(to, &low, 4);
+                }
+            }
+        } else {
+            memcpy(to, x, in * sizeof(T));
+        }
+    }
+    // The inverse for kinds that are small.
+    void widen(float* x, const uint8_t* from, const float* scale, const char* group_scale) const {
+        if (call.kind == INT8) {
+            for (size_t i = 0; i < in; i++) x[i] = (float)(from[i] - offset_of(INT8)) * *scale;
+            return;
+        }
+        for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
+            float step = load_part((const Bf16*)group_scale, 1)[0];
+            for (size_t b = 0; b < GROUP; b += 8, from += 4)
+                for (size_t j = 0; j < 8; j++)
+                    x[i + b + j] = (float)((from[j % 4] >> (j & 4) & 15) - offset_of(INT4)) * step;
+        }
+    }
+
+    // body(side, its rows, its place in a panel, first output, outputs) for all sides, shared among the threads
+    template <class F> void each_side(F body) const {
+        int64_t sides = 2 * (int64_t)panels_of(call.out);
+        parallel((int)call.threads, [&](int thread, int threads) {
+            static thread_local std::vector<float> memory;
+            float* rows = scratch(memory, W * ld);
+            for (int64_t s = sides * thread / threads; s < sides * (thread + 1) / threads; s++) {
+                char* side = call.packed + s / 2 * (int64_t)lane_at(call.kind, lanes) + s % 2 * W * 4;
+                char* group_scales = side + GROUP_SCALES - s % 2 * W * 2;
+                body(side, group_scales, rows, s * W, std::clamp<int64_t>(call.out - s * W, 0, W));
+            }
+        });
+    }
+    void pack() const {
+        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
+            std::fill(rows, rows + W * ld, 0.0f);
+            if (call.kind == INT4 && count < W)
+                for (size_t k = 0; k < lanes; k += GROUP_LANES) memset(group_scales + lane_at(INT4, k), 0, W * 2);
+            with_type(call.type, [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                for (int64_t i = 0; i < count; i++)
+                    shrink((const T*)call.weight + (first + i) * call.in, (char*)(rows + i * ld),
+                           call.scale + first + i, group_scales + 2 * i);
+            });
+            turn(rows, side);
+        });
+    }
+    void unpack() const {
+        bool small = call.kind == INT8 || call.kind == INT4;
+        size_t size = in * (small || call.type == FP32 ? 4 : 2);
+        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
+            turn_back(side, rows);
+            for (int64_t i = 0; i < count; i++) {
+                char* x = call.weight + (size_t)(first + i) * size;
+                const float* row = rows + i * ld;
+                if (small) widen((float*)x, (const uint8_t*)row, call.scale + first + i, group_scales + 2 * i);
+                else memcpy(x, row, size);
+            }
+        });
+    }
+};
+
+}  // namespace
+
+// Lays a weight [out, in] out in panels.
+extern "C" int64_t lora_pack(const PackCall* call) {
+    Packing(*call).pack();
+    return 0;
+}
+
+// The inverse: weights as they were, or what small ones stand for.
+extern "C" int64_t lora_unpack(const PackCall* call) {
+    Packing(*call).unpack();
+    return 0;
+}
+
+struct RowsCall {  // as native_linear.py packs it
+    const char* packed;
+    int64_t out, in, kind, size;  // size: bytes of a weight
+    const int64_t* ids;
+    int64_t count;
+    char* rows;  // [count, in]
+    int64_t threads;
+};
+
+// Some rows of a weight that is not small; 0, or 1 + index of the first id that there is no row for.
+extern "C" int64_t lora_rows(const RowsCall* call) {
+    for (int64_t i = 0; i < call->count; i++)
+        if (call->ids[i] < 0 || call->ids[i] >= call->out) return i + 1;
+    size_t lanes = lanes_of(call->kind, call->in), size = (size_t)(call->in * call->size);
+    parallel(call->count < 16 ? 1 : (int)call->threads, [&](int thread, int threads) {
+        for (int64_t i = call->count * thread / threads; i < call->count * (thread + 1) / threads; i++) {
+            size_t id = (size_t)call->ids[i];
+            const char* from = call->packed + id / COLUMNS * lane_at(call->kind, lanes) + id % COLUMNS * 4;
+            char* to = call->rows + (size_t)i * size;
+            for (size_t k = 0; k < lanes; k++) memcpy(to + 4 * k, from + lane_at(call->kind, k), std::min<size_t>(4, size - 4 * k));
+        }
+    });
+    return 0;
+}
