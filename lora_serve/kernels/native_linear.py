@@ -52,7 +52,8 @@ class NativeLinear:
         data = torch.empty(panels * (lanes + scales), dtype=torch.int32)
         scale = torch.zeros(panels * self._columns) if scheme == "int8" else None
         packed = Packed(shape, weight.dtype, scheme, data, scale)
-        self._pack(self._call(weight.detach().contiguous(), packed))
+        source = weight.detach().contiguous()  # has to live until the call is over
+        self._pack(self._call(source, packed))
         return packed
 
     def unpack(self, packed: Packed) -> Tensor:

@@ -152,6 +152,12 @@ def test_rows_of_packed_weights_are_the_weights_own(
     assert native.rows(native.pack(weight), ids).equal(weight[ids])
 
 
+def test_transposed_weights_are_packed_as_they_are(native: NativeKernels) -> None:
+    for seed in range(20):
+        weight = weights([96], 64, torch.float32, seed)[0].T
+        assert native.unpack(native.pack(weight)).equal(weight)
+
+
 def test_rows_that_there_are_not_are_refused(native: NativeKernels) -> None:
     packed = native.pack(torch.zeros(5, 8))
     for id in (-1, 5):
