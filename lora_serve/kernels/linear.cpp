@@ -12,7 +12,8 @@ namespace {
 
 constexpr size_t DEPTH = 1024;   // lanes for which the rows stay near while many rows pass; whole groups of int4
 constexpr int64_t FEW = TILE;    // rows that pass all at once
-constexpr size_t AHEAD = 2048;   // bytes of a panel that are asked for before they are needed
+constexpr int64_t LEAST_SHARE = 1 << 16;  // bytes of weights that a thread takes at a time
+constexpr size_t AHEAD = 4096;   // bytes of a panel that are asked for before they are needed
 constexpr size_t stretch_of(int64_t kind) { return sizeof(Head) + shared_of(kind); }  // bytes that share a step
 
 struct Output {
@@ -60,45 +61,59 @@ INLINE I dot_bytes(I sum, U w, U x) {
 #endif
 }
 
-INLINE void ask_for(const char* p, size_t lanes) {
-    for (size_t k = 0; k < lanes * COLUMNS * 4; k += 64) __builtin_prefetch(p + AHEAD + k);
+// Asks for lanes of a panel before they are needed: into the second cache, from where they come in time, except where
+// much arithmetic between them lets the first one be asked directly. (Measured on Zen 4.)
+template <bool NEAR> INLINE void ask_for(const char* p, size_t lanes) {
+    for (size_t k = 0; k < lanes * COLUMNS * 4; k += 64)
+        if constexpr (NEAR) __builtin_prefetch(p + AHEAD / 2 + k, 0, 3);
+        else __builtin_prefetch(p + AHEAD + k, 0, 2);
 }
 
-// acc[T] += a stretch of T small rows, `next` bytes apart, @ N lanes of one side of a panel
-template <int64_t K, int T, class A> INLINE void stretch_of_lanes(const char* x, const char* at, int side, size_t n, A& acc) {
-    constexpr size_t next = stretch_of(K), width = K == INT4 ? 8 : 4;  // of a row: to the next one; of a lane
+// acc[S][T] += a stretch of T small rows, `next` bytes apart, @ S sides of a panel, from `side` on
+template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char* x, const char* at, int side, A acc) {
+    constexpr size_t next = stretch_of(K), width = inputs_of_lane(K), lanes = shared_of(K) / width;
     asm volatile("" : "+r"(x));  // else the sides share broadcasts, more of them than registers
-    I whole[T];
+    I whole[S][T];
     UNROLL
-    for (int t = 0; t < T; t++) whole[t] = (I)lane_of(x + t * next);
-    UNROLL
-    for (size_t i = 0; i < n; i++) {
-        U w = load_lanes(at + (2 * i + side) * W * 4);
-        const char* four = x + sizeof(Head) + i * width;
-        if constexpr (K == INT4) {
-            U low = w & 0x0f0f0f0f;
-            UNROLL
-            for (int t = 0; t < T; t++) whole[t] = dot_bytes(whole[t], low, lane_of(four + t * next));
-            w = (w >> 4) & 0x0f0f0f0f;
-            four += 4;
-        }
+    for (int t = 0; t < T; t++)
         UNROLL
-        for (int t = 0; t < T; t++) whole[t] = dot_bytes(whole[t], w, lane_of(four + t * next));
-    }
-    V scale = K == INT4 ? load((const Bf16*)(at + GROUP_SCALES) + side * W) : V{} + 1.0f;
+        for (int s = 0; s < S; s++) whole[s][t] = (I)lane_of(x + t * next);
     UNROLL
-    for (int t = 0; t < T; t++) acc[t] += to_float(whole[t]) * (scale * ((const Head*)(x + t * next))->step);
+    for (size_t i = 0; i < lanes; i++) {
+        const char* four = x + sizeof(Head) + i * width;
+        UNROLL
+        for (int s = 0; s < S; s++) {
+            U w = load_lanes(at + (2 * i + side + s) * W * 4);
+            const char* own = four;
+            if constexpr (K == INT4) {
+                U low = w & 0x0f0f0f0f;
+                UNROLL
+                for (int t = 0; t < T; t++) whole[s][t] = dot_bytes(whole[s][t], low, lane_of(own + t * next));
+                w = (w >> 4) & 0x0f0f0f0f;
+                own += 4;
+            }
+            UNROLL
+            for (int t = 0; t < T; t++) whole[s][t] = dot_bytes(whole[s][t], w, lane_of(own + t * next));
+        }
+    }
+    UNROLL
+    for (int s = 0; s < S; s++) {
+        V scale = K == INT4 ? load((const Bf16*)(at + GROUP_SCALES) + (side + s) * W) : V{} + 1.0f;
+        UNROLL
+        for (int t = 0; t < T; t++)
+            acc[s][t] += to_float(whole[s][t]) * (scale * ((const Head*)(x + t * next))->step);
+    }
 }
 
 // sum[T, P * COLUMNS] (+)= rows x [T, from : to] (in lanes) @ the same lanes of P panels
 template <int64_t K, int T, int P>
 void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes, size_t from, size_t to, float* sum,
               size_t lds, bool add) {
-    V acc[2 * P][T];
+    V acc[P][2][T];
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int c = 0; c < 2 * P; c++) acc[c][t] = add ? load(sum + t * lds + c * W) : V{};
+        for (int c = 0; c < 2 * P; c++) acc[c / 2][c % 2][t] = add ? load(sum + t * lds + c * W) : V{};
     constexpr bool small = K == INT4 || K == INT8;
     constexpr size_t STEP = small ? shared_of(K) / inputs_of_lane(K) : 1;
     for (size_t k = from; k < to; k += STEP) {
@@ -106,27 +121,28 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
         UNROLL
         for (int p = 0; p < P; p++) {
             const char* at = panel + p * panel_bytes + lane_at(K, k);
-            ask_for(at, STEP);
+            ask_for<K == INT4 && (T > 4)>(at, STEP);
+            if constexpr (small) {
+                constexpr int S = T <= (K == INT4 ? 2 : 4) ? 2 : 1;  // sides at once, as registers allow
+                UNROLL
+                for (int side = 0; side < 2; side += S)
+                    pass_stretch<K, S, T>(x, at, side, acc[p] + side);
+                continue;
+            }
             UNROLL
             for (int side = 0; side < 2; side++) {
-                int c = 2 * p + side;
-                if constexpr (small) {
-                    if (to - k >= STEP) stretch_of_lanes<K, T>(x, at, side, STEP, acc[c]);
-                    else stretch_of_lanes<K, T>(x, at, side, to - k, acc[c]);
-                    continue;
-                }
                 U w = load_lanes(at + side * W * 4);
                 UNROLL
                 for (int t = 0; t < T; t++) {
                     const char* row = rows + t * ld;
                     if constexpr (K == DOT) {
-                        acc[c][t] = dot_pair(acc[c][t], lane_of(row + k * 4), w);
+                        acc[p][side][t] = dot_pair(acc[p][side][t], lane_of(row + k * 4), w);
                     } else if constexpr (K == F32) {
-                        acc[c][t] += (V)w * ((const float*)row)[k];
+                        acc[p][side][t] += (V)w * ((const float*)row)[k];
                     } else if constexpr (!small) {
                         using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-                        acc[c][t] += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
-                        acc[c][t] += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
+                        acc[p][side][t] += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
+                        acc[p][side][t] += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
                     }
                 }
             }
@@ -135,7 +151,7 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int c = 0; c < 2 * P; c++) store(sum + t * lds + c * W, acc[c][t]);
+        for (int c = 0; c < 2 * P; c++) store(sum + t * lds + c * W, acc[c / 2][c % 2][t]);
 }
 
 template <class F> INLINE void with_kind(int64_t kind, F f) {
@@ -185,6 +201,7 @@ struct Work {
         });
     }
     template <class T> void stretch(const T* x, size_t n, char* to) const {
+        if (n < shared_of(call.kind)) memset(to, 0, stretch_of(call.kind));
         Head head{0, step_of(x, n, 127)};
         head.start = -offset_of(call.kind) * round_row(x, n, head.step, 0, to + sizeof head);
         memcpy(to, &head, sizeof head);
@@ -217,7 +234,7 @@ struct Work {
         with_kind(call.kind, [&](auto kind) {
             constexpr int64_t K = decltype(kind)::value;
             with_rows((int)call.rows, [&](auto t) {
-                constexpr int T = decltype(t)::value, P = T <= 2 ? 4 : T <= 4 ? 2 : 1;
+                constexpr int T = decltype(t)::value, P = K == INT8 ? 1 : T <= 2 ? 4 : T <= 4 ? 2 : 1;
                 int64_t panel = span.from;
                 for (; panel + P <= span.to; panel += P) {
                     multiply<K, T, P>(rows, ld, o.weight + panel * bytes, bytes, 0, lanes, sum, P * COLUMNS, false);
@@ -295,7 +312,7 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
     float* common = own ? nullptr : scratch(shared, prepared);
     constexpr int64_t SMALL = 1 << 17;  // products; with fewer, one thread is done before another is awake
     int wanted = all * (int64_t)COLUMNS * call->in * call->rows < SMALL ? 1 : (int)call->threads;
-    Shares shares{all, own ? 4 : 1};
+    Shares shares{all, std::max<int64_t>(1, LEAST_SHARE / (int64_t)work.bytes)};
     parallel(wanted, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         size_t sums = count * COLUMNS * (work.lanes <= DEPTH ? 1 : (size_t)((all + threads - 1) / threads) + 1);

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.library import Library, type_number
-from lora_serve.kernels.packed import GROUP, Packed, Scheme
+from lora_serve.kernels.packed import GROUP, RUN, Packed, Scheme
 
 _INT8, _INT4, _DOT = 3, 4, 5
 _INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
@@ -47,7 +47,8 @@ class NativeLinear:
         if scheme == "int4" and shape[1] % GROUP:
             raise ValueError(f"{shape[1]} inputs are no whole number of int4's groups")
         kind, panels = self._kind(weight.dtype, scheme), -(-shape[0] // self._columns)
-        lanes = -(-shape[1] // _INPUTS[kind]) * self._columns  # of a panel, 32 bits each
+        whole = RUN if kind == _INT8 else _INPUTS[kind]
+        lanes = -(-shape[1] // whole) * (whole // _INPUTS[kind]) * self._columns  # of a panel, 32 bits each
         scales = shape[1] // GROUP * self._columns // 2 if scheme == "int4" else 0  # of a panel, two in 32 bits
         data = torch.empty(panels * (lanes + scales), dtype=torch.int32)
         scale = torch.zeros(panels * self._columns) if scheme == "int8" else None

@@ -33,7 +33,8 @@ constexpr size_t shared_of(int64_t kind) { return kind == INT8 ? RUN : GROUP; } 
 constexpr float most_of(int64_t kind) { return kind == INT8 ? 127 : 7; }  // largest magnitude of a weight
 constexpr size_t inputs_of_lane(int64_t kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : kind == INT4 ? 8 : 2; }
 inline size_t lanes_of(int64_t kind, int64_t in) {
-    return ((size_t)in + inputs_of_lane(kind) - 1) / inputs_of_lane(kind);
+    size_t each = inputs_of_lane(kind), run = kind == INT8 ? RUN : each;  // int8 is filled up with what meets zeros
+    return ((size_t)in + run - 1) / run * (run / each);
 }
 inline size_t panels_of(int64_t out) { return ((size_t)out + COLUMNS - 1) / COLUMNS; }
 constexpr size_t lane_at(int64_t kind, size_t lane) {  // bytes from a panel's begin; a panel's size, given all lanes
