@@ -3,8 +3,9 @@
     python -m bench.steps --folder .bench/qwen2.5-0.5b --serve "--quantize int8"
 
 drives the engine in its own process, with a clock around every call of the kernels, and prints medians over the steps
-of each kind: decode steps of all clients, and a prefill of all their prompts together. The clocks themselves cost about
-a microsecond a call.
+of each kind: decode steps of all clients, and a prefill of all their prompts together. Steps that are played from a
+tape show as one part; `--untaped` makes them through Python, so that its parts can be seen. The clocks themselves cost
+about a microsecond a call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bench.report import json_line, number, table
 from bench.serve import mixes
 from lora_serve.engine import assemble, runner
 from lora_serve.engine.engine import Engine
+from lora_serve.kernels.tape import Tape
+from lora_serve.model import replay
 
 HEAD = 30_000  # outputs from which a map is the head
 
@@ -58,6 +61,7 @@ def watch(clocks: Clocks) -> None:
         return kernels
 
     assemble.select = timed
+    Tape.play = clocks.around("played from tape", Tape.play)  # type: ignore[method-assign]
     runner.flatten = clocks.around("flatten", runner.flatten)
     runner.sample = clocks.around("sample", runner.sample)
 
@@ -112,9 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what bench/make_model.py made")
     parser.add_argument("--serve", default="", metavar="ARGS", help="further options, as of `lora-serve serve`")
     parser.add_argument("--mix", type=mixes, default=["none", "distinct"])
+    parser.add_argument("--untaped", action="store_true", help="make every step through Python")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--output", type=int, default=32, help="tokens a request")
     args = parser.parse_args(arguments)
+    if args.untaped:
+        replay.MOST_ROWS = 0
     found = measure(args.folder, args.serve, args.mix, args.clients, args.output)
     parts = sorted({part for each in found.values() for part in each} - {"step", "steps"})
     order = ["steps", "step", *sorted(parts, key=lambda part: -max(each.get(part, 0.0) for each in found.values()))]

@@ -38,9 +38,9 @@ struct Segment {
     size_t shrunk;  // where its [rows, ranks] begin
 };
 
-// acc[T, R] += x[T, from:to] @ a[R, from:to].T, lane by lane; rows of `a` are n long
+// acc[T, R] += x[T, from:to] @ a[R, from:to].T, lane by lane; rows of `a`, and of `next` to come, are n long
 template <class T_, int T, int R>
-void dots(const float* x, size_t ldx, const T_* a, size_t n, size_t from, size_t to, float* acc) {
+void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t from, size_t to, float* acc) {
     V sum[T * R];
     UNROLL
     for (int i = 0; i < T * R; i++) sum[i] = from ? load(acc + i * W) : V{};
@@ -50,7 +50,7 @@ void dots(const float* x, size_t ldx, const T_* a, size_t n, size_t from, size_t
         UNROLL
         for (int r = 0; r < R; r++) {
             w[r] = load(a + r * n + k);
-            __builtin_prefetch(a + (R + r) * n + k);
+            if (k * sizeof(T_) % 64 == 0) __builtin_prefetch(next + r * n + k, 0, 2);
         }
         UNROLL
         for (int t = 0; t < T; t++) {
@@ -80,10 +80,10 @@ template <int T, int R> void finish(const float* acc, float weight, float* out, 
         for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
 }
 
-// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc has room for rows * ranks vectors
+// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc has room for rows * ranks vectors; `after` comes after `a`
 template <class T_>
-void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, size_t n, int64_t ranks, float weight, float* out,
-                 size_t ldo, float* acc) {
+void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* after, size_t n, int64_t ranks,
+                 float weight, float* out, size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
         constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
@@ -91,8 +91,9 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, size_t n, in
         for (size_t k = 0; k < n; k += DEPTH) {
             size_t to = std::min(n, k + DEPTH);
             int64_t r = 0;
-            for (; r + R <= ranks; r += R) dots<T_, T, R>(x, ldx, a + r * n, n, k, to, acc + r * T * W);
-            for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, n, k, to, acc + r * T * W);
+            for (; r + R <= ranks; r += R)
+                dots<T_, T, R>(x, ldx, a + r * n, r + 2 * R <= ranks ? a + (r + R) * n : after, n, k, to, acc + r * T * W);
+            for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, a + (r + 1) * n, n, k, to, acc + r * T * W);
         }
         int64_t r = 0;
         for (; r + R <= ranks; r += R) finish<T, R>(acc + r * T * W, weight, out + r, ldo);
@@ -100,15 +101,15 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, size_t n, in
     });
 }
 
-// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], the weights straight from memory
+// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], the weights straight from memory; `next` come after them
 template <class T_, int T, int C>
-void stream(const float* h, size_t ldh, const T_* b, size_t ldb, size_t ranks, float* sum) {
+void stream(const float* h, size_t ldh, const T_* b, const T_* next, size_t ldb, size_t ranks, float* sum) {
     V acc[T][C] = {};
     for (size_t r = 0; r < ranks; r++) {
         UNROLL
         for (int c = 0; c < C; c++) {
             V w = load(b + r * ldb + c * W);
-            if (c * W * sizeof(T_) % 64 == 0) __builtin_prefetch(b + r * ldb + (C + c) * W);
+            if (c * W * sizeof(T_) % 64 == 0) __builtin_prefetch(next + r * ldb + c * W, 0, 2);
             UNROLL
             for (int t = 0; t < T; t++) acc[t][c] += w * h[t * ldh + r];
         }
@@ -129,17 +130,19 @@ void add_tile(Matrix out, int64_t row, int rows, size_t column, size_t n, const 
     });
 }
 
-// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]
+// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` comes after `b`
 template <class T_>
-void expand(const float* h, size_t ldh, const T_* b, size_t ldb, size_t ranks, Matrix out, int64_t first,
-            int64_t rows, size_t from, size_t to, float* wide) {
+void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb, size_t ranks, Matrix out,
+            int64_t first, int64_t rows, size_t from, size_t to, float* wide) {
+    after += from;
     float sum[8 * 8 * W];
     if (rows <= TILE)
         with_rows((int)rows, [&](auto t) {
             constexpr int T = decltype(t)::value;
             constexpr int C = T <= 2 ? 8 : T <= 4 ? 4 : 2;
             for (; from + C * W <= to; from += C * W) {
-                stream<T_, T, C>(h, ldh, b + from, ldb, ranks, sum);
+                bool more = from + 2 * C * W <= to;
+                stream<T_, T, C>(h, ldh, b + from, more ? b + from + C * W : after, ldb, ranks, sum);
                 add_tile(out, first, T, from, C * W, sum, C * W);
             }
         });
@@ -194,12 +197,15 @@ struct Work {
                     for (int t = 0; t < rows; t++) widen_row(source + t * call.x_stride, in, x + t * ldx);
                 });
                 float* out = shrunk + s.shrunk + row * s.ranks;
+                const Segment& following = &s == &segments.back() ? s : *(&s + 1);
                 for (int64_t m = 0, offset = 0; m < group.modules; offset += rank(m, s), m++) {
                     int64_t begin = std::max(from, offset), end = std::min(to, offset + rank(m, s));
                     if (begin >= end) continue;
                     with_type(group.type, [&](auto* type) {
                         auto* a = (decltype(type))group.a[m * group.slots + s.slot] + (begin - offset) * in;
-                        shrink_tile(rows, x, ldx, a, in, end - begin, s.weight, out + begin, s.ranks, x + TILE * ldx);
+                        bool last = m + 1 == group.modules;
+                        auto* after = (decltype(type))group.a[last ? following.slot : (m + 1) * group.slots + s.slot];
+                        shrink_tile(rows, x, ldx, a, after, in, end - begin, s.weight, out + begin, s.ranks, x + TILE * ldx);
                     });
                 }
             }
@@ -222,8 +228,10 @@ struct Work {
                 if (ranks == 0 || s.rows == 0) continue;
                 for (int64_t before = 0; before < m; before++) offset += rank(before, s);
                 with_type(group.type, [&](auto* type) {
+                    const Segment& following = &s == &segments.back() ? s : *(&s + 1);
                     auto* b = (decltype(type))group.b[m * group.slots + s.slot];
-                    expand(shrunk + s.shrunk + offset, s.ranks, b, columns, ranks, out, s.first, s.rows, from, to,
+                    auto* after = (decltype(type))group.b[m * group.slots + following.slot];
+                    expand(shrunk + s.shrunk + offset, s.ranks, b, after, columns, ranks, out, s.first, s.rows, from, to,
                            wide);
                 });
             }

@@ -18,7 +18,9 @@ from torch import Tensor
 from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
 from lora_serve.kernels.library import TYPES, Library, type_number
 from lora_serve.kernels.native_linear import NativeLinear
-from lora_serve.kernels.tape import Tape
+from lora_serve.kernels.tape import Arena, Tape
+
+ARENA = 1 << 28  # bytes that the results of a noted pass may take
 
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")
@@ -68,6 +70,7 @@ class NativeKernels:
         )
         maps = NativeLinear(self._library)
         self.pack, self.unpack, self.rows, self.linear = maps.pack, maps.unpack, maps.rows, maps.linear
+        self._arena = Arena(ARENA)
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -189,26 +192,15 @@ class NativeKernels:
 
     def tape(self) -> Tape:
         """See `Kernels.tape`."""
-        return Tape(self._library.play(), self._sum, self._library.listen)
+        return Tape(self._arena, self._library.play(), self._sum, self._library.listen)
 
-    def _sum(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """x + y by one native call, if it can be had; rounds as torch does."""
-        if x.shape != y.shape or x.dtype is not y.dtype or x.dtype not in TYPES or x.device != y.device:
-            return None
-        if not (x.is_contiguous() and y.is_contiguous()):
-            return None
-        total = torch.empty(x.shape, dtype=x.dtype)
-        self._add(
-            _ADD.pack(
-                x.data_ptr(),
-                y.data_ptr(),
-                total.data_ptr(),
-                x.numel(),
-                type_number(x.dtype),
-                torch.get_num_threads(),
-            )
-        )
-        return total
+    def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
+        """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""
+        if x.dtype not in TYPES:
+            return False
+        places = (x.data_ptr(), y.data_ptr(), total.data_ptr())
+        self._add(_ADD.pack(*places, x.numel(), type_number(x.dtype), torch.get_num_threads()))
+        return True
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         """See `Kernels.write_kv`."""

@@ -1,13 +1,15 @@
 """A pass through the model, noted call by call while it is made, to be made again without the model's Python.
 
 What a graph is on a GPU: a step of the same sizes repeats the same calls on the same memory with other numbers in it.
-Native calls are noted by the library that makes them, torch's operators by their dispatch; all memory that the pass
-took stays with the tape. A pass that lets values steer Python, or draws random numbers, cannot be noted.
+Native calls are noted by the library that makes them, torch's operators by their dispatch. What the pass takes for its
+results lies in an arena, which all tapes share: one of them plays at a time. A pass that lets values steer Python, or
+draws random numbers, cannot be noted.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,27 +21,55 @@ from torch.utils._pytree import tree_leaves
 
 _UNSTEADY = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 _ADD = torch.ops.aten.add.Tensor
+_EMPTY = torch.ops.aten.empty.memory_format
+_CPU = torch.device("cpu")
 
 Play = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
+
+
+class Arena:
+    """Memory that is handed out from its beginning, again and again. Only what was once used is ever resident."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        self._aligned = -self._memory.data_ptr() % 64
+        self._taken = 0
+
+    def begin(self) -> None:
+        """Hand out from the beginning again."""
+        self._taken = self._aligned
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; memory of its own where the arena has not enough left."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        start, end = self._taken, self._taken + nbytes
+        if end > self._memory.numel():
+            return torch.empty(*shape, dtype=dtype)
+        self._taken = end + -nbytes % 64
+        return self._memory[start:end].view(dtype).view(*shape)
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes while it is entered; plays afterwards, on one thread, as often as wanted.
 
     Args:
+        arena: where results go.
         play: makes native calls, one after the other.
-        add: the sum of two contiguous tensors of one shape and type, natively; None where it cannot.
+        add: adds two contiguous tensors of one shape and type natively, into a third; False if it cannot.
         listen: tells those who make native calls whom to tell of them, or nobody any more.
     """
 
     def __init__(
-        self, play: Play, add: Callable[[Tensor, Tensor], Tensor | None], listen: Callable[[Tape | None], None]
+        self,
+        arena: Arena,
+        play: Play,
+        add: Callable[[Tensor, Tensor, Tensor], bool],
+        listen: Callable[[Tape | None], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.refused: str | None = None
-        self.nbytes = 0
-        self._play, self._add, self._listen = play, add, listen
-        self._kept: dict[int, Tensor] = {}  # by storage
+        self._arena, self._play, self._add, self._listen = arena, play, add, listen
+        self._kept: dict[int, Tensor] = {}  # all that the pass took, by storage
         self._steps: list[Callable[[], object]] = []
         self._values = _Values(self.refuse)
         self._calls: list[tuple[int, bytes]] = []  # native ones since the last operator
@@ -49,6 +79,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls.append((function, packed))
 
     def __enter__(self) -> Tape:
+        self._arena.begin()
         self._values.__enter__()  # type: ignore[no-untyped-call]
         self._listen(self)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -73,10 +104,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _ADD and len(args) == 2 and not kwargs:
-            total = self._add(*args) if isinstance(args[1], Tensor) else None
-            if total is not None:
-                self._keep(total, fresh=True)
+        if func is _EMPTY and kwargs.get("device", _CPU) == _CPU and not kwargs.get("pin_memory"):
+            return self._taken(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if func is _ADD and len(args) == 2 and not kwargs and _alike(*args):
+            total = self._taken(args[0].shape, args[0].dtype)
+            if self._add(*args, total):
                 return total
         result = func(*args, **kwargs)
         given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -90,13 +122,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(lambda: _again(func, args, kwargs, fresh))
         for x in outputs:
             if isinstance(x, Tensor):
-                self._keep(x, fresh=_storage(x) not in given)
+                self._kept.setdefault(_storage(x), x)
         return result
 
-    def _keep(self, x: Tensor, *, fresh: bool) -> None:
-        if _storage(x) not in self._kept:
-            self._kept[_storage(x)] = x
-            self.nbytes += x.untyped_storage().nbytes() if fresh else 0
+    def _taken(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        x = self._arena.take(shape, dtype)
+        self._kept.setdefault(_storage(x), x)
+        return x
 
     def _note(self, step: Callable[[], object]) -> None:
         self._flush()
@@ -132,6 +164,12 @@ class _Values(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy):
             self._refuse(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def _alike(x: Tensor, y: object) -> bool:
+    """Two contiguous tensors of one shape and type."""
+    same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
+    return same and x.is_contiguous() and y.is_contiguous()  # type: ignore[attr-defined]
 
 
 def _unsteady(func: Any, args: tuple[Any, ...]) -> bool:

@@ -1,7 +1,7 @@
-"""Decode steps played from a tape: what repeats with other numbers is not thought through again in Python.
+"""Small steps played from a tape: what repeats with other numbers is not thought through again in Python.
 
-A decode step of the same number of rows makes the same calls. The first such step runs as any other, the second is
-noted on memory of its own (`kernels/tape.py`), and from then on its numbers are written there and the tape is played.
+A step of the same numbers of rows and sequences makes the same calls. The first such step runs as any other, the second
+is noted (`kernels/tape.py`), and from then on its numbers are written where the tape reads them and the tape is played.
 The calls are the same, so every bit of the result is. Backends without a tape, and models whose pass cannot be noted,
 run as before.
 """
@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,18 @@ from lora_serve.model.batch import Batch
 log = logging.getLogger(__name__)
 
 MOST_ROWS = 32  # with more, Python is a small part of a step
-MOST_BYTES = 128 << 20  # that all tapes together may keep
-Key = tuple[int, int, int]
+MOST_TAPES = 64
+
+
+class Key(NamedTuple):
+    """The sizes of a step: rows, sequences, rows with logits, and what there is room for."""
+
+    rows: int
+    sequences: int
+    logits: int
+    segments: int
+    logits_segments: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Replay:
         return noted.logits
 
     def prove(self, first: Batch, second: Batch) -> None:
-        """Note one decode step and play another; stop noting if a bit of that differs from its own pass."""
+        """Note one step and play another of the same sizes; stop noting if a bit of that differs from its own pass."""
         wanted = self._run(second).clone()
         self(first), self(first)
         if self._able and not torch.equal(self(second), wanted):
@@ -85,25 +96,34 @@ class Replay:
             self._give_up(tape.refused)
             return logits
         self._noted[key] = Noted(own, logits, tape)
-        while sum(noted.tape.nbytes for noted in self._noted.values()) > MOST_BYTES:
+        if len(self._noted) > MOST_TAPES:
             self._noted.popitem(last=False)
         return logits
 
     def _give_up(self, reason: str) -> None:
-        log.info("decode steps run through Python: the pass cannot be noted (%s)", reason)
+        log.info("steps run through Python: the pass cannot be noted (%s)", reason)
         self._able = False
         self._noted.clear()
 
 
 def _key(batch: Batch) -> Key | None:
-    """Rows, room for segments and width of the block table; None for a batch that is not a small plain decode step."""
-    rows = batch.token_ids.shape[0]
-    if rows > MOST_ROWS or batch.spans.longest_query != 1 or batch.logits_rows.shape[0] != rows:
+    """The batch's sizes; None for one with so many rows that Python is a small part of it."""
+    rows, spans = batch.token_ids.shape[0], batch.spans
+    if rows > MOST_ROWS:
         return None
-    if batch.segments is not batch.logits_segments:
-        return None
-    segments = 0 if batch.segments is None else _rounded(batch.segments.count)
-    return rows, segments, _rounded(batch.spans.block_table.shape[1])
+    same = batch.segments is batch.logits_segments
+    return Key(
+        rows=rows,
+        sequences=spans.context.shape[0],
+        logits=batch.logits_rows.shape[0],
+        segments=_room(batch.segments),
+        logits_segments=-1 if same else _room(batch.logits_segments),
+        width=_rounded(spans.block_table.shape[1]),
+    )
+
+
+def _room(segments: Segments | None) -> int:
+    return 0 if segments is None else _rounded(segments.count)
 
 
 def _rounded(count: int) -> int:
@@ -113,37 +133,55 @@ def _rounded(count: int) -> int:
 
 def _own(batch: Batch, key: Key) -> Batch:
     """A copy of the batch with room for others of the same key."""
-    rows, room, width = key
     spans = batch.spans
-    table = spans.block_table.new_zeros(rows, width)
-    segments = None
-    if batch.segments is not None:
-        given = batch.segments
-        segments = Segments(*(part.new_zeros(room) for part in (given.start, given.end, given.slot, given.weight)))
+    segments = _segments(batch.segments, key.segments)
+    logits_segments = segments if key.logits_segments < 0 else _segments(batch.logits_segments, key.logits_segments)
     own = Batch(
         token_ids=batch.token_ids.clone(),
         positions=batch.positions.clone(),
         kv_index=batch.kv_index.clone(),
-        spans=Spans(spans.query_start.clone(), spans.context.clone(), table, 1, width),
+        spans=Spans(
+            spans.query_start.clone(),
+            spans.context.clone(),
+            spans.block_table.new_zeros(key.sequences, key.width),
+            longest_query=key.rows,
+            longest_context=key.width,
+        ),
         logits_rows=batch.logits_rows.clone(),
         segments=segments,
-        logits_segments=segments,
+        logits_segments=logits_segments,
     )
     _write(own, batch)
     return own
 
 
+def _segments(given: Segments | None, room: int) -> Segments | None:
+    if given is None:
+        return None
+    return Segments(*(part.new_zeros(room) for part in (given.start, given.end, given.slot, given.weight)))
+
+
 def _write(own: Batch, batch: Batch) -> None:
-    """Put a batch's numbers where a tape reads them; segments that are left over cover no rows."""
+    """Put a batch's numbers where a tape reads them."""
     own.token_ids.copy_(batch.token_ids)
     own.positions.copy_(batch.positions)
     own.kv_index.copy_(batch.kv_index)
+    own.logits_rows.copy_(batch.logits_rows)
+    own.spans.query_start.copy_(batch.spans.query_start)
     own.spans.context.copy_(batch.spans.context)
     own.spans.block_table[:, : batch.spans.block_table.shape[1]] = batch.spans.block_table
-    if own.segments is not None and batch.segments is not None:
-        count = batch.segments.count
-        own.segments.start[:count] = batch.segments.start
-        own.segments.end[:count] = batch.segments.end
-        own.segments.slot[:count] = batch.segments.slot
-        own.segments.weight[:count] = batch.segments.weight
-        own.segments.end[count:] = own.segments.start[count:]
+    _write_segments(own.segments, batch.segments)
+    if own.logits_segments is not own.segments:
+        _write_segments(own.logits_segments, batch.logits_segments)
+
+
+def _write_segments(own: Segments | None, given: Segments | None) -> None:
+    """Segments that are left over cover no rows."""
+    if own is None or given is None:
+        return
+    count = given.count
+    own.start[:count] = given.start
+    own.end[:count] = given.end
+    own.slot[:count] = given.slot
+    own.weight[:count] = given.weight
+    own.end[count:] = own.start[count:]

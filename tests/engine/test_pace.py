@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from lora_serve.engine.pace import BEFORE, LEAST, Pace
+from lora_serve.engine.pace import LEAST, Pace
 
 
 def step(decoding: int, prompt: int) -> float:
@@ -15,7 +15,7 @@ def step(decoding: int, prompt: int) -> float:
 def test_steps_with_prompts_stay_below_twice_the_usual_whatever_comes_first() -> None:
     draw = random.Random(0)
     pace = Pace()
-    assert pace.room() == BEFORE
+    assert pace.room() == 2 * LEAST
     pace.note(0, 512, step(0, 512))
     for _ in range(200):
         prompt = draw.choice([0, pace.room()])
@@ -29,7 +29,7 @@ def test_where_prompt_tokens_cost_little_many_are_taken_and_where_much_a_few() -
     quick, slow = Pace(), Pace()
     for pace, each in (quick, 1e-6), (slow, 1.0):
         pace.note(4, 0, 0.01)
-        pace.note(0, 100, 100 * each)
+        pace.note(0, 2000, 2000 * each)
     assert quick.room() > 1000
     assert slow.room() == LEAST
 
