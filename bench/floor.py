@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 REPEATS = 5
+SMALL = {"int8": 1.0, "int4": 0.5 + 2 / 32}  # bytes of a weight with its share of the scales
 BIG = 1 << 30  # bytes that are read to measure the bandwidth: far more than any cache
 
 
@@ -77,7 +78,9 @@ def elements(folder: Path) -> dict[str, int]:
     return found
 
 
-def need(model: Path, adapters: list[Path], *, batch: int, context: float, itemsize: int) -> Need:
+def need(
+    model: Path, adapters: list[Path], *, batch: int, context: float, itemsize: int, scheme: str | None = None
+) -> Need:
     """Bytes and operations of one decode step.
 
     Args:
@@ -86,6 +89,7 @@ def need(model: Path, adapters: list[Path], *, batch: int, context: float, items
         batch: sequences.
         context: tokens of KV that each of them reads, on average.
         itemsize: bytes of a served weight, adapter or KV element.
+        scheme: how the base's weights are made small, if they are.
     """
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     weights = elements(model)
@@ -98,7 +102,7 @@ def need(model: Path, adapters: list[Path], *, batch: int, context: float, items
     sizes = {folder: sum(elements(folder).values()) for folder in set(adapters)}
     total = sum(weights.values())
     return Need(
-        nbytes=itemsize * (total + sum(sizes.values()) + kv),
+        nbytes=SMALL.get(scheme or "", itemsize) * total + itemsize * (sum(sizes.values()) + kv),
         operations=2 * (batch * total + sum(sizes[folder] for folder in adapters)) + attention,
     )
 

@@ -192,6 +192,7 @@ def _measure(driver: Driver, info: EngineInfo, load: Load, args: argparse.Namesp
             batch=load.clients,
             context=sum(load.prompt) / 2 + sum(load.output) / 4,
             itemsize=dtype.itemsize,
+            scheme=config_of(f"{args.folder} {args.serve}").quantize,
         )
         result["decode"][mix] = floor.verdict(statistics.median(ran.decode_steps), needed, machine)
     if args.memory:

@@ -108,7 +108,7 @@ class Engine:
         report = None
         started = time.perf_counter()
         self._load_ahead()
-        work = self._scheduler.plan(self._loaded, self._registry.pinned, self._pace.room())
+        work = self._scheduler.plan(self._loaded, self._registry.pinned, self._pace.room)
         if work:
             digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
             for outcome in self._run(work, digests):

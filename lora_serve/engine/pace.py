@@ -2,9 +2,10 @@
 
 Whoever decodes sees a step that also takes in a prompt as a longer gap between two tokens. What a step of tokens alone
 lasts, and what a prompt token adds to it, is learned from the steps as they come; from both follows how many prompt
-tokens keep a step within `STRETCH` times its usual length. The first few tokens may be free (weights are read anyway)
-and the next ones not, so the room grows step by step and what is dearest of late counts. All this decides when a prompt
-is read, never what comes out.
+tokens keep a step within `STRETCH` times its usual length. Where more prompts wait than sequences decode, more would be
+lost than won by that, so the extra length grows with their ratio. The first few tokens may be free (weights are read
+anyway) and the next ones not, so the room grows by half at most, and what is dearest of late counts. All this
+decides when a prompt is read, never what comes out.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ class Pace:
     def __init__(self) -> None:
         self._usual: deque[float] = deque(maxlen=9)  # seconds of steps that only decoded
         self._each: deque[float] = deque(maxlen=3)  # seconds that a prompt token added
-        self._most = 0  # prompt tokens up to which that was seen
+        self._given = 0  # prompt tokens that the last such step took in
+        self._room = 0
 
-    def room(self) -> int:
-        """Prompt tokens for the next step, should it also decode."""
+    def room(self, decoding: int, prompts: int) -> int:
+        """Prompt tokens for a step in which so many sequences decode and so many have a prompt to be read."""
+        self._room = self._fitting(max(1.0, prompts / decoding))
+        return self._room
+
+    def _fitting(self, patience: float) -> int:
         if not self._usual or not self._each:
             return 2 * LEAST
-        spare = (STRETCH - 1) * statistics.median(self._usual)
-        fits = min(spare / max(*self._each, 1e-9), self._most + LEAST)
+        spare = (STRETCH - 1) * patience * statistics.median(self._usual)
+        fits = min(spare / max(*self._each, 1e-9), max(1.5 * self._given, self._given + LEAST))
         return max(LEAST, int(fits) // LEAST * LEAST)
 
     def note(self, decoding: int, prompt: int, seconds: float) -> None:
@@ -37,8 +43,10 @@ class Pace:
         if prompt == 0:
             self._usual.append(seconds)
         elif decoding == 0:
-            self._each.append(seconds / prompt)
-            self._most = prompt
-        elif self._usual:
-            self._each.append(max(0.0, seconds - statistics.median(self._usual)) / prompt)
-            self._most = prompt
+            self._learn(seconds, prompt)
+        elif self._usual and prompt >= self._room:  # fewer would say too little of what a full room takes
+            self._learn(seconds - statistics.median(self._usual), prompt)
+
+    def _learn(self, added: float, prompt: int) -> None:
+        self._each.append(max(0.0, added) / prompt)
+        self._given = prompt

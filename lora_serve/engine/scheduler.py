@@ -15,6 +15,8 @@ from lora_serve.engine.fairness import Turns
 from lora_serve.engine.sequence import Sequence
 from lora_serve.kv.pool import BlockPool
 
+Room = Callable[[int, int], int]  # sequences that decode, others → prompt tokens for these
+
 
 @dataclass(frozen=True)
 class Work:
@@ -61,14 +63,15 @@ class Scheduler:
         self.waiting.append(seq)
 
     def plan(
-        self, loaded: Callable[[str], bool], pinned: Set[str] = frozenset(), room: int | None = None
+        self, loaded: Callable[[str], bool], pinned: Set[str] = frozenset(), room: Room | None = None
     ) -> list[Work]:
         """Decide one step; blocks for it are allocated.
 
         Args:
             loaded: whether an adapter (by digest) is in host memory, so that it could be seated at once.
             pinned: adapters that are never unseated.
-            room: prompt tokens that may be taken in beside sequences that decode; None: the token budget alone decides.
+            room: how many prompt tokens may be taken in beside sequences that decode; None: the token budget alone
+                decides.
         """
         self.step += 1
         able = [seq for seq in self._by_age() if all(map(loaded, seq.digests))]
@@ -97,13 +100,13 @@ class Scheduler:
     def _by_age(self) -> list[Sequence]:
         return sorted(self.running + self.waiting, key=lambda seq: seq.order)
 
-    def _work(self, seqs: list[Sequence], room: int | None) -> list[Work]:
+    def _work(self, seqs: list[Sequence], room: Room | None) -> list[Work]:
         """One step's work out of `seqs`, oldest first."""
         running = set(self.running)
         work: list[Work] = []
         budget = self._continue([s for s in seqs if s in running and s.pending == 1], work, self.max_tokens)
-        if work and room is not None:
-            budget = min(budget, room)
+        if room is not None and 0 < len(work) < len(seqs):
+            budget = min(budget, room(len(work), len(seqs) - len(work)))
         budget = self._continue([s for s in seqs if s in running and s.pending > 1], work, budget)
         self._admit([s for s in seqs if s not in running], work, budget)
         preempted = running.difference(self.running)

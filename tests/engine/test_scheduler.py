@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import Turns
-from lora_serve.engine.scheduler import Scheduler, Work
+from lora_serve.engine.scheduler import Room, Scheduler, Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.kv.pool import BlockPool
 from lora_serve.request import Request, Sampling, Served
@@ -38,7 +38,7 @@ def everything(digest: str) -> bool:
     return True
 
 
-def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: int | None = None) -> list[Work]:
+def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: Room | None = None) -> list[Work]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
     work = s.plan(loaded, room=room)
     for item in work:
@@ -65,14 +65,21 @@ def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
 
 
 def test_beside_sequences_that_decode_prompts_take_only_the_room_that_is_given() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def room(decoding: int, prompts: int) -> int:
+        asked.append((decoding, prompts))
+        return 3 if prompts == 2 else 100
+
     s = scheduler(tokens=10)
     s.add(sequence(0, 8))
-    assert shape(run(s, room=3)) == [(0, 0, 8)]
-    s.add(sequence(1, 7))
+    assert shape(run(s, room=room)) == [(0, 0, 8)]
+    s.add(sequence(1, 4))
     s.add(sequence(2, 4))
-    assert shape(run(s, room=3)) == [(0, 8, 1), (1, 0, 3)]
-    assert shape(run(s, room=5)) == [(0, 9, 1), (1, 3, 4), (2, 0, 1)]
-    assert shape(run(s, room=100)) == [(0, 10, 1), (1, 7, 1), (2, 1, 3)]
+    assert shape(run(s, room=room)) == [(0, 8, 1), (1, 0, 3)]
+    assert shape(run(s, room=room)) == [(0, 9, 1), (1, 3, 1), (2, 0, 4)]
+    assert shape(run(s, room=room)) == [(0, 10, 1), (1, 4, 1), (2, 4, 1)]
+    assert asked == [(1, 2), (2, 1)]
 
 
 def test_no_more_sequences_than_allowed_hold_kv() -> None:
