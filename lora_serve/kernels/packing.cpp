@@ -15,6 +15,20 @@ struct PackCall {  // as native_linear.py packs it
     int64_t threads;
 };
 
+// The scale by which a group's number of the largest magnitude becomes -8: there is one more below zero than above.
+template <class T> float scale_of(const T* x) {
+    float high = 0, low = 0;
+    for (size_t i = 0; i < GROUP; i += W) {
+        V v = load(x + i);
+        for (int j = 0; j < W; j++) {
+            high = std::max(high, v[j]);
+            low = std::min(low, v[j]);
+        }
+    }
+    float scale = (high >= -low ? high : low) / -8;
+    return std::abs(scale) < LEAST ? LEAST : scale;
+}
+
 struct Packing {
     const PackCall& call;
     size_t in, lanes, ld;  // of a row: inputs, lanes, floats from row to row
@@ -44,14 +58,14 @@ struct Packing {
     // An output's weights as lanes; its scales go where they stay, in int4 from the first group's on.
     template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
         if (call.kind == INT8) {
-            *scale = step_of(x, in, most_of(INT8));
+            *scale = step_of(x, in, 127);
             round_row(x, in, *scale, offset_of(INT8), to);
         } else if (call.kind == INT4) {
             char bytes[GROUP];
             for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
                 Bf16* kept = (Bf16*)group_scale;
-                store_part(kept, V{} + step_of(x + i, GROUP, most_of(INT4)), 1);
-                round_row(x + i, GROUP, load_part(kept, 1)[0], offset_of(INT4), bytes);
+                store_part(kept, V{} + scale_of(x + i), 1);
+                round_row<true>(x + i, GROUP, load_part(kept, 1)[0], offset_of(INT4), bytes);
                 for (size_t b = 0; b < GROUP; b += 8, to += 4) {
                     uint32_t low, high;
                     memcpy(&low, bytes + b, 4);

@@ -30,7 +30,6 @@ struct Head {
 
 constexpr int32_t offset_of(int64_t kind) { return kind == INT8 ? 128 : 8; }
 constexpr size_t shared_of(int64_t kind) { return kind == INT8 ? RUN : GROUP; }  // inputs that share a row's step
-constexpr float most_of(int64_t kind) { return kind == INT8 ? 127 : 7; }  // largest magnitude of a weight
 constexpr size_t inputs_of_lane(int64_t kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : kind == INT4 ? 8 : 2; }
 inline size_t lanes_of(int64_t kind, int64_t in) {
     size_t each = inputs_of_lane(kind), run = kind == INT8 ? RUN : each;  // int8 is filled up with what meets zeros
@@ -83,12 +82,16 @@ template <class T> INLINE float step_of(const T* x, size_t n, float most) {
     float step = ((V)largest_whole(peak))[0] / most;
     return step < LEAST ? LEAST : step;
 }
-// bytes[padded(n)] = x[n] in steps, rounded, + offset; returns their sum without the offsets.
-template <class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
+// bytes[padded(n)] = x[n] in steps, rounded (int4: to what a nibble holds), + offset; returns their sum without offsets.
+template <bool NIBBLES = false, class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
     float inverse = 1 / step;
     U sum{};
     for (size_t i = 0; i < n; i += W) {
         I whole = nearest((i + W <= n ? load(x + i) : load_part(x + i, n - i)) * inverse);
+        if (NIBBLES) {
+            whole = whole < -8 ? I{} - 8 : whole;
+            whole = whole > 7 ? I{} + 7 : whole;
+        }
         sum += (U)whole;
         store_bytes(bytes + i, whole + offset);
     }

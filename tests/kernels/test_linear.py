@@ -73,14 +73,23 @@ def test_a_rows_bits_do_not_depend_on_company_or_threads(
     assert all(part.equal(whole) for part, whole in zip(native.linear(x, maps), together, strict=True))
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.5 / 127), ("int4", 0.52 / 7)])  # int4's scale is in bf16
-def test_a_weight_is_off_by_at_most_half_a_step_of_its_group(scheme: Scheme, most: float) -> None:
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.5 / 127), ("int4", 1.02 / 8)])  # int4's scale is in bf16
+def test_a_weight_is_off_by_at_most_half_a_step_or_where_int4_ends_one_sooner_by_a_whole_one(
+    scheme: Scheme, most: float
+) -> None:
     (weight,) = weights([24], 64, torch.float32)
     whole, scale = quantized(weight, scheme)
     groups = scale.shape[1]
     apart = (dequantized(whole, scale) - weight).view(24, groups, -1).abs()
     assert groups == (1 if scheme == "int8" else 64 // GROUP)
     assert (apart <= most * weight.view(24, groups, -1).abs().amax(-1, keepdim=True) * 1.001).all()
+
+
+def test_int4_is_nearer_to_the_weights_than_levels_that_are_as_many_on_both_sides() -> None:
+    (weight,) = weights([64], 256, torch.float32)
+    step = weight.view(-1, GROUP).abs().amax(-1, keepdim=True) / 7
+    even = ((weight.view(-1, GROUP) / step).round() * step).view(weight.shape)
+    assert (dequantized(*quantized(weight, "int4")) - weight).norm() < 0.97 * (even - weight).norm()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
