@@ -88,7 +88,7 @@ async def stream(session: aiohttp.ClientSession, server: Server, job: Job, timeo
             if response.status != 200:
                 timing.error = f"HTTP {response.status}: {(await response.text())[:200]}"
             else:
-                await _read(response, timing)
+                await read(response, timing)
     except TimeoutError:
         timing.error = f"not done after {timeout:g} s"
     except (aiohttp.ClientError, ValueError) as error:
@@ -97,7 +97,7 @@ async def stream(session: aiohttp.ClientSession, server: Server, job: Job, timeo
     return timing
 
 
-async def _read(response: aiohttp.ClientResponse, timing: Timing) -> None:
+async def read(response: aiohttp.ClientResponse, timing: Timing) -> None:
     done = False
     counted: int | None = None
     async for line in response.content:

@@ -163,8 +163,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def tape(self) -> Tape | None:
-        """A tape that notes a pass over this backend's calls; None if it has none."""
+    def tape(self, *, wary: bool = False) -> Tape | None:
+        """A tape that notes a pass over this backend's calls (`wary`: and whether it can be); None if it has none."""
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:

@@ -190,9 +190,9 @@ class NativeKernels:
         )
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
-    def tape(self) -> Tape:
+    def tape(self, *, wary: bool = False) -> Tape:
         """See `Kernels.tape`."""
-        return Tape(self._arena, self._library.play(), self._sum, self._library.listen)
+        return Tape(self._arena, self._library.play(), self._sum, self._library.listen, wary=wary)
 
     def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""

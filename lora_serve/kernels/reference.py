@@ -68,7 +68,7 @@ class ReferenceKernels:
 
         return turned(q), turned(k)
 
-    def tape(self) -> None:
+    def tape(self, *, wary: bool = False) -> None:
         """Nothing here is noted: it follows values through Python."""
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _UNSTEADY = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 _ADD = torch.ops.aten.add.Tensor
 _EMPTY = torch.ops.aten.empty.memory_format
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.select.int,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.unsqueeze.default,
+}  # the most frequent of those that compute nothing
 _CPU = torch.device("cpu")
 
 Play = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
@@ -57,6 +64,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         play: makes native calls, one after the other.
         add: adds two contiguous tensors of one shape and type natively, into a third; False if it cannot.
         listen: tells those who make native calls whom to tell of them, or nobody any more.
+        wary: also notice values that leave tensors past dispatch, which takes as long as all else; needed once a model.
     """
 
     def __init__(
@@ -65,13 +73,15 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         play: Play,
         add: Callable[[Tensor, Tensor, Tensor], bool],
         listen: Callable[[Tape | None], None],
+        *,
+        wary: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.refused: str | None = None
         self._arena, self._play, self._add, self._listen = arena, play, add, listen
         self._kept: dict[int, Tensor] = {}  # all that the pass took, by storage
         self._steps: list[Callable[[], object]] = []
-        self._values = _Values(self.refuse)
+        self._values = _Values(self.refuse) if wary else nullcontext()
         self._calls: list[tuple[int, bytes]] = []  # native ones since the last operator
 
     def call(self, function: int, packed: bytes) -> None:
@@ -80,7 +90,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Tape:
         self._arena.begin()
-        self._values.__enter__()  # type: ignore[no-untyped-call]
+        self._values.__enter__()
         self._listen(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -88,7 +98,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._listen(None)
-        self._values.__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._values.__exit__(*raised)
         self._flush()
 
     def refuse(self, operator: str) -> None:
@@ -111,8 +121,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._add(*args, total):
                 return total
         result = func(*args, **kwargs)
-        given = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        outputs = tree_leaves(result)
+        if func in _VIEWS:
+            return result
+        given = {_storage(x) for x in _leaves((args, tuple(kwargs.values()))) if isinstance(x, Tensor)}
+        outputs = list(_leaves(result))
         fresh = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and _storage(x) not in given]
         if not all(isinstance(x, Tensor) for x in outputs) or (fresh and _unsteady(func, args)):
             self.refuse(str(func))
@@ -166,6 +178,15 @@ class _Values(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _leaves(value: object) -> Iterator[object]:
+    """What an operator takes or gives, lists unpacked."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
 def _alike(x: Tensor, y: object) -> bool:
     """Two contiguous tensors of one shape and type."""
     same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
@@ -186,6 +207,8 @@ def _storage(x: Tensor) -> int:
 
 def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, Tensor]]) -> None:
     """An operator on the same tensors as before, its new results put where its first ones were."""
-    outputs = tree_leaves(func(*args, **kwargs))
+    outputs = list(_leaves(func(*args, **kwargs)))
     for index, x in fresh:
-        x.copy_(outputs[index])
+        now = outputs[index]
+        assert isinstance(now, Tensor)
+        x.copy_(now)

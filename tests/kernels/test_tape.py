@@ -76,7 +76,7 @@ def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype
 )
 def test_what_values_or_chance_steer_is_refused(native: NativeKernels, steered: Callable[[Tensor], Tensor]) -> None:
     with torch.inference_mode():
-        tape = native.tape()
+        tape = native.tape(wary=True)
         with tape:
             steered(torch.tensor([1.0, -2.0, 3.0]))
     assert tape.refused is not None
