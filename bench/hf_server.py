@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # started as a file: this folder's `profile.py` would stand before the library's
+if __package__ in (None, ""):  # started as a file: transformers would take `kernels.py` here for the package
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -153,6 +154,27 @@ def config_of(arguments: str) -> ServeConfig:
     return chosen
 
 
+@contextmanager
+def opened(
+    model: str | Path, serve: str = "", adapters: Path | None = None
+) -> Iterator[tuple[Engine, threading.Event]]:
+    """An engine with a store of its own, and what its threads wake a driver by; raises what keeps it from starting.
+
+    Args:
+        serve: further options, as of `lora-serve serve`.
+        adapters: folder of those that it publishes at start.
+    """
+    with tempfile.TemporaryDirectory() as store:
+        given = [str(model), "--store", store, *([] if adapters is None else ["--adapters", str(adapters)])]
+        wake = threading.Event()
+        config = config_of(f"{shlex.join(given)} {serve}")
+        engine = Engine.build(config, wake=wake.set, progress=lambda stage, done: None)
+        try:
+            yield engine, wake
+        finally:
+            engine.close()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="what bench/make_model.py made")
@@ -161,17 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory", action="store_true", help="also what adapters take and give back")
     load_arguments(parser)
     args = parser.parse_args(arguments)
-    adapters = tuple(sorted(path.name for path in (args.folder / "adapters").iterdir()))
-    with tempfile.TemporaryDirectory() as store:
-        given = [str(args.folder / "model"), "--adapters", str(args.folder / "adapters"), "--store", store]
-        wake = threading.Event()
-        config = config_of(f"{shlex.join(given)} {args.serve}")
-        engine = Engine.build(config, wake=wake.set, progress=lambda stage, done: None)
-        try:
-            load = replace(load_of(args), adapters=adapters, seed=args.seed)
-            print(json_line(_measure(Driver(engine, wake), engine.info, load, args)))
-        finally:
-            engine.close()
+    folder = args.folder / "adapters"
+    adapters = tuple(sorted(path.name for path in folder.iterdir()))
+    with opened(args.folder / "model", args.serve, folder) as (engine, wake):
+        load = replace(load_of(args), adapters=adapters, seed=args.seed)
+        print(json_line(_measure(Driver(engine, wake), engine.info, load, args)))
 
 
 def _measure(driver: Driver, info: EngineInfo, load: Load, args: argparse.Namespace) -> dict[str, Any]:
@@ -182,6 +198,7 @@ def _measure(driver: Driver, info: EngineInfo, load: Load, args: argparse.Namesp
         runs[mix] = driver.run(replace(load, mix=mix, salt=2 + args.mix.index(mix)))
     result: dict[str, Any] = {"engine": {mix: ran.throughput for mix, ran in runs.items()}, "decode": {}}
     machine = floor.measure(torch.device(info.device), dtype)
+    scheme = config_of(f"{shlex.quote(str(args.folder))} {args.serve}").quantize
     for mix, ran in runs.items():
         if not ran.decode_steps:
             continue
@@ -192,7 +209,7 @@ def _measure(driver: Driver, info: EngineInfo, load: Load, args: argparse.Namesp
             batch=load.clients,
             context=sum(load.prompt) / 2 + sum(load.output) / 4,
             itemsize=dtype.itemsize,
-            scheme=config_of(f"{args.folder} {args.serve}").quantize,
+            scheme=scheme,
         )
         result["decode"][mix] = floor.verdict(statistics.median(ran.decode_steps), needed, machine)
     if args.memory:

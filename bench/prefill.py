@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,10 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.inprocess import config_of
+from bench.inprocess import opened
 from bench.machine import describe
 from bench.report import json_line, number, table
-from lora_serve.engine.engine import Engine
 from lora_serve.messages import Generate
 from lora_serve.request import Request, Sampling
 
@@ -46,10 +43,7 @@ def transformers(model: Path) -> Callable[[list[list[int]]], None]:
 
 def ours(model: Path, serve: str, stack: ExitStack) -> Callable[[list[list[int]]], None]:
     """Reads prompts as the engine does; its prefix cache never helps, since prompts are new."""
-    store = stack.enter_context(tempfile.TemporaryDirectory())
-    config = config_of(f"{shlex.join([str(model), '--store', store])} {serve}")
-    engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None)
-    stack.callback(engine.close)
+    engine, _ = stack.enter_context(opened(model, serve))
 
     def read(prompts: list[list[int]]) -> None:
         for index, prompt in enumerate(prompts):

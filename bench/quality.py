@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -27,11 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.inprocess import config_of
+from bench.inprocess import opened
 from bench.machine import describe
 from bench.report import json_line, number, table
 from demo.tasks import TASKS, heldout_prompts, instruction
-from lora_serve.engine.engine import Engine
 from lora_serve.engine.process import EngineCore
 from lora_serve.errors import ModelUnsupported
 from lora_serve.messages import Generate
@@ -165,13 +162,8 @@ def by_engine(engine: EngineCore, texts: Sequence[Text]) -> Reading:
 
 def read(model: str, options: str, texts: Sequence[Text]) -> Reading:
     """By an engine of its own; raises ModelUnsupported where the server would not start so."""
-    with tempfile.TemporaryDirectory() as store:
-        config = config_of(f"{shlex.join([model, '--store', store])} {options}")
-        engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None)
-        try:
-            return by_engine(engine, texts)
-        finally:
-            engine.close()
+    with opened(model, options) as (engine, _):
+        return by_engine(engine, texts)
 
 
 def measure(model: str, texts: Sequence[Text], cases: Mapping[str, str]) -> tuple[dict[str, Cost], dict[str, str]]:

@@ -11,10 +11,7 @@ about a microsecond a call.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,12 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.inprocess import Driver, config_of
+from bench.inprocess import Driver, opened
 from bench.load import Load
 from bench.report import json_line, number, table
 from bench.serve import mixes
 from lora_serve.engine import assemble, runner
-from lora_serve.engine.engine import Engine
 from lora_serve.kernels.tape import Tape
 from lora_serve.model import replay
 
@@ -74,15 +70,11 @@ def measure(folder: Path, serve: str, mix: list[Any], clients: int, output: int)
     """Milliseconds by part for each mix and kind of step; `around` is all that no clock saw."""
     clocks = Clocks()
     watch(clocks)
-    adapters = tuple(sorted(path.name for path in (folder / "adapters").iterdir()))
+    folder_of_adapters = folder / "adapters"
+    adapters = tuple(sorted(path.name for path in folder_of_adapters.iterdir()))
     found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as store:
-        wake = threading.Event()
-        given = [str(folder / "model"), "--adapters", str(folder / "adapters"), "--store", store]
-        engine = Engine.build(
-            config_of(f"{shlex.join(given)} {serve}"), wake=wake.set, progress=lambda stage, done: None
-        )
-        steps: dict[str, list[dict[str, float]]] = defaultdict(list)
+    steps: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with opened(folder / "model", serve, folder_of_adapters) as (engine, wake):
         step, kind = engine.step, ""
 
         def timed() -> Any:
@@ -97,13 +89,10 @@ def measure(folder: Path, serve: str, mix: list[Any], clients: int, output: int)
             return update
 
         engine.step = timed  # type: ignore[method-assign]
-        try:
-            load = Load(adapters=adapters, clients=clients, requests=3 * clients, output=(output, output))
-            for number_, each in enumerate(mix):
-                kind = each
-                Driver(engine, wake).run(replace(load, mix=each, salt=number_))
-        finally:
-            engine.close()
+        load = Load(adapters=adapters, clients=clients, requests=3 * clients, output=(output, output))
+        for salt, each in enumerate(mix):
+            kind = each
+            Driver(engine, wake).run(replace(load, mix=each, salt=salt))
     for name, all_steps in steps.items():
         parts = sorted({part for each in all_steps for part in each})
         found[name] = {part: 1e3 * statistics.median(each.get(part, 0.0) for each in all_steps) for part in parts}

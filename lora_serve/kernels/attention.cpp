@@ -22,13 +22,8 @@ constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one uni
 // it at the pace of an FMA; cores that have fp16 arithmetic are Intel's, and there it is slower than widening.
 #if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
 constexpr bool DOTS = true;
-INLINE V dot(V sum, U a, U b) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 #else
 constexpr bool DOTS = false;
-INLINE V dot(V sum, U a, U b) {
-    sum += first_of_pair<Bf16>(a) * first_of_pair<Bf16>(b);
-    return sum + second_of_pair<Bf16>(a) * second_of_pair<Bf16>(b);
-}
 #endif
 
 struct Pool { char* data; int64_t block, position, head, type, dim; };  // strides in bytes
@@ -140,7 +135,7 @@ template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd
     for (int t = 0; t < T; t++) {
         uint32_t pair;
         memcpy(&pair, q + t * kd, sizeof pair);
-        sum[t] = dot(sum[t], key, U{} + pair);
+        sum[t] = dot_pair(sum[t], key, U{} + pair);
     }
 }
 

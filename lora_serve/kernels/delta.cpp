@@ -174,6 +174,8 @@ struct Work {
 
     int64_t rank(int64_t m, const Segment& s) const { return group.rank[m * group.slots + s.slot]; }
 
+    const Segment& following(const Segment& s) const { return &s == &segments.back() ? s : *(&s + 1); }
+
     // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`,
     // rounded to `step`.
     static int64_t cut(int64_t at, int64_t begin, int64_t each, int64_t n, int64_t step) {
@@ -197,14 +199,13 @@ struct Work {
                     for (int t = 0; t < rows; t++) widen_row(source + t * call.x_stride, in, x + t * ldx);
                 });
                 float* out = shrunk + s.shrunk + row * s.ranks;
-                const Segment& following = &s == &segments.back() ? s : *(&s + 1);
                 for (int64_t m = 0, offset = 0; m < group.modules; offset += rank(m, s), m++) {
                     int64_t begin = std::max(from, offset), end = std::min(to, offset + rank(m, s));
                     if (begin >= end) continue;
                     with_type(group.type, [&](auto* type) {
                         auto* a = (decltype(type))group.a[m * group.slots + s.slot] + (begin - offset) * in;
                         bool last = m + 1 == group.modules;
-                        auto* after = (decltype(type))group.a[last ? following.slot : (m + 1) * group.slots + s.slot];
+                        auto* after = (decltype(type))group.a[last ? following(s).slot : (m + 1) * group.slots + s.slot];
                         shrink_tile(rows, x, ldx, a, after, in, end - begin, s.weight, out + begin, s.ranks, x + TILE * ldx);
                     });
                 }
@@ -228,9 +229,8 @@ struct Work {
                 if (ranks == 0 || s.rows == 0) continue;
                 for (int64_t before = 0; before < m; before++) offset += rank(before, s);
                 with_type(group.type, [&](auto* type) {
-                    const Segment& following = &s == &segments.back() ? s : *(&s + 1);
                     auto* b = (decltype(type))group.b[m * group.slots + s.slot];
-                    auto* after = (decltype(type))group.b[m * group.slots + following.slot];
+                    auto* after = (decltype(type))group.b[m * group.slots + following(s).slot];
                     expand(shrunk + s.shrunk + offset, s.ranks, b, after, columns, ranks, out, s.first, s.rows, from, to,
                            wide);
                 });

@@ -42,15 +42,6 @@ INLINE U lane_of(const char* p) {  // in every place
     return U{} + lane;
 }
 
-// sum + the dot product of a lane's two bf16 numbers with two others
-INLINE V dot_pair(V sum, U x, U w) {
-#if defined(__AVX512BF16__)
-    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-#else
-    sum += (V)(x << 16) * (V)(w << 16);
-    return sum + (V)(x & 0xffff0000) * (V)(w & 0xffff0000);
-#endif
-}
 // sum + the dot product of a lane's four unsigned bytes with four signed ones
 INLINE I dot_bytes(I sum, U w, U x) {
 #if defined(__AVX512VNNI__)
@@ -125,24 +116,24 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
             if constexpr (small) {
                 constexpr int S = T <= (K == INT4 ? 2 : 4) ? 2 : 1;  // sides at once, as registers allow
                 UNROLL
-                for (int side = 0; side < 2; side += S)
-                    pass_stretch<K, S, T>(x, at, side, acc[p] + side);
-                continue;
-            }
-            UNROLL
-            for (int side = 0; side < 2; side++) {
-                U w = load_lanes(at + side * W * 4);
+                for (int side = 0; side < 2; side += S) pass_stretch<K, S, T>(x, at, side, acc[p] + side);
+            } else {
                 UNROLL
-                for (int t = 0; t < T; t++) {
-                    const char* row = rows + t * ld;
-                    if constexpr (K == DOT) {
-                        acc[p][side][t] = dot_pair(acc[p][side][t], lane_of(row + k * 4), w);
-                    } else if constexpr (K == F32) {
-                        acc[p][side][t] += (V)w * ((const float*)row)[k];
-                    } else if constexpr (!small) {
-                        using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-                        acc[p][side][t] += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
-                        acc[p][side][t] += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
+                for (int side = 0; side < 2; side++) {
+                    U w = load_lanes(at + side * W * 4);
+                    UNROLL
+                    for (int t = 0; t < T; t++) {
+                        const char* row = rows + t * ld;
+                        V& mine = acc[p][side][t];
+                        if constexpr (K == DOT) {
+                            mine = dot_pair(mine, lane_of(row + k * 4), w);
+                        } else if constexpr (K == F32) {
+                            mine += (V)w * ((const float*)row)[k];
+                        } else {
+                            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
+                            mine += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
+                            mine += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
+                        }
                     }
                 }
             }
@@ -187,9 +178,7 @@ struct Work {
             const T* x = (const T*)call.x + row * call.stride;
             if (call.kind == DOT) {
                 Bf16* pairs = (Bf16*)to;
-                size_t i = 0;
-                for (; i + W <= in; i += W) store(pairs + i, load(x + i));
-                if (i < in) store_part(pairs + i, load_part(x + i, in - i), in - i);
+                for (size_t i = 0; i < in; i += W) store_some(pairs + i, load_some(x + i, in - i), in - i);
                 if (in % 2) pairs[in] = Bf16{0};
             } else if (call.kind == INT4 || call.kind == INT8) {
                 size_t shared = shared_of(call.kind), next = stretch_of(call.kind);
@@ -202,7 +191,7 @@ struct Work {
     }
     template <class T> void stretch(const T* x, size_t n, char* to) const {
         if (n < shared_of(call.kind)) memset(to, 0, stretch_of(call.kind));
-        Head head{0, step_of(x, n, 127)};
+        Head head{0, step_of(x, n)};
         head.start = -offset_of(call.kind) * round_row(x, n, head.step, 0, to + sizeof head);
         memcpy(to, &head, sizeof head);
     }
@@ -219,9 +208,8 @@ struct Work {
                     int64_t m = std::min<int64_t>(W, n - c);
                     V v = load(sum + t * lds + c);
                     if (call.kind == INT8) v *= load(o.scale + column + c);
-                    if (bias) v += m == W ? load(bias + c) : load_part(bias + c, m);
-                    if (m == W) store(y + c, v);
-                    else store_part(y + c, v, m);
+                    if (bias) v += load_some(bias + c, (size_t)m);
+                    store_some(y + c, v, (size_t)m);
                 }
             }
         });

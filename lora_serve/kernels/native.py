@@ -70,7 +70,7 @@ class NativeKernels:
         )
         maps = NativeLinear(self._library)
         self.pack, self.unpack, self.rows, self.linear = maps.pack, maps.unpack, maps.rows, maps.linear
-        self._arena = Arena(ARENA)
+        self._arena, self._play = Arena(ARENA), self._library.play()
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -192,7 +192,7 @@ class NativeKernels:
 
     def tape(self, *, wary: bool = False) -> Tape:
         """See `Kernels.tape`."""
-        return Tape(self._arena, self._library.play(), self._sum, self._library.listen, wary=wary)
+        return Tape(self._arena, self._play, self._sum, self._library.listen, wary=wary)
 
     def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""

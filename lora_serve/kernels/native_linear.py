@@ -10,16 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from struct import Struct
 
 import torch
 from torch import Tensor
 
 from lora_serve.kernels.library import Library, type_number
-from lora_serve.kernels.packed import GROUP, RUN, Packed, Scheme
+from lora_serve.kernels.packed import GROUP, Packed, Scheme
 
 _INT8, _INT4, _DOT = 3, 4, 5
-_INPUTS = (1, 2, 2, 4, 8, 2)  # of one 32-bit lane, by kind
 _PACK = Struct("8q")
 _ROWS = Struct("9q")
 _CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
@@ -33,8 +33,9 @@ class NativeLinear:
     """
 
     def __init__(self, library: Library) -> None:
-        self._linear, self._pack, self._unpack, self._rows = (
-            library.call(f"lora_{name}") for name in ("linear", "pack", "unpack", "rows")
+        names = ("linear", "packed_bytes", "pack", "unpack", "rows")
+        self._linear, self._bytes, self._pack, self._unpack, self._rows = (
+            library.call(f"lora_{name}") for name in names
         )
         self._columns = library.number("lora_columns")
         self._bf16 = type_number(torch.bfloat16)
@@ -46,14 +47,11 @@ class NativeLinear:
         shape = (weight.shape[0], weight.shape[1])
         if scheme == "int4" and shape[1] % GROUP:
             raise ValueError(f"{shape[1]} inputs are no whole number of int4's groups")
-        kind, panels = self._kind(weight.dtype, scheme), -(-shape[0] // self._columns)
-        whole = RUN if kind == _INT8 else _INPUTS[kind]
-        lanes = -(-shape[1] // whole) * (whole // _INPUTS[kind]) * self._columns  # of a panel, 32 bits each
-        scales = shape[1] // GROUP * self._columns // 2 if scheme == "int4" else 0  # of a panel, two in 32 bits
-        data = torch.empty(panels * (lanes + scales), dtype=torch.int32)
-        scale = torch.zeros(panels * self._columns) if scheme == "int8" else None
-        packed = Packed(shape, weight.dtype, scheme, data, scale)
         source = weight.detach().contiguous()  # has to live until the call is over
+        empty = Packed(shape, weight.dtype, scheme, torch.empty(0, dtype=torch.uint8))
+        data = torch.empty(self._bytes(self._call(source, empty)), dtype=torch.uint8)
+        scale = torch.zeros(-(-shape[0] // self._columns) * self._columns) if scheme == "int8" else None
+        packed = replace(empty, data=data, scale=scale)
         self._pack(self._call(source, packed))
         return packed
 

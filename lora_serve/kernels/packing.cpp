@@ -58,7 +58,7 @@ struct Packing {
     // An output's weights as lanes; its scales go where they stay, in int4 from the first group's on.
     template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
         if (call.kind == INT8) {
-            *scale = step_of(x, in, 127);
+            *scale = step_of(x, in);
             round_row(x, in, *scale, offset_of(INT8), to);
         } else if (call.kind == INT4) {
             char bytes[GROUP];
@@ -135,6 +135,11 @@ struct Packing {
 };
 
 }  // namespace
+
+// How many bytes a weight takes in panels.
+extern "C" int64_t lora_packed_bytes(const PackCall* call) {
+    return (int64_t)(panels_of(call->out) * lane_at(call->kind, lanes_of(call->kind, call->in)));
+}
 
 // Lays a weight [out, in] out in panels.
 extern "C" int64_t lora_pack(const PackCall* call) {

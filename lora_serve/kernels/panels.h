@@ -72,14 +72,14 @@ template <int D = W / 2> INLINE I largest_whole(I v) {
     if constexpr (D > 1) return largest_whole<D / 2>(v);
     return v;
 }
-// The step that lets x[n] reach from -most to most. Magnitudes are compared as bits, so that NaN is the largest.
-template <class T> INLINE float step_of(const T* x, size_t n, float most) {
+// The step that lets x[n] reach from -127 to 127. Magnitudes are compared as bits, so that NaN is the largest.
+template <class T> INLINE float step_of(const T* x, size_t n) {
     I peak{};
     for (size_t i = 0; i < n; i += W) {
-        I v = (I)(i + W <= n ? load(x + i) : load_part(x + i, n - i)) & 0x7fffffff;
+        I v = (I)load_some(x + i, n - i) & 0x7fffffff;
         peak = v > peak ? v : peak;
     }
-    float step = ((V)largest_whole(peak))[0] / most;
+    float step = ((V)largest_whole(peak))[0] / 127;
     return step < LEAST ? LEAST : step;
 }
 // bytes[padded(n)] = x[n] in steps, rounded (int4: to what a nibble holds), + offset; returns their sum without offsets.
@@ -87,7 +87,7 @@ template <bool NIBBLES = false, class T> INLINE int32_t round_row(const T* x, si
     float inverse = 1 / step;
     U sum{};
     for (size_t i = 0; i < n; i += W) {
-        I whole = nearest((i + W <= n ? load(x + i) : load_part(x + i, n - i)) * inverse);
+        I whole = nearest(load_some(x + i, n - i) * inverse);
         if (NIBBLES) {
             whole = whole < -8 ? I{} - 8 : whole;
             whole = whole > 7 ? I{} + 7 : whole;

@@ -43,12 +43,6 @@ struct AddCall {  // as native.py packs it
     int64_t count, type, threads;
 };
 
-template <class T> INLINE V load_some(const T* p, size_t n) { return n >= W ? load(p) : load_part(p, n); }
-template <class T> INLINE void store_some(T* p, V v, size_t n) {
-    if (n >= W) store(p, v);
-    else store_part(p, v, n);
-}
-
 // The value as the type keeps it.
 template <class T> INLINE V kept(V v) {
     T lanes[W];

@@ -158,6 +158,16 @@ template <class T> INLINE V second_of_pair(U pair) {
     return first_of_pair<T>(pair >> 16);
 }
 
+// sum + the dot products of the lanes' pairs of bf16: exact products, float sums
+INLINE V dot_pair(V sum, U x, U y) {
+#if defined(__AVX512BF16__)
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    sum += first_of_pair<Bf16>(x) * first_of_pair<Bf16>(y);
+    return sum + second_of_pair<Bf16>(x) * second_of_pair<Bf16>(y);
+#endif
+}
+
 // The last n < W elements of a row; the lanes after them are zero.
 template <class T> INLINE V load_part(const T* p, size_t n) {
     T part[W] = {};
@@ -168,6 +178,12 @@ template <class T> INLINE void store_part(T* p, V v, size_t n) {
     T part[W];
     store(part, v);
     memcpy(p, part, n * sizeof(T));
+}
+// As many of a vector's elements as there are, n or all of them.
+template <class T> INLINE V load_some(const T* p, size_t n) { return n >= W ? load(p) : load_part(p, n); }
+template <class T> INLINE void store_some(T* p, V v, size_t n) {
+    if (n >= W) store(p, v);
+    else store_part(p, v, n);
 }
 
 // out[padded(n)] = row[n], zeros behind.

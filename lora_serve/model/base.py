@@ -46,7 +46,7 @@ class ResidentBase:
         self._replay = Replay(self._logits, kernels)
         self._prefixes = bank.prefixes
         self._embedding = loaded.shape.input_embedding
-        self._ids = loaded.shape.modules[self._embedding]["weight"][0]
+        self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
         self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
         lean(self._model, loaded.dtype, kernels)
         table = self._model.get_submodule(self._embedding)
@@ -67,8 +67,9 @@ class ResidentBase:
                     _replace(self._model, self._embedding, PackedEmbedding(base.packed, kernels))
         for module, groups in stacks.items():
             _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
-        for left in self._model.parameters():  # a rest of a file's mapping keeps all of it in memory
-            left.data = left.data.clone()
+        for left in self._model.parameters():
+            if left.is_cpu:  # a rest of a file's mapping keeps all of it in memory
+                left.data = left.data.clone()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -113,9 +114,8 @@ class ResidentBase:
         device = self._kv.keys[0].device
         size = self._kv.keys[0].shape[1]
         lengths = (min(7, size), min(5, size))
-        vocabulary = self._ids
         generator = torch.Generator().manual_seed(0)
-        tokens = [torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in lengths]
+        tokens = [torch.randint(0, self._ids, (n,), generator=generator).to(device) for n in lengths]
         flat = self.forward(_side_by_side(tokens, [list(range(n)) for n in lengths], size)).float()
         self._model.set_attn_implementation("eager")
         try:

@@ -80,7 +80,7 @@ class Replay:
 
     def prove(self, first: Batch, second: Batch) -> None:
         """Note one step and play another of the same sizes; stop noting if a bit of that differs from its own pass."""
-        wanted = self._run(second).clone()
+        wanted = self._run(second)
         self(first), self(first)
         if self._able and not torch.equal(self(second), wanted):
             self._give_up("it depends on more than its tensors")
@@ -139,17 +139,17 @@ def _own(batch: Batch, key: Key) -> Batch:
     segments = _segments(batch.segments, key.segments)
     logits_segments = segments if key.logits_segments < 0 else _segments(batch.logits_segments, key.logits_segments)
     own = Batch(
-        token_ids=batch.token_ids.clone(),
-        positions=batch.positions.clone(),
-        kv_index=batch.kv_index.clone(),
+        token_ids=torch.empty_like(batch.token_ids),
+        positions=torch.empty_like(batch.positions),
+        kv_index=torch.empty_like(batch.kv_index),
         spans=Spans(
-            spans.query_start.clone(),
-            spans.context.clone(),
+            torch.empty_like(spans.query_start),
+            torch.empty_like(spans.context),
             spans.block_table.new_zeros(key.sequences, key.width),
             longest_query=key.rows,
             longest_context=key.width,
         ),
-        logits_rows=batch.logits_rows.clone(),
+        logits_rows=torch.empty_like(batch.logits_rows),
         segments=segments,
         logits_segments=logits_segments,
     )
