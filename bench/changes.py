@@ -25,7 +25,7 @@ from bench.make_model import make_model
 from bench.shapes import SHAPES
 from lora_serve.adapters.adapter import BaseShape, Change, Lowered, flatten
 from lora_serve.adapters.bank import Bank
-from lora_serve.kernels.contract import Delta, Segments, Spans
+from lora_serve.kernels.contract import Delta
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
@@ -104,22 +104,14 @@ class Bench:
     def step(self, slots: list[int]) -> float:
         """Seconds of one forward pass with a row for each slot."""
         runs = [Run(row, row + 1, slot, 1.0) for row, slot in enumerate(slots)]
-        rows = torch.arange(ROWS, dtype=torch.int32)
-        segments = Segments(rows, rows + 1, torch.tensor(slots, dtype=torch.int32), torch.ones(ROWS))
         batch = Batch(
-            token_ids=torch.arange(ROWS),
-            positions=torch.zeros(ROWS, dtype=torch.int64),
-            kv_index=16 * torch.arange(1, ROWS + 1),
-            spans=Spans(
-                torch.arange(ROWS + 1, dtype=torch.int32),
-                torch.ones(ROWS, dtype=torch.int32),
-                (rows + 1)[:, None].contiguous(),
-                1,
-                1,
-            ),
-            logits_rows=torch.arange(ROWS),
-            segments=segments,
-            logits_segments=segments,
+            token_ids=range(ROWS),
+            positions=[0] * ROWS,
+            kv_index=range(16, 16 * (ROWS + 1), 16),
+            query_start=range(ROWS + 1),
+            context=[1] * ROWS,
+            block_tables=[[row + 1] for row in range(ROWS)],
+            logits_rows=range(ROWS),
             runs=runs,
             logits_runs=runs,
         )

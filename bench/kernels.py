@@ -113,6 +113,8 @@ def delta_work(name: str, ranks: tuple[int, ...], rows: int) -> Work:
         int32([start + rows for start in starts]),
         int32(list(range(1, len(ranks) + 1))),
         torch.ones(len(ranks)),
+        longest=rows,
+        rank=max(ranks),
     )
     x = torch.randn(tokens, in_features).to(DTYPE)
     outputs = [torch.zeros(tokens, out, dtype=DTYPE) for out in out_features]
@@ -154,7 +156,7 @@ def overhead_work() -> Work:
     """As little maths as there can be: what a call costs by itself."""
     group = DeltaGroup(16, (16,), 2, DTYPE, CPU)
     group.set(0, 1, Delta(torch.zeros(1, 16, dtype=DTYPE), torch.zeros(1, 16, dtype=DTYPE)))
-    segments = Segments(int32([0]), int32([1]), int32([1]), torch.ones(1))
+    segments = Segments(int32([0]), int32([1]), int32([1]), torch.ones(1), longest=1, rank=1)
     x = torch.zeros(1, 16, dtype=DTYPE)
     return Work("delta", "call overhead, 1 module", 64, 64, lambda kernels, _: kernels.delta(x, [x], group, segments))
 

@@ -48,6 +48,9 @@ class ServeConfig(BaseSettings):
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at once")
     adapter_cache_memory: ByteSize = Field(ByteSize(2 << 30), description="host memory for adapters, e.g. 2GiB")
+    adapter_device_memory: ByteSize | None = Field(
+        None, description="GPU memory for adapters; one request's may take half of it (default: a tenth of the GPU's)"
+    )
     max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="largest adapter upload, unpacked")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -58,14 +61,17 @@ class ServeConfig(BaseSettings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="compute threads (0: one a physical core)")
-    native_kernels: bool = Field(True, description="build and use the native CPU kernels; otherwise plain torch")
+    native_kernels: bool = Field(True, description="use the kernels made for the device; otherwise plain torch")
 
     max_model_len: int | None = Field(
         None, ge=8, description="longest context in tokens (default: the model's, as far as memory allows)"
     )
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step; longer prompts are read in chunks")
-    kv_cache_memory: ByteSize = Field(ByteSize(1 << 30), description="device memory for the KV cache, e.g. 4GiB")
+    kv_cache_memory: ByteSize | None = Field(
+        None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU what is left)"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that may be used")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     prefix_cache: bool = Field(True, description="reuse KV of equal prompt beginnings under the same adapter")
     max_queue: int = Field(1024, ge=1, description="requests that may wait before new ones get 429")

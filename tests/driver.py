@@ -14,6 +14,7 @@ from lora_serve.engine.fairness import Turns
 from lora_serve.engine.flatten import flatten
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
+from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.packed import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
@@ -26,7 +27,11 @@ CPU = torch.device("cpu")
 
 
 class Driver:
-    """One base, its KV and its bank, without sampling: tokens are given, logits come back."""
+    """One base, its KV and its bank, without sampling: tokens are given, logits come back.
+
+    Args:
+        kernels: None: what the device and `native` select.
+    """
 
     def __init__(
         self,
@@ -38,14 +43,17 @@ class Driver:
         block_size: int = 4,
         slots: int = 16,
         scheme: Scheme | None = None,
+        device: torch.device = CPU,
+        kernels: Kernels | None = None,
     ) -> None:
         self.loaded = load(
-            str(folder), revision=None, dtype=dtype, device=CPU, progress=lambda stage, done: None, scheme=scheme
+            str(folder), revision=None, dtype=dtype, device=device, progress=lambda stage, done: None, scheme=scheme
         )
-        self.bank = Bank(self.loaded.shape, slots, self.loaded.dtype, CPU)
-        kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, CPU)
-        self.base = ResidentBase(self.loaded, self.bank, select(CPU, native), kv)
+        self.bank = Bank(self.loaded.shape, slots, self.loaded.dtype, device)
+        kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
+        self.base = ResidentBase(self.loaded, self.bank, kernels or select(device, native), kv)
         self.base.prove()
+        self.base.prepare(64, 50)
         self.scheduler = Scheduler(
             BlockPool(200, block_size), Turns(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
         )
@@ -93,19 +101,21 @@ class Driver:
             self.scheduler.add(seq)
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
-            flat = flatten(self.scheduler.plan(lambda digest: True), self.slots, self.scheduler.pool.block_size, CPU)
+            work = self.scheduler.plan(lambda digest: True)
+            flat = flatten(work, self.slots, self.scheduler.pool.block_size)
             logits = self.base.forward(flat.batch).clone()  # the next pass may write over it
             for row in flat.rows:
                 seq = row.work.seq
+                self.scheduler.launched(row.work)
                 self.scheduler.computed(row.work)
                 self.computed += row.work.count
                 rows[seq.order].append(logits[row.start : row.end])
                 if row.samples:
-                    if len(seq.tokens) == seq.limit:
+                    if row.work.end == seq.limit:
                         self.scheduler.remove(seq)
                     else:
-                        seq.tokens.append(int(logits[row.end - 1].argmax()))
-        self.sequences = [seq.tokens[seq.virtual :] for seq in seqs]
+                        seq.tokens[row.work.end] = int(logits[row.end - 1].argmax())
+        self.sequences = [seq.tokens[seq.virtual : seq.limit] for seq in seqs]
         return [_stacked(rows[seq.order]) for seq in seqs]
 
 

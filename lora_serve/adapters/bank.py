@@ -1,28 +1,52 @@
 """Adapters on the device: a slot is a row of pointers, an adapter one flat tensor of exactly its own size.
 
 Seating an adapter writes one column of the bank's tables, of which every group has some rows; nothing is copied into a
-stack and nothing padded. On a CPU the device's memory is the host's, so the flat tensor itself is used, without a copy.
+stack and nothing padded. On a CPU the device's memory is the host's, so the flat tensor itself is used, without a copy;
+elsewhere it is on its way for a while (`upload.py`), in which steps go on without it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, Change, Prefix
+from lora_serve.adapters.upload import Arrival, Upload
 from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
-def vacate(seated: Iterable[str], needed: int, keep: Set[str]) -> list[str] | None:
-    """Which `needed` adapters give up their slots: the least recently used (first in `seated`) that are not in `keep`.
+def vacate(sizes: Mapping[str, int], needed: int, slots: int, capacity: int | None, keep: Set[str]) -> list[str] | None:
+    """Who gives up its seat for an adapter of `needed` bytes: the first of `sizes` that are not in `keep`.
 
-    None if too few may go.
+    None if even all of those would not make room.
+
+    Args:
+        sizes: bytes by seated adapter, least recently used first.
+        slots, capacity: how many adapters, and bytes of them, there may be at once.
     """
-    gone = [digest for digest in seated if digest not in keep][:needed]
-    return gone if len(gone) == needed else None
+    bytes_over = 0 if capacity is None else sum(sizes.values()) + needed - capacity
+    slots_over = len(sizes) + 1 - slots
+    gone = []
+    for digest, size in sizes.items():
+        if bytes_over <= 0 and slots_over <= 0:
+            break
+        if digest not in keep:
+            gone.append(digest)
+            bytes_over, slots_over = bytes_over - size, slots_over - 1
+    return None if bytes_over > 0 or slots_over > 0 else gone
+
+
+class Seat(NamedTuple):
+    """What an adapter has on the device: slot, tensor, the sites it is in; its arrival, if that may lie ahead."""
+
+    slot: int
+    flat: Tensor
+    sites: list[str]
+    arrival: Arrival | None
 
 
 class Bank:
@@ -31,17 +55,31 @@ class Bank:
     Attributes:
         groups: pointer tables by group of sites.
         changes, prefixes: what else the seated adapters do, by slot; only those that do.
+        ranks: the highest rank of each seated adapter's deltas, by slot.
 
     Args:
         base: sites and groups of the resident base.
         slots: adapters at once.
+        capacity: bytes that they may take together; None: slots alone limit them.
+        upload: how they come to the device.
     """
 
-    def __init__(self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: BaseShape,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None = None,
+        upload: Upload | None = None,
+    ) -> None:
         self.slots = slots
+        self.capacity = capacity
+        self.upload = upload or Upload(device)
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
         self.changes: dict[int, dict[str, Change]] = {}
         self.prefixes: dict[int, Prefix] = {}
+        self.ranks: dict[int, int] = {}
         self._tables = pointer_tables(sum(map(len, base.groups)), slots + 1, device)
         self._rows: dict[str, tuple[int, DeltaGroup, int]] = {}  # site → row of the tables, group, module of the group
         row = 0
@@ -60,7 +98,7 @@ class Bank:
         self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
-        self._seated: OrderedDict[str, tuple[int, Tensor, list[str]]] = OrderedDict()  # LRU first; see `load`
+        self._seated: OrderedDict[str, Seat] = OrderedDict()  # least recently used first
         self.evictions = 0
 
     def __repr__(self) -> str:
@@ -71,32 +109,54 @@ class Bank:
         """Digests on the device, least recently used first."""
         return list(self._seated)
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
+    def room(self, needed: int, keep: Set[str]) -> bool:
+        """Make room for an adapter of `needed` bytes; False, and nobody leaves, if those in `keep` leave none."""
+        sizes = {digest: seat.flat.nbytes for digest, seat in self._seated.items()}
+        gone = vacate(sizes, needed, self.slots, self.capacity, keep)
+        for digest in gone or []:
+            self.evict(digest)
+        return gone is not None
 
     @property
     def bytes(self) -> int:
-        return sum(flat.numel() * flat.element_size() for _, flat, _ in self._seated.values())
+        return sum(seat.flat.nbytes for seat in self._seated.values())
 
     def holds(self, digest: str) -> bool:
         return digest in self._seated
 
     def slot(self, digest: str) -> int | None:
         """The adapter's slot, if it has one; it is now the most recently used."""
-        entry = self._seated.get(digest)
-        if entry is None:
+        seat = self._seated.get(digest)
+        if seat is None:
             return None
         self._seated.move_to_end(digest)
-        return entry[0]
+        return seat.slot
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of a seated adapter."""
+        seat = self._seated.get(digest)
+        return None if seat is None else seat.flat.nbytes
+
+    def arrived(self, digest: str) -> bool:
+        """Whether a step may use a seated adapter without waiting for it."""
+        arrival = self._seated[digest].arrival
+        return arrival is None or arrival.there
+
+    def precede(self, digests: Sequence[str]) -> None:
+        """Have the next step wait for these."""
+        for digest in digests:
+            arrival = self._seated[digest].arrival
+            if arrival is not None:
+                arrival.precede()
 
     def load(self, adapter: Adapter) -> int:
-        """Give an adapter a free slot (there must be one); returns it."""
+        """Give an adapter a free slot (it must fit); returns it. OutOfMemoryError leaves all as it was."""
+        flat, arrival = self.upload.send(adapter.flat)
         slot = self._free.pop()
-        flat = adapter.flat.to(self._device, non_blocking=True)
-        self._seated[adapter.digest] = (slot, flat, list(adapter.places))
+        self._seated[adapter.digest] = Seat(slot, flat, list(adapter.places), arrival)
         start, step = flat.data_ptr(), flat.element_size()
-        columns = [torch.zeros(table.shape[0], dtype=table.dtype) for table in self._tables]
+        pinned = self._device.type == "cuda"
+        columns = [torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pinned) for table in self._tables]
         entries = [column.numpy() for column in columns]  # sharing memory: setting single numbers of a tensor is slow
         for name, place in adapter.places.items():
             row, group, module = self._rows[name]
@@ -104,7 +164,8 @@ class Bank:
             for entry, value in zip(entries, (start + step * place.a, start + step * place.b, place.rank), strict=True):
                 entry[row] = value
         for table, column in zip(self._tables, columns, strict=True):
-            table[:, slot] = column.to(self._device)  # one copy a table, not one a module
+            table[:, slot].copy_(column, non_blocking=True)  # one copy a table, not one a module
+        self.ranks[slot] = max((place.rank for place in adapter.places.values()), default=0)
         changes, prefix = adapter.moved(flat)
         if changes:
             self.changes[slot] = changes
@@ -114,10 +175,10 @@ class Bank:
 
     def evict(self, digest: str) -> None:
         """Take an adapter off the device, if it is there; its memory returns."""
-        entry = self._seated.pop(digest, None)
-        if entry is None:
+        seat = self._seated.pop(digest, None)
+        if seat is None:
             return
-        slot, _, names = entry
+        slot, _, names, _ = seat
         for table in self._tables:
             table[:, slot] = 0
         for name in names:
@@ -125,5 +186,6 @@ class Bank:
             group.deltas[module][slot] = None
         self.changes.pop(slot, None)
         self.prefixes.pop(slot, None)
+        self.ranks.pop(slot, None)
         self._free.append(slot)
         self.evictions += 1

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from lora_serve.adapters.adapter import Adapter
-from lora_serve.adapters.bank import Bank, vacate
+from lora_serve.adapters.bank import Bank
 from lora_serve.adapters.cache import Cache
 from lora_serve.adapters.loader import Loader
-from lora_serve.errors import EngineFault, ServeError
+from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.messages import Stats
 
 
@@ -135,13 +138,26 @@ class Memory:
             slots[digest] = self._seat(digest, keep) if slot is None else slot
         return slots
 
+    def size(self, digest: str) -> int:
+        """Bytes that a version in memory takes on the device."""
+        seated = self._bank.size(digest)
+        adapter = self._cache.peek(digest) if seated is None else None
+        return seated or (0 if adapter is None else adapter.nbytes)
+
+    def arrived(self, digests: Iterable[str]) -> bool:
+        """Whether seated versions can be used without waiting."""
+        return all(map(self._bank.arrived, digests))
+
+    def precede(self, digests: Sequence[str]) -> None:
+        """Have the next step wait for seated versions."""
+        self._bank.precede(digests)
+
     def warm(self, digest: str) -> None:
         """Seat a version ahead of its use, if that takes nobody's seat who is in use."""
         if digest not in self or self._bank.holds(digest):
             return
-        keep = {*self._claims.leased, *self._claims.kept}
-        if self._bank.free or vacate(self._bank.seated, 1, keep):
-            self._seat(digest, keep)
+        with suppress(ServeError):
+            self._seat(digest, {*self._claims.leased, *self._claims.kept})
 
     def evict(self, digest: str) -> None:
         """Out of both tiers; what it took returns."""
@@ -164,13 +180,15 @@ class Memory:
 
     def _seat(self, digest: str, keep: Set[str]) -> int:
         started = time.perf_counter()
-        if not self._bank.free:
-            for gone in vacate(self._bank.seated, 1, keep) or []:
-                self._bank.evict(gone)
         adapter = self._cache.get(digest)
-        if adapter is None or not self._bank.free:
-            raise EngineFault("an adapter was scheduled that cannot be seated")
-        slot = self._bank.load(adapter)
+        if adapter is None:
+            raise EngineFault("an adapter was scheduled that is not in memory")
+        if not self._bank.room(adapter.nbytes, keep):
+            raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
+        try:
+            slot = self._bank.load(adapter)
+        except torch.OutOfMemoryError as error:
+            raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
         self._loads["device"] += 1
         self._seconds["device"] += time.perf_counter() - started
         return slot
@@ -178,7 +196,9 @@ class Memory:
     def _load(self, digest: str) -> None:
         def work() -> tuple[Adapter, float]:
             started = time.perf_counter()
-            return self._fetch(digest), time.perf_counter() - started
+            adapter = self._fetch(digest)
+            self._bank.upload.pin(adapter.flat)
+            return adapter, time.perf_counter() - started
 
         def arrived(result: tuple[Adapter, float] | ServeError) -> None:
             failure = result if isinstance(result, ServeError) else self._keep(*result)

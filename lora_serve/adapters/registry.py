@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_serve.adapters.adapter import Adapter, BaseShape, flatten
+from lora_serve.adapters.adapter import ALIGNMENT, Adapter, BaseShape, flatten
 from lora_serve.adapters.bank import Bank
 from lora_serve.adapters.cache import Cache
 from lora_serve.adapters.checkpoint import read
@@ -40,16 +40,18 @@ from lora_serve.request import AdapterUse
 __all__ = ["Failed", "Lease", "Loading", "Ready", "Registry"]  # `state` answers with the first ones
 
 Done = Callable[[Any], None]
+ROUNDING = 8 * ALIGNMENT  # bytes a module: more than aligning all of its tensors takes
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A sequence's claim on one exact version, and what that does to sequences."""
+    """A sequence's claim on one exact version, what that does to sequences, and the bytes it takes on the device."""
 
     name: str
     digest: str
     weight: float
     traits: Traits = field(default_factory=Traits)
+    bytes: int = 0
 
 
 class Registry:
@@ -76,7 +78,8 @@ class Registry:
         self._publisher = Publisher(store, base, max_bytes=max_bytes, most_elements=cache.capacity // dtype.itemsize)
         self._loader = Loader(wake)
         self._memory = Memory(cache, bank, self._loader, self._fetch, self, self._tidy)
-        self._pins_at_most = bank.slots - 1  # one slot is left for everyone else
+        self._pins_at_most = bank.slots - 1  # one slot is left for everyone else,
+        self._pinned_bytes = None if bank.capacity is None else bank.capacity // 2  # and half of the memory
         self._names: dict[str, Record] = dict(store.names())
         self._meta: dict[str, Meta] = {record.digest: store.meta(record.digest) for record in self._names.values()}
         self._old: dict[str, list[str]] = {}  # name → earlier versions that are still leased
@@ -104,7 +107,7 @@ class Registry:
         self._leases[digest] += 1
         self._used[digest] = time.time()
         self._memory.touch(digest)
-        return Lease(use.name, digest, use.weight, self._meta[digest].traits)
+        return Lease(use.name, digest, use.weight, self._meta[digest].traits, self._bytes(digest))
 
     def release(self, lease: Lease) -> None:
         """Give a claim back. With the last one goes what was only kept for it."""
@@ -130,6 +133,18 @@ class Registry:
     def seat(self, digests: Sequence[str]) -> dict[str, int]:
         """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
         return self._memory.seat(digests)
+
+    def size(self, digest: str) -> int:
+        """Bytes that a version in memory takes on the device."""
+        return self._memory.size(digest)
+
+    def arrived(self, digests: Iterable[str]) -> bool:
+        """Whether seated versions can be used without waiting for them to arrive on the device."""
+        return self._memory.arrived(digests)
+
+    def precede(self, digests: Sequence[str]) -> None:
+        """Have the next step wait for seated versions."""
+        self._memory.precede(digests)
 
     @property
     def leased(self) -> Sequence[str]:
@@ -237,6 +252,13 @@ class Registry:
             return
         if len(self._pins | {name}) > self._pins_at_most:
             raise AdapterBusy(f"pinning {name} would leave no slot for other adapters", param="name")
+        digests = {self._names[pin].digest for pin in self._pins | {name}}
+        if self._pinned_bytes is not None and sum(map(self._bytes, digests)) > self._pinned_bytes:
+            raise AdapterBusy(
+                f"pinning {name} would take more than {self._pinned_bytes} bytes, which is half of the device's memory "
+                "for adapters",
+                param="name",
+            )
         self._pins.add(name)
 
         def held(result: AdapterInfo | ServeError) -> None:
@@ -267,6 +289,11 @@ class Registry:
         self._memory.fill(stats)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _bytes(self, digest: str) -> int:
+        """What a version takes in memory, alignment too: no less."""
+        meta = self._meta[digest]
+        return meta.bytes(self._dtype.itemsize) + ROUNDING * meta.modules
 
     def _record(self, name: str) -> Record:
         if name not in self._names:

@@ -15,8 +15,9 @@ from lora_serve.adapters.store import Store
 from lora_serve.config import ServeConfig
 from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import Turns
-from lora_serve.engine.runner import Runner
+from lora_serve.engine.runner import Runner, Tokens
 from lora_serve.engine.scheduler import Scheduler
+from lora_serve.engine.sizing import adapter_memory, kv_memory, measured
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
@@ -27,6 +28,7 @@ from lora_serve.model.load import LoadedModel, load
 
 log = logging.getLogger(__name__)
 
+PROOF = 2  # KV blocks that a base needs to prove itself
 QUANTUM = 16  # steps of a turn: long enough that loading an adapter is small beside running it
 
 
@@ -38,10 +40,18 @@ class Parts:
     registry: Registry
 
 
-def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[str, float], None]) -> Parts:
-    """Load the base, size its KV, open the store, publish the adapters that were asked for at start."""
+def assemble(
+    config: ServeConfig, wake: Callable[[], None], progress: Callable[[str, float], None], ahead: bool | None = None
+) -> Parts:
+    """Load the base, size its KV, open the store, publish the adapters that were asked for at start.
+
+    Args:
+        ahead: launch a step before the last one's outcomes are read; None: where the device is not the host.
+    """
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads or physical_cores())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     progress("building kernels", 0.0)
     kernels = select(device, config.native_kernels)
     loaded = load(
@@ -53,14 +63,22 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
         scheme=config.quantize,
         names=(config.served_name(),),
     )
-    progress("allocating KV", 0.85)
-    max_model_len = _context(config, loaded)
-    blocks = _blocks(config, loaded, max_model_len)
-    kv = KVTensors(loaded.layers, blocks, config.kv_block_size, loaded.dtype, device)
-    bank = Bank(loaded.shape, config.adapter_slots, loaded.dtype, device)
-    base = ResidentBase(loaded, bank, kernels, kv)
-    progress("proving the base", 0.88)
+    capacity = adapter_memory(config, device)
+    bank = Bank(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
+    tokens = Tokens(config.max_num_seqs, device) if ahead or (ahead is None and device.type != "cpu") else None
+    kv = KVTensors(loaded.layers, PROOF, config.kv_block_size, loaded.dtype, device)
+    base = ResidentBase(loaded, bank, kernels, kv, None if tokens is None else tokens.read)
+    progress("proving the base", 0.85)
     base.prove()
+    progress("allocating KV", 0.88)
+    longest = _wanted(config, loaded)
+    needs = measured(base, config, device, longest, capacity or 0) if device.type == "cuda" else None
+    memory = kv_memory(config, needs, loaded.layers, loaded.dtype)
+    max_model_len = _context(config, loaded, memory)
+    blocks = _blocks(config, loaded, memory, max_model_len)
+    kv.resize(blocks)
+    progress("preparing steps", 0.9)
+    base.prepare(config.max_num_seqs, -(-max_model_len // config.kv_block_size))
     progress("opening the adapter store", 0.92)
     registry = Registry(
         Store(config.store_folder()),
@@ -71,13 +89,13 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
         wake,
         max_bytes=int(config.max_adapter_size),
     )
-    notes = list(loaded.notes)
+    notes = loaded.notes + base.notes
     if config.adapters is not None:
         for name, error in registry.publish_folder(config.adapters):
             notes.append(f"adapter {name} is not served: {error.message}")
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
-        Turns(config.adapter_slots, QUANTUM),
+        Turns(config.adapter_slots, QUANTUM, capacity, registry.size),
         max_seqs=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         prefix_cache=config.prefix_cache,
@@ -99,18 +117,25 @@ def assemble(config: ServeConfig, wake: Callable[[], None], progress: Callable[[
         generation_defaults=loaded.generation_defaults,
         notes=notes,
     )
-    return Parts(info, scheduler, Runner(base, config.kv_block_size, device), registry)
+    return Parts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
 
 
-def _context(config: ServeConfig, loaded: LoadedModel) -> int:
+def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:
+    """The context that is asked for."""
     wanted = config.max_model_len or loaded.max_model_len
     if wanted > loaded.max_model_len:
         raise ModelUnsupported(f"--max-model-len {wanted} is more than the base serves right ({loaded.max_model_len})")
-    fits = int(config.kv_cache_memory) // bytes_per_token(loaded.layers, loaded.dtype)
+    return wanted
+
+
+def _context(config: ServeConfig, loaded: LoadedModel, memory: int) -> int:
+    """The longest context that so many bytes of KV hold; a longer one that was asked for is refused."""
+    wanted = _wanted(config, loaded)
+    fits = memory // bytes_per_token(loaded.layers, loaded.dtype)
     fits -= fits % config.kv_block_size
     if fits < 2 * config.kv_block_size:
         raise ModelUnsupported(
-            f"--kv-cache-memory {config.kv_cache_memory.human_readable()} holds {fits} tokens; "
+            f"--kv-cache-memory {memory} holds {fits} tokens; "
             f"a token takes {bytes_per_token(loaded.layers, loaded.dtype)} bytes"
         )
     if config.max_model_len is not None and wanted > fits:
@@ -120,8 +145,8 @@ def _context(config: ServeConfig, loaded: LoadedModel) -> int:
     return min(wanted, fits)
 
 
-def _blocks(config: ServeConfig, loaded: LoadedModel, max_model_len: int) -> int:
-    """Blocks that fit the memory given, but no more than all sequences at full length could use."""
+def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int) -> int:
+    """Blocks that fit the memory, but no more than all sequences at full length could use."""
     size = config.kv_block_size
-    fit = int(config.kv_cache_memory) // (bytes_per_token(loaded.layers, loaded.dtype) * size)
-    return max(2, min(fit, config.max_num_seqs * -(-max_model_len // size)))
+    fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
+    return max(PROOF, min(fit, config.max_num_seqs * -(-max_model_len // size)))

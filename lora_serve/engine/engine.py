@@ -1,5 +1,9 @@
 """The engine: take messages, make one step, tell what happened. Synchronous, one thread, no sockets.
 
+Where the device is not the host, a step is planned and launched while the one before it still runs, and only then are
+the outcomes of that one read: the device never waits for Python. A sequence may so be one step further than is known;
+what was computed for one that has ended is dropped.
+
 It never touches the disk and never waits: loading, checking and storing adapters happen in the registry's threads, and
 their results are picked up at the beginning of a step.
 """
@@ -10,33 +14,27 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
 from lora_serve.config import ServeConfig
-from lora_serve.engine.admission import check
+from lora_serve.engine.admission import check, check_room
 from lora_serve.engine.assemble import assemble
+from lora_serve.engine.operations import start
 from lora_serve.engine.pace import Pace
-from lora_serve.engine.runner import Outcome, Runner
+from lora_serve.engine.runner import Landing, Outcome, Runner
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
     Abort,
     Call,
-    DeleteAdapter,
-    DescribeAdapter,
     Drain,
     EngineInfo,
-    EvictAdapter,
     Generate,
-    Inspect,
-    ListAdapters,
-    LoadAdapter,
-    PinAdapter,
-    Publish,
     Reply,
     Stats,
     StepReport,
@@ -45,6 +43,18 @@ from lora_serve.messages import (
 from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
 
 log = logging.getLogger(__name__)
+
+LEAST_TOKENS = 16  # that a step may take, however little memory there is
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was launched and not landed yet."""
+
+    work: list[Work]
+    adapters: int
+    started: float
+    landing: Landing
 
 
 class Engine:
@@ -70,21 +80,35 @@ class Engine:
         self._events: list[Event] = []
         self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of the calls to answer when nothing runs any more
+        self._flight: Flight | None = None
+        self._landed = 0.0  # when the last flight did
         self._pace = Pace()
         self._admitted = 0
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
 
     @classmethod
-    def build(cls, config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> Engine:
-        """Load the base and everything around it; raises ModelUnsupported and other ServeErrors if that cannot be."""
-        parts = assemble(config, wake, progress)
+    def build(
+        cls,
+        config: ServeConfig,
+        *,
+        wake: Callable[[], None],
+        progress: Callable[[str, float], None],
+        ahead: bool | None = None,
+    ) -> Engine:
+        """Load the base and everything around it; raises ModelUnsupported and other ServeErrors if that cannot be.
+
+        Args:
+            ahead: see `assemble`.
+        """
+        parts = assemble(config, wake, progress, ahead)
         return cls(parts.info, parts.scheduler, parts.runner, parts.registry, max_queue=config.max_queue)
 
     @property
     def busy(self) -> bool:
         """Whether another step would do something now."""
-        return bool(self._events) or bool(self._replies) or (bool(self._sequences) and not self._stalled)
+        running = bool(self._sequences) and not self._stalled
+        return bool(self._events) or bool(self._replies) or running or self._flight is not None
 
     def receive(self, message: Generate | Abort | Call) -> None:
         """Take one message in. Refusals become events or replies; nothing is raised."""
@@ -102,22 +126,18 @@ class Engine:
             self._call(message)
 
     def step(self) -> Update:
-        """Make one step, or none if nothing can run; returns all events since the last."""
+        """Launch a step, if anything can run, and land the one before; returns all events since the last call."""
         if self._registry.poll():
             self._stalled = False
-        report = None
-        started = time.perf_counter()
         self._load_ahead()
+        report = self._land() if self._flight is not None and self._steered(self._flight) else None
         work = self._scheduler.plan(self._loaded, self._registry.pinned, self._pace.room)
-        if work:
-            digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
-            for outcome in self._run(work, digests):
-                self._settle(outcome)
-            self._steps += 1
-            seconds, tokens = time.perf_counter() - started, sum(item.count for item in work)
-            decoding = sum(item.count == 1 for item in work)
-            self._pace.note(decoding, tokens - decoding, seconds)
-            report = StepReport(len(work), tokens, len(digests), seconds)
+        before, self._flight = self._flight, self._launch(work) if work else None
+        if before is not None:
+            report = self._settled(before)
+        if self._flight is not None and (self._runner.exhausted or not self._runner.ahead):
+            report = self._land()
+        self._take_less()
         self._stalled = not work
         if self._draining is not None and not self._sequences:
             self._replies += [Reply(call) for call in self._draining]
@@ -167,9 +187,7 @@ class Engine:
             for use in request.adapters:
                 leases.append(self._registry.acquire(use))
             check(request, leases, self.info)
-            pinned = self._registry.pinned
-            if len({lease.digest for lease in leases} - pinned) > self._scheduler.turns.slots - len(pinned):
-                raise BadRequest("more adapters than can be on the device at once", param="adapter")
+            check_room(leases, self._registry.pinned, self._scheduler.turns)
         except ServeError:
             for lease in leases:
                 self._registry.release(lease)
@@ -195,15 +213,59 @@ class Engine:
             traits={lease.digest: lease.traits for lease in leases},
         )
 
-    def _run(self, work: list[Work], digests: list[str]) -> list[Outcome]:
-        """Seat the step's adapters and compute it. If they cannot be seated, only those who wanted them fail."""
+    def _steered(self, flight: Flight) -> bool:
+        """Whether what comes next depends on the flight's outcomes more than the device itself can know."""
+        return any(item.seq.steered for item in flight.work)
+
+    def _launch(self, work: list[Work]) -> Flight:
+        """Seat the step's adapters and start it. If they cannot be seated, only those who wanted them fail."""
+        started = time.perf_counter()
+        digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
+        failed: list[Outcome] = []
+        slots: dict[str, int] = {}
         try:
             slots = self._registry.seat(digests)
         except ServeError as error:
             failed = [Outcome(item, failure=error) for item in work if item.seq.digests]
-            rest = [item for item in work if not item.seq.digests]
-            return failed + (self._runner.run(rest, {}) if rest else [])
-        return self._runner.run(work, slots)
+            going = [item for item in work if not item.seq.digests]
+        else:
+            work = going = self._arrived(work)
+        landing = self._runner.launch(going, slots) if going else list
+        for item in work:
+            self._scheduler.launched(item)
+        return Flight(work, len(digests), started, lambda: failed + landing())
+
+    def _take_less(self) -> None:
+        """After a step that ran out of memory: smaller ones from now on."""
+        if self._runner.exhausted:
+            self._runner.exhausted = False
+            self._scheduler.max_tokens = max(LEAST_TOKENS, self._scheduler.max_tokens // 2)
+            log.warning("a step ran out of memory; steps take %d tokens at most now", self._scheduler.max_tokens)
+
+    def _arrived(self, work: list[Work]) -> list[Work]:
+        """The part of the work whose adapters have arrived on the device; all of it, waiting there, if that is none."""
+        there = [item for item in work if self._registry.arrived(item.seq.digests)]
+        if there:
+            return there  # the others keep what they were given, and are planned again
+        self._registry.precede(list(dict.fromkeys(digest for item in work for digest in item.seq.digests)))
+        return work
+
+    def _land(self) -> StepReport | None:
+        """Wait for the step that runs."""
+        flight, self._flight = self._flight, None
+        return None if flight is None else self._settled(flight)
+
+    def _settled(self, flight: Flight) -> StepReport:
+        """Wait for a step and take its results; what it took of the device's time."""
+        for outcome in flight.landing():
+            if self._sequences.get(outcome.work.seq.request.id) is outcome.work.seq:  # else it ended meanwhile
+                self._settle(outcome)
+        self._steps += 1
+        now = time.perf_counter()
+        seconds, self._landed = now - max(flight.started, self._landed), now
+        tokens, decoding = (sum(item.count for item in flight.work), sum(item.count == 1 for item in flight.work))
+        self._pace.note(decoding, tokens - decoding, seconds)
+        return StepReport(len(flight.work), tokens, flight.adapters, seconds)
 
     def _settle(self, outcome: Outcome) -> None:
         """Take one sequence's result of the step."""
@@ -212,30 +274,30 @@ class Engine:
             self._finish(seq, "error", outcome.failure, forget=True)
             return
         self._scheduler.computed(item)
-        prompt_logprobs = self._collect(outcome) if seq.wants_prompt_logits else None
+        prompt_logprobs = None if outcome.prompt_logprobs is None else self._collect(item, outcome.prompt_logprobs)
         if outcome.token is None:
             return
-        if len(seq.tokens) < seq.limit and outcome.token not in seq.stop_ids:
-            seq.tokens.append(outcome.token)
+        cached = seq.cached or 0
+        if item.end < seq.limit and outcome.token not in seq.stop_ids:
+            seq.tokens[item.end] = outcome.token
             logprobs = None if outcome.logprob is None else [outcome.logprob]
-            event = Tokens(seq.request.id, [outcome.token], logprobs, prompt_logprobs, seq.cached or 0)
-            self._events.append(event)
-            if len(seq.tokens) == seq.limit:
+            self._events.append(Tokens(seq.request.id, [outcome.token], logprobs, prompt_logprobs, cached))
+            if item.end + 1 == seq.limit:
                 self._finish(seq, "length")
             return
-        if prompt_logprobs is not None or seq.generated == 0:
-            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, seq.cached or 0))
-        if len(seq.tokens) >= seq.limit:
+        if prompt_logprobs is not None or item.end == seq.prompt_end:
+            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached))
+        if item.end >= seq.limit:
             self._finish(seq, "length")
         else:
             self._finish(seq, "stop", stop_token=outcome.token)
 
-    def _collect(self, outcome: Outcome) -> list[Logprob | None] | None:
+    def _collect(self, item: Work, found: list[Logprob]) -> list[Logprob | None] | None:
         """Gather a chunked prompt's log-probabilities; all of them once the prompt is done."""
-        item, request = outcome.work, outcome.work.seq.request
+        request = item.seq.request
         if item.start <= item.seq.virtual:  # it begins, perhaps again
             self._prompt_logprobs[request.id] = [None]
-        self._prompt_logprobs[request.id] += outcome.prompt_logprobs
+        self._prompt_logprobs[request.id] += found
         return self._prompt_logprobs.pop(request.id) if item.last else None
 
     def _finish(
@@ -283,26 +345,10 @@ class Engine:
             else:
                 self._replies.append(Reply(call.id, msgspec.to_builtins(result)))
 
-        registry, operation = self._registry, call.operation
         try:
-            match operation:
-                case Publish():
-                    registry.publish(operation, done)
-                case Inspect():
-                    registry.inspect(operation, done)
-                case ListAdapters():
-                    done(registry.describe_all())
-                case DescribeAdapter():
-                    done(registry.describe(operation.name))
-                case LoadAdapter():
-                    registry.load(operation.name, done)
-                case EvictAdapter():
-                    registry.evict(operation.name, done)
-                case PinAdapter():
-                    registry.pin(operation.name, operation.pinned, done)
-                case DeleteAdapter():
-                    registry.delete(operation.name, done)
-                case Drain():
-                    self._draining = [*(self._draining or []), call.id]
+            if isinstance(call.operation, Drain):
+                self._draining = [*(self._draining or []), call.id]
+            else:
+                start(call.operation, self._registry, done)
         except ServeError as error:
             done(error)

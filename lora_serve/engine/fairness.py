@@ -8,7 +8,7 @@ loading outweighs running.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 
 Party = tuple[str, ...]
 
@@ -19,11 +19,17 @@ class Turns:
     Args:
         slots: adapters on the device at once.
         quantum: steps that a seated adapter keeps its seat while others wait.
+        capacity: bytes of them at once; None: however many the slots hold.
+        size: bytes of an adapter.
     """
 
-    def __init__(self, slots: int, quantum: int) -> None:
+    def __init__(
+        self, slots: int, quantum: int, capacity: int | None = None, size: Callable[[str], int] = lambda digest: 0
+    ) -> None:
         self.slots = slots
+        self.capacity = capacity
         self._quantum = quantum
+        self._size = size
         self._since: dict[str, int] = {}  # seated adapter → step at which its turn began, in that order
         self._tickets: dict[str, int] = {}  # wanted, unseated adapter → its number in the line
         self._issued = 0
@@ -51,23 +57,31 @@ class Turns:
         waiting = [party for party in line if any(digest in self._tickets for digest in party)]
         for party in sorted(waiting, key=lambda party: max(self._tickets.get(digest, -1) for digest in party)):
             # Strictly in line: where the first cannot be seated, nobody behind it takes what it waits for.
-            if not self._admit(step, party, self.slots - len(pinned)):
+            if not self._admit(step, party, pinned):
                 break
         return set(self._since) | pinned
 
-    def _admit(self, step: int, party: Party, slots: int) -> bool:
+    def fits(self, digests: Set[str], pinned: Set[str] = frozenset()) -> bool:
+        """Whether these can be on the device at once, beside the pinned ones."""
+        together = digests | pinned
+        few = len(together) <= self.slots
+        return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
+
+    def _admit(self, step: int, party: Party, pinned: Set[str]) -> bool:
         """Seat a party if there is room, or if enough others have sat out their quantum."""
-        missing = [digest for digest in party if digest not in self._since]
-        short = len(missing) - (slots - len(self._since))
-        if short > 0:
-            done = [  # longest seated first: that is the order of the dict
-                digest for digest, since in self._since.items() if digest not in party and step - since >= self._quantum
-            ]
-            if len(done) < short:
+        done = [  # longest seated first: that is the order of the dict
+            digest for digest, since in self._since.items() if digest not in party and step - since >= self._quantum
+        ]
+        staying = self._since.keys() | set(party)
+        leaving = []
+        while not self.fits(staying, pinned):
+            if not done:
                 return False
-            for digest in done[:short]:
-                del self._since[digest]
-                self._queue(digest)
+            leaving.append(done.pop(0))
+            staying = staying - {leaving[-1]}
+        for digest in leaving:
+            del self._since[digest]
+            self._queue(digest)
         for digest in party:  # a turn is the party's: it begins now for all of it
             self._since.pop(digest, None)
             self._since[digest] = step

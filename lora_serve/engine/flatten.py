@@ -1,7 +1,7 @@
 """A scheduled step as flat tensors.
 
 Sequences are laid out grouped by adapter, so that rows that share a slot are one segment, however many sequences they
-belong to. Lists become tensors once, at the end.
+belong to. Numbers only: where they lie on the device is the model's business.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-import torch
-from torch import Tensor
-
 from lora_serve.engine.scheduler import Work
-from lora_serve.engine.sequence import Sequence
-from lora_serve.kernels.contract import Segments, Spans
+from lora_serve.engine.sequence import DRAWN, Sequence
 from lora_serve.model.batch import Batch, Run, VirtualRun
 
 
@@ -37,7 +33,7 @@ class Flat:
     rows: list[Rows]
 
 
-def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device: torch.device) -> Flat:
+def flatten(work: list[Work], slots: Mapping[str, int], block_size: int) -> Flat:
     """Lay out a step.
 
     Args:
@@ -55,12 +51,14 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
     spans: list[tuple[Sequence, int, int]] = []
     logits_spans: list[tuple[Sequence, int, int]] = []
     for item in work:
-        seq, start, end = item.seq, item.start, item.start + item.count
+        seq, start, end = item.seq, item.start, item.end
         if start < seq.virtual:
             count = min(end, seq.virtual) - start
             virtual.append(VirtualRun(len(tokens), len(tokens) + count, slots[seq.active[0].digest], start))
             tokens += [0] * count
         tokens += seq.tokens[max(start, seq.virtual) : end]
+        if tokens[-1] == DRAWN:
+            tokens[-1] = -1 - seq.row
         positions += range(start, end)
         for first in range(start - start % block_size, end, block_size):
             base = seq.blocks[first // block_size] * block_size
@@ -71,27 +69,17 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int, device:
         logits_spans.append((seq, end - wanted, end))
         rows.append(Rows(item, len(logits_rows), len(logits_rows) + wanted, item.last))
         logits_rows += range(len(tokens) - wanted, len(tokens))
-    longest = max(len(item.seq.blocks) for item in work)
     runs = _runs(spans, slots)
-    segments = _segments(runs, device)
-    same = logits_spans == spans  # as in every step that only decodes
-    logits_runs = runs if same else _runs(logits_spans, slots)
     batch = Batch(
-        token_ids=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        kv_index=torch.tensor(kv_index, device=device),
-        spans=Spans(
-            query_start=_int32(query_start, device),
-            context=_int32([item.start + item.count for item in work], device),
-            block_table=_int32([item.seq.blocks + [0] * (longest - len(item.seq.blocks)) for item in work], device),
-            longest_query=max(item.count for item in work),
-            longest_context=max(item.start + item.count for item in work),
-        ),
-        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
-        segments=segments,
-        logits_segments=segments if same else _segments(logits_runs, device),
+        token_ids=tokens,
+        positions=positions,
+        kv_index=kv_index,
+        query_start=query_start,
+        context=[item.end for item in work],
+        block_tables=[item.seq.blocks for item in work],
+        logits_rows=logits_rows,
         runs=runs,
-        logits_runs=logits_runs,
+        logits_runs=runs if logits_spans == spans else _runs(logits_spans, slots),  # the same in every decoding step
         virtual=virtual,
     )
     return Flat(batch, rows)
@@ -122,17 +110,3 @@ def _pieces(
         for first, last in pairwise(cuts):
             routes = [(slots[each.digest], each.weight) for each in seq.active if each.start <= first]
             yield routes, last - first
-
-
-def _segments(runs: list[Run], device: torch.device) -> Segments | None:
-    """Runs as the kernels read them; None if there are none."""
-    if not runs:
-        return None
-    starts, ends, slots, weights = zip(*runs, strict=True)
-    return Segments(
-        _int32(starts, device), _int32(ends, device), _int32(slots, device), torch.tensor(weights, device=device)
-    )
-
-
-def _int32(values: Iterable[object], device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32, device=device)

@@ -8,11 +8,12 @@ from the prefix index).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_serve.engine.fairness import Turns
-from lora_serve.engine.sequence import Sequence
+from lora_serve.engine.sequence import DRAWN, Sequence
 from lora_serve.kv.pool import BlockPool
 
 Room = Callable[[int, int], int]  # sequences that decode, others → prompt tokens for these
@@ -20,16 +21,22 @@ Room = Callable[[int, int], int]  # sequences that decode, others → prompt tok
 
 @dataclass(frozen=True)
 class Work:
-    """One sequence's part of a step: tokens `start` to `start + count` of it are computed."""
+    """One sequence's part of a step: tokens `start` to `end` of it are computed.
+
+    `last` says whether this brings the sequence to where its next token is drawn.
+    """
 
     seq: Sequence
     start: int
     count: int
+    last: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "last", self.end == len(self.seq.tokens))  # which grow afterwards
 
     @property
-    def last(self) -> bool:
-        """Whether this brings the sequence to where its next token is sampled."""
-        return self.start + self.count == len(self.seq.tokens)
+    def end(self) -> int:
+        return self.start + self.count
 
 
 class Scheduler:
@@ -74,7 +81,7 @@ class Scheduler:
                 decides.
         """
         self.step += 1
-        able = [seq for seq in self._by_age() if all(map(loaded, seq.digests))]
+        able = [seq for seq in self._by_age() if not seq.full and all(map(loaded, seq.digests))]
         seated = self.turns.seat(self.step, [seq.digests for seq in able], pinned)
         work = self._work([seq for seq in able if seated.issuperset(seq.digests)], room)
         if not work:
@@ -82,12 +89,18 @@ class Scheduler:
             work = self._work(self._resume(able, pinned), room)
         return work
 
+    def launched(self, item: Work) -> None:
+        """The device was given this: what comes next may be planned, though nothing is known of it yet."""
+        item.seq.computed = item.end
+        if item.last:
+            item.seq.tokens.append(DRAWN)
+
     def computed(self, item: Work) -> None:
         """The step ran: the tokens of `item` have their KV; full blocks become findable."""
         seq = item.seq
-        seq.computed = item.start + item.count
         size = self.pool.block_size
-        findable = seq.computed if self.prefix_cache else min(seq.computed, seq.virtual)
+        done = min(item.end, seq.computed)  # nothing, if it was preempted meanwhile
+        findable = done if self.prefix_cache else min(done, seq.virtual)
         while (seq.indexed + 1) * size <= findable:
             self.pool.index(seq.blocks[seq.indexed], seq.key(seq.indexed, size))
             seq.indexed += 1
@@ -114,11 +127,10 @@ class Scheduler:
 
     def _resume(self, able: list[Sequence], pinned: Set[str]) -> list[Sequence]:
         """Running sequences whose adapters fit the slots together, turns aside."""
-        room = self.turns.slots - len(pinned)
         chosen: list[Sequence] = []
         digests: set[str] = set()
         for seq in able:
-            if seq in self.running and len(more := digests.union(seq.digests) - pinned) <= room:
+            if seq in self.running and self.turns.fits(more := digests.union(seq.digests), pinned):
                 digests = more
                 chosen.append(seq)
         return chosen
@@ -138,7 +150,7 @@ class Scheduler:
         while (more := self._lacking(seq, tokens)) > 0:
             blocks = self.pool.allocate(more)
             if blocks is not None:
-                seq.blocks += blocks
+                seq.blocks.extend(blocks)
                 return True
             youngest = max(self.running, key=lambda other: other.order)
             self._preempt(youngest)
@@ -167,7 +179,7 @@ class Scheduler:
         if spare >= self.max_seqs or lacking + spare > self.pool.free_after_holding(found):
             return None
         self.pool.hold(found)
-        seq.blocks = found + (self.pool.allocate(lacking) or [])
+        seq.blocks = array("i", found + (self.pool.allocate(lacking) or []))
         seq.computed = start
         seq.indexed = len(found)
         if seq.cached is None:
@@ -196,6 +208,6 @@ class Scheduler:
 
     def _free(self, seq: Sequence, *, forget: bool = False) -> None:
         self.pool.release(seq.blocks, forget=forget)
-        seq.blocks = []
+        seq.blocks = array("i")
         seq.computed = 0
         seq.indexed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from lora_serve.kv.pool import chain
 from lora_serve.request import Request, Served
 
 VIRTUAL = -1  # stands in a sequence's tokens where the adapter gives the embedding, or keys and values
+DRAWN = -2  # stands at the end of them for a token that the device has drawn, or will have, and the host not read yet
 NEVER = sys.maxsize  # a position that no sequence reaches
 
 
@@ -43,6 +45,7 @@ class Sequence:
         keys: prefix keys of the full blocks, as far as they were needed.
         indexed: how many of `blocks` are in the prefix index (or were found there).
         cached: prompt tokens that were found in the prefix cache when it first ran.
+        row: where the device keeps the token that it drew last for this sequence.
         virtual: how many of its tokens are an adapter's virtual ones; such an adapter is its only one.
         active: each of its adapters once, in an order that depends on the set only.
     """
@@ -56,10 +59,11 @@ class Sequence:
     traits: Mapping[str, Traits] = field(default_factory=dict)
     tokens: list[int] = field(init=False)
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
     cached: int | None = None
+    row: int = 0
 
     def __post_init__(self) -> None:
         self.virtual = max((traits.virtual for traits in self.traits.values()), default=0)
@@ -89,6 +93,17 @@ class Sequence:
     def pending(self) -> int:
         """Tokens whose KV is still to be computed; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def full(self) -> bool:
+        """Whether the token on its way is its last, whichever it is."""
+        return self.tokens[-1] == DRAWN and len(self.tokens) >= self.limit
+
+    @property
+    def steered(self) -> bool:
+        """Whether its next token depends on which ones were drawn: they have to be read first."""
+        sampling = self.request.sampling
+        return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def wants_prompt_logits(self) -> bool:

@@ -7,7 +7,7 @@ segment are not touched, ranks are not padded, slots that are not in a batch cos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.packed import Packed, Scheme
-from lora_serve.kernels.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,18 @@ class Segments:
     """Runs of consecutive rows that share a slot.
 
     All tensors are [segments], on the device: `start`, `end` (int32, half-open row ranges), `slot` (int32, never 0),
-    `weight` (float32). Segments may cover the same rows (a composition): their deltas add. Rows in no segment are
-    the base's.
+    `weight` (float32). Segments that cover the same rows (a composition) are neighbours and cover exactly the same
+    ones: their deltas add. Others do not overlap. Rows in no segment are the base's. An empty segment (start = end) is
+    none. Known on the host: `longest` is no less than any segment's rows, `rank` no less than the ranks together that
+    any module adds to one row.
     """
 
     start: Tensor
     end: Tensor
     slot: Tensor
     weight: Tensor
+    longest: int
+    rank: int
 
     @property
     def count(self) -> int:
@@ -105,8 +108,8 @@ class Spans:
         query_start: int32 [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
         context: int32 [sequences], tokens of the sequence including this step's: the last row of sequence i
             stands at position context[i] - 1.
-        block_table: int32 [sequences, blocks], the sequence's KV blocks in order; unused entries are 0.
-        longest_query, longest_context: maxima over the batch, known on the host.
+        block_table: int32 [sequences, blocks], the sequence's KV blocks in order; beyond its context nothing is read.
+        longest_query, longest_context: no less than any sequence's rows and context, known on the host.
     """
 
     query_start: Tensor
@@ -119,10 +122,45 @@ class Spans:
 Activation = Literal["silu", "gelu_tanh"]
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """Steps that a backend wants tapes of before they come, each serving smaller ones too.
+
+    Attributes:
+        rows: their sizes, ascending; of sequences that decode.
+        longest, rank: what their segments are kept within; see `Segments`.
+    """
+
+    rows: tuple[int, ...]
+    longest: int
+    rank: int
+
+
+class Tape(Protocol):
+    """A pass over a backend's calls, noted once to be made again on the same memory without the model's Python.
+
+    `refused` says why it cannot be, if so.
+    """
+
+    refused: str | None
+
+    def note(self, run: Callable[[], Tensor]) -> Tensor:
+        """Make a pass and note it; its result."""
+        ...
+
+    def play(self) -> None:
+        """Make the noted pass again; the result lies where it lay."""
+        ...
+
+
 class Kernels(Protocol):
-    """A backend."""
+    """A backend.
+
+    `ladder` is None where tapes are made of whatever steps come, each for its exact size.
+    """
 
     name: str
+    ladder: Ladder | None
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
         """Put a map's weights [out, in] (fp32, bf16 or fp16) into the form that `linear` reads."""
@@ -132,6 +170,10 @@ class Kernels(Protocol):
         """The weights [out, in] that a packed map amounts to: in their own dtype, or float32 if made small."""
         ...
 
+    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
+        """The same maps, which `linear` will get together, laid out for that; those given are not used any more."""
+        ...
+
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
         """unpack(packed)[ids] of a map in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
         ...
@@ -139,8 +181,9 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
         """Up to eight maps of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
-        Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns contiguous
-        [rows, out] in x's dtype. Where the weights are small, rows are rounded too: x is `packed.rounded(x, scheme)`.
+        Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
+        dtype, with unit stride in the last dimension. Where the weights are small, rows are rounded too: x is
+        `packed.rounded(x, scheme)`.
         """
         ...
 

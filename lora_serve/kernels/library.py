@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_serve.kernels.tape import Tape
+from lora_serve.kernels.tape import CallTape
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -19,7 +19,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        self._tape: Tape | None = None
+        self._tape: CallTape | None = None
 
     def call(self, name: str) -> Callable[[bytes], int]:
         """The function of one packed call, whose bytes live until it returns (or as long as a tape that notes it)."""
@@ -51,7 +51,7 @@ class Library:
         play: Callable[[Any, int], int] = function
         return play
 
-    def listen(self, tape: Tape | None) -> None:
+    def listen(self, tape: CallTape | None) -> None:
         """Tell the tape of every call from now on; None: nobody."""
         self._tape = tape
 

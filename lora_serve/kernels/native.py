@@ -8,6 +8,7 @@ follows; this side checks types and shapes, because a wrong one would write wher
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from struct import Struct
 from weakref import WeakKeyDictionary
@@ -15,10 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
 from lora_serve.kernels.library import TYPES, Library, type_number
 from lora_serve.kernels.native_linear import NativeLinear
-from lora_serve.kernels.tape import Arena, Tape
+from lora_serve.kernels.packed import Packed
+from lora_serve.kernels.tape import Arena, CallTape
 
 ARENA = 1 << 28  # bytes that the results of a noted pass may take
 
@@ -61,6 +63,7 @@ class NativeKernels:
     """
 
     name = "native"
+    ladder: Ladder | None = None
 
     def __init__(self, library: Path) -> None:
         self._library = Library(library)
@@ -190,9 +193,13 @@ class NativeKernels:
         )
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
-    def tape(self, *, wary: bool = False) -> Tape:
+    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
+        """See `Kernels.beside`: they are read one after the other."""
+        return list(maps)
+
+    def tape(self, *, wary: bool = False) -> CallTape:
         """See `Kernels.tape`."""
-        return Tape(self._arena, self._play, self._sum, self._library.listen, wary=wary)
+        return CallTape(self._arena, self._play, self._sum, self._library.listen, wary=wary)
 
     def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""

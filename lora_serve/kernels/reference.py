@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
 from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized, rounded
 
 
@@ -19,6 +19,7 @@ class ReferenceKernels:
     """`Kernels` in plain torch."""
 
     name = "reference"
+    ladder: Ladder | None = None
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
         """See `Kernels.pack`."""
@@ -29,6 +30,10 @@ class ReferenceKernels:
     def unpack(self, packed: Packed) -> Tensor:
         """See `Kernels.unpack`."""
         return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
+
+    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
+        """See `Kernels.beside`."""
+        return list(maps)
 
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
         """See `Kernels.rows`."""

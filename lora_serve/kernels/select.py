@@ -17,12 +17,26 @@ log = logging.getLogger(__name__)
 def select(device: torch.device, native: bool = True) -> Kernels:
     """The fastest backend that works on `device`; without `native`, plain torch.
 
-    Where the native kernels were wanted and cannot be had, one warning says why.
+    Where better kernels were wanted and cannot be had, one warning says why.
     """
-    if not native or device.type != "cpu":
+    if not native:
+        return ReferenceKernels()
+    if device.type == "cuda":
+        return _triton()
+    if device.type != "cpu":
+        log.warning("no kernels for %s; plain torch serves adapters and attention, slower", device.type)
         return ReferenceKernels()
     try:
         return NativeKernels(library())
     except (BuildError, OSError) as error:
         log.warning("no native CPU kernels (%s); plain torch serves adapters and attention, slower", error)
         return ReferenceKernels()
+
+
+def _triton() -> Kernels:
+    try:
+        from lora_serve.kernels.gpu.backend import GpuKernels  # Triton comes with torch's CUDA builds alone
+    except ImportError as error:
+        log.warning("no GPU kernels (%s); plain torch serves adapters and attention, slower", error)
+        return ReferenceKernels()
+    return GpuKernels()

@@ -56,7 +56,7 @@ class Arena:
         return self._memory[start:end].view(dtype).view(*shape)
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CallTape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes while it is entered; plays afterwards, on one thread, as often as wanted.
 
     Args:
@@ -72,7 +72,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arena: Arena,
         play: Play,
         add: Callable[[Tensor, Tensor, Tensor], bool],
-        listen: Callable[[Tape | None], None],
+        listen: Callable[[CallTape | None], None],
         *,
         wary: bool,
     ) -> None:
@@ -88,7 +88,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note a native call, by the function's address."""
         self._calls.append((function, packed))
 
-    def __enter__(self) -> Tape:
+    def __enter__(self) -> CallTape:
         self._arena.begin()
         self._values.__enter__()
         self._listen(self)
@@ -100,6 +100,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._listen(None)
         self._values.__exit__(*raised)
         self._flush()
+
+    def note(self, run: Callable[[], Tensor]) -> Tensor:
+        """Make a pass and note it; its result, whose memory later plays write again."""
+        with self:
+            return run()
 
     def refuse(self, operator: str) -> None:
         """The pass did something that cannot be noted."""

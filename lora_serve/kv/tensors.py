@@ -23,11 +23,22 @@ class KVTensors:
     def __init__(
         self, layers: list[LayerShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        def make(heads: int, dim: int) -> Tensor:
-            return torch.zeros(blocks + 1, block_size, heads, dim, dtype=dtype, device=device)
+        self._layers, self._block_size = layers, block_size
+        self._dtype, self._device = dtype, device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.resize(blocks)
 
-        self.keys = [make(layer.kv_heads, layer.key_dim) for layer in layers]
-        self.values = [make(layer.kv_heads, layer.value_dim) for layer in layers]
+    def resize(self, blocks: int) -> None:
+        """Have another number of blocks, all of them empty; the tensors are new ones."""
+
+        def make(heads: int, dim: int) -> Tensor:
+            return torch.zeros(blocks + 1, self._block_size, heads, dim, dtype=self._dtype, device=self._device)
+
+        self.keys.clear()
+        self.values.clear()
+        self.keys += [make(layer.kv_heads, layer.key_dim) for layer in self._layers]
+        self.values += [make(layer.kv_heads, layer.value_dim) for layer in self._layers]
 
 
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
@@ -11,17 +12,22 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.bank import Bank
 from lora_serve.errors import ModelUnsupported
-from lora_serve.kernels.contract import DeltaGroup, Kernels, Spans
+from lora_serve.kernels.contract import DeltaGroup, Kernels
+from lora_serve.kernels.packed import Scheme
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.attention import BLOCKS, PagedKV
-from lora_serve.model.batch import Batch
+from lora_serve.model.batch import Batch, VirtualRun
 from lora_serve.model.changes import Changes
 from lora_serve.model.experts import AdaptedExperts
+from lora_serve.model.foreign import ForeignLinear
 from lora_serve.model.lean import lean
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed import PackedEmbedding, PackedLinear
+from lora_serve.model.place import Placed, placed
+from lora_serve.model.quantized import is_foreign
 from lora_serve.model.replay import Replay
+from lora_serve.model.rungs import Rungs
 from lora_serve.model.virtual import embedded
 
 
@@ -33,17 +39,34 @@ class ResidentBase:
         bank: the adapters on the device.
         kernels: the backend for deltas and attention.
         kv: memory for keys and values.
+        drawn: int64 [most rows], on the device: the tokens drawn last, where batches may ask for these; see `Batch`.
     """
 
-    def __init__(self, loaded: LoadedModel, bank: Bank, kernels: Kernels, kv: KVTensors) -> None:
+    def __init__(
+        self, loaded: LoadedModel, bank: Bank, kernels: Kernels, kv: KVTensors, drawn: Tensor | None = None
+    ) -> None:
         self._model: Any = loaded.model
         self._keeps_logits = loaded.keeps_logits
-        self._quantized = loaded.scheme is not None
+        self._quantized = bool(loaded.shape.quantized)
         self._windows = loaded.windows
         self._kernels = kernels
         self._kv = kv
         self._routing = Routing(kernels)
-        self._replay = Replay(self._logits, kernels)
+        self._device = loaded.device
+        self._drawn = drawn
+        self._ranks = bank.ranks
+        ladder = kernels.ladder if loaded.steady else None
+        self._replay = (
+            Replay(
+                self._logits,
+                kernels,
+                bank.ranks,
+                loaded.device,
+                None if loaded.steady else "not all of it is known to repeat",
+            )
+            if ladder is None
+            else Rungs(self._logits, kernels, ladder, bank.ranks, loaded.device)
+        )
         self._prefixes = bank.prefixes
         self._embedding = loaded.shape.input_embedding
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
@@ -57,11 +80,17 @@ class ResidentBase:
                 stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
                 continue
             maps = [self._model.get_submodule(name) for name in names]
-            bases = [PackedLinear(each, kernels, loaded.scheme) for each in maps]
+            bases = [_kept(each, kernels, loaded.scheme) for each in maps]
+            packed = [base for base in bases if isinstance(base, PackedLinear)]
+            if len(packed) == len(bases):
+                for own, laid in zip(packed, kernels.beside([base.packed for base in packed]), strict=True):
+                    own.packed = laid
             shared = SharedInput(bases, group, kernels)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
                 head = name == loaded.shape.head and self._keeps_logits
                 _replace(self._model, name, AdaptedLinear(base, shared, index, self._routing, head=head))
+                if not isinstance(base, PackedLinear):
+                    continue
                 tied = type(table) is nn.Embedding and maps[index].weight is table.weight
                 if tied and base.packed.scheme is None:
                     _replace(self._model, self._embedding, PackedEmbedding(base.packed, kernels))
@@ -86,23 +115,65 @@ class ResidentBase:
             if batch.virtual:  # after the changes, so that its rows have the last word
                 embedding = self._model.get_submodule(self._embedding)
                 meanwhile.enter_context(embedded(embedding, batch.virtual, self._prefixes))
-            return self._changes.masked(self._logits(batch), batch)
+            logits = self._logits(placed(batch, self._ranks, self._device), batch.virtual)
+            return self._changes.masked(logits, batch)
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, step: Placed, virtual: Sequence[VirtualRun] = ()) -> Tensor:
         """The model's pass, whatever hooks are on its modules."""
-        self._routing.tokens = batch.segments
-        self._routing.logits = batch.logits_segments
-        given = [run for run in batch.virtual if self._prefixes[run.slot].keys]
-        paged = PagedKV(self._kernels, self._kv, batch.kv_index, batch.spans, self._windows, given, self._prefixes)
-        keep = {"logits_to_keep": batch.logits_rows} if self._keeps_logits else {}
+        self._routing.tokens = step.segments
+        self._routing.logits = step.logits_segments
+        given = [run for run in virtual if self._prefixes[run.slot].keys]
+        paged = PagedKV(self._kernels, self._kv, step.kv_index, step.spans, self._windows, given, self._prefixes)
+        keep = {"logits_to_keep": step.logits_rows} if self._keeps_logits else {}
+        ids = step.token_ids
+        if self._drawn is not None:
+            ids = torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)], ids)
         logits: Tensor = self._model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
+            input_ids=ids.unsqueeze(0),
+            position_ids=step.positions.unsqueeze(0),
             use_cache=False,
             paged=paged,
             **keep,
         ).logits[0]
-        return logits if self._keeps_logits else logits[batch.logits_rows]
+        return logits if self._keeps_logits else logits[step.logits_rows]
+
+    @torch.inference_mode()
+    def prepare(self, most_rows: int, blocks: int) -> None:
+        """Make ready for steps of up to `most_rows` decoding sequences of up to `blocks` KV blocks.
+
+        Run once at start, on an empty KV pool of at least two blocks, whose tensors stay.
+        """
+        size = self._kv.keys[0].shape[1]
+        self._replay.prepare(most_rows, blocks, blocks * size)
+        lengths, ids = self._trial()
+        last = [range(n - 1, n) for n in lengths]
+        self._replay.prove(
+            _side_by_side([own[:1] for own in reversed(ids)], last, size),
+            _side_by_side([own[-1:] for own in ids], last, size),
+            lambda x, y: _apart(x, y) <= self._rounding,
+        )
+
+    def graph_memory(self, most_rows: int, free: Callable[[], int]) -> int:
+        """Bytes of the device that `prepare` will take beside the batches; `free` says how many are free."""
+        return self._replay.memory(most_rows, free)
+
+    @property
+    def notes(self) -> list[str]:
+        """What an operator should know."""
+        refused = self._replay.refused
+        return [] if refused is None or self._device.type == "cpu" else [f"steps run without CUDA graphs: {refused}"]
+
+    @property
+    def _rounding(self) -> float:
+        """Relative error of what is the same but for the order of its sums."""
+        return 1e-1 if self._quantized else {torch.float32: 1e-3, torch.float16: 2e-2}.get(self._model.dtype, 1e-1)
+
+    def _trial(self) -> tuple[tuple[int, int], list[list[int]]]:
+        """Lengths and tokens of two sequences that fit a KV block each."""
+        size = self._kv.keys[0].shape[1]
+        lengths = (min(7, size), min(5, size))
+        generator = torch.Generator().manual_seed(0)
+        return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
     @torch.inference_mode()
     def prove(self) -> None:
@@ -111,53 +182,43 @@ class ResidentBase:
         Run once at start, on an empty KV pool of at least two blocks. Raises ModelUnsupported where they differ by more
         than rounding: such a model keeps state that a flat batch would leak from one request to another.
         """
-        device = self._kv.keys[0].device
         size = self._kv.keys[0].shape[1]
-        lengths = (min(7, size), min(5, size))
-        generator = torch.Generator().manual_seed(0)
-        tokens = [torch.randint(0, self._ids, (n,), generator=generator).to(device) for n in lengths]
-        flat = self.forward(_side_by_side(tokens, [list(range(n)) for n in lengths], size)).float()
+        lengths, ids = self._trial()
+        flat = self.forward(_side_by_side(ids, [range(n) for n in lengths], size)).float()
         self._model.set_attn_implementation("eager")
         try:
-            alone = torch.cat([self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0] for ids in tokens])
+            tokens = [torch.tensor([own], device=self._device) for own in ids]
+            alone = torch.cat([self._model(input_ids=own, use_cache=False).logits[0] for own in tokens])
         finally:
             self._model.set_attn_implementation(BLOCKS)
-        apart = (flat - alone.float()).norm() / alone.float().norm()
-        bound = 1e-1 if self._quantized else {torch.float32: 1e-3, torch.float16: 2e-2}.get(self._model.dtype, 1e-1)
-        if not apart <= bound:
+        if not (error := _apart(flat, alone)) <= self._rounding:
             raise ModelUnsupported(
                 f"{self._model.config.model_type} in a flat batch differs from itself alone "
-                f"(relative error {apart:.2g}, at most {bound:g} is rounding)"
+                f"(relative error {error:.2g}, at most {self._rounding:g} is rounding)"
             )
-        last = [[n - 1] for n in lengths]
-        others = [ids[:1] for ids in reversed(tokens)]
-        self._replay.prove(_side_by_side(others, last, size), _side_by_side([ids[-1:] for ids in tokens], last, size))
 
 
-def _side_by_side(tokens: list[Tensor], positions: list[list[int]], block_size: int) -> Batch:
+def _apart(x: Tensor, y: Tensor) -> float:
+    return float((x.float() - y.float()).norm() / y.float().norm())
+
+
+def _side_by_side(ids: list[list[int]], positions: list[range], block_size: int) -> Batch:
     """Sequences at the given positions, each in one block of its own, as a batch of the base."""
-    device = tokens[0].device
-
-    def int32(values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    counts = [len(each) for each in tokens]
-    places = [block_size * (i + 1) + position for i, own in enumerate(positions) for position in own]
+    counts = [len(each) for each in ids]
     return Batch(
-        token_ids=torch.cat(tokens),
-        positions=torch.tensor([position for own in positions for position in own], device=device),
-        kv_index=torch.tensor(places, device=device),
-        spans=Spans(
-            int32([0, *accumulate(counts)]),
-            int32([own[-1] + 1 for own in positions]),
-            int32([[i + 1] for i in range(len(tokens))]),
-            max(counts),
-            max(own[-1] + 1 for own in positions),
-        ),
-        logits_rows=torch.arange(sum(counts), device=device),
-        segments=None,
-        logits_segments=None,
+        token_ids=[token for own in ids for token in own],
+        positions=[position for own in positions for position in own],
+        kv_index=[block_size * (i + 1) + position for i, own in enumerate(positions) for position in own],
+        query_start=[0, *accumulate(counts)],
+        context=[own[-1] + 1 for own in positions],
+        block_tables=[[i + 1] for i in range(len(ids))],
+        logits_rows=range(sum(counts)),
     )
+
+
+def _kept(module: nn.Module, kernels: Kernels, scheme: Scheme | None) -> PackedLinear | ForeignLinear:
+    """A linear module's stand-in: its weights as the kernels want them, or itself where they cannot read them."""
+    return ForeignLinear(module) if is_foreign(module) else PackedLinear(module, kernels, scheme)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,13 +1,13 @@
-"""One step's flat tensors, as the forward pass reads them."""
+"""One step's rows, as the engine lays them out on the host: plain numbers, no tensors.
+
+`model/place.py` puts them where the forward pass reads them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-from torch import Tensor
-
-from lora_serve.kernels.contract import Segments, Spans
 
 
 class Run(NamedTuple):
@@ -30,26 +30,33 @@ class VirtualRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """All tokens of all scheduled sequences, end to end, on the device.
+    """All tokens of all scheduled sequences, end to end.
 
     Attributes:
-        token_ids, positions: int64 [tokens].
-        kv_index: int64 [tokens], where each token's keys and values go in the block pool.
-        spans: how the tokens lie over sequences and blocks.
-        logits_rows: int64 [rows], the tokens whose logits are wanted, in order.
-        segments: runs of tokens that share a slot; None if all rows are the base's.
-        logits_segments: the same over `logits_rows`, for an adapted head.
-        runs, logits_runs: the rows of `segments` and `logits_segments`, known on the host.
+        token_ids, positions: [tokens]; an id -1 - i is the token that was drawn last from row i of the logits, which
+            only the device knows yet.
+        kv_index: [tokens], where each token's keys and values go in the block pool.
+        query_start: [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
+        context: [sequences], tokens of each sequence including this step's.
+        block_tables: [sequences], each one's KV blocks in order.
+        logits_rows: the tokens whose logits are wanted, in order.
+        runs: rows that get an adapter; those of a composition are neighbours and cover the same rows.
+        logits_runs: the same over `logits_rows`, for an adapted head.
         virtual: rows that are an adapter's virtual tokens; their `token_ids` are 0.
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    kv_index: Tensor
-    spans: Spans
-    logits_rows: Tensor
-    segments: Segments | None
-    logits_segments: Segments | None
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    kv_index: Sequence[int]
+    query_start: Sequence[int]
+    context: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    logits_rows: Sequence[int]
     runs: list[Run] = field(default_factory=list)
     logits_runs: list[Run] = field(default_factory=list)
     virtual: list[VirtualRun] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every sequence has one row, whose logits are wanted."""
+        return len(self.token_ids) == len(self.context) == len(self.logits_rows)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import BaseShape, Change
 from lora_serve.model.batch import Batch, Run
+from lora_serve.model.foreign import ForeignLinear
 from lora_serve.model.observe import rows_of, tensors_of
 from lora_serve.model.packed import PackedEmbedding, PackedLinear
 from lora_serve.model.shape import base_of
@@ -69,7 +70,7 @@ class Changes:
                 looks_up = name in self._shape.embeddings
                 head = name == self._shape.head
                 seen = batch.logits_rows if head and self._head_rows else batch.token_ids
-                hook = _Hook(base_of(self._model, name), each, seen.shape[0], looks_up=looks_up, widens=head)
+                hook = _Hook(base_of(self._model, name), each, len(seen), looks_up=looks_up, widens=head)
                 if looks_up:
                     hook.limit = self._ids(name)
                     hooks.append(module.register_forward_pre_hook(hook.before))
@@ -154,7 +155,7 @@ def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: A
     args = [_own(value, part, tokens) for value in inputs]
     if part.change.gain_in is not None:
         args[0] = (args[0].float() * part.change.gain_in).to(args[0].dtype)
-    if isinstance(module, PackedLinear | PackedEmbedding):
+    if isinstance(module, PackedLinear | PackedEmbedding | ForeignLinear):
         fresh = module.with_parameters(args[0], part.change.parameters)
     else:
         with _parameters(module, part.change.parameters):

@@ -12,6 +12,7 @@ Covers the modules that transformers marks with `use_experts_implementation` (Mi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -91,4 +92,4 @@ def _narrowed(segments: Segments, tokens: Tensor) -> Segments:
     def moved(edge: Tensor) -> Tensor:
         return torch.searchsorted(tokens, edge.to(tokens.dtype)).to(torch.int32)
 
-    return Segments(moved(segments.start), moved(segments.end), segments.slot, segments.weight)
+    return replace(segments, start=moved(segments.start), end=moved(segments.end))

@@ -50,7 +50,7 @@ def lean(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     """Replace what can be replaced, in place; modules keep their paths and parameters theirs."""
     for path, module in list(model.named_modules()):
         _turn(module, dtype, kernels)
-        fresh = _norm(module, dtype, kernels) or _mlp(module, kernels)
+        fresh = _norm(module, dtype, kernels) or _mlp(module, dtype, kernels)
         if fresh is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, fresh)
@@ -63,7 +63,7 @@ def _norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> nn.Module 
     weight = own.get("weight")
     if weight is None or len(own) > 1 or weight.ndim != 1 or weight.dtype is not dtype or not isinstance(eps, float):
         return None
-    x = _rows(weight, weight.shape[0])
+    x = _rows(weight.shape[0], dtype, weight.device)
     try:
         wanted = module(x)
     except (TypeError, RuntimeError):  # it takes something else
@@ -75,14 +75,13 @@ def _norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> nn.Module 
 
 
 @torch.inference_mode()
-def _mlp(module: nn.Module, kernels: Kernels) -> nn.Module | None:
+def _mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> nn.Module | None:
     if dict(module.named_children()).keys() != PARTS or dict(module.named_parameters(recurse=False)):
         return None
     gate, up = module.gate_proj, module.up_proj
-    weight = gate.weight if isinstance(gate, nn.Linear) else None
-    if weight is None or not isinstance(up, nn.Linear):
+    if not isinstance(gate, nn.Linear) or not isinstance(up, nn.Linear):
         return None
-    x = _rows(weight, weight.shape[1])
+    x = _rows(gate.in_features, dtype, next(gate.parameters()).device)
     wanted = module(x)
     for activation in ACTIVATIONS:
         candidate = LeanMLP(module, activation, kernels)
@@ -111,8 +110,8 @@ def _turn(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
             return turned
         return kernels.rope(q, k, cos, sin)
 
-    weight = next(module.parameters())
-    q, k, turns = (_rows(weight, 64 * heads).to(dtype).view(1, 3, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
+    device = next(module.parameters()).device
+    q, k, turns = (_rows(64 * heads, dtype, device).view(1, 3, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
     cos, sin = (0.5 * turns[:, head] for head in (0, 1))
     try:
         wanted = own(q, k, cos, sin)
@@ -130,9 +129,9 @@ def _turn(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
         module.forward = MethodType(renamed, module)
 
 
-def _rows(weight: Tensor, width: int) -> Tensor:
+def _rows(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (2 * torch.randn(1, 3, width, generator=generator)).to(weight.device, weight.dtype)
+    return (2 * torch.randn(1, 3, width, generator=generator)).to(device, dtype)
 
 
 def _same(got: Tensor, wanted: Tensor) -> bool:

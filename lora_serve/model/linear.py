@@ -8,11 +8,13 @@ result ready. A batch without adapter rows has no deltas to add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
+from lora_serve.model.foreign import ForeignLinear
 from lora_serve.model.packed import PackedLinear
 
 
@@ -28,8 +30,9 @@ class Routing:
 class SharedInput:
     """The base layers that read one input, their pointer tables, and results computed ahead of being asked for."""
 
-    def __init__(self, bases: list[PackedLinear], group: DeltaGroup, kernels: Kernels) -> None:
-        self._maps = [(base.packed, base.bias) for base in bases]
+    def __init__(self, bases: Sequence[PackedLinear | ForeignLinear], group: DeltaGroup, kernels: Kernels) -> None:
+        self._bases = bases
+        self._maps = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
         self._kernels = kernels
         self._input: Tensor | None = None
@@ -39,7 +42,10 @@ class SharedInput:
         """Output of one of the modules for x [..., in], deltas added."""
         if x is not self._input or module not in self._ready:
             rows = x.reshape(-1, self._group.in_features)
-            outputs = self._kernels.linear(rows, self._maps)
+            if len(self._maps) == len(self._bases):
+                outputs = self._kernels.linear(rows, self._maps)
+            else:
+                outputs = [base(rows) for base in self._bases]
             if segments is not None:
                 self._kernels.delta(rows, outputs, self._group, segments)
             self._ready = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
@@ -53,7 +59,9 @@ class SharedInput:
 class AdaptedLinear(nn.Module):
     """A linear module of the base with every adapter's delta within reach."""
 
-    def __init__(self, base: PackedLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool) -> None:
+    def __init__(
+        self, base: PackedLinear | ForeignLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool
+    ) -> None:
         super().__init__()
         self.base = base
         self._shared = shared

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.vocabulary import vocabulary_digest
-from lora_serve.errors import ModelUnsupported
+from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed import Scheme
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.attention import BLOCKS
-from lora_serve.model.observe import observe
+from lora_serve.model.foreign import parameter_shapes
+from lora_serve.model.observe import Seen, observe
+from lora_serve.model.quantized import Quantization, is_foreign, quantization, settle
 from lora_serve.model.shape import shape_of
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -42,6 +45,7 @@ class LoadedModel:
         created: seconds since the epoch.
         scheme: how the linear maps are to be quantised.
         notes: what an operator should know, for the start-up summary.
+        steady: steps of one size make the same calls, so they can be noted (see `Quantization`).
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class LoadedModel:
     generation_defaults: dict[str, Any]
     notes: list[str]
     scheme: Scheme | None
+    steady: bool
 
 
 def load(
@@ -84,6 +89,14 @@ def load(
         raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
     notes: list[str] = []
     _check(name, config)
+    quantized = quantization(name, config, device)
+    if quantized is not None:
+        if scheme is not None:
+            raise ModelUnsupported(
+                f"{name!r} is quantised already ({quantized.label}): "
+                "leave --quantize away, or name the original checkpoint"
+            )
+        notes.append(", ".join(filter(None, [f"the base's weights are {quantized.label}", quantized.remark])))
     max_model_len = _context(config, notes)
     progress("loading weights", 0.05)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # ours says it
@@ -95,14 +108,24 @@ def load(
             attn_implementation=BLOCKS,
             use_safetensors=True,
             trust_remote_code=False,
+            # Other libraries make their weights on the device itself; this takes accelerate, a need of theirs only.
+            **({} if quantized is None else {"device_map": str(device)}),
         )
     except KeyError as error:  # its table of attention functions has no room for ours
         raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced ({error})") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    except RuntimeError as error:
+        if quantized is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
+    if quantized is None:
+        model = model.to(device)
+    else:
+        settle(name, model, None if dtype == "auto" else getattr(torch, dtype))
+    model = model.eval().requires_grad_(False)
     progress("observing the forward pass", 0.8)
-    seen = observe(model, device)
+    seen = _observed(name, model, device, quantized)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     return LoadedModel(
@@ -112,17 +135,17 @@ def load(
             seen,
             names=(name, str(getattr(config, "_name_or_path", "")), *names),
             vocabulary=vocabulary_digest(Path(name)),
-            quantized=scheme or "",
+            quantized=scheme or (quantized.label if quantized else ""),
         ),
         layers=seen.layers,
         windows=_windows(config, len(seen.layers)),
         max_model_len=max_model_len,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=parameter_shapes(model.get_output_embeddings())["weight"][0],
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         dtype=model.dtype,
         device=device,
         keeps_logits="logits_to_keep" in inspect.signature(type(model).forward).parameters,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=_parameters(model),
         created=_created(name),
         generation_defaults={
             key: generation[key]
@@ -131,6 +154,7 @@ def load(
         },
         notes=notes,
         scheme=scheme,
+        steady=quantized is None or quantized.steady,
     )
 
 
@@ -139,8 +163,6 @@ def _check(name: str, config: Any) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelUnsupported(f"{name!r} ({kind}) is an encoder-decoder; only decoders are served")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelUnsupported(f"{name!r} is a quantised checkpoint, which is not served yet; use the original one")
     types = set(getattr(config, "layer_types", None) or ())
     if "chunked_attention" in types or getattr(config, "attention_chunk_size", None):
         raise ModelUnsupported(f"{name!r} ({kind}) attends in chunks, which paged attention does not do")
@@ -149,6 +171,19 @@ def _check(name: str, config: Any) -> None:
             f"{name!r} ({kind}) has layers of type {', '.join(sorted(alien))}, "
             "whose state would leak between requests in a flat batch"
         )
+
+
+def _observed(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> Seen:
+    try:
+        return observe(model, device)
+    except (ServeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever another library says of a device that it has nothing for
+        if quantized is None:
+            raise
+        raise ModelUnsupported(
+            f"{name!r} is quantised ({quantized.label}), which does not run on {device}: {_first_line(error)}"
+        ) from error
 
 
 def _context(config: Any, notes: list[str]) -> int:
@@ -194,6 +229,18 @@ def _created(name: str) -> int:
     """When the model's configuration was written, so that what clients are told does not change from start to start."""
     config = Path(name) / "config.json"
     return int(config.stat().st_mtime) if config.is_file() else 0
+
+
+def _parameters(model: nn.Module) -> int:
+    """How many numbers the model has, quantised or not; tied ones count once."""
+    plain: dict[int, int] = {}
+    kept = 0
+    for module in model.modules():
+        if is_foreign(module):
+            kept += sum(map(prod, parameter_shapes(module).values()))
+        else:
+            plain |= {id(each): each.numel() for each in module.parameters(recurse=False)}
+    return kept + sum(plain.values())
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
+from lora_serve.model.foreign import ForeignLinear, parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import LINEAR, Seen
 from lora_serve.model.packed import PackedLinear
@@ -29,7 +30,7 @@ def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str 
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     groups = list(seen.groups)
     for name, module in model.named_modules():
-        own = _parameters(module)
+        own = parameter_shapes(module)
         if name in seen.rowwise:
             modules[name] = own
         if isinstance(module, LINEAR):
@@ -73,18 +74,13 @@ def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str 
     )
 
 
-def _parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's own parameters."""
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-
-
 def _weight(model: Any, site: str) -> Tensor:
     """A site's weights [out, in], as the forward pass uses them."""
     expert = _EXPERT.fullmatch(site)
     module = base_of(model, site if expert is None else expert[1])
     if expert is not None:
         return expert_weight(module, expert[2], int(expert[3]))
-    assert isinstance(module, PackedLinear)
+    assert isinstance(module, PackedLinear | ForeignLinear)
     return module.rows
 
 

@@ -72,8 +72,14 @@ def test_an_adapter_larger_than_the_cache_is_refused() -> None:
 
 
 def test_vacating_takes_the_oldest_that_may_go() -> None:
-    assert vacate(["a", "b", "c"], 1, {"a"}) == ["b"]
-    assert vacate(["a", "b"], 2, {"a"}) is None
+    sizes = {"a": 10, "b": 20, "c": 30}
+    assert vacate(sizes, 5, 4, None, set()) == []
+    assert vacate(sizes, 5, 3, None, {"a"}) == ["b"]
+    assert vacate({"a": 1, "b": 1}, 1, 1, None, {"a"}) is None
+    assert vacate(sizes, 40, 9, 100, set()) == []
+    assert vacate(sizes, 45, 9, 100, set()) == ["a"]
+    assert vacate(sizes, 65, 9, 100, {"a"}) == ["b", "c"]
+    assert vacate(sizes, 65, 9, 70, {"a", "b"}) is None
 
 
 def test_a_slot_is_a_column_of_pointers_to_the_adapter_s_own_tensor() -> None:
@@ -94,12 +100,12 @@ def test_eviction_zeroes_the_column_and_returns_exactly_what_was_taken() -> None
     before = {names: (group.a.clone(), group.a.data_ptr()) for names, group in bank.groups.items()}
     for digest in ("a", "b"):
         bank.load(adapter(digest))
-    assert (bank.free, bank.seated) == (0, ["a", "b"])
+    assert (bank.slots - len(bank.seated), bank.seated) == (0, ["a", "b"])
     assert repr(bank) == f"<Bank 2 of 2 slots, {2 * adapter('a').nbytes} bytes>"
     bank.evict("a")
     bank.evict("b")
     bank.evict("never there")
-    assert (bank.free, bank.bytes, bank.evictions) == (2, 0, 2)
+    assert (bank.seated, bank.bytes, bank.evictions) == ([], 0, 2)
     for names, group in bank.groups.items():
         assert torch.equal(group.a, before[names][0])
         assert group.a.data_ptr() == before[names][1]

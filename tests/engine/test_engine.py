@@ -11,12 +11,13 @@ from engine_session import Session
 from support import reference
 
 from lora_serve.messages import Abort, Call, Drain, ListAdapters
+from lora_serve.model.batch import Batch
 from lora_serve.request import Admitted, Tokens
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(tmp_path)
+@pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
+def session(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
+    session = Session(tmp_path, ahead=request.param)
     yield session
     session.engine.close()
 
@@ -53,9 +54,10 @@ def test_a_seeded_request_repeats_whatever_runs_beside_it(session: Session) -> N
     assert session.ask("different", PROMPTS[0], **{**options, "seed": 8}) != alone
 
 
-def test_preemption_changes_no_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption_changes_no_answer(tmp_path: Path, ahead: bool) -> None:
     # 3 layers * 2 heads * 16 * 2 * 4 bytes = 768 bytes a token: room for 60 tokens, wanted are 4 * 40.
-    session = Session(tmp_path, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
+    session = Session(tmp_path, ahead=ahead, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
     for index in range(4):
         session.send(str(index), [5 + index, 9, 33], max_tokens=37)
     session.run()
@@ -204,3 +206,30 @@ def test_calls_are_answered_between_steps(session: Session) -> None:
     session.engine.receive(Call(5, ListAdapters()))
     session.step()
     assert session.replies[5].result == []
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_that_is_too_large_for_the_memory_ends_its_request_alone_and_later_ones_are_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    session = Session(tmp_path, ahead=ahead, max_num_batched_tokens=64)
+    base = session.engine._runner._base
+    forward = base.forward
+
+    def short(batch: Batch) -> torch.Tensor:
+        if len(batch.token_ids) > 12:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(batch)
+
+    monkeypatch.setattr(base, "forward", short)
+    session.send("small", PROMPTS[0], max_tokens=12)
+    session.step()
+    session.send("large", PROMPTS[2])
+    session.run()
+    assert session.tokens("small") == greedy(PROMPTS[0], 12)
+    failure = session.end("large").failure
+    assert failure is not None
+    assert failure.kind == "unavailable"
+    assert session.engine._scheduler.max_tokens == 32
+    assert session.blocks_used == 0
+    session.engine.close()

@@ -70,3 +70,27 @@ def test_pinned_adapters_keep_their_seats() -> None:
         seated = turns.seat(step, [("p",), ("a",), ("b",)], pinned={"p"})
         assert "p" in seated
         assert len(seated) == 2
+
+
+SIZES = {"a": 10, "b": 20, "c": 30, "large": 40}
+
+
+def test_bytes_limit_seats_as_slots_do() -> None:
+    turns = Turns(9, 2, 50, SIZES.__getitem__)
+    assert turns.seat(1, [("a",), ("b",), ("c",)]) == {"a", "b"}
+    assert turns.seat(2, [("b",), ("c",)]) == {"b", "c"}
+
+
+def test_a_large_adapter_s_turn_comes_and_takes_as_many_seats_as_it_needs() -> None:
+    turns = Turns(9, 2, 50, SIZES.__getitem__)
+    line = [("a",), ("b",), ("large",)]
+    assert turns.seat(1, line) == {"a", "b"}
+    assert turns.seat(2, line) == {"a", "b"}
+    assert turns.seat(3, line) == {"large"}  # beside it "b" has no room, nor "a" behind that one in the line
+    assert turns.seat(5, line) == {"a", "b"}
+
+
+def test_pinned_adapters_bytes_count() -> None:
+    turns = Turns(9, 2, 50, SIZES.__getitem__)
+    assert turns.seat(1, [("b",), ("a",)], {"c"}) == {"b", "c"}
+    assert not turns.fits({"large"}, {"b"})

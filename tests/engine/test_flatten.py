@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.flatten import Flat, flatten
 from lora_serve.engine.scheduler import Work
@@ -30,7 +28,7 @@ def sequence(prompt: list[int], *digests: str, logprobs: bool = False) -> Sequen
 
 
 def lay(*work: Work) -> Flat:
-    return flatten(list(work), SLOTS, 4, torch.device("cpu"))
+    return flatten(list(work), SLOTS, 4)
 
 
 def test_rows_of_one_adapter_are_one_run_however_many_sequences_they_are_of() -> None:
@@ -38,17 +36,15 @@ def test_rows_of_one_adapter_are_one_run_however_many_sequences_they_are_of() ->
     batch = lay(Work(one, 0, 2), Work(base, 0, 3), Work(two, 0, 3)).batch
     assert batch.runs == [Run(3, 8, 2, 1.0)]
     assert batch.logits_runs == [Run(1, 3, 2, 1.0)]
-    assert batch.segments is not None
-    assert (batch.segments.start.tolist(), batch.segments.end.tolist()) == ([3], [8])
 
 
 def test_a_sequence_is_cut_where_an_adapter_becomes_active() -> None:
     seq = sequence([1, 2, 7, 8, 3, 4], "a", logprobs=True)
     assert lay(Work(seq, 0, 6)).batch.runs == [Run(2, 6, 1, 1.0)]
     assert lay(Work(seq, 0, 6)).batch.logits_runs == [Run(2, 6, 1, 1.0)]
-    assert lay(Work(seq, 0, 2)).batch.segments is None
+    assert lay(Work(seq, 0, 2)).batch.runs == []
     assert lay(Work(seq, 2, 2)).batch.runs == [Run(0, 2, 1, 1.0)]
-    assert lay(Work(sequence([1, 2, 3], "a"), 0, 3)).batch.segments is None  # never invoked
+    assert lay(Work(sequence([1, 2, 3], "a"), 0, 3)).batch.runs == []  # never invoked
 
 
 def test_a_composition_adds_an_adapter_from_its_own_start_on() -> None:
@@ -60,14 +56,14 @@ def test_a_composition_adds_an_adapter_from_its_own_start_on() -> None:
 def test_virtual_rows_are_named_and_have_no_token_and_no_logits() -> None:
     seq = sequence([6, 7], "prefix", logprobs=True)
     whole = lay(Work(sequence([9]), 0, 1), Work(seq, 0, 7)).batch
-    assert whole.token_ids.tolist() == [9, 0, 0, 0, 0, 0, 6, 7]
-    assert whole.positions.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert whole.token_ids == [9, 0, 0, 0, 0, 0, 6, 7]
+    assert whole.positions == [0, 0, 1, 2, 3, 4, 5, 6]
     assert whole.virtual == [VirtualRun(1, 6, 3, 0)]
-    assert whole.logits_rows.tolist() == [0, 6, 7]
+    assert whole.logits_rows == [0, 6, 7]
     assert whole.runs == [Run(1, 8, 3, 1.0)]
     middle = lay(Work(seq, 2, 2)).batch
     assert middle.virtual == [VirtualRun(0, 2, 3, 2)]
-    assert middle.logits_rows.tolist() == []
+    assert middle.logits_rows == []
     rest = lay(Work(seq, 4, 3)).batch
-    assert (rest.virtual, rest.token_ids.tolist()) == ([VirtualRun(0, 1, 3, 4)], [0, 6, 7])
+    assert (rest.virtual, rest.token_ids) == ([VirtualRun(0, 1, 3, 4)], [0, 6, 7])
     assert lay(Work(seq, 5, 2)).batch.virtual == []

@@ -20,7 +20,7 @@ class Base:
     """A base whose next token is the last one plus one, and which fails on some tokens."""
 
     def forward(self, batch: Batch) -> Tensor:
-        ids = batch.token_ids
+        ids = torch.tensor(batch.token_ids)
         if EXPLODES in ids:
             raise ValueError("kaboom")
         if EXHAUSTS in ids:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_serve.engine.sampler import NEAR, Row, prompt_logprobs, sample, uniform
-from lora_serve.request import Sampling
+from lora_serve.engine.logprobs import logprobs
+from lora_serve.engine.sampler import NEAR, Row, _least_by_parts, _least_by_sorting, sample, uniform
+from lora_serve.request import Logprob, Sampling
 
 INF, NAN = float("inf"), float("nan")
 
@@ -239,6 +240,10 @@ def test_stop_ids_outside_the_vocabulary_are_no_error() -> None:
     assert sample(torch.zeros(1, 2), [row(temperature=0.0, stop_ids=[0, 7], min_tokens=3)]).token_ids == [1]
 
 
+def prompt_logprobs(logits: torch.Tensor, tokens: list[int], top: int) -> list[Logprob]:
+    return logprobs(logits, torch.tensor(tokens, dtype=torch.int64), [top] * len(tokens)).wait()
+
+
 def likeliest(logits: Tensor, count: int) -> list[int]:
     return sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))[:count]
 
@@ -283,3 +288,11 @@ def test_weights_are_exact_enough() -> None:
     """Half of 200,000 equal tokens are below the median draw: no token is lost to rounding at that size."""
     tokens = sample(torch.zeros(1, 200_000), [row(seed=5)]).token_ids
     assert tokens == [int(Fraction(uniform(5, 0)) * 200_000)]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999, 1.0])
+def test_a_device_that_may_not_wait_finds_the_same_share(share: float) -> None:
+    weights = (torch.randn(6, 3 * NEAR, generator=torch.Generator().manual_seed(6)) * 4).exp().mul(1e6).long()
+    weights[0] = 7
+    wanted = share * weights.sum(-1).double()
+    assert torch.equal(_least_by_sorting(weights, wanted), _least_by_parts(weights, wanted))

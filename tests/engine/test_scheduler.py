@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import Turns
 from lora_serve.engine.scheduler import Room, Scheduler, Work
-from lora_serve.engine.sequence import Sequence
+from lora_serve.engine.sequence import DRAWN, Sequence
 from lora_serve.kv.pool import BlockPool
 from lora_serve.request import Request, Sampling, Served
 
@@ -42,12 +42,21 @@ def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: Room | N
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
     work = s.plan(loaded, room=room)
     for item in work:
+        s.launched(item)
+    land(s, work)
+    return work
+
+
+def land(s: Scheduler, work: list[Work]) -> None:
+    """What the step gave is known now."""
+    for item in work:
+        if item.seq not in s.running and item.seq not in s.waiting:
+            continue  # it ended meanwhile
         s.computed(item)
         if item.last:
-            item.seq.tokens.append(item.seq.order)
-            if len(item.seq.tokens) == item.seq.limit:
+            item.seq.tokens[item.end] = item.seq.order
+            if item.end + 1 == item.seq.limit:
                 s.remove(item.seq)
-    return work
 
 
 def shape(work: list[Work]) -> list[tuple[int, int, int]]:
@@ -236,3 +245,39 @@ def test_random_load_always_ends_with_every_block_back() -> None:
         assert not s.running, trial
         assert not s.waiting, trial
         assert s.pool.used == 0
+
+
+def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak_nothing() -> None:
+    rng = random.Random(2)
+    for trial in range(30):
+        s = scheduler(blocks=rng.randrange(8, 30), seqs=rng.randrange(1, 6), tokens=rng.randrange(1, 20), slots=2)
+        seqs = [
+            sequence(order, [rng.randrange(2) for _ in range(rng.randrange(1, 20))], rng.choice([None, "a", "b", "c"]))
+            for order in range(rng.randrange(5, 25))
+        ]
+        for seq in seqs:
+            s.add(seq)
+        flying: list[Work] = []
+        for _ in range(3000):
+            work = s.plan(everything)
+            assert not any(item.seq.full for item in work if not item.last)
+            for item in work:
+                s.launched(item)
+            land(s, flying)
+            flying = work
+            if not work and not s.running and not s.waiting:
+                break
+        assert [seq.tokens[: seq.limit] for seq in seqs] == [seq.request.prompt + [seq.order] * 8 for seq in seqs], (
+            trial
+        )
+        assert s.pool.used == 0
+
+
+def test_a_sequence_whose_last_token_is_on_its_way_is_not_planned_again() -> None:
+    s = scheduler()
+    s.add(seq := sequence(0, 3))
+    seq.limit = 4
+    for item in s.plan(everything):
+        s.launched(item)
+    assert (seq.tokens[-1], seq.full) == (DRAWN, True)
+    assert s.plan(everything) == []

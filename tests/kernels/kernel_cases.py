@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -66,10 +66,22 @@ class DeltaCase:
         x = torch.randn(self.tokens, self.in_features + 3).to(self.dtype)[:, : self.in_features]
         return x, [torch.randn(self.tokens, out + 5).to(self.dtype)[:, :out] for out in self.out_features]
 
+    def bounded(self) -> Segments:
+        """The segments, their bounds exact: `rank` counts what a composition's members have together."""
+        places = {run[:2] for run in self.segments}
+        together = [
+            sum(ranks[slot - 1] for start, end, slot, _ in self.segments if (start, end) == place and start < end)
+            for ranks in self.ranks
+            for place in places
+        ]
+        return segments_of(self.segments, max(together, default=0))
 
-def segments_of(runs: list[tuple[int, int, int, float]]) -> Segments:
+
+def segments_of(runs: list[tuple[int, int, int, float]], rank: int = 0) -> Segments:
+    """`rank` is the bound that goes with them; what is not given a bound must not look at it."""
     start, end, slot, weight = zip(*runs, strict=True) if runs else ((), (), (), ())
-    return Segments(int32(*start), int32(*end), int32(*slot), torch.tensor(weight, dtype=torch.float32))
+    longest = max((last - first for first, last, _, _ in runs), default=0)
+    return Segments(int32(*start), int32(*end), int32(*slot), torch.tensor(weight, dtype=torch.float32), longest, rank)
 
 
 @st.composite
@@ -97,6 +109,21 @@ def delta_cases(draw: st.DrawFn) -> DeltaCase:
         tokens=tokens,
         segments=runs,
     )
+
+
+@st.composite
+def composed_cases(draw: st.DrawFn) -> DeltaCase:
+    """As the contract has them: apart from each other but for compositions, which are neighbours; some are empty."""
+    case = draw(delta_cases())
+    member = st.tuples(st.integers(1, len(case.ranks[0])), st.sampled_from([1.0, 0.5, -2.0]))
+    runs: list[tuple[int, int, int, float]] = []
+    row = 0
+    for _ in range(draw(st.integers(1, 5))):
+        start = row + draw(st.sampled_from([0, 0, 1, 3]))
+        row = start + draw(st.sampled_from([0, 1, 1, 2, 17, 70]))
+        place = (start, row) if start < row else (0, 0)
+        runs += [(*place, slot, weight) for slot, weight in draw(st.lists(member, min_size=1, max_size=3))]
+    return replace(case, tokens=row + draw(st.integers(1, 3)), segments=runs)
 
 
 # --- attention ---------------------------------------------------------------------------------------------------

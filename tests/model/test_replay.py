@@ -8,12 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from driver import Driver
+from driver import CPU, Driver
 from parity import bring, make
 from support import ARCHITECTURES, save
 from torch import Tensor
 
-from lora_serve.model.batch import Batch
+from lora_serve.model.place import Placed
 from lora_serve.model.replay import Replay
 
 PROMPTS = [[3, 5, 7, 11], [2, 4, 6], [9, 8, 7, 6, 5]]
@@ -26,9 +26,9 @@ class Counted:
         self.run = run
         self.passes = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, step: Placed) -> Tensor:
         self.passes += 1
-        logits: Tensor = self.run(batch)
+        logits: Tensor = self.run(step)
         return logits
 
 
@@ -45,7 +45,7 @@ STEERED = {"mixtral", "qwen3_moe"}  # by values: which experts have rows
 def test_steps_of_known_bases_are_played_and_are_the_passes_own(architecture: str, tmp_path: Path) -> None:
     folder = save(architecture, tmp_path / "base")
     played, passed = Driver(folder), Driver(folder)
-    passed.base._replay._able = False
+    passed.base._replay.refused = "a test wants passes"
     count = counted(played)
     got, wanted = played.teach(PROMPTS, 12), passed.teach(PROMPTS, 12)
     assert (count.passes > 10) == (architecture in STEERED)
@@ -55,7 +55,7 @@ def test_steps_of_known_bases_are_played_and_are_the_passes_own(architecture: st
 def test_adapters_come_and_go_on_one_tape(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
     played, passed = Driver(folder), Driver(folder)
-    passed.base._replay._able = False
+    passed.base._replay.refused = "a test wants passes"
     for seed in range(3):
         make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2 + seed, target_modules=["q_proj", "down_proj"]))
     names = [[driver.seat(bring(driver, tmp_path / str(seed))) for seed in range(3)] for driver in (played, passed)]
@@ -71,24 +71,24 @@ def test_adapters_come_and_go_on_one_tape(tmp_path: Path) -> None:
 
 def test_a_pass_that_values_steer_is_not_noted(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
-    driver.base._replay = Replay(driver.base._logits, driver.base._kernels)
+    driver.base._replay = Replay(driver.base._logits, driver.base._kernels, driver.bank.ranks, CPU)
     norm = driver.loaded.model.model.norm
     norm.register_forward_hook(lambda module, given, output: output * (1 + int(output.sum().item() > 0)))
     count = counted(driver)
     driver.teach(PROMPTS, 6)
     assert count.passes == 7
-    assert not driver.base._replay._able
+    assert driver.base._replay.refused
 
 
 def test_a_pass_with_a_state_of_its_own_fails_the_proof(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
-    driver.base._replay = Replay(driver.base._logits, driver.base._kernels)
+    driver.base._replay = Replay(driver.base._logits, driver.base._kernels, driver.bank.ranks, CPU)
     steps = iter(range(100))
     driver.loaded.model.model.norm.register_forward_hook(
         lambda module, given, output: output * (1 + 1e-5 * next(steps))
     )
-    driver.base.prove()
-    assert not driver.base._replay._able
+    driver.base.prepare(4, 8)
+    assert driver.base._replay.refused
 
 
 def test_no_more_tapes_are_kept_than_allowed_and_the_oldest_goes(

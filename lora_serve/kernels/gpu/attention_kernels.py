@@ -1,0 +1,239 @@
+"""The Triton kernels of paged attention: `decode` and `combine` for sequences of one row, `prefill` for longer ones.
+
+`attention.py` launches them. Arguments that they share:
+
+    q                          [tokens, heads, KEY_DIM], strides query_token, query_head, 1
+    keys, values               the block pools; strides KEY_BLOCK, KEY_TOKEN, KEY_HEAD, 1 and VALUE_... likewise
+    query_start, contexts      `Spans.query_start`, `Spans.context`
+    tables                     `Spans.block_table`, stride table_row
+    sinks                      [heads] or None
+    out                        [tokens, heads, VALUE_DIM], contiguous
+    window                     tokens that a row sees at most; WINDOWED: whether that ever matters
+    scale, cap                 score = scale * q · k, a power of two; CAPPED: cap * tanh(scale * q · k)
+    DTYPE                      what products are taken in
+    SHARE, SIZE                query heads of a kv head; tokens of a block
+    KEY_PAD, VALUE_PAD         powers of two, no less than KEY_DIM and VALUE_DIM
+    ROWS, TILE                 query rows of a program; tokens that its loop takes in a turn
+
+Everything about the pool is constexpr: it stays for life, and the compiler sees how far apart its vectors are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(math.log2(math.e))
+STAGES = tl.constexpr(5)  # the table is read two turns ahead; of keys and values one tile is on its way, one in use
+UNSTEADY = ["window", "table_row", "splits"]  # not worth another compilation where they change
+
+
+@triton.jit
+def _attended(
+    q: tl.tensor, at: tl.tensor, keys: tl.tensor, values: tl.tensor, table: tl.tensor, first: tl.tensor, end: tl.tensor,
+    window: tl.tensor, scale: tl.tensor, cap: tl.tensor, top: tl.tensor, total: tl.tensor,
+    DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    KEY_TOKEN: tl.constexpr, VALUE_BLOCK: tl.constexpr, VALUE_TOKEN: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Online softmax of the rows q [ROWS, KEY_PAD], which stand at positions at [ROWS], over tokens first:end.
+
+    Semantics, `seen` being what of j = first .. end - 1 is also in at - window + 1 .. at:
+
+        score[j] = q · key[j] * scale, or cap * tanh(that)
+        top' = max(top, score);  total' = total * 2^(top - top') + Σ 2^(score - top');  acc = Σ 2^(score - top') * value
+
+    Returns top', total' [ROWS] and acc [ROWS, VALUE_PAD], float32.
+    """
+    d = tl.arange(0, KEY_PAD)
+    e = tl.arange(0, VALUE_PAD)
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    for begin in tl.range(first, end, TILE, num_stages=STAGES):
+        j = begin + tl.arange(0, TILE)
+        token = tl.minimum(j, end - 1)  # past the end, the last one once more: its address is good
+        block = tl.load(table + token // SIZE).to(tl.int64)
+        offset = token % SIZE
+        key = tl.load(
+            keys + (block * KEY_BLOCK + offset * KEY_TOKEN)[None, :] + d[:, None], mask=d[:, None] < KEY_DIM, other=0.0
+        )
+        score = tl.dot(q, key.to(DTYPE), input_precision="ieee") * scale  # [ROWS, TILE]
+        if CAPPED:
+            score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E)) + 1.0))
+        seen = j[None, :] <= at[:, None]
+        if WINDOWED:
+            seen &= j[None, :] > at[:, None] - window
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen nothing yet
+        share = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(share, 1)
+        value = tl.load(
+            values + (block * VALUE_BLOCK + offset * VALUE_TOKEN)[:, None] + e[None, :],
+            mask=e[None, :] < VALUE_DIM,
+            other=0.0,
+        )
+        acc = tl.dot(share.to(DTYPE), value.to(DTYPE), acc * shrink[:, None], input_precision="ieee")
+        top = higher
+    return top, total, acc
+
+
+@triton.jit
+def _part(
+    context: tl.tensor, window: tl.tensor, splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr
+) -> tl.tensor:
+    """First position that a decoding row sees, and how many tokens a split takes from there (the last: fewer or none).
+
+    Follows the sequence's own context, so that a short one costs little where `splits` is meant for long ones.
+    """
+    first = tl.maximum(context - window, 0)
+    part = tl.maximum(tl.cdiv(context - first, splits), LEAST_PART)
+    return first, tl.cdiv(part, TILE) * TILE
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def decode(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
+    sinks: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, window: tl.tensor, scale: tl.tensor,
+    cap: tl.tensor, query_token: tl.tensor, query_head: tl.tensor, table_row: tl.tensor, splits: tl.tensor,
+    CUT: tl.constexpr, LEAST_PART: tl.constexpr,
+    DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sequences of one row. Program: up to ROWS query heads of a kv head (axis 0), split (axis 1), sequence (axis 2).
+
+    Uncut it writes `out`; CUT, its acc to parts [sequences, heads, splits, VALUE_DIM] and (top, total) to sums [.., 2].
+    """
+    split = tl.program_id(1)
+    sequence = tl.program_id(2)
+    row = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - row != 1:
+        return
+    context = tl.load(contexts + sequence)
+    first, part = _part(context, window, splits, LEAST_PART, TILE)
+    first += split * part
+    end = tl.minimum(first + part, context)
+    if first >= end:
+        return
+    kv_head = tl.program_id(0) // tl.cdiv(SHARE, ROWS)
+    member = tl.program_id(0) % tl.cdiv(SHARE, ROWS) * ROWS + tl.arange(0, ROWS)
+    head = kv_head * SHARE + member
+    mine = member < SHARE
+    d = tl.arange(0, KEY_PAD)
+    e = tl.arange(0, VALUE_PAD)
+    query = tl.load(
+        q + row.to(tl.int64) * query_token + (head * query_head)[:, None] + d[None, :],
+        mask=mine[:, None] & (d[None, :] < KEY_DIM),
+        other=0.0,
+    )
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:  # as if seen first, by the first split
+        sees = mine & (split == 0)
+        top = tl.load(sinks + head, mask=sees, other=float("-inf")).to(tl.float32) * LOG2E
+        total = tl.where(sees, 1.0, 0.0)
+    top, total, acc = _attended(
+        query.to(DTYPE), tl.zeros([ROWS], tl.int32) + (end - 1), keys + kv_head * KEY_HEAD,
+        values + kv_head * VALUE_HEAD, tables + sequence.to(tl.int64) * table_row,
+        first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
+        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE,
+    )  # fmt: skip
+    heads = tl.num_programs(0) // tl.cdiv(SHARE, ROWS) * SHARE
+    if CUT:
+        place = (sequence.to(tl.int64) * heads + head) * splits + split
+        tl.store(sums + 2 * place, top, mask=mine)
+        tl.store(sums + 2 * place + 1, total, mask=mine)
+        tl.store(parts + (place * VALUE_DIM)[:, None] + e[None, :], acc, mask=mine[:, None] & (e[None, :] < VALUE_DIM))
+    else:
+        place = (row.to(tl.int64) * heads + head) * VALUE_DIM
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] + e[None, :], result, mask=mine[:, None] & (e[None, :] < VALUE_DIM))
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def combine(
+    out: tl.tensor, parts: tl.tensor, sums: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, window: tl.tensor,
+    splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+) -> None:  # fmt: skip
+    """What the splits of a decoding row found, as one: out = Σ 2^(top - max top) acc / Σ 2^(top - max top) total.
+
+    Program: head (axis 0), sequence (axis 1). Reads only the splits that had tokens.
+    """
+    head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    row = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - row != 1:
+        return
+    context = tl.load(contexts + sequence)
+    first, part = _part(context, window, splits, LEAST_PART, TILE)
+    s = tl.arange(0, SPLITS)
+    e = tl.arange(0, VALUE_PAD)
+    used = first + s * part < context
+    place = (sequence.to(tl.int64) * tl.num_programs(0) + head) * splits + s
+    top = tl.load(sums + 2 * place, mask=used, other=float("-inf"))
+    total = tl.load(sums + 2 * place + 1, mask=used, other=0.0)
+    acc = tl.load(
+        parts + (place * VALUE_DIM)[:, None] + e[None, :], mask=used[:, None] & (e[None, :] < VALUE_DIM), other=0.0
+    )
+    weight = tl.exp2(top - tl.max(top, 0))
+    result = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+    place = (row.to(tl.int64) * tl.num_programs(0) + head) * VALUE_DIM
+    tl.store(out + place + e, result.to(out.dtype.element_ty), mask=e < VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def prefill(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
+    sinks: tl.tensor, out: tl.tensor, window: tl.tensor, scale: tl.tensor, cap: tl.tensor, query_token: tl.tensor,
+    query_head: tl.tensor, table_row: tl.tensor,
+    DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sequences of two rows or more. Program: tile (axis 0), kv head (axis 1), sequence (axis 2).
+
+    A tile is ROWS of the pairs (row, head that shares the kv head), rows major; the last tiles, whose contexts are the
+    longest, start first.
+    """
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    start = tl.load(query_start + sequence)
+    rows = tl.load(query_start + sequence + 1) - start
+    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    if (rows <= 1) | (pair >= rows * SHARE):
+        return
+    before = tl.load(contexts + sequence) - rows  # tokens before this step's
+    first = tl.maximum(before + pair // SHARE - window + 1, 0)
+    end = before + tl.minimum((pair + ROWS - 1) // SHARE, rows - 1) + 1
+    pairs = pair + tl.arange(0, ROWS)
+    mine = pairs < rows * SHARE
+    row = tl.minimum(pairs // SHARE, rows - 1)
+    head = kv_head * SHARE + pairs % SHARE
+    d = tl.arange(0, KEY_PAD)
+    e = tl.arange(0, VALUE_PAD)
+    query = tl.load(
+        q + ((start + row).to(tl.int64) * query_token + head * query_head)[:, None] + d[None, :],
+        mask=mine[:, None] & (d[None, :] < KEY_DIM),
+        other=0.0,
+    )
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:  # as if seen first
+        top = tl.load(sinks + head).to(tl.float32) * LOG2E
+        total += 1.0
+    top, total, acc = _attended(
+        query.to(DTYPE), before + row, keys + kv_head * KEY_HEAD, values + kv_head * VALUE_HEAD,
+        tables + sequence.to(tl.int64) * table_row,
+        first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
+        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE,
+    )  # fmt: skip
+    place = ((start + row).to(tl.int64) * tl.num_programs(1) * SHARE + head) * VALUE_DIM
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] + e[None, :], result, mask=mine[:, None] & (e[None, :] < VALUE_DIM))

@@ -1,0 +1,122 @@
+"""The GPU backend: Triton for adapters and attention, the vendor's library for the base's matrices, graphs as tapes.
+
+Nothing here waits for the device. Checks are of shapes and types; what is in a tensor (a slot beyond the tables, a
+block beyond the pool) cannot be checked without waiting, so whoever calls must be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
+from lora_serve.kernels.gpu import attention, delta, linear, pointwise
+from lora_serve.kernels.gpu.graph import GraphTape
+from lora_serve.kernels.packed import Packed, Scheme
+from lora_serve.kernels.reference import ReferenceKernels
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+LONGEST = 16  # rows that a tensor core multiplies at once
+RANK = 1024  # scratch memory of graphs is made for it; adapters beyond it are served without graphs
+
+
+class GpuKernels:
+    """`Kernels` on a GPU, or anywhere in Triton's interpreter.
+
+    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes that do not fit are a ValueError.
+    """
+
+    name = "triton"
+    ladder: Ladder | None = Ladder(ROWS, LONGEST, RANK)
+
+    def __init__(self) -> None:
+        self._plain = ReferenceKernels()  # maps in full precision
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+        """See `Kernels.pack`."""
+        return self._plain.pack(weight) if scheme is None else linear.pack(weight, scheme)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """See `Kernels.unpack`."""
+        return self._plain.unpack(packed) if packed.scheme is None else linear.unpack(packed)
+
+    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
+        """See `Kernels.beside`: one matrix, multiplied at once; each map is some of its rows."""
+        first = maps[0]
+        if first.scheme is not None:
+            return linear.beside(maps)
+        if len(maps) == 1 or any(each.dtype is not first.dtype for each in maps):
+            return list(maps)
+        whole = torch.cat([each.data for each in maps])
+        rows = whole.split_with_sizes([each.shape[0] for each in maps])
+        return [replace(each, data=own) for each, own in zip(maps, rows, strict=True)]
+
+    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+        """See `Kernels.rows`."""
+        return self._plain.rows(packed, ids)
+
+    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+        """See `Kernels.linear`. Maps that were laid out beside each other are one product."""
+        if maps[0][0].scheme is not None:
+            return linear.linear(x, maps)
+        whole = _whole([packed for packed, _ in maps])
+        if whole is None:
+            return self._plain.linear(x, maps)
+        outputs = nn.functional.linear(x, whole).split_with_sizes([packed.shape[0] for packed, _ in maps], 1)
+        for y, (_, bias) in zip(outputs, maps, strict=True):
+            if bias is not None:
+                y += bias
+        return list(outputs)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+        """See `Kernels.rms_norm`."""
+        return pointwise.rms_norm(x, weight, eps, plus_one=plus_one)
+
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """See `Kernels.gated`."""
+        return pointwise.gated(gate, up, activation)
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.rope`."""
+        return pointwise.rope(q, k, cos, sin)
+
+    def tape(self, *, wary: bool = False) -> GraphTape | None:
+        """See `Kernels.tape`; a capture is always wary."""
+        return None if self._pool is None else GraphTape(self._pool)
+
+    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+        """See `Kernels.delta`."""
+        delta.delta(x, outputs, group, segments)
+
+    def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+        """See `Kernels.write_kv`."""
+        pointwise.write_kv(keys, values, k, v, kv_index)
+
+    def attention(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spans: Spans,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels.attention`."""
+        return attention.attention(q, keys, values, spans, scale, window, softcap, sinks)
+
+
+def _whole(maps: Sequence[Packed]) -> Tensor | None:
+    """The matrix [out of all, in] of which the maps are the rows, one after the other; None if they lie apart."""
+    first = maps[0].data
+    end = first.data_ptr()
+    for packed in maps:
+        if len(maps) == 1 or packed.data.data_ptr() != end:
+            return None
+        end += packed.data.nbytes
+    return first.as_strided((sum(packed.shape[0] for packed in maps), first.shape[1]), first.stride())

@@ -1,0 +1,162 @@
+"""The low-rank delta of a mixed batch in Triton: every row its own adapter, through the pointer tables.
+
+Two launches for a group of modules (`delta_kernels.py`). Shrink sums x·Aᵀ over parts of the input, so that a few rows
+still fill the device; expand adds up the parts and puts ·B onto the outputs. Nothing is atomic, every sum has a fixed
+order: two runs give the same bits. Ranks are read on the device and looped over: a mix costs what its ranks cost.
+
+A composition is one adapter whose rank is its members' ranks together: their columns lie side by side between the two
+launches, and the programs that have its rows go through its members in order. So no two programs write one place.
+
+Grids follow from shapes and from what `Segments` says on the host, never from the tables: nothing waits for the device,
+and a captured graph stays right while slots are pointed elsewhere. What only the device knows (whether segments lie in
+the batch and slots in the tables) is not checked.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_serve.kernels.contract import DeltaGroup, Segments
+from lora_serve.kernels.gpu.delta_kernels import expand, shrink
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MODULES = 4  # outputs that one expand takes
+FEW = 16  # rows of a tile where segments are short; a matrix product has no fewer
+MANY = 64
+MOST_SPLITS = 16
+PROGRAMS_PER_PROCESSOR = 2  # shrinking: with their pipelines, about what keeps the memory busy
+
+
+class Plan(NamedTuple):
+    """How a call is laid over the device.
+
+    Attributes:
+        tiles: of rows, no fewer than there can be.
+        among: segments that a tile is looked for among, a power of two; 1 if each tile is a segment.
+        splits, span: of the input; each is `span` wide.
+        capacity: columns of a row between the launches.
+        block_m, block_k, block_n: rows, inputs and outputs that a program takes at a time.
+        shrink_r, expand_r: ranks that a program takes at a time.
+        warps: of a program.
+        together: splits that are added at once.
+    """
+
+    tiles: int
+    among: int
+    splits: int
+    span: int
+    capacity: int
+    block_m: int
+    block_k: int
+    block_n: int
+    shrink_r: int
+    expand_r: int
+    warps: int
+    together: int
+
+
+def plan(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> Plan:
+    """Lay out a call; `size` is that of an operand in bytes, `processors` how many the device has."""
+    count = segments.count
+    many = segments.longest > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
+    block_m = MANY if many else FEW
+    block_r = min(64, max(16, triton.next_power_of_2(segments.rank)))
+    block_k = (256 if block_m + block_r <= 32 else 128 if block_m + block_r <= 80 else 64) * 2 // size
+    short = segments.longest <= block_m
+    tiles = count if short else min(count * triton.cdiv(segments.longest, block_m), rows // block_m + count)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, tiles * modules)
+    wanted = min(triton.next_power_of_2(wanted), MOST_SPLITS)
+    span = triton.cdiv(triton.cdiv(in_features, wanted), block_k) * block_k
+    splits = triton.next_power_of_2(triton.cdiv(in_features, span))
+    return Plan(
+        tiles=tiles,
+        among=1 if short else triton.next_power_of_2(count),
+        splits=splits,
+        span=span,
+        capacity=triton.cdiv(segments.rank, block_r) * block_r,
+        block_m=block_m,
+        block_k=block_k,
+        block_n=64 if many else 128,
+        shrink_r=block_r,
+        expand_r=min(32, block_r) if many else block_r,  # many rows fill the registers
+        warps=8 if many else 4,
+        together=1 if many else min(splits, 4),
+    )
+
+
+def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    """See `Kernels.delta`; `segments.rank` is no less than the ranks of a composition together.
+
+    Raises:
+        ValueError: shapes or strides do not fit.
+        TypeError: a type that is not fp32, bf16 or fp16, or segments that are not int32 and float32.
+    """
+    if segments.count == 0 or segments.rank == 0 or x.shape[0] == 0:
+        return
+    check(x, outputs, group, segments)
+    rows, modules = x.shape[0], len(outputs)
+    size = max(x.element_size(), group.dtype.itemsize)
+    p = plan(rows, group.in_features, modules, segments, size, processors(x.device))
+    h = torch.empty(p.splits, modules, rows, p.capacity, dtype=torch.float32, device=x.device)
+    where = (group.rank, group.rank.stride(0), segments.start, segments.end, segments.slot)
+    shrink[p.tiles, modules, p.splits](
+        *(x, x.stride(0), h, group.a, group.a.stride(0), *where),
+        *(segments.count, rows, modules, group.in_features, p.span, p.capacity),
+        DTYPE=TYPES[group.dtype],
+        OPERAND=TYPES[x.dtype if x.dtype is group.dtype else torch.float32],
+        PRECISION="tf32" if size == 2 else "ieee",  # two 16-bit types are exact in tf32
+        BLOCK_M=p.block_m,
+        BLOCK_R=p.shrink_r,
+        BLOCK_K=p.block_k,
+        COUNT=p.among,
+        num_warps=p.warps,
+        num_stages=3,
+    )
+    for module in range(0, modules, MODULES):
+        some = outputs[module : module + MODULES]
+        places = some + some[:1] * (MODULES - len(some))
+        widths = [output.shape[1] for output in some] + [0] * (MODULES - len(some))
+        expand[sum(triton.cdiv(width, p.block_n) for width in widths), p.tiles](
+            *(*places, *(output.stride(0) for output in places), *widths, h, group.b, group.b.stride(0), *where),
+            *(segments.weight, segments.count, rows, modules, module, p.splits, p.capacity),
+            DTYPE=TYPES[group.dtype],
+            TOGETHER=p.together,
+            BLOCK_M=p.block_m,
+            BLOCK_R=p.expand_r,
+            BLOCK_N=p.block_n,
+            COUNT=p.among,
+            num_warps=p.warps,
+            num_stages=1,
+        )
+
+
+def check(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    """Refuse what the kernels would misread, as far as the host can tell."""
+    for dtype in (x.dtype, group.dtype):
+        if dtype not in TYPES:
+            raise TypeError(f"{dtype} is not fp32, bf16 or fp16")
+    tokens, width = x.shape
+    if width != group.in_features or x.stride(1) != 1 or len(outputs) != len(group.out_features):
+        raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
+    for output, features in zip(outputs, group.out_features, strict=True):
+        if output.dtype is not x.dtype or output.shape != (tokens, features) or output.stride(1) != 1:
+            raise ValueError(f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}")
+    for part in (segments.start, segments.end, segments.slot):
+        if part.dtype is not torch.int32 or part.stride(0) != 1:
+            raise TypeError("segments are int32 and contiguous")
+    if segments.weight.dtype is not torch.float32 or segments.weight.stride(0) != 1:
+        raise TypeError("weights of segments are float32 and contiguous")
+    if any(table.stride(1) != 1 for table in (group.a, group.b, group.rank)):
+        raise ValueError("rows of the pointer tables are contiguous")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; of anything else (the interpreter's), a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,145 @@
+"""Rounding of rows and products of whole numbers in Triton: the kernels behind `linear.py`.
+
+Weights and rows lie run by run, so that what a program reads of one run is one piece of memory, however few outputs or
+rows it takes. Offsets within a run are small; from run to run, pointers move.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(1e-30)  # step of the rows; as in `packed.py`
+ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: float32 has no fractions there, so adding it rounds, halves to even
+
+# What varies from batch to batch or from map to map and gains nothing from a kernel of its own.
+UNSTEADY = ["rows", "groups", "runs", "span", "splits"]
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def round_rows(
+    x: tl.tensor, whole: tl.tensor, step: tl.tensor, excess: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
+    groups: tl.tensor,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows in whole numbers, SIZE inputs to a step, as `packed.py` says; beyond a row's WIDTH inputs are zeros.
+
+    Semantics, a step being NaN where not all of x is finite:
+
+        x[t, g * SIZE + i] ≈ step[g, t] * whole[g, t, i]
+        excess[g, t] = 8 * whole[g, t].sum()
+
+    Shapes: x [rows, WIDTH], whole int8 [groups, rows, SIZE], step float32 and excess int32 (or None) [groups, rows].
+    Program: (row, TILE groups).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    part = tl.load(x + row * x_stride + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    size = tl.maximum(tl.div_rn(tl.max(tl.abs(part), 1), 127.0), LEAST)
+    near = part * tl.div_rn(1.0, size)[:, None]
+    near = tl.minimum(tl.maximum(near, -127.0), 127.0)  # NaN aside a no-op that keeps product and sum from being fused
+    place = group.to(tl.int64) * rows + row
+    inside = group < groups
+    numbers = ((near + ROUND) - ROUND).to(tl.int8)
+    tl.store(whole + (place * SIZE)[:, None] + tl.arange(0, SIZE)[None, :], numbers, mask=inside[:, None])
+    tl.store(step + place, size + tl.sum(part - part, 1), mask=inside)  # a maximum would leave NaN out
+    if excess is not None:
+        tl.store(excess + place, 8 * tl.sum(numbers.to(tl.int32), 1), mask=inside)
+
+
+@triton.jit
+def product(
+    whole: tl.tensor, weights: tl.tensor, step: tl.tensor, excess: tl.tensor, m: tl.tensor, here: tl.tensor,
+    SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """step[m] * (whole[m] @ weights.T - excess[m]), rounded only at the end; no excess is 0.
+
+    Shapes: whole [rows, SIZE], weights [BLOCK_N, SIZE], m and here [BLOCK_M].
+    """
+    part = tl.load(whole + (m * SIZE)[:, None] + tl.arange(0, SIZE)[None, :], mask=here[:, None], other=0)
+    size = tl.load(step + m, mask=here, other=0.0)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    if excess is not None:
+        sums -= tl.load(excess + m, mask=here, other=0)[:, None]
+    return tl.dot(part, tl.trans(weights), sums, out_dtype=tl.int32).to(tl.float32) * size[:, None]
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def multiply(
+    whole: tl.tensor, step: tl.tensor, excess: tl.tensor, data: tl.tensor, scale: tl.tensor, bias: tl.tensor,
+    y: tl.tensor, rows: tl.tensor, out: tl.tensor, stride: tl.tensor, runs: tl.tensor, span: tl.tensor,
+    INT4: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows times weights, over the runs from split * span on.
+
+    Semantics, in the layouts of `linear.py`, r over the split's runs of 64 inputs:
+
+        int8:  y[split, t, o] = scale[o] * sum(step[r, t] * (whole[r, t] @ data[r, o])) + bias[o]
+        int4:  y[split, t, o] = sum(
+                   step[2r, t] * low(scale[r, o]) * (whole[2r, t] @ (data[r, o] & 15) - excess[2r, t])
+                   + step[2r + 1, t] * high(scale[r, o]) * (whole[2r + 1, t] @ (data[r, o] & -16))
+               ) + bias[o]
+
+    with low and high the bf16 in the halves of a word. Products of whole numbers are exact.
+    Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data (and in int4's scale); bias may be None.
+    Program: (BLOCK_M rows, BLOCK_N outputs, split).
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    first = (split * span).to(tl.int64)
+    here, inside = m < rows, n < out
+    WIDE: tl.constexpr = RUN // 2 if INT4 else RUN  # bytes of a run's weights
+    data += first * stride * WIDE
+    whole += first * rows * RUN
+    step += first * rows * (RUN // GROUP)
+    if INT4:
+        scale += first * stride
+        excess += first * rows * (RUN // GROUP)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(0, tl.minimum(span, runs - split * span), num_stages=STAGES):
+        weights = tl.load(data + (n * WIDE)[:, None] + tl.arange(0, WIDE)[None, :], mask=inside[:, None], other=0)
+        if INT4:
+            scales = tl.load(scale + n, mask=inside, other=0)
+            low = (scales << 16).to(tl.float32, bitcast=True)  # bf16 is the upper half of float32
+            high = (scales & -65536).to(tl.float32, bitcast=True)
+            part = product(whole, weights & 15, step, excess, m, here, GROUP, BLOCK_M, BLOCK_N)
+            sums += part * low[None, :]
+            part = product(whole + rows * GROUP, weights & -16, step + rows, None, m, here, GROUP, BLOCK_M, BLOCK_N)
+            sums += part * high[None, :]
+            scale += stride
+            excess += rows * (RUN // GROUP)
+        else:
+            sums += product(whole, weights, step, None, m, here, RUN, BLOCK_M, BLOCK_N)
+        data += stride * WIDE
+        whole += rows * RUN
+        step += rows * (RUN // GROUP)
+    if not INT4:
+        sums *= tl.load(scale + n, mask=inside, other=0.0)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    y += (split * rows + tl.program_id(0) * BLOCK_M).to(tl.int64) * out
+    place = tl.arange(0, BLOCK_M)[:, None] * out + n[None, :]
+    tl.store(y + place, sums.to(y.dtype.element_ty), mask=here[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=UNSTEADY)
+def add_splits(
+    parts: tl.tensor, bias: tl.tensor, y: tl.tensor, rows: tl.tensor, out: tl.tensor, splits: tl.tensor,
+    BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
+    """y[row] = parts[:, row].sum(0) + bias, in order, rounded once: parts float32 [splits, rows, out].
+
+    Program: (BLOCK_N outputs, row).
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64)
+    inside = n < out
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(splits):
+        sums += tl.load(parts + (split * rows + row) * out + n, mask=inside, other=0.0)
+    if bias is not None:
+        sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * out + n, sums.to(y.dtype.element_ty), mask=inside)

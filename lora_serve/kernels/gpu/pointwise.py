@@ -1,0 +1,198 @@
+"""What lies between the matrices, each in one launch of Triton: norms, gated activations, rotary embeddings, KV writes.
+
+All of it is bound by memory, so a program takes about two thousand numbers in one go: some rows, or some of a row.
+Nothing of a tensor's content is looked at on the host, so indices are not checked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_serve.kernels.contract import Activation
+
+PROGRAM = 2048  # numbers that a program takes, unless a row is longer
+GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """See `Kernels.rms_norm`. ValueError: shapes or strides that do not fit."""
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    if rows.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit rows of {width}")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    count = rows.shape[0]
+    if count:
+        pad = triton.next_power_of_2(width)
+        tile = max(1, PROGRAM // pad)
+        _norm[(triton.cdiv(count, tile),)](
+            rows, weight, y, count, rows.stride(0), eps,
+            PLUS_ONE=plus_one, WIDTH=width, PAD=pad, TILE=tile, num_warps=min(16, max(4, pad // 256)),
+        )  # fmt: skip
+    return y
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """See `Kernels.gated`. ValueError: shapes or strides that do not fit."""
+    width = gate.shape[-1]
+    if gate.shape != up.shape or gate.dtype is not up.dtype or (gate.stride(-1), up.stride(-1)) != (1, 1):
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
+    left, right = gate.reshape(-1, width), up.reshape(-1, width)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        tile = min(PROGRAM, triton.next_power_of_2(width))
+        _gated[left.shape[0], triton.cdiv(width, tile)](
+            left, right, y, left.stride(0), right.stride(0), SILU=activation == "silu", WIDTH=width, TILE=tile
+        )
+    return y
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Kernels.rope`; the results are views of [tokens, heads, dim].
+
+    ValueError, TypeError: shapes, strides or types that do not fit.
+    """
+    _, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    fits = q.shape[0] == k.shape[0] == 1 and k.shape[2:] == (tokens, dim) and dim % 2 == 0
+    if not fits or cos.shape != (1, tokens, dim) or sin.shape != cos.shape:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")
+    if q.dtype is not k.dtype or cos.dtype is not sin.dtype or (q.stride(3), k.stride(3)) != (1, 1):
+        raise TypeError("q and k share a type, cos and sin too; heads are contiguous")
+    q_out, k_out = (torch.empty(tokens, n, dim, dtype=q.dtype, device=q.device) for n in (heads, kv_heads))
+    if tokens:
+        pad = triton.next_power_of_2(dim // 2)
+        tile = max(1, PROGRAM // 2 // pad)
+        _rope[tokens, triton.cdiv(heads, tile) + triton.cdiv(kv_heads, tile)](
+            q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), q.stride(2), q.stride(1), k.stride(2), k.stride(1),
+            HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, PAD=pad, TILE=tile,
+        )  # fmt: skip
+    return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
+
+
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+    """See `Kernels.write_kv`; a place outside the pool is the caller's fault and not noticed.
+
+    ValueError, TypeError: shapes, strides or types that do not fit.
+    """
+    size, heads = keys.shape[1:3]
+    tokens = kv_index.shape[0]
+    if k.dtype is not keys.dtype or v.dtype is not values.dtype or kv_index.dtype is not torch.int64:
+        raise TypeError("k and v have the pool's type, kv_index is int64")
+    if k.shape != (tokens, heads, keys.shape[3]) or v.shape != (tokens, heads, values.shape[3]):
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the pool {tuple(keys.shape)}")
+    if keys.shape[:3] != values.shape[:3] or any(each.stride(-1) != 1 for each in (keys, values, k, v)):
+        raise ValueError("keys and values have the same places, heads are contiguous")
+    if tokens:
+        pad = triton.next_power_of_2(max(keys.shape[3], values.shape[3]))
+        tile = min(max(1, PROGRAM // pad), triton.next_power_of_2(heads))
+        _write[tokens, triton.cdiv(heads, tile), 2](
+            keys, values, k, v, kv_index.contiguous(), *keys.stride()[:3], *values.stride()[:3], *k.stride()[:2],
+            *v.stride()[:2], SIZE=size, HEADS=heads, KEY_DIM=keys.shape[3], VALUE_DIM=values.shape[3], PAD=pad,
+            TILE=tile, num_warps=min(4, max(1, tile * pad // 256)),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _norm(
+    x: tl.tensor, weight: tl.tensor, y: tl.tensor, count: tl.tensor, x_row: tl.tensor, eps: tl.tensor,
+    PLUS_ONE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """TILE rows of x [count, WIDTH], as `rms_norm` says; PAD is a power of two, no less than WIDTH."""
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    d = tl.arange(0, PAD)
+    inside = (row < count)[:, None] & (d < WIDTH)[None, :]
+    wide = tl.load(x + (row * x_row)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
+    n = wide * tl.rsqrt(tl.sum(wide * wide, 1) / WIDTH + eps)[:, None]
+    n = n * (1.0 + w) if PLUS_ONE else n.to(x.dtype.element_ty).to(tl.float32) * w
+    tl.store(y + (row * WIDTH)[:, None] + d[None, :], n.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated(
+    gate: tl.tensor, up: tl.tensor, y: tl.tensor, gate_row: tl.tensor, up_row: tl.tensor,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """TILE numbers (axis 1) of one row (axis 0), as `gated` says."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = d < WIDTH
+    g = tl.load(gate + row * gate_row + d, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + d, mask=inside, other=0.0).to(tl.float32)
+    power = g if SILU else GELU * (g + 0.044715 * g * g * g)  # (1 + tanh z) / 2 is the logistic function of 2 z
+    active = (g / (1.0 + tl.exp(-power))).to(y.dtype.element_ty)
+    tl.store(y + row * WIDTH + d, (active.to(tl.float32) * u).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rope(
+    q: tl.tensor, k: tl.tensor, q_out: tl.tensor, k_out: tl.tensor, cos: tl.tensor, sin: tl.tensor,
+    q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor, k_head: tl.tensor,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """TILE heads (axis 1: first q's, then k's) of one token (axis 0), as `rope` says."""
+    tile = tl.program_id(1)
+    if tile < tl.cdiv(HEADS, TILE):
+        _turned(q, q_out, cos, sin, q_token, q_head, tile, HEADS, HALF, PAD, TILE)
+    else:
+        _turned(k, k_out, cos, sin, k_token, k_head, tile - tl.cdiv(HEADS, TILE), KV_HEADS, HALF, PAD, TILE)
+
+
+@triton.jit
+def _turned(
+    x: tl.tensor, y: tl.tensor, cos: tl.tensor, sin: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, tile: tl.tensor,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """(a, b) -> (a cos - b sin, b cos' + a sin'): a head's halves turned against each other."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tile * TILE + tl.arange(0, TILE)
+    d = tl.arange(0, PAD)
+    half = d < HALF
+    inside = (head < HEADS)[:, None] & half[None, :]
+    place = x + token * x_token + (head * x_head)[:, None] + d[None, :]
+    a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    turn = token * (2 * HALF) + d
+    cos_a = tl.load(cos + turn, mask=half, other=0.0).to(tl.float32)[None, :]
+    cos_b = tl.load(cos + turn + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
+    sin_a = tl.load(sin + turn, mask=half, other=0.0).to(tl.float32)[None, :]
+    sin_b = tl.load(sin + turn + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
+    place = y + token * (HEADS * 2 * HALF) + (head * 2 * HALF)[:, None] + d[None, :]
+    tl.store(place, (a * cos_a - b * sin_a).to(y.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, (b * cos_b + a * sin_b).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write(
+    keys: tl.tensor, values: tl.tensor, k: tl.tensor, v: tl.tensor, kv_index: tl.tensor,
+    key_block: tl.tensor, key_token: tl.tensor, key_head: tl.tensor,
+    value_block: tl.tensor, value_token: tl.tensor, value_head: tl.tensor,
+    k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """TILE heads (axis 1) of one token (axis 0), its keys or its values (axis 2), as `write_kv` says."""
+    index = tl.load(kv_index + tl.program_id(0))
+    if tl.program_id(2) == 0:
+        _copied(k, k_token, k_head, keys + index // SIZE * key_block + index % SIZE * key_token, key_head,
+                HEADS, KEY_DIM, PAD, TILE)  # fmt: skip
+    else:
+        _copied(v, v_token, v_head, values + index // SIZE * value_block + index % SIZE * value_token, value_head,
+                HEADS, VALUE_DIM, PAD, TILE)  # fmt: skip
+
+
+@triton.jit
+def _copied(
+    x: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, y: tl.tensor, y_head: tl.tensor,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """A token's heads in x to its place y."""
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    d = tl.arange(0, PAD)
+    inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
+    row = tl.load(x + tl.program_id(0).to(tl.int64) * x_token + (head * x_head)[:, None] + d[None, :], mask=inside)
+    tl.store(y + (head * y_head)[:, None] + d[None, :], row, mask=inside)

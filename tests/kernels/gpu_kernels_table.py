@@ -1,0 +1,102 @@
+"""The Triton kernels as they are launched on a GPU, to be compiled where there is none.
+
+`python gpu_kernels_table.py` compiles every row for every target, down to the machine code, and prints one line of JSON
+each. It must run without TRITON_INTERPRET, so `test_gpu_compiles.py` starts it as a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 89, 90)  # A100, 4090, H100
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with one choice of its meta-parameters.
+
+    Attributes:
+        types: Triton's names of the types of the arguments that are not constexpr ("*bf16", "i32"), in order.
+        aligned: those whose address or value is a multiple of 16.
+        vectors, scalars: what must be in its PTX and what must not, or its loads are scalar.
+        targets: compute capabilities to compile for.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constexprs: dict[str, Any]
+    aligned: tuple[str, ...] = ()
+    warps: int = 4
+    stages: int = 3
+    vectors: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    targets: tuple[int, ...] = field(default=TARGETS)
+
+
+def builds() -> Iterator[Build]:
+    """Every row of the table; a module of kernels adds a function that yields its own."""
+    from gpu_delta_launches import delta_builds  # these know `Build`
+    from gpu_launches import attention_builds, pointwise_builds
+    from gpu_linear_launches import linear_builds
+
+    yield from delta_builds()
+    yield from attention_builds()
+    yield from pointwise_builds()
+    yield from linear_builds()
+
+
+def compiled(build: Build, capability: int) -> dict[str, object]:
+    """Compile one row; its shared memory and spilled registers in bytes, and what is wrong with its PTX."""
+    names = build.kernel.arg_names
+    unknown = (build.types.keys() | build.constexprs.keys()) ^ set(names)
+    assert not unknown, f"{build.name}: {unknown}"
+    source = ASTSource(
+        fn=build.kernel,
+        signature={name: build.types.get(name, "constexpr") for name in names},
+        constexprs=build.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in build.aligned},
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": build.warps, "num_stages": build.stages},
+    )
+    ptx = made.asm["ptx"]
+    return {
+        "name": f"{build.name} sm_{capability}",
+        "capability": capability,
+        "shared": made.metadata.shared,
+        "spills": spilled(ptx, capability),
+        "lacks": [vector for vector in build.vectors if vector not in ptx],
+        "has": [scalar for scalar in build.scalars if scalar in ptx],
+    }
+
+
+def spilled(ptx: str, capability: int) -> int:
+    """Bytes of registers that ptxas stores to local memory."""
+    ptxas = triton.knobs.nvidia.ptxas.path
+    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(source), "-o", str(source.with_suffix(".o"))]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
+
+
+if __name__ == "__main__":
+    for row in builds():
+        for target in row.targets:
+            print(json.dumps(compiled(row, target)), flush=True)

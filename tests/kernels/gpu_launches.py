@@ -1,0 +1,114 @@
+"""Rows for the table of kernels, taken from launches: what attention and the pointwise calls would start on a GPU.
+
+The calls run on the host with every kernel replaced by a note of its arguments, so a row cannot differ from the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import torch
+from gpu_kernels_table import Build
+from kernel_cases import AttentionCase
+from torch import Tensor
+
+from lora_serve.kernels.gpu import attention, pointwise
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+SHAPES = ((1, 80), (4, 128), (2, 256))  # query heads of a kv head, and their width
+
+
+class Noted:
+    """A kernel that is not launched: `kernel[grid](*args)` becomes a row."""
+
+    def __init__(self, kernel: Any, rows: list[Build], targets: tuple[int, ...], vectors: tuple[str, ...]) -> None:
+        self._kernel, self._rows, self._targets, self._vectors = kernel, rows, targets, vectors
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Noted:
+        return self
+
+    def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
+        given = dict(zip(self._kernel.arg_names, args, strict=False))
+        types = {name: _type(value) for name, value in given.items() if value is not None}
+        constexprs |= {name: None for name, value in given.items() if value is None}
+        steady = {parameter.name for parameter in self._kernel.params if not parameter.do_not_specialize}
+        aligned = tuple(name for name, value in given.items() if name in steady and _aligned(value))
+        name = f"{self._kernel.__name__} {constexprs}"
+        self._rows.append(
+            Build(
+                name,
+                self._kernel,
+                types,
+                constexprs,
+                aligned,
+                warps=num_warps,
+                stages=num_stages,
+                vectors=self._vectors,
+                targets=self._targets,
+            )
+        )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _aligned(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+@contextmanager
+def noted(room: ModuleType, kernels: dict[str, str], targets: tuple[int, ...]) -> Iterator[list[Build]]:
+    """The rows of what `room` launches meanwhile; `kernels`: its kernels, each with what its PTX must contain."""
+    rows: list[Build] = []
+    before = {name: getattr(room, name) for name in kernels}
+    for name, vector in kernels.items():
+        setattr(room, name, Noted(before[name], rows, targets, (vector,)))
+    yield rows
+    for name, kernel in before.items():
+        setattr(room, name, kernel)
+
+
+def attention_builds() -> Iterator[Build]:
+    """Each tile that is chosen, plain and with all that models may ask for, cut into splits and whole."""
+    copies = "cp.async.cg.shared.global"  # sixteen bytes each
+    kernels = {"decode": copies, "prefill": copies, "combine": "ld.global.v4"}
+    real = attention._device
+    for (share, width), dtype, hopper in product(SHAPES, (torch.bfloat16, torch.float32), (True, False)):
+        if dtype is torch.float32 and width > 128:
+            continue  # as at 128, and slow to compile
+        case = AttentionCase(0, dtype, 8, share, width, width, 16, [(1, 300), (3, 64)], None, None, False)
+        q, keys, values, spans = case.tensors()
+        sinks = torch.zeros(8 * share, dtype=dtype)
+        with noted(attention, kernels, (90,) if hopper else (80, 89)) as rows:
+            attention._device = lambda _, hopper=hopper: attention.Device(132, hopper)  # type: ignore[assignment,misc]
+            attention.attention(q, keys, values, spans, 0.1, window=64, softcap=30.0, sinks=sinks)
+            attention._device = lambda _, hopper=hopper: attention.Device(1, hopper)  # type: ignore[assignment,misc]
+            attention.attention(q, keys, values, spans, 0.1)
+        attention._device = real
+        yield from rows
+
+
+def pointwise_builds() -> Iterator[Build]:
+    """Widths of models."""
+    kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write"), "ld.global.v4")
+    with noted(pointwise, kernels, (90,)) as rows:
+        x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
+        pointwise.rms_norm(x, x[0], 1e-6, plus_one=False)
+        pointwise.rms_norm(x[:, :128], x[0, :128], 1e-6, plus_one=True)
+        pointwise.gated(gate, gate, "silu")
+        pointwise.gated(gate, gate, "gelu_tanh")
+        for dim in (80, 128):
+            q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
+            turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)
+            pointwise.rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], turn, turn)
+            pool = torch.zeros(4, 16, 8, dim).bfloat16()
+            pointwise.write_kv(pool, pool, k, k, index)
+    yield from rows

@@ -1,0 +1,32 @@
+"""Every Triton kernel compiles for the GPUs it is meant for, without a GPU: vector loads, and it fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TABLE = Path(__file__).parent / "gpu_kernels_table.py"
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = {80: 160 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may have
+
+MOST_SPILLED = 128  # bytes a thread; that much is the compiler's choice, to have one more program on a processor
+
+
+def test_every_kernel_compiles_and_fits_its_gpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, str(TABLE)], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert rows
+    for row in rows:
+        assert row["lacks"] == row["has"] == [], row
+        assert row["spills"] <= MOST_SPILLED, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row

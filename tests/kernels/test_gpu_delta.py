@@ -1,0 +1,216 @@
+"""The GPU's `delta`, in Triton's interpreter: what every backend promises, and what graphs need besides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import interpreter  # noqa: F401  (before the kernels)
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_cases import CPU, DTYPES, DeltaCase, assert_near, composed_cases, segments_of
+
+from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
+from lora_serve.kernels.gpu.delta import delta, plan
+from lora_serve.kernels.reference import ReferenceKernels
+
+reference = ReferenceKernels()
+few = settings(max_examples=8, deadline=None)
+
+CASE = DeltaCase(
+    seed=3,
+    dtype=torch.bfloat16,
+    weights=torch.bfloat16,
+    in_features=96,
+    out_features=(160, 33),
+    ranks=[[16, 5, 128], [16, 0, 8]],
+    tokens=30,
+    segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 30, 3, 1.0), (0, 0, 0, 0.0)],
+)
+LONG = dataclasses.replace(CASE, tokens=200, segments=[(3, 190, 3, 1.0), (191, 200, 1, 1.0)])
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """NumPy says that NaN is invalid; it is what is meant."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        yield
+
+
+def run(case: DeltaCase, group: DeltaGroup, segments: Segments | None = None) -> list[torch.Tensor]:
+    x, outputs = case.rows()
+    delta(x, outputs, group, segments or case.bounded())
+    return outputs
+
+
+@few
+@given(composed_cases())
+def test_it_gives_the_references_numbers(case: DeltaCase) -> None:
+    group = case.group()
+    x, wanted = case.rows()
+    reference.delta(x, wanted, group, case.bounded())
+    for module, (got, want) in enumerate(zip(run(case, group), wanted, strict=True)):
+        assert_near(got, want, f"module {module}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.elements)
+@pytest.mark.parametrize("weights", DTYPES.elements)
+def test_types_of_rows_and_weights_mix(dtype: torch.dtype, weights: torch.dtype) -> None:
+    case = dataclasses.replace(CASE, dtype=dtype, weights=weights)
+    group = case.group()
+    x, wanted = case.rows()
+    reference.delta(x, wanted, group, case.bounded())
+    for got, want in zip(run(case, group), wanted, strict=True):
+        assert_near(got, want)
+
+
+@few
+@given(composed_cases())
+def test_rows_outside_all_segments_keep_every_bit(case: DeltaCase) -> None:
+    x, outputs = case.rows()
+    covered = {row for start, end, _, _ in case.segments for row in range(start, end)}
+    outside = [row for row in range(case.tokens) if row not in covered]
+    x[outside] = float("nan")
+    for output in outputs:
+        output[outside] = float("nan")
+    before = [output.clone() for output in outputs]
+    delta(x, outputs, case.group(), case.bounded())
+    for got, was in zip(outputs, before, strict=True):
+        assert torch.equal(got[outside].view(torch.uint8), was[outside].view(torch.uint8))
+        assert not got[sorted(covered)].isnan().any()
+
+
+def test_modules_that_a_slot_leaves_alone_keep_every_bit() -> None:
+    before = CASE.rows()[1]
+    got = run(CASE, CASE.group(), segments_of([(1, 4, 2, 0.5)], rank=5))
+    assert torch.equal(got[1], before[1])
+    assert not torch.equal(got[0], before[0])
+
+
+def test_a_composition_is_the_weighted_sum_of_its_adapters_rounded_once() -> None:
+    case = dataclasses.replace(LONG, segments=[(2, 90, 1, 0.7), (2, 90, 3, 0.3), (2, 90, 2, -1.0), (90, 200, 1, 1.0)])
+    group = case.group()
+    x, base = case.rows()
+    for module, got in enumerate(run(case, group)):
+        wanted = base[module].double()
+        for slot, weight in ((1, 0.7), (3, 0.3), (2, -1.0)):
+            each = group.deltas[module][slot]
+            if each is not None:
+                wanted[2:90] += weight * (x[2:90].double() @ each.a.double().T @ each.b.double())
+        rounding = (got[2:90].double() - wanted[2:90]).abs()
+        assert (rounding <= wanted[2:90].abs() * 2**-8 + 2e-4).all()
+
+
+@pytest.mark.parametrize("rows", [17, 64, 65, 187])
+def test_long_segments_are_cut_into_tiles(rows: int) -> None:
+    case = dataclasses.replace(LONG, segments=[(3, 3 + rows, 3, 1.0), (191, 200, 1, 1.0)])
+    group = case.group()
+    x, wanted = case.rows()
+    reference.delta(x, wanted, group, case.bounded())
+    for got, want in zip(run(case, group), wanted, strict=True):
+        assert_near(got, want)
+
+
+def test_many_short_segments_beside_a_long_one() -> None:
+    runs = [(0, 40, 1, 1.0), *((row, row + 1, row % 3 + 1, 1.0) for row in range(40, 70)), (0, 0, 0, 0.0)]
+    case = dataclasses.replace(CASE, tokens=71, segments=runs)
+    group = case.group()
+    x, wanted = case.rows()
+    reference.delta(x, wanted, group, case.bounded())
+    for got, want in zip(run(case, group), wanted, strict=True):
+        assert_near(got, want)
+
+
+def test_more_modules_than_a_launch_takes() -> None:
+    case = dataclasses.replace(
+        CASE, out_features=(40, 1, 150, 16, 7, 130), ranks=[[r, 3, 8] for r in (4, 0, 9, 1, 20, 2)]
+    )
+    group = case.group()
+    x, wanted = case.rows()
+    reference.delta(x, wanted, group, case.bounded())
+    for got, want in zip(run(case, group), wanted, strict=True):
+        assert_near(got, want)
+
+
+def test_outputs_may_be_columns_of_one_tensor_and_tables_rows_of_others() -> None:
+    a, b, rank = (torch.zeros(2, 9, dtype=dtype)[:, :4] for dtype in (torch.int64, torch.int64, torch.int32))
+    group = DeltaGroup(96, (160, 33), 4, torch.bfloat16, CPU, (a, b, rank))
+    for module, deltas in enumerate(CASE.group().deltas):
+        for slot, each in enumerate(deltas):
+            group.set(module, slot, each)
+    x, wanted = CASE.rows()
+    whole = torch.cat(wanted, 1)
+    delta(x, list(whole.split([160, 33], dim=1)), group, CASE.bounded())
+    assert torch.equal(whole, torch.cat(run(CASE, CASE.group()), 1))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    for case in (CASE, LONG):
+        assert all(map(torch.equal, run(case, case.group()), run(case, case.group())))
+
+
+def test_slots_can_be_pointed_elsewhere_while_a_graph_keeps_its_sizes() -> None:
+    group = CASE.group()
+    segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), longest=40, rank=200)
+    first = run(CASE, group, segments)
+    group.set(0, 1, None)
+    group.set(1, 1, group.deltas[1][3])
+    x, wanted = CASE.rows()
+    reference.delta(x, wanted, group, segments)
+    got = run(CASE, group, segments)
+    assert torch.equal(got[0], wanted[0])
+    assert_near(got[1], wanted[1])
+    assert not torch.equal(got[1], first[1])
+    torch.manual_seed(9)
+    higher = Delta(torch.randn(190, 96).bfloat16() / 10, torch.randn(190, 160).bfloat16() / 14)
+    group.set(0, 1, higher)
+    x, wanted = CASE.rows()
+    reference.delta(x, wanted, group, segments)
+    assert_near(run(CASE, group, segments)[0], wanted[0])
+
+
+def test_a_broken_adapter_breaks_only_its_own_rows() -> None:
+    group = CASE.group()
+    wanted = run(CASE, group)
+    broken = group.deltas[0][2]
+    assert broken is not None
+    broken.a.fill_(float("nan"))
+    got = run(CASE, group)
+    others = [*range(1), *range(4, 30)]
+    assert got[0][1:4].isnan().all()
+    assert torch.equal(got[0][others], wanted[0][others])
+    assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("runs", [[], [(0, 0, 0, 0.0), (0, 0, 0, 0.0)]])
+def test_no_segments_and_empty_ones_are_no_work(runs: list[tuple[int, int, int, float]]) -> None:
+    got = run(CASE, CASE.group(), segments_of(runs, rank=16))
+    assert all(map(torch.equal, got, CASE.rows()[1]))
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
+    group, segments = CASE.group(), CASE.bounded()
+    x, outputs = CASE.rows()
+    with pytest.raises(ValueError, match="does not fit the group"):
+        delta(x[:, :-1], outputs, group, segments)
+    with pytest.raises(ValueError, match="does not fit the group"):
+        delta(x, outputs[:1], group, segments)
+    with pytest.raises(ValueError, match="does not fit 30 rows of 33"):
+        delta(x, [outputs[0], outputs[1][:20]], group, segments)
+    with pytest.raises(ValueError, match="does not fit 30 rows of 160"):
+        delta(x, [output.float() for output in outputs], group, segments)
+    with pytest.raises(TypeError, match="float64"):
+        delta(x.double(), [output.double() for output in outputs], group, segments)
+    with pytest.raises(TypeError, match="int32"):
+        delta(x, outputs, group, dataclasses.replace(segments, slot=segments.slot.long()))
+
+
+def test_few_rows_fill_the_device_and_many_are_not_split() -> None:
+    def splits(rows: int, count: int, longest: int) -> int:
+        one = torch.zeros(count, dtype=torch.int32)
+        return plan(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
+
+    assert [splits(1, 1, 1), splits(32, 32, 1), splits(256, 256, 1), splits(8192, 2, 8000)] == [16, 4, 1, 1]

@@ -1,0 +1,131 @@
+"""The GPU's small operations, in Triton's interpreter: the reference's numbers from whatever strides they come in."""
+
+from __future__ import annotations
+
+import interpreter  # noqa: F401  (before the kernels)
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_near
+
+from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.gpu.pointwise import gated, rms_norm, rope, write_kv
+from lora_serve.kernels.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 150))
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # infinity is what is meant
+few = settings(max_examples=12, deadline=None)
+
+
+@few
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, plus_one=st.booleans())
+def test_norms_are_the_references(seed: int, dtype: torch.dtype, shape: tuple[int, int, int], plus_one: bool) -> None:
+    torch.manual_seed(seed)
+    x, weight = (5 * torch.randn(*shape[:2], shape[2] + 3)).to(dtype)[..., :-3], torch.randn(shape[2]).to(dtype)
+    got = rms_norm(x, weight, 1e-6, plus_one=plus_one)
+    assert got.is_contiguous()
+    assert_near(got, REFERENCE.rms_norm(x, weight, 1e-6, plus_one=plus_one))
+    assert got[:1].equal(rms_norm(x[:1], weight, 1e-6, plus_one=plus_one))
+
+
+@pytest.mark.parametrize("width", [2048, 5120, 16384])
+def test_wide_norms_round_before_the_weight(width: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, width).bfloat16(), torch.randn(width)  # a weight kept wider than the rows
+    got, wanted = (norm(x, weight, 1e-5, plus_one=False) for norm in (rms_norm, REFERENCE.rms_norm))
+    assert got.dtype is torch.bfloat16
+    assert (got == wanted).float().mean() > 0.999  # the sum's order can tip a rounding, no more
+    assert_near(got, wanted)
+
+
+@few
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, activation=st.sampled_from(["silu", "gelu_tanh"]))
+def test_gated_activations_are_the_references(
+    seed: int, dtype: torch.dtype, shape: tuple[int, int, int], activation: Activation
+) -> None:
+    torch.manual_seed(seed)
+    both = (4 * torch.randn(*shape[:2], 2 * shape[2] + 1)).to(dtype)
+    gate, up = both[..., : shape[2]], both[..., shape[2] + 1 :]  # halves of one projection
+    got = gated(gate, up, activation)
+    assert got.is_contiguous()
+    assert_near(got, REFERENCE.gated(gate, up, activation))
+
+
+def test_a_gated_row_may_be_wider_than_a_program() -> None:
+    gate, up = torch.linspace(-9, 9, 2 * 5003).view(2, 5003), torch.ones(2, 5003)
+    assert_near(gated(gate, up, "silu"), REFERENCE.gated(gate, up, "silu"))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(activation: Activation) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan")]])
+    got = gated(gate, torch.ones_like(gate), activation)[0]
+    assert got[:3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+    assert got[3:6].tolist() == pytest.approx([0.0, 90.0, 1e30])
+    assert got[6].isnan()
+
+
+@few
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=DTYPES,
+    turns=DTYPES,
+    tokens=st.integers(1, 6),
+    heads=st.tuples(st.integers(1, 40), st.integers(1, 9)),
+    half=st.sampled_from([1, 24, 40, 64]),
+    transposed=st.booleans(),
+)
+def test_rotary_embeddings_are_the_references(
+    seed: int, dtype: torch.dtype, turns: torch.dtype, tokens: int, heads: tuple[int, int], half: int, transposed: bool
+) -> None:
+    torch.manual_seed(seed)
+    q, k = (torch.randn(1, n, tokens, 2 * half).to(dtype) for n in heads)
+    if transposed:  # as models hand them over: [tokens, heads, dim] in memory
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    cos, sin = (torch.randn(1, tokens, 2 * half).to(turns) for _ in range(2))
+    got, wanted = rope(q, k, cos, sin), REFERENCE.rope(q, k, cos, sin)
+    for mine, right in zip(got, wanted, strict=True):
+        assert_near(mine, right)
+        assert mine[0].transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 3, 40])
+def test_keys_and_values_land_at_their_places_and_nowhere_else(dtype: torch.dtype, heads: int) -> None:
+    torch.manual_seed(0)
+    tokens = 7
+    keys, values = torch.randn(8, 3, heads, 24).to(dtype), torch.randn(8, 3, heads, 72).to(dtype)
+    k = torch.randn(heads, tokens, 24).to(dtype).transpose(0, 1)
+    v = torch.randn(tokens, heads, 80).to(dtype)[..., :72]
+    index = torch.randperm(8 * 3)[:tokens]
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    REFERENCE.write_kv(wanted_keys, wanted_values, k, v, index)
+    write_kv(keys, values, k, v, index)
+    assert torch.equal(keys, wanted_keys)
+    assert torch.equal(values, wanted_values)
+
+
+def test_nothing_comes_of_nothing() -> None:
+    nothing = torch.zeros(0, 8)
+    assert rms_norm(nothing, torch.ones(8), 1e-6, plus_one=True).shape == (0, 8)
+    assert gated(nothing, nothing, "silu").shape == (0, 8)
+    q, k = rope(torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 0, 8), torch.zeros(1, 0, 8))
+    assert (q.shape, k.shape) == ((1, 2, 0, 8), (1, 1, 0, 8))
+    pool = torch.zeros(1, 1, 1, 8)
+    write_kv(pool, pool, torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), torch.zeros(0, dtype=torch.int64))
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        rms_norm(torch.zeros(2, 8), torch.zeros(9), 1e-6, plus_one=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        gated(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
+    with pytest.raises(ValueError, match="do not fit"):
+        rope(torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 6), torch.zeros(1, 3, 8), torch.zeros(1, 3, 8))
+    pool, k, index = torch.zeros(2, 4, 1, 8), torch.ones(2, 1, 8), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match="pool's type"):
+        write_kv(pool, pool, k.half(), k.half(), index)
+    with pytest.raises(ValueError, match="do not fit the pool"):
+        write_kv(pool, pool, k[:, :, :4], k, index)
