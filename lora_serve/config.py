@@ -66,8 +66,10 @@ class ServeConfig(BaseSettings):
     max_model_len: int | None = Field(
         None, ge=8, description="longest context in tokens (default: the model's, as far as memory allows)"
     )
-    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step; longer prompts are read in chunks")
+    max_num_seqs: int | None = Field(None, ge=1, description="sequences in one step (default: 64; on a GPU 256)")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens in one step; longer prompts are read in chunks (default: 512; on a GPU 2048)"
+    )
     kv_cache_memory: ByteSize | None = Field(
         None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU what is left)"
     )

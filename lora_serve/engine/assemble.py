@@ -17,7 +17,7 @@ from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import Turns
 from lora_serve.engine.runner import Runner, Tokens
 from lora_serve.engine.scheduler import Scheduler
-from lora_serve.engine.sizing import adapter_memory, kv_memory, measured
+from lora_serve.engine.sizing import adapter_memory, kv_memory, limits_of, measured
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
@@ -63,22 +63,23 @@ def assemble(
         scheme=config.quantize,
         names=(config.served_name(),),
     )
+    limits = limits_of(config, device)
     capacity = adapter_memory(config, device)
     bank = Bank(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
-    tokens = Tokens(config.max_num_seqs, device) if ahead or (ahead is None and device.type != "cpu") else None
+    tokens = Tokens(limits.seqs, device) if ahead or (ahead is None and device.type != "cpu") else None
     kv = KVTensors(loaded.layers, PROOF, config.kv_block_size, loaded.dtype, device)
     base = ResidentBase(loaded, bank, kernels, kv, None if tokens is None else tokens.read)
     progress("proving the base", 0.85)
     base.prove()
     progress("allocating KV", 0.88)
     longest = _wanted(config, loaded)
-    needs = measured(base, config, device, longest, capacity or 0) if device.type == "cuda" else None
+    needs = measured(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
     memory = kv_memory(config, needs, loaded.layers, loaded.dtype)
     max_model_len = _context(config, loaded, memory)
-    blocks = _blocks(config, loaded, memory, max_model_len)
+    blocks = _blocks(config, loaded, memory, max_model_len, limits.seqs)
     kv.resize(blocks)
     progress("preparing steps", 0.9)
-    base.prepare(config.max_num_seqs, -(-max_model_len // config.kv_block_size))
+    base.prepare(limits.seqs, -(-max_model_len // config.kv_block_size))
     progress("opening the adapter store", 0.92)
     registry = Registry(
         Store(config.store_folder()),
@@ -96,8 +97,8 @@ def assemble(
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
         Turns(config.adapter_slots, QUANTUM, capacity, registry.size),
-        max_seqs=config.max_num_seqs,
-        max_tokens=config.max_num_batched_tokens,
+        max_seqs=limits.seqs,
+        max_tokens=limits.tokens,
         prefix_cache=config.prefix_cache,
     )
     info = EngineInfo(
@@ -145,8 +146,8 @@ def _context(config: ServeConfig, loaded: LoadedModel, memory: int) -> int:
     return min(wanted, fits)
 
 
-def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int) -> int:
+def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int, seqs: int) -> int:
     """Blocks that fit the memory, but no more than all sequences at full length could use."""
     size = config.kv_block_size
     fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
-    return max(PROOF, min(fit, config.max_num_seqs * -(-max_model_len // size)))
+    return max(PROOF, min(fit, seqs * -(-max_model_len // size)))

@@ -36,6 +36,7 @@ from lora_serve.request import Event, Finished, Request
 
 COMMAND = (sys.executable, "-m", "lora_serve.engine.process")
 UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
+MOST_SEQS = 256  # in one step, whatever the device
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class EngineClient:
         self, config: ServeConfig, *, command: Sequence[str] = COMMAND, unread_tokens: int = UNREAD_TOKENS
     ) -> None:
         self._unread_tokens = unread_tokens
-        self._most_streams = config.max_queue + config.max_num_seqs
+        self._most_streams = config.max_queue + (config.max_num_seqs or MOST_SEQS)
         self._streams: dict[str, EventStream] = {}  # those that the engine still works on
         self._readers = 0  # generators not yet closed, their streams perhaps finished
         self._calls: dict[int, asyncio.Future[Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,13 @@ from lora_serve.request import Sampling
 
 HOST = 1 << 30  # bytes of KV where memory is shared with everything else
 ADAPTERS = 10  # a GPU's memory over that of its adapters
+
+
+class Limits(NamedTuple):
+    """Sequences and tokens in one step."""
+
+    seqs: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,12 @@ class Needs:
             f"of {gib(self.total)} GiB, {gib(self.taken)} are taken (the base and what else is there), a step takes up "
             f"to {gib(self.passes)}, graphs {gib(self.graphs)}, adapters {gib(self.adapters)}"
         )
+
+
+def limits_of(config: ServeConfig, device: torch.device) -> Limits:
+    """As given, or what suits the device."""
+    usual = Limits(256, 2048) if device.type == "cuda" else Limits(64, 512)
+    return Limits(config.max_num_seqs or usual.seqs, config.max_num_batched_tokens or usual.tokens)
 
 
 def adapter_memory(config: ServeConfig, device: torch.device) -> int | None:
@@ -71,7 +85,9 @@ def kv_memory(config: ServeConfig, needs: Needs | None, layers: list[LayerShape]
     return wanted
 
 
-def measured(base: ResidentBase, config: ServeConfig, device: torch.device, longest: int, adapters: int) -> Needs:
+def measured(
+    base: ResidentBase, config: ServeConfig, device: torch.device, limits: Limits, longest: int, adapters: int
+) -> Needs:
     """What a GPU's memory is needed for, by trying the largest step and the largest graph.
 
     Args:
@@ -81,12 +97,12 @@ def measured(base: ResidentBase, config: ServeConfig, device: torch.device, long
     _settle()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _largest_step(base, config, longest)
+    _largest_step(base, config.kv_block_size, limits, longest)
     torch.cuda.synchronize(device)
     passes = torch.cuda.max_memory_allocated(device) - before
     _settle()
     free, total = torch.cuda.mem_get_info(device)
-    graphs = base.graph_memory(config.max_num_seqs, lambda: torch.cuda.mem_get_info(device)[0])
+    graphs = base.graph_memory(limits.seqs, lambda: torch.cuda.mem_get_info(device)[0])
     _settle()
     return Needs(total, total - free, passes, graphs, adapters)
 
@@ -97,12 +113,12 @@ def _settle() -> None:
     torch.cuda.empty_cache()
 
 
-def _largest_step(base: ResidentBase, config: ServeConfig, longest: int) -> None:
+def _largest_step(base: ResidentBase, block_size: int, limits: Limits, longest: int) -> None:
     """All tokens that a step may have, all their logits, as many draws and log-probabilities as there may be."""
-    tokens = config.max_num_batched_tokens
+    tokens = limits.tokens
     counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    blocks = -(-longest // config.kv_block_size)
+    blocks = -(-longest // block_size)
     logits = base.forward(
         Batch(
             token_ids=[0] * tokens,
@@ -114,7 +130,7 @@ def _largest_step(base: ResidentBase, config: ServeConfig, longest: int) -> None
             logits_rows=range(tokens),
         )
     )
-    rows = min(config.max_num_seqs, tokens)
+    rows = min(limits.seqs, tokens)
     row = Row(Sampling(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=20), 0, 0, frozenset(), [], [])
     draw(logits[:rows], [row] * rows).wait()
     logprobs(logits, torch.zeros(tokens, dtype=torch.int64, device=logits.device), [20] * tokens).wait()

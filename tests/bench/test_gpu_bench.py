@@ -1,4 +1,4 @@
-"""What is said about a GPU follows from what was measured; the measuring itself runs on the CPU, at the smallest size."""
+"""What is said of a GPU follows from what was measured; the measuring itself runs on the CPU, at the smallest size."""
 
 from __future__ import annotations
 
@@ -177,5 +177,5 @@ def test_the_last_line_of_pytest_is_counted() -> None:
 
 def test_a_command_that_lasts_too_long_is_stopped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     slow = [sys.executable, "-c", f"import os, time; print(os.environ['PYTHONPATH'] == {str(ROOT)!r}); time.sleep(30)"]
-    assert gpu_check.run(slow, tmp_path / "log", 1.0) == 124
+    assert gpu_check.run(slow, tmp_path / "log", 3.0) == 124
     assert (tmp_path / "log").read_text() == capfd.readouterr().out == f"True{os.linesep}"

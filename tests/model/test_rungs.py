@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 from driver import CPU, Driver
+from memory_tape import MemoryTape
 from parity import bring, make
 from support import save
-from torch import Tensor
 
 from lora_serve.kernels.contract import Ladder
 from lora_serve.kernels.reference import ReferenceKernels
@@ -19,20 +19,6 @@ from lora_serve.model.rungs import Rungs
 
 PROMPTS = [[3, 5, 7, 11], [2, 4, 6], [9, 8, 7, 6, 5], [1, 2]]
 BLOCKS = 12
-
-
-class MemoryTape:
-    """What a graph promises, without a GPU: the same pass again, on whatever lies in the same memory."""
-
-    def __init__(self) -> None:
-        self.refused: str | None = None
-
-    def note(self, run: Callable[[], Tensor]) -> Tensor:
-        self._run = run
-        return run()
-
-    def play(self) -> None:
-        self._run()
 
 
 class LadderKernels(ReferenceKernels):

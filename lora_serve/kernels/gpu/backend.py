@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,8 @@ class GpuKernels:
 
     def __init__(self) -> None:
         self._plain = ReferenceKernels()  # maps in full precision
-        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self._tapes: WeakSet[GraphTape] = WeakSet()
+        self._pool: Any = None
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
         """See `Kernels.pack`."""
@@ -86,7 +89,13 @@ class GpuKernels:
 
     def tape(self, *, wary: bool = False) -> GraphTape | None:
         """See `Kernels.tape`; a capture is always wary."""
-        return None if self._pool is None else GraphTape(self._pool)
+        if not torch.cuda.is_available():
+            return None
+        if not self._tapes:  # a pool whose graphs are all gone cannot be used again
+            self._pool = torch.cuda.graph_pool_handle()
+        tape = GraphTape(self._pool)
+        self._tapes.add(tape)
+        return tape
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""
