@@ -9,7 +9,10 @@ PORT   ?= 8000
 ARGS   ?=
 DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters adapters)
 
-.PHONY: serve test check format clean
+GPU_PYTHON ?= 3.12
+OUT        ?= gpu-check
+
+.PHONY: serve test check format gpu-check gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -27,8 +30,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+gpu-check:  ## on a machine with a GPU: its tests, then bench/gpu.py, into OUT=gpu-check; needs no network
+	$(PYTHON) bench/gpu_check.py --out $(OUT)
+
+gpu-wheels:  ## where there is a network: wheels that gpu-check may need, for GPU_PYTHON=3.12
+	$(PYTHON) bench/gpu_wheels.py --python $(GPU_PYTHON)
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,9 @@ one plays, so each may use the others' scratch memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,20 +30,19 @@ class GraphTape:
     def note(self, run: Callable[[], Tensor]) -> Tensor:
         """Make the pass twice, once to have every kernel compiled and loaded, once into the graph, and play that.
 
-        A pass that waits for the device, or takes decisions by its values, cannot be captured.
+        A pass that waits for the device, or takes decisions by its values, cannot be captured. The first time shows
+        that, so that no capture is begun in vain.
         """
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()
-        current.wait_stream(side)
-        torch.cuda.synchronize()
+        current = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(self._graph, pool=self._pool):
-                result = run()
+            self._warm(run)
+            result = self._captured(run)
+        except torch.OutOfMemoryError:
+            self._abandon(current)
+            raise
         except RuntimeError as error:
+            self._abandon(current)
             self.refused = str(error).strip().partition("\n")[0]
-            torch.cuda.synchronize()
             return run()
         self.play()
         return result
@@ -49,3 +50,36 @@ class GraphTape:
     def play(self) -> None:
         """See `Tape.play`; returns before the device is done."""
         self._graph.replay()
+
+    def _warm(self, run: Callable[[], Tensor]) -> None:
+        """Make the pass beside the others' stream, as captures want it; RuntimeError where it waits for the device."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side), _no_waiting():
+            run()
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+
+    def _captured(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.graph(self._graph, pool=self._pool):
+            return run()
+
+    def _abandon(self, stream: torch.cuda.Stream) -> None:
+        """After an error: torch leaves its stream, and its allocator in the belief that a capture goes on."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """RuntimeError for whatever waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not find everything; a capture does
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

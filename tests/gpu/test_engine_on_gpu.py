@@ -1,0 +1,108 @@
+"""The engine on the GPU, a step ahead of what it has read, and the whole server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from engine.engine_session import Session
+from gpu_device import DEVICE, ON_GPU, here
+from parity import again, make
+from served import ADAPTERS, Served
+from support import reference
+
+from demo.tasks import TASKS, heldout_prompts
+from lora_serve.errors import Unavailable
+from lora_serve.messages import Call, EvictAdapter, Publish
+from lora_serve.model.batch import Batch
+
+pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT talks
+PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40)), [11]]
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(tmp_path, ahead=True, device=str(DEVICE), max_num_seqs=8)
+    yield session
+    session.engine.close()
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    with torch.inference_mode():
+        return model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt):].tolist()  # fmt: skip
+
+
+def test_greedy_batches_give_what_transformers_generates(session: Session) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        session.send(str(index), prompt, max_tokens=10)
+    session.run()
+    for index, prompt in enumerate(PROMPTS):
+        assert session.tokens(str(index)) == greedy(reference("llama"), prompt, 10)
+    assert session.blocks_used == 0
+
+
+def test_adapters_that_come_and_go_give_what_peft_generates(session: Session, tmp_path: Path) -> None:
+    for seed, rank in enumerate((4, 32)):
+        folder = tmp_path / f"a{seed}"
+        make("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
+        session.engine.receive(Call(seed, Publish(folder.name, str(folder))))
+    while len(session.replies) < 2:
+        session.step()
+    for turn in range(2):
+        for index, prompt in enumerate(PROMPTS):
+            adapter = None if index == 3 else f"a{index % 2}"
+            session.send(f"{turn}/{index}", prompt, adapter=adapter, max_tokens=10)
+        session.run()
+        for seed in range(2):
+            session.engine.receive(Call(10 + 2 * turn + seed, EvictAdapter(f"a{seed}")))
+        session.run()
+    models = [again("llama", tmp_path / f"a{seed}") for seed in range(2)]
+    for index, prompt in enumerate(PROMPTS):
+        wanted = greedy(reference("llama") if index == 3 else models[index % 2], prompt, 10)
+        for turn in range(2):
+            assert session.tokens(f"{turn}/{index}") == wanted
+
+
+def test_a_prompt_that_finds_no_memory_ends_alone(session: Session) -> None:
+    base = session.engine._runner._base
+    forward = base.forward
+
+    def greedy_for_memory(batch: Batch) -> torch.Tensor:
+        if any(position > 40 for position in batch.positions):
+            torch.empty(1 << 46, device=DEVICE)  # the allocator's own refusal
+        return forward(batch)
+
+    base.forward = greedy_for_memory  # type: ignore[method-assign]
+    session.send("small", PROMPTS[0], max_tokens=20)
+    session.send("large", list(range(3, 90)), max_tokens=4)
+    session.send("other", PROMPTS[1], max_tokens=20)
+    session.run()
+    failure = session.end("large").failure
+    assert failure is not None
+    assert failure.kind == Unavailable.kind  # a 503
+    for id, prompt in (("small", PROMPTS[0]), ("other", PROMPTS[1])):
+        assert session.tokens(id) == greedy(reference("llama"), prompt, 20)
+    assert session.ask("later", PROMPTS[3]) == greedy(reference("llama"), PROMPTS[3], 8)
+    assert session.blocks_used == 0
+
+
+def test_a_server_on_the_gpu_says_what_one_on_the_cpu_says(tmp_path: Path) -> None:
+    texts = heldout_prompts(4 if ON_GPU else 1, seed=21)
+    jobs = [(text, name) for text in texts for name in (None, *TASKS)]
+
+    def answers(device: str) -> list[str]:
+        options = ("--adapters", str(ADAPTERS), "--device", device, "--dtype", "float32", "--max-num-seqs", "16")
+        with Served(tmp_path / f"store-{device}", *options) as served, ThreadPoolExecutor(8) as pool:
+            return [*pool.map(lambda job: served.complete(*job), jobs)]
+
+    found = answers(DEVICE.type)
+    assert found == answers("cpu")
+    right = sum(answer == TASKS[name].answer(text) for (text, name), answer in zip(jobs, found, strict=True) if name)
+    assert right >= 0.8 * len(texts) * len(TASKS)

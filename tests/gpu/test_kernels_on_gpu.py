@@ -1,0 +1,289 @@
+"""Every kernel on the GPU itself, at the sizes of real models: the reference's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from gpu_device import DEVICE, gpu_only, here, sized
+from kernels.kernel_cases import AttentionCase, assert_near
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lora_serve.kernels.contract import Activation, Delta, DeltaGroup, Segments, Spans
+from lora_serve.kernels.gpu.backend import GpuKernels
+from lora_serve.kernels.gpu.graph import GraphTape
+from lora_serve.kernels.reference import ReferenceKernels
+
+pytestmark = here
+REFERENCE = ReferenceKernels()
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def kernels() -> GpuKernels:
+    return GpuKernels()
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+# --- delta -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """A group of modules, and segments as (rows, rank); rows of rank 0 are the base's."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+    segments: tuple[tuple[int, int], ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.segments)
+
+    def group(self, dtype: torch.dtype) -> DeltaGroup:
+        group = DeltaGroup(self.in_features, self.out_features, len(self.segments) + 1, dtype, DEVICE)
+        for module, out in enumerate(self.out_features):
+            for slot, (_, rank) in enumerate(self.segments, 1):
+                if rank:
+                    group.set(module, slot, self.delta(rank, out, dtype))
+        return group
+
+    def delta(self, rank: int, out: int, dtype: torch.dtype) -> Delta:
+        a = draw(rank, self.in_features, dtype=dtype, scale=self.in_features**-0.5)
+        return Delta(a, draw(rank, out, dtype=dtype, scale=rank**-0.5))
+
+    def bounds(self) -> Segments:
+        starts = [sum(rows for rows, _ in self.segments[:i]) for i in range(len(self.segments))]
+        runs = [
+            (start, start + rows, slot)
+            for slot, (start, (rows, rank)) in enumerate(zip(starts, self.segments, strict=True), 1)
+            if rank
+        ]
+        start, end, slot = (int32(list(each)) for each in zip(*runs, strict=True))
+        weight = torch.linspace(0.5, 1.5, len(runs), device=DEVICE)
+        longest = max(last - first for first, last, _ in runs)
+        return Segments(start, end, slot, weight, longest, max(rank for _, rank in self.segments))
+
+
+MIXED = (8, 16, 32, 64, 128)
+QKV, GATE_UP, DOWN = (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))
+DELTAS = sized(
+    [
+        pytest.param(Deltas(*QKV, ((1, 16),)), id="qkv, one row"),
+        pytest.param(Deltas(*QKV, ((1, 16),) * 32), id="qkv, 32 rows all distinct"),
+        pytest.param(Deltas(*QKV, ((16, 16),) * 16), id="qkv, 16 segments of 16"),
+        pytest.param(Deltas(*GATE_UP, tuple((1, rank) for rank in MIXED) * 6), id="gate and up, mixed ranks"),
+        pytest.param(Deltas(*DOWN, ((1, 64), (1, 0), (3, 128), (200, 0), (1, 8))), id="down, beside the base"),
+        pytest.param(Deltas(*DOWN, ((2048, 16),)), id="down, a prompt"),
+        pytest.param(Deltas(*QKV, ((700, 128), (1, 8), (33, 32), (290, 64))), id="qkv, prompts beside a token"),
+    ],
+    [
+        pytest.param(Deltas(96, (64, 32), tuple((1, rank) for rank in MIXED)), id="mixed ranks"),
+        pytest.param(Deltas(96, (64,), ((40, 16), (2, 0), (1, 8))), id="a prompt"),
+    ],
+)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("case", DELTAS)
+def test_deltas(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    group, segments = case.group(dtype), case.bounds()
+    x = draw(case.rows, case.in_features, dtype=dtype)
+    base = [draw(case.rows, out, dtype=dtype) for out in case.out_features]
+    got, again, wanted = ([output.clone() for output in base] for _ in range(3))
+    kernels.delta(x, got, group, segments)
+    kernels.delta(x, again, group, segments)
+    REFERENCE.delta(x, wanted, group, segments)
+    for mine, twice, right in zip(got, again, wanted, strict=True):
+        assert_near(mine, right)
+        assert torch.equal(mine, twice)
+
+
+@gpu_only
+def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None:
+    torch.manual_seed(0)
+    case = Deltas(*QKV, ((1, 16),) * 8)
+    group, segments = case.group(BF16), replace(case.bounds(), longest=16, rank=1024)
+    x = draw(8, case.in_features, dtype=BF16)
+    outputs = [torch.zeros(8, out, dtype=BF16, device=DEVICE) for out in case.out_features]
+
+    def run() -> Tensor:
+        for output in outputs:
+            output.zero_()
+        kernels.delta(x, outputs, group, segments)
+        return outputs[0]
+
+    tape = GraphTape(torch.cuda.graph_pool_handle())
+    tape.note(run)
+    assert tape.refused is None
+    for ranks in ([16] * 8, [8, 128, 64, 0, 32, 16, 200, 8], [0] * 7 + [64]):
+        for module, out in enumerate(case.out_features):
+            for slot, rank in enumerate(ranks, 1):
+                group.set(module, slot, case.delta(rank, out, BF16) if rank else None)
+        x.copy_(draw(8, case.in_features, dtype=BF16))
+        tape.play()
+        wanted = [torch.zeros_like(output) for output in outputs]
+        REFERENCE.delta(x, wanted, group, segments)
+        for got, right in zip(outputs, wanted, strict=True):
+            assert_near(got, right)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+DECODING = [(1, 4096), (1, 1), (0, 1), (1, 517), (1, 16)]
+READING = [(512, 4096), (1, 700), (300, 300), (0, 1), (2, 17)]
+LLAMA = AttentionCase(7, BF16, 8, 4, 128, 128, 16, DECODING, None, None, False)
+ATTENTION = sized(
+    [
+        pytest.param(replace(LLAMA, sequences=[(1, 512)] * 32), id="decode 32"),
+        pytest.param(LLAMA, id="decode"),
+        pytest.param(replace(LLAMA, sequences=READING), id="prefill"),
+        pytest.param(replace(LLAMA, sequences=READING, dtype=FP32), id="prefill in fp32"),
+        pytest.param(replace(LLAMA, dtype=FP32, window=1000), id="decode in fp32, window"),
+        pytest.param(replace(LLAMA, sequences=READING, dtype=FP16, window=128), id="prefill in fp16, window"),
+        pytest.param(replace(LLAMA, dtype=FP16, sinks=True), id="decode in fp16, sinks"),
+        pytest.param(
+            replace(LLAMA, key_dim=64, value_dim=64, share=8, window=128, sinks=True, sequences=READING + DECODING),
+            id="64 wide, window and sinks",
+        ),
+        pytest.param(
+            replace(LLAMA, key_dim=96, value_dim=96, share=1, kv_heads=32, sequences=READING + DECODING), id="96 wide"
+        ),
+        pytest.param(
+            replace(LLAMA, key_dim=256, value_dim=256, kv_heads=4, share=2, softcap=50.0, sequences=READING + DECODING),
+            id="256 wide, softcap",
+        ),
+        pytest.param(
+            replace(LLAMA, key_dim=256, value_dim=256, dtype=FP32, kv_heads=4, softcap=50.0, window=300),
+            id="256 in fp32",
+        ),
+        pytest.param(
+            replace(LLAMA, key_dim=192, value_dim=128, kv_heads=16, share=1, sequences=READING + DECODING),
+            id="192 and 128 wide",
+        ),
+    ],
+    [
+        pytest.param(replace(LLAMA, kv_heads=2, sequences=[(1, 300), (0, 1), (1, 3)], sinks=True), id="decode"),
+        pytest.param(replace(LLAMA, kv_heads=1, sequences=[(20, 60), (1, 9)], window=20, softcap=5.0), id="prefill"),
+    ],
+)
+
+
+def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, Spans, tuple[Any, ...]]:
+    q, keys, values, spans = case.tensors()
+    there = Spans(
+        *(each.to(DEVICE) for each in (spans.query_start, spans.context, spans.block_table)),
+        spans.longest_query,
+        spans.longest_context,
+    )
+    scale, window, softcap, sinks = case.options
+    options = (scale, window, softcap, None if sinks is None else sinks.to(DEVICE))
+    heads = q.to(DEVICE).transpose(0, 1).contiguous().transpose(0, 1)  # [heads, tokens, dim] in memory
+    return heads, keys.to(DEVICE), values.to(DEVICE), there, options
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(kernels: GpuKernels, case: AttentionCase) -> None:
+    q, keys, values, spans, options = moved(case)
+    wanted = REFERENCE.attention(q, keys, values, spans, *options)
+    assert_near(kernels.attention(q, keys, values, spans, *options), wanted)
+    loose = replace(spans, longest_context=131072)  # as in a graph
+    assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_attention_beside_torchs_own(kernels: GpuKernels, dtype: torch.dtype) -> None:
+    case = replace(LLAMA, dtype=dtype, sequences=sized(READING, [(5, 20), (1, 30)]))  # type: ignore[arg-type]
+    q, keys, values, spans, _ = moved(case)
+    got = kernels.attention(q, keys, values, spans, 128**-0.5)
+    row = 0
+    for i, (rows, context) in enumerate(case.sequences):
+        blocks = spans.block_table[i, : -(-context // case.block_size)].long()
+        key, value = (pool[blocks].flatten(0, 1)[:context].transpose(0, 1)[None] for pool in (keys, values))
+        seen = torch.ones(rows, context, dtype=torch.bool, device=DEVICE).tril(context - rows)
+        own = q[row : row + rows].transpose(0, 1)[None]
+        wanted = scaled_dot_product_attention(own, key, value, attn_mask=seen, enable_gqa=True)
+        assert_near(got[row : row + rows], wanted[0].transpose(0, 1))
+        row += rows
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+TYPES = [FP32, BF16, FP16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", sized([64, 96, 128, 256], [64]))
+def test_rotary_embeddings_and_writes(kernels: GpuKernels, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads = sized([300, 32, 8], [5, 4, 2])
+    q, k = (draw(1, tokens, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
+    cos, sin = (draw(1, tokens, dim, dtype=dtype) for _ in range(2))
+    for got, wanted in zip(kernels.rope(q, k, cos, sin), REFERENCE.rope(q, k, cos, sin), strict=True):
+        assert_near(got, wanted)
+    pools = [draw(64, 16, kv_heads, dim, dtype=dtype) for _ in range(2)]
+    mine, right = ([pool.clone() for pool in pools] for _ in range(2))
+    index = torch.randperm(64 * 16, device=DEVICE)[:tokens]
+    rows = k[0].transpose(0, 1)
+    kernels.write_kv(*mine, rows, -rows, index)
+    REFERENCE.write_kv(*right, rows, -rows, index)
+    for got, wanted in zip(mine, right, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "width"), sized([(1, 4096), (33, 14336), (512, 3584)], [(3, 96)]))
+def test_norms_and_gated_activations(kernels: GpuKernels, rows: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, up, weight = (draw(*size, dtype=dtype) for size in ((rows, width), (rows, width), (width,)))
+    for plus_one in (False, True):
+        got, wanted = (each.rms_norm(x, weight, 1e-5, plus_one=plus_one) for each in (kernels, REFERENCE))
+        assert_near(got, wanted)
+    activations: list[Activation] = ["silu", "gelu_tanh"]
+    for activation in activations:
+        assert_near(kernels.gated(x, up, activation), REFERENCE.gated(x, up, activation))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("biased", [False, True])
+def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide, outs = sized([4096, (4096, 1024, 1024)], [64, (64, 32, 32)])  # type: ignore[misc]
+    packed = [kernels.pack(draw(out, wide, dtype=dtype, scale=wide**-0.5)) for out in outs]
+    biases = [draw(out, dtype=dtype) if biased else None for out in outs]
+    x = draw(rows, wide, dtype=dtype)
+    wanted = REFERENCE.linear(x, list(zip(packed, biases, strict=True)))
+    joined = kernels.beside(packed)
+    got = kernels.linear(x, list(zip(joined, biases, strict=True)))
+    for mine, right, own, laid in zip(got, wanted, packed, joined, strict=True):
+        assert_near(mine, right)
+        assert torch.equal(kernels.unpack(laid), kernels.unpack(own))
+
+
+@gpu_only
+def test_a_pass_that_follows_values_is_refused_and_graphs_go_on() -> None:
+    pool = torch.cuda.graph_pool_handle()
+    x = torch.arange(4.0, device=DEVICE)
+    steered = GraphTape(pool)
+    assert torch.equal(steered.note(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
+    assert steered.refused is not None
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left where the capture was
+    torch.cuda.empty_cache()  # nor does the allocator believe that it goes on
+    plain = GraphTape(pool)
+    doubled = plain.note(lambda: 2 * x)
+    assert plain.refused is None
+    x += 1
+    plain.play()
+    assert torch.equal(doubled, 2 * x)

@@ -1,0 +1,136 @@
+"""Whole models on the GPU: every architecture, with graphs and without, adapters coming and going between replays."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from driver import Driver
+from gpu_device import DEVICE, ON_GPU, gpu_only, here, sized
+from parity import again, bring, logits, make
+from support import ARCHITECTURES, reference, save
+from torch import Tensor
+
+from lora_serve.kernels.contract import Ladder
+from lora_serve.kernels.gpu.backend import GpuKernels
+
+pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT talks
+
+PROMPTS = [[3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37], [2, 4, 6], [9, 8, 7, 6, 5], [1, 2]]
+DECODE = 8 if ON_GPU else 2
+BOTH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Graphs(GpuKernels):
+    """What a GPU is served by; few sizes, so that it starts at once."""
+
+    ladder = Ladder((1, 2, 4, 8), 16, 64) if ON_GPU else Ladder((1, 4), 16, 64)
+
+
+class NoGraphs(GpuKernels):
+    """The same kernels, every step through Python."""
+
+    ladder: Ladder | None = None
+
+    def tape(self, *, wary: bool = False) -> None:  # type: ignore[override]
+        return None
+
+
+def driver(folder: Path, kernels: GpuKernels | None = None, dtype: str = "float32") -> Driver:
+    return Driver(folder, dtype=dtype, device=DEVICE, kernels=kernels or Graphs(), max_tokens=23)
+
+
+def tapes(driver: Driver) -> list[int]:
+    """The graphs that there are, each by its identity."""
+    return [id(noted.tape) for noted in driver.base._replay._noted.values()]
+
+
+def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for left, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(left.float().cpu(), right.float().cpu(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", sized(list(ARCHITECTURES), ["gemma2"]))
+def test_an_architecture_gives_its_own_logits_with_graphs_and_without(architecture: str, tmp_path: Path) -> None:
+    folder = save(architecture, tmp_path / "base")
+    graphs, plain = driver(folder), driver(folder, NoGraphs())
+    assert bool(tapes(graphs)) == ON_GPU
+    got, wanted = (each.teach(PROMPTS, DECODE) for each in (graphs, plain))
+    assert graphs.sequences == plain.sequences
+    assert_alike(got, wanted, 1e-4)
+    assert_alike(got, [logits(reference(architecture), tokens) for tokens in graphs.sequences], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    sized([("llama", "float32"), ("llama", "bfloat16"), ("qwen3", "bfloat16")], [("llama", "float32")]),
+)
+def test_a_mixed_batch_is_what_peft_computes(architecture: str, dtype: str, tmp_path: Path) -> None:
+    kind = getattr(torch, dtype)
+    served = driver(save(architecture, tmp_path / "base"), dtype=dtype)
+    routes: list[list[tuple[str, float]]] = [[]]
+    for seed, rank in enumerate((4, 16, 40)):
+        make(architecture, tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH))
+        routes.append([(served.seat(bring(served, tmp_path / str(seed))), 1.0)])
+    models: list[Any] = [copy.deepcopy(reference(architecture)).to(kind)]
+    models += [again(architecture, tmp_path / str(seed), kind) for seed in range(3)]
+    rows = served.teach(PROMPTS, DECODE, routes)
+    for model, tokens, got in zip(models, served.sequences, rows, strict=True):
+        wanted, base = logits(model, tokens).float(), logits(models[0], tokens).float()
+        apart = float((got.float().cpu() - wanted).norm() / wanted.norm())
+        assert apart < (1e-4 if kind is torch.float32 else 5e-2)
+        if model is not models[0]:
+            assert float((base - wanted).norm() / wanted.norm()) > 0.1, "an adapter that changes little proves little"
+
+
+def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "base")
+    served, plain = driver(folder), Driver(folder, native=False, max_tokens=23)
+    for seed, rank in enumerate((8, 64, 2)):
+        make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH[seed:]))
+    graphs = tapes(served)
+    slots = []
+    for seed in range(3 if ON_GPU else 2):
+        names = [each.seat(bring(each, tmp_path / str(seed))) for each in (served, plain)]
+        slots.append(served.slots[names[0]])
+        results = [
+            each.teach(PROMPTS[:3], DECODE, [[(name, 1.0)], [], [(name, 0.5)]])
+            for each, name in zip((served, plain), names, strict=True)
+        ]
+        assert served.sequences == plain.sequences
+        assert_alike(*results, 1e-3)
+        for each, name in zip((served, plain), names, strict=True):
+            each.bank.evict(name)
+    assert len(set(slots)) == 1
+    assert tapes(served) == graphs
+
+
+@gpu_only
+def test_a_model_that_is_steered_by_values_is_served_all_the_same(tmp_path: Path) -> None:
+    served = driver(save("mixtral", tmp_path / "base"))
+    got = served.teach(PROMPTS, DECODE)
+    assert_alike(got, [logits(reference("mixtral"), tokens) for tokens in served.sequences], 1e-3)
+
+
+@gpu_only
+def test_memory_of_an_evicted_adapter_returns(tmp_path: Path) -> None:
+    served = driver(save("llama", tmp_path / "base"))
+    make("llama", tmp_path / "a", 0, peft.LoraConfig(r=64, target_modules=BOTH))
+    taken = []
+    for _ in range(3):
+        adapter = bring(served, tmp_path / "a")
+        name = served.seat(adapter)
+        torch.cuda.synchronize()
+        seated = torch.cuda.memory_allocated()
+        served.teach(PROMPTS[:1], DECODE, [[(name, 1.0)]])
+        served.bank.evict(name)
+        gc.collect()
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_allocated())
+        assert seated - taken[-1] >= adapter.nbytes or len(taken) == 1  # the first pass leaves the libraries' scratch
+    assert taken[1] == taken[2]
