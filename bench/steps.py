@@ -24,8 +24,8 @@ from bench.load import Load
 from bench.report import json_line, number, table
 from bench.serve import mixes
 from lora_serve.engine import assemble, runner
-from lora_serve.kernels.tape import Tape
-from lora_serve.model import replay
+from lora_serve.kernels.tape import CallTape
+from lora_serve.model import place, replay
 
 HEAD = 30_000  # outputs from which a map is the head
 
@@ -57,9 +57,10 @@ def watch(clocks: Clocks) -> None:
         return kernels
 
     assemble.select = timed
-    Tape.play = clocks.around("played from tape", Tape.play)  # type: ignore[method-assign]
+    CallTape.play = clocks.around("played from tape", CallTape.play)  # type: ignore[method-assign]
     runner.flatten = clocks.around("flatten", runner.flatten)
-    runner.sample = clocks.around("sample", runner.sample)
+    runner.draw = clocks.around("draw", runner.draw)
+    place.Place.write = clocks.around("write", place.Place.write)  # type: ignore[method-assign]
 
 
 def _map(x: Any, maps: Any) -> str:
