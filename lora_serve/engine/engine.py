@@ -14,7 +14,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,9 +22,10 @@ from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.admission import check, check_room
 from lora_serve.engine.assemble import assemble
+from lora_serve.engine.flight import Flight, launch
 from lora_serve.engine.operations import start
 from lora_serve.engine.pace import Pace
-from lora_serve.engine.runner import Landing, Outcome, Runner
+from lora_serve.engine.runner import Outcome, Runner
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError, Unavailable
@@ -45,16 +45,6 @@ from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Serv
 log = logging.getLogger(__name__)
 
 LEAST_TOKENS = 16  # that a step may take, however little memory there is
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A step that was launched and not landed yet."""
-
-    work: list[Work]
-    adapters: int
-    started: float
-    landing: Landing
 
 
 class Engine:
@@ -130,9 +120,9 @@ class Engine:
         if self._registry.poll():
             self._stalled = False
         self._load_ahead()
-        report = self._land() if self._flight is not None and self._steered(self._flight) else None
+        report = self._land() if self._flight is not None and self._flight.steers else None
         work = self._scheduler.plan(self._loaded, self._registry.pinned, self._pace.room)
-        before, self._flight = self._flight, self._launch(work) if work else None
+        before, self._flight = self._flight, self._fly(work) if work else None
         if before is not None:
             report = self._settled(before)
         if self._flight is not None and (self._runner.exhausted or not self._runner.ahead):
@@ -213,27 +203,12 @@ class Engine:
             traits={lease.digest: lease.traits for lease in leases},
         )
 
-    def _steered(self, flight: Flight) -> bool:
-        """Whether what comes next depends on the flight's outcomes more than the device itself can know."""
-        return any(item.seq.steered for item in flight.work)
-
-    def _launch(self, work: list[Work]) -> Flight:
-        """Seat the step's adapters and start it. If they cannot be seated, only those who wanted them fail."""
-        started = time.perf_counter()
-        digests = list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
-        failed: list[Outcome] = []
-        slots: dict[str, int] = {}
-        try:
-            slots = self._registry.seat(digests)
-        except ServeError as error:
-            failed = [Outcome(item, failure=error) for item in work if item.seq.digests]
-            going = [item for item in work if not item.seq.digests]
-        else:
-            work = going = self._arrived(work)
-        landing = self._runner.launch(going, slots) if going else list
-        for item in work:
+    def _fly(self, work: list[Work]) -> Flight:
+        """Start a step; what comes after it may be planned."""
+        flight = launch(work, self._runner, self._registry)
+        for item in flight.work:
             self._scheduler.launched(item)
-        return Flight(work, len(digests), started, lambda: failed + landing())
+        return flight
 
     def _take_less(self) -> None:
         """After a step that ran out of memory: smaller ones from now on."""
@@ -241,14 +216,6 @@ class Engine:
             self._runner.exhausted = False
             self._scheduler.max_tokens = max(LEAST_TOKENS, self._scheduler.max_tokens // 2)
             log.warning("a step ran out of memory; steps take %d tokens at most now", self._scheduler.max_tokens)
-
-    def _arrived(self, work: list[Work]) -> list[Work]:
-        """The part of the work whose adapters have arrived on the device; all of it, waiting there, if that is none."""
-        there = [item for item in work if self._registry.arrived(item.seq.digests)]
-        if there:
-            return there  # the others keep what they were given, and are planned again
-        self._registry.precede(list(dict.fromkeys(digest for item in work for digest in item.seq.digests)))
-        return work
 
     def _land(self) -> StepReport | None:
         """Wait for the step that runs."""
