@@ -17,7 +17,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LOADS = {"shrink": "cp.async.cg.shared.global", "expand": "ld.global.v4"}  # sixteen bytes each
 CASES = [  # rows' type, weights' type, rows, segments, longest, rank, targets
     (BF16, BF16, 32, 32, 1, 16, (80, 89, 90)),
-    (BF16, BF16, 32, 32, 16, 64, (89, 90)),
+    (BF16, BF16, 32, 32, 16, 64, (89,)),
+    (BF16, BF16, 32, 32, 16, 1024, (90,)),  # as in a graph
     (BF16, BF16, 300, 200, 60, 32, (90,)),
     (BF16, BF16, 2048, 4, 2000, 16, (80, 90)),
     (BF16, BF16, 2048, 4, 2000, 64, (89, 90)),

@@ -14,9 +14,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
-from lora_serve.kernels.gpu import attention, delta, linear, pointwise
+from lora_serve.kernels.contract import Ladder
+from lora_serve.kernels.gpu import linear
+from lora_serve.kernels.gpu.attention import attention
+from lora_serve.kernels.gpu.delta import delta
 from lora_serve.kernels.gpu.graph import GraphTape
+from lora_serve.kernels.gpu.pointwise import gated, rms_norm, rope, write_kv
 from lora_serve.kernels.packed import Packed, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
@@ -33,6 +36,13 @@ class GpuKernels:
 
     name = "triton"
     ladder: Ladder | None = Ladder(ROWS, LONGEST, RANK)
+
+    delta = staticmethod(delta)
+    write_kv = staticmethod(write_kv)
+    attention = staticmethod(attention)
+    rms_norm = staticmethod(rms_norm)
+    gated = staticmethod(gated)
+    rope = staticmethod(rope)
 
     def __init__(self) -> None:
         self._plain = ReferenceKernels()  # maps in full precision
@@ -75,18 +85,6 @@ class GpuKernels:
                 y += bias
         return list(outputs)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-        """See `Kernels.rms_norm`."""
-        return pointwise.rms_norm(x, weight, eps, plus_one=plus_one)
-
-    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """See `Kernels.gated`."""
-        return pointwise.gated(gate, up, activation)
-
-    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Kernels.rope`."""
-        return pointwise.rope(q, k, cos, sin)
-
     def tape(self, *, wary: bool = False) -> GraphTape | None:
         """See `Kernels.tape`; a capture is always wary."""
         if not torch.cuda.is_available():
@@ -96,28 +94,6 @@ class GpuKernels:
         tape = GraphTape(self._pool)
         self._tapes.add(tape)
         return tape
-
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-        """See `Kernels.delta`."""
-        delta.delta(x, outputs, group, segments)
-
-    def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-        """See `Kernels.write_kv`."""
-        pointwise.write_kv(keys, values, k, v, kv_index)
-
-    def attention(
-        self,
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        spans: Spans,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See `Kernels.attention`."""
-        return attention.attention(q, keys, values, spans, scale, window, softcap, sinks)
 
 
 def _whole(maps: Sequence[Packed]) -> Tensor | None:

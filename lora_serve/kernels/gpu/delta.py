@@ -66,7 +66,9 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
     count = segments.count
     many = segments.longest > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
     block_m = MANY if many else FEW
-    block_r = min(64, max(16, triton.next_power_of_2(segments.rank)))
+    # The bound may be far above the ranks there are: few rows take few at a time, so that no load is for nothing.
+    fitting_r = max(16, triton.next_power_of_2(segments.rank))
+    block_r = min(64 if many else 16, fitting_r)
     block_k = (256 if block_m + block_r <= 32 else 128 if block_m + block_r <= 80 else 64) * 2 // size
     short = segments.longest <= block_m
     tiles = count if short else min(count * triton.cdiv(segments.longest, block_m), rows // block_m + count)
@@ -84,7 +86,7 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
         block_k=block_k,
         block_n=64 if many else 128,
         shrink_r=block_r,
-        expand_r=min(32, block_r) if many else block_r,  # many rows fill the registers
+        expand_r=min(32, fitting_r),
         warps=8 if many else 4,
         together=1 if many else min(splits, 4),
     )
