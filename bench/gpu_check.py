@@ -78,6 +78,7 @@ def install(python: Path, wheels: Path, needed: Sequence[str]) -> bool:
 def run(command: Sequence[str], log: Path, seconds: float) -> int:
     """Run, print and log; its status, or 124 if it was stopped at the limit."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables["LORA_SERVE_TEST_DEVICE"] = "cuda"
     variables |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     variables |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as file, subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE) as tee:

@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: on a GPU, in a pytest call of their own (`pytest tests/gpu`).
+"""Where the tests of this folder run: LORA_SERVE_TEST_DEVICE=cuda says a GPU.
 
 LORA_SERVE_TEST_DEVICE=cpu runs the same bodies in Triton's interpreter at the smallest sizes, which shows that the
 tests themselves are right; what only a GPU has is left out then.
