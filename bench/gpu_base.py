@@ -147,7 +147,7 @@ class Resident:
             self._base = ResidentBase(loaded, self._bank, select(device), kv)
             del loaded
         with self._noted("graphs"):
-            self._base.prepare(rows, -(-longest // BLOCK))
+            self._base.prepare(rows, longest, -(-longest // BLOCK))
 
     def seat(self, adapter: Adapter) -> int:
         """Put an adapter on the device; its slot."""

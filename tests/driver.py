@@ -53,7 +53,7 @@ class Driver:
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
         self.base = ResidentBase(self.loaded, self.bank, kernels or select(device, native), kv)
         self.base.prove()
-        self.base.prepare(64, 50)
+        self.base.prepare(64, max_tokens, 50)
         self.scheduler = Scheduler(
             BlockPool(200, block_size), Turns(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
         )

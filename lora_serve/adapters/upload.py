@@ -39,6 +39,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._under_way: list[Arrival] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def pin(self, flat: Tensor) -> None:
@@ -48,7 +49,9 @@ class Upload:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         place = flat.data_ptr()
         # Registered where it lies: memory from torch's own pool would be rounded up to a power of two.
-        if int(runtime.cudaHostRegister(place, flat.nbytes, 0)) == 0:
+        with torch.cuda.device(self._device):  # each thread has its own
+            failed = int(runtime.cudaHostRegister(place, flat.nbytes, 0))
+        if not failed:
             weakref.finalize(flat, runtime.cudaHostUnregister, place)
         else:
             log.warning("an adapter's memory cannot be pinned; its copy to the device will hold steps up")
@@ -63,4 +66,6 @@ class Upload:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         there.record_stream(current)  # its memory is handed on only when the steps that read it are done
-        return there, Arrival(flat, event)
+        self._under_way = [arrival for arrival in self._under_way if not arrival.there]  # the others keep their source
+        self._under_way.append(Arrival(flat, event))
+        return there, self._under_way[-1]

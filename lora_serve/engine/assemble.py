@@ -48,7 +48,23 @@ def assemble(
     Args:
         ahead: launch a step before the last one's outcomes are read; None: where the device is not the host.
     """
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config.device)
+    try:
+        return _assemble(config, device, wake, progress, ahead)
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsupported(
+            f"the base does not fit {device}: {str(error).partition('. ')[0]}. Use a smaller or quantised base, or "
+            "lower --max-num-batched-tokens"
+        ) from error
+
+
+def _assemble(
+    config: ServeConfig,
+    device: torch.device,
+    wake: Callable[[], None],
+    progress: Callable[[str, float], None],
+    ahead: bool | None,
+) -> Parts:
     torch.set_num_threads(config.threads or physical_cores())
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -79,7 +95,7 @@ def assemble(
     blocks = _blocks(config, loaded, memory, max_model_len, limits.seqs)
     kv.resize(blocks)
     progress("preparing steps", 0.9)
-    base.prepare(limits.seqs, -(-max_model_len // config.kv_block_size))
+    base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
     progress("opening the adapter store", 0.92)
     registry = Registry(
         Store(config.store_folder()),
@@ -119,6 +135,12 @@ def assemble(
         notes=notes,
     )
     return Parts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that is meant by a name or by "auto"; of several GPUs the first, if none is named."""
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:

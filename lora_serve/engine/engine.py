@@ -98,7 +98,12 @@ class Engine:
     def busy(self) -> bool:
         """Whether another step would do something now."""
         running = bool(self._sequences) and not self._stalled
-        return bool(self._events) or bool(self._replies) or running or self._flight is not None
+        return bool(self._events) or bool(self._replies) or running or self.flying
+
+    @property
+    def flying(self) -> bool:
+        """Whether a step runs on the device whose outcomes are not read yet."""
+        return self._flight is not None
 
     def receive(self, message: Generate | Abort | Call) -> None:
         """Take one message in. Refusals become events or replies; nothing is raised."""
@@ -128,7 +133,7 @@ class Engine:
         if self._flight is not None and (self._runner.exhausted or not self._runner.ahead):
             report = self._land()
         self._take_less()
-        self._stalled = not work
+        self._stalled = not work and report is None  # what landed may have made room
         if self._draining is not None and not self._sequences:
             self._replies += [Reply(call) for call in self._draining]
             self._draining = []

@@ -41,17 +41,28 @@ def launch(work: list[Work], runner: Runner, registry: Registry) -> Flight:
     were given, and are planned again.
     """
     started = time.perf_counter()
-    failed: list[Outcome] = []
-    slots: dict[str, int] = {}
-    try:
-        slots = registry.seat(_digests(work))
-        going = work = [item for item in work if registry.arrived(item.seq.digests)] or work
-        registry.precede(_digests(work))
-    except ServeError as error:
-        failed = [Outcome(item, failure=error) for item in work if item.seq.digests]
-        going = [item for item in work if not item.seq.digests]
+    slots, failed = _seated(work, registry)
+    seated = [item for item in work if all(digest in slots for digest in item.seq.digests)]
+    going = [item for item in seated if registry.arrived(item.seq.digests)] or seated
+    registry.precede(_digests(going))
     landing = runner.launch(going, slots) if going else list
+    work = going + [outcome.work for outcome in failed]
     return Flight(work, len(_digests(work)), started, lambda: failed + landing())
+
+
+def _seated(work: list[Work], registry: Registry) -> tuple[dict[str, int], list[Outcome]]:
+    """Slots by adapter; and the outcomes of those whose adapters could not all be seated."""
+    try:
+        return registry.seat(_digests(work)), []
+    except ServeError:
+        slots: dict[str, int] = {}
+        failed = []
+        for item in work:  # those who need no more than there is are not the ones to fail
+            try:
+                slots |= registry.seat([*slots, *item.seq.digests])
+            except ServeError as error:
+                failed.append(Outcome(item, failure=error))
+        return slots, failed
 
 
 def _digests(work: Iterable[Work]) -> list[str]:

@@ -12,7 +12,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from lora_serve.engine.transfer import Fetched
+from lora_serve.kernels.transfer import Fetched
 from lora_serve.request import Logprob
 
 ONE = 2.0**40  # weight of the likeliest token; 2^23 tokens as likely still fit int64; 2^40 times less likely is never

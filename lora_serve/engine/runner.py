@@ -17,8 +17,8 @@ from lora_serve.engine.flatten import Rows, flatten
 from lora_serve.engine.logprobs import Listed, logprobs
 from lora_serve.engine.sampler import Drawn, Row, draw
 from lora_serve.engine.scheduler import Work
-from lora_serve.engine.transfer import sent
 from lora_serve.errors import EngineFault, ServeError, Unavailable
+from lora_serve.kernels.transfer import sent
 from lora_serve.model.base import ResidentBase
 from lora_serve.request import Logprob
 
@@ -106,19 +106,19 @@ class Runner:
         except torch.AcceleratorError:
             raise  # whatever comes after it on this device fails too
         except Exception as error:
-            if _out_of_memory(error):
-                self.exhausted = True
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()  # what is free lies in pieces
-            if len(work) > 1:
-                log.warning(
-                    "a batch of %d sequences failed (%s); trying them one by one", len(work), type(error).__name__
-                )
-                landings = [self._launch([item], slots) for item in work]
-                return lambda: [outcome for landing in landings for outcome in landing()]
-            log.exception("a sequence failed in the forward pass")
-            failed = Outcome(work[0], failure=_fault(error))
+            if len(work) == 1:
+                log.exception("a sequence failed in the forward pass")
+            caught = error.with_traceback(None)  # which would keep the failed pass's memory while others are tried
+        if _out_of_memory(caught):
+            self.exhausted = True
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # what is free lies in pieces
+        if len(work) == 1:
+            failed = Outcome(work[0], failure=_fault(caught))
             return lambda: [failed]
+        log.warning("a batch of %d sequences failed (%s); trying them one by one", len(work), type(caught).__name__)
+        landings = [self._launch([item], slots) for item in work]
+        return lambda: [outcome for landing in landings for outcome in landing()]
 
     def _attempt(self, work: list[Work], slots: Mapping[str, int]) -> Landing:
         flat = flatten(work, slots, self._block_size)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_serve.engine.logprobs import ONE, Listed, chunks, logprobs
 from lora_serve.engine.logprobs import weights as weights_of
-from lora_serve.engine.transfer import Fetched, sent
+from lora_serve.kernels.transfer import Fetched, sent
 from lora_serve.request import Logprob, Sampling
 
 COLDEST = 1e-5  # temperatures below it are greedy; float32 could not tell them apart from 0
@@ -179,7 +179,7 @@ def _adjust(values: Tensor, row: Row) -> None:
         values[ids] += sent(list(params.logit_bias.values()), torch.float32, device)
     if row.position < params.min_tokens:
         ids = sent([token for token in row.stop_ids if token < len(values)], torch.int64, device)
-        values[ids] = float("-inf")
+        values.index_fill_(0, ids, float("-inf"))
     if params.repetition_penalty != 1.0:
         ids = sent(list({*row.prompt, *row.output}), torch.int64, device)
         seen = values[ids]

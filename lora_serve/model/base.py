@@ -138,13 +138,15 @@ class ResidentBase:
         return logits if self._keeps_logits else logits[step.logits_rows]
 
     @torch.inference_mode()
-    def prepare(self, most_rows: int, blocks: int) -> None:
-        """Make ready for steps of up to `most_rows` decoding sequences of up to `blocks` KV blocks.
+    def prepare(self, most_rows: int, most_tokens: int, blocks: int) -> None:
+        """Make ready for steps of up to `most_tokens`, `most_rows` of them of sequences that decode.
+
+        Sequences have up to `blocks` KV blocks.
 
         Run once at start, on an empty KV pool of at least two blocks, whose tensors stay.
         """
         size = self._kv.keys[0].shape[1]
-        self._replay.prepare(most_rows, blocks, blocks * size)
+        self._replay.prepare(most_rows, most_tokens, blocks, blocks * size)
         lengths, ids = self._trial()
         last = [range(n - 1, n) for n in lengths]
         self._replay.prove(
@@ -184,17 +186,20 @@ class ResidentBase:
         """
         size = self._kv.keys[0].shape[1]
         lengths, ids = self._trial()
-        flat = self.forward(_side_by_side(ids, [range(n) for n in lengths], size)).float()
+        try:
+            flat = self.forward(_side_by_side(ids, [range(n) for n in lengths], size)).float()
+        except (ValueError, TypeError) as error:  # a kernel cannot do it
+            raise ModelUnsupported(f"{self._model.config.model_type} does not fit the kernels: {error}") from error
         self._model.set_attn_implementation("eager")
         try:
             tokens = [torch.tensor([own], device=self._device) for own in ids]
             alone = torch.cat([self._model(input_ids=own, use_cache=False).logits[0] for own in tokens])
         finally:
             self._model.set_attn_implementation(BLOCKS)
-        if not (error := _apart(flat, alone)) <= self._rounding:
+        if not (apart := _apart(flat, alone)) <= self._rounding:
             raise ModelUnsupported(
                 f"{self._model.config.model_type} in a flat batch differs from itself alone "
-                f"(relative error {error:.2g}, at most {self._rounding:g} is rounding)"
+                f"(relative error {apart:.2g}, at most {self._rounding:g} is rounding)"
             )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import BaseShape, Change
+from lora_serve.kernels.transfer import sent
 from lora_serve.model.batch import Batch, Run
 from lora_serve.model.foreign import ForeignLinear
 from lora_serve.model.observe import rows_of, tensors_of
@@ -195,7 +196,7 @@ def _scale(parts: Sequence[Part], output: Tensor, tokens: int) -> None:
 
 def _replace_tokens(part: Part, x: Tensor, y: Tensor, *, looks_up: bool) -> None:
     """Rows of an embedding whose id is one of the part's, or the logits of these ids."""
-    rows, ids = part.change.token_rows, torch.tensor(part.change.token_ids, device=y.device)
+    rows, ids = part.change.token_rows, sent(part.change.token_ids, torch.int64, y.device)
     assert rows is not None
     if looks_up:
         hits = x[:, None] == ids  # [rows, ids]

@@ -124,6 +124,7 @@ def load(
     else:
         settle(name, model, None if dtype == "auto" else getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
+    _settle(model)
     progress("observing the forward pass", 0.8)
     seen = _observed(name, model, device, quantized)
     generation = _generation_config(name, revision, model)
@@ -207,6 +208,22 @@ def _context(config: Any, notes: list[str]) -> int:
                 )
                 longest = original
     return longest
+
+
+def _settle(model: Any) -> None:
+    """Take out of the forward pass what it would decide anew every time, always in the same way, by waiting for values.
+
+    Contexts stay below where these ropes begin to change; and there is no padding that one could be warned of.
+    """
+    model.config.pad_token_id = None
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str) and kinds in BATCH_DEPENDENT_ROPES:
+            module.rope_type = "default"
+        elif isinstance(kinds, dict):
+            module.rope_type = {
+                layer: "default" if kind in BATCH_DEPENDENT_ROPES else kind for layer, kind in kinds.items()
+            }
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:

@@ -158,7 +158,7 @@ class Place:
         _set(narrow[1], batch.context, [1] * left)
         for own, runs in ((narrow[2:6], batch.runs), (narrow[6:10], batch.logits_runs)):
             if own[0].shape[0]:
-                for part, numbers in zip(own, zip(*runs, strict=True), strict=False):
+                for part, numbers in zip(own, zip(*runs, strict=True) if runs else [()] * 4, strict=True):
                     _set(part, numbers)
         rows = blocks.numpy()
         for row, numbers in zip(rows, batch.block_tables, strict=False):

@@ -65,7 +65,7 @@ class Replay:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The batch's logits, valid until the next call."""
-        sizes = _roomy(batch) if self.refused is None else None
+        sizes = None if self._refuses(bool(batch.runs)) else _roomy(batch)
         if sizes is None:
             return self.eagerly(batch)
         noted = self._noted.get(sizes)
@@ -81,9 +81,13 @@ class Replay:
         """The batch's logits by a pass through Python."""
         return self._run(placed(batch, self._ranks, self._device))
 
-    def prepare(self, most_rows: int, width: int, context: int) -> None:
-        """Called once the memory is settled, before any step; steps will have up to so many rows that decode, blocks a
-        sequence, and tokens a sequence."""
+    def prepare(self, most_rows: int, most_tokens: int, width: int, context: int) -> None:
+        """Called once the memory is settled, before any step.
+
+        Args:
+            most_rows, most_tokens: that steps will have: that decode, and in all.
+            width, context: blocks and tokens of the longest sequence.
+        """
 
     def memory(self, most_rows: int, free: Callable[[], int]) -> int:
         """Bytes of the device that `prepare` will take; `free` says how many are free."""
@@ -100,9 +104,9 @@ class Replay:
     def _hold(self, first: Batch, second: Batch, alike: Callable[[Tensor, Tensor], bool]) -> None:
         wanted = self.eagerly(second).clone()
         self(first), self(first)
-        if self.refused is None and not alike(self(second), wanted):
-            self._give_up("it depends on more than its tensors")
         self._proved = True
+        if not self._refuses(False) and not alike(self(second), wanted):
+            self._give_up("it depends on more than its tensors")
 
     def _note(self, sizes: Sizes, batch: Batch) -> Tensor:
         place = Place(sizes, bounds_of(batch, self._ranks), self._device)
@@ -124,6 +128,10 @@ class Replay:
         else:
             self._give_up(tape.refused)
         return logits
+
+    def _refuses(self, adapted: bool) -> bool:
+        """Whether no step is played; of a batch with adapters (`adapted`), or of the base alone."""
+        return self.refused is not None
 
     def _give_up(self, reason: str) -> None:
         log.info("steps run through Python: the pass cannot be noted (%s)", reason)

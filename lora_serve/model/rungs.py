@@ -9,17 +9,21 @@ stay valid while adapters come, go and change their rank.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import Kernels, Ladder
-from lora_serve.model.batch import Batch
-from lora_serve.model.place import Bounds, Place, Placed, Sizes, bounds_of, cut
+from lora_serve.model.batch import Batch, Run
+from lora_serve.model.place import Bounds, Place, Placed, Sizes, bounds_of, cut, sizes_of
 from lora_serve.model.replay import Replay, played
 
+# Rows of the sequences of steps like those to come: few and many, long and short ones, in all combinations that kernels
+# tell apart.
+TRIALS = ((16,), (20, 20), (20,) * 40, (64,), (100,), (100, *(31,) * 40))
 GRAPH = 16 << 20  # bytes that a tape's launches take on the device, about
 NOTHING = Batch([], [], [], [0], [], [], [])
 
@@ -43,7 +47,7 @@ class Rungs(Replay):
     def __call__(self, batch: Batch) -> Tensor:
         """The batch's logits, valid until the next call."""
         decodes = batch.decodes and batch.runs == batch.logits_runs
-        if self.refused is not None or not decodes or bounds_of(batch, self._ranks).rank > self._ladder.rank:
+        if not decodes or self._refuses(bool(batch.runs)) or bounds_of(batch, self._ranks).rank > self._ladder.rank:
             return self.eagerly(batch)
         runs = cut(batch.runs, self._ladder.longest)
         rows = len(batch.token_ids)
@@ -52,28 +56,61 @@ class Rungs(Replay):
             return self.eagerly(batch)
         return played(self._noted[self._sizes(self._rows[rung], adapted=bool(runs))], replace(batch, runs=runs))[:rows]
 
-    def prepare(self, most_rows: int, width: int, context: int) -> None:
-        """Note all rungs up to the first that holds `most_rows`; see `Replay.prepare`."""
+    def prepare(self, most_rows: int, most_tokens: int, width: int, context: int) -> None:
+        """Note all rungs up to the first that holds `most_rows`, and try out other steps; see `Replay.prepare`."""
         self._width, self._context = width, context
         self._rows = self._up_to(most_rows)
         logits = self._logits(self._rows[-1])  # of all rungs: one is played at a time
-        for rows in reversed(self._rows):  # so that smaller ones find the memory of larger ones
-            for adapted in (True, False):
-                if self.refused is None:
+        for adapted in (False, True):
+            for rows in reversed(self._rows):  # so that smaller ones find the memory of larger ones
+                if not self._refuses(adapted):
                     self._rung(logits[:rows], adapted=adapted)
+        for lengths in TRIALS:
+            if sum(lengths) <= most_tokens and max(lengths) <= context:
+                self._try(lengths)
 
     def memory(self, most_rows: int, free: Callable[[], int]) -> int:
         """See `Replay.memory`; the largest rung is tried, the smaller ones share its memory but for their launches."""
         rungs = self._up_to(most_rows)
         before = free()
-        self._rung(self._logits(rungs[-1]), adapted=True)
+        logits = self._logits(rungs[-1])
+        for adapted in (False, True):
+            self._rung(logits, adapted=adapted)
         taken = max(0, before - free())
         self._noted.clear()
-        return taken + (2 * len(rungs) - 1) * GRAPH
+        return taken + 2 * (len(rungs) - 1) * GRAPH
 
     def prove(self, first: Batch, second: Batch, alike: Callable[[Tensor, Tensor], bool]) -> None:
         """See `Replay.prove`; a rung's rows may be computed by other kernels than the batch's own number of rows."""
         self._hold(first, second, alike)
+
+    def _refuses(self, adapted: bool) -> bool:
+        """See `Replay._refuses`: adapters may need a pass that cannot be noted where the base alone does not."""
+        return self.refused is not None and (adapted or not self._noted)
+
+    def _give_up(self, reason: str) -> None:
+        """Keep the tapes of the base, if there are any."""
+        kept = {sizes: noted for sizes, noted in self._noted.items() if not sizes.segments}
+        super()._give_up(reason)
+        if not self._proved:
+            self._noted.update(kept)
+
+    def _try(self, lengths: Sequence[int]) -> None:
+        """Make a step of sequences so long, each a segment, of the scratch block: its kernels are compiled now."""
+        batch = Batch(
+            token_ids=[0] * sum(lengths),
+            positions=[position for length in lengths for position in range(length)],
+            kv_index=[0] * sum(lengths),
+            query_start=[0, *accumulate(lengths)],
+            context=lengths,
+            block_tables=[[0] * self._width] * len(lengths),
+            logits_rows=range(len(lengths)),
+            runs=[Run(end - length, end, 0, 1.0) for length, end in zip(lengths, accumulate(lengths), strict=True)],
+            logits_runs=[Run(row, row + 1, 0, 1.0) for row in range(len(lengths))],
+        )
+        place = Place(sizes_of(batch), bounds_of(batch, {0: 1}), self._device)
+        place.write(batch)
+        self._run(place.placed)
 
     def _up_to(self, most_rows: int) -> list[int]:
         """Sizes of the rungs up to the first that holds so many rows; the highest there are otherwise."""

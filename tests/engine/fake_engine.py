@@ -62,6 +62,8 @@ class FakeEngine:
         self.answers: list[Reply] = []
         self.draining: Call | None = None
 
+    flying = False
+
     @property
     def busy(self) -> bool:
         return bool(self.running)

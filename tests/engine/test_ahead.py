@@ -74,3 +74,15 @@ def test_every_request_gets_the_same(tmp_path: Path, options: list[dict[str, Any
         session.engine.close()
     for i, (left, right) in enumerate(zip(*results, strict=True)):
         assert left == right, requests[i]
+
+
+def test_a_landing_that_makes_room_for_those_who_wait_is_no_time_to_rest(tmp_path: Path) -> None:
+    session = Session(tmp_path, ahead=True, max_num_seqs=2)
+    for name in "abcd":
+        session.send(name, [5, 9, 33], max_tokens=3)
+    for _ in range(40):
+        if not session.engine.busy:
+            break
+        session.step()
+    assert all(len(session.tokens(name)) == 3 for name in "abcd")
+    session.engine.close()

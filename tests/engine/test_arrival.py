@@ -146,3 +146,37 @@ def test_more_than_half_of_the_device_s_memory_is_nobody_s(folder: Path, tmp_pat
     session.step()
     assert "half of the device's memory" in session.replies[1].failure.message
     session.engine.close()
+
+
+class ShortUpload(Upload):
+    """A device without memory for large copies."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._most = most
+
+    def send(self, flat: Tensor) -> tuple[Tensor, Arrival | None]:
+        if flat.nbytes > self._most:
+            raise torch.OutOfMemoryError("no memory")
+        return super().send(flat)
+
+
+def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_only(tmp_path: Path) -> None:
+    for name, rank in (("small", 2), ("large", 16)):
+        config = peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        make("llama", tmp_path / "adapters" / name, 1, config)
+    session = Session(tmp_path, adapters=tmp_path / "adapters")
+    wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
+    for digest in list(bank(session).seated):
+        bank(session).evict(digest)
+    bank(session).upload = ShortUpload(8000)
+    for name in ("small", "large"):
+        session.send(name, [5, 9], adapter=name)
+    session.send("base", [5, 9])
+    session.run()
+    failure = session.end("large").failure
+    assert failure is not None
+    assert (failure.kind, session.tokens("large")) == ("unavailable", [])
+    assert session.tokens("small") == wanted["small"]
+    assert len(session.tokens("base")) == 8
+    session.engine.close()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_serve.config import ServeConfig
+from lora_serve.engine.assemble import device_of
 from lora_serve.engine.sizing import HOST, Needs, adapter_memory, kv_memory
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
@@ -46,3 +47,9 @@ def test_where_nothing_is_left_the_refusal_has_the_numbers() -> None:
 def test_adapters_on_the_host_have_no_budget_of_the_device() -> None:
     assert adapter_memory(ServeConfig(model="m"), torch.device("cpu")) is None
     assert adapter_memory(ServeConfig(model="m", adapter_device_memory="1GiB"), torch.device("cpu")) == GIB  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_a_number_and_the_host_none() -> None:
+    assert str(device_of("cuda")) == "cuda:0"
+    assert str(device_of("cuda:3")) == "cuda:3"
+    assert str(device_of("cpu")) == "cpu"

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
-
 from lora_serve.kernels.build import COMPILERS, library
 from lora_serve.kernels.native import NativeKernels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,8 +90,26 @@ def test_the_cpu_gets_native_kernels_unless_told_otherwise(
 ) -> None:
     assert select(CPU).name == native.name
     assert select(CPU, native=False).name == "reference"
-    assert select(torch.device("meta")).name == "reference"
     assert caplog.records == []
+
+
+def test_a_gpu_gets_triton_s_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    kernels = select(torch.device("cuda"))
+    assert (kernels.name, caplog.records) == ("triton", [])
+    assert kernels.ladder is not None
+    assert select(torch.device("cuda"), native=False).name == "reference"
+
+
+def test_a_gpu_without_triton_and_any_other_device_get_plain_torch_and_one_line_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.startswith("lora_serve.kernels.gpu.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert select(torch.device("cuda")).name == "reference"
+    assert select(torch.device("xpu")).name == "reference"
+    assert ["no GPU kernels" in caplog.messages[0], "no kernels for xpu" in caplog.messages[1]] == [True, True]
+    assert len(caplog.messages) == 2
 
 
 def test_the_kernels_share_torchs_threads(native: NativeKernels) -> None:

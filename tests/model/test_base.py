@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from driver import Driver
-from support import ARCHITECTURES, COMMON, reference, save
+from support import ARCHITECTURES, COMMON, make_model, reference, save
 from torch import Tensor
-from transformers import LlamaConfig, Qwen3NextConfig, StableLmConfig
+from transformers import LlamaConfig, Phi3Config, Qwen3NextConfig, StableLmConfig
 
 from lora_serve.errors import ModelUnsupported
 from lora_serve.model.load import load
@@ -65,8 +65,6 @@ def test_modules_that_read_one_input_are_grouped(architecture: str, tmp_path: Pa
 
 
 def refusal(config: object, folder: Path) -> str:
-    from support import make_model
-
     make_model(config).save_pretrained(folder)  # type: ignore[arg-type]
     with pytest.raises(ModelUnsupported) as caught:
         Driver(folder)
@@ -93,12 +91,30 @@ def test_a_rope_that_looks_at_the_whole_batch_caps_the_context(tmp_path: Path) -
             "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64
         },
     )  # fmt: skip
-    from support import make_model
-
     make_model(config).save_pretrained(tmp_path)
     loaded = load(str(tmp_path), revision=None, dtype="auto", device=CPU, progress=lambda stage, done: None)
     assert loaded.max_model_len == 64
     assert "dynamic rope" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_such_a_rope_below_its_cap_decides_nothing_and_is_what_it_was(kind: str, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [3.0] * 8} if kind == "longrope" else {}
+    config = (Phi3Config if kind == "longrope" else LlamaConfig)(
+        **{**COMMON, "max_position_embeddings": 128, "original_max_position_embeddings": 64},
+        rope_parameters={
+            "rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64, **factors
+        },
+    )  # fmt: skip
+    model = make_model(config)
+    model.save_pretrained(tmp_path)
+    driver = Driver(tmp_path)
+    kinds = [module.rope_type for module in driver.loaded.model.modules() if hasattr(module, "rope_type")]
+    assert (kinds, driver.base._replay.refused) == (["default"], None)
+    rows = driver.teach([list(range(3, 40))], decode=12)[0]
+    with torch.inference_mode():
+        wanted = model(torch.tensor(driver.sequences), use_cache=False).logits[0]
+    torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_folder_without_a_model_is_refused_readably(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_pass_with_a_state_of_its_own_fails_the_proof(tmp_path: Path) -> None:
     driver.loaded.model.model.norm.register_forward_hook(
         lambda module, given, output: output * (1 + 1e-5 * next(steps))
     )
-    driver.base.prepare(4, 8)
+    driver.base.prepare(4, 16, 8)
     assert driver.base._replay.refused
 
 

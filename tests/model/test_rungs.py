@@ -15,7 +15,8 @@ from support import save
 
 from lora_serve.kernels.contract import Ladder
 from lora_serve.kernels.reference import ReferenceKernels
-from lora_serve.model.rungs import Rungs
+from lora_serve.model.place import Bounds, Place, Placed, Sizes
+from lora_serve.model.rungs import NOTHING, Rungs
 
 PROMPTS = [[3, 5, 7, 11], [2, 4, 6], [9, 8, 7, 6, 5], [1, 2]]
 BLOCKS = 12
@@ -24,8 +25,12 @@ BLOCKS = 12
 class LadderKernels(ReferenceKernels):
     ladder = Ladder(rows=(1, 2, 4, 8), longest=2, rank=8)
 
+    def __init__(self) -> None:
+        self.made: list[MemoryTape] = []
+
     def tape(self, *, wary: bool = False) -> MemoryTape:  # type: ignore[override]
-        return MemoryTape()
+        self.made.append(MemoryTape())
+        return self.made[-1]
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def pair(tmp_path: Path) -> tuple[Driver, Driver]:
     played, passed = Driver(folder, native=False), Driver(folder, native=False)
     kernels = LadderKernels()
     played.base._replay = Rungs(played.base._logits, kernels, kernels.ladder, played.bank.ranks, CPU)
-    played.base.prepare(3, BLOCKS)
+    played.base.prepare(3, 64, BLOCKS)
     assert played.base._replay.refused is None
     return played, passed
 
@@ -89,6 +94,41 @@ def test_adapters_of_all_ranks_come_and_go_on_the_same_tapes(pair: tuple[Driver,
         steps = seen[before:]
         assert (3 in first) == (not steps)  # its rank is beyond the ladder's, so it is served without
         assert all(adapted == bool(first + second + third) for _, adapted in steps)
+
+
+def test_where_adapters_need_a_pass_that_cannot_be_noted_the_base_alone_is_played(tmp_path: Path) -> None:
+    driver = Driver(save("llama", tmp_path / "base"), native=False)
+    kernels = LadderKernels()
+
+    def run(step: Placed) -> torch.Tensor:
+        if step.segments is not None:
+            kernels.made[-1].refused = "values steer it"
+        return driver.base._logits(step)
+
+    driver.base._replay = rungs = Rungs(run, kernels, kernels.ladder, driver.bank.ranks, CPU)
+    driver.base.prepare(3, 64, BLOCKS)
+    assert rungs.refused == "values steer it"
+    assert len(kernels.made) == 3 + 1
+    make("llama", tmp_path / "0", 0, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    name = driver.seat(bring(driver, tmp_path / "0"))
+    seen = plays(driver)
+    driver.teach(PROMPTS[:2], 4)
+    assert seen
+    seen.clear()
+    driver.teach(PROMPTS[:2], 4, [[(name, 1.0)], []])
+    assert not seen
+
+
+def test_what_is_left_of_a_place_is_nobody_s_whatever_lay_in_the_memory() -> None:
+    place = Place(Sizes(4, 4, 4, 4, -1, 3), Bounds(2, 8, 1, 12), CPU)
+    flat = torch.full((place._table,), 77, dtype=torch.int32)
+    blocks = torch.full((4, 3), 77, dtype=torch.int32)
+    place._fill(flat, blocks, NOTHING)
+    (ids, positions, kv_index, rows), (starts, contexts, begin, end, slot, *_) = place._parts(flat)
+    assert (ids.tolist(), positions.tolist(), kv_index.tolist()) == ([0] * 4, [0] * 4, [0] * 4)
+    assert (rows.tolist(), starts.tolist(), contexts.tolist()) == ([0, 1, 2, 3], [0, 1, 2, 3, 4], [1] * 4)
+    assert (begin.tolist(), end.tolist(), slot.tolist()) == ([0] * 4, [0] * 4, [0] * 4)
+    assert blocks[:, 0].tolist() == [0] * 4
 
 
 def test_a_composition_takes_a_rung_with_room_for_its_segments(pair: tuple[Driver, Driver], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(math.log2(math.e))
 STAGES = tl.constexpr(5)  # the table is read two turns ahead; of keys and values one tile is on its way, one in use
 UNSTEADY = ["window", "table_row", "splits"]  # not worth another compilation where they change
+UNALIGNED = ["query_start", "contexts", "tables"]  # they lie behind one another, wherever a step's sizes put them
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _part(
     return first, tl.cdiv(part, TILE) * TILE
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED)
 def decode(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, window: tl.tensor, scale: tl.tensor,
@@ -155,7 +156,7 @@ def decode(
         tl.store(out + place[:, None] + e[None, :], result, mask=mine[:, None] & (e[None, :] < VALUE_DIM))
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED[:2])
 def combine(
     out: tl.tensor, parts: tl.tensor, sums: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, window: tl.tensor,
     splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -187,7 +188,7 @@ def combine(
     tl.store(out + place + e, result.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED)
 def prefill(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, window: tl.tensor, scale: tl.tensor, cap: tl.tensor, query_token: tl.tensor,

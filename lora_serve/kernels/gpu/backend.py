@@ -48,6 +48,10 @@ class GpuKernels:
         self._plain = ReferenceKernels()  # maps in full precision
         self._tapes: WeakSet[GraphTape] = WeakSet()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        # Sums are in float32, also between the parts that a product is cut into.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
         """See `Kernels.pack`."""
@@ -91,7 +95,9 @@ class GpuKernels:
             return None
         if not self._tapes:  # a pool whose graphs are all gone cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
-        tape = GraphTape(self._pool)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        tape = GraphTape(self._pool, self._stream)
         self._tapes.add(tape)
         return tape
 

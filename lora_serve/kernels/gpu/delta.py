@@ -30,6 +30,8 @@ MODULES = 4  # outputs that one expand takes
 FEW = 16  # rows of a tile where segments are short; a matrix product has no fewer
 MANY = 64
 MOST_SPLITS = 16
+AMONG = (32, 256, 1024)  # few sizes, since each makes a kernel of its own
+EXPAND_R = 32  # ranks that an expanding program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # shrinking: with their pipelines, about what keeps the memory busy
 
 
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
         splits, span: of the input; each is `span` wide.
         capacity: columns of a row between the launches.
         block_m, block_k, block_n: rows, inputs and outputs that a program takes at a time.
-        shrink_r, expand_r: ranks that a program takes at a time.
+        shrink_r: ranks that a shrinking program takes at a time.
         warps: of a program.
         together: splits that are added at once.
     """
@@ -56,7 +58,6 @@ class Plan(NamedTuple):
     block_k: int
     block_n: int
     shrink_r: int
-    expand_r: int
     warps: int
     together: int
 
@@ -66,9 +67,8 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
     count = segments.count
     many = segments.longest > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
     block_m = MANY if many else FEW
-    # The bound may be far above the ranks there are: few rows take few at a time, so that no load is for nothing.
-    fitting_r = max(16, triton.next_power_of_2(segments.rank))
-    block_r = min(64 if many else 16, fitting_r)
+    # The bound on ranks may be far above them: few rows take few at a time, so that no load is for nothing.
+    block_r = 32 if many else 16
     block_k = (256 if block_m + block_r <= 32 else 128 if block_m + block_r <= 80 else 64) * 2 // size
     short = segments.longest <= block_m
     tiles = count if short else min(count * triton.cdiv(segments.longest, block_m), rows // block_m + count)
@@ -78,17 +78,16 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
     splits = triton.next_power_of_2(triton.cdiv(in_features, span))
     return Plan(
         tiles=tiles,
-        among=1 if short else triton.next_power_of_2(count),
+        among=1 if short else next((size for size in AMONG if size >= count), triton.next_power_of_2(count)),
         splits=splits,
         span=span,
-        capacity=triton.cdiv(segments.rank, block_r) * block_r,
+        capacity=triton.cdiv(segments.rank, EXPAND_R) * EXPAND_R,
         block_m=block_m,
         block_k=block_k,
         block_n=64 if many else 128,
         shrink_r=block_r,
-        expand_r=min(32, fitting_r),
         warps=8 if many else 4,
-        together=1 if many else min(splits, 4),
+        together=1 if many else 4,
     )
 
 
@@ -130,7 +129,7 @@ def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segment
             DTYPE=TYPES[group.dtype],
             TOGETHER=p.together,
             BLOCK_M=p.block_m,
-            BLOCK_R=p.expand_r,
+            BLOCK_R=EXPAND_R,
             BLOCK_N=p.block_n,
             COUNT=p.among,
             num_warps=p.warps,

@@ -174,7 +174,8 @@ def expand(
             for split0 in range(0, splits, TOGETHER):
                 for i in tl.static_range(TOGETHER):
                     part = h + (((split0 + i) * modules + module).to(tl.int64) * rows + row) * capacity
-                    shrunk += tl.load(part + m * capacity + (column + r)[None, :], mask=here & known, other=0.0)
+                    there = here & known & (split0 + i < splits)
+                    shrunk += tl.load(part + m * capacity + (column + r)[None, :], mask=there, other=0.0)
             sums = add_product(sums, shrunk * share, weights)
         column += high
     tl.store(places, (was.to(tl.float32) + sums).to(was.dtype), mask=here & inside)

@@ -20,12 +20,13 @@ class GraphTape:
 
     Args:
         pool: where the pass's memory comes from; see `torch.cuda.graph_pool_handle`.
+        stream: what it is captured on; one for all, since libraries keep memory for every stream that they see.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
         self.refused: str | None = None
         self._graph = torch.cuda.CUDAGraph()
-        self._pool = pool
+        self._pool, self._stream = pool, stream
 
     def note(self, run: Callable[[], Tensor]) -> Tensor:
         """Make the pass twice, once to have every kernel compiled and loaded, once into the graph, and play that.
@@ -53,15 +54,15 @@ class GraphTape:
 
     def _warm(self, run: Callable[[], Tensor]) -> None:
         """Make the pass beside the others' stream, as captures want it; RuntimeError where it waits for the device."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side), _no_waiting():
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _no_waiting():
             run()
-        current.wait_stream(side)
+        current.wait_stream(self._stream)
         torch.cuda.synchronize()
 
     def _captured(self, run: Callable[[], Tensor]) -> Tensor:
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
             return run()
 
     def _abandon(self, stream: torch.cuda.Stream) -> None:
