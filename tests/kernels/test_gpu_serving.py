@@ -19,7 +19,8 @@ from lora_serve.kernels.gpu.backend import LONGEST, RANK, GpuKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
 
-PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], [11], list(range(3, 20))]
+STEP = 17  # tokens; the interpreter is slow
+PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], [11], list(range(3, 23))]
 
 
 class Graphless(GpuKernels):
@@ -36,25 +37,24 @@ class Graphless(GpuKernels):
         return self.tapes[-1]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     kernels = Graphless()
-    driver = Driver(save(architecture, tmp_path / "base"), kernels=kernels)
+    driver = Driver(save(architecture, tmp_path / "base"), kernels=kernels, max_tokens=STEP)
     assert driver.base._replay.refused is None
-    targets = ["c_attn", "c_proj", "lm_head"] if architecture == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-    options: dict[str, Any] = {"target_modules": targets, "fan_in_fan_out": architecture == "gpt2"}
+    targets = ["q_proj", "v_proj", "down_proj"]
     models = [reference(architecture)]
     routes: list[list[tuple[str, float]]] = [[]]
     for seed, rank in enumerate((3, 20)):
-        config = peft.LoraConfig(r=rank, **options)
+        config = peft.LoraConfig(r=rank, target_modules=targets)
         models.append(make(architecture, tmp_path / str(seed), seed, config))
         routes.append([(driver.seat(bring(driver, tmp_path / str(seed))), 1.0)])
     which = [1, 0, 2, 1]
     rows = driver.teach(PROMPTS, decode=3, adapters=[routes[index] for index in which])
     for index, tokens, got in zip(which, driver.sequences, rows, strict=True):
         torch.testing.assert_close(got, logits(models[index], tokens), atol=1e-4, rtol=1e-4)
-    adapted, plain = kernels.tapes[:2]
-    assert adapted.plays >= 3  # of the decoding steps; the base's own tape served its proof alone
+    plain, adapted = kernels.tapes
+    assert adapted.plays >= 3  # of the decoding steps
     before = plain.plays
     driver.teach(PROMPTS[:2], decode=2)
     assert plain.plays - before >= 2
@@ -63,7 +63,7 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_base_made_small_is_what_the_reference_makes_of_it(scheme: Any, tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
-    got = Driver(folder, kernels=Graphless(), scheme=scheme).teach(PROMPTS[:2], decode=2)
-    wanted = Driver(folder, native=False, scheme=scheme).teach(PROMPTS[:2], decode=2)
+    got = Driver(folder, kernels=Graphless(), scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)
+    wanted = Driver(folder, native=False, scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)
     for left, right in zip(got, wanted, strict=True):
         assert (left - right).norm() / right.norm() < 2e-2  # a row on the edge between two whole numbers may fall anew
