@@ -138,9 +138,20 @@ def _assemble(
 
 
 def device_of(name: str) -> torch.device:
-    """The device that is meant by a name or by "auto"; of several GPUs the first, if none is named."""
-    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+    """The device that is meant by a name or by "auto"; of several GPUs the first, if none is named.
+
+    Raises ModelUnsupported where there is none of that name.
+    """
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ModelUnsupported(f"--device {name}: auto, cpu, cuda and cuda:N are known") from error
+    if device.type != "cuda":
+        return device
+    number = device.index or 0
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        raise ModelUnsupported(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return torch.device("cuda", number)
 
 
 def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:

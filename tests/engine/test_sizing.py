@@ -49,7 +49,22 @@ def test_adapters_on_the_host_have_no_budget_of_the_device() -> None:
     assert adapter_memory(ServeConfig(model="m", adapter_device_memory="1GiB"), torch.device("cpu")) == GIB  # type: ignore[arg-type]
 
 
-def test_a_gpu_has_a_number_and_the_host_none() -> None:
-    assert str(device_of("cuda")) == "cuda:0"
-    assert str(device_of("cuda:3")) == "cuda:3"
+def test_a_gpu_has_a_number_and_the_host_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(device_of("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [str(device_of(name)) for name in ("auto", "cuda", "cuda:3")] == ["cuda:0", "cuda:0", "cuda:3"]
+
+
+@pytest.mark.parametrize("name", ["cuda:4", "cuda:99", "gpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ModelUnsupported, match=f"--device {name}"):
+        device_of(name)
+
+
+def test_where_torch_has_no_gpu_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelUnsupported, match="sees 0 GPUs here"):
+        device_of("cuda")
