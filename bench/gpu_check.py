@@ -71,8 +71,9 @@ def environment(folder: Path, version: str) -> Path:
 def install(python: Path, wheels: Path, needed: Sequence[str]) -> bool:
     """Install what is missing, from the wheels alone; whether all is there now."""
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--disable-pip-version-check"]
-    command += ["--no-index", f"--find-links={wheels}", "--no-warn-conflicts", *needed]
-    return subprocess.run(command, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}).returncode == 0
+    command += ["--no-warn-conflicts", *needed]
+    source = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_ROOT_USER_ACTION": "ignore"}
+    return subprocess.run(command, env={**os.environ, **source}).returncode == 0
 
 
 def run(command: Sequence[str], log: Path, seconds: float) -> int:

@@ -17,6 +17,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+MOST_SEQS = 256  # sequences in one step, unless told: on a GPU; elsewhere fewer
+
 
 class ServeConfig(BaseSettings):
     """Serve one base model and its LoRA adapters over an OpenAI-style API.

@@ -56,26 +56,20 @@ class Bank:
         groups: pointer tables by group of sites.
         changes, prefixes: what else the seated adapters do, by slot; only those that do.
         ranks: the highest rank of each seated adapter's deltas, by slot.
+        upload: how adapters come to the device.
 
     Args:
         base: sites and groups of the resident base.
         slots: adapters at once.
         capacity: bytes that they may take together; None: slots alone limit them.
-        upload: how they come to the device.
     """
 
     def __init__(
-        self,
-        base: BaseShape,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        capacity: int | None = None,
-        upload: Upload | None = None,
+        self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None
     ) -> None:
         self.slots = slots
         self.capacity = capacity
-        self.upload = upload or Upload(device)
+        self.upload = Upload(device)
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
         self.changes: dict[int, dict[str, Change]] = {}
         self.prefixes: dict[int, Prefix] = {}
@@ -131,11 +125,6 @@ class Bank:
             return None
         self._seated.move_to_end(digest)
         return seat.slot
-
-    def size(self, digest: str) -> int | None:
-        """Bytes of a seated adapter."""
-        seat = self._seated.get(digest)
-        return None if seat is None else seat.flat.nbytes
 
     def arrived(self, digest: str) -> bool:
         """Whether a step may use a seated adapter without waiting for it."""

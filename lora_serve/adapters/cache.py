@@ -54,10 +54,6 @@ class Cache:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def peek(self, digest: str) -> Adapter | None:
-        """The adapter, which stays as recently used as it was."""
-        return self._adapters.get(digest)
-
     def put(self, adapter: Adapter, keep: Callable[[str], bool]) -> None:
         """Add an adapter; others leave for it, but none that `keep` says must stay. TooLarge if it never fits."""
         if adapter.nbytes > self.capacity:

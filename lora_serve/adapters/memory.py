@@ -138,12 +138,6 @@ class Memory:
             slots[digest] = self._seat(digest, keep) if slot is None else slot
         return slots
 
-    def size(self, digest: str) -> int:
-        """Bytes that a version in memory takes on the device."""
-        seated = self._bank.size(digest)
-        adapter = self._cache.peek(digest) if seated is None else None
-        return seated or (0 if adapter is None else adapter.nbytes)
-
     def arrived(self, digests: Iterable[str]) -> bool:
         """Whether seated versions can be used without waiting."""
         return all(map(self._bank.arrived, digests))

@@ -107,7 +107,7 @@ class Registry:
         self._leases[digest] += 1
         self._used[digest] = time.time()
         self._memory.touch(digest)
-        return Lease(use.name, digest, use.weight, self._meta[digest].traits, self._bytes(digest))
+        return Lease(use.name, digest, use.weight, self._meta[digest].traits, self.bytes(digest))
 
     def release(self, lease: Lease) -> None:
         """Give a claim back. With the last one goes what was only kept for it."""
@@ -134,9 +134,10 @@ class Registry:
         """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
         return self._memory.seat(digests)
 
-    def size(self, digest: str) -> int:
-        """Bytes that a version in memory takes on the device."""
-        return self._memory.size(digest)
+    def bytes(self, digest: str) -> int:
+        """What a version takes in memory, alignment too: no less, and hardly more."""
+        meta = self._meta[digest]
+        return meta.bytes(self._dtype.itemsize) + ROUNDING * meta.modules
 
     def arrived(self, digests: Iterable[str]) -> bool:
         """Whether seated versions can be used without waiting for them to arrive on the device."""
@@ -253,7 +254,7 @@ class Registry:
         if len(self._pins | {name}) > self._pins_at_most:
             raise AdapterBusy(f"pinning {name} would leave no slot for other adapters", param="name")
         digests = {self._names[pin].digest for pin in self._pins | {name}}
-        if self._pinned_bytes is not None and sum(map(self._bytes, digests)) > self._pinned_bytes:
+        if self._pinned_bytes is not None and sum(map(self.bytes, digests)) > self._pinned_bytes:
             raise AdapterBusy(
                 f"pinning {name} would take more than {self._pinned_bytes} bytes, which is half of the device's memory "
                 "for adapters",
@@ -289,11 +290,6 @@ class Registry:
         self._memory.fill(stats)
 
     # --- inside --------------------------------------------------------------------------------------------------
-
-    def _bytes(self, digest: str) -> int:
-        """What a version takes in memory, alignment too: no less."""
-        meta = self._meta[digest]
-        return meta.bytes(self._dtype.itemsize) + ROUNDING * meta.modules
 
     def _record(self, name: str) -> Record:
         if name not in self._names:

@@ -91,7 +91,7 @@ def _assemble(
     longest = _wanted(config, loaded)
     needs = measured(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
     memory = kv_memory(config, needs, loaded.layers, loaded.dtype)
-    max_model_len = _context(config, loaded, memory)
+    max_model_len = _context(config, loaded, memory, longest)
     blocks = _blocks(config, loaded, memory, max_model_len, limits.seqs)
     kv.resize(blocks)
     progress("preparing steps", 0.9)
@@ -112,7 +112,7 @@ def _assemble(
             notes.append(f"adapter {name} is not served: {error.message}")
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
-        Turns(config.adapter_slots, QUANTUM, capacity, registry.size),
+        Turns(config.adapter_slots, QUANTUM, capacity, registry.bytes),
         max_seqs=limits.seqs,
         max_tokens=limits.tokens,
         prefix_cache=config.prefix_cache,
@@ -162,9 +162,8 @@ def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:
     return wanted
 
 
-def _context(config: ServeConfig, loaded: LoadedModel, memory: int) -> int:
-    """The longest context that so many bytes of KV hold; a longer one that was asked for is refused."""
-    wanted = _wanted(config, loaded)
+def _context(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int) -> int:
+    """The longest context up to `wanted` that so many bytes of KV hold; a longer one that was asked for is refused."""
     fits = memory // bytes_per_token(loaded.layers, loaded.dtype)
     fits -= fits % config.kv_block_size
     if fits < 2 * config.kv_block_size:

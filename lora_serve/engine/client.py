@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from lora_serve.config import ServeConfig
+from lora_serve.config import MOST_SEQS, ServeConfig
 from lora_serve.engine.stream import EventStream
 from lora_serve.engine.supervisor import Supervisor
 from lora_serve.errors import EngineFault, Failure, Overloaded, ServeError, Unavailable
@@ -36,7 +36,6 @@ from lora_serve.request import Event, Finished, Request
 
 COMMAND = (sys.executable, "-m", "lora_serve.engine.process")
 UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
-MOST_SEQS = 256  # in one step, whatever the device
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from lora_serve.config import ServeConfig
+from lora_serve.config import MOST_SEQS, ServeConfig
 from lora_serve.engine.logprobs import logprobs
 from lora_serve.engine.sampler import Row, draw
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape, bytes_per_token
 from lora_serve.model.base import ResidentBase
-from lora_serve.model.batch import Batch
+from lora_serve.model.batch import trial
 from lora_serve.request import Sampling
 
 HOST = 1 << 30  # bytes of KV where memory is shared with everything else
@@ -54,7 +54,7 @@ class Needs:
 
 def limits_of(config: ServeConfig, device: torch.device) -> Limits:
     """As given, or what suits the device."""
-    usual = Limits(256, 2048) if device.type == "cuda" else Limits(64, 512)
+    usual = Limits(MOST_SEQS, 2048) if device.type == "cuda" else Limits(64, 512)
     return Limits(config.max_num_seqs or usual.seqs, config.max_num_batched_tokens or usual.tokens)
 
 
@@ -116,20 +116,8 @@ def _settle() -> None:
 def _largest_step(base: ResidentBase, block_size: int, limits: Limits, longest: int) -> None:
     """All tokens that a step may have, all their logits, as many draws and log-probabilities as there may be."""
     tokens = limits.tokens
-    counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    blocks = -(-longest // block_size)
-    logits = base.forward(
-        Batch(
-            token_ids=[0] * tokens,
-            positions=[position for count in counts for position in range(count)],
-            kv_index=[0] * tokens,  # the scratch block
-            query_start=starts,
-            context=counts,
-            block_tables=[[0] * blocks] * len(counts),
-            logits_rows=range(tokens),
-        )
-    )
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    logits = base.forward(trial(lengths, -(-longest // block_size)))
     rows = min(limits.seqs, tokens)
     row = Row(Sampling(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=20), 0, 0, frozenset(), [], [])
     draw(logits[:rows], [row] * rows).wait()

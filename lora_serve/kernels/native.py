@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.checks import check_delta, check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
 from lora_serve.kernels.library import TYPES, Library, type_number
 from lora_serve.kernels.native_linear import NativeLinear
@@ -84,16 +85,9 @@ class NativeKernels:
         packed = self._groups.get(group)
         if packed is None:
             packed = self._groups[group] = _PackedGroup(group)
-        tokens, width = x.shape
-        if width != packed.in_features or x.stride(1) != 1 or len(outputs) != len(packed.out_features):
-            raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
-        dtype = x.dtype
+        check_delta(x, outputs, group)
         places: list[int] = []
-        for output, features in zip(outputs, packed.out_features, strict=True):
-            if output.dtype is not dtype or output.shape != (tokens, features) or output.stride(1) != 1:
-                raise ValueError(
-                    f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}"
-                )
+        for output in outputs:
             places += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
         if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
@@ -102,8 +96,8 @@ class NativeKernels:
             packed.address,
             x.data_ptr(),
             x.stride(0),
-            tokens,
-            type_number(dtype),
+            x.shape[0],
+            type_number(x.dtype),
             torch.get_num_threads(),
             count,
             start.data_ptr(),
@@ -120,8 +114,7 @@ class NativeKernels:
         """See `Kernels.rms_norm`."""
         width = x.shape[-1]
         rows = x.reshape(-1, width)
-        if rows.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
-            raise ValueError(f"weight {tuple(weight.shape)} does not fit rows of {width}")
+        check_norm(rows, weight)
         y = torch.empty(x.shape, dtype=x.dtype)
         self._rms_norm(
             _NORM.pack(
@@ -142,9 +135,8 @@ class NativeKernels:
 
     def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """See `Kernels.gated`."""
+        check_gated(gate, up)
         width = gate.shape[-1]
-        if gate.shape != up.shape or gate.dtype is not up.dtype or (gate.stride(-1), up.stride(-1)) != (1, 1):
-            raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
         left, right = gate.reshape(-1, width), up.reshape(-1, width)
         y = torch.empty(gate.shape, dtype=gate.dtype)
         self._gated(
@@ -165,13 +157,9 @@ class NativeKernels:
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels.rope`."""
+        check_rope(q, k, cos, sin)
         _, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
-        fits = q.shape[0] == k.shape[0] == 1 and k.shape[2:] == (tokens, dim) and dim % 2 == 0
-        if not fits or cos.shape != (1, tokens, dim) or sin.shape != cos.shape:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")
-        if q.dtype is not k.dtype or cos.dtype is not sin.dtype or (q.stride(3), k.stride(3)) != (1, 1):
-            raise TypeError("q and k share a type, cos and sin too; heads are contiguous")
         cos, sin = cos.contiguous(), sin.contiguous()
         q_out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         k_out = torch.empty(tokens, kv_heads, dim, dtype=k.dtype)
@@ -213,10 +201,7 @@ class NativeKernels:
         """See `Kernels.write_kv`."""
         blocks, size, heads, _ = keys.shape
         tokens = kv_index.shape[0]
-        if k.dtype is not keys.dtype or v.dtype is not values.dtype or kv_index.dtype is not torch.int64:
-            raise TypeError("k and v have the pool's type, kv_index is int64")
-        if k.shape != (tokens, heads, keys.shape[3]) or v.shape != (tokens, heads, values.shape[3]):
-            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the pool {tuple(keys.shape)}")
+        check_write(keys, values, k, v, kv_index)
         call = _WRITE.pack(
             *_pool(keys),
             *_pool(values),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -60,3 +61,21 @@ class Batch:
     def decodes(self) -> bool:
         """Whether every sequence has one row, whose logits are wanted."""
         return len(self.token_ids) == len(self.context) == len(self.logits_rows)
+
+
+def trial(lengths: Sequence[int], blocks: int) -> Batch:
+    """A batch of sequences so long, of the base, that leaves all KV but the scratch block's alone.
+
+    Args:
+        blocks: that the longest takes.
+    """
+    tokens = sum(lengths)
+    return Batch(
+        token_ids=[0] * tokens,
+        positions=[position for length in lengths for position in range(length)],
+        kv_index=[0] * tokens,
+        query_start=[0, *accumulate(lengths)],
+        context=lengths,
+        block_tables=[[0] * blocks] * len(lengths),
+        logits_rows=range(tokens),
+    )

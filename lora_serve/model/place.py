@@ -74,16 +74,17 @@ def sizes_of(batch: Batch) -> Sizes:
     )
 
 
+def rank_of(runs: Sequence[Run], ranks: Mapping[int, int]) -> int:
+    """The most ranks that together add to one row: those of a composition cover the same rows."""
+    groups = groupby(runs, key=lambda run: (run.start, run.end))
+    return max((sum(ranks.get(run.slot, 0) for run in group) for _, group in groups), default=0)
+
+
 def bounds_of(batch: Batch, ranks: Mapping[int, int]) -> Bounds:
     """Exactly what the batch has; `ranks` are the slots' highest ones."""
-    together = [  # those of a composition add to the same rows
-        list(group)
-        for runs in (batch.runs, batch.logits_runs)
-        for _, group in groupby(runs, key=lambda run: (run.start, run.end))
-    ]
     return Bounds(
-        longest=max((group[0].end - group[0].start for group in together), default=0),
-        rank=max((sum(ranks.get(run.slot, 0) for run in group) for group in together), default=0),
+        longest=max((run.end - run.start for run in batch.runs + batch.logits_runs), default=0),
+        rank=max(rank_of(runs, ranks) for runs in (batch.runs, batch.logits_runs)),
         query=max(end - start for start, end in zip(batch.query_start, batch.query_start[1:], strict=False)),
         context=max(batch.context),
     )

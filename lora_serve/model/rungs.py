@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import Kernels, Ladder
-from lora_serve.model.batch import Batch, Run
-from lora_serve.model.place import Bounds, Place, Placed, Sizes, bounds_of, cut, sizes_of
+from lora_serve.model.batch import Batch, Run, trial
+from lora_serve.model.place import Bounds, Place, Placed, Sizes, bounds_of, cut, rank_of, sizes_of
 from lora_serve.model.replay import Replay, played
 
 # Rows of the sequences of steps like those to come: few and many, long and short ones, in all combinations that kernels
@@ -47,7 +47,7 @@ class Rungs(Replay):
     def __call__(self, batch: Batch) -> Tensor:
         """The batch's logits, valid until the next call."""
         decodes = batch.decodes and batch.runs == batch.logits_runs
-        if not decodes or self._refuses(bool(batch.runs)) or bounds_of(batch, self._ranks).rank > self._ladder.rank:
+        if not decodes or self._refuses(bool(batch.runs)) or rank_of(batch.runs, self._ranks) > self._ladder.rank:
             return self.eagerly(batch)
         runs = cut(batch.runs, self._ladder.longest)
         rows = len(batch.token_ids)
@@ -97,13 +97,8 @@ class Rungs(Replay):
 
     def _try(self, lengths: Sequence[int]) -> None:
         """Make a step of sequences so long, each a segment, of the scratch block: its kernels are compiled now."""
-        batch = Batch(
-            token_ids=[0] * sum(lengths),
-            positions=[position for length in lengths for position in range(length)],
-            kv_index=[0] * sum(lengths),
-            query_start=[0, *accumulate(lengths)],
-            context=lengths,
-            block_tables=[[0] * self._width] * len(lengths),
+        batch = replace(
+            trial(lengths, self._width),
             logits_rows=range(len(lengths)),
             runs=[Run(end - length, end, 0, 1.0) for length, end in zip(lengths, accumulate(lengths), strict=True)],
             logits_runs=[Run(row, row + 1, 0, 1.0) for row in range(len(lengths))],

@@ -80,7 +80,7 @@ def attention_builds() -> Iterator[Build]:
     """Each tile that is chosen, plain and with all that models may ask for, cut into splits and whole."""
     copies = "cp.async.cg.shared.global"  # sixteen bytes each
     kernels = {"decode": copies, "prefill": copies, "combine": "ld.global.v4"}
-    real = attention._device
+    real = attention.processors, attention.hopper
     for (share, width), dtype, hopper in product(SHAPES, (torch.bfloat16, torch.float32), (True, False)):
         if dtype is torch.float32 and width > 128:
             continue  # as at 128, and slow to compile
@@ -88,11 +88,11 @@ def attention_builds() -> Iterator[Build]:
         q, keys, values, spans = case.tensors()
         sinks = torch.zeros(8 * share, dtype=dtype)
         with noted(attention, kernels, (90,) if hopper else (80, 89)) as rows:
-            attention._device = lambda _, hopper=hopper: attention.Device(132, hopper)  # type: ignore[assignment,misc]
+            attention.processors, attention.hopper = lambda *_: 132, lambda _, hopper=hopper: hopper  # type: ignore[assignment,misc]
             attention.attention(q, keys, values, spans, 0.1, window=64, softcap=30.0, sinks=sinks)
-            attention._device = lambda _, hopper=hopper: attention.Device(1, hopper)  # type: ignore[assignment,misc]
+            attention.processors = lambda *_: 1  # type: ignore[assignment]
             attention.attention(q, keys, values, spans, 0.1)
-        attention._device = real
+        attention.processors, attention.hopper = real
         yield from rows
 
 

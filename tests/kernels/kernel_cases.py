@@ -84,6 +84,18 @@ def segments_of(runs: list[tuple[int, int, int, float]], rank: int = 0) -> Segme
     return Segments(int32(*start), int32(*end), int32(*slot), torch.tensor(weight, dtype=torch.float32), longest, rank)
 
 
+MIXED = DeltaCase(
+    seed=3,
+    dtype=torch.bfloat16,
+    weights=torch.bfloat16,
+    in_features=96,
+    out_features=(160, 33),
+    ranks=[[16, 5, 128], [16, 0, 8]],
+    tokens=30,
+    segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 30, 3, 1.0), (8, 9, 1, -1.0)],
+)
+
+
 @st.composite
 def delta_cases(draw: st.DrawFn) -> DeltaCase:
     slots = draw(st.integers(1, 4))

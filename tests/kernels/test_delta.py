@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from kernel_cases import CPU, DeltaCase, assert_near, delta_cases, segments_of
+from kernel_cases import CPU, MIXED, DeltaCase, assert_near, delta_cases, segments_of
 
 from lora_serve.kernels.contract import DeltaGroup
 from lora_serve.kernels.native import NativeKernels
@@ -15,17 +15,6 @@ from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-CASE = DeltaCase(
-    seed=3,
-    dtype=torch.bfloat16,
-    weights=torch.bfloat16,
-    in_features=96,
-    out_features=(160, 33),
-    ranks=[[16, 5, 128], [16, 0, 8]],
-    tokens=30,
-    segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 30, 3, 1.0), (8, 9, 1, -1.0)],
-)
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,7 +65,7 @@ def test_rows_outside_all_segments_keep_every_bit(native: NativeKernels, case: D
 def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(
     native: NativeKernels, rows: int, in_features: int
 ) -> None:
-    case = dataclasses.replace(CASE, in_features=in_features)
+    case = dataclasses.replace(MIXED, in_features=in_features)
     group = case.group()
     x, outputs = case.rows()
     _, alone = case.rows()
@@ -87,7 +76,7 @@ def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(native: NativeKernels) -> None:
-    big = dataclasses.replace(CASE, in_features=500, out_features=(700, 90), tokens=100, segments=[(0, 100, 3, 1.0)])
+    big = dataclasses.replace(MIXED, in_features=500, out_features=(700, 90), tokens=100, segments=[(0, 100, 3, 1.0)])
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -99,7 +88,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(native: NativeKernels) 
 
 
 def test_a_composition_is_the_weighted_sum_of_its_adapters(native: NativeKernels) -> None:
-    case = dataclasses.replace(CASE, dtype=torch.float32, weights=torch.float32)
+    case = dataclasses.replace(MIXED, dtype=torch.float32, weights=torch.float32)
     group = case.group()
     x, both = case.rows()
     _, base = case.rows()
@@ -114,14 +103,14 @@ def test_a_composition_is_the_weighted_sum_of_its_adapters(native: NativeKernels
 
 
 def test_a_slot_can_be_pointed_elsewhere_between_calls(native: NativeKernels) -> None:
-    group = CASE.group()
-    x, outputs = CASE.rows()
+    group = MIXED.group()
+    x, outputs = MIXED.rows()
     segments = segments_of([(0, 30, 1, 1.0)])
     native.delta(x, outputs, group, segments)
     group.set(0, 1, None)
     group.set(1, 1, group.deltas[1][3])
-    _, got = CASE.rows()
-    _, wanted = CASE.rows()
+    _, got = MIXED.rows()
+    _, wanted = MIXED.rows()
     native.delta(x, got, group, segments)
     reference.delta(x, wanted, group, segments)
     assert torch.equal(got[0], wanted[0])
@@ -130,14 +119,14 @@ def test_a_slot_can_be_pointed_elsewhere_between_calls(native: NativeKernels) ->
 
 
 def test_a_broken_adapter_breaks_only_its_own_rows(native: NativeKernels) -> None:
-    group = CASE.group()
-    x, wanted = CASE.rows()
-    native.delta(x, wanted, group, segments_of(CASE.segments))
+    group = MIXED.group()
+    x, wanted = MIXED.rows()
+    native.delta(x, wanted, group, segments_of(MIXED.segments))
     broken = group.deltas[0][2]
     assert broken is not None
     broken.a.fill_(float("nan"))
-    _, got = CASE.rows()
-    native.delta(x, got, group, segments_of(CASE.segments))
+    _, got = MIXED.rows()
+    native.delta(x, got, group, segments_of(MIXED.segments))
     others = [*range(1), *range(4, 30)]
     assert got[0][1:4].isnan().all()
     assert torch.equal(got[0][others], wanted[0][others])
@@ -147,9 +136,9 @@ def test_a_broken_adapter_breaks_only_its_own_rows(native: NativeKernels) -> Non
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_no_segments_is_no_work(native: NativeKernels, backend: str) -> None:
     kernels = native if backend == "native" else reference
-    x, outputs = CASE.rows()
+    x, outputs = MIXED.rows()
     before = [output.clone() for output in outputs]
-    kernels.delta(x, outputs, CASE.group(), segments_of([]))
+    kernels.delta(x, outputs, MIXED.group(), segments_of([]))
     assert all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
 
 
@@ -157,16 +146,16 @@ def test_no_segments_is_no_work(native: NativeKernels, backend: str) -> None:
 def test_segments_outside_the_batch_or_the_slots_write_nothing(
     native: NativeKernels, run: tuple[int, int, int, float]
 ) -> None:
-    x, outputs = CASE.rows()
+    x, outputs = MIXED.rows()
     before = [output.clone() for output in outputs]
     with pytest.raises(ValueError, match="segment 1"):
-        native.delta(x, outputs, CASE.group(), segments_of([(0, 2, 1, 1.0), run]))
+        native.delta(x, outputs, MIXED.group(), segments_of([(0, 2, 1, 1.0), run]))
     assert all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused(native: NativeKernels) -> None:
-    group, segments = CASE.group(), segments_of(CASE.segments)
-    x, outputs = CASE.rows()
+    group, segments = MIXED.group(), segments_of(MIXED.segments)
+    x, outputs = MIXED.rows()
     with pytest.raises(ValueError, match="does not fit the group"):
         native.delta(x[:, :-1], outputs, group, segments)
     with pytest.raises(ValueError, match="does not fit the group"):

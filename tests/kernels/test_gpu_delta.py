@@ -9,7 +9,7 @@ import interpreter  # noqa: F401  (before the kernels)
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import CPU, DTYPES, DeltaCase, assert_near, composed_cases, segments_of
+from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, segments_of
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta import delta, plan
@@ -18,16 +18,7 @@ from lora_serve.kernels.reference import ReferenceKernels
 reference = ReferenceKernels()
 few = settings(max_examples=8, deadline=None)
 
-CASE = DeltaCase(
-    seed=3,
-    dtype=torch.bfloat16,
-    weights=torch.bfloat16,
-    in_features=96,
-    out_features=(160, 33),
-    ranks=[[16, 5, 128], [16, 0, 8]],
-    tokens=30,
-    segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 30, 3, 1.0), (0, 0, 0, 0.0)],
-)
+CASE = dataclasses.replace(MIXED, segments=[*MIXED.segments[:3], (0, 0, 0, 0.0)])
 LONG = dataclasses.replace(CASE, tokens=200, segments=[(3, 190, 3, 1.0), (191, 200, 1, 1.0)])
 
 

@@ -11,21 +11,21 @@ waits for it, and a captured graph stays right while sequences grow, end (0 rows
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lora_serve.kernels.contract import Spans
 from lora_serve.kernels.gpu.attention_kernels import combine, decode, prefill
+from lora_serve.kernels.gpu.device import TYPES, hopper, processors
 
 EVERYTHING = 1 << 30  # a window longer than any context
 MOST_SPLITS = 32
 LEAST_PART = 128  # tokens of a split: fewer would not pay for their share of the combination
 PROGRAMS = 4  # for each processor; about half of them are resident, the rest evens out contexts of different lengths
+INTERPRETED = 32  # processors of what is none: few, yet enough to split contexts
 LOG2E = math.log2(math.e)
 
 
@@ -35,13 +35,6 @@ class Tile(NamedTuple):
     rows: int
     tokens: int
     warps: int
-
-
-class Device(NamedTuple):
-    """Streaming multiprocessors, and whether they are Hopper's (whole tiles multiplied from a large shared memory)."""
-
-    processors: int
-    hopper: bool
 
 
 def decode_tile(share: int, width: int, itemsize: int) -> Tile:
@@ -94,13 +87,12 @@ def attention(
     dtype = torch.promote_types(q.dtype, keys.dtype)
     key_pad, value_pad = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     width, share, reach = max(key_pad, value_pad), heads // kv_heads, min(window or EVERYTHING, EVERYTHING)
-    device = _device(q.device)
     given = (q, keys, values, spans.query_start, spans.context, spans.block_table, sinks, out)
     # Scores are powers of two; with a cap, `scale` leads into the hyperbolic tangent and `cap` out of it.
     numbers = (reach, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E if softcap else 0.0)
     strides = (q.stride(0), q.stride(1), spans.block_table.stride(0))
     shape = {
-        "DTYPE": getattr(tl, str(dtype).removeprefix("torch.")),
+        "DTYPE": TYPES[dtype],
         "CAPPED": bool(softcap),
         "WINDOWED": bool(window),
         "SHARE": share,
@@ -115,7 +107,7 @@ def attention(
 
     tile = decode_tile(share, width, dtype.itemsize)
     columns = kv_heads * triton.cdiv(share, tile.rows)
-    splits = splits_of(columns * sequences, min(spans.longest_context, reach), device.processors)
+    splits = splits_of(columns * sequences, min(spans.longest_context, reach), processors(q.device, INTERPRETED))
     cut = splits > 1
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
     parts = torch.empty(*cuts, value_dim, dtype=torch.float32, device=q.device)
@@ -131,7 +123,7 @@ def attention(
         )  # fmt: skip
 
     if spans.longest_query > 1:
-        tile = prefill_tile(width, dtype.itemsize, device.hopper)
+        tile = prefill_tile(width, dtype.itemsize, hopper(q.device))
         rows = min(spans.longest_query, tokens) * share
         prefill[triton.cdiv(rows, tile.rows), kv_heads, sequences](
             *given, *numbers, *strides, ROWS=tile.rows, TILE=tile.tokens, **shape, num_warps=tile.warps
@@ -161,12 +153,3 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, sinks: Tensor 
             raise TypeError("spans are int32")
         if each.stride(-1) != 1:
             raise ValueError("spans are contiguous")
-
-
-@lru_cache
-def _device(device: torch.device) -> Device:
-    """Of the interpreter: small, yet large enough to split contexts."""
-    if device.type != "cuda":
-        return Device(32, hopper=False)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.major == 9)

@@ -80,8 +80,8 @@ class GpuKernels:
         """See `Kernels.linear`. Maps that were laid out beside each other are one product."""
         if maps[0][0].scheme is not None:
             return linear.linear(x, maps)
-        whole = _whole([packed for packed, _ in maps])
-        if whole is None:
+        whole = linear.neighbours([packed.data for packed, _ in maps], 0)
+        if whole is None or len(maps) == 1:
             return self._plain.linear(x, maps)
         outputs = nn.functional.linear(x, whole).split_with_sizes([packed.shape[0] for packed, _ in maps], 1)
         for y, (_, bias) in zip(outputs, maps, strict=True):
@@ -100,14 +100,3 @@ class GpuKernels:
         tape = GraphTape(self._pool, self._stream)
         self._tapes.add(tape)
         return tape
-
-
-def _whole(maps: Sequence[Packed]) -> Tensor | None:
-    """The matrix [out of all, in] of which the maps are the rows, one after the other; None if they lie apart."""
-    first = maps[0].data
-    end = first.data_ptr()
-    for packed in maps:
-        if len(maps) == 1 or packed.data.data_ptr() != end:
-            return None
-        end += packed.data.nbytes
-    return first.as_strided((sum(packed.shape[0] for packed in maps), first.shape[1]), first.stride())

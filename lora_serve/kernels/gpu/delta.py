@@ -14,18 +14,17 @@ the batch and slots in the tables) is not checked.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from lora_serve.kernels.checks import check_delta
 from lora_serve.kernels.contract import DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta_kernels import expand, shrink
+from lora_serve.kernels.gpu.device import TYPES, processors
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MODULES = 4  # outputs that one expand takes
 FEW = 16  # rows of a tile where segments are short; a matrix product has no fewer
 MANY = 64
@@ -142,12 +141,7 @@ def check(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segment
     for dtype in (x.dtype, group.dtype):
         if dtype not in TYPES:
             raise TypeError(f"{dtype} is not fp32, bf16 or fp16")
-    tokens, width = x.shape
-    if width != group.in_features or x.stride(1) != 1 or len(outputs) != len(group.out_features):
-        raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
-    for output, features in zip(outputs, group.out_features, strict=True):
-        if output.dtype is not x.dtype or output.shape != (tokens, features) or output.stride(1) != 1:
-            raise ValueError(f"output {tuple(output.shape)}, {output.dtype} does not fit {tokens} rows of {features}")
+    check_delta(x, outputs, group)
     for part in (segments.start, segments.end, segments.slot):
         if part.dtype is not torch.int32 or part.stride(0) != 1:
             raise TypeError("segments are int32 and contiguous")
@@ -155,9 +149,3 @@ def check(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segment
         raise TypeError("weights of segments are float32 and contiguous")
     if any(table.stride(1) != 1 for table in (group.a, group.b, group.rank)):
         raise ValueError("rows of the pointer tables are contiguous")
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; of anything else (the interpreter's), a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from lora_serve.kernels.gpu.delta import TYPES, processors
+from lora_serve.kernels.gpu.device import TYPES, processors
 from lora_serve.kernels.gpu.linear_kernels import add_splits, multiply, round_rows
 from lora_serve.kernels.packed import GROUP, RUN, Packed, Scheme, dequantized, quantized
 
@@ -163,8 +163,8 @@ def joined(maps: Sequence[tuple[Packed, Tensor | None]]) -> tuple[Packed, Tensor
     if len(maps) == 1:
         return maps[0]
     first = maps[0][0]
-    data = _neighbours([packed.data for packed, _ in maps], 1)
-    scale = _neighbours([packed.scale for packed, _ in maps if packed.scale is not None], -1)
+    data = neighbours([packed.data for packed, _ in maps], 1)
+    scale = neighbours([packed.scale for packed, _ in maps if packed.scale is not None], -1)
     if data is None or scale is None:
         return None
     known = [bias for _, bias in maps if bias is not None]
@@ -173,7 +173,7 @@ def joined(maps: Sequence[tuple[Packed, Tensor | None]]) -> tuple[Packed, Tensor
     return whole, torch.cat(parts) if parts else None
 
 
-def _neighbours(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+def neighbours(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     """The tensor of which the parts are consecutive pieces along `dim`; None if they are not."""
     first = parts[0]
     end = first.storage_offset()

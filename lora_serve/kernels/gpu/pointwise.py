@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_serve.kernels.checks import check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation
 
 PROGRAM = 2048  # numbers that a program takes, unless a row is longer
@@ -21,8 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     """See `Kernels.rms_norm`. ValueError: shapes or strides that do not fit."""
     width = x.shape[-1]
     rows = x.reshape(-1, width)
-    if rows.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit rows of {width}")
+    check_norm(rows, weight)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     count = rows.shape[0]
     if count:
@@ -37,9 +37,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """See `Kernels.gated`. ValueError: shapes or strides that do not fit."""
+    check_gated(gate, up)
     width = gate.shape[-1]
-    if gate.shape != up.shape or gate.dtype is not up.dtype or (gate.stride(-1), up.stride(-1)) != (1, 1):
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
     left, right = gate.reshape(-1, width), up.reshape(-1, width)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
@@ -55,13 +54,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     ValueError, TypeError: shapes, strides or types that do not fit.
     """
+    check_rope(q, k, cos, sin)
     _, heads, tokens, dim = q.shape
     kv_heads = k.shape[1]
-    fits = q.shape[0] == k.shape[0] == 1 and k.shape[2:] == (tokens, dim) and dim % 2 == 0
-    if not fits or cos.shape != (1, tokens, dim) or sin.shape != cos.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")
-    if q.dtype is not k.dtype or cos.dtype is not sin.dtype or (q.stride(3), k.stride(3)) != (1, 1):
-        raise TypeError("q and k share a type, cos and sin too; heads are contiguous")
     q_out, k_out = (torch.empty(tokens, n, dim, dtype=q.dtype, device=q.device) for n in (heads, kv_heads))
     if tokens:
         pad = triton.next_power_of_2(dim // 2)
@@ -80,10 +75,7 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tenso
     """
     size, heads = keys.shape[1:3]
     tokens = kv_index.shape[0]
-    if k.dtype is not keys.dtype or v.dtype is not values.dtype or kv_index.dtype is not torch.int64:
-        raise TypeError("k and v have the pool's type, kv_index is int64")
-    if k.shape != (tokens, heads, keys.shape[3]) or v.shape != (tokens, heads, values.shape[3]):
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the pool {tuple(keys.shape)}")
+    check_write(keys, values, k, v, kv_index)
     if keys.shape[:3] != values.shape[:3] or any(each.stride(-1) != 1 for each in (keys, values, k, v)):
         raise ValueError("keys and values have the same places, heads are contiguous")
     if tokens:

@@ -1,0 +1,22 @@
+"""What launches must know of the GPU, and what Triton calls the types."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton.language as tl
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@cache
+def processors(device: torch.device, interpreted: int = 4) -> int:
+    """Streaming multiprocessors of a GPU; of anything else (the interpreter's), as many as are told."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
+
+
+@cache
+def hopper(device: torch.device) -> bool:
+    """Whether whole tiles are multiplied from a large shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
