@@ -23,8 +23,8 @@ if __package__ in (None, ""):  # started as a file: the repository's root belong
 
 from bench.make_model import make_model
 from bench.shapes import SHAPES
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered, flatten
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, flatten
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import Delta
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
@@ -35,7 +35,7 @@ from lora_serve.model.load import load
 CPU = torch.device("cpu")
 ROWS = 8
 SHAPE = replace(SHAPES["qwen2.5-0.5b"], layers=6, vocabulary=2048)
-Changing = Callable[[BaseShape], dict[str, Change]]
+Changing = Callable[[BaseShape], dict[str, ModuleOverride]]
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class Cost:
     ratio: float
 
 
-def gains(shape: BaseShape) -> dict[str, Change]:
+def gains(shape: BaseShape) -> dict[str, ModuleOverride]:
     """As DoRA, or IA³ and a bias: an output gain and a constant on every linear module."""
     sites = [site for site in shape.sites.values() if site.name != shape.head]
     return {
-        site.name: Change(gain_out=torch.rand(site.out_features) + 0.5, shift=torch.rand(site.out_features))
+        site.name: ModuleOverride(gain_out=torch.rand(site.out_features) + 0.5, shift=torch.rand(site.out_features))
         for site in sites
     }
 
 
-def norms(shape: BaseShape) -> dict[str, Change]:
+def norms(shape: BaseShape) -> dict[str, ModuleOverride]:
     """As LN-tuning: every norm replaced."""
     names = [name for name in shape.modules if name.endswith("norm")]
-    return {name: Change(parameters={"weight": torch.rand(shape.modules[name]["weight"])}) for name in names}
+    return {name: ModuleOverride(parameters={"weight": torch.rand(shape.modules[name]["weight"])}) for name in names}
 
 
-def lookup(shape: BaseShape) -> dict[str, Change]:
+def lookup(shape: BaseShape) -> dict[str, ModuleOverride]:
     """LoRA on the embedding."""
     ids, width = shape.modules[shape.input_embedding]["weight"]
-    return {shape.input_embedding: Change(lookup=Delta(torch.rand(ids, 16), torch.rand(16, width)))}
+    return {shape.input_embedding: ModuleOverride(lookup=Delta(torch.rand(ids, 16), torch.rand(16, width)))}
 
 
 CASES: dict[str, Changing] = {
@@ -80,12 +80,14 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         loaded = load(str(folder), revision=None, dtype="bfloat16", device=CPU, progress=lambda stage, done: None)
-        self.bank = Bank(loaded.shape, ROWS * (1 + len(CASES)), loaded.dtype, CPU)
-        self._base = ResidentBase(loaded, self.bank, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU))
+        self.device_slots = DeviceSlots(loaded.shape, ROWS * (1 + len(CASES)), loaded.dtype, CPU)
+        self._base = ResidentBase(
+            loaded, self.device_slots, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU)
+        )
         self._shape = loaded.shape
         self.plain = self._seat("plain", lambda shape: {})
 
-    def seat(self) -> dict[str, list[int]]:
+    def load_adapter(self) -> dict[str, list[int]]:
         """The other adapters' slots, by case."""
         return {name: self._seat(name, changing) for name, changing in CASES.items()}
 
@@ -98,7 +100,7 @@ class Bench:
                 if site.name != self._shape.head
             }
             lowered = Lowered(deltas, {}, changing(self._shape))
-            slots.append(self.bank.load(flatten(f"{name} {number}", lowered, torch.bfloat16)))
+            slots.append(self.device_slots.load(flatten(f"{name} {number}", lowered, torch.bfloat16)))
         return slots
 
     def step(self, slots: list[int]) -> float:
@@ -127,7 +129,7 @@ def measure(repeats: int) -> list[Cost]:
         make_model(SHAPE, Path(folder) / "model")
         lone, full = Bench(Path(folder) / "model"), Bench(Path(folder) / "model")
         cases = {"plain LoRA alone": (lone, lone.plain), "plain LoRA beside seated adapters of all": (full, full.plain)}
-        cases |= {name: (full, slots) for name, slots in full.seat().items()}
+        cases |= {name: (full, slots) for name, slots in full.load_adapter().items()}
         taken: dict[str, list[float]] = {name: [] for name in cases}
         for turn in range(3 + repeats):
             for name, (bench, slots) in cases.items():

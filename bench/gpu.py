@@ -103,7 +103,7 @@ def measure_steps(shape: Shape, folder: Path, device: torch.device, plan: Plan, 
         return base.step(decoding(slots, plan.context))
 
     before = in_turns({"none": of([0] * middle)}, device, plan.budget)["none"]
-    slots = [base.seat(random_adapter(base.shape, RANK, f"same {index}", device)) for index in range(most)]
+    slots = [base.load_adapter(random_adapter(base.shape, RANK, f"same {index}", device)) for index in range(most)]
     slots.sort()
     for rows in plan.rows:
         mixes = {"none": [0] * rows, "one": slots[:1] * rows, "distinct": slots[:rows]}
@@ -116,7 +116,7 @@ def measure_steps(shape: Shape, folder: Path, device: torch.device, plan: Plan, 
         found.prompts |= {name: tokens / each for name, each in in_turns(calls, device, plan.budget).items()}
     base.clear()
     ranks_of = [MIXED[index % len(MIXED)] for index in range(middle)]
-    slots = [base.seat(random_adapter(base.shape, rank, f"{i}", device)) for i, rank in enumerate(ranks_of)]
+    slots = [base.load_adapter(random_adapter(base.shape, rank, f"{i}", device)) for i, rank in enumerate(ranks_of)]
     mixed = in_turns({"mixed": of(sorted(slots))}, device, plan.budget)["mixed"]
     found.steps.append(Step("ranks 8…128", middle, mixed, floor(shape, middle, plan.context, ranks_of)))
 

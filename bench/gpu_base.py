@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.gpu_figures import Limits
 from bench.shapes import Shape
 from lora_serve.adapters.adapter import Adapter, BaseShape, Lowered, flatten
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import Delta
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
@@ -141,22 +141,22 @@ class Resident:
                 str(folder), revision=None, dtype="bfloat16", device=device, progress=lambda stage, done: None
             )
             self.shape = loaded.shape
-            self._bank = Bank(loaded.shape, slots, DTYPE, device)
+            self._device_slots = DeviceSlots(loaded.shape, slots, DTYPE, device)
             tokens = max(rows * (context + BLOCK), longest)
             kv = KVTensors(loaded.layers, -(-tokens // BLOCK), BLOCK, DTYPE, device)
-            self._base = ResidentBase(loaded, self._bank, select(device), kv)
+            self._base = ResidentBase(loaded, self._device_slots, select(device), kv)
             del loaded
         with self._noted("graphs"):
             self._base.prepare(rows, longest, -(-longest // BLOCK))
 
-    def seat(self, adapter: Adapter) -> int:
+    def load_adapter(self, adapter: Adapter) -> int:
         """Put an adapter on the device; its slot."""
-        return self._bank.load(adapter)
+        return self._device_slots.load(adapter)
 
     def clear(self) -> None:
         """Let all adapters go."""
-        for digest in self._bank.seated:
-            self._bank.evict(digest)
+        for digest in self._device_slots.resident:
+            self._device_slots.evict(digest)
 
     def step(self, batch: Batch) -> Callable[[], Tensor]:
         """What makes the step once, as the engine's runner makes it."""

@@ -25,8 +25,8 @@ import torch
 if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import changes
-from lora_serve.kernels.contract import Delta, DeltaGroup, Kernels, Segments, Spans
+from bench import overrides
+from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.kernels.select import select
 
@@ -134,7 +134,7 @@ def attention_work(sequences: int, context: int, rows: int) -> Work:
     pools = [
         [torch.randn(blocks, BLOCK, KV_HEADS, HEAD_DIM).to(DTYPE) for _ in range(2)] for _ in range(layers_for(nbytes))
     ]
-    spans = Spans(
+    spans = AttentionMetadata(
         int32(list(range(0, rows * sequences + 1, rows))),
         int32([context] * sequences),
         torch.randperm(blocks).int().view(sequences, per_sequence),
@@ -239,8 +239,8 @@ def main() -> None:
             f"{row.kernel + ' ' + row.what:44}{row.native_us:11.1f}{row.reference_us:11.1f}"
             f"{row.floor_us:11.1f}{row.ratio:9.2f}{row.gflops:9.0f}"
         )
-    costs = changes.measure(repeats=20 if chosen.quick else 60)
-    changes.show(costs)
+    costs = overrides.measure(repeats=20 if chosen.quick else 60)
+    overrides.show(costs)
     after = bandwidth()
     print(f"\nmemory read at {before / 1e9:.1f} GB/s before, {after / 1e9:.1f} after (floors use the first)")
     print(

@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[Summary]], list[di
     over_http: dict[str, list[Summary]] = {}
     inside: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        turns: dict[str, Callable[[int], None]] = {}
+        rotation: dict[str, Callable[[int], None]] = {}
 
         salt = count()
 
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[Summary]], list[di
                 print(f"# {name}: {over_http[name][-1].throughput:.1f} tok/s", file=sys.stderr)
 
             once(replace(load, requests=args.clients if args.warm_up is None else args.warm_up, output=(4, 4)))
-            turns[name] = turn
+            rotation[name] = turn
 
         if wanted & {3}:
             add(PLAIN, stack.enter_context(_server(stack, args, adapters=False)), "none")
@@ -151,10 +151,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[Summary]], list[di
             for mix in _mixes(wanted):
                 add(mix, url, mix)
         if wanted & {9, 11, 12}:
-            turns["in process"] = lambda repeat: inside.append(_inside(args, repeat))
+            rotation["in process"] = lambda repeat: inside.append(_inside(args, repeat))
         for repeat in range(args.repeats):
-            for name in list(turns) if repeat % 2 == 0 else reversed(turns):
-                turns[name](repeat)
+            for name in list(rotation) if repeat % 2 == 0 else reversed(rotation):
+                rotation[name](repeat)
     return over_http, inside
 
 

@@ -24,7 +24,7 @@ from bench.load import Load
 from bench.report import json_line, number, table
 from bench.serve import mixes
 from lora_serve.engine import assemble, runner
-from lora_serve.kernels.tape import CallTape
+from lora_serve.kernels.cpu.recording import CallRecording
 from lora_serve.model import place, replay
 
 HEAD = 30_000  # outputs from which a map is the head
@@ -57,7 +57,7 @@ def watch(clocks: Clocks) -> None:
         return kernels
 
     assemble.select = timed
-    CallTape.play = clocks.around("played from tape", CallTape.play)  # type: ignore[method-assign]
+    CallRecording.play = clocks.around("played from tape", CallRecording.play)  # type: ignore[method-assign]
     runner.flatten = clocks.around("flatten", runner.flatten)
     runner.draw = clocks.around("draw", runner.draw)
     place.Place.write = clocks.around("write", place.Place.write)  # type: ignore[method-assign]

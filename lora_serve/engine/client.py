@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from lora_serve.config import MOST_SEQS, ServeConfig
-from lora_serve.engine.stream import EventStream
+from lora_serve.engine.event_buffer import EventStream
 from lora_serve.engine.supervisor import Supervisor
 from lora_serve.errors import EngineFault, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
@@ -34,7 +34,7 @@ from lora_serve.messages import (
 )
 from lora_serve.request import Event, Finished, Request
 
-COMMAND = (sys.executable, "-m", "lora_serve.engine.process")
+COMMAND = (sys.executable, "-m", "lora_serve.engine.process_main")
 UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """An engine runs and its heartbeat is recent. Turns False well before the watchdog gives up on it."""
+        """An engine runs and its heartbeat is recent. SlotRotation False well before the watchdog gives up on it."""
         return self._supervisor.alive
 
     @property

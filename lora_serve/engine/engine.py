@@ -18,16 +18,16 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.adapters.registry import Failed, Lease, Ready, Registry
+from lora_serve.adapters.registry import InMemory, Lease, LoadFailed, Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.admission import check, check_room
-from lora_serve.engine.assemble import assemble
-from lora_serve.engine.flight import Flight, launch
+from lora_serve.engine.in_flight import InFlightStep, launch
 from lora_serve.engine.operations import start
-from lora_serve.engine.pace import Pace
-from lora_serve.engine.runner import Outcome, Runner
+from lora_serve.engine.prefill_pacer import PrefillPacer
+from lora_serve.engine.runner import Runner, SequenceOutput
 from lora_serve.engine.scheduler import Scheduler, Work
 from lora_serve.engine.sequence import Sequence
+from lora_serve.engine.startup import assemble
 from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
     Abort,
@@ -70,9 +70,9 @@ class Engine:
         self._events: list[Event] = []
         self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of the calls to answer when nothing runs any more
-        self._flight: Flight | None = None
+        self._flight: InFlightStep | None = None
         self._landed = 0.0  # when the last flight did
-        self._pace = Pace()
+        self._pace = PrefillPacer()
         self._admitted = 0
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
@@ -84,24 +84,24 @@ class Engine:
         *,
         wake: Callable[[], None],
         progress: Callable[[str, float], None],
-        ahead: bool | None = None,
+        overlap: bool | None = None,
     ) -> Engine:
         """Load the base and everything around it; raises ModelUnsupported and other ServeErrors if that cannot be.
 
         Args:
             ahead: see `assemble`.
         """
-        parts = assemble(config, wake, progress, ahead)
+        parts = assemble(config, wake, progress, overlap)
         return cls(parts.info, parts.scheduler, parts.runner, parts.registry, max_queue=config.max_queue)
 
     @property
     def busy(self) -> bool:
         """Whether another step would do something now."""
         running = bool(self._sequences) and not self._stalled
-        return bool(self._events) or bool(self._replies) or running or self.flying
+        return bool(self._events) or bool(self._replies) or running or self.step_in_flight
 
     @property
-    def flying(self) -> bool:
+    def step_in_flight(self) -> bool:
         """Whether a step runs on the device whose outcomes are not read yet."""
         return self._flight is not None
 
@@ -130,7 +130,7 @@ class Engine:
         before, self._flight = self._flight, self._fly(work) if work else None
         if before is not None:
             report = self._settled(before)
-        if self._flight is not None and (self._runner.exhausted or not self._runner.ahead):
+        if self._flight is not None and (self._runner.out_of_memory or not self._runner.overlap):
             report = self._land()
         self._take_less()
         self._stalled = not work and report is None  # what landed may have made room
@@ -182,7 +182,7 @@ class Engine:
             for use in request.adapters:
                 leases.append(self._registry.acquire(use))
             check(request, leases, self.info)
-            check_room(leases, self._registry.pinned, self._scheduler.turns)
+            check_room(leases, self._registry.pinned, self._scheduler.rotation)
         except ServeError:
             for lease in leases:
                 self._registry.release(lease)
@@ -208,17 +208,17 @@ class Engine:
             traits={lease.digest: lease.traits for lease in leases},
         )
 
-    def _fly(self, work: list[Work]) -> Flight:
+    def _fly(self, work: list[Work]) -> InFlightStep:
         """Start a step; what comes after it may be planned."""
         flight = launch(work, self._runner, self._registry)
         for item in flight.work:
-            self._scheduler.launched(item)
+            self._scheduler.mark_launched(item)
         return flight
 
     def _take_less(self) -> None:
         """After a step that ran out of memory: smaller ones from now on."""
-        if self._runner.exhausted:
-            self._runner.exhausted = False
+        if self._runner.out_of_memory:
+            self._runner.out_of_memory = False
             self._scheduler.max_tokens = max(LEAST_TOKENS, self._scheduler.max_tokens // 2)
             log.warning("a step ran out of memory; steps take %d tokens at most now", self._scheduler.max_tokens)
 
@@ -227,7 +227,7 @@ class Engine:
         flight, self._flight = self._flight, None
         return None if flight is None else self._settled(flight)
 
-    def _settled(self, flight: Flight) -> StepReport:
+    def _settled(self, flight: InFlightStep) -> StepReport:
         """Wait for a step and take its results; what it took of the device's time."""
         for outcome in flight.landing():
             if self._sequences.get(outcome.work.seq.request.id) is outcome.work.seq:  # else it ended meanwhile
@@ -239,7 +239,7 @@ class Engine:
         self._pace.note(decoding, tokens - decoding, seconds)
         return StepReport(len(flight.work), tokens, flight.adapters, seconds)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: SequenceOutput) -> None:
         """Take one sequence's result of the step."""
         item, seq = outcome.work, outcome.work.seq
         if outcome.failure is not None:
@@ -292,7 +292,7 @@ class Engine:
     # --- adapters ------------------------------------------------------------------------------------------------
 
     def _loaded(self, digest: str) -> bool:
-        return isinstance(self._registry.state(digest), Ready)
+        return isinstance(self._registry.state(digest), InMemory)
 
     def _load_ahead(self) -> None:
         """Ask for adapters that the oldest sequences lack, as many as there are slots; end those whose load failed."""
@@ -300,12 +300,12 @@ class Engine:
         for seq in list(self._sequences.values()):
             for digest in seq.digests:
                 state = self._registry.state(digest)
-                if isinstance(state, Failed):
+                if isinstance(state, LoadFailed):
                     self._finish(seq, "error", state.error)
                     break
-                if not isinstance(state, Ready):
+                if not isinstance(state, InMemory):
                     lacking[digest] = None
-        for digest in list(lacking)[: self._scheduler.turns.slots]:
+        for digest in list(lacking)[: self._scheduler.rotation.slots]:
             self._registry.want(digest)
 
     def _call(self, call: Call) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
 
-Party = tuple[str, ...]
+AdapterSet = tuple[str, ...]
 
 
-class Turns:
+class SlotRotation:
     """Seats over time.
 
     Args:
@@ -35,9 +35,9 @@ class Turns:
         self._issued = 0
 
     def __repr__(self) -> str:
-        return f"<Turns {len(self._since)} of {self.slots} seats taken, {len(self._tickets)} wait>"
+        return f"<SlotRotation {len(self._since)} of {self.slots} seats taken, {len(self._tickets)} wait>"
 
-    def seat(self, step: int, parties: Iterable[Party], pinned: Set[str] = frozenset()) -> set[str]:
+    def assign_slots(self, step: int, adapter_sets: Iterable[AdapterSet], pinned: Set[str] = frozenset()) -> set[str]:
         """The adapters that are seated in this step.
 
         Args:
@@ -45,19 +45,21 @@ class Turns:
             parties: who could run now, oldest sequence first (duplicates allowed).
             pinned: adapters that always have a seat; fewer than there are slots.
         """
-        parties = (tuple(digest for digest in party if digest not in pinned) for party in parties)
-        line = [party for party in dict.fromkeys(parties) if party]
-        wanted = dict.fromkeys(digest for party in line for digest in party)
-        whole = {digest for party in line if self._since.keys() >= set(party) for digest in party}
+        adapter_sets = (tuple(digest for digest in adapter_set if digest not in pinned) for adapter_set in adapter_sets)
+        line = [adapter_set for adapter_set in dict.fromkeys(adapter_sets) if adapter_set]
+        wanted = dict.fromkeys(digest for adapter_set in line for digest in adapter_set)
+        whole = {digest for adapter_set in line if self._since.keys() >= set(adapter_set) for digest in adapter_set}
         self._since = {digest: since for digest, since in self._since.items() if digest in whole}
         self._tickets = {digest: ticket for digest, ticket in self._tickets.items() if digest in wanted}
         for digest in wanted:
             if digest not in self._since and digest not in self._tickets:
                 self._queue(digest)
-        waiting = [party for party in line if any(digest in self._tickets for digest in party)]
-        for party in sorted(waiting, key=lambda party: max(self._tickets.get(digest, -1) for digest in party)):
+        waiting = [adapter_set for adapter_set in line if any(digest in self._tickets for digest in adapter_set)]
+        for adapter_set in sorted(
+            waiting, key=lambda adapter_set: max(self._tickets.get(digest, -1) for digest in adapter_set)
+        ):
             # Strictly in line: where the first cannot be seated, nobody behind it takes what it waits for.
-            if not self._admit(step, party, pinned):
+            if not self._admit(step, adapter_set, pinned):
                 break
         return set(self._since) | pinned
 
@@ -67,12 +69,14 @@ class Turns:
         few = len(together) <= self.slots
         return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
 
-    def _admit(self, step: int, party: Party, pinned: Set[str]) -> bool:
+    def _admit(self, step: int, adapter_set: AdapterSet, pinned: Set[str]) -> bool:
         """Seat a party if there is room, or if enough others have sat out their quantum."""
         done = [  # longest seated first: that is the order of the dict
-            digest for digest, since in self._since.items() if digest not in party and step - since >= self._quantum
+            digest
+            for digest, since in self._since.items()
+            if digest not in adapter_set and step - since >= self._quantum
         ]
-        staying = self._since.keys() | set(party)
+        staying = self._since.keys() | set(adapter_set)
         leaving = []
         while not self.fits(staying, pinned):
             if not done:
@@ -82,7 +86,7 @@ class Turns:
         for digest in leaving:
             del self._since[digest]
             self._queue(digest)
-        for digest in party:  # a turn is the party's: it begins now for all of it
+        for digest in adapter_set:  # a turn is the party's: it begins now for all of it
             self._since.pop(digest, None)
             self._since[digest] = step
             self._tickets.pop(digest, None)

@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_serve.engine.flatten import Rows, flatten
-from lora_serve.engine.logprobs import Listed, logprobs
-from lora_serve.engine.sampler import Drawn, Row, draw
+from lora_serve.engine.batch_builder import Rows, flatten
+from lora_serve.engine.logprobs import PendingLogprobs, logprobs
+from lora_serve.engine.sampler import PendingSamples, Row, draw
 from lora_serve.engine.scheduler import Work
 from lora_serve.errors import EngineFault, ServeError, Unavailable
-from lora_serve.kernels.transfer import sent
+from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.base import ResidentBase
 from lora_serve.request import Logprob
 
 log = logging.getLogger(__name__)
 
-Landing = Callable[[], "list[Outcome]"]  # waits for a launched step; what it gave
+Landing = Callable[[], "list[SequenceOutput]"]  # waits for a launched step; what it gave
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SequenceOutput:
     """What a step gave one sequence: a drawn token if its last row was reached, or why there is none.
 
     `prompt_logprobs` are those of the prompt tokens that this step's rows predict, in order; None if nobody asked.
@@ -80,14 +80,14 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._tokens = tokens
-        self.exhausted = False
+        self.out_of_memory = False
 
     @property
-    def ahead(self) -> bool:
+    def overlap(self) -> bool:
         """Whether a step may be launched before the outcomes of the last one are read."""
         return self._tokens is not None
 
-    def run(self, work: list[Work], slots: Mapping[str, int]) -> list[Outcome]:
+    def run(self, work: list[Work], slots: Mapping[str, int]) -> list[SequenceOutput]:
         """Launch a step and wait for it."""
         return self.launch(work, slots)()
 
@@ -110,11 +110,11 @@ class Runner:
                 log.exception("a sequence failed in the forward pass")
             caught = error.with_traceback(None)  # which would keep the failed pass's memory while others are tried
         if _out_of_memory(caught):
-            self.exhausted = True
+            self.out_of_memory = True
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # what is free lies in pieces
         if len(work) == 1:
-            failed = Outcome(work[0], failure=_fault(caught))
+            failed = SequenceOutput(work[0], failure=_fault(caught))
             return lambda: [failed]
         log.warning("a batch of %d sequences failed (%s); trying them one by one", len(work), type(caught).__name__)
         landings = [self._launch([item], slots) for item in work]
@@ -127,27 +127,29 @@ class Runner:
         drawing = [rows for rows in flat.rows if rows.samples]
         last = [rows.end - 1 for rows in drawing]
         if len(last) < len(logits):
-            logits = logits.index_select(0, sent(last, torch.int64, self._device))
+            logits = logits.index_select(0, to_device(last, torch.int64, self._device))
         drawn = self._draw(logits, drawing)
 
-        def landing() -> list[Outcome]:
+        def landing() -> list[SequenceOutput]:
             found = {key: value for draw in drawn for key, value in draw().items()}
             outcomes = []
             for rows in flat.rows:
                 token, logprob, failure = found.get(id(rows), (None, None, None))
                 listed = prompts.get(id(rows))
-                outcomes.append(Outcome(rows.work, token, logprob, None if listed is None else listed.wait(), failure))
+                outcomes.append(
+                    SequenceOutput(rows.work, token, logprob, None if listed is None else listed.wait(), failure)
+                )
             return outcomes
 
         return landing
 
-    def _prompt(self, rows: Rows, logits: Tensor) -> Listed:
+    def _prompt(self, rows: Rows, logits: Tensor) -> PendingLogprobs:
         """Log-probabilities of the tokens that follow each of the step's rows within the prompt."""
         item, seq = rows.work, rows.work.seq
         first = max(item.start, seq.virtual)
         following = seq.tokens[first + 1 : min(item.end, seq.prompt_end - 1) + 1]
         top = seq.request.sampling.prompt_logprobs or 0
-        ids = sent(following, torch.int64, logits.device)
+        ids = to_device(following, torch.int64, logits.device)
         return logprobs(logits[rows.start : rows.start + len(following)], ids, [top] * len(following))
 
     def _draw(self, logits: Tensor, drawing: list[Rows]) -> list[Callable[[], Mapping[int, Result]]]:
@@ -185,7 +187,7 @@ class Runner:
 Result = tuple[int | None, Logprob | None, ServeError | None]
 
 
-def _results(drawn: Drawn, drawing: list[Rows]) -> dict[int, Result]:
+def _results(drawn: PendingSamples, drawing: list[Rows]) -> dict[int, Result]:
     sampled = drawn.wait()
     return {
         id(item): (sampled.token_ids[i], sampled.logprobs[i], None)

@@ -12,8 +12,8 @@ from array import array
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from lora_serve.engine.fairness import Turns
-from lora_serve.engine.sequence import DRAWN, Sequence
+from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.kv.pool import BlockPool
 
 Room = Callable[[int, int], int]  # sequences that decode, others → prompt tokens for these
@@ -50,9 +50,11 @@ class Scheduler:
         prefix_cache: look up and index full blocks; those of virtual tokens always are.
     """
 
-    def __init__(self, pool: BlockPool, turns: Turns, *, max_seqs: int, max_tokens: int, prefix_cache: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, rotation: SlotRotation, *, max_seqs: int, max_tokens: int, prefix_cache: bool
+    ) -> None:
         self.pool = pool
-        self.turns = turns
+        self.rotation = rotation
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
         self.prefix_cache = prefix_cache
@@ -81,19 +83,19 @@ class Scheduler:
                 decides.
         """
         self.step += 1
-        able = [seq for seq in self._by_age() if not seq.full and all(map(loaded, seq.digests))]
-        seated = self.turns.seat(self.step, [seq.digests for seq in able], pinned)
-        work = self._work([seq for seq in able if seated.issuperset(seq.digests)], room)
+        able = [seq for seq in self._by_age() if not seq.last_token_in_flight and all(map(loaded, seq.digests))]
+        resident = self.rotation.assign_slots(self.step, [seq.digests for seq in able], pinned)
+        work = self._work([seq for seq in able if resident.issuperset(seq.digests)], room)
         if not work:
             # Those whose turn it is cannot start because paused sequences hold the room: let these run on.
             work = self._work(self._resume(able, pinned), room)
         return work
 
-    def launched(self, item: Work) -> None:
+    def mark_launched(self, item: Work) -> None:
         """The device was given this: what comes next may be planned, though nothing is known of it yet."""
         item.seq.computed = item.end
         if item.last:
-            item.seq.tokens.append(DRAWN)
+            item.seq.tokens.append(IN_FLIGHT_TOKEN)
 
     def computed(self, item: Work) -> None:
         """The step ran: the tokens of `item` have their KV; full blocks become findable."""
@@ -130,7 +132,7 @@ class Scheduler:
         chosen: list[Sequence] = []
         digests: set[str] = set()
         for seq in able:
-            if seq in self.running and self.turns.fits(more := digests.union(seq.digests), pinned):
+            if seq in self.running and self.rotation.fits(more := digests.union(seq.digests), pinned):
                 digests = more
                 chosen.append(seq)
         return chosen

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from lora_serve.config import ServeConfig
-from lora_serve.engine.child import Child
+from lora_serve.engine.engine_process import EngineProcess
 from lora_serve.engine.watch import Pulse, backoff, failures_after
 from lora_serve.errors import ServeError
 from lora_serve.messages import EngineInfo, Exit, FromEngine
@@ -40,7 +40,7 @@ class Supervisor:
     ) -> None:
         self.restarts = 0
         self.info: EngineInfo | None = None
-        self.child: Child | None = None  # set exactly while an engine is ready to be spoken to
+        self.child: EngineProcess | None = None  # set exactly while an engine is ready to be spoken to
         self.start_seconds = 1.0
         self._config = config
         self._command = tuple(command)
@@ -53,7 +53,7 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """An engine runs and its heartbeat is recent. Turns False well before the watchdog gives up on it."""
+        """An engine runs and its heartbeat is recent. SlotRotation False well before the watchdog gives up on it."""
         return self.child is not None and self._pulse.silence < self._config.heartbeat_timeout / 2
 
     async def start(self, on_progress: Callable[[str, float], None]) -> None:
@@ -83,10 +83,10 @@ class Supervisor:
         if self.child is not None:
             self.child.discard()
 
-    async def _launch(self, on_progress: Callable[[str, float], None]) -> Child:
+    async def _launch(self, on_progress: Callable[[str, float], None]) -> EngineProcess:
         """A child that is ready; one that did not get there is closed."""
         began = time.monotonic()
-        child = await Child.spawn(self._command, self._config)
+        child = await EngineProcess.spawn(self._command, self._config)
         try:
             self.info = await child.ready(on_progress)
         except BaseException:
@@ -97,7 +97,7 @@ class Supervisor:
         self.child = child
         return child
 
-    async def _supervise(self, child: Child) -> None:
+    async def _supervise(self, child: EngineProcess) -> None:
         failures = 0
         while True:
             born = time.monotonic()
@@ -114,7 +114,7 @@ class Supervisor:
             child, failures = await self._relaunch(failures)
             self.restarts += 1
 
-    async def _relaunch(self, failures: int) -> tuple[Child, int]:
+    async def _relaunch(self, failures: int) -> tuple[EngineProcess, int]:
         """Try until an engine is ready. Returns it with the number of ends in a row so far."""
         while True:
             await asyncio.sleep(backoff(failures))
@@ -126,7 +126,7 @@ class Supervisor:
                 log.exception("the engine could not be started again")
             failures = failures_after(failures, lived=0.0)
 
-    async def _attend(self, child: Child) -> str:
+    async def _attend(self, child: EngineProcess) -> str:
         """Pass on what the child says until it is gone or silent too long. Returns what happened, for the log."""
         listener = asyncio.create_task(self._listen(child))
         watcher = asyncio.create_task(self._watch(child))
@@ -141,7 +141,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(listener, watcher, return_exceptions=True)
 
-    async def _listen(self, child: Child) -> str:
+    async def _listen(self, child: EngineProcess) -> str:
         try:
             while (message := await child.receive()) is not None:
                 self._pulse.beat()
@@ -150,7 +150,7 @@ class Supervisor:
             return f"it sent what is not a message ({error})"
         return f"its process ended: {child!r}"
 
-    async def _watch(self, child: Child) -> str:
+    async def _watch(self, child: EngineProcess) -> str:
         pulse = self._pulse
         while pulse.silence <= self._config.heartbeat_timeout:
             await asyncio.sleep(self._interval)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.packed import Packed, Scheme
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Spans:
+class AttentionMetadata:
     """How a flat batch of tokens lies over its sequences and their KV blocks.
 
     Attributes:
@@ -109,21 +109,21 @@ class Spans:
         context: int32 [sequences], tokens of the sequence including this step's: the last row of sequence i
             stands at position context[i] - 1.
         block_table: int32 [sequences, blocks], the sequence's KV blocks in order; beyond its context nothing is read.
-        longest_query, longest_context: no less than any sequence's rows and context, known on the host.
+        max_query_len, max_context_len: no less than any sequence's rows and context, known on the host.
     """
 
     query_start: Tensor
     context: Tensor
     block_table: Tensor
-    longest_query: int
-    longest_context: int
+    max_query_len: int
+    max_context_len: int
 
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
-class Ladder:
+class GraphBuckets:
     """Steps that a backend wants tapes of before they come, each serving smaller ones too.
 
     Attributes:
@@ -136,7 +136,7 @@ class Ladder:
     rank: int
 
 
-class Tape(Protocol):
+class Recording(Protocol):
     """A pass over a backend's calls, noted once to be made again on the same memory without the model's Python.
 
     `refused` says why it cannot be, if so.
@@ -160,25 +160,25 @@ class Kernels(Protocol):
     """
 
     name: str
-    ladder: Ladder | None
+    ladder: GraphBuckets | None
 
-    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
         """Put a map's weights [out, in] (fp32, bf16 or fp16) into the form that `linear` reads."""
         ...
 
-    def unpack(self, packed: Packed) -> Tensor:
+    def unpack(self, packed: PackedWeight) -> Tensor:
         """The weights [out, in] that a packed map amounts to: in their own dtype, or float32 if made small."""
         ...
 
-    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
+    def beside(self, layers: Sequence[PackedWeight]) -> list[PackedWeight]:
         """The same maps, which `linear` will get together, laid out for that; those given are not used any more."""
         ...
 
-    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """unpack(packed)[ids] of a map in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
         ...
 
-    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
         """Up to eight maps of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
@@ -194,7 +194,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...
 
@@ -206,8 +206,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def tape(self, *, wary: bool = False) -> Tape | None:
-        """A tape that notes a pass over this backend's calls (`wary`: and whether it can be); None if it has none."""
+    def tape(self, *, check_values: bool = False) -> Recording | None:
+        """A tape that notes a pass over this backend's calls (`check_values`: and whether it can be); None if it has none."""
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -239,7 +239,7 @@ class Kernels(Protocol):
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: Spans,
+        spans: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,

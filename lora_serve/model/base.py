@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import DeltaGroup, Kernels
-from lora_serve.kernels.packed import Scheme
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import KVTensors
-from lora_serve.model.attention import BLOCKS, PagedKV
 from lora_serve.model.batch import Batch, VirtualRun
-from lora_serve.model.changes import Changes
+from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.experts import AdaptedExperts
-from lora_serve.model.foreign import ForeignLinear
-from lora_serve.model.lean import lean
+from lora_serve.model.external_linear import ExternalLinear
+from lora_serve.model.external_quantization import is_externally_quantized
+from lora_serve.model.fused import lean
+from lora_serve.model.input_buffers import Placed, placed
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
-from lora_serve.model.packed import PackedEmbedding, PackedLinear
-from lora_serve.model.place import Placed, placed
-from lora_serve.model.quantized import is_foreign
-from lora_serve.model.replay import Replay
-from lora_serve.model.rungs import Rungs
+from lora_serve.model.module_overrides import ModuleOverrides
+from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
+from lora_serve.model.paged_attention import BLOCKS, PagedKV
+from lora_serve.model.recorded_steps import RecordedSteps
 from lora_serve.model.virtual import embedded
 
 
@@ -43,7 +43,12 @@ class ResidentBase:
     """
 
     def __init__(
-        self, loaded: LoadedModel, bank: Bank, kernels: Kernels, kv: KVTensors, drawn: Tensor | None = None
+        self,
+        loaded: LoadedModel,
+        device_slots: DeviceSlots,
+        kernels: Kernels,
+        kv: KVTensors,
+        drawn: Tensor | None = None,
     ) -> None:
         self._model: Any = loaded.model
         self._keeps_logits = loaded.keeps_logits
@@ -54,27 +59,27 @@ class ResidentBase:
         self._routing = Routing(kernels)
         self._device = loaded.device
         self._drawn = drawn
-        self._ranks = bank.ranks
+        self._ranks = device_slots.ranks
         ladder = kernels.ladder if loaded.steady else None
         self._replay = (
-            Replay(
+            RecordedSteps(
                 self._logits,
                 kernels,
-                bank.ranks,
+                device_slots.ranks,
                 loaded.device,
                 None if loaded.steady else "not all of it is known to repeat",
             )
             if ladder is None
-            else Rungs(self._logits, kernels, ladder, bank.ranks, loaded.device)
+            else CudaGraphs(self._logits, kernels, ladder, device_slots.ranks, loaded.device)
         )
-        self._prefixes = bank.prefixes
+        self._prefixes = device_slots.prefixes
         self._embedding = loaded.shape.input_embedding
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
-        self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
+        self._changes = ModuleOverrides(self._model, loaded.shape, device_slots.overrides, head_rows=self._keeps_logits)
         lean(self._model, loaded.dtype, kernels)
         table = self._model.get_submodule(self._embedding)
         stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
-        for names, group in bank.groups.items():
+        for names, group in device_slots.groups.items():
             if names[0].endswith("]"):
                 module, _, parameter = names[0].partition("[")[0].rpartition(".")
                 stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
@@ -221,9 +226,9 @@ def _side_by_side(ids: list[list[int]], positions: list[range], block_size: int)
     )
 
 
-def _kept(module: nn.Module, kernels: Kernels, scheme: Scheme | None) -> PackedLinear | ForeignLinear:
+def _kept(module: nn.Module, kernels: Kernels, scheme: Scheme | None) -> PackedLinear | ExternalLinear:
     """A linear module's stand-in: its weights as the kernels want them, or itself where they cannot read them."""
-    return ForeignLinear(module) if is_foreign(module) else PackedLinear(module, kernels, scheme)
+    return ExternalLinear(module) if is_externally_quantized(module) else PackedLinear(module, kernels, scheme)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

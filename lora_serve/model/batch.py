@@ -1,6 +1,6 @@
 """One step's rows, as the engine lays them out on the host: plain numbers, no tensors.
 
-`model/place.py` puts them where the forward pass reads them.
+`model/input_buffers.py` puts them where the forward pass reads them.
 """
 
 from __future__ import annotations

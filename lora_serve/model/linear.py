@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
-from lora_serve.model.foreign import ForeignLinear
-from lora_serve.model.packed import PackedLinear
+from lora_serve.model.external_linear import ExternalLinear
+from lora_serve.model.packed_linear import PackedLinear
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Routing:
 class SharedInput:
     """The base layers that read one input, their pointer tables, and results computed ahead of being asked for."""
 
-    def __init__(self, bases: Sequence[PackedLinear | ForeignLinear], group: DeltaGroup, kernels: Kernels) -> None:
+    def __init__(self, bases: Sequence[PackedLinear | ExternalLinear], group: DeltaGroup, kernels: Kernels) -> None:
         self._bases = bases
-        self._maps = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
+        self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
         self._kernels = kernels
         self._input: Tensor | None = None
@@ -42,8 +42,8 @@ class SharedInput:
         """Output of one of the modules for x [..., in], deltas added."""
         if x is not self._input or module not in self._ready:
             rows = x.reshape(-1, self._group.in_features)
-            if len(self._maps) == len(self._bases):
-                outputs = self._kernels.linear(rows, self._maps)
+            if len(self._layers) == len(self._bases):
+                outputs = self._kernels.linear(rows, self._layers)
             else:
                 outputs = [base(rows) for base in self._bases]
             if segments is not None:
@@ -60,7 +60,7 @@ class AdaptedLinear(nn.Module):
     """A linear module of the base with every adapter's delta within reach."""
 
     def __init__(
-        self, base: PackedLinear | ForeignLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool
+        self, base: PackedLinear | ExternalLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool
     ) -> None:
         super().__init__()
         self.base = base

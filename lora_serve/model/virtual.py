@@ -1,6 +1,6 @@
 """Virtual tokens in the forward pass: rows whose embedding, or whose keys and values, an adapter gives.
 
-Only batches that hold such rows run any of this. Given keys and values are stored by `model/attention.py`.
+Only batches that hold such rows run any of this. Given keys and values are stored by `model/paged_attention.py`.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ async def test_times_are_those_of_the_stream(fake: tuple[FakeServer, Server]) ->
     assert FIRST <= timing.ttft < FIRST + SLACK
     assert len(timing.gaps) == 5
     assert GAP * 0.8 <= statistics.median(timing.gaps) < GAP + SLACK
-    for arrived, sent in zip(timing.chunks, seen.sent[0], strict=True):
-        assert 0 <= arrived - sent < SLACK
+    for copied, sent in zip(timing.chunks, seen.sent[0], strict=True):
+        assert 0 <= copied - sent < SLACK
     assert timing.finished - timing.sent >= FIRST + 5 * GAP
 
 

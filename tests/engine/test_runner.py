@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_serve.engine.runner import Outcome, Runner
+from lora_serve.engine.runner import Runner, SequenceOutput
 from lora_serve.engine.scheduler import Work
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import EngineFault, Unavailable
@@ -39,7 +39,7 @@ def work(order: int, tokens: list[int]) -> Work:
     return Work(seq, 0, len(tokens))
 
 
-def run(*tokens: int) -> list[Outcome]:
+def run(*tokens: int) -> list[SequenceOutput]:
     runner = Runner(Base(), 4, torch.device("cpu"))  # type: ignore[arg-type]
     return runner.run([work(order, [3, token]) for order, token in enumerate(tokens)], {})
 

@@ -6,16 +6,16 @@ import random
 from collections.abc import Callable
 
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.fairness import Turns
+from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.scheduler import Room, Scheduler, Work
-from lora_serve.engine.sequence import DRAWN, Sequence
+from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.kv.pool import BlockPool
 from lora_serve.request import Request, Sampling, Served
 
 
 def scheduler(blocks: int = 100, *, seqs: int = 8, tokens: int = 16, slots: int = 4, prefix: bool = True) -> Scheduler:
-    turns = Turns(slots, quantum=4)
-    return Scheduler(BlockPool(blocks, 4), turns, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
+    rotation = SlotRotation(slots, quantum=4)
+    return Scheduler(BlockPool(blocks, 4), rotation, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
 
 
 def sequence(
@@ -42,7 +42,7 @@ def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: Room | N
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
     work = s.plan(loaded, room=room)
     for item in work:
-        s.launched(item)
+        s.mark_launched(item)
     land(s, work)
     return work
 
@@ -257,14 +257,14 @@ def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak
         ]
         for seq in seqs:
             s.add(seq)
-        flying: list[Work] = []
+        step_in_flight: list[Work] = []
         for _ in range(3000):
             work = s.plan(everything)
-            assert not any(item.seq.full for item in work if not item.last)
+            assert not any(item.seq.last_token_in_flight for item in work if not item.last)
             for item in work:
-                s.launched(item)
-            land(s, flying)
-            flying = work
+                s.mark_launched(item)
+            land(s, step_in_flight)
+            step_in_flight = work
             if not work and not s.running and not s.waiting:
                 break
         assert [seq.tokens[: seq.limit] for seq in seqs] == [seq.request.prompt + [seq.order] * 8 for seq in seqs], (
@@ -278,6 +278,6 @@ def test_a_sequence_whose_last_token_is_on_its_way_is_not_planned_again() -> Non
     s.add(seq := sequence(0, 3))
     seq.limit = 4
     for item in s.plan(everything):
-        s.launched(item)
-    assert (seq.tokens[-1], seq.full) == (DRAWN, True)
+        s.mark_launched(item)
+    assert (seq.tokens[-1], seq.last_token_in_flight) == (IN_FLIGHT_TOKEN, True)
     assert s.plan(everything) == []

@@ -12,9 +12,9 @@ from kernels.kernel_cases import AttentionCase, assert_near
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, Delta, DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
-from lora_serve.kernels.gpu.graph import GraphTape
+from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = here
@@ -124,7 +124,7 @@ def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None
         kernels.delta(x, outputs, group, segments)
         return outputs[0]
 
-    tape = GraphTape(torch.cuda.graph_pool_handle())
+    tape = CapturedGraph(torch.cuda.graph_pool_handle())
     tape.note(run)
     assert tape.refused is None
     for ranks in ([16] * 8, [8, 128, 64, 0, 32, 16, 200, 8], [0] * 7 + [64]):
@@ -180,12 +180,12 @@ ATTENTION = sized(
 )
 
 
-def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, Spans, tuple[Any, ...]]:
+def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, tuple[Any, ...]]:
     q, keys, values, spans = case.tensors()
-    there = Spans(
+    there = AttentionMetadata(
         *(each.to(DEVICE) for each in (spans.query_start, spans.context, spans.block_table)),
-        spans.longest_query,
-        spans.longest_context,
+        spans.max_query_len,
+        spans.max_context_len,
     )
     scale, window, softcap, sinks = case.options
     options = (scale, window, softcap, None if sinks is None else sinks.to(DEVICE))
@@ -198,7 +198,7 @@ def test_attention(kernels: GpuKernels, case: AttentionCase) -> None:
     q, keys, values, spans, options = moved(case)
     wanted = REFERENCE.attention(q, keys, values, spans, *options)
     assert_near(kernels.attention(q, keys, values, spans, *options), wanted)
-    loose = replace(spans, longest_context=131072)  # as in a graph
+    loose = replace(spans, max_context_len=131072)  # as in a graph
     assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
 
 
@@ -252,7 +252,7 @@ def test_norms_and_gated_activations(kernels: GpuKernels, rows: int, width: int,
         assert_near(got, wanted)
     activations: list[Activation] = ["silu", "gelu_tanh"]
     for activation in activations:
-        assert_near(kernels.gated(x, up, activation), REFERENCE.gated(x, up, activation))
+        assert_near(kernels.gated_activation(x, up, activation), REFERENCE.gated_activation(x, up, activation))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -276,12 +276,12 @@ def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dt
 def test_a_pass_that_follows_values_is_refused_and_graphs_go_on() -> None:
     pool = torch.cuda.graph_pool_handle()
     x = torch.arange(4.0, device=DEVICE)
-    steered = GraphTape(pool)
+    steered = CapturedGraph(pool)
     assert torch.equal(steered.note(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
     assert steered.refused is not None
     assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left where the capture was
     torch.cuda.empty_cache()  # nor does the allocator believe that it goes on
-    plain = GraphTape(pool)
+    plain = CapturedGraph(pool)
     doubled = plain.note(lambda: 2 * x)
     assert plain.refused is None
     x += 1

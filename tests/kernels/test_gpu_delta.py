@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, segments_of
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
-from lora_serve.kernels.gpu.delta import delta, plan
+from lora_serve.kernels.gpu.delta import delta, tiling
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
@@ -202,6 +202,6 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
 def test_few_rows_fill_the_device_and_many_are_not_split() -> None:
     def splits(rows: int, count: int, longest: int) -> int:
         one = torch.zeros(count, dtype=torch.int32)
-        return plan(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
+        return tiling(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
 
     assert [splits(1, 1, 1), splits(32, 32, 1), splits(256, 256, 1), splits(8192, 2, 8000)] == [16, 4, 1, 1]

@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from memory_tape import MemoryTape
+from memory_recording import MemoryRecording
 from parity import bring, logits, make
 from support import reference, save
 
-from lora_serve.kernels.contract import Ladder
+from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import LONGEST, RANK, GpuKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
@@ -26,14 +26,14 @@ PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], [11], list(range(3, 23))]
 class Graphless(GpuKernels):
     """The backend with something in the place of CUDA graphs, and a short ladder."""
 
-    ladder: Ladder | None = Ladder((4,), LONGEST, RANK)
+    ladder: GraphBuckets | None = GraphBuckets((4,), LONGEST, RANK)
 
     def __init__(self) -> None:
         super().__init__()
-        self.tapes: list[MemoryTape] = []
+        self.tapes: list[MemoryRecording] = []
 
-    def tape(self, *, wary: bool = False) -> MemoryTape:  # type: ignore[override]
-        self.tapes.append(MemoryTape())
+    def tape(self, *, check_values: bool = False) -> MemoryRecording:  # type: ignore[override]
+        self.tapes.append(MemoryRecording())
         return self.tapes[-1]
 
 
@@ -48,7 +48,7 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     for seed, rank in enumerate((3, 20)):
         config = peft.LoraConfig(r=rank, target_modules=targets)
         models.append(make(architecture, tmp_path / str(seed), seed, config))
-        routes.append([(driver.seat(bring(driver, tmp_path / str(seed))), 1.0)])
+        routes.append([(driver.load_adapter(bring(driver, tmp_path / str(seed))), 1.0)])
     which = [1, 0, 2, 1]
     rows = driver.teach(PROMPTS, decode=3, adapters=[routes[index] for index in which])
     for index, tokens, got in zip(which, driver.sequences, rows, strict=True):

@@ -34,7 +34,7 @@ EXPAND_R = 32  # ranks that an expanding program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # shrinking: with their pipelines, about what keeps the memory busy
 
 
-class Plan(NamedTuple):
+class DeltaTiling(NamedTuple):
     """How a call is laid over the device.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     together: int
 
 
-def plan(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> Plan:
+def tiling(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> DeltaTiling:
     """Lay out a call; `size` is that of an operand in bytes, `processors` how many the device has."""
     count = segments.count
     many = segments.longest > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
@@ -75,7 +75,7 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
     wanted = min(triton.next_power_of_2(wanted), MOST_SPLITS)
     span = triton.cdiv(triton.cdiv(in_features, wanted), block_k) * block_k
     splits = triton.next_power_of_2(triton.cdiv(in_features, span))
-    return Plan(
+    return DeltaTiling(
         tiles=tiles,
         among=1 if short else next((size for size in AMONG if size >= count), triton.next_power_of_2(count)),
         splits=splits,
@@ -102,7 +102,7 @@ def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segment
     check(x, outputs, group, segments)
     rows, modules = x.shape[0], len(outputs)
     size = max(x.element_size(), group.dtype.itemsize)
-    p = plan(rows, group.in_features, modules, segments, size, processors(x.device))
+    p = tiling(rows, group.in_features, modules, segments, size, processors(x.device))
     h = torch.empty(p.splits, modules, rows, p.capacity, dtype=torch.float32, device=x.device)
     where = (group.rank, group.rank.stride(0), segments.start, segments.end, segments.slot)
     shrink[p.tiles, modules, p.splits](

@@ -1,0 +1,86 @@
+"""A tape on a GPU is a CUDA graph: one launch makes all of a step's kernels run, without Python between them.
+
+The graphs of one backend share a memory pool: one of them plays at a time, and what it leaves is taken before the next
+one plays, so each may use the others' scratch memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CapturedGraph:
+    """See `Kernels.tape`.
+
+    Args:
+        pool: where the pass's memory comes from; see `torch.cuda.graph_pool_handle`.
+        stream: what it is captured on; one for all, since libraries keep memory for every stream that they see.
+    """
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self.refused: str | None = None
+        self._graph = torch.cuda.CUDAGraph()
+        self._pool, self._stream = pool, stream
+
+    def note(self, run: Callable[[], Tensor]) -> Tensor:
+        """Make the pass twice, once to have every kernel compiled and loaded, once into the graph, and play that.
+
+        A pass that waits for the device, or takes decisions by its values, cannot be captured. The first time shows
+        that, so that no capture is begun in vain.
+        """
+        current = torch.cuda.current_stream()
+        try:
+            self._warm(run)
+            result = self._captured(run)
+        except torch.OutOfMemoryError:
+            self._abandon(current)
+            raise
+        except RuntimeError as error:
+            self._abandon(current)
+            self.refused = str(error).strip().partition("\n")[0]
+            return run()
+        self.play()
+        return result
+
+    def play(self) -> None:
+        """See `Recording.play`; returns before the device is done."""
+        self._graph.replay()
+
+    def _warm(self, run: Callable[[], Tensor]) -> None:
+        """Make the pass beside the others' stream, as captures want it; RuntimeError where it waits for the device."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _no_waiting():
+            run()
+        current.wait_stream(self._stream)
+        torch.cuda.synchronize()
+
+    def _captured(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+            return run()
+
+    def _abandon(self, stream: torch.cuda.Stream) -> None:
+        """After an error: torch leaves its stream, and its allocator in the belief that a capture goes on."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """RuntimeError for whatever waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not find everything; a capture does
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
