@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.batch_builder import flatten
+from lora_serve.engine.batch_builder import build_batch
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
@@ -51,7 +51,8 @@ class Driver:
         )
         self.device_slots = DeviceSlots(self.loaded.shape, slots, self.loaded.dtype, device)
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
-        self.base = ResidentBase(self.loaded, self.device_slots, kernels or select(device, native), kv)
+        self.kernels = kernels or select(device, native)
+        self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
         self.base.prove()
         self.base.prepare(64, max_tokens, 50)
         self.scheduler = Scheduler(
@@ -101,20 +102,20 @@ class Driver:
             self.scheduler.add(seq)
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
-            work = self.scheduler.plan(lambda digest: True)
-            flat = flatten(work, self.slots, self.scheduler.pool.block_size)
-            logits = self.base.forward(flat.batch).clone()  # the next pass may write over it
-            for row in flat.rows:
-                seq = row.work.seq
-                self.scheduler.mark_launched(row.work)
-                self.scheduler.computed(row.work)
-                self.computed += row.work.count
-                rows[seq.order].append(logits[row.start : row.end])
-                if row.samples:
-                    if row.work.end == seq.limit:
+            scheduled = self.scheduler.schedule(lambda digest: True)
+            batch, owners = build_batch(scheduled, self.slots, self.scheduler.pool.block_size)
+            logits = self.base.forward(batch).clone()  # the next pass may write over it
+            for part, own in owners:
+                seq = part.seq
+                self.scheduler.mark_launched(part)
+                self.scheduler.mark_computed(part)
+                self.computed += part.count
+                rows[seq.order].append(logits[own])
+                if part.samples:
+                    if part.end == seq.limit:
                         self.scheduler.remove(seq)
                     else:
-                        seq.tokens[row.work.end] = int(logits[row.end - 1].argmax())
+                        seq.tokens[part.end] = int(logits[own.stop - 1].argmax())
         self.sequences = [seq.tokens[seq.virtual : seq.limit] for seq in seqs]
         return [_stacked(rows[seq.order]) for seq in seqs]
 

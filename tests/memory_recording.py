@@ -11,13 +11,13 @@ class MemoryRecording:
     """A `Recording` that makes the pass again."""
 
     def __init__(self) -> None:
-        self.refused: str | None = None
-        self.plays = 0
+        self.unsupported: str | None = None
+        self.replays = 0
 
-    def note(self, run: Callable[[], Tensor]) -> Tensor:
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
         self._run = run
         return run()
 
-    def play(self) -> None:
-        self.plays += 1
+    def replay(self) -> None:
+        self.replays += 1
         self._run()

@@ -22,7 +22,7 @@ class Room(NamedTuple):
     modules: tuple[str, ...]  # below lora_serve; a name also stands for all below it, the longest that fits wins
 
 
-OUTSIDE = ("client", "process_main", "supervisor", "engine_process", "event_buffer", "watch")
+OUTSIDE = ("client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
 ROOMS = (
     Room(7, "command line", ("__main__", "cli", "server", "remote", "reports")),
     Room(6, "api", ("api",)),

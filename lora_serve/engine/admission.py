@@ -30,7 +30,7 @@ def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
         )
 
 
-def check_room(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
+def check_adapters_fit(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
     """Raises BadRequest for adapters that could never be on the device together, whatever else is pinned."""
     sizes = {lease.digest: lease.bytes for lease in leases if lease.digest not in pinned}
     if len(sizes) > rotation.slots - len(pinned):

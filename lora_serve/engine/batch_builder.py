@@ -1,60 +1,44 @@
-"""A scheduled step as flat tensors.
+"""Build a step's batch: the scheduled sequences' tokens, concatenated and grouped by adapter.
 
-Sequences are laid out grouped by adapter, so that rows that share a slot are one segment, however many sequences they
-belong to. Numbers only: where they lie on the device is the model's business.
+Sequences with the same adapters are neighbours, so that their rows are one segment, however many sequences they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from lora_serve.engine.scheduler import Work
+from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
-from lora_serve.model.batch import Batch, Run, VirtualRun
+from lora_serve.model.batch import AdapterRows, Batch
+
+LogitsRows = list[tuple[ScheduledSequence, slice]]  # which of a batch's logits rows are whose
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A sequence's logits rows in the step, `start` to `end`; if `samples`, a token is drawn from the last."""
-
-    work: Work
-    start: int
-    end: int
-    samples: bool
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A batch, and where each sequence's logits will be in it."""
-
-    batch: Batch
-    rows: list[Rows]
-
-
-def flatten(work: list[Work], slots: Mapping[str, int], block_size: int) -> Flat:
-    """Lay out a step.
+def build_batch(
+    scheduled: list[ScheduledSequence], slots: Mapping[str, int], block_size: int
+) -> tuple[Batch, LogitsRows]:
+    """The batch of a step, and each scheduled sequence's rows of its logits, in the order of the batch.
 
     Args:
-        work: what is computed; not empty.
-        slots: slot of every adapter (by digest) that the step uses.
+        scheduled: not empty.
+        slots: device slot of every adapter (by digest) that the step uses.
     """
-    work = sorted(work, key=lambda item: [(slots[digest], weight) for digest, weight, _ in item.seq.active])
+    parts = sorted(scheduled, key=lambda part: [(slots[digest], weight) for digest, weight, _ in part.seq.active])
     tokens: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
     query_start = [0]
     logits_rows: list[int] = []
-    rows: list[Rows] = []
-    virtual: list[VirtualRun] = []
-    spans: list[tuple[Sequence, int, int]] = []
-    logits_spans: list[tuple[Sequence, int, int]] = []
-    for item in work:
-        seq, start, end = item.seq, item.start, item.end
+    owners: LogitsRows = []
+    virtual_rows: list[AdapterRows] = []
+    ranges: list[tuple[Sequence, int, int]] = []
+    logits_ranges: list[tuple[Sequence, int, int]] = []
+    for part in parts:
+        seq, start, end = part.seq, part.start, part.end
         if start < seq.virtual:
             count = min(end, seq.virtual) - start
-            virtual.append(VirtualRun(len(tokens), len(tokens) + count, slots[seq.active[0].digest], start))
+            virtual_rows.append(AdapterRows(len(tokens), len(tokens) + count, slots[seq.active[0].digest], first=start))
             tokens += [0] * count
         tokens += seq.tokens[max(start, seq.virtual) : end]
         if tokens[-1] == IN_FLIGHT_TOKEN:
@@ -64,43 +48,44 @@ def flatten(work: list[Work], slots: Mapping[str, int], block_size: int) -> Flat
             base = seq.blocks[first // block_size] * block_size
             kv_index += range(base + max(start - first, 0), base + min(end - first, block_size))
         query_start.append(len(tokens))
-        wanted = max(0, end - max(start, seq.virtual)) if seq.wants_prompt_logits else int(item.last)
-        spans.append((seq, start, end))
-        logits_spans.append((seq, end - wanted, end))
-        rows.append(Rows(item, len(logits_rows), len(logits_rows) + wanted, item.last))
+        wanted = max(0, end - max(start, seq.virtual)) if seq.wants_prompt_logits else int(part.samples)
+        ranges.append((seq, start, end))
+        logits_ranges.append((seq, end - wanted, end))
+        owners.append((part, slice(len(logits_rows), len(logits_rows) + wanted)))
         logits_rows += range(len(tokens) - wanted, len(tokens))
-    runs = _runs(spans, slots)
+    adapter_rows = _adapter_rows(ranges, slots)
     batch = Batch(
         token_ids=tokens,
         positions=positions,
         kv_index=kv_index,
         query_start=query_start,
-        context=[item.end for item in work],
-        block_tables=[item.seq.blocks for item in work],
+        context=[part.end for part in parts],
+        block_tables=[part.seq.blocks for part in parts],
         logits_rows=logits_rows,
-        runs=runs,
-        logits_runs=runs if logits_spans == spans else _runs(logits_spans, slots),  # the same in every decoding step
-        virtual=virtual,
+        adapter_rows=adapter_rows,
+        # The same in every decode step.
+        logits_adapter_rows=adapter_rows if logits_ranges == ranges else _adapter_rows(logits_ranges, slots),
+        virtual_rows=virtual_rows,
     )
-    return Flat(batch, rows)
+    return batch, owners
 
 
-def _runs(spans: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]) -> list[Run]:
-    """Rows by what is added to them; `spans` are positions (start, end) of sequences that lie end to end as rows."""
-    found: list[Run] = []
+def _adapter_rows(ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]) -> list[AdapterRows]:
+    """Rows by adapter; `ranges` are positions (start, end) of sequences, whose rows are concatenated."""
+    found: list[AdapterRows] = []
     row = 0
-    for routes, group in groupby(_pieces(spans, slots), key=lambda piece: piece[0]):
+    for adapters, group in groupby(_pieces(ranges, slots), key=lambda piece: piece[0]):
         end = row + sum(count for _, count in group)
-        found += [Run(row, end, slot, weight) for slot, weight in routes]
+        found += [AdapterRows(row, end, slot, weight) for slot, weight in adapters]
         row = end
     return found
 
 
 def _pieces(
-    spans: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
+    ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
 ) -> Iterator[tuple[list[tuple[int, float]], int]]:
-    """AttentionMetadata cut where an adapter becomes active: (slot, weight) of those that are, and how many rows."""
-    for seq, start, end in spans:
+    """Ranges split where an adapter becomes active: (slot, weight) of the active ones, and how many rows."""
+    for seq, start, end in ranges:
         if end == start:
             continue
         if all(each.start <= start for each in seq.active):
@@ -108,5 +93,4 @@ def _pieces(
             continue
         cuts = sorted({start, end, *(each.start for each in seq.active if start < each.start < end)})
         for first, last in pairwise(cuts):
-            routes = [(slots[each.digest], each.weight) for each in seq.active if each.start <= first]
-            yield routes, last - first
+            yield [(slots[each.digest], each.weight) for each in seq.active if each.start <= first], last - first

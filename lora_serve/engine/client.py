@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from lora_serve.config import MOST_SEQS, ServeConfig
-from lora_serve.engine.event_buffer import EventStream
+from lora_serve.engine.event_buffer import EventBuffer
 from lora_serve.engine.supervisor import Supervisor
 from lora_serve.errors import EngineFault, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
@@ -56,7 +56,7 @@ class EngineClient:
     ) -> None:
         self._unread_tokens = unread_tokens
         self._most_streams = config.max_queue + (config.max_num_seqs or MOST_SEQS)
-        self._streams: dict[str, EventStream] = {}  # those that the engine still works on
+        self._streams: dict[str, EventBuffer] = {}  # those that the engine still works on
         self._readers = 0  # generators not yet closed, their streams perhaps finished
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -120,7 +120,7 @@ class EngineClient:
             raise Overloaded("too many requests wait already", retry_after=1.0)
         if request.id in self._streams:
             raise ValueError("the request id is in use")
-        stream = EventStream(self._unread_tokens)
+        stream = EventBuffer(self._unread_tokens)
         self._streams[request.id] = stream
         self._readers += 1
         child.send(Generate(request))

@@ -16,7 +16,7 @@ from lora_serve.request import Event, Tokens
 T = TypeVar("T")
 
 
-class EventStream:
+class EventBuffer:
     """Events of one request, waiting to be read by one reader.
 
     Args:
@@ -30,7 +30,7 @@ class EventStream:
         self._arrived = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<EventStream {len(self._waiting)} events, {self._tokens}/{self._limit} tokens waiting>"
+        return f"<EventBuffer {len(self._waiting)} events, {self._tokens}/{self._limit} tokens waiting>"
 
     def put(self, event: Event) -> bool:
         """Add an event. False if the reader is too far behind: the event was not taken, the stream is to be ended.

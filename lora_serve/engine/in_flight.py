@@ -1,4 +1,4 @@
-"""A planned step on its way: its adapters seated, launched on the device, its outcomes to be read later."""
+"""The in-flight step: its adapters have slots, it was launched on the device, and its outputs are not read yet."""
 
 from __future__ import annotations
 
@@ -7,63 +7,65 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_serve.adapters.registry import Registry
-from lora_serve.engine.runner import Landing, Runner, SequenceOutput
-from lora_serve.engine.scheduler import Work
+from lora_serve.engine.runner import Outputs, Runner, SequenceOutput
+from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.errors import ServeError
 
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that was launched and not landed yet.
+    """A step between launch and the reading of its outputs.
 
     Attributes:
-        work: what of the planned work is in it.
+        scheduled: the scheduled sequences that are in it.
         adapters: how many it uses.
-        started: by the process's performance counter.
-        landing: waits for the device; the outcomes of `work`.
+        started: in seconds, by the process's performance counter.
+        outputs: waits for the device; one output for each of `scheduled`.
     """
 
-    work: list[Work]
+    scheduled: list[ScheduledSequence]
     adapters: int
     started: float
-    landing: Landing
+    outputs: Outputs
 
     @property
-    def steers(self) -> bool:
-        """Whether what comes next depends on its outcomes more than the device itself can know."""
-        return any(item.seq.needs_previous_tokens for item in self.work)
+    def blocks_next(self) -> bool:
+        """Whether the next step needs its tokens on the host before it can be launched (penalties)."""
+        return any(part.seq.needs_previous_tokens for part in self.scheduled)
 
 
-def launch(work: list[Work], runner: Runner, registry: Registry) -> InFlightStep:
-    """Seat the step's adapters and start it. If they cannot be seated, only those who wanted them fail.
+def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registry) -> InFlightStep:
+    """Assign slots to the step's adapters and start it. If they do not fit, only those who wanted them fail.
 
-    Work whose adapters have not arrived on the device is left out if there is any other: those sequences keep what they
-    were given, and are planned again.
+    Sequences whose adapters are still being copied to the device are left out if there are any others: they keep their
+    KV blocks and are scheduled again.
     """
     started = time.perf_counter()
-    slots, failed = _resident(work, registry)
-    resident = [item for item in work if all(digest in slots for digest in item.seq.digests)]
-    going = [item for item in resident if registry.copied(item.seq.digests)] or resident
+    slots, failed = _assign_slots(scheduled, registry)
+    resident = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
+    going = [part for part in resident if registry.copied(part.seq.digests)] or resident
     registry.wait_for_copies(_digests(going))
-    landing = runner.launch(going, slots) if going else list
-    work = going + [outcome.work for outcome in failed]
-    return InFlightStep(work, len(_digests(work)), started, lambda: failed + landing())
+    outputs = runner.launch(going, slots) if going else list
+    parts = going + [output.part for output in failed]
+    return InFlightStep(parts, len(_digests(parts)), started, lambda: failed + outputs())
 
 
-def _resident(work: list[Work], registry: Registry) -> tuple[dict[str, int], list[SequenceOutput]]:
-    """Slots by adapter; and the outcomes of those whose adapters could not all be seated."""
+def _assign_slots(
+    scheduled: list[ScheduledSequence], registry: Registry
+) -> tuple[dict[str, int], list[SequenceOutput]]:
+    """Slots by adapter; and the outputs of sequences whose adapters could not all get one."""
     try:
-        return registry.assign_slots(_digests(work)), []
+        return registry.assign_slots(_digests(scheduled)), []
     except ServeError:
         slots: dict[str, int] = {}
         failed = []
-        for item in work:  # those who need no more than there is are not the ones to fail
+        for part in scheduled:  # those who need no more than there is are not the ones to fail
             try:
-                slots |= registry.assign_slots([*slots, *item.seq.digests])
+                slots |= registry.assign_slots([*slots, *part.seq.digests])
             except ServeError as error:
-                failed.append(SequenceOutput(item, failure=error))
+                failed.append(SequenceOutput(part, failure=error))
         return slots, failed
 
 
-def _digests(work: Iterable[Work]) -> list[str]:
-    return list(dict.fromkeys(digest for item in work for digest in item.seq.digests))
+def _digests(scheduled: Iterable[ScheduledSequence]) -> list[str]:
+    return list(dict.fromkeys(digest for part in scheduled for digest in part.seq.digests))

@@ -11,8 +11,6 @@ penalties, the lowest id among equals. Log-probabilities are those of the model 
 as they came in.
 
 Nothing waits for the device: what it draws stays there as a tensor, and is read when it is asked for.
-
-Grammars are not here: what they forbid is masked before.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """One row of logits to draw a token from.
 
     Attributes:
@@ -105,7 +103,7 @@ class PendingSamples:
         return Sampled(token_ids, found, [token >= 0 for token in token_ids])
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> PendingSamples:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSamples:
     """Choose one token for each row.
 
     Args:
@@ -119,11 +117,6 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> PendingSamples:
     tops = [rows[i].params.logprobs or 0 for i in wanted]
     listed = logprobs(_rows(logits, wanted), _rows(token_ids, wanted).clamp(min=0), tops) if wanted else None
     return PendingSamples(token_ids, wanted, listed)
-
-
-def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
-    """`draw`, and wait for it."""
-    return draw(logits, rows).wait()
 
 
 def uniform(seed: int, position: int) -> float:
@@ -157,7 +150,7 @@ def _argmax(values: Tensor) -> Tensor:
     return largest.indices.where(largest.values.isfinite(), -1)
 
 
-def _choose(values: Tensor, rows: list[Row]) -> Tensor:
+def _choose(values: Tensor, rows: list[SamplingRow]) -> Tensor:
     """Token [rows], -1 where there is none to choose. ModuleOverrides `values`, float32 [rows, vocab]."""
     for i, row in enumerate(rows):
         if row.adjusted:
@@ -170,7 +163,7 @@ def _choose(values: Tensor, rows: list[Row]) -> Tensor:
     return tokens
 
 
-def _adjust(values: Tensor, row: Row) -> None:
+def _adjust(values: Tensor, row: SamplingRow) -> None:
     """Bias, forbidden stop tokens and penalties on one row, float32 [vocab], in place."""
     params = row.params
     device = values.device
@@ -191,7 +184,7 @@ def _adjust(values: Tensor, row: Row) -> None:
         values[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(values: Tensor, rows: list[Row]) -> Tensor:
+def _draw(values: Tensor, rows: list[SamplingRow]) -> Tensor:
     """Invert the filtered distribution's cumulative sum, over ids in order. Values: float32 [rows, vocab], finite."""
     device = values.device
     temperature = to_device([row.params.temperature for row in rows], torch.float32, device)

@@ -15,7 +15,7 @@ from lora_serve.adapters.store import Store
 from lora_serve.config import ServeConfig
 from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import SlotRotation
-from lora_serve.engine.runner import Runner, Tokens
+from lora_serve.engine.runner import Runner, SampledTokens
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sizing import adapter_memory, kv_memory, limits_of, measured
 from lora_serve.errors import ModelUnsupported
@@ -33,24 +33,24 @@ QUANTUM = 16  # steps of a turn: long enough that loading an adapter is small be
 
 
 @dataclass(frozen=True)
-class Parts:
+class EngineParts:
     info: EngineInfo
     scheduler: Scheduler
     runner: Runner
     registry: Registry
 
 
-def assemble(
+def build_parts(
     config: ServeConfig, wake: Callable[[], None], progress: Callable[[str, float], None], overlap: bool | None = None
-) -> Parts:
+) -> EngineParts:
     """Load the base, size its KV, open the store, publish the adapters that were asked for at start.
 
     Args:
-        ahead: launch a step before the last one's outcomes are read; None: where the device is not the host.
+        overlap: launch a step before the last one's outputs are read; None: where the device is not the host.
     """
     device = device_of(config.device)
     try:
-        return _assemble(config, device, wake, progress, overlap)
+        return _build_parts(config, device, wake, progress, overlap)
     except torch.OutOfMemoryError as error:
         raise ModelUnsupported(
             f"the base does not fit {device}: {str(error).partition('. ')[0]}. Use a smaller or quantised base, or "
@@ -58,13 +58,13 @@ def assemble(
         ) from error
 
 
-def _assemble(
+def _build_parts(
     config: ServeConfig,
     device: torch.device,
     wake: Callable[[], None],
     progress: Callable[[str, float], None],
     overlap: bool | None,
-) -> Parts:
+) -> EngineParts:
     torch.set_num_threads(config.threads or physical_cores())
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,9 +82,9 @@ def _assemble(
     limits = limits_of(config, device)
     capacity = adapter_memory(config, device)
     device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
-    tokens = Tokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
+    tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
     kv = KVTensors(loaded.layers, PROOF, config.kv_block_size, loaded.dtype, device)
-    base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.read)
+    base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
     progress("proving the base", 0.85)
     base.prove()
     progress("allocating KV", 0.88)
@@ -134,7 +134,7 @@ def _assemble(
         generation_defaults=loaded.generation_defaults,
         notes=notes,
     )
-    return Parts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
+    return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
 
 
 def device_of(name: str) -> torch.device:

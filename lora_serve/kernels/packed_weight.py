@@ -1,4 +1,4 @@
-"""Weights of linear maps in the form that a backend reads, in full precision or made small.
+"""Packed weights of linear layers, in full precision or quantised (int8, int4), and the maths of the quantisation.
 
     int8:  W[o, i] ≈ scale[o] · q[o, i],             q in -127..127
            x[t, i] ≈ step[t, i // RUN] · p[t, i],    p in -127..127
@@ -28,12 +28,12 @@ _LEAST = 1e-30  # scale or step; what is smaller becomes zero
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """One map's weights W [out, in]. What `data` and `scale` hold is the backend's own business.
+    """One layer's weights W [out, in]. What `data` and `scale` hold is the backend's own business.
 
     Attributes:
         shape: (out, in).
         dtype: of the weights that were packed.
-        scheme: how they were made small; None: they were not.
+        scheme: how they are quantised; None: they are not.
     """
 
     shape: tuple[int, int]
@@ -47,8 +47,8 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
-def fitting(scheme: Scheme | None, in_features: int) -> Scheme | None:
-    """The scheme, if a map with so many inputs can be kept in it."""
+def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:
+    """The scheme, if a weight with so many inputs can be kept in it; else None."""
     return None if scheme == "int4" and in_features % GROUP else scheme
 
 
@@ -72,7 +72,7 @@ def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """Rows x [rows, in] as a map in the scheme sees them, float32."""
+    """Rows x [rows, in] as a layer quantised in the scheme sees them, float32."""
     width, size = x.shape[1], RUN if scheme == "int8" else GROUP
     grouped = _grouped(functional.pad(x, (0, -width % size)), size)
     step = _step(grouped)

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, AttentionMetadata, DeltaGroup, GraphBuckets, Segments
+from lora_serve.kernels.contract import (
+    Activation,
+    AttentionMetadata,
+    DeltaGroup,
+    GraphBuckets,
+    Recording,
+    ReplaySupport,
+    Segments,
+)
 from lora_serve.kernels.packed_weight import PackedWeight, Scheme, dequantized, quantized, rounded
 
 
@@ -19,24 +27,19 @@ class ReferenceKernels:
     """`Kernels` in plain torch."""
 
     name = "reference"
-    ladder: GraphBuckets | None = None
+    replay: ReplaySupport = "none"  # it follows values through Python
+    graph_buckets: GraphBuckets | None = None
 
-    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
+    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
         """See `Kernels.pack`."""
-        shape = (weight.shape[0], weight.shape[1])
-        data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
-        return PackedWeight(shape, weight.dtype, scheme, data, scale)
+        return [_pack(weight, scheme) for weight in weights]
 
     def unpack(self, packed: PackedWeight) -> Tensor:
         """See `Kernels.unpack`."""
         return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
 
-    def beside(self, layers: Sequence[PackedWeight]) -> list[PackedWeight]:
-        """See `Kernels.beside`."""
-        return list(layers)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """See `Kernels.rows`."""
+    def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """See `Kernels.lookup`."""
         return nn.functional.embedding(ids, packed.data)
 
     def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
@@ -73,8 +76,9 @@ class ReferenceKernels:
 
         return turned(q), turned(k)
 
-    def tape(self, *, check_values: bool = False) -> None:
-        """Nothing here is noted: it follows values through Python."""
+    def new_recording(self, *, check_values: bool) -> Recording:
+        """Never called: see `replay`."""
+        raise NotImplementedError
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""
@@ -144,3 +148,9 @@ class ReferenceKernels:
             share = score.softmax(dim=-1)[..., :context]
             out[first:last] = torch.einsum("hgrj,jhd->rhgd", share, value).flatten(1, 2).to(q.dtype)
         return out
+
+
+def _pack(weight: Tensor, scheme: Scheme | None) -> PackedWeight:
+    shape = (weight.shape[0], weight.shape[1])
+    data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
+    return PackedWeight(shape, weight.dtype, scheme, data, scale)

@@ -1,15 +1,16 @@
-"""Decoding steps played from tapes that were noted at start: a ladder of sizes, as CUDA graphs want it.
+"""CUDA graphs for decode, captured at start for fixed batch sizes (buckets); a batch is padded up to the next one.
 
-A step is played on the smallest rung that holds it. Rows that are left over are sequences of one token in the scratch
-block: they cost what they cost and change nothing. Every rung has a tape with segments and one without, so that a batch
-of the base alone pays for no adapter. What the tapes read has a fixed place, the adapters' pointer tables too, so they
-stay valid while adapters come, go and change their rank.
+Padding rows are sequences of one token in the scratch KV block. Each bucket has a graph with adapter segments and one
+without, so that a batch of the base alone pays nothing for adapters. Graphs read fixed input buffers and the adapters'
+pointer tables, so they stay valid while adapters are loaded, evicted and replaced by ones of another rank. Prefill and
+mixed steps run eagerly. The CPU's counterpart is `recorded_steps.py`.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -17,115 +18,128 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import GraphBuckets, Kernels
-from lora_serve.model.batch import Batch, Run, trial
-from lora_serve.model.input_buffers import Bounds, Place, Placed, Sizes, bounds_of, cut, rank_of, sizes_of
-from lora_serve.model.recorded_steps import RecordedSteps, played
+from lora_serve.model.batch import AdapterRows, Batch, dummy_batch
+from lora_serve.model.input_buffers import BatchShape, InputBuffers, max_rank_of, split_segments
+from lora_serve.model.step_executor import EagerSteps, ReplayableStep, replays_right
 
-# Rows of the sequences of steps like those to come: few and many, long and short ones, in all combinations that kernels
-# tell apart.
-TRIALS = ((16,), (20, 20), (20,) * 40, (64,), (100,), (100, *(31,) * 40))
-GRAPH = 16 << 20  # bytes that a tape's launches take on the device, about
-NOTHING = Batch([], [], [], [0], [], [], [])
+log = logging.getLogger(__name__)
+
+# Rows by sequence of prefill steps that are run once at start, so that their kernels are compiled before the first
+# request: few and many, long and short sequences, in all combinations that kernels distinguish.
+WARMUP_STEPS = ((16,), (20, 20), (20,) * 40, (64,), (100,), (100, *(31,) * 40))
+GRAPH_BYTES = 16 << 20  # of device memory that the launches of one graph take, about
+EMPTY_BATCH = Batch([], [], [], [0], [], [], [])
 
 
-class CudaGraphs(RecordedSteps):
-    """Runs batches, from a tape those that decode."""
+class CudaGraphs:
+    """See `StepExecutor`. If only passes with adapters cannot be captured, the base alone keeps its graphs."""
 
-    def __init__(
-        self,
-        run: Callable[[Placed], Tensor],
-        kernels: Kernels,
-        ladder: GraphBuckets,
-        ranks: Mapping[int, int],
-        device: torch.device,
-    ) -> None:
-        super().__init__(run, kernels, ranks, device)
-        self._ladder = ladder
-        self._rows: list[int] = []  # of the rungs
-        self._width = self._context = 1
+    def __init__(self, eager: EagerSteps, kernels: Kernels, buckets: GraphBuckets) -> None:
+        self.disabled: str | None = None
+        self._eager = eager
+        self._kernels = kernels
+        self._buckets = buckets
+        self._sizes: list[int] = []  # of the captured buckets, in rows, ascending
+        self._blocks = self._context = 1
+        self._graphs: dict[BatchShape, ReplayableStep] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The batch's logits, valid until the next call."""
-        decodes = batch.decodes and batch.runs == batch.logits_runs
-        if not decodes or self._refuses(bool(batch.runs)) or rank_of(batch.runs, self._ranks) > self._ladder.rank:
-            return self.eagerly(batch)
-        runs = cut(batch.runs, self._ladder.longest)
+        """See `StepExecutor.__call__`."""
+        decode = batch.is_decode and batch.adapter_rows == batch.logits_adapter_rows
+        if not decode or max_rank_of(batch.adapter_rows, self._eager.ranks) > self._buckets.max_rank:
+            return self._eager(batch)
+        segments = split_segments(batch.adapter_rows, self._buckets.max_segment_rows)
         rows = len(batch.token_ids)
-        rung = bisect_left(self._rows, max(rows, len(runs)))
-        if rung == len(self._rows):
-            return self.eagerly(batch)
-        return played(self._noted[self._sizes(self._rows[rung], adapted=bool(runs))], replace(batch, runs=runs))[:rows]
+        bucket = bisect_left(self._sizes, max(rows, len(segments)))
+        if bucket == len(self._sizes):
+            return self._eager(batch)
+        graph = self._graphs.get(self._shape(self._sizes[bucket], adapted=bool(segments)))
+        if graph is None:
+            return self._eager(batch)
+        return graph.replay(replace(batch, adapter_rows=segments))[:rows]
 
-    def prepare(self, most_rows: int, most_tokens: int, width: int, context: int) -> None:
-        """Note all rungs up to the first that holds `most_rows`, and try out other steps; see `RecordedSteps.prepare`."""
-        self._width, self._context = width, context
-        self._rows = self._up_to(most_rows)
-        logits = self._logits(self._rows[-1])  # of all rungs: one is played at a time
+    def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
+        """Capture all buckets up to the first that holds `max_rows`, and warm up prefill; see `StepExecutor`."""
+        self._blocks, self._context = blocks, context
+        self._sizes = self._sizes_for(max_rows)
+        logits = self._new_logits(self._sizes[-1])  # of all buckets: one graph is replayed at a time
         for adapted in (False, True):
-            for rows in reversed(self._rows):  # so that smaller ones find the memory of larger ones
-                if not self._refuses(adapted):
-                    self._rung(logits[:rows], adapted=adapted)
-        for lengths in TRIALS:
-            if sum(lengths) <= most_tokens and max(lengths) <= context:
-                self._try(lengths)
+            for rows in reversed(self._sizes):  # so that smaller graphs reuse the memory of larger ones
+                if self.disabled is None:
+                    self._capture(logits[:rows], adapted=adapted)
+        for lengths in WARMUP_STEPS:
+            if sum(lengths) <= max_tokens and max(lengths) <= context:
+                self._warm_up(lengths)
 
-    def memory(self, most_rows: int, free: Callable[[], int]) -> int:
-        """See `RecordedSteps.memory`; the largest rung is tried, the smaller ones share its memory but for their launches."""
-        rungs = self._up_to(most_rows)
+    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+        """Measured on the largest bucket; the smaller ones share its memory except for their launches."""
+        sizes = self._sizes_for(max_rows)
         before = free()
-        logits = self._logits(rungs[-1])
+        logits = self._new_logits(sizes[-1])
         for adapted in (False, True):
-            self._rung(logits, adapted=adapted)
+            self._capture(logits, adapted=adapted)
         taken = max(0, before - free())
-        self._noted.clear()
-        return taken + 2 * (len(rungs) - 1) * GRAPH
+        self._graphs.clear()
+        self.disabled = None
+        return taken + 2 * (len(sizes) - 1) * GRAPH_BYTES
 
-    def prove(self, first: Batch, second: Batch, alike: Callable[[Tensor, Tensor], bool]) -> None:
-        """See `RecordedSteps.prove`; a rung's rows may be computed by other kernels than the batch's own number of rows."""
-        self._hold(first, second, alike)
+    def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
+        """See `StepExecutor.check`; a bucket may use other kernels than the batch's own number of rows."""
+        if self._graphs and not replays_right(self, self._eager, (first, second), same):
+            self._disable("it depends on more than its input tensors")
+            self._graphs.clear()
 
-    def _refuses(self, adapted: bool) -> bool:
-        """See `RecordedSteps._refuses`: adapters may need a pass that cannot be noted where the base alone does not."""
-        return self.refused is not None and (adapted or not self._noted)
+    def _capture(self, logits: Tensor, *, adapted: bool) -> None:
+        """Capture a bucket whose pass leaves its logits there; if it cannot be, captured graphs of the base stay."""
+        rows = logits.shape[0]
+        buffers = self._new_buffers(rows, adapted=adapted)
+        recording = self._kernels.new_recording(check_values=True)
+        recording.record(lambda: logits.copy_(self._eager.forward(buffers)))
+        if recording.unsupported is None:
+            self._graphs[self._shape(rows, adapted=adapted)] = ReplayableStep(buffers, logits, recording)
+            return
+        self._disable(recording.unsupported)
+        self._graphs = {shape: graph for shape, graph in self._graphs.items() if not shape.segments}
 
-    def _give_up(self, reason: str) -> None:
-        """Keep the tapes of the base, if there are any."""
-        kept = {sizes: noted for sizes, noted in self._noted.items() if not sizes.segments}
-        super()._give_up(reason)
-        if not self._proved:
-            self._noted.update(kept)
+    def _disable(self, reason: str) -> None:
+        log.info("steps run without CUDA graphs: the forward pass cannot be captured (%s)", reason)
+        self.disabled = reason
 
-    def _try(self, lengths: Sequence[int]) -> None:
-        """Make a step of sequences so long, each a segment, of the scratch block: its kernels are compiled now."""
+    def _warm_up(self, lengths: Sequence[int]) -> None:
+        """Prefill sequences of these lengths, each a segment, in the scratch block: compiles the kernels."""
         batch = replace(
-            trial(lengths, self._width),
+            dummy_batch(lengths, self._blocks),
             logits_rows=range(len(lengths)),
-            runs=[Run(end - length, end, 0, 1.0) for length, end in zip(lengths, accumulate(lengths), strict=True)],
-            logits_runs=[Run(row, row + 1, 0, 1.0) for row in range(len(lengths))],
+            adapter_rows=[
+                AdapterRows(end - length, end, 0) for length, end in zip(lengths, accumulate(lengths), strict=True)
+            ],
+            logits_adapter_rows=[AdapterRows(row, row + 1, 0) for row in range(len(lengths))],
         )
-        place = Place(sizes_of(batch), bounds_of(batch, {0: 1}), self._device)
-        place.write(batch)
-        self._run(place.placed)
+        self._eager.forward(InputBuffers.of(batch, {0: 1}, self._eager.device))
 
-    def _up_to(self, most_rows: int) -> list[int]:
-        """Sizes of the rungs up to the first that holds so many rows; the highest there are otherwise."""
-        rows = self._ladder.rows
-        return list(rows[: bisect_left(rows, most_rows) + 1])
+    def _sizes_for(self, max_rows: int) -> list[int]:
+        """Buckets up to the first that holds so many rows, or all of them."""
+        rows = self._buckets.rows
+        return list(rows[: bisect_left(rows, max_rows) + 1])
 
-    def _logits(self, rows: int) -> Tensor:
-        """Memory for the logits of so many rows."""
-        return torch.empty_like(self._run(self._place(rows, adapted=False).placed))
+    def _new_logits(self, rows: int) -> Tensor:
+        return torch.empty_like(self._eager.forward(self._new_buffers(rows, adapted=False)))
 
-    def _rung(self, logits: Tensor, *, adapted: bool) -> None:
-        """Note a rung that leaves its logits there."""
-        place = self._place(logits.shape[0], adapted=adapted)
-        self._keep(self._sizes(logits.shape[0], adapted=adapted), place, lambda: logits.copy_(self._run(place.placed)))
+    def _new_buffers(self, rows: int, *, adapted: bool) -> InputBuffers:
+        buffers = InputBuffers(self._shape(rows, adapted=adapted), self._eager.device)
+        buffers.write(EMPTY_BATCH)
+        return buffers
 
-    def _place(self, rows: int, *, adapted: bool) -> Place:
-        bounds = Bounds(self._ladder.longest, self._ladder.rank, query=1, context=self._context)
-        place = Place(self._sizes(rows, adapted=adapted), bounds, self._device)
-        place.write(NOTHING)
-        return place
-
-    def _sizes(self, rows: int, *, adapted: bool) -> Sizes:
-        return Sizes(rows, rows, rows, rows if adapted else 0, -1, self._width)
+    def _shape(self, rows: int, *, adapted: bool) -> BatchShape:
+        return BatchShape(
+            rows=rows,
+            sequences=rows,
+            logits_rows=rows,
+            segments=rows if adapted else 0,
+            logits_segments=-1,
+            blocks=self._blocks,
+            max_segment_rows=self._buckets.max_segment_rows,
+            max_rank=self._buckets.max_rank,
+            max_query_len=1,
+            max_context_len=self._context,
+        )

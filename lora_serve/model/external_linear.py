@@ -1,4 +1,4 @@
-"""A linear module of another library, kept as it is: it computes its own output, the kernels add the deltas."""
+"""A linear module that another library quantised, kept as it is: it computes its own output, deltas are added to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExternalLinear(nn.Module):
         self.base = base
 
     @property
-    def rows(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """W [out, in] as the forward pass uses it; dequantised anew each time."""
         with torch.inference_mode():
             return dequantized(self.base)
@@ -31,7 +31,7 @@ class ExternalLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The same: what a module in full precision would have as its parameter."""
-        return self.rows
+        return self.full_weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -36,14 +36,14 @@ class Quantization:
         label: for people, such as "nf4 by bitsandbytes".
         packages: what transformers needs to load it.
         remark: what an operator should know of it.
-        steady: a pass over its modules makes the same calls, on memory of the same sizes, for any rows of one number;
-            only then can a step be noted or captured.
+        replayable: a pass over its modules makes the same calls, on memory of the same sizes, for any rows of one
+            number; only then can a step be recorded or captured.
     """
 
     label: str
     packages: tuple[str, ...]
     remark: str = ""
-    steady: bool = True
+    replayable: bool = True
 
 
 def installed(package: str) -> bool:
@@ -87,7 +87,7 @@ def _bitsandbytes(given: Mapping[str, Any], device: torch.device) -> Quantizatio
     four = bool(given.get("load_in_4bit"))
     scheme = str(given.get("bnb_4bit_quant_type") or "fp4") if four else "int8"
     # LLM.int8() takes columns with outliers out of the product: how many, the rows decide.
-    return Quantization(f"{scheme} by bitsandbytes", ("bitsandbytes", "accelerate"), steady=four)
+    return Quantization(f"{scheme} by bitsandbytes", ("bitsandbytes", "accelerate"), replayable=four)
 
 
 def _torchao(given: Mapping[str, Any], device: torch.device) -> Quantization:
@@ -102,7 +102,7 @@ def _compressed_tensors(given: Mapping[str, Any], device: torch.device) -> Quant
     schemes = sorted({f"{each.get('type', 'float')}{each.get('num_bits', '')}" for each in weights})
     label = f"{', '.join(schemes) or given.get('format')} by compressed-tensors"
     remark = "decompressed for each product, which keeps memory small and takes time"
-    return Quantization(label, ("compressed-tensors", "accelerate"), remark, steady=False)  # weights come and go
+    return Quantization(label, ("compressed-tensors", "accelerate"), remark, replayable=False)  # weights come and go
 
 
 def _fp8(given: Mapping[str, Any], device: torch.device) -> Quantization:

@@ -46,7 +46,7 @@ class FusedGatedMLP(nn.Module):
         return y
 
 
-def lean(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
+def fuse(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     """Replace what can be replaced, in place; modules keep their paths and parameters theirs."""
     for path, module in list(model.named_modules()):
         _turn(module, dtype, kernels)

@@ -45,7 +45,7 @@ class LoadedModel:
         created: seconds since the epoch.
         scheme: how the linear maps are to be quantised.
         notes: what an operator should know, for the start-up summary.
-        steady: steps of one size make the same calls, so they can be noted (see `Quantization`).
+        replayable: steps of one shape make the same calls, so they can be recorded (see `Quantization`).
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class LoadedModel:
     generation_defaults: dict[str, Any]
     notes: list[str]
     scheme: Scheme | None
-    steady: bool
+    replayable: bool
 
 
 def load(
@@ -155,7 +155,7 @@ def load(
         },
         notes=notes,
         scheme=scheme,
-        steady=quantized is None or quantized.steady,
+        replayable=quantized is None or quantized.replayable,
     )
 
 

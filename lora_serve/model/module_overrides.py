@@ -1,8 +1,8 @@
-"""What adapters do to modules besides the low-rank delta: replaced parameters, gains, constants, lookups, token rows.
+"""Apply what adapters do besides LoRA: replaced parameters, gains, biases, embedding lookups, token rows (by hooks).
 
-A batch that holds such adapters gets forward hooks on just the modules that they change, for the time of its forward
-pass; each hook treats the rows of each adapter after the module (and the deltas) computed the whole batch. Any other
-batch runs none of this. The formula is in `adapters.adapter.ModuleOverride`.
+A batch with such adapters gets forward hooks on just the modules concerned, for its forward pass only; each hook corrects
+the adapter's rows after the module (and the deltas) computed the whole batch. Any other batch runs none of this. The
+formula is in `adapters.adapter.ModuleOverride`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import BaseShape, ModuleOverride
 from lora_serve.kernels.host_device_copy import to_device
-from lora_serve.model.batch import Batch, Run
+from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.observe import rows_of, tensors_of
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
@@ -25,10 +25,10 @@ from lora_serve.model.shape import base_of
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of the batch, and what is done to them at one module."""
+class RowOverride:
+    """Rows of the batch, and what an adapter does to them at one module."""
 
-    run: Run
+    rows: AdapterRows
     override: ModuleOverride
 
 
@@ -49,20 +49,20 @@ class ModuleOverrides:
         self._slots = slots
         self._head_rows = head_rows
 
-    def of(self, batch: Batch) -> dict[str, list[Part]]:
+    def of(self, batch: Batch) -> dict[str, list[RowOverride]]:
         """What the batch's rows need, by module; empty for most batches."""
-        found: dict[str, list[Part]] = {}
+        found: dict[str, list[RowOverride]] = {}
         if not self._slots:
             return found
-        for runs, at_head in ((batch.runs, False), (batch.logits_runs, True)):
-            for run in runs:
-                for module, override in self._slots.get(run.slot, {}).items():
+        for ranges, at_head in ((batch.adapter_rows, False), (batch.logits_adapter_rows, True)):
+            for rows in ranges:
+                for module, override in self._slots.get(rows.slot, {}).items():
                     if (module == self._shape.head and self._head_rows) == at_head:
-                        found.setdefault(module, []).append(Part(run, override))
+                        found.setdefault(module, []).append(RowOverride(rows, override))
         return found
 
     @contextmanager
-    def applied(self, parts: Mapping[str, list[Part]], batch: Batch) -> Iterator[None]:
+    def applied(self, parts: Mapping[str, list[RowOverride]], batch: Batch) -> Iterator[None]:
         """Have the modules changed for the rows of `parts` meanwhile."""
         hooks = []
         try:
@@ -88,16 +88,16 @@ class ModuleOverrides:
         the largest vocabulary in the batch.
         """
         own, base = {}, self._ids(self._shape.head)
-        for run in batch.logits_runs:
-            weight = _head_weight(self._slots.get(run.slot, {}).get(self._shape.head))
+        for rows in batch.logits_adapter_rows:
+            weight = _head_weight(self._slots.get(rows.slot, {}).get(self._shape.head))
             if weight is not None and weight.shape[0] != base:
-                own[run] = weight.shape[0]
+                own[rows] = weight.shape[0]
         if not own:
             return logits
         logits = logits.clone()
         limit = torch.full((logits.shape[0],), base, device=logits.device)
-        for run, ids in own.items():
-            limit[run.start : run.end] = ids
+        for rows, ids in own.items():
+            limit[rows.start : rows.end] = ids
         return logits.masked_fill_(torch.arange(logits.shape[1], device=logits.device) >= limit[:, None], -torch.inf)
 
     def _ids(self, module: str) -> int:
@@ -113,7 +113,9 @@ class _Hook:
         looks_up: it gets ids; `widens`: it gives logits, of as many tokens as the largest vocabulary has.
     """
 
-    def __init__(self, module: nn.Module, parts: Sequence[Part], tokens: int, *, looks_up: bool, widens: bool) -> None:
+    def __init__(
+        self, module: nn.Module, parts: Sequence[RowOverride], tokens: int, *, looks_up: bool, widens: bool
+    ) -> None:
         self._module, self._parts, self._tokens = module, parts, tokens
         self._looks_up, self._widens = looks_up, widens
         self._scaled = [part for part in parts if part.override.gain_out is not None or part.override.shift is not None]
@@ -136,7 +138,7 @@ class _Hook:
                 _recompute(self._module, part, inputs, output, tokens)
             if part.override.lookup is not None:
                 ids, y = _own(x, part, tokens), _own(output, part, tokens)
-                y += part.run.weight * (part.override.lookup.a[ids] @ part.override.lookup.b)
+                y += part.rows.weight * (part.override.lookup.a[ids] @ part.override.lookup.b)
         if self._scaled:
             _scale(self._scaled, output, tokens)
         for part in self._parts:
@@ -145,13 +147,13 @@ class _Hook:
         return output
 
 
-def _own(value: Any, part: Part, tokens: int) -> Any:
+def _own(value: Any, part: RowOverride, tokens: int) -> Any:
     """The part's rows of a tensor that has the batch's; anything else as it is."""
     rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
-    return value if rows is None else rows[part.run.start : part.run.end]
+    return value if rows is None else rows[part.rows.start : part.rows.end]
 
 
-def _recompute(module: nn.Module, part: Part, inputs: tuple[Any, ...], output: Any, tokens: int) -> None:
+def _recompute(module: nn.Module, part: RowOverride, inputs: tuple[Any, ...], output: Any, tokens: int) -> None:
     """Rows of a module's output, with the adapter's input gain and parameters."""
     args = [_own(value, part, tokens) for value in inputs]
     if part.override.gain_in is not None:
@@ -178,13 +180,13 @@ def _parameters(module: nn.Module, others: Mapping[str, Tensor]) -> Iterator[Non
         module._parameters.update(offsets)
 
 
-def _scale(parts: Sequence[Part], output: Tensor, tokens: int) -> None:
+def _scale(parts: Sequence[RowOverride], output: Tensor, tokens: int) -> None:
     """Gains and constants of all parts, in float32; one call for all rather than one each."""
     exact = output.float()
     rows = rows_of(exact, tokens)
     assert rows is not None
-    gains = [(part.run, gain) for part in parts if (gain := part.override.gain_out) is not None]
-    shifts = [(part.run, shift) for part in parts if (shift := part.override.shift) is not None]
+    gains = [(part.rows, gain) for part in parts if (gain := part.override.gain_out) is not None]
+    shifts = [(part.rows, shift) for part in parts if (shift := part.override.shift) is not None]
     if gains:
         torch._foreach_mul_([rows[run.start : run.end] for run, _ in gains], [gain for _, gain in gains])
     if shifts:
@@ -194,7 +196,7 @@ def _scale(parts: Sequence[Part], output: Tensor, tokens: int) -> None:
         output.copy_(exact)
 
 
-def _replace_tokens(part: Part, x: Tensor, y: Tensor, *, looks_up: bool) -> None:
+def _replace_tokens(part: RowOverride, x: Tensor, y: Tensor, *, looks_up: bool) -> None:
     """Rows of an embedding whose id is one of the part's, or the logits of these ids."""
     rows, ids = part.override.token_rows, to_device(part.override.token_ids, torch.int64, y.device)
     assert rows is not None
@@ -209,7 +211,7 @@ def _head_weight(override: ModuleOverride | None) -> Tensor | None:
     return None if override is None else override.parameters.get("weight")
 
 
-def _widened(output: Tensor, parts: Sequence[Part]) -> Tensor:
+def _widened(output: Tensor, parts: Sequence[RowOverride]) -> Tensor:
     """Room for the logits of the largest vocabulary; what is beyond a row's own is masked in the end."""
     weights = [weight for part in parts if (weight := _head_weight(part.override)) is not None]
     more = max((weight.shape[0] for weight in weights), default=0) - output.shape[-1]

@@ -1,44 +1,59 @@
-"""Modules of the base whose weights a kernel backend has packed, in full precision or made small."""
+"""Linear and embedding modules on weights that the kernel backend has packed, in full precision or quantised."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.kernels.contract import Kernels
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme, fitting
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme, scheme_for
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b in the place of an `nn.Linear` or `Conv1D`, whose own weights are let go.
+    """y = x Wᵀ + b; replaces an `nn.Linear` or `Conv1D`, whose own weights are released.
 
     Args:
-        scheme: how the weights are made small, if the map's size allows it.
+        bias: [out].
+        transposed: whether the module keeps its weights as [in, out].
     """
 
-    def __init__(self, base: nn.Module, kernels: Kernels, scheme: Scheme | None) -> None:
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, kernels: Kernels, *, transposed: bool) -> None:
         super().__init__()
-        weight, bias = base.weight, base.bias
-        assert isinstance(weight, Tensor)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        self._transposed = isinstance(base, Conv1D)  # keeps its weights as [in, out]
-        rows = weight.T if self._transposed else weight
-        self.packed: PackedWeight = kernels.pack(rows, fitting(scheme, rows.shape[1]))
+        self.packed = packed
         self.bias = bias
         self._kernels = kernels
+        self._transposed = transposed
+
+    @classmethod
+    def pack(cls, modules: Sequence[Any], kernels: Kernels, scheme: Scheme | None = None) -> list[PackedLinear]:
+        """Replacements for linear modules that read one input.
+
+        Args:
+            scheme: how the weights are quantised, if their size allows it.
+        """
+        transposed = [isinstance(module, Conv1D) for module in modules]
+        weights = [
+            module.weight.T if turned else module.weight for module, turned in zip(modules, transposed, strict=True)
+        ]
+        packed = kernels.pack(weights, scheme_for(scheme, weights[0].shape[1]))
+        return [
+            cls(own, module.bias, kernels, transposed=turned)
+            for own, module, turned in zip(packed, modules, transposed, strict=True)
+        ]
 
     @property
-    def rows(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """W [out, in] as the forward pass uses it; unpacked anew each time."""
         return self._kernels.unpack(self.packed)
 
     @property
     def weight(self) -> Tensor:
         """The parameter as the base module had it."""
-        return self.rows.T if self._transposed else self.rows
+        return self.full_weight.T if self._transposed else self.full_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [rows, in] → [rows, out], in x's dtype."""
@@ -53,7 +68,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a map's packed weights by their number: the embedding of a base whose head has the same weights.
+    """An embedding that looks rows up in the head's packed weights, with which it is tied.
 
     Args:
         packed: in full precision.
@@ -70,7 +85,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., width], in the weights' dtype."""
-        return self._kernels.rows(self._packed, ids.reshape(-1)).view(*ids.shape, -1)
+        return self._kernels.lookup(self._packed, ids.reshape(-1)).view(*ids.shape, -1)
 
     def with_parameters(self, ids: Tensor, others: Mapping[str, Tensor]) -> Tensor:
         """The same with an adapter's parameters in the place of the module's own."""

@@ -1,52 +1,31 @@
-"""Attention over paged KV, in the place where the HF modelling code asks for an attention function.
+"""Paged attention as an attention function of transformers: writes the step's keys and values, attends over KV blocks.
 
-The rope is already applied. Batch and KV memory arrive through the keyword arguments that the model passes on; nothing
-is global. Causality, windows and sequence borders are the kernel's: the model is given no mask.
+RoPE is already applied. The forward context arrives through the keyword arguments that the model passes on; nothing is
+global. The kernel handles causality, sliding windows and sequence borders, so the model makes no attention mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lora_serve.adapters.adapter import Prefix
-from lora_serve.kernels.contract import AttentionMetadata, Kernels
-from lora_serve.kv.tensors import KVTensors, LayerShape
-from lora_serve.model.batch import VirtualRun
+from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.forward_context import ForwardContext
 
-BLOCKS = "lora_serve_blocks"  # not a name that transformers reads a meaning into, so no mask is made for it
+BLOCKS = "lora_serve_blocks"  # transformers makes no mask for an attention function whose name it does not know
 OBSERVE = "lora_serve_observe"
 
 
-@dataclass(frozen=True)
-class PagedKV:
-    """What an attention layer needs of the step: where KV lies, and which of it belongs to whom.
-
-    `windows` holds each layer's sliding window (None: full attention), for models that keep it in the config only.
-    `given` are rows whose keys and values are not computed but an adapter's own, by slot in `prefixes`.
-    """
-
-    kernels: Kernels
-    tensors: KVTensors
-    kv_index: Tensor
-    spans: AttentionMetadata
-    windows: list[int | None]
-    given: Sequence[VirtualRun] = ()
-    prefixes: Mapping[int, Prefix] = field(default_factory=dict)
-
-
-def block_attention(
+def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedKV,
+    forward_context: ForwardContext,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -55,20 +34,21 @@ def block_attention(
     """query [1, heads, tokens, key_dim], key and value [1, kv_heads, tokens, dim] → [1, tokens, heads, value_dim]."""
     layer = module.layer_idx
     assert isinstance(layer, int)
-    keys, values = paged.tensors.keys[layer], paged.tensors.values[layer]
-    paged.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), paged.kv_index)
-    for start, end, slot, offset in paged.given:
-        prefix, own = paged.prefixes[slot], slice(offset, offset + end - start)
-        paged.kernels.write_kv(
-            keys, values, prefix.keys[layer][own], prefix.values[layer][own], paged.kv_index[start:end]
-        )
-    output = paged.kernels.attention(
+    context, step = forward_context, forward_context.step
+    keys, values = context.kv.keys[layer], context.kv.values[layer]
+    context.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), step.kv_index)
+    for start, end, slot, _, first in context.virtual_rows:
+        prefix, given = context.prefixes[slot], slice(first, first + end - start)
+        if prefix.keys:
+            own_keys, own_values = prefix.keys[layer][given], prefix.values[layer][given]
+            context.kernels.write_kv(keys, values, own_keys, own_values, step.kv_index[start:end])
+    output = context.kernels.attention(
         query[0].transpose(0, 1),
         keys,
         values,
-        paged.spans,
+        step.attention,
         scaling if scaling is not None else query.shape[-1] ** -0.5,
-        kwargs["sliding_window"] if "sliding_window" in kwargs else paged.windows[layer],
+        kwargs["sliding_window"] if "sliding_window" in kwargs else context.windows[layer],
         softcap,
         s_aux,
     )
@@ -104,5 +84,5 @@ def observe_attention(
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-AttentionInterface.register(BLOCKS, block_attention)
+AttentionInterface.register(BLOCKS, paged_attention)
 AttentionInterface.register(OBSERVE, observe_attention)

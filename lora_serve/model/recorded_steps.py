@@ -1,163 +1,105 @@
-"""Small steps played from a tape: what repeats with other numbers is not thought through again in Python.
+"""Recorded steps (CPU): the kernel calls of a small step are recorded once and replayed without the model's Python.
 
-A step of the same sizes makes the same calls. The first such step runs as any other, the second is noted on memory of
-its own, and from then on its numbers are written there and the tape is played. The calls are the same, so every bit of
-the result is. Backends without a tape, and models whose pass cannot be noted, run as before. Tapes made ahead are in
-`model/cuda_graphs.py`.
+Steps of one shape make the same calls. The first step of a shape runs eagerly, the second is recorded while it runs on
+input buffers of its own; from then on a step of that shape is a write into these buffers and a replay. The calls are the
+same, so the logits are bit-identical. The GPU's counterpart is `cuda_graphs.py`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.contract import Kernels, Recording
+from lora_serve.kernels.contract import Kernels
 from lora_serve.model.batch import Batch
-from lora_serve.model.input_buffers import Place, Placed, Sizes, bounds_of, placed, sizes_of
+from lora_serve.model.input_buffers import BatchShape, InputBuffers
+from lora_serve.model.step_executor import EagerSteps, ReplayableStep, replays_right
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 32  # with more, Python is a small part of a step
-MOST_TAPES = 64
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """A pass on its own memory: the batch it reads, the logits it leaves."""
-
-    place: Place
-    logits: Tensor
-    tape: Recording
+MAX_ROWS = 32  # with more, Python is a small part of a step's time
+MAX_RECORDINGS = 64
+UNBOUNDED = 1 << 30  # the CPU kernels take their loops from the tensors, so that one recording serves all ranks
 
 
 class RecordedSteps:
-    """Runs batches, from a tape where there is one.
+    """See `StepExecutor`."""
 
-    Attributes:
-        refused: why there are no tapes, if so.
-
-    Args:
-        run: the pass itself: a batch's logits.
-        ranks: highest rank of each slot's adapter; the bank keeps it up to date.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Placed], Tensor],
-        kernels: Kernels,
-        ranks: Mapping[int, int],
-        device: torch.device,
-        refused: str | None = None,
-    ) -> None:
-        self._run = run
+    def __init__(self, eager: EagerSteps, kernels: Kernels) -> None:
+        self.disabled: str | None = None
+        self._eager = eager
         self._kernels = kernels
-        self._ranks = ranks
-        self._device = device
-        self._noted: OrderedDict[Sizes, RecordedStep] = OrderedDict()  # least recently played first
-        self._seen: set[Sizes] = set()
-        self.refused = refused
-        self._proved = False
+        self._steps: OrderedDict[BatchShape, ReplayableStep] = OrderedDict()  # least recently used first
+        self._seen: set[BatchShape] = set()
+        self._checked = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The batch's logits, valid until the next call."""
-        sizes = None if self._refuses(bool(batch.runs)) else _roomy(batch)
-        if sizes is None:
-            return self.eagerly(batch)
-        noted = self._noted.get(sizes)
-        if noted is None:
-            if sizes in self._seen:
-                return self._note(sizes, batch)
-            self._seen.add(sizes)
-            return self.eagerly(batch)
-        self._noted.move_to_end(sizes)
-        return played(noted, batch)
+        """See `StepExecutor.__call__`."""
+        shape = None if self.disabled else _rounded_shape(batch)
+        if shape is None:
+            return self._eager(batch)
+        step = self._steps.get(shape)
+        if step is not None:
+            self._steps.move_to_end(shape)
+            return step.replay(batch)
+        if shape not in self._seen:
+            self._seen.add(shape)
+            return self._eager(batch)
+        return self._record(shape, batch)
 
-    def eagerly(self, batch: Batch) -> Tensor:
-        """The batch's logits by a pass through Python."""
-        return self._run(placed(batch, self._ranks, self._device))
+    def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
+        """Nothing is recorded ahead."""
 
-    def prepare(self, most_rows: int, most_tokens: int, width: int, context: int) -> None:
-        """Called once the memory is settled, before any step.
-
-        Args:
-            most_rows, most_tokens: that steps will have: that decode, and in all.
-            width, context: blocks and tokens of the longest sequence.
-        """
-
-    def memory(self, most_rows: int, free: Callable[[], int]) -> int:
-        """Bytes of the device that `prepare` will take; `free` says how many are free."""
+    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+        """Nothing is recorded ahead."""
         return 0
 
-    def prove(self, first: Batch, second: Batch, alike: Callable[[Tensor, Tensor], bool]) -> None:
-        """Play a step that was noted with other numbers of the same sizes; no more tapes if it is not its own pass's.
+    def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
+        """See `StepExecutor.check`; the calls are the same, so the logits must be bit-identical."""
+        right = replays_right(self, self._eager, (first, second), torch.equal)
+        self._checked = True
+        if not right:
+            self._disable("it depends on more than its input tensors")
 
-        Args:
-            alike: whether two results are one but for rounding; not good enough here, where the calls are the same.
-        """
-        self._hold(first, second, torch.equal)
-
-    def _hold(self, first: Batch, second: Batch, alike: Callable[[Tensor, Tensor], bool]) -> None:
-        wanted = self.eagerly(second).clone()
-        self(first), self(first)
-        self._proved = True
-        if not self._refuses(False) and not alike(self(second), wanted):
-            self._give_up("it depends on more than its tensors")
-
-    def _note(self, sizes: Sizes, batch: Batch) -> Tensor:
-        place = Place(sizes, bounds_of(batch, self._ranks), self._device)
-        place.write(batch)
-        logits = self._keep(sizes, place, lambda: self._run(place.placed))
-        if len(self._noted) > MOST_TAPES:
-            self._noted.popitem(last=False)
+    def _record(self, shape: BatchShape, batch: Batch) -> Tensor:
+        buffers = InputBuffers(shape, self._eager.device)
+        buffers.write(batch)
+        recording = self._kernels.new_recording(check_values=not self._checked)
+        logits = recording.record(lambda: self._eager.forward(buffers))
+        if recording.unsupported is not None:
+            self._disable(recording.unsupported)
+            return logits
+        self._steps[shape] = ReplayableStep(buffers, logits, recording)
+        if len(self._steps) > MAX_RECORDINGS:
+            self._steps.popitem(last=False)
         return logits
 
-    def _keep(self, sizes: Sizes, place: Place, run: Callable[[], Tensor]) -> Tensor:
-        """Note a pass over what the place holds, if that can be; its logits."""
-        tape = self._kernels.tape(check_values=not self._proved)
-        if tape is None:
-            self.refused = "the kernels have no tape"
-            return run()
-        logits = tape.note(run)
-        if tape.refused is None:
-            self._noted[sizes] = RecordedStep(place, logits, tape)
-        else:
-            self._give_up(tape.refused)
-        return logits
-
-    def _refuses(self, adapted: bool) -> bool:
-        """Whether no step is played; of a batch with adapters (`adapted`), or of the base alone."""
-        return self.refused is not None
-
-    def _give_up(self, reason: str) -> None:
-        log.info("steps run through Python: the pass cannot be noted (%s)", reason)
-        self.refused = reason
-        self._noted.clear()
+    def _disable(self, reason: str) -> None:
+        log.info("steps are not recorded: the forward pass cannot be replayed (%s)", reason)
+        self.disabled = reason
+        self._steps.clear()
 
 
-def played(noted: RecordedStep, batch: Batch) -> Tensor:
-    """A batch's logits by the tape."""
-    noted.place.write(batch)
-    noted.tape.play()
-    return noted.logits
-
-
-def _roomy(batch: Batch) -> Sizes | None:
-    """The batch's sizes, with room where that costs nothing; None if it has too many rows."""
-    if len(batch.token_ids) > MOST_ROWS:
+def _rounded_shape(batch: Batch) -> BatchShape | None:
+    """The batch's shape, rounded up where spare room costs nothing; None if it has too many rows."""
+    if len(batch.token_ids) > MAX_ROWS:
         return None
-    exact = sizes_of(batch)
+    exact = BatchShape.of(batch, {})
     return exact._replace(
-        segments=_rounded(exact.segments),
-        logits_segments=exact.logits_segments if exact.logits_segments < 0 else _rounded(exact.logits_segments),
-        width=max(8, _rounded(exact.width)),
+        segments=_rounded_up(exact.segments),
+        logits_segments=exact.logits_segments if exact.logits_segments < 0 else _rounded_up(exact.logits_segments),
+        blocks=max(8, _rounded_up(exact.blocks)),
+        max_segment_rows=MAX_ROWS,
+        max_rank=UNBOUNDED,
+        max_query_len=MAX_ROWS,
+        max_context_len=UNBOUNDED,
     )
 
 
-def _rounded(count: int) -> int:
-    """A power of two, at least 8; nothing stays nothing."""
+def _rounded_up(count: int) -> int:
+    """To a power of two, at least 8; zero stays zero."""
     return 0 if count == 0 else max(8, 1 << (count - 1).bit_length())

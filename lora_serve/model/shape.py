@@ -81,7 +81,7 @@ def _weight(model: Any, site: str) -> Tensor:
     if expert is not None:
         return expert_weight(module, expert[2], int(expert[3]))
     assert isinstance(module, PackedLinear | ExternalLinear)
-    return module.rows
+    return module.full_weight
 
 
 def _parameter(model: Any, path: str) -> Tensor:

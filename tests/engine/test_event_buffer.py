@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from lora_serve.engine.cores import physical_cores
-from lora_serve.engine.event_buffer import EventStream
-from lora_serve.engine.watch import Pulse, backoff, failures_after
+from lora_serve.engine.event_buffer import EventBuffer
 from lora_serve.request import Admitted, Finished, Logprob, Tokens
 
 
 async def test_tokens_that_wait_together_are_read_as_one_and_other_events_keep_their_place() -> None:
-    stream = EventStream(limit=100)
+    stream = EventBuffer(limit=100)
     for event in (
         Admitted("r", []),
         Tokens("r", [1], [Logprob(1, -1.0)], prompt_logprobs=[None], cached=3),
@@ -22,7 +21,7 @@ async def test_tokens_that_wait_together_are_read_as_one_and_other_events_keep_t
         Finished("r", "stop"),
     ):
         assert stream.put(event)
-    assert repr(stream) == "<EventStream 4 events, 3/100 tokens waiting>"
+    assert repr(stream) == "<EventBuffer 4 events, 3/100 tokens waiting>"
     assert await stream.get() == Admitted("r", [])
     assert await stream.get() == Tokens(
         "r", [1, 2, 3], [Logprob(1, -1.0), Logprob(2, -2.0), Logprob(3, -3.0)], [None], 3
@@ -31,7 +30,7 @@ async def test_tokens_that_wait_together_are_read_as_one_and_other_events_keep_t
 
 
 async def test_a_reader_waits_until_something_arrives() -> None:
-    stream = EventStream(limit=100)
+    stream = EventBuffer(limit=100)
     reading = asyncio.create_task(stream.get())
     await asyncio.sleep(0)
     assert not reading.done()
@@ -40,7 +39,7 @@ async def test_a_reader_waits_until_something_arrives() -> None:
 
 
 async def test_a_full_buffer_takes_no_tokens_but_always_the_end() -> None:
-    stream = EventStream(limit=3)
+    stream = EventBuffer(limit=3)
     assert stream.put(Tokens("r", [1, 2]))
     assert not stream.put(Tokens("r", [3, 4]))
     assert stream.put(Finished("r", "error"))
@@ -49,36 +48,11 @@ async def test_a_full_buffer_takes_no_tokens_but_always_the_end() -> None:
 
 
 async def test_reading_makes_room_again_and_one_large_event_always_fits() -> None:
-    stream = EventStream(limit=3)
+    stream = EventBuffer(limit=3)
     assert stream.put(Tokens("r", [1, 2, 3, 4, 5]))
     assert not stream.put(Tokens("r", [6]))
     await stream.get()
     assert stream.put(Tokens("r", [6]))
-
-
-def test_silence_grows_with_ticks_and_ends_with_a_beat() -> None:
-    pulse = Pulse(interval=1.0, now=0.0)
-    for now in (1.0, 2.0, 3.0):
-        pulse.tick(now)
-    assert pulse.silence == 3.0
-    pulse.beat()
-    assert pulse.silence == 0.0
-
-
-def test_time_in_which_this_process_slept_is_not_the_engines_silence() -> None:
-    pulse = Pulse(interval=1.0, now=0.0)
-    pulse.tick(3600.0)
-    assert pulse.silence == 2.0
-
-
-def test_the_first_restart_is_immediate_and_later_ones_wait_longer_up_to_a_bound() -> None:
-    assert [backoff(failures) for failures in range(1, 9)] == [0, 1, 2, 4, 8, 16, 30, 30]
-    assert backoff(10_000) == 30
-
-
-def test_an_engine_that_lived_long_starts_the_count_anew() -> None:
-    assert failures_after(4, lived=1.0) == 5
-    assert failures_after(4, lived=600.0) == 1
 
 
 @pytest.mark.parametrize(

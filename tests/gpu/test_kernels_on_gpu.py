@@ -114,7 +114,7 @@ def test_deltas(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
 def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None:
     torch.manual_seed(0)
     case = Deltas(*QKV, ((1, 16),) * 8)
-    group, segments = case.group(BF16), replace(case.bounds(), longest=16, rank=1024)
+    group, segments = case.group(BF16), replace(case.bounds(), max_rows=16, max_rank=1024)
     x = draw(8, case.in_features, dtype=BF16)
     outputs = [torch.zeros(8, out, dtype=BF16, device=DEVICE) for out in case.out_features]
 
@@ -124,15 +124,15 @@ def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None
         kernels.delta(x, outputs, group, segments)
         return outputs[0]
 
-    tape = CapturedGraph(torch.cuda.graph_pool_handle())
-    tape.note(run)
-    assert tape.refused is None
+    graph = CapturedGraph(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    graph.record(run)
+    assert graph.unsupported is None
     for ranks in ([16] * 8, [8, 128, 64, 0, 32, 16, 200, 8], [0] * 7 + [64]):
         for module, out in enumerate(case.out_features):
             for slot, rank in enumerate(ranks, 1):
                 group.set(module, slot, case.delta(rank, out, BF16) if rank else None)
         x.copy_(draw(8, case.in_features, dtype=BF16))
-        tape.play()
+        graph.replay()
         wanted = [torch.zeros_like(output) for output in outputs]
         REFERENCE.delta(x, wanted, group, segments)
         for got, right in zip(outputs, wanted, strict=True):
@@ -258,14 +258,17 @@ def test_norms_and_gated_activations(kernels: GpuKernels, rows: int, width: int,
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("biased", [False, True])
-def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dtype: torch.dtype) -> None:
+def test_layers_packed_together_are_one_product(
+    kernels: GpuKernels, rows: int, biased: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     wide, outs = sized([4096, (4096, 1024, 1024)], [64, (64, 32, 32)])  # type: ignore[misc]
-    packed = [kernels.pack(draw(out, wide, dtype=dtype, scale=wide**-0.5)) for out in outs]
+    weights = [draw(out, wide, dtype=dtype, scale=wide**-0.5) for out in outs]
+    packed = [kernels.pack([weight])[0] for weight in weights]
     biases = [draw(out, dtype=dtype) if biased else None for out in outs]
     x = draw(rows, wide, dtype=dtype)
     wanted = REFERENCE.linear(x, list(zip(packed, biases, strict=True)))
-    joined = kernels.beside(packed)
+    joined = kernels.pack(weights)
     got = kernels.linear(x, list(zip(joined, biases, strict=True)))
     for mine, right, own, laid in zip(got, wanted, packed, joined, strict=True):
         assert_near(mine, right)
@@ -274,16 +277,16 @@ def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dt
 
 @gpu_only
 def test_a_pass_that_follows_values_is_refused_and_graphs_go_on() -> None:
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     x = torch.arange(4.0, device=DEVICE)
-    steered = CapturedGraph(pool)
-    assert torch.equal(steered.note(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
-    assert steered.refused is not None
+    branching = CapturedGraph(pool, stream)
+    assert torch.equal(branching.record(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
+    assert branching.unsupported is not None
     assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left where the capture was
     torch.cuda.empty_cache()  # nor does the allocator believe that it goes on
-    plain = CapturedGraph(pool)
-    doubled = plain.note(lambda: 2 * x)
-    assert plain.refused is None
+    plain = CapturedGraph(pool, stream)
+    doubled = plain.record(lambda: 2 * x)
+    assert plain.unsupported is None
     x += 1
-    plain.play()
+    plain.replay()
     assert torch.equal(doubled, 2 * x)

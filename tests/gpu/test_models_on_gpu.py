@@ -29,25 +29,24 @@ BOTH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 class Graphs(GpuKernels):
     """What a GPU is served by; few sizes, so that it starts at once."""
 
-    ladder = GraphBuckets((1, 2, 4, 8), 16, 64) if ON_GPU else GraphBuckets((1, 4), 16, 64)
+    graph_buckets = GraphBuckets((1, 2, 4, 8), 16, 64) if ON_GPU else GraphBuckets((1, 4), 16, 64)
 
 
 class NoGraphs(GpuKernels):
     """The same kernels, every step through Python."""
 
-    ladder: GraphBuckets | None = None
-
-    def tape(self, *, check_values: bool = False) -> None:  # type: ignore[override]
-        return None
+    def __init__(self) -> None:
+        super().__init__()
+        self.replay = "none"
 
 
 def driver(folder: Path, kernels: GpuKernels | None = None, dtype: str = "float32") -> Driver:
     return Driver(folder, dtype=dtype, device=DEVICE, kernels=kernels or Graphs(), max_tokens=23)
 
 
-def tapes(driver: Driver) -> list[int]:
+def recordings(driver: Driver) -> list[int]:
     """The graphs that there are, each by its identity."""
-    return [id(noted.tape) for noted in driver.base._replay._noted.values()]
+    return [id(graph.recording) for graph in driver.base._steps._graphs.values()]
 
 
 def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
@@ -59,7 +58,7 @@ def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 def test_an_architecture_gives_its_own_logits_with_graphs_and_without(architecture: str, tmp_path: Path) -> None:
     folder = save(architecture, tmp_path / "base")
     graphs, plain = driver(folder), driver(folder, NoGraphs())
-    assert bool(tapes(graphs)) == ON_GPU
+    assert bool(recordings(graphs)) == ON_GPU
     got, wanted = (each.teach(PROMPTS, DECODE) for each in (graphs, plain))
     assert graphs.sequences == plain.sequences
     assert_alike(got, wanted, 1e-4)
@@ -93,7 +92,7 @@ def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp
     served, plain = driver(folder), Driver(folder, native=False, max_tokens=23)
     for seed, rank in enumerate((8, 64, 2)):
         make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH[seed:]))
-    graphs = tapes(served)
+    graphs = recordings(served)
     slots = []
     for seed in range(3 if ON_GPU else 2):
         names = [each.load_adapter(bring(each, tmp_path / str(seed))) for each in (served, plain)]
@@ -107,7 +106,7 @@ def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp
         for each, name in zip((served, plain), names, strict=True):
             each.device_slots.evict(name)
     assert len(set(slots)) == 1
-    assert tapes(served) == graphs
+    assert recordings(served) == graphs
 
 
 @gpu_only

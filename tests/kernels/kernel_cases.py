@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Segments
+from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -202,3 +203,8 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         softcap=draw(st.sampled_from([None, None, 2.0, 30.0])),
         sinks=draw(st.booleans()),
     )
+
+
+def pack_one(kernels: Kernels, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
+    """A layer's weights packed by themselves."""
+    return kernels.pack([weight], scheme)[0]

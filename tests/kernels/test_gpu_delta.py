@@ -145,7 +145,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_slots_can_be_pointed_elsewhere_while_a_graph_keeps_its_sizes() -> None:
     group = CASE.group()
-    segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), longest=40, rank=200)
+    segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), max_rows=40, max_rank=200)
     first = run(CASE, group, segments)
     group.set(0, 1, None)
     group.set(1, 1, group.deltas[1][3])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_near
+from kernel_cases import DTYPES, assert_near, pack_one
 from torch import Tensor
 
-from lora_serve.kernels.gpu.matmul import beside, joined, linear, pack, rounded, tiling, unpack
+from lora_serve.kernels.gpu.matmul import joined, linear, merge, pack, rounded, tiling, unpack
 from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantized, quantized
 from lora_serve.kernels.packed_weight import rounded as seen
 from lora_serve.kernels.reference import ReferenceKernels
@@ -43,10 +43,10 @@ def fitted(wide: int, scheme: Scheme) -> int:
 
 
 def assert_the_references(x: Tensor, each: list[Tensor], biases: list[Tensor | None], scheme: Scheme) -> None:
-    """Whether the maps lie apart or beside each other."""
-    theirs: Layers = [(REFERENCE.pack(weight, scheme), bias) for weight, bias in zip(each, biases, strict=True)]
+    """Whether the layers are laid out apart or merged."""
+    theirs: Layers = [(pack_one(REFERENCE, weight, scheme), bias) for weight, bias in zip(each, biases, strict=True)]
     apart = [pack(weight, scheme) for weight in each]
-    for layers in (apart, beside(apart)):
+    for layers in (apart, merge(apart)):
         for mine, (other, _) in zip(layers, theirs, strict=True):
             assert unpack(mine).equal(REFERENCE.unpack(other))
         ours: Layers = list(zip(layers, biases, strict=True))
@@ -134,7 +134,7 @@ def test_weights_of_any_size_stay_what_they_are_stated_to_be(scheme: Scheme, ext
     packed = pack(weight, scheme)
     assert unpack(packed).equal(dequantized(*quantized(weight, scheme)))
     x = torch.randn(2, 96)
-    assert_near(linear(x, [(packed, None)])[0], REFERENCE.linear(x, [(REFERENCE.pack(weight, scheme), None)])[0])
+    assert_near(linear(x, [(packed, None)])[0], REFERENCE.linear(x, [(pack_one(REFERENCE, weight, scheme), None)])[0])
 
 
 @each_scheme
@@ -149,7 +149,7 @@ def test_packed_weights_take_what_their_numbers_and_scales_take() -> None:
     assert half.nbytes == 128 * 256 + 128 * 4
     assert quarter.data.nbytes == 128 * 256 // 2
     assert quarter.nbytes == 128 * 256 // 2 + 128 * 256 // GROUP * 2
-    laid = beside([quarter, quarter])
+    laid = merge([quarter, quarter])
     assert [packed.nbytes for packed in laid] == 2 * [quarter.nbytes]
     assert laid[0].data.untyped_storage().nbytes() == 2 * quarter.data.nbytes
 
@@ -157,7 +157,7 @@ def test_packed_weights_take_what_their_numbers_and_scales_take() -> None:
 @each_scheme
 def test_only_neighbours_are_one_product(scheme: Scheme) -> None:
     apart = [pack(weight, scheme) for weight in weights([24, 40, 8], 192)]
-    laid = beside(apart)
+    laid = merge(apart)
     everything = joined([(packed, None) for packed in laid])
     assert everything is not None
     assert everything[0].shape == (72, 192)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, TOLERANCE
+from kernel_cases import DTYPES, TOLERANCE, pack_one
 from torch import Tensor
 
 from lora_serve.kernels.cpu.backend import NativeKernels
@@ -48,8 +48,8 @@ def test_native_gives_the_references_numbers(
     torch.manual_seed(seed)
     x = torch.randn(rows, wide).to(dtype)
     constants = [torch.randn(out).to(dtype) if biased else None for out in outs]
-    ours: Layers = [(native.pack(weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
-    theirs: Layers = [(REFERENCE.pack(weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
+    ours: Layers = [(pack_one(native, weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
+    theirs: Layers = [(pack_one(REFERENCE, weight, scheme), bias) for weight, bias in zip(each, constants, strict=True)]
     for (mine, _), (other, _) in zip(ours, theirs, strict=True):
         assert native.unpack(mine).equal(REFERENCE.unpack(other))
     for got, wanted in zip(native.linear(x, ours), REFERENCE.linear(x, theirs), strict=True):
@@ -63,7 +63,7 @@ def test_native_gives_the_references_numbers(
 def test_a_rows_bits_do_not_depend_on_company_or_threads(
     native: NativeKernels, dtype: torch.dtype, scheme: Scheme | None
 ) -> None:
-    layers: Layers = [(native.pack(weight, scheme), None) for weight in weights([200, 33], 2528, dtype)]
+    layers: Layers = [(pack_one(native, weight, scheme), None) for weight in weights([200, 33], 2528, dtype)]
     x = torch.randn(70, 2528).to(dtype)
     together = native.linear(x, layers)
     for first, count in ((0, 1), (1, 2), (3, 5), (8, 8), (16, 9), (25, 40)):
@@ -100,7 +100,7 @@ def test_weights_of_any_size_stay_what_they_are_stated_to_be(
     weight = weights([40], 96, torch.float32)[0] * torch.logspace(0, 1, 96)
     weight[3], weight[4, 32:64], weight[5] = 0, 0, weight[5] * extreme
     wanted = dequantized(*quantized(weight, scheme))
-    assert native.unpack(native.pack(weight, scheme)).equal(wanted)
+    assert native.unpack(pack_one(native, weight, scheme)).equal(wanted)
     assert wanted.isfinite().all()
 
 
@@ -117,7 +117,7 @@ def test_rows_are_rounded_to_the_largest_value_of_what_shares_a_step() -> None:
 def test_a_row_that_is_no_number_stays_none_and_harms_no_other(
     native: NativeKernels, scheme: Scheme, fault: float
 ) -> None:
-    packed = native.pack(weights([40], 96, torch.float32)[0], scheme)
+    packed = pack_one(native, weights([40], 96, torch.float32)[0], scheme)
     x = torch.randn(3, 96)
     sound = native.linear(x, [(packed, None)])[0]
     x[1, 70] = fault
@@ -128,26 +128,26 @@ def test_a_row_that_is_no_number_stays_none_and_harms_no_other(
 
 def test_packed_weights_take_what_their_numbers_and_scales_take(native: NativeKernels) -> None:
     (weight,) = weights([128], 256, torch.bfloat16)
-    full, half, quarter = (native.pack(weight, scheme).nbytes for scheme in SCHEMES)
+    full, half, quarter = (pack_one(native, weight, scheme).nbytes for scheme in SCHEMES)
     assert full == weight.nbytes
     assert half == weight.nbytes // 2 + 128 * 4
     assert quarter == weight.nbytes // 4 + 128 * 256 // GROUP * 2
 
 
 def test_maps_that_do_not_fit_are_refused(native: NativeKernels) -> None:
-    packed = native.pack(weights([32], 64, torch.bfloat16)[0])
+    packed = pack_one(native, weights([32], 64, torch.bfloat16)[0])
     with pytest.raises(ValueError, match="64 inputs"):
         native.linear(torch.zeros(1, 32, dtype=torch.bfloat16), [(packed, None)])
     with pytest.raises(TypeError, match="bias"):
         native.linear(torch.zeros(1, 64, dtype=torch.bfloat16), [(packed, torch.zeros(32))])
     with pytest.raises(TypeError, match="float64"):
-        native.pack(torch.zeros(4, 4, dtype=torch.float64))
+        pack_one(native, torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="48 inputs"):
-        native.pack(torch.zeros(4, 48), "int4")
+        pack_one(native, torch.zeros(4, 48), "int4")
 
 
 def test_no_rows_is_no_work(native: NativeKernels) -> None:
-    packed = native.pack(weights([32], 64, torch.float32)[0])
+    packed = pack_one(native, weights([32], 64, torch.float32)[0])
     assert native.linear(torch.zeros(0, 64), [(packed, None)])[0].shape == (0, 32)
 
 
@@ -158,19 +158,19 @@ def test_rows_of_packed_weights_are_the_weights_own(
 ) -> None:
     weight = weights([out], wide, dtype)[0]
     ids = torch.tensor(data.draw(st.lists(st.integers(0, out - 1), max_size=40)), dtype=torch.int64)
-    assert native.rows(native.pack(weight), ids).equal(weight[ids])
+    assert native.lookup(pack_one(native, weight), ids).equal(weight[ids])
 
 
 def test_transposed_weights_are_packed_as_they_are(native: NativeKernels) -> None:
     for seed in range(20):
         weight = weights([96], 64, torch.float32, seed)[0].T
-        assert native.unpack(native.pack(weight)).equal(weight)
+        assert native.unpack(pack_one(native, weight)).equal(weight)
 
 
 def test_rows_that_there_are_not_are_refused(native: NativeKernels) -> None:
-    packed = native.pack(torch.zeros(5, 8))
+    packed = pack_one(native, torch.zeros(5, 8))
     for id in (-1, 5):
         with pytest.raises(ValueError, match="id 1 of the list"):
-            native.rows(packed, torch.tensor([0, id]))
+            native.lookup(packed, torch.tensor([0, id]))
     with pytest.raises(TypeError, match="full precision"):
-        native.rows(native.pack(torch.zeros(5, 64), "int8"), torch.tensor([0]))
+        native.lookup(pack_one(native, torch.zeros(5, 64), "int8"), torch.tensor([0]))

@@ -1,4 +1,4 @@
-"""A tape makes a noted pass again on the memory that it was noted on, and says what cannot be noted."""
+"""A recording makes a noted pass again on the memory that it was noted on, and says what cannot be noted."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ def passed(native: NativeKernels, x: Tensor, weight: Tensor) -> Tensor:
 def test_a_pass_is_made_again_with_other_numbers(native: NativeKernels) -> None:
     x, weight = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
-        tape = native.tape()
-        with tape:
+        recording = native.new_recording(check_values=False)
+        with recording:
             result = passed(native, x, weight)
         for _ in range(3):
             x.copy_(torch.randn(3, 8))
-            tape.play()
+            recording.replay()
             assert torch.equal(result, passed(native, x, weight))
-    assert tape.refused is None
+    assert recording.unsupported is None
 
 
-def test_tapes_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:
+def test_recordings_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:
     native._arena = Arena(200)
     x, weight = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
-        tapes = [native.tape(), native.tape()]
-        for tape in tapes:
-            with tape:
+        recordings = [native.new_recording(check_values=False), native.new_recording(check_values=False)]
+        for recording in recordings:
+            with recording:
                 first, second = (native.rms_norm(x, weight, 1e-6, plus_one=False) for _ in range(2))
-        for tape in tapes:
+        for recording in recordings:
             first.zero_(), second.zero_()
-            tape.play()
-            assert torch.equal(first, second) == (tape is tapes[1])  # what is beyond the arena is each tape's own
+            recording.replay()
+            assert torch.equal(first, second) == (
+                recording is recordings[1]
+            )  # what is beyond the arena is each recording's own
     native._arena = Arena(1 << 20)
 
 
@@ -57,7 +59,7 @@ def test_tapes_share_their_memory_and_have_other_memory_where_it_ends(native: Na
 def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype: torch.dtype, count: int) -> None:
     torch.manual_seed(seed)
     x, y = (torch.randn(count).to(dtype) for _ in range(2))
-    with native.tape():
+    with native.new_recording(check_values=False):
         total = x + y
     assert torch.equal(total, x + y)
 
@@ -76,7 +78,7 @@ def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype
 )
 def test_what_values_or_chance_steer_is_refused(native: NativeKernels, steered: Callable[[Tensor], Tensor]) -> None:
     with torch.inference_mode():
-        tape = native.tape(check_values=True)
-        with tape:
+        recording = native.new_recording(check_values=True)
+        with recording:
             steered(torch.tensor([1.0, -2.0, 3.0]))
-    assert tape.refused is not None
+    assert recording.unsupported is not None

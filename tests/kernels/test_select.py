@@ -96,7 +96,7 @@ def test_the_cpu_gets_native_kernels_unless_told_otherwise(
 def test_a_gpu_gets_triton_s_kernels(caplog: pytest.LogCaptureFixture) -> None:
     kernels = select(torch.device("cuda"))
     assert (kernels.name, caplog.records) == ("triton", [])
-    assert kernels.ladder is not None
+    assert kernels.graph_buckets is not None
     assert select(torch.device("cuda"), native=False).name == "reference"
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.checks import check_delta, check_gated, check_norm, check_rope, check_write
-from lora_serve.kernels.contract import Activation, AttentionMetadata, DeltaGroup, GraphBuckets, Segments
+from lora_serve.kernels.contract import Activation, AttentionMetadata, DeltaGroup, GraphBuckets, ReplaySupport, Segments
 from lora_serve.kernels.cpu.library import TYPES, Library, type_number
 from lora_serve.kernels.cpu.matmul import NativeLinear
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
-from lora_serve.kernels.packed_weight import PackedWeight
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
-ARENA = 1 << 28  # bytes that the results of a noted pass may take
+ARENA = 1 << 28  # bytes that the results of a recorded pass may take
 
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")
@@ -64,7 +64,8 @@ class NativeKernels:
     """
 
     name = "native"
-    ladder: GraphBuckets | None = None
+    replay: ReplaySupport = "recorded_steps"
+    graph_buckets: GraphBuckets | None = None
 
     def __init__(self, library: Path) -> None:
         self._library = Library(library)
@@ -72,9 +73,9 @@ class NativeKernels:
         self._delta, self._write_kv, self._attention, self._rms_norm, self._gated, self._rope, self._add = (
             self._library.call(f"lora_{name}") for name in names
         )
-        layers = NativeLinear(self._library)
-        self.pack, self.unpack, self.rows, self.linear = layers.pack, layers.unpack, layers.rows, layers.linear
-        self._arena, self._play = Arena(ARENA), self._library.play()
+        self._matmul = NativeLinear(self._library)
+        self.unpack, self.lookup, self.linear = self._matmul.unpack, self._matmul.lookup, self._matmul.linear
+        self._arena, self._replay = Arena(ARENA), self._library.replay()
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -181,13 +182,13 @@ class NativeKernels:
         )
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
-    def beside(self, layers: Sequence[PackedWeight]) -> list[PackedWeight]:
-        """See `Kernels.beside`: they are read one after the other."""
-        return list(layers)
+    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
+        """See `Kernels.pack`: each by itself, as they are read one after the other."""
+        return [self._matmul.pack(weight, scheme) for weight in weights]
 
-    def tape(self, *, check_values: bool = False) -> CallRecording:
-        """See `Kernels.tape`."""
-        return CallRecording(self._arena, self._play, self._sum, self._library.listen, check_values=check_values)
+    def new_recording(self, *, check_values: bool) -> CallRecording:
+        """See `Kernels.new_recording`."""
+        return CallRecording(self._arena, self._replay, self._sum, self._library.listen, check_values=check_values)
 
     def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""

@@ -19,7 +19,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        self._tape: CallRecording | None = None
+        self._recording: CallRecording | None = None
 
     def call(self, name: str) -> Callable[[bytes], int]:
         """The function of one packed call, whose bytes live until it returns (or as long as a tape that notes it)."""
@@ -30,8 +30,8 @@ class Library:
         assert address is not None
 
         def call(packed: bytes) -> int:
-            if self._tape is not None:
-                self._tape.call(address, packed)
+            if self._recording is not None:
+                self._recording.call(address, packed)
             done: int = function(packed)
             return done
 
@@ -43,17 +43,17 @@ class Library:
         function.restype = ctypes.c_int64
         return int(function())
 
-    def play(self) -> Callable[[Any, int], int]:
+    def replay(self) -> Callable[[Any, int], int]:
         """The function that makes noted calls again."""
-        function = self._loaded["lora_play"]
+        function = self._loaded["lora_replay"]
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         function.restype = ctypes.c_int64
-        play: Callable[[Any, int], int] = function
-        return play
+        replay: Callable[[Any, int], int] = function
+        return replay
 
-    def listen(self, tape: CallRecording | None) -> None:
+    def listen(self, recording: CallRecording | None) -> None:
         """Tell the tape of every call from now on; None: nobody."""
-        self._tape = tape
+        self._recording = recording
 
 
 def type_number(dtype: torch.dtype) -> int:

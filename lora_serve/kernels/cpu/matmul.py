@@ -61,8 +61,8 @@ class NativeLinear:
         self._unpack(self._call(whole, packed))
         return whole
 
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """See `Kernels.rows`."""
+    def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """See `Kernels.lookup`."""
         if packed.scheme is not None or ids.dtype is not torch.int64 or ids.ndim != 1:
             raise TypeError("rows are looked up in full precision, by a list of int64")
         ids = ids.contiguous()

@@ -162,7 +162,7 @@ extern "C" int64_t lora_add(const AddCall* call) {
 }
 
 // Makes calls one after the other; 0, or 1 + index of the first that fails (then those after it are not made).
-extern "C" int64_t lora_play(const int64_t* pairs, int64_t count) {
+extern "C" int64_t lora_replay(const int64_t* pairs, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         auto function = (int64_t(*)(const void*))pairs[2 * i];
         if (function((const void*)pairs[2 * i + 1])) return i + 1;

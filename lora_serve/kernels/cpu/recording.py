@@ -31,7 +31,7 @@ _VIEWS = {
 }  # the most frequent of those that compute nothing
 _CPU = torch.device("cpu")
 
-Play = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
+Replay = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
 
 
 class Arena:
@@ -70,15 +70,15 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         arena: Arena,
-        play: Play,
+        replay: Replay,
         add: Callable[[Tensor, Tensor, Tensor], bool],
         listen: Callable[[CallRecording | None], None],
         *,
         check_values: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.refused: str | None = None
-        self._arena, self._play, self._add, self._listen = arena, play, add, listen
+        self.unsupported: str | None = None
+        self._arena, self._replay, self._add, self._listen = arena, replay, add, listen
         self._kept: dict[int, Tensor] = {}  # all that the pass took, by storage
         self._steps: list[Callable[[], object]] = []
         self._values = _Values(self.refuse) if check_values else nullcontext()
@@ -101,16 +101,16 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values.__exit__(*raised)
         self._flush()
 
-    def note(self, run: Callable[[], Tensor]) -> Tensor:
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
         """Make a pass and note it; its result, whose memory later plays write again."""
         with self:
             return run()
 
     def refuse(self, operator: str) -> None:
         """The pass did something that cannot be noted."""
-        self.refused = self.refused or operator
+        self.unsupported = self.unsupported or operator
 
-    def play(self) -> None:
+    def replay(self) -> None:
         """Make the pass again. Raises ValueError if a native call finds an index out of its range."""
         for step in self._steps:
             step()
@@ -134,9 +134,9 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not all(isinstance(x, Tensor) for x in outputs) or (fresh and _unsteady(func, args)):
             self.refuse(str(func))
         elif func._schema.is_mutable:
-            self._note(lambda: func(*args, **kwargs))
+            self._add_step(lambda: func(*args, **kwargs))
         elif fresh and not func.name().startswith("aten::empty"):
-            self._note(lambda: _again(func, args, kwargs, fresh))
+            self._add_step(lambda: _again(func, args, kwargs, fresh))
         for x in outputs:
             if isinstance(x, Tensor):
                 self._kept.setdefault(_storage(x), x)
@@ -147,7 +147,7 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept.setdefault(_storage(x), x)
         return x
 
-    def _note(self, step: Callable[[], object]) -> None:
+    def _add_step(self, step: Callable[[], object]) -> None:
         self._flush()
         self._steps.append(step)
 
@@ -161,7 +161,7 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         memory = (ctypes.c_int64 * len(pairs))(*pairs)  # type: ignore[misc]  # bytes have an address
 
         def step() -> None:
-            wrong = self._play(memory, len(calls))  # `calls` holds what the addresses point to
+            wrong = self._replay(memory, len(calls))  # `calls` holds what the addresses point to
             if wrong:
                 raise ValueError(f"call {wrong - 1} of a noted pass has an index out of its range")
 

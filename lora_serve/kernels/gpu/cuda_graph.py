@@ -1,7 +1,7 @@
-"""A tape on a GPU is a CUDA graph: one launch makes all of a step's kernels run, without Python between them.
+"""Capture a forward pass as a CUDA graph, and replay it: one launch runs all of a step's kernels.
 
-The graphs of one backend share a memory pool: one of them plays at a time, and what it leaves is taken before the next
-one plays, so each may use the others' scratch memory.
+The graphs of one backend share a memory pool: one is replayed at a time, and its result is read before the next replay,
+so each may use the others' scratch memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class CapturedGraph:
-    """See `Kernels.tape`.
+    """See `Recording`.
 
     Args:
         pool: where the pass's memory comes from; see `torch.cuda.graph_pool_handle`.
@@ -24,15 +24,15 @@ class CapturedGraph:
     """
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self.refused: str | None = None
+        self.unsupported: str | None = None
         self._graph = torch.cuda.CUDAGraph()
         self._pool, self._stream = pool, stream
 
-    def note(self, run: Callable[[], Tensor]) -> Tensor:
-        """Make the pass twice, once to have every kernel compiled and loaded, once into the graph, and play that.
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run the pass twice, once to have every kernel compiled and loaded, once into the graph, and replay that.
 
-        A pass that waits for the device, or takes decisions by its values, cannot be captured. The first time shows
-        that, so that no capture is begun in vain.
+        A pass that waits for the device, or branches on its values, cannot be captured. The first run shows that, so
+        that no capture is begun in vain.
         """
         current = torch.cuda.current_stream()
         try:
@@ -43,17 +43,17 @@ class CapturedGraph:
             raise
         except RuntimeError as error:
             self._abandon(current)
-            self.refused = str(error).strip().partition("\n")[0]
+            self.unsupported = str(error).strip().partition("\n")[0]
             return run()
-        self.play()
+        self.replay()
         return result
 
-    def play(self) -> None:
-        """See `Recording.play`; returns before the device is done."""
+    def replay(self) -> None:
+        """See `Recording.replay`; returns before the device is done."""
         self._graph.replay()
 
     def _warm(self, run: Callable[[], Tensor]) -> None:
-        """Make the pass beside the others' stream, as captures want it; RuntimeError where it waits for the device."""
+        """Run the pass on the capture stream; RuntimeError where it waits for the device."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _no_waiting():

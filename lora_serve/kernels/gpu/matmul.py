@@ -116,8 +116,8 @@ def unpack(packed: PackedWeight) -> Tensor:
     return dequantized(whole, scale)[:, : packed.shape[1]].contiguous()
 
 
-def beside(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
-    """See `Kernels.beside`: one product, of whose outputs each map has some."""
+def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """The same layers laid out as one, so that `linear` is one product, of whose outputs each layer has some."""
     if len(layers) == 1 or any(packed.scheme != layers[0].scheme for packed in layers):
         return list(layers)
     outs = [packed.shape[0] for packed in layers]
