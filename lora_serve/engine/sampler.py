@@ -11,8 +11,6 @@ penalties, the lowest id among equals. Log-probabilities are those of the model 
 as they came in.
 
 Nothing waits for the device: what it draws stays there as a tensor, and is read when it is asked for.
-
-Grammars are not here: what they forbid is masked before.
 """
 
 from __future__ import annotations
@@ -119,11 +117,6 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> PendingSamples:
     tops = [rows[i].params.logprobs or 0 for i in wanted]
     listed = logprobs(_rows(logits, wanted), _rows(token_ids, wanted).clamp(min=0), tops) if wanted else None
     return PendingSamples(token_ids, wanted, listed)
-
-
-def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
-    """`draw`, and wait for it."""
-    return draw(logits, rows).wait()
 
 
 def uniform(seed: int, position: int) -> float:

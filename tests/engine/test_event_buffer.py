@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
-import pytest
-
-from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.event_buffer import EventStream
 from lora_serve.engine.watch import Pulse, backoff, failures_after
 from lora_serve.request import Admitted, Finished, Logprob, Tokens
@@ -79,24 +75,3 @@ def test_the_first_restart_is_immediate_and_later_ones_wait_longer_up_to_a_bound
 def test_an_engine_that_lived_long_starts_the_count_anew() -> None:
     assert failures_after(4, lived=1.0) == 5
     assert failures_after(4, lived=600.0) == 1
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [(None, 2), ("max 100000", 2), ("150000 100000", 1), ("400000 100000", 2), ("50000 100000", 1)]
-)
-def test_hyperthreads_of_one_core_count_once_and_a_containers_quota_caps(
-    tmp_path: Path, quota: str | None, cores: int
-) -> None:
-    for processor in range(4):
-        topology = tmp_path / f"devices/system/cpu/cpu{processor}/topology"
-        topology.mkdir(parents=True)
-        (topology / "physical_package_id").write_text("0\n")
-        (topology / "core_id").write_text(f"{processor // 2}\n")
-    if quota:
-        (tmp_path / "fs/cgroup").mkdir(parents=True)
-        (tmp_path / "fs/cgroup/cpu.max").write_text(quota + "\n")
-    assert physical_cores(tmp_path, {0, 1, 2, 3}) == cores
-
-
-def test_a_system_that_says_nothing_counts_its_processors(tmp_path: Path) -> None:
-    assert physical_cores(tmp_path, {0, 1, 2}) == 3

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_serve.engine.logprobs import logprobs
-from lora_serve.engine.sampler import NEAR, Row, _least_by_parts, _least_by_sorting, sample, uniform
+from lora_serve.engine.sampler import NEAR, Row, Sampled, _least_by_parts, _least_by_sorting, draw, uniform
 from lora_serve.request import Logprob, Sampling
 
 INF, NAN = float("inf"), float("nan")
@@ -30,6 +30,10 @@ def row(
     **params: Any,
 ) -> Row:
     return Row(Sampling(**{"max_tokens": 9, **params}), seed, position, frozenset(stop_ids), prompt, output)
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
+    return draw(logits, rows).wait()
 
 
 def obvious(logits: list[float], row: Row) -> dict[int, float]:
