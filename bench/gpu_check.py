@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES, NO_GPU = 2, 3
-TESTED = {"pytest", "pytest-timeout", "pytest-asyncio", "hypothesis", "httpx", "aiohttp", "peft"}
+TESTED = {"pytest", "pytest-timeout", "pytest-asyncio", "hypothesis", "aiohttp", "peft"}
 LOOK = """
 import sys
 try:
