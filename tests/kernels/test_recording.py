@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +36,32 @@ def test_a_pass_is_made_again_with_other_numbers(native: NativeKernels) -> None:
             tape.play()
             assert torch.equal(result, passed(native, x, weight))
     assert tape.refused is None
+
+
+def test_only_the_calls_of_the_recording_thread_are_recorded(native: NativeKernels) -> None:
+    x, weight, matrix = torch.randn(3, 8), torch.randn(8), torch.randn(40, 24)
+    packed, ids = native.pack(matrix), torch.arange(3)
+    theirs: list[Tensor] = []
+
+    def load() -> None:
+        """What loading an adapter calls, beside what a step does."""
+        repacked, unpacked, found = native.pack(matrix), native.unpack(packed), native.rows(packed, ids)
+        theirs.extend([unpacked, repacked.data, found, native.rms_norm(x, weight, 1e-6, plus_one=False)])
+
+    def run() -> Tensor:
+        other.submit(load).result(timeout=10)
+        return native.rms_norm(x, weight, 1e-6, plus_one=False)
+
+    with ThreadPoolExecutor(1) as other, torch.inference_mode():
+        tape = native.tape()
+        result = tape.note(run)
+    for each in theirs:
+        each.fill_(1)
+    x.copy_(torch.randn(3, 8))
+    with torch.inference_mode():
+        tape.play()
+    assert torch.equal(result, native.rms_norm(x, weight, 1e-6, plus_one=False))
+    assert all(bool((each == 1).all()) for each in theirs)
 
 
 def test_tapes_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:

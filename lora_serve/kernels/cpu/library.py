@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from lora_serve.kernels.cpu.recording import CallRecording
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class _Recording(threading.local):
+    """The tape that each thread records its calls on: a thread that loads an adapter meanwhile is not recorded."""
+
+    tape: CallRecording | None = None
+
+
 class Library:
-    """Functions of a shared library that `build.library` built."""
+    """Functions of a shared library that `build.library` built; any thread may call them."""
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        self._tape: CallRecording | None = None
+        self._recording = _Recording()
 
     def call(self, name: str) -> Callable[[bytes], int]:
         """The function of one packed call, whose bytes live until it returns (or as long as a tape that notes it)."""
@@ -30,8 +37,9 @@ class Library:
         assert address is not None
 
         def call(packed: bytes) -> int:
-            if self._tape is not None:
-                self._tape.call(address, packed)
+            tape = self._recording.tape
+            if tape is not None:
+                tape.call(address, packed)
             done: int = function(packed)
             return done
 
@@ -52,8 +60,8 @@ class Library:
         return play
 
     def listen(self, tape: CallRecording | None) -> None:
-        """Tell the tape of every call from now on; None: nobody."""
-        self._tape = tape
+        """Tell the tape of every call that this thread makes from now on; None: nobody."""
+        self._recording.tape = tape
 
 
 def type_number(dtype: torch.dtype) -> int:
