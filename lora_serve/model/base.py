@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import DeltaGroup, Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import KVTensors
+from lora_serve.model import self_check
 from lora_serve.model.batch import Batch, VirtualRun
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.external_quantization import is_externally_quantized
-from lora_serve.model.fused import lean
+from lora_serve.model.fused import fuse
 from lora_serve.model.input_buffers import Placed, placed
 from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
-from lora_serve.model.paged_attention import BLOCKS, PagedKV
+from lora_serve.model.paged_attention import PagedKV
 from lora_serve.model.recorded_steps import RecordedSteps
+from lora_serve.model.shape import base_of
 from lora_serve.model.virtual import embedded
 
 
@@ -36,6 +37,7 @@ class ResidentBase:
 
     Args:
         loaded: the model as it came from disk; its linear modules are packed and wrapped in place, one after the other.
+            If they are to be quantised as well, that waits for `prove`.
         bank: the adapters on the device.
         kernels: the backend for deltas and attention.
         kv: memory for keys and values.
@@ -76,32 +78,40 @@ class ResidentBase:
         self._embedding = loaded.shape.input_embedding
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
         self._changes = ModuleOverrides(self._model, loaded.shape, device_slots.overrides, head_rows=self._keeps_logits)
-        lean(self._model, loaded.dtype, kernels)
-        table = self._model.get_submodule(self._embedding)
+        fuse(self._model, loaded.dtype, kernels)
+        self._shape, self._scheme, self._oracle = loaded.shape, loaded.scheme, loaded.oracle
+        self._groups: dict[tuple[str, ...], DeltaGroup] = {}  # of linear modules
         stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
         for names, group in device_slots.groups.items():
             if names[0].endswith("]"):
                 module, _, parameter = names[0].partition("[")[0].rpartition(".")
                 stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
-                continue
-            maps = [self._model.get_submodule(name) for name in names]
-            bases = [_kept(each, kernels, loaded.scheme) for each in maps]
-            packed = [base for base in bases if isinstance(base, PackedLinear)]
-            if len(packed) == len(bases):
-                for own, laid in zip(packed, kernels.beside([base.packed for base in packed]), strict=True):
-                    own.packed = laid
-            shared = SharedInput(bases, group, kernels)
+            else:
+                self._groups[names] = group
+        for module, groups in stacks.items():
+            _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
+        self._wrap_linear(packed=self._scheme is None)
+
+    def _wrap_linear(self, *, packed: bool) -> None:
+        """Put an `AdaptedLinear` in the place of every linear module, around its packed weights or around itself."""
+        table = self._model.get_submodule(self._embedding)
+        for names, group in self._groups.items():
+            maps = [base_of(self._model, name) for name in names]
+            bases = [_kept(each, self._kernels, self._scheme) for each in maps] if packed else maps
+            laid = [base for base in bases if isinstance(base, PackedLinear)]
+            if len(laid) == len(bases):
+                for own, beside in zip(laid, self._kernels.beside([base.packed for base in laid]), strict=True):
+                    own.packed = beside
+            shared = SharedInput(bases, group, self._kernels)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
-                head = name == loaded.shape.head and self._keeps_logits
+                head = name == self._shape.head and self._keeps_logits
                 _replace(self._model, name, AdaptedLinear(base, shared, index, self._routing, head=head))
                 if not isinstance(base, PackedLinear):
                     continue
                 tied = type(table) is nn.Embedding and maps[index].weight is table.weight
                 if tied and base.packed.scheme is None:
-                    _replace(self._model, self._embedding, PackedEmbedding(base.packed, kernels))
-        for module, groups in stacks.items():
-            _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
-        for left in self._model.parameters():
+                    _replace(self._model, self._embedding, PackedEmbedding(base.packed, self._kernels))
+        for left in self._model.parameters() if packed else ():
             if left.is_cpu:  # a rest of a file's mapping keeps all of it in memory
                 left.data = left.data.clone()
 
@@ -184,28 +194,19 @@ class ResidentBase:
 
     @torch.inference_mode()
     def prove(self) -> None:
-        """Hold two sequences in one flat batch against the model's own forward of each alone.
+        """Hold the base against the untouched model, then quantise it, if that was asked for; see `self_check`.
 
-        Run once at start, on an empty KV pool of at least two blocks. Raises ModelUnsupported where they differ by more
-        than rounding: such a model keeps state that a flat batch would leak from one request to another.
+        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. A base that is to be quantised is
+        checked in full precision first, so that what quantising costs cannot hide a fault. Raises ModelUnsupported.
         """
         size = self._kv.keys[0].shape[1]
-        lengths, ids = self._trial()
-        try:
-            flat = self.forward(_side_by_side(ids, [range(n) for n in lengths], size)).float()
-        except (ValueError, TypeError) as error:  # a kernel cannot do it
-            raise ModelUnsupported(f"{self._model.config.model_type} does not fit the kernels: {error}") from error
-        self._model.set_attn_implementation("eager")
-        try:
-            tokens = [torch.tensor([own], device=self._device) for own in ids]
-            alone = torch.cat([self._model(input_ids=own, use_cache=False).logits[0] for own in tokens])
-        finally:
-            self._model.set_attn_implementation(BLOCKS)
-        if not (apart := _apart(flat, alone)) <= self._rounding:
-            raise ModelUnsupported(
-                f"{self._model.config.model_type} in a flat batch differs from itself alone "
-                f"(relative error {apart:.2g}, at most {self._rounding:g} is rounding)"
-            )
+        self_check.check(self._eagerly, self._oracle, size)
+        if self._scheme is not None:
+            self._wrap_linear(packed=True)
+            self_check.check_quantized(self._eagerly, self._oracle, size)
+
+    def _eagerly(self, batch: Batch) -> Tensor:
+        return self._replay.eagerly(batch)
 
 
 def _apart(x: Tensor, y: Tensor) -> float:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
-from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.packed_linear import PackedLinear
 
 
@@ -30,7 +29,7 @@ class Routing:
 class SharedInput:
     """The base layers that read one input, their pointer tables, and results computed ahead of being asked for."""
 
-    def __init__(self, bases: Sequence[PackedLinear | ExternalLinear], group: DeltaGroup, kernels: Kernels) -> None:
+    def __init__(self, bases: Sequence[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
         self._bases = bases
         self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
@@ -59,9 +58,7 @@ class SharedInput:
 class AdaptedLinear(nn.Module):
     """A linear module of the base with every adapter's delta within reach."""
 
-    def __init__(
-        self, base: PackedLinear | ExternalLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool
-    ) -> None:
+    def __init__(self, base: nn.Module, shared: SharedInput, module: int, routing: Routing, *, head: bool) -> None:
         super().__init__()
         self.base = base
         self._shared = shared
@@ -72,7 +69,9 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for modelling code that looks at its dtype or device."""
-        return self.base.weight
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         segments = self._routing.logits if self._head else self._routing.tokens

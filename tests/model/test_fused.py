@@ -11,7 +11,7 @@ from support import save
 from torch import nn
 
 from lora_serve.kernels.reference import ReferenceKernels
-from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, lean
+from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, fuse
 
 NORMS = {"llama": 7, "qwen3": 13, "gemma2": 13, "phi3": 7, "gpt2": 0}
 MLPS = {"llama": 3, "qwen3": 3, "gemma2": 3, "phi3": 0, "gpt2": 0}
@@ -20,7 +20,7 @@ TURNED = {"llama": 3, "qwen3": 3, "gemma2": 3, "phi3": 3, "gpt2": 0}
 
 
 @pytest.mark.parametrize("architecture", NORMS)
-def test_norms_gated_mlps_and_rotary_embeddings_of_known_bases_are_lean(architecture: str, tmp_path: Path) -> None:
+def test_norms_gated_mlps_and_rotary_embeddings_of_known_bases_are_fused(architecture: str, tmp_path: Path) -> None:
     model = Driver(save(architecture, tmp_path / "base")).loaded.model
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == NORMS[architecture]
     assert sum(isinstance(module, FusedGatedMLP) for module in model.modules()) == MLPS[architecture]
@@ -74,6 +74,6 @@ class OddAttention(nn.Module):
 def test_modules_that_only_look_alike_are_left_as_they_are() -> None:
     model = nn.ModuleDict({"norm": Odd(), "mlp": OddMLP(), "layer": nn.LayerNorm(8), "attention": OddAttention()})
     before = list(model.modules())
-    lean(model, torch.float32, ReferenceKernels())
+    fuse(model, torch.float32, ReferenceKernels())
     assert list(model.modules()) == before
     assert not any("forward" in vars(module) for module in model.modules())
