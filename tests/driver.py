@@ -53,7 +53,7 @@ class Driver:
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
         self.kernels = kernels or select(device, native)
         self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
-        self.base.prove()
+        self.base.self_check()
         self.base.prepare(64, max_tokens, 50)
         self.scheduler = Scheduler(
             BlockPool(200, block_size), SlotRotation(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True

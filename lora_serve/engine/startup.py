@@ -25,10 +25,11 @@ from lora_serve.kv.tensors import KVTensors, bytes_per_token
 from lora_serve.messages import EngineInfo
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import LoadedModel, load
+from lora_serve.model.self_check import blocks_needed, refusing
 
 log = logging.getLogger(__name__)
 
-PROOF = 2  # KV blocks that a base needs to prove itself
+LEAST_BLOCKS = 2  # of KV, for the check of replayed steps
 QUANTUM = 16  # steps of a turn: long enough that loading an adapter is small beside running it
 
 
@@ -83,10 +84,11 @@ def _build_parts(
     capacity = adapter_memory(config, device)
     device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
     tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
-    kv = KVTensors(loaded.layers, PROOF, config.kv_block_size, loaded.dtype, device)
-    base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
-    progress("proving the base", 0.85)
-    base.prove()
+    kv = KVTensors(loaded.layers, blocks_needed(config.kv_block_size), config.kv_block_size, loaded.dtype, device)
+    with refusing(loaded.shape.model_type):
+        base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
+    progress("checking the base against the model as it was loaded", 0.85)
+    base.self_check()
     progress("allocating KV", 0.88)
     longest = _wanted(config, loaded)
     needs = measured(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
@@ -182,4 +184,4 @@ def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len
     """Blocks that fit the memory, but no more than all sequences at full length could use."""
     size = config.kv_block_size
     fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
-    return max(PROOF, min(fit, seqs * -(-max_model_len // size)))
+    return max(LEAST_BLOCKS, min(fit, seqs * -(-max_model_len // size)))

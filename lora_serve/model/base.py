@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import Prefix
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.input_buffers import InputBuffers
-from lora_serve.model.install import install
+from lora_serve.model.install import install, install_linears
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
-from lora_serve.model.paged_attention import BLOCKS
 from lora_serve.model.recorded_steps import RecordedSteps
+from lora_serve.model.self_check import check, check_quantized
 from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
@@ -31,7 +30,8 @@ class ResidentBase:
     """Runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; adapters are installed into it in place.
+        loaded: the model as it came from disk; adapters are installed into it in place. If it is to be quantised, that
+            waits for `self_check`.
         device_slots: the adapters on the device.
         kernels: the backend.
         kv: memory for keys and values.
@@ -46,6 +46,7 @@ class ResidentBase:
         kv: KVTensors,
         sampled: Tensor | None = None,
     ) -> None:
+        self._loaded, self._device_slots = loaded, device_slots
         self._model: Any = loaded.model
         self._keeps_logits = loaded.keeps_logits
         self._quantized = bool(loaded.shape.quantized)
@@ -140,29 +141,17 @@ class ResidentBase:
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
     @torch.inference_mode()
-    def prove(self) -> None:
-        """Hold two sequences in one flat batch against the model's own forward of each alone.
+    def self_check(self) -> None:
+        """Compare the base with the untouched model, then quantise it, if that was asked for; see `self_check.py`.
 
-        Run once at start, on an empty KV pool of at least two blocks. Raises ModelUnsupported where they differ by more
-        than rounding: such a model keeps state that a flat batch would leak from one request to another.
+        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. A base that is to be quantised is
+        checked in full precision first, so that what quantising costs cannot hide a fault. Raises ModelUnsupported.
         """
-        size = self._kv.keys[0].shape[1]
-        lengths, ids = self._trial()
-        try:
-            flat = self.forward(_side_by_side(ids, [range(n) for n in lengths], size)).float()
-        except (ValueError, TypeError) as error:  # a kernel cannot do it
-            raise ModelUnsupported(f"{self._model.config.model_type} does not fit the kernels: {error}") from error
-        self._model.set_attn_implementation("eager")
-        try:
-            tokens = [torch.tensor([own], device=self._device) for own in ids]
-            alone = torch.cat([self._model(input_ids=own, use_cache=False).logits[0] for own in tokens])
-        finally:
-            self._model.set_attn_implementation(BLOCKS)
-        if not (apart := _apart(flat, alone)) <= self._rounding:
-            raise ModelUnsupported(
-                f"{self._model.config.model_type} in a flat batch differs from itself alone "
-                f"(relative error {apart:.2g}, at most {self._rounding:g} is rounding)"
-            )
+        size, oracle = self._kv.keys[0].shape[1], self._loaded.oracle
+        check(self._eager, oracle, size)
+        if self._loaded.scheme is not None:
+            install_linears(self._loaded, self._device_slots, self._context, packed=True)
+            check_quantized(self._eager, oracle, size)
 
 
 def _apart(x: Tensor, y: Tensor) -> float:

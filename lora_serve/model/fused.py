@@ -1,11 +1,16 @@
-"""Small parts of the base for which the kernels have one call: norms, gated MLPs, rotary embeddings.
+"""Fused norm, MLP and RoPE: RMS norms, gated MLPs and rotary embeddings computed by one kernel call each.
 
 A dozen operators on a few rows cost more than their maths. Which modules can be replaced is not read from names: a
-module of the right parts is replaced if the kernels' result for random rows is the module's own, but for rounding.
+module is replaced if a float32 copy of it, with random weights, computes the kernel's formula on rows of many means and
+scales, and if the kernel rounds no worse than the module in the model's own dtype. All others are left as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 
 import torch
@@ -13,14 +18,26 @@ from torch import Tensor, nn
 
 from lora_serve.kernels.contract import Activation, Kernels
 
-ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of what is about one
+FORMULA = 1e-5  # relative error, in float32, of what is the same formula
+ROUNDING = 1.5  # error of a kernel in the model's dtype over that of the module
+EXACT = 1e-6  # relative error that is as good as none
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 ROPE = "apply_rotary_pos_emb"  # what attention modules call for it
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Mean and standard deviation of the probe's rows. The first ones are so small that an epsilon under the root decides,
+# the last ones so large that limits on activations show.
+ROWS = (
+    *((0.0, 1e-4), (1e-4, 1e-4), (0.0, 1e-3), (-3e-3, 1e-3), (0.0, 1e-2), (0.3, 1e-2), (-0.1, 0.1)),
+    *((0.0, 0.5), (0.0, 1.0), (0.5, 1.0), (-2.0, 1.0), (10.0, 1.0), (0.0, 3.0), (0.0, 20.0), (-30.0, 20.0)),
+    *((300.0, 20.0), (0.0, 300.0)),
+)
+
+
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 class FusedRMSNorm(nn.Module):
-    """An RMS norm by one call."""
+    """An RMS norm in one kernel call; see `Kernels.rms_norm`."""
 
     def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool, kernels: Kernels) -> None:
         super().__init__()
@@ -32,7 +49,7 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedGatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), the middle by one call; the linear modules keep their names."""
+    """down(activation(gate(x)) * up(x)), the middle in one kernel call; the linear modules keep their names."""
 
     def __init__(self, mlp: nn.Module, activation: Activation, kernels: Kernels) -> None:
         super().__init__()
@@ -49,50 +66,78 @@ class FusedGatedMLP(nn.Module):
 def fuse(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     """Replace what can be replaced, in place; modules keep their paths and parameters theirs."""
     for path, module in list(model.named_modules()):
-        _turn(module, dtype, kernels)
-        fresh = _norm(module, dtype, kernels) or _mlp(module, dtype, kernels)
-        if fresh is not None:
+        _fuse_rope(module, dtype, kernels)
+        fused = _fused_norm(module, dtype, kernels) or _fused_mlp(module, dtype, kernels)
+        if fused is not None:
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, fresh)
+            setattr(model.get_submodule(parent), leaf, fused)
 
 
 @torch.inference_mode()
-def _norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> nn.Module | None:
+def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedRMSNorm | None:
     own = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = own.get("weight")
     if weight is None or len(own) > 1 or weight.ndim != 1 or weight.dtype is not dtype or not isinstance(eps, float):
         return None
-    x = _rows(weight.shape[0], dtype, weight.device)
-    try:
-        wanted = module(x)
-    except (TypeError, RuntimeError):  # it takes something else
+    if not _takes_one_input(module):
         return None
+    x = _rows(weight.shape[0])
+    # Not the module's own weights: these may all be one or zero, which hides whether one is added to them.
+    inputs = [each.to(weight.device, dtype) for each in (x, 0.6 + 0.5 * torch.randn(x.shape[-1], generator=_random()))]
+
+    def original(x: Tensor, weight: Tensor) -> Tensor:
+        twin = copy.deepcopy(module)
+        twin.weight = nn.Parameter(weight, requires_grad=False)
+        y: Tensor = twin.to(x.dtype)(x)
+        return y
+
     for plus_one in (False, True):
-        if _same(kernels.rms_norm(x, weight, eps, plus_one=plus_one), wanted):
+        if _agree(partial(kernels.rms_norm, eps=eps, plus_one=plus_one), original, inputs):
             return FusedRMSNorm(weight, eps, plus_one=plus_one, kernels=kernels)
     return None
 
 
 @torch.inference_mode()
-def _mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> nn.Module | None:
+def _fused_mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedGatedMLP | None:
     if dict(module.named_children()).keys() != PARTS or dict(module.named_parameters(recurse=False)):
         return None
     gate, up = module.gate_proj, module.up_proj
-    if not isinstance(gate, nn.Linear) or not isinstance(up, nn.Linear):
+    if not isinstance(gate, nn.Linear) or not isinstance(up, nn.Linear) or not _takes_one_input(module):
         return None
-    x = _rows(gate.in_features, dtype, next(gate.parameters()).device)
-    wanted = module(x)
+    width, inner, generator = 32, 48, _random()
+    weights = [torch.randn(inner, width, generator=generator) / width**0.5 for _ in range(2)]
+    weights.append(torch.randn(width, inner, generator=generator) / inner**0.5)
+    device = next(gate.parameters()).device
+    inputs = [each.to(device, dtype) for each in (_rows(width), *weights)]
+
+    def small(weights: Sequence[Tensor]) -> nn.Module:
+        """The module with small linear modules: its own are large, and perhaps in a form that has no float32."""
+        twin = copy.copy(module)
+        twin._modules = {"act_fn": copy.deepcopy(module.get_submodule("act_fn")).to(weights[0].dtype)}
+        for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            twin._modules[name] = linear
+        return twin
+
+    def original(x: Tensor, *weights: Tensor) -> Tensor:
+        y: Tensor = small(weights)(x)
+        return y
+
     for activation in ACTIVATIONS:
-        candidate = FusedGatedMLP(module, activation, kernels)
-        if _same(candidate(x), wanted):
-            return candidate
+
+        def fused(x: Tensor, *weights: Tensor, activation: Activation = activation) -> Tensor:
+            return FusedGatedMLP(small(weights), activation, kernels).forward(x)
+
+        if _agree(fused, original, inputs):
+            return FusedGatedMLP(module, activation, kernels)
     return None
 
 
 @torch.inference_mode()
-def _turn(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Let an attention module turn queries and keys by one call, if what its own code calls for that does the same.
+def _fuse_rope(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
+    """Let an attention module rotate queries and keys by one call, if what its own code calls for that does the same.
 
     Only this module is touched: its code is run with another function under the name that it looks up.
     """
@@ -102,40 +147,82 @@ def _turn(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     own = forward.__globals__.get(ROPE)
     if own is None or hasattr(forward, "__wrapped__"):
         return
+    device = next(module.parameters()).device
+    dim = 64
+    q, k = (_rows(dim * heads).view(1, -1, heads, dim).transpose(1, 2).to(device, dtype) for heads in (4, 2))
+    angles = torch.randn(2, 1, len(ROWS), dim, generator=_random()).to(device, dtype)  # cosines and sines, so to speak
+    kinds = {
+        kind
+        for kind in (dtype, torch.float32)
+        if _agree(kernels.rope, own, [q, k, *(each.to(kind) for each in angles)])
+    }
+    if not kinds:
+        return
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1
+        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1 and cos.dtype in kinds
         if args or kwargs or not fits:
-            turned: tuple[Tensor, Tensor] = own(q, k, cos, sin, *args, **kwargs)
-            return turned
+            rotated: tuple[Tensor, Tensor] = own(q, k, cos, sin, *args, **kwargs)
+            return rotated
         return kernels.rope(q, k, cos, sin)
 
-    device = next(module.parameters()).device
-    q, k, turns = (_rows(64 * heads, dtype, device).view(1, 3, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
-    cos, sin = (0.5 * turns[:, head] for head in (0, 1))
+    renamed = FunctionType(
+        forward.__code__,
+        forward.__globals__ | {ROPE: rope},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    renamed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(renamed, module)
+
+
+def _random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _rows(width: int) -> Tensor:
+    """The probe's rows, float32 [1, len(ROWS), width]."""
+    moments = torch.tensor(ROWS)[..., None]  # [rows, 2, 1]
+    return (moments[:, 0] + moments[:, 1] * torch.randn(len(ROWS), width, generator=_random()))[None]
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Whether rows are all that the module can be given: a substitute would drop the rest."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _agree(kernel: Callable[..., Outputs], original: Callable[..., Outputs], inputs: Sequence[Tensor]) -> bool:
+    """Whether a kernel computes the original's formula, and in the inputs' dtype with no larger error."""
     try:
-        wanted = own(q, k, cos, sin)
-    except (TypeError, RuntimeError):  # it takes something else
-        return
-    if all(_same(got, right) for got, right in zip(rope(q, k, cos, sin), wanted, strict=True)):
-        renamed = FunctionType(
-            forward.__code__,
-            forward.__globals__ | {ROPE: rope},
-            forward.__name__,
-            forward.__defaults__,
-            forward.__closure__,
+        wide = [each.float() for each in inputs]
+        exact = _tensors(original(*wide))
+        if not all(_error(got, wanted) <= FORMULA for got, wanted in zip(_tensors(kernel(*wide)), exact, strict=True)):
+            return False
+        if inputs[0].dtype is torch.float32:
+            return True
+        ours, theirs = (_tensors(each(*inputs)) for each in (kernel, original))
+        return all(
+            got.dtype is own.dtype and _error(got, wanted, own) <= ROUNDING * _error(own, wanted, own) + EXACT
+            for got, own, wanted in zip(ours, theirs, exact, strict=True)
         )
-        renamed.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(renamed, module)
-
-
-def _rows(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (2 * torch.randn(1, 3, width, generator=generator)).to(device, dtype)
-
-
-def _same(got: Tensor, wanted: Tensor) -> bool:
-    if got.shape != wanted.shape or got.dtype is not wanted.dtype:
+    except Exception:  # it takes or gives something else, or does not run in float32: so it is left alone
         return False
-    apart = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-6)
-    return bool(apart <= ROUNDING.get(wanted.dtype, 0))
+
+
+def _tensors(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _error(got: Tensor, wanted: Tensor, where: Tensor | None = None) -> float:
+    """Root mean square over all rows of each one's relative error; infinite if there is none to compare.
+
+    Args:
+        where: only rows are compared in which this is finite.
+    """
+    if got.shape != wanted.shape:
+        return torch.inf
+    errors = (got.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+    if where is not None:
+        errors = errors[where.isfinite().all(-1)]
+    return float(errors.square().mean().sqrt()) if errors.numel() else torch.inf

@@ -1,7 +1,7 @@
 """Install adapters into a loaded Hugging Face model: replace its linear modules, expert stacks and small operations.
 
 Works in place, one group of modules after the other, so that no second copy of the weights is ever held. Modules keep
-their paths. Called once at start by `ResidentBase`.
+their paths.
 """
 
 from __future__ import annotations
@@ -20,46 +20,66 @@ from lora_serve.model.fused import fuse
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
+from lora_serve.model.shape import base_of
 
 
 def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Replace the modules of `loaded.model`; their own weights are released as soon as they are packed."""
+    """Replace the modules of `loaded.model`. Linear modules that are to be quantised stay as they are for now."""
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
     for names, group in device_slots.groups.items():
-        if names[0].endswith("]"):
+        if _is_expert(names):
             module, _, parameter = names[0].partition("[")[0].rpartition(".")
             stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
-        else:
-            _install_linears(loaded, names, group, context)
     for module, groups in stacks.items():
         _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context))
-    for parameter in model.parameters():
+    install_linears(loaded, device_slots, context, packed=loaded.scheme is None)
+
+
+def install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:
+    """Replace every linear module by an `AdaptedLinear`; may be called again, to pack what was not.
+
+    Args:
+        packed: pack (and quantise) the weights, whose modules are released; otherwise the modules compute themselves.
+    """
+    for names, group in device_slots.groups.items():
+        if not _is_expert(names):
+            _install_group(loaded, names, group, context, packed=packed)
+    for parameter in loaded.model.parameters() if packed else ():
         if parameter.is_cpu:  # one tensor left of a memory-mapped file keeps all of it in memory
             parameter.data = parameter.data.clone()
 
 
-def _install_linears(loaded: LoadedModel, names: tuple[str, ...], group: DeltaGroup, context: ForwardContext) -> None:
+def _install_group(
+    loaded: LoadedModel, names: tuple[str, ...], group: DeltaGroup, context: ForwardContext, *, packed: bool
+) -> None:
     """Replace linear modules that read one input; and a tied embedding, which then shares the head's packed weights."""
     model: Any = loaded.model
-    modules = [model.get_submodule(name) for name in names]
+    modules: list[Any] = [base_of(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
-    bases: list[PackedLinear | ExternalLinear]
-    if any(map(is_externally_quantized, modules)):
-        bases = [
-            ExternalLinear(each) if is_externally_quantized(each) else PackedLinear.pack([each], context.kernels)[0]
-            for each in modules
-        ]
-    else:
-        bases = [*PackedLinear.pack(modules, context.kernels, loaded.scheme)]
+    bases = _packed(modules, context, loaded) if packed else modules
     shared = SharedInput(bases, group, context.kernels)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits
         _replace(model, name, AdaptedLinear(base, shared, index, context, logits_rows_only=head))
-        tied = type(embedding) is nn.Embedding and modules[index].weight is embedding.weight
-        if isinstance(base, PackedLinear) and tied and base.packed.scheme is None:
+        full = isinstance(base, PackedLinear) and base.packed.scheme is None
+        if full and type(embedding) is nn.Embedding and modules[index].weight is embedding.weight:
             _replace(model, loaded.shape.input_embedding, PackedEmbedding(base.packed, context.kernels))
+
+
+def _packed(modules: list[Any], context: ForwardContext, loaded: LoadedModel) -> list[PackedLinear | ExternalLinear]:
+    """The modules on packed weights, laid out together; externally quantised ones by themselves, as they are."""
+    if not any(map(is_externally_quantized, modules)):
+        return [*PackedLinear.pack(modules, context.kernels, loaded.scheme)]
+    return [
+        ExternalLinear(each) if is_externally_quantized(each) else PackedLinear.pack([each], context.kernels)[0]
+        for each in modules
+    ]
+
+
+def _is_expert(names: tuple[str, ...]) -> bool:
+    return names[0].endswith("]")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Where a LoRA delta is applied: `AdaptedLinear` adds each row's own low-rank delta to the base layer's output.
 
-`AdaptedLinear` replaces a linear module of the HF model. The base layer may be in full precision, quantised by us, or
-externally quantised. Modules that read the same input (q, k and v) are computed together when the first of them is
+`AdaptedLinear` replaces a linear module of the HF model. The base layer may be in full precision, packed,
+quantised by us, or externally quantised. Modules that read the same input (q, k and v) are computed together when the first of them is
 called, so that the kernels get them in one call; the others then return their stored output. A batch without adapter
 rows adds nothing.
 """
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
-from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.packed_linear import PackedLinear
 
@@ -21,7 +20,7 @@ from lora_serve.model.packed_linear import PackedLinear
 class SharedInput:
     """The base layers that read one input, their pointer tables, and outputs that were computed together."""
 
-    def __init__(self, bases: Sequence[PackedLinear | ExternalLinear], group: DeltaGroup, kernels: Kernels) -> None:
+    def __init__(self, bases: Sequence[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
         self._bases = bases
         self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
@@ -57,7 +56,7 @@ class AdaptedLinear(nn.Module):
 
     def __init__(
         self,
-        base: PackedLinear | ExternalLinear,
+        base: nn.Module,
         shared: SharedInput,
         module: int,
         context: ForwardContext,
@@ -74,7 +73,9 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for modelling code that looks at its dtype or device."""
-        return self.base.weight
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""

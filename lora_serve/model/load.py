@@ -26,6 +26,7 @@ from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import Quantization, is_externally_quantized, quantization, settle
 from lora_serve.model.observe import Seen, observe
 from lora_serve.model.paged_attention import BLOCKS
+from lora_serve.model.self_check import Oracle, consult, refusing
 from lora_serve.model.shape import shape_of
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -46,6 +47,7 @@ class LoadedModel:
         scheme: how the linear maps are to be quantised.
         notes: what an operator should know, for the start-up summary.
         replayable: steps of one shape make the same calls, so they can be recorded (see `Quantization`).
+        oracle: what the untouched model computes, for the self-check.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class LoadedModel:
     notes: list[str]
     scheme: Scheme | None
     replayable: bool
+    oracle: Oracle
 
 
 def load(
@@ -115,29 +118,33 @@ def load(
         raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced ({error})") from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
-    except RuntimeError as error:
-        if quantized is None or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the modelling code's own, of a configuration that it does not fit, say
+        label = config.model_type if quantized is None else quantized.label
+        raise ModelUnsupported(f"{name!r} ({label}) cannot be loaded: {_first_line(error)}") from error
     if quantized is None:
         model = model.to(device)
     else:
         settle(name, model, None if dtype == "auto" else getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
-    _settle(model)
     progress("observing the forward pass", 0.8)
     seen = _observed(name, model, device, quantized)
+    oracle = _consulted(model, device, max_model_len, quantized)
+    _settle(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    return LoadedModel(
-        model=model,
-        shape=shape_of(
+    with refusing(config.model_type):
+        shape = shape_of(
             model,
             seen,
             names=(name, str(getattr(config, "_name_or_path", "")), *names),
             vocabulary=vocabulary_digest(Path(name)),
             quantized=scheme or (quantized.label if quantized else ""),
-        ),
+        )
+    return LoadedModel(
+        model=model,
+        shape=shape,
         layers=seen.layers,
         windows=_windows(config, len(seen.layers)),
         max_model_len=max_model_len,
@@ -156,6 +163,7 @@ def load(
         notes=notes,
         scheme=scheme,
         replayable=quantized is None or quantized.replayable,
+        oracle=oracle,
     )
 
 
@@ -175,16 +183,27 @@ def _check(name: str, config: Any) -> None:
 
 
 def _observed(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> Seen:
+    if quantized is None:
+        with refusing(model.config.model_type):
+            return observe(model, device)
     try:
         return observe(model, device)
     except (ServeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever another library says of a device that it has nothing for
-        if quantized is None:
-            raise
         raise ModelUnsupported(
             f"{name!r} is quantised ({quantized.label}), which does not run on {device}: {_first_line(error)}"
         ) from error
+
+
+def _consulted(model: Any, device: torch.device, most: int, quantized: Quantization | None) -> Oracle:
+    """What the model computes under its own attention, while nothing of it is replaced."""
+    with refusing(model.config.model_type):
+        model.set_attn_implementation("eager")
+        try:
+            return consult(model, device, most, external=quantized is not None)
+        finally:
+            model.set_attn_implementation(BLOCKS)
 
 
 def _context(config: Any, notes: list[str]) -> int:

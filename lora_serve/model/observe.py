@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.external_quantization import is_externally_quantized
 from lora_serve.model.paged_attention import BLOCKS, OBSERVE, Observed
 
-LINEAR = (nn.Linear, Conv1D)
 TOKENS = 13  # of the watched pass: unlikely to be mistaken for a number of heads
 
 
@@ -36,6 +36,11 @@ class Seen:
     layers: list[LayerShape]
     groups: tuple[tuple[str, ...], ...]
     rowwise: frozenset[str]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map and no more than that; a subclass may go on to choose experts, say."""
+    return is_externally_quantized(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def rows_of(x: Tensor, tokens: int) -> Tensor | None:
@@ -60,7 +65,7 @@ def observe(model: Any, device: torch.device) -> Seen:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if isinstance(module, LINEAR):
+            if is_linear(module):
                 inputs.append((name, given[0]))
             seen = [rows_of(x, TOKENS) is not None for x in (*given[:1], *tensors_of(output))]
             rowwise[name] = rowwise.get(name, True) and len(seen) > 1 and all(seen)
@@ -70,7 +75,7 @@ def observe(model: Any, device: torch.device) -> Seen:
     hooks = [
         module.register_forward_hook(watch(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None or isinstance(module, LINEAR)
+        if next(module.parameters(recurse=False), None) is not None or is_linear(module)
     ]
     observed = Observed()
     ids = torch.arange(TOKENS, device=device).unsqueeze(0)
@@ -91,6 +96,11 @@ def observe(model: Any, device: torch.device) -> Seen:
         raise ModelUnsupported(
             f"{model.config.model_type}: {len(observed)} of {model.config.num_hidden_layers} layers "
             "use the attention interface"
+        )
+    if len(observed.modules) > len(observed):
+        raise ModelUnsupported(
+            f"{model.config.model_type} calls attention more than once in a layer, and the calls would overwrite each "
+            "other's keys and values in the KV cache"
         )
     mixing = {id(module) for module in observed.modules}  # attention mixes rows, whatever its shapes look like
     apart = {name for name, fits in rowwise.items() if fits and id(model.get_submodule(name)) not in mixing}

@@ -12,7 +12,7 @@ from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
 from lora_serve.model.external_linear import ExternalLinear, parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
-from lora_serve.model.observe import LINEAR, Seen
+from lora_serve.model.observe import Seen, is_linear
 from lora_serve.model.packed_linear import PackedLinear
 
 _EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
@@ -33,7 +33,7 @@ def shape_of(model: Any, seen: Seen, *, names: tuple[str, ...], vocabulary: str 
         own = parameter_shapes(module)
         if name in seen.rowwise:
             modules[name] = own
-        if isinstance(module, LINEAR):
+        if is_linear(module):
             if name in seen.rowwise:
                 rows, columns = own["weight"]
                 sites[name] = Site(name, rows, columns) if isinstance(module, Conv1D) else Site(name, columns, rows)

@@ -20,7 +20,7 @@ TURNED = {"llama": 3, "qwen3": 3, "gemma2": 3, "phi3": 3, "gpt2": 0}
 
 
 @pytest.mark.parametrize("architecture", NORMS)
-def test_norms_gated_mlps_and_rotary_embeddings_of_known_bases_are_lean(architecture: str, tmp_path: Path) -> None:
+def test_norms_gated_mlps_and_rotary_embeddings_of_known_bases_are_fused(architecture: str, tmp_path: Path) -> None:
     model = Driver(save(architecture, tmp_path / "base")).loaded.model
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == NORMS[architecture]
     assert sum(isinstance(module, FusedGatedMLP) for module in model.modules()) == MLPS[architecture]
