@@ -186,7 +186,7 @@ def random_adapter(base: BaseShape, rank: int, name: str, device: torch.device) 
 
 
 def decode_batch(slots: Sequence[int], context: int) -> Batch:
-    """A decode step with one sequence per entry of `slots` (0: the base), all at `context` tokens, the new one included."""
+    """A decode step of one sequence per entry of `slots` (0: the base), at `context` tokens with the new one."""
     width = -(-context // BLOCK)
     tables = [range(1 + i * width, 1 + (i + 1) * width) for i in range(len(slots))]
     runs = _runs(slots)

@@ -1,4 +1,4 @@
-"""Servers are compared by the same work in turns; what starts one is stopped, what it takes is told."""
+"""Servers are compared under the same load in turns; started ones are stopped, their footprint is reported."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare
+from bench.peers import compare
+from bench.peers.peer_server import Peer, started_peer
 from bench.serving.client import Server
 from bench.serving.launch import launched
 from bench.serving.load import Load
-from bench.peers.peer_server import Peer, started
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_openai.py")))
+FAKE = (sys.executable, str(Path(__file__).parents[1] / "serving" / "fake_openai.py"))
 START = f"{shlex.join(FAKE)} --port {{port}}"
 
 
-def test_of_each_load_the_servers_come_one_after_the_other() -> None:
+def test_each_load_runs_on_all_servers_before_the_next_load() -> None:
     servers = {name: Server(f"http://{name}", "base", "model") for name in ("ours", "bare")}
     loads = {"none ×2": Load("none", clients=2), "one ×2": Load("one", clients=2)}
     found = compare.scenarios(servers, {"ours": ("a", "b"), "bare": ()}, loads)
@@ -38,7 +38,7 @@ def test_the_loads_are_every_mix_with_every_number_of_clients() -> None:
     assert {load.output for load in loads.values()} == {(32, 96)}
 
 
-def test_what_is_said_of_a_server_is_by_its_name() -> None:
+def test_options_of_a_server_are_by_its_name() -> None:
     args = compare.parse(
         ["--server=a=http://a?x=1", "--start=b=serve --x=y --port {port}", "--model=b=m", "--adapter-field=b=adapter"]
     )
@@ -57,7 +57,7 @@ def test_what_is_said_of_a_server_is_by_its_name() -> None:
         (["--server", "a=http://a", "--adapter-field", "a=lora"], "one of the fields"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_refused(
+def test_an_inconsistent_command_line_is_refused(
     given: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -65,10 +65,10 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     assert complaint in capsys.readouterr().err
 
 
-def test_one_that_runs_and_one_that_is_started_take_turns(
+def test_a_running_and_a_started_server_are_compared_in_turns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare, "REST", 0.3)
+    monkeypatch.setattr(compare, "IDLE", 0.3)
     sizes = "--mix none,distinct --clients 2,1 --requests 2 --prompt 4 --output 3 --repeats 2"
     with launched([], command=FAKE, timeout=60) as url:
         compare.main(
@@ -81,7 +81,7 @@ def test_one_that_runs_and_one_that_is_started_take_turns(
     content = json.loads(printed.splitlines()[-1])
     assert set(content["results"]) == set(forwards)
     assert all(each["median"]["errors"] == 0 for each in content["results"].values())
-    one, two = content["costs"]["one"], content["costs"]["two"]
+    one, two = content["footprints"]["one"], content["footprints"]["two"]
     assert one == {"ready": None, "memory": None, "idle": None}
     assert two["ready"] > 0
     assert 1e7 < two["memory"] < 1e9
@@ -90,7 +90,7 @@ def test_one_that_runs_and_one_that_is_started_take_turns(
 
 
 def test_a_started_server_answers_and_is_stopped() -> None:
-    with started(START, timeout=60) as peer:
+    with started_peer(START, timeout=60) as peer:
         before = peer.cpu()
         with urllib.request.urlopen(f"{peer.url}/v1/models", timeout=5) as answer:
             assert answer.status == 200
@@ -101,12 +101,12 @@ def test_a_started_server_answers_and_is_stopped() -> None:
         urllib.request.urlopen(f"{peer.url}/v1/models", timeout=1)
 
 
-def test_one_that_cannot_start_says_why() -> None:
-    with pytest.raises(RuntimeError, match="this cannot start"), started(f"{START} --fail", timeout=60):
+def test_a_server_that_cannot_start_raises_with_its_output() -> None:
+    with pytest.raises(RuntimeError, match="this cannot start"), started_peer(f"{START} --fail", timeout=60):
         pass
 
 
-def test_nothing_is_said_of_processes_that_are_not_known() -> None:
+def test_the_footprint_of_a_server_not_started_here_is_unknown() -> None:
     peer = Peer("http://127.0.0.1:9")
     assert math.isnan(peer.memory())
     assert math.isnan(peer.cpu())

@@ -1,4 +1,4 @@
-"""A server with `/v1/completions` as others stream it: known delays, no model. Also a program, for what starts one."""
+"""A fake OpenAI server: `/v1/completions` streams with known delays, without a model. Also runs as a program."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ FIRST, GAP = 0.06, 0.02  # seconds before the first token, and between tokens
 
 
 class FakeServer:
-    """`app` serves; the rest is what it saw.
+    """The application and a record of its requests; an adapter named after a fault (`refused`, `broken`, …) has it.
 
     Attributes:
         bodies: every request's JSON, in order.
-        sent: when each of a request's tokens went out, by `time.perf_counter`.
-        fault: what goes wrong with an adapter of this name: refused, broken, error, short, unusual or silent.
-        most: requests that were open at once, at most.
+        sent: when each of a request's tokens was sent, by `time.perf_counter`.
+        most: the largest number of concurrent requests.
     """
 
     def __init__(self) -> None:

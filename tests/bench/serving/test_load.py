@@ -1,4 +1,4 @@
-"""The load generator sends what it says and measures what really passed, against a server with known delays."""
+"""The load generator sends the load it describes and measures real times, against a server with known delays."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import pytest
 import uvicorn
 from fake_openai import FIRST, GAP, FakeServer
 
-from bench import serve
+from bench.report import json_line, table
+from bench.serving import http_throughput
 from bench.serving.client import Job, Server, Timing, stream
 from bench.serving.launch import launched
-from bench.serving.load import Load, percentile, run, summarise
-from bench.report import json_line, table
+from bench.serving.load import Load, run
+from bench.serving.summary import percentile, summarise
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_openai.py")))
 SLACK = 0.05  # seconds that a busy test machine may add to one delay
@@ -46,7 +47,7 @@ async def one(server: Server, job: Job, timeout: float = 10) -> Timing:
         return await stream(session, server, job, timeout)
 
 
-async def test_times_are_those_of_the_stream(fake: tuple[FakeServer, Server]) -> None:
+async def test_timings_are_those_of_the_stream(fake: tuple[FakeServer, Server]) -> None:
     seen, server = fake
     timing = await one(server, Job([1, 2, 3], 6))
     assert timing.error is None
@@ -107,7 +108,7 @@ async def test_without_usage_the_chunks_are_counted(fake: tuple[FakeServer, Serv
     assert (timing.tokens, timing.error) == (4, None)
 
 
-async def test_nobody_there_is_an_error_not_an_exception() -> None:
+async def test_a_refused_connection_is_an_error_not_an_exception() -> None:
     timing = await one(Server("http://127.0.0.1:9", "base"), Job([1], 4))
     assert timing.error is not None
 
@@ -147,7 +148,7 @@ async def test_no_request_begins_after_its_time(fake: tuple[FakeServer, Server],
     assert all(timing.error is None for timing in timings)
 
 
-def test_the_same_load_is_the_same_work() -> None:
+def test_equal_loads_are_equal_requests() -> None:
     load = Load(mix="zipf", adapters=tuple("abcdef"), requests=2000, prompt=(8, 16), output=(2, 5), seed=1)
     jobs = load.jobs()
     assert jobs == load.jobs()
@@ -166,7 +167,7 @@ def test_the_same_load_is_the_same_work() -> None:
     assert max(flat.values()) < 1.3 * min(flat.values())
 
 
-def test_the_mixes_name_the_adapters_they_say() -> None:
+def test_each_mix_selects_its_adapters() -> None:
     load = Load(adapters=("a", "b", "c"), clients=2, requests=4)
     assert [job.adapter for job in load.jobs()] == [None] * 4
     assert [job.adapter for job in replace(load, mix="one").jobs()] == ["a"] * 4
@@ -199,7 +200,7 @@ def test_a_summary_adds_up() -> None:
 
 def test_the_command_starts_its_server_measures_and_stops_it(capsys: pytest.CaptureFixture[str]) -> None:
     with launched([], command=FAKE, timeout=60) as url:
-        serve.main(
+        http_throughput.main(
             f"--url {url} --mix none,distinct --clients 2 --requests 4 --prompt 4-6 --output 3 --repeats 2".split()
         )
     with pytest.raises(urllib.error.URLError):
@@ -215,7 +216,7 @@ def test_the_command_starts_its_server_measures_and_stops_it(capsys: pytest.Capt
     assert record["machine"]["cores"] >= 1
 
 
-def test_a_server_that_cannot_start_says_why() -> None:
+def test_launch_raises_with_the_output_of_a_server_that_cannot_start() -> None:
     with pytest.raises(RuntimeError, match="this cannot start"), launched(["--fail"], command=FAKE, timeout=60):
         pass
 
