@@ -198,12 +198,11 @@ def main() -> None:
     before = read_bandwidth(CPU)
     head = {
         "bench": "cpu_kernels",
-        "machine": describe(),
         "threads": chosen.threads,
         "backend": native.name,
         "dtype": str(DTYPE),
     }
-    print(*(f"{key}: {value}" for key, value in head.items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in {**describe(), **head}.items()), sep="\n")
     print(f"\n{'':44}{'native µs':>11}{'torch µs':>11}{'floor µs':>11}{'÷ floor':>9}{'GFLOP/s':>9}")
     rows = []
     for work in works(chosen.quick):
@@ -215,7 +214,9 @@ def main() -> None:
         )
     after = read_bandwidth(CPU)
     print(f"\nmemory read at {before / 1e9:.1f} GB/s at the start (used for the floors), {after / 1e9:.1f} at the end")
-    print(json_line(head | {"bandwidth": [before, after], "rows": [asdict(row) for row in rows]}))
+    print(
+        json_line(head | {"machine": describe(), "bandwidth": [before, after], "rows": [asdict(row) for row in rows]})
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def evaluate(streams: Sequence[Timing], prompts: Sequence[Timing]) -> Gaps:
 
 
 async def measure(server: Server, adapters: Sequence[str], clients: int, prompt: int, count: int, seed: int) -> Gaps:
-    """Gaps of `clients` - 1 streams during `count` prompts of `prompt` tokens. RuntimeError if a prompt fails."""
+    """Gaps of `clients` - 1 streams during `count` prompts of `prompt` tokens. RuntimeError if one fails."""
     draw = random.Random(seed)
 
     def job(client: int, tokens: int, output: int) -> Job:
@@ -73,9 +73,12 @@ async def measure(server: Server, adapters: Sequence[str], clients: int, prompt:
         for _ in range(count):
             prompts.append(await stream(session, server, job(clients - 1, prompt, 2), 120))
             await asyncio.sleep(PAUSE)
+        ended = [timing for timing, task in zip(timings, running, strict=True) if task.done()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+    if ended:
+        raise RuntimeError(f"a stream ended before the last prompt: {ended[0].error or 'it had all its tokens'}")
     for each in prompts:
         if each.error is not None:
             raise RuntimeError(each.error)
@@ -85,7 +88,10 @@ async def measure(server: Server, adapters: Sequence[str], clients: int, prompt:
 async def _keep_streaming(session: aiohttp.ClientSession, server: Server, timing: Timing) -> None:
     """Read one stream into `timing` until cancelled."""
     async with session.post("/v1/completions", json=server.body(timing.job)) as response:
-        await read(response, timing)
+        if response.status == 200:
+            await read(response, timing)
+        else:
+            timing.error = f"HTTP {response.status}: {(await response.text())[:200]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
