@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
 PACKAGES = ("lora-serve", "torch", "transformers", "safetensors", "aiohttp")
 
 
@@ -45,6 +44,11 @@ def _commit() -> str:
     """The repository's commit, with a plus sign if there are uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+        return (
+            subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ).stdout.strip()
+            or "unknown"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

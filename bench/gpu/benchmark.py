@@ -199,7 +199,7 @@ def report(found: Results) -> str:
     return "\n\n".join([*lines, *(f"not measured: {failure}" for failure in found.failures)])
 
 
-def content(found: Results, name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """All results, for `json_line`."""
     reached = goals(found.steps, found.idle, found.limits, found.stall)
     engine = found.engine | (
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _log(", ".join(f"{key} {value}" for key, value in (describe() | describe_gpu(device)).items()))
     found = measure(SHAPES[name], device, sizes, time.monotonic() + args.seconds)
     synchronize(device)
-    line = json_line(content(found, name, sizes, device))
+    line = json_line(record(found, name, sizes, device))
     about = f"{name}, bf16, context {sizes.context}, adapters of rank {RANK} on all linear modules"
     print(about, report(found), line, sep="\n\n")
     if args.json is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, describe
+from bench.machine import describe
 from bench.report import Goal, goal_records, goal_table, json_line
 from bench.serving.client import Server, list_models
 from bench.serving.launch import launched
@@ -172,16 +171,12 @@ def _run_in_process(args: argparse.Namespace, repeat: int) -> dict[str, Any]:
     if 9 in args.goals and repeat == 0:
         command.append("--memory")
     limit = 3 * (load.seconds + load.timeout)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     if done.returncode:
         raise RuntimeError(f"the engine failed in process:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(f"# in process: {result['engine']}", file=sys.stderr)
     return result
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
