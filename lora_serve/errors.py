@@ -1,6 +1,6 @@
 """Every error that may leave a room, as one tree.
 
-A room raises one of these; `api/errors.py` alone knows which HTTP status each kind becomes. An error crosses the
+A room raises one of these; `api/error_responses.py` alone knows which HTTP status each kind becomes. An error crosses the
 process border as a `Failure` and is raised again on the other side as the same kind. Messages are for the person who
 sent the request: they name the field and never carry addresses, paths or prompt text.
 """

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.fairness import Turns
-from lora_serve.engine.flatten import flatten
+from lora_serve.engine.batch_builder import build_batch
+from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
 from lora_serve.kernels.contract import Kernels
-from lora_serve.kernels.packed import Scheme
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors
@@ -49,22 +49,23 @@ class Driver:
         self.loaded = load(
             str(folder), revision=None, dtype=dtype, device=device, progress=lambda stage, done: None, scheme=scheme
         )
-        self.bank = Bank(self.loaded.shape, slots, self.loaded.dtype, device)
+        self.device_slots = DeviceSlots(self.loaded.shape, slots, self.loaded.dtype, device)
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
-        self.base = ResidentBase(self.loaded, self.bank, kernels or select(device, native), kv)
+        self.kernels = kernels or select(device, native)
+        self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
         self.base.prove()
         self.base.prepare(64, max_tokens, 50)
         self.scheduler = Scheduler(
-            BlockPool(200, block_size), Turns(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
+            BlockPool(200, block_size), SlotRotation(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
         )
         self.slots: dict[str, int] = {}
         self.traits: dict[str, Traits] = {}
         self.sequences: list[list[int]] = []
         self.computed = 0  # rows, over all steps
 
-    def seat(self, adapter: Adapter, invocation: tuple[int, ...] = ()) -> str:
+    def load_adapter(self, adapter: Adapter, invocation: tuple[int, ...] = ()) -> str:
         """Put an adapter on the device; its digest names it in `teach`."""
-        self.slots[adapter.digest] = self.bank.load(adapter)
+        self.slots[adapter.digest] = self.device_slots.load(adapter)
         virtual = 0 if adapter.prefix is None else adapter.prefix.length
         self.traits[adapter.digest] = Traits(virtual=virtual, invocation=invocation)
         return adapter.digest
@@ -101,20 +102,20 @@ class Driver:
             self.scheduler.add(seq)
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
-            work = self.scheduler.plan(lambda digest: True)
-            flat = flatten(work, self.slots, self.scheduler.pool.block_size)
-            logits = self.base.forward(flat.batch).clone()  # the next pass may write over it
-            for row in flat.rows:
-                seq = row.work.seq
-                self.scheduler.launched(row.work)
-                self.scheduler.computed(row.work)
-                self.computed += row.work.count
-                rows[seq.order].append(logits[row.start : row.end])
-                if row.samples:
-                    if row.work.end == seq.limit:
+            scheduled = self.scheduler.schedule(lambda digest: True)
+            batch, owners = build_batch(scheduled, self.slots, self.scheduler.pool.block_size)
+            logits = self.base.forward(batch).clone()  # the next pass may write over it
+            for part, own in owners:
+                seq = part.seq
+                self.scheduler.mark_launched(part)
+                self.scheduler.mark_computed(part)
+                self.computed += part.count
+                rows[seq.order].append(logits[own])
+                if part.samples:
+                    if part.end == seq.limit:
                         self.scheduler.remove(seq)
                     else:
-                        seq.tokens[row.work.end] = int(logits[row.end - 1].argmax())
+                        seq.tokens[part.end] = int(logits[own.stop - 1].argmax())
         self.sequences = [seq.tokens[seq.virtual : seq.limit] for seq in seqs]
         return [_stacked(rows[seq.order]) for seq in seqs]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_serve.adapters.adapter import Adapter, flatten
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.dispatch import lower
 
 LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: within one chunk and over several
 
@@ -82,7 +82,7 @@ def check(
     routes: list[list[tuple[str, float]]] = [[]]
     for index, config in enumerate(configs):
         models.append(make(architecture, folder / str(index), index, config, noise=noise, reload=reload))
-        routes.append([(driver.seat(bring(driver, folder / str(index))), 1.0)])
+        routes.append([(driver.load_adapter(bring(driver, folder / str(index))), 1.0)])
     count = 2 * len(models)
     if not prompts:
         generator = torch.Generator().manual_seed(9)

@@ -22,10 +22,9 @@ class Room(NamedTuple):
     modules: tuple[str, ...]  # below lora_serve; a name also stands for all below it, the longest that fits wins
 
 
-OUTSIDE = ("client", "process", "supervisor", "child", "stream", "watch")
+OUTSIDE = ("client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
 ROOMS = (
     Room(7, "command line", ("__main__", "cli", "server", "remote", "reports")),
-    Room(7, "deploy", ("deploy",)),
     Room(6, "api", ("api",)),
     Room(5, "metrics", ("metrics",)),
     Room(5, "engine from outside", tuple(f"engine.{module}" for module in OUTSIDE)),
@@ -48,7 +47,7 @@ KNOWN_BY = {
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),
-    "pydantic": ("command line", "api", "words", "deploy"),
+    "pydantic": ("command line", "api", "words"),
 }
 
 Imports = dict[str, set[str]]  # module → every module it imports, by full name

@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.gpu.figures import Limits
 from bench.shapes import Shape
 from lora_serve.adapters.adapter import Adapter, BaseShape, Lowered, flatten
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import Delta
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model import load as loading
 from lora_serve.model.base import ResidentBase
-from lora_serve.model.batch import Batch, Run
+from lora_serve.model.batch import AdapterRows, Batch
 
 BLOCK = 16  # tokens of a KV block
 DTYPE = torch.bfloat16
@@ -141,22 +141,22 @@ class RandomBase:
                 str(folder), revision=None, dtype="bfloat16", device=device, progress=lambda stage, done: None
             )
             self.shape = loaded.shape
-            self._bank = Bank(loaded.shape, slots, DTYPE, device)
+            self._device_slots = DeviceSlots(loaded.shape, slots, DTYPE, device)
             tokens = max(rows * (context + BLOCK), longest)
             kv = KVTensors(loaded.layers, -(-tokens // BLOCK), BLOCK, DTYPE, device)
-            self._base = ResidentBase(loaded, self._bank, select(device), kv)
+            self._base = ResidentBase(loaded, self._device_slots, select(device), kv)
             del loaded
         with self._recorded("graphs"):
             self._base.prepare(rows, longest, -(-longest // BLOCK))
 
     def load(self, adapter: Adapter) -> int:
         """Load an adapter onto the device; returns its slot."""
-        return self._bank.load(adapter)
+        return self._device_slots.load(adapter)
 
     def evict_all(self) -> None:
         """Evict all adapters."""
-        for digest in self._bank.seated:
-            self._bank.evict(digest)
+        for digest in self._device_slots.resident:
+            self._device_slots.evict(digest)
 
     def step(self, batch: Batch) -> Callable[[], Tensor]:
         """A call that runs the step once, as the engine's runner does."""
@@ -189,7 +189,7 @@ def decode_batch(slots: Sequence[int], context: int) -> Batch:
     """A decode step of one sequence per entry of `slots` (0: the base), at `context` tokens with the new one."""
     width = -(-context // BLOCK)
     tables = [range(1 + i * width, 1 + (i + 1) * width) for i in range(len(slots))]
-    runs = _runs(slots)
+    adapter_rows = _adapter_rows(slots)
     return Batch(
         token_ids=[1 + i for i in range(len(slots))],
         positions=[context - 1] * len(slots),
@@ -198,8 +198,8 @@ def decode_batch(slots: Sequence[int], context: int) -> Batch:
         context=[context] * len(slots),
         block_tables=tables,
         logits_rows=range(len(slots)),
-        runs=runs,
-        logits_runs=runs,
+        adapter_rows=adapter_rows,
+        logits_adapter_rows=adapter_rows,
     )
 
 
@@ -213,16 +213,16 @@ def prefill_batch(tokens: int, slot: int) -> Batch:
         context=[tokens],
         block_tables=[range(1, 1 + -(-tokens // BLOCK))],
         logits_rows=[tokens - 1],
-        runs=_runs([slot] * tokens),
-        logits_runs=_runs([slot]),
+        adapter_rows=_adapter_rows([slot] * tokens),
+        logits_adapter_rows=_adapter_rows([slot]),
     )
 
 
-def _runs(slots: Sequence[int]) -> list[Run]:
-    """Runs of consecutive rows with the same slot."""
-    runs = []
+def _adapter_rows(slots: Sequence[int]) -> list[AdapterRows]:
+    """Consecutive rows with the same slot."""
+    adapter_rows = []
     for slot, group in groupby(range(len(slots)), key=lambda row: slots[row]):
         rows = list(group)
         if slot:
-            runs.append(Run(rows[0], rows[-1] + 1, slot, 1.0))
-    return runs
+            adapter_rows.append(AdapterRows(rows[0], rows[-1] + 1, slot, 1.0))
+    return adapter_rows

@@ -21,7 +21,7 @@ import torch
 from bench.machine import describe
 from bench.report import json_line
 from bench.roofline import read_bandwidth
-from lora_serve.kernels.contract import Delta, DeltaGroup, Kernels, Segments, Spans
+from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.kernels.select import select
 
@@ -103,8 +103,8 @@ def delta_work(name: str, ranks: tuple[int, ...], rows: int) -> Work:
         int32([start + rows for start in starts]),
         int32(list(range(1, len(ranks) + 1))),
         torch.ones(len(ranks)),
-        longest=rows,
-        rank=max(ranks),
+        max_rows=rows,
+        max_rank=max(ranks),
     )
     x = torch.randn(tokens, in_features).to(DTYPE)
     outputs = [torch.zeros(tokens, out, dtype=DTYPE) for out in out_features]
@@ -125,7 +125,7 @@ def attention_work(sequences: int, context: int, rows: int) -> Work:
     pools = [
         [torch.randn(blocks, BLOCK, KV_HEADS, HEAD_DIM).to(DTYPE) for _ in range(2)] for _ in range(layers_for(nbytes))
     ]
-    spans = Spans(
+    metadata = AttentionMetadata(
         int32(list(range(0, rows * sequences + 1, rows))),
         int32([context] * sequences),
         torch.randperm(blocks).int().view(sequences, per_sequence),
@@ -137,7 +137,7 @@ def attention_work(sequences: int, context: int, rows: int) -> Work:
 
     def call(kernels: Kernels, turn: int) -> None:
         keys, values = pools[turn % len(pools)]
-        kernels.attention(q, keys, values, spans, HEAD_DIM**-0.5)
+        kernels.attention(q, keys, values, metadata, HEAD_DIM**-0.5)
 
     what = f"{sequences} × {rows} rows, context {context}"
     return Work("attention", what, nbytes, 4 * HEAD_DIM * scores, call)
@@ -147,7 +147,7 @@ def overhead_work() -> Work:
     """The smallest possible delta: the overhead of a call."""
     group = DeltaGroup(16, (16,), 2, DTYPE, CPU)
     group.set(0, 1, Delta(torch.zeros(1, 16, dtype=DTYPE), torch.zeros(1, 16, dtype=DTYPE)))
-    segments = Segments(int32([0]), int32([1]), int32([1]), torch.ones(1), longest=1, rank=1)
+    segments = Segments(int32([0]), int32([1]), int32([1]), torch.ones(1), max_rows=1, max_rank=1)
     x = torch.zeros(1, 16, dtype=DTYPE)
     return Work("delta", "call overhead, 1 module", 64, 64, lambda kernels, _: kernels.delta(x, [x], group, segments))
 

@@ -23,19 +23,19 @@ from bench.machine import describe
 from bench.make_model import make_model
 from bench.report import json_line, number, table
 from bench.shapes import SHAPES
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered, flatten
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, flatten
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import Delta
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
-from lora_serve.model.batch import Batch, Run
+from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.load import load
 
 CPU = torch.device("cpu")
 ROWS = 8
 SHAPE = replace(SHAPES["qwen2.5-0.5b"], layers=6, vocabulary=2048)
-Changing = Callable[[BaseShape], dict[str, Change]]
+Changing = Callable[[BaseShape], dict[str, ModuleOverride]]
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class Cost:
     ratio: float
 
 
-def gains(shape: BaseShape) -> dict[str, Change]:
+def gains(shape: BaseShape) -> dict[str, ModuleOverride]:
     """As in DoRA, or IA³ with a bias: an output gain and a constant on every linear module."""
     sites = [site for site in shape.sites.values() if site.name != shape.head]
     return {
-        site.name: Change(gain_out=torch.rand(site.out_features) + 0.5, shift=torch.rand(site.out_features))
+        site.name: ModuleOverride(gain_out=torch.rand(site.out_features) + 0.5, shift=torch.rand(site.out_features))
         for site in sites
     }
 
 
-def norms(shape: BaseShape) -> dict[str, Change]:
+def norms(shape: BaseShape) -> dict[str, ModuleOverride]:
     """As in LN tuning: every norm's weight replaced."""
     names = [name for name in shape.modules if name.endswith("norm")]
-    return {name: Change(parameters={"weight": torch.rand(shape.modules[name]["weight"])}) for name in names}
+    return {name: ModuleOverride(parameters={"weight": torch.rand(shape.modules[name]["weight"])}) for name in names}
 
 
-def lookup(shape: BaseShape) -> dict[str, Change]:
+def lookup(shape: BaseShape) -> dict[str, ModuleOverride]:
     """LoRA on the embedding."""
     ids, width = shape.modules[shape.input_embedding]["weight"]
-    return {shape.input_embedding: Change(lookup=Delta(torch.rand(ids, 16), torch.rand(16, width)))}
+    return {shape.input_embedding: ModuleOverride(lookup=Delta(torch.rand(ids, 16), torch.rand(16, width)))}
 
 
 CASES: dict[str, Changing] = {
@@ -80,8 +80,10 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         loaded = load(str(folder), revision=None, dtype="bfloat16", device=CPU, progress=lambda stage, done: None)
-        self.bank = Bank(loaded.shape, ROWS * (1 + len(CASES)), loaded.dtype, CPU)
-        self._base = ResidentBase(loaded, self.bank, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU))
+        self.device_slots = DeviceSlots(loaded.shape, ROWS * (1 + len(CASES)), loaded.dtype, CPU)
+        self._base = ResidentBase(
+            loaded, self.device_slots, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU)
+        )
         self._shape = loaded.shape
         self.plain = self._load("plain", lambda shape: {})
 
@@ -98,12 +100,12 @@ class Bench:
                 if site.name != self._shape.head
             }
             lowered = Lowered(deltas, {}, changing(self._shape))
-            slots.append(self.bank.load(flatten(f"{name} {index}", lowered, torch.bfloat16)))
+            slots.append(self.device_slots.load(flatten(f"{name} {index}", lowered, torch.bfloat16)))
         return slots
 
     def step(self, slots: list[int]) -> float:
         """Seconds of one forward pass with a row for each slot."""
-        runs = [Run(row, row + 1, slot, 1.0) for row, slot in enumerate(slots)]
+        adapter_rows = [AdapterRows(row, row + 1, slot, 1.0) for row, slot in enumerate(slots)]
         batch = Batch(
             token_ids=range(ROWS),
             positions=[0] * ROWS,
@@ -112,8 +114,8 @@ class Bench:
             context=[1] * ROWS,
             block_tables=[[row + 1] for row in range(ROWS)],
             logits_rows=range(ROWS),
-            runs=runs,
-            logits_runs=runs,
+            adapter_rows=adapter_rows,
+            logits_adapter_rows=adapter_rows,
         )
         begin = time.perf_counter()
         self._base.forward(batch)

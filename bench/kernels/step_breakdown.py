@@ -21,9 +21,10 @@ from typing import Any
 from bench.report import json_line, number, table
 from bench.serving.engine_throughput import Driver, started_engine
 from bench.serving.load import Load, mixes
-from lora_serve.engine import assemble, runner
-from lora_serve.kernels.tape import CallTape
-from lora_serve.model import place, replay
+from lora_serve.engine import runner, startup
+from lora_serve.kernels.cpu.recording import CallRecording
+from lora_serve.model import recorded_steps
+from lora_serve.model.input_buffers import InputBuffers
 
 HEAD = 30_000  # a linear module with at least so many outputs is the LM head
 
@@ -46,7 +47,7 @@ class Timers:
 
 def instrument(timers: Timers) -> None:
     """Time the parts of every engine that is built from now on."""
-    select = assemble.select
+    select = startup.select
 
     def timed(*args: Any) -> Any:
         kernels = select(*args)
@@ -54,11 +55,11 @@ def instrument(timers: Timers) -> None:
             setattr(kernels, name, timers.timed(_linear if name == "linear" else name, getattr(kernels, name)))
         return kernels
 
-    assemble.select = timed
-    CallTape.play = timers.timed("recorded step", CallTape.play)  # type: ignore[method-assign]
-    runner.flatten = timers.timed("flatten", runner.flatten)
-    runner.draw = timers.timed("sample", runner.draw)
-    place.Place.write = timers.timed("write inputs", place.Place.write)  # type: ignore[method-assign]
+    startup.select = timed
+    CallRecording.replay = timers.timed("recorded step", CallRecording.replay)  # type: ignore[method-assign]
+    runner.build_batch = timers.timed("build batch", runner.build_batch)
+    runner.sample = timers.timed("sample", runner.sample)
+    InputBuffers.write = timers.timed("write inputs", InputBuffers.write)  # type: ignore[method-assign]
 
 
 def _linear(x: Any, weights: Any) -> str:
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=int, default=32, help="output tokens per request")
     args = parser.parse_args(arguments)
     if args.no_recorded_steps:
-        replay.MOST_ROWS = 0
+        recorded_steps.MAX_ROWS = 0
     found = measure(args.folder, args.serve, args.mix, args.clients, args.output)
     parts = sorted({part for each in found.values() for part in each} - {"step", "steps"})
     order = ["steps", "step", *sorted(parts, key=lambda part: -max(each.get(part, 0.0) for each in found.values()))]

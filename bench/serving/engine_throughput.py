@@ -31,7 +31,7 @@ from bench.serving.load import Load, add_load_arguments, load_from, mixes
 from lora_serve.cli import Cli
 from lora_serve.config import ServeConfig
 from lora_serve.engine.engine import Engine
-from lora_serve.engine.process import EngineCore
+from lora_serve.engine.process_main import EngineCore
 from lora_serve.messages import (
     Call,
     EngineInfo,

@@ -28,7 +28,7 @@ from bench.machine import describe
 from bench.report import json_line, number, table
 from bench.serving.engine_throughput import started_engine
 from demo.tasks import TASKS, heldout_prompts, instruction
-from lora_serve.engine.process import EngineCore
+from lora_serve.engine.process_main import EngineCore
 from lora_serve.errors import ModelUnsupported
 from lora_serve.messages import Generate
 from lora_serve.request import Finished, Logprob, Request, Sampling, Tokens

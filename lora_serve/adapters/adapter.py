@@ -1,7 +1,7 @@
 """The lowered form of an adapter, and what lowering must know of the base.
 
 Whatever an adapter was on disk, here it is one flat tensor and a plan that says what lies where in it: for linear sites
-the low-rank matrices of the one instruction, and for whatever else a format can express, a `Change` of a module or a
+the low-rank matrices of the one instruction, and for whatever else a format can express, a `ModuleOverride` of a module or a
 `Prefix`. The batched kernel knows deltas only; the rest costs only the batches that hold such an adapter.
 """
 
@@ -81,7 +81,7 @@ class BaseShape:
 
 
 @dataclass(frozen=True)
-class Change:
+class ModuleOverride:
     """What an adapter does to one module besides a linear site's delta. Tensors that are None change nothing.
 
     For the adapter's rows, in this order (a composition's weight w is 1 unless only `lookup` and `shift` are set):
@@ -122,11 +122,13 @@ class Change:
         rest = {role: getattr(self, role) for role in ("gain_in", "gain_out", "shift", "token_rows")}
         return found | {role: tensor for role, tensor in rest.items() if tensor is not None}
 
-    def map(self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor] | None = None) -> Change:
+    def map(
+        self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor] | None = None
+    ) -> ModuleOverride:
         """The same change with every tensor passed through `function`, gains and constants through `vectors`."""
         vectors = vectors or function
         own = {role: tensor for role in VECTORS if (tensor := getattr(self, role)) is not None}
-        return Change(
+        return ModuleOverride(
             parameters={name: function(tensor) for name, tensor in sorted(self.parameters.items())},
             lookup=None if self.lookup is None else Delta(function(self.lookup.a), function(self.lookup.b)),
             token_ids=self.token_ids,
@@ -178,7 +180,7 @@ class Lowered:
 
     deltas: dict[str, Delta]
     report: dict[str, Any]
-    changes: dict[str, Change] = field(default_factory=dict)
+    overrides: dict[str, ModuleOverride] = field(default_factory=dict)
     prefix: Prefix | None = None
     invocation: tuple[int, ...] = ()
 
@@ -188,8 +190,8 @@ class Lowered:
         found: dict[str, Tensor] = {}
         for site, delta in self.deltas.items():
             found |= {f"{site} a": delta.a, f"{site} b": delta.b}
-        for module in sorted(self.changes):
-            found |= {f"{module} {role}": tensor for role, tensor in self.changes[module].tensors.items()}
+        for module in sorted(self.overrides):
+            found |= {f"{module} {role}": tensor for role, tensor in self.overrides[module].tensors.items()}
         if self.prefix is not None:
             found |= {f"prefix {role}": tensor for role, tensor in self.prefix.tensors.items()}
         return found
@@ -204,12 +206,12 @@ class Lowered:
         """Why the adapter cannot be weighted or composed; empty if it can."""
         if self.prefix is not None:
             return "it puts virtual tokens before the prompt"
-        fixed = [module for module, change in self.changes.items() if not change.additive]
+        fixed = [module for module, override in self.overrides.items() if not override.additive]
         return f"it replaces or rescales parts of the base ({fixed[0]})" if fixed else ""
 
 
 @dataclass(frozen=True)
-class Place:
+class MatrixOffsets:
     """Where one module's matrices lie in the flat tensor: element offsets; sizes follow from rank and the site."""
 
     a: int
@@ -230,8 +232,8 @@ class Adapter:
 
     digest: str
     flat: Tensor
-    places: dict[str, Place]
-    changes: dict[str, Change] = field(default_factory=dict)
+    offsets: dict[str, MatrixOffsets]
+    overrides: dict[str, ModuleOverride] = field(default_factory=dict)
     prefix: Prefix | None = None
 
     @property
@@ -240,7 +242,7 @@ class Adapter:
 
     def delta(self, site: Site, flat: Tensor | None = None) -> Delta | None:
         """Views of the site's matrices in `flat` (this adapter's flat tensor, on some device), if it has any."""
-        place = self.places.get(site.name)
+        place = self.offsets.get(site.name)
         if place is None:
             return None
         source = self.flat if flat is None else flat
@@ -250,15 +252,15 @@ class Adapter:
             b=source.as_strided((rank, tall), (tall, 1), place.b),
         )
 
-    def moved(self, flat: Tensor) -> tuple[dict[str, Change], Prefix | None]:
-        """Changes and prefix as views into `flat`, a copy of this adapter's flat tensor."""
+    def moved(self, flat: Tensor) -> tuple[dict[str, ModuleOverride], Prefix | None]:
+        """ModuleOverrides and prefix as views into `flat`, a copy of this adapter's flat tensor."""
 
         def view(tensor: Tensor) -> Tensor:
             whole = flat if tensor.dtype == flat.dtype else flat.view(tensor.dtype)
             return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-        changes = {module: change.map(view) for module, change in self.changes.items()}
-        return changes, None if self.prefix is None else self.prefix.map(view)
+        overrides = {module: override.map(view) for module, override in self.overrides.items()}
+        return overrides, None if self.prefix is None else self.prefix.map(view)
 
 
 def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
@@ -279,15 +281,15 @@ def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
         at += room(tensor, kept)
         return place
 
-    places = {}
+    offsets = {}
     for name, delta in lowered.deltas.items():
         a, b = put(delta.a), put(delta.b)
-        places[name] = Place(int(a.storage_offset()), int(b.storage_offset()), a.shape[0])
-    changes = {
-        name: lowered.changes[name].map(put, lambda vector: put(vector, torch.float32))
-        for name in sorted(lowered.changes)
+        offsets[name] = MatrixOffsets(int(a.storage_offset()), int(b.storage_offset()), a.shape[0])
+    overrides = {
+        name: lowered.overrides[name].map(put, lambda vector: put(vector, torch.float32))
+        for name in sorted(lowered.overrides)
     }
-    return Adapter(digest, flat, places, changes, None if lowered.prefix is None else lowered.prefix.map(put))
+    return Adapter(digest, flat, offsets, overrides, None if lowered.prefix is None else lowered.prefix.map(put))
 
 
 def _is_vector(name: str) -> bool:

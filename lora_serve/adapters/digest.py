@@ -18,7 +18,7 @@ def digest(lowered: Lowered) -> str:
     for name, tensor in sorted(lowered.tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    ids = {module: change.token_ids for module, change in sorted(lowered.changes.items()) if change.token_ids}
+    ids = {module: override.token_ids for module, override in sorted(lowered.overrides.items()) if override.token_ids}
     if ids or lowered.invocation:
         found.update(f"{ids} {lowered.invocation}\n".encode())
     return found.hexdigest()

@@ -16,15 +16,15 @@ from typing import Protocol
 import torch
 
 from lora_serve.adapters.adapter import Adapter
-from lora_serve.adapters.bank import Bank
-from lora_serve.adapters.cache import Cache
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.adapters.host_cache import HostCache
 from lora_serve.adapters.loader import Loader
 from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.messages import Stats
 
 
 @dataclass(frozen=True)
-class Ready:
+class InMemory:
     """In memory: it can be seated at once."""
 
 
@@ -34,7 +34,7 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Failed:
+class LoadFailed:
     """The load that was asked for last did not succeed."""
 
     error: ServeError
@@ -65,14 +65,14 @@ class Memory:
 
     def __init__(
         self,
-        cache: Cache,
-        bank: Bank,
+        cache: HostCache,
+        device_slots: DeviceSlots,
         loader: Loader,
         fetch: Callable[[str], Adapter],
         claims: Claims,
         landed: Callable[[str], None],
     ) -> None:
-        self._cache, self._bank, self._loader = cache, bank, loader
+        self._cache, self._device_slots, self._loader = cache, device_slots, loader
         self._fetch, self._claims, self._landed = fetch, claims, landed
         self._loading: dict[str, list[Callable[[ServeError | None], None]]] = {}  # digest → who waits
         self._failed: dict[str, ServeError] = {}
@@ -82,34 +82,34 @@ class Memory:
         self._seconds: dict[str, float] = {"host": 0.0, "device": 0.0}
 
     def __repr__(self) -> str:
-        return f"<Memory {len(self._loading)} loading, {self._cache!r}, {self._bank!r}>"
+        return f"<Memory {len(self._loading)} loading, {self._cache!r}, {self._device_slots!r}>"
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._cache or self._bank.holds(digest)
+        return digest in self._cache or self._device_slots.holds(digest)
 
     @property
-    def seated(self) -> list[str]:
+    def resident(self) -> list[str]:
         """Digests on the device, least recently used first."""
-        return self._bank.seated
+        return self._device_slots.resident
 
     def tiers(self, digest: str) -> list[str]:
         """The memory tiers that hold a version: of 'host' and 'device'."""
-        there = {"host": digest in self._cache, "device": self._bank.holds(digest)}
+        there = {"host": digest in self._cache, "device": self._device_slots.holds(digest)}
         return [tier for tier, holds in there.items() if holds]
 
     def is_loading(self, digest: str) -> bool:
         return digest in self._loading
 
-    def state(self, digest: str) -> Ready | Loading | Failed:
+    def state(self, digest: str) -> InMemory | Loading | LoadFailed:
         """How far a leased version is."""
         if digest in self._failed:
-            return Failed(self._failed[digest])
-        return Ready() if digest in self else Loading()
+            return LoadFailed(self._failed[digest])
+        return InMemory() if digest in self else Loading()
 
     def touch(self, digest: str) -> None:
         """A request begins to use a version: it is recently used, and the counters learn where it was found."""
         for tier, there in (
-            ("device", self._bank.slot(digest) is not None),
+            ("device", self._device_slots.slot(digest) is not None),
             ("host", self._cache.get(digest) is not None),
         ):
             (self._hits if there else self._misses)[tier] += 1
@@ -129,33 +129,33 @@ class Memory:
             self._loading[digest] = waiters
             self._load(digest)
 
-    def seat(self, digests: Sequence[str]) -> dict[str, int]:
+    def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
         """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
         keep = {*digests, *self._claims.kept}
         slots: dict[str, int] = {}
         for digest in digests:
-            slot = self._bank.slot(digest)
+            slot = self._device_slots.slot(digest)
             slots[digest] = self._seat(digest, keep) if slot is None else slot
         return slots
 
-    def arrived(self, digests: Iterable[str]) -> bool:
+    def copied(self, digests: Iterable[str]) -> bool:
         """Whether seated versions can be used without waiting."""
-        return all(map(self._bank.arrived, digests))
+        return all(map(self._device_slots.copied, digests))
 
-    def precede(self, digests: Sequence[str]) -> None:
+    def wait_for_copies(self, digests: Sequence[str]) -> None:
         """Have the next step wait for seated versions."""
-        self._bank.precede(digests)
+        self._device_slots.wait_for_copies(digests)
 
     def warm(self, digest: str) -> None:
         """Seat a version ahead of its use, if that takes nobody's seat who is in use."""
-        if digest not in self or self._bank.holds(digest):
+        if digest not in self or self._device_slots.holds(digest):
             return
         with suppress(ServeError):
             self._seat(digest, {*self._claims.leased, *self._claims.kept})
 
     def evict(self, digest: str) -> None:
         """Out of both tiers; what it took returns."""
-        self._bank.evict(digest)
+        self._device_slots.evict(digest)
         self._cache.evict(digest)
 
     def forget_failure(self, digest: str) -> None:
@@ -164,9 +164,9 @@ class Memory:
 
     def fill(self, stats: Stats) -> None:
         """Write the tiers' share of the numbers."""
-        stats.adapter_slots = self._bank.slots
-        stats.bytes = {"host": self._cache.bytes, "device": self._bank.bytes}
-        stats.evictions_total = {"host": self._cache.evictions, "device": self._bank.evictions}
+        stats.adapter_slots = self._device_slots.slots
+        stats.bytes = {"host": self._cache.bytes, "device": self._device_slots.bytes}
+        stats.evictions_total = {"host": self._cache.evictions, "device": self._device_slots.evictions}
         stats.cache_hits_total = dict(self._hits)
         stats.cache_misses_total = dict(self._misses)
         stats.loads_total = dict(self._loads)
@@ -177,10 +177,10 @@ class Memory:
         adapter = self._cache.get(digest)
         if adapter is None:
             raise EngineFault("an adapter was scheduled that is not in memory")
-        if not self._bank.room(adapter.nbytes, keep):
+        if not self._device_slots.room(adapter.nbytes, keep):
             raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
         try:
-            slot = self._bank.load(adapter)
+            slot = self._device_slots.load(adapter)
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
         self._loads["device"] += 1
@@ -191,10 +191,10 @@ class Memory:
         def work() -> tuple[Adapter, float]:
             started = time.perf_counter()
             adapter = self._fetch(digest)
-            self._bank.upload.pin(adapter.flat)
+            self._device_slots.upload.pin(adapter.flat)
             return adapter, time.perf_counter() - started
 
-        def arrived(result: tuple[Adapter, float] | ServeError) -> None:
+        def copied(result: tuple[Adapter, float] | ServeError) -> None:
             failure = result if isinstance(result, ServeError) else self._keep(*result)
             if failure is not None and digest in self._claims.leased:
                 self._failed[digest] = failure
@@ -203,7 +203,7 @@ class Memory:
             for waiter in waiters:
                 waiter(failure)
 
-        self._loader.load(work, arrived)
+        self._loader.load(work, copied)
 
     def _keep(self, adapter: Adapter, seconds: float) -> ServeError | None:
         """Put a loaded adapter into the cache; the error if it does not fit."""

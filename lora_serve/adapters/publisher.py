@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.formats.report import complete
 from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.adapters.traits import traits
@@ -91,7 +91,7 @@ class Publisher:
         meta = Meta(
             created=time.time(),
             rank=max((delta.a.shape[0] for delta in lowered.deltas.values()), default=0),
-            modules=len(lowered.deltas.keys() | lowered.changes.keys()),
+            modules=len(lowered.deltas.keys() | lowered.overrides.keys()),
             elements=elements,
             vectors=lowered.vectors,
             file_bytes=checkpoint.file_bytes,

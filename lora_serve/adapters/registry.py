@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from lora_serve.adapters.adapter import ALIGNMENT, Adapter, BaseShape, flatten
-from lora_serve.adapters.bank import Bank
-from lora_serve.adapters.cache import Cache
 from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.adapters.formats.dispatch import lower
+from lora_serve.adapters.host_cache import HostCache
 from lora_serve.adapters.loader import Loader
-from lora_serve.adapters.memory import Failed, Loading, Memory, Ready
+from lora_serve.adapters.memory import InMemory, LoadFailed, Loading, Memory
 from lora_serve.adapters.publisher import Published, Publisher
 from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.adapters.traits import Traits, traits
@@ -37,7 +37,7 @@ from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection
 from lora_serve.names import check_name, unknown
 from lora_serve.request import AdapterUse
 
-__all__ = ["Failed", "Lease", "Loading", "Ready", "Registry"]  # `state` answers with the first ones
+__all__ = ["InMemory", "Lease", "LoadFailed", "Loading", "Registry"]  # `state` answers with the first ones
 
 Done = Callable[[Any], None]
 ROUNDING = 8 * ALIGNMENT  # bytes a module: more than aligning all of its tensors takes
@@ -65,8 +65,8 @@ class Registry:
     def __init__(
         self,
         store: Store,
-        cache: Cache,
-        bank: Bank,
+        cache: HostCache,
+        device_slots: DeviceSlots,
         base: BaseShape,
         dtype: torch.dtype,
         wake: Callable[[], None],
@@ -77,9 +77,11 @@ class Registry:
         self._dtype, self._max_bytes = dtype, max_bytes
         self._publisher = Publisher(store, base, max_bytes=max_bytes, most_elements=cache.capacity // dtype.itemsize)
         self._loader = Loader(wake)
-        self._memory = Memory(cache, bank, self._loader, self._fetch, self, self._tidy)
-        self._pins_at_most = bank.slots - 1  # one slot is left for everyone else,
-        self._pinned_bytes = None if bank.capacity is None else bank.capacity // 2  # and half of the memory
+        self._memory = Memory(cache, device_slots, self._loader, self._fetch, self, self._tidy)
+        self._pins_at_most = device_slots.slots - 1  # one slot is left for everyone else,
+        self._pinned_bytes = (
+            None if device_slots.capacity is None else device_slots.capacity // 2
+        )  # and half of the memory
         self._names: dict[str, Record] = dict(store.names())
         self._meta: dict[str, Meta] = {record.digest: store.meta(record.digest) for record in self._names.values()}
         self._old: dict[str, list[str]] = {}  # name → earlier versions that are still leased
@@ -122,7 +124,7 @@ class Registry:
                 del self._old[name]
         self._tidy(lease.digest)
 
-    def state(self, digest: str) -> Ready | Loading | Failed:
+    def state(self, digest: str) -> InMemory | Loading | LoadFailed:
         """How far a leased version is."""
         return self._memory.state(digest)
 
@@ -130,22 +132,22 @@ class Registry:
         """Have a version brought into host memory, unless it is there or on its way."""
         self._memory.want(digest)
 
-    def seat(self, digests: Sequence[str]) -> dict[str, int]:
+    def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
         """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
-        return self._memory.seat(digests)
+        return self._memory.assign_slots(digests)
 
     def bytes(self, digest: str) -> int:
         """What a version takes in memory, alignment too: no less, and hardly more."""
         meta = self._meta[digest]
         return meta.bytes(self._dtype.itemsize) + ROUNDING * meta.modules
 
-    def arrived(self, digests: Iterable[str]) -> bool:
+    def copied(self, digests: Iterable[str]) -> bool:
         """Whether seated versions can be used without waiting for them to arrive on the device."""
-        return self._memory.arrived(digests)
+        return self._memory.copied(digests)
 
-    def precede(self, digests: Sequence[str]) -> None:
+    def wait_for_copies(self, digests: Sequence[str]) -> None:
         """Have the next step wait for seated versions."""
-        self._memory.precede(digests)
+        self._memory.wait_for_copies(digests)
 
     @property
     def leased(self) -> Sequence[str]:
@@ -160,7 +162,7 @@ class Registry:
     @property
     def pinned(self) -> Set[str]:
         """Versions on the device that never leave it."""
-        return self.kept & set(self._memory.seated)
+        return self.kept & set(self._memory.resident)
 
     def poll(self) -> bool:
         """Take in what the threads finished; whether there was anything."""
@@ -228,12 +230,12 @@ class Registry:
         digest = self._record(name).digest
         self._evicting.discard(digest)
 
-        def arrived(error: ServeError | None) -> None:
+        def copied(error: ServeError | None) -> None:
             if error is None and name in self._names:
                 self._memory.warm(digest)
             done(error or (self.describe(name) if name in self._names else unknown(name)))
 
-        self._memory.want(digest, arrived)
+        self._memory.want(digest, copied)
 
     def evict(self, name: str, done: Done) -> None:
         """Out of host and device memory: now, or when the last request that uses it ends."""
@@ -285,7 +287,7 @@ class Registry:
     def fill(self, stats: Stats) -> None:
         """Write the adapters' share of the numbers."""
         names = {record.digest: name for name, record in self._names.items()}
-        stats.resident = sorted(names[digest] for digest in self._memory.seated if digest in names)
+        stats.resident = sorted(names[digest] for digest in self._memory.resident if digest in names)
         stats.adapters = len(self._names)
         self._memory.fill(stats)
 

@@ -40,7 +40,7 @@ def _vocabulary(lowered: Lowered, base: BaseShape) -> int:
     before = [base.modules.get(module, {}).get("weight", (0,))[0] for module in tables]
     after = list(before)
     for place, module in enumerate(tables):
-        weight = lowered.changes[module].parameters.get("weight") if module in lowered.changes else None
+        weight = lowered.overrides[module].parameters.get("weight") if module in lowered.overrides else None
         if weight is not None:
             after[place] = weight.shape[0]
     if after == before:

@@ -10,13 +10,13 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 
-from lora_serve.api import admin, errors
+from lora_serve.api import admin, error_responses
 from lora_serve.api.auth import Authorized, Keys
 from lora_serve.api.engine import Engine
 from lora_serve.api.limits import BodyLimit
 from lora_serve.api.openai import chat, completions, models, tokenize
 from lora_serve.api.services import Injected, Services
-from lora_serve.api.stream import ClientGone
+from lora_serve.api.sse import ClientGone
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
@@ -35,7 +35,7 @@ def create_app(engine: Engine, tokenizer: Any, config: ServeConfig, keys: Keys |
     engine.observe(metrics.observe)
     app.state.services = Services(engine, tokenizer, config, keys, metrics, config.store_folder() / "staging")
     app.add_middleware(BodyLimit, most=config.max_body, streams=admin.is_upload)
-    errors.install(app)
+    error_responses.install(app)
     app.add_exception_handler(ClientGone, nobody)
     for routes in (completions, chat, models, tokenize, admin):
         app.include_router(routes.router)

@@ -20,7 +20,7 @@ import yaml
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lora_serve.api.errors import Forbidden, Unauthenticated
+from lora_serve.api.error_responses import Forbidden, Unauthenticated
 from lora_serve.errors import BadRequest
 
 HASH = re.compile(r"sha256:[0-9a-f]{64}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_serve.api import errors
+from lora_serve.api import error_responses
 from lora_serve.errors import TooLarge
 
 
@@ -58,4 +58,4 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = TooLarge(f"the body is larger than {self._most:,} bytes")
-        await errors.response(error)(scope, receive, send)
+        await error_responses.response(error)(scope, receive, send)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence, Set
 
 from lora_serve.adapters.registry import Lease
-from lora_serve.engine.fairness import Turns
+from lora_serve.engine.fairness import SlotRotation
 from lora_serve.errors import BadRequest, ContextExceeded
 from lora_serve.messages import EngineInfo
 from lora_serve.request import Request
@@ -30,14 +30,14 @@ def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
         )
 
 
-def check_room(leases: Sequence[Lease], pinned: Set[str], turns: Turns) -> None:
+def check_adapters_fit(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
     """Raises BadRequest for adapters that could never be on the device together, whatever else is pinned."""
     sizes = {lease.digest: lease.bytes for lease in leases if lease.digest not in pinned}
-    if len(sizes) > turns.slots - len(pinned):
+    if len(sizes) > rotation.slots - len(pinned):
         raise BadRequest("more adapters than can be on the device at once", param="adapter")
-    if turns.capacity is not None and sum(sizes.values()) > turns.capacity // 2:  # half may be pinned
+    if rotation.capacity is not None and sum(sizes.values()) > rotation.capacity // 2:  # half may be pinned
         raise BadRequest(
-            f"the adapter takes {sum(sizes.values())} bytes; a request's adapters may take {turns.capacity // 2}, "
+            f"the adapter takes {sum(sizes.values())} bytes; a request's adapters may take {rotation.capacity // 2}, "
             "half of --adapter-device-memory",
             param="adapter",
         )

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from lora_serve.config import MOST_SEQS, ServeConfig
-from lora_serve.engine.stream import EventStream
+from lora_serve.engine.event_buffer import EventBuffer
 from lora_serve.engine.supervisor import Supervisor
 from lora_serve.errors import EngineFault, Failure, Overloaded, ServeError, Unavailable
 from lora_serve.messages import (
@@ -34,7 +34,7 @@ from lora_serve.messages import (
 )
 from lora_serve.request import Event, Finished, Request
 
-COMMAND = (sys.executable, "-m", "lora_serve.engine.process")
+COMMAND = (sys.executable, "-m", "lora_serve.engine.process_main")
 UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class EngineClient:
     ) -> None:
         self._unread_tokens = unread_tokens
         self._most_streams = config.max_queue + (config.max_num_seqs or MOST_SEQS)
-        self._streams: dict[str, EventStream] = {}  # those that the engine still works on
+        self._streams: dict[str, EventBuffer] = {}  # those that the engine still works on
         self._readers = 0  # generators not yet closed, their streams perhaps finished
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -85,7 +85,7 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """An engine runs and its heartbeat is recent. Turns False well before the watchdog gives up on it."""
+        """An engine runs and its heartbeat is recent. SlotRotation False well before the watchdog gives up on it."""
         return self._supervisor.alive
 
     @property
@@ -120,7 +120,7 @@ class EngineClient:
             raise Overloaded("too many requests wait already", retry_after=1.0)
         if request.id in self._streams:
             raise ValueError("the request id is in use")
-        stream = EventStream(self._unread_tokens)
+        stream = EventBuffer(self._unread_tokens)
         self._streams[request.id] = stream
         self._readers += 1
         child.send(Generate(request))

@@ -1,24 +1,24 @@
-"""Who sits on the device when more adapters are wanted at once than there are slots.
+"""Round-robin assignment of device slots to adapters when more adapters are wanted than there are slots.
 
-Pure decisions over plain state. A *party* is the set of adapters that one sequence needs at the same time (mostly one).
-Parties that wait are seated by age; a seated party keeps its seats for at least a quantum of steps, then yields to
-one that has waited, and joins the line again behind it. So every adapter's turn comes, and nobody's is so short that
-loading outweighs running.
+Pure decisions over plain state. An adapter set is what one sequence needs at the same time (mostly one adapter). Sets
+that have no slots wait in a line, first in, first out. A set keeps its slots for at least a quantum of steps; then it
+yields to the first one in the line, and joins the line again behind it. So every set's turn comes, and no turn is so
+short that copying adapters outweighs running them. The work of a step depends on the number of slots only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 
-Party = tuple[str, ...]
+AdapterSet = tuple[str, ...]
 
 
-class Turns:
-    """Seats over time.
+class SlotRotation:
+    """Which adapters are resident on the device, step by step.
 
     Args:
         slots: adapters on the device at once.
-        quantum: steps that a seated adapter keeps its seat while others wait.
+        quantum: steps for which a resident adapter stays while others wait.
         capacity: bytes of them at once; None: however many the slots hold.
         size: bytes of an adapter.
     """
@@ -30,36 +30,59 @@ class Turns:
         self.capacity = capacity
         self._quantum = quantum
         self._size = size
-        self._since: dict[str, int] = {}  # seated adapter → step at which its turn began, in that order
-        self._tickets: dict[str, int] = {}  # wanted, unseated adapter → its number in the line
-        self._issued = 0
+        self._wanted: dict[str, dict[AdapterSet, None]] = {}  # adapter → wanted sets with it
+        self._line: dict[AdapterSet, None] = {}  # wanted sets that wait for slots, in order
+        self._since: dict[str, int] = {}  # resident adapter → step at which its turn began, in that order
+        self._pinned: Set[str] = frozenset()
+        self._stale = False  # some resident adapter may not be wanted any more
 
     def __repr__(self) -> str:
-        return f"<Turns {len(self._since)} of {self.slots} seats taken, {len(self._tickets)} wait>"
+        return f"<SlotRotation {len(self._since)} of {self.slots} slots assigned, {len(self._line)} sets wait>"
 
-    def seat(self, step: int, parties: Iterable[Party], pinned: Set[str] = frozenset()) -> set[str]:
-        """The adapters that are seated in this step.
+    def want(self, adapter_set: AdapterSet) -> None:
+        """Some sequence needs these adapters from now on, and they are in host memory."""
+        for digest in adapter_set:
+            self._wanted.setdefault(digest, {})[adapter_set] = None
+        if adapter_set:
+            self._line[adapter_set] = None
+
+    def unwant(self, adapter_set: AdapterSet) -> None:
+        """No sequence needs these adapters any more, or they are no longer in host memory."""
+        for digest in adapter_set:
+            del self._wanted[digest][adapter_set]
+            if not self._wanted[digest]:
+                del self._wanted[digest]
+        self._line.pop(adapter_set, None)
+        self._stale = True
+
+    def assign(self, step: int, pinned: Set[str] = frozenset()) -> set[str]:
+        """The adapters that have a slot in this step, pinned ones included.
 
         Args:
             step: number of this step; grows.
-            parties: who could run now, oldest sequence first (duplicates allowed).
-            pinned: adapters that always have a seat; fewer than there are slots.
+            pinned: adapters that always have a slot; fewer than there are slots.
         """
-        parties = (tuple(digest for digest in party if digest not in pinned) for party in parties)
-        line = [party for party in dict.fromkeys(parties) if party]
-        wanted = dict.fromkeys(digest for party in line for digest in party)
-        whole = {digest for party in line if self._since.keys() >= set(party) for digest in party}
-        self._since = {digest: since for digest, since in self._since.items() if digest in whole}
-        self._tickets = {digest: ticket for digest, ticket in self._tickets.items() if digest in wanted}
-        for digest in wanted:
-            if digest not in self._since and digest not in self._tickets:
-                self._queue(digest)
-        waiting = [party for party in line if any(digest in self._tickets for digest in party)]
-        for party in sorted(waiting, key=lambda party: max(self._tickets.get(digest, -1) for digest in party)):
-            # Strictly in line: where the first cannot be seated, nobody behind it takes what it waits for.
-            if not self._admit(step, party, pinned):
+        if pinned != self._pinned:
+            self._repin(pinned)
+        if self._stale:
+            self._release()
+        for _ in range(len(self._line)):  # those that yield in this step join the line behind
+            first = next(iter(self._line))
+            # Strictly in line: where the first has no room, nobody behind it takes what it waits for.
+            if not self._is_resident(first) and not self._admit(step, first):
                 break
+            del self._line[first]
         return set(self._since) | pinned
+
+    def resident_sets(self) -> list[AdapterSet]:
+        """Wanted sets whose adapters all have a slot; the base's empty set is one."""
+        found = dict.fromkeys(
+            each
+            for digest in (*self._since, *self._pinned)
+            for each in self._wanted.get(digest, ())
+            if self._is_resident(each)
+        )
+        return [(), *found]
 
     def fits(self, digests: Set[str], pinned: Set[str] = frozenset()) -> bool:
         """Whether these can be on the device at once, beside the pinned ones."""
@@ -67,27 +90,45 @@ class Turns:
         few = len(together) <= self.slots
         return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
 
-    def _admit(self, step: int, party: Party, pinned: Set[str]) -> bool:
-        """Seat a party if there is room, or if enough others have sat out their quantum."""
-        done = [  # longest seated first: that is the order of the dict
-            digest for digest, since in self._since.items() if digest not in party and step - since >= self._quantum
+    def _is_resident(self, adapter_set: AdapterSet) -> bool:
+        return all(digest in self._since or digest in self._pinned for digest in adapter_set)
+
+    def _admit(self, step: int, adapter_set: AdapterSet) -> bool:
+        """Assign slots to a set if there is room, or if enough others have had their quantum."""
+        members = [digest for digest in adapter_set if digest not in self._pinned]
+        done = [  # longest resident first: that is the order of the dict
+            digest for digest, since in self._since.items() if digest not in members and step - since >= self._quantum
         ]
-        staying = self._since.keys() | set(party)
+        staying = self._since.keys() | set(members)
         leaving = []
-        while not self.fits(staying, pinned):
+        while not self.fits(staying, self._pinned):
             if not done:
                 return False
             leaving.append(done.pop(0))
             staying = staying - {leaving[-1]}
         for digest in leaving:
             del self._since[digest]
-            self._queue(digest)
-        for digest in party:  # a turn is the party's: it begins now for all of it
+            self._line |= self._wanted.get(digest, {})
+            self._stale = True
+        for digest in members:  # a turn is the set's: it begins now for all of it
             self._since.pop(digest, None)
             self._since[digest] = step
-            self._tickets.pop(digest, None)
         return True
 
-    def _queue(self, digest: str) -> None:
-        self._issued += 1
-        self._tickets[digest] = self._issued
+    def _release(self) -> None:
+        """Take slots back from adapters of which no wanted set is resident as a whole."""
+        self._since = {
+            digest: since
+            for digest, since in self._since.items()
+            if any(map(self._is_resident, self._wanted.get(digest, ())))
+        }
+        self._stale = False
+
+    def _repin(self, pinned: Set[str]) -> None:
+        """Other adapters are pinned now: their slots are no longer, or again, part of the rotation."""
+        before, self._pinned = self._pinned, frozenset(pinned)
+        for digest in pinned:
+            self._since.pop(digest, None)
+        for digest in before - pinned:
+            self._line |= self._wanted.get(digest, {})
+        self._stale = True

@@ -12,7 +12,7 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.transfer import Fetched
+from lora_serve.kernels.host_device_copy import DeviceToHostCopy
 from lora_serve.request import Logprob
 
 ONE = 2.0**40  # weight of the likeliest token; 2^23 tokens as likely still fit int64; 2^40 times less likely is never
@@ -20,7 +20,7 @@ CHUNK_CPU = 1 << 19  # logits treated at once: their int64 copies stay in a CPU'
 CHUNK_DEVICE = 1 << 24  # and are small beside the weights elsewhere
 
 
-class Listed:
+class PendingLogprobs:
     """Log-probabilities on their way to the host.
 
     Args:
@@ -29,7 +29,7 @@ class Listed:
     """
 
     def __init__(self, parts: Iterable[tuple[Tensor, Tensor, Sequence[int]]]) -> None:
-        self._parts = [(Fetched(ids), Fetched(values), tops) for ids, values, tops in parts]
+        self._parts = [(DeviceToHostCopy(ids), DeviceToHostCopy(values), tops) for ids, values, tops in parts]
 
     def wait(self) -> list[Logprob]:
         """One entry a row, in order."""
@@ -40,7 +40,7 @@ class Listed:
         ]
 
 
-def logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> Listed:
+def logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> PendingLogprobs:
     """Log-probabilities of a token a row, and of its row's `tops[i]` likeliest ones (equals: lower id first).
 
     Args:
@@ -48,7 +48,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> Listed:
         token_ids: int64 [rows], on the same device.
     """
     parts = (slice(part[0], part[-1] + 1) for part in chunks(range(len(tops)), logits))
-    return Listed((*_logprobs(logits[part], token_ids[part], tops[part]), tops[part]) for part in parts)
+    return PendingLogprobs((*_logprobs(logits[part], token_ids[part], tops[part]), tops[part]) for part in parts)
 
 
 def chunks(rows: Sequence[int], logits: Tensor) -> list[list[int]]:
@@ -63,7 +63,7 @@ def weights(distance: Tensor) -> Tensor:
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ids and values as `Listed` wants them."""
+    """Ids and values as `PendingLogprobs` wants them."""
     values = logits.float()
     peak = values.amax(-1, keepdim=True)
     log_total = (weights(values - peak).sum(-1, keepdim=True).double() / ONE).log()

@@ -11,8 +11,6 @@ penalties, the lowest id among equals. Log-probabilities are those of the model 
 as they came in.
 
 Nothing waits for the device: what it draws stays there as a tensor, and is read when it is asked for.
-
-Grammars are not here: what they forbid is masked before.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_serve.engine.logprobs import ONE, Listed, chunks, logprobs
+from lora_serve.engine.logprobs import ONE, PendingLogprobs, chunks, logprobs
 from lora_serve.engine.logprobs import weights as weights_of
-from lora_serve.kernels.transfer import Fetched, sent
+from lora_serve.kernels.host_device_copy import DeviceToHostCopy, to_device
 from lora_serve.request import Logprob, Sampling
 
 COLDEST = 1e-5  # temperatures below it are greedy; float32 could not tell them apart from 0
@@ -35,7 +33,7 @@ MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """One row of logits to draw a token from.
 
     Attributes:
@@ -81,7 +79,7 @@ class Sampled:
     finite: list[bool]
 
 
-class Drawn:
+class PendingSamples:
     """A step's tokens as the device draws them.
 
     Attributes:
@@ -91,9 +89,9 @@ class Drawn:
         wanted, listed: the rows whose log-probabilities are wanted, and these; None if there are none.
     """
 
-    def __init__(self, token_ids: Tensor, wanted: list[int], listed: Listed | None) -> None:
+    def __init__(self, token_ids: Tensor, wanted: list[int], listed: PendingLogprobs | None) -> None:
         self.token_ids = token_ids
-        self._tokens = Fetched(token_ids)
+        self._tokens = DeviceToHostCopy(token_ids)
         self._wanted, self._listed = wanted, listed
 
     def wait(self) -> Sampled:
@@ -105,7 +103,7 @@ class Drawn:
         return Sampled(token_ids, found, [token >= 0 for token in token_ids])
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSamples:
     """Choose one token for each row.
 
     Args:
@@ -118,12 +116,7 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     tops = [rows[i].params.logprobs or 0 for i in wanted]
     listed = logprobs(_rows(logits, wanted), _rows(token_ids, wanted).clamp(min=0), tops) if wanted else None
-    return Drawn(token_ids, wanted, listed)
-
-
-def sample(logits: Tensor, rows: Sequence[Row]) -> Sampled:
-    """`draw`, and wait for it."""
-    return draw(logits, rows).wait()
+    return PendingSamples(token_ids, wanted, listed)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -140,7 +133,7 @@ def _mix(value: int) -> int:
 
 def _rows(x: Tensor, part: list[int]) -> Tensor:
     """The rows `part` (ascending) of x; x itself where that is all of them."""
-    return x if len(part) == len(x) else x.index_select(0, sent(part, torch.int64, x.device))
+    return x if len(part) == len(x) else x.index_select(0, to_device(part, torch.int64, x.device))
 
 
 def _put(x: Tensor, part: list[int], rows: Tensor) -> None:
@@ -148,7 +141,7 @@ def _put(x: Tensor, part: list[int], rows: Tensor) -> None:
     if len(part) == len(x):
         x.copy_(rows)
     else:
-        x.index_copy_(0, sent(part, torch.int64, x.device), rows)
+        x.index_copy_(0, to_device(part, torch.int64, x.device), rows)
 
 
 def _argmax(values: Tensor) -> Tensor:
@@ -157,8 +150,8 @@ def _argmax(values: Tensor) -> Tensor:
     return largest.indices.where(largest.values.isfinite(), -1)
 
 
-def _choose(values: Tensor, rows: list[Row]) -> Tensor:
-    """Token [rows], -1 where there is none to choose. Changes `values`, float32 [rows, vocab]."""
+def _choose(values: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """Token [rows], -1 where there is none to choose. ModuleOverrides `values`, float32 [rows, vocab]."""
     for i, row in enumerate(rows):
         if row.adjusted:
             _adjust(values[i], row)
@@ -170,38 +163,38 @@ def _choose(values: Tensor, rows: list[Row]) -> Tensor:
     return tokens
 
 
-def _adjust(values: Tensor, row: Row) -> None:
+def _adjust(values: Tensor, row: SamplingRow) -> None:
     """Bias, forbidden stop tokens and penalties on one row, float32 [vocab], in place."""
     params = row.params
     device = values.device
     if params.logit_bias:
-        ids = sent(list(params.logit_bias), torch.int64, device)
-        values[ids] += sent(list(params.logit_bias.values()), torch.float32, device)
+        ids = to_device(list(params.logit_bias), torch.int64, device)
+        values[ids] += to_device(list(params.logit_bias.values()), torch.float32, device)
     if row.position < params.min_tokens:
-        ids = sent([token for token in row.stop_ids if token < len(values)], torch.int64, device)
+        ids = to_device([token for token in row.stop_ids if token < len(values)], torch.int64, device)
         values.index_fill_(0, ids, float("-inf"))
     if params.repetition_penalty != 1.0:
-        ids = sent(list({*row.prompt, *row.output}), torch.int64, device)
+        ids = to_device(list({*row.prompt, *row.output}), torch.int64, device)
         seen = values[ids]
         values[ids] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
     if row.output and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
         counts = Counter(row.output)
-        ids = sent(list(counts), torch.int64, device)
-        times = sent(list(counts.values()), torch.float32, device)
+        ids = to_device(list(counts), torch.int64, device)
+        times = to_device(list(counts.values()), torch.float32, device)
         values[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(values: Tensor, rows: list[Row]) -> Tensor:
+def _draw(values: Tensor, rows: list[SamplingRow]) -> Tensor:
     """Invert the filtered distribution's cumulative sum, over ids in order. Values: float32 [rows, vocab], finite."""
     device = values.device
-    temperature = sent([row.params.temperature for row in rows], torch.float32, device)
+    temperature = to_device([row.params.temperature for row in rows], torch.float32, device)
     weights = weights_of((values - values.amax(-1, keepdim=True)) / temperature[:, None])
     _keep_top_k(weights, values, [row.params.top_k for row in rows])
     _keep_top_p(weights, [row.params.top_p for row in rows])
     _keep_min_p(weights, [row.params.min_p for row in rows])
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
-    draws = sent([uniform(row.seed, row.position) for row in rows], torch.float64, device)
+    draws = to_device([uniform(row.seed, row.position) for row in rows], torch.float64, device)
     target = (draws * total).long().minimum(total - 1)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
@@ -212,7 +205,7 @@ def _keep_top_k(weights: Tensor, values: Tensor, top_k: list[int]) -> None:
     for part in ([i for i in filtered if top_k[i] <= NEAR], [i for i in filtered if top_k[i] > NEAR]):
         if part:
             chosen = _rows(values, part)
-            last = sent([top_k[i] - 1 for i in part], torch.int64, values.device)
+            last = to_device([top_k[i] - 1 for i in part], torch.int64, values.device)
             largest = chosen.topk(max(top_k[i] for i in part)).values
             _put(weights, part, _rows(weights, part).where(chosen >= largest.gather(1, last[:, None]), 0))
 
@@ -223,7 +216,7 @@ def _keep_top_p(weights: Tensor, top_p: list[float]) -> None:
     if not filtered:
         return
     chosen = _rows(weights, filtered)
-    share = sent([top_p[i] for i in filtered], torch.float64, weights.device) * chosen.sum(-1)
+    share = to_device([top_p[i] for i in filtered], torch.float64, weights.device) * chosen.sum(-1)
     least = (_least_by_parts if weights.device.type == "cpu" else _least_by_sorting)(chosen, share)
     _put(weights, filtered, chosen.where(chosen >= least[:, None], 0))
 
@@ -254,6 +247,6 @@ def _keep_min_p(weights: Tensor, min_p: list[float]) -> None:
     """Drop tokens less likely than min_p times the likeliest, whose weight is `ONE`."""
     filtered = [i for i, p in enumerate(min_p) if p > 0.0]
     if filtered:
-        least = sent([min_p[i] * ONE for i in filtered], torch.float64, weights.device)
+        least = to_device([min_p[i] * ONE for i in filtered], torch.float64, weights.device)
         chosen = _rows(weights, filtered)
         _put(weights, filtered, chosen.where(chosen >= least.long()[:, None], 0))

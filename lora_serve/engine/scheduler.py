@@ -1,38 +1,44 @@
-"""Who runs in the next step, with how many tokens, in which blocks. Plain state, no tensors, no clock.
+"""Continuous batching: which sequences run in the next step, with how many tokens, in which KV blocks.
 
-Continuous batching under a token budget: sequences that decode come first with one token each, then prompts take what
-is left of the budget in chunks, oldest first, and beside sequences that decode no more than these can wait for. When
-blocks run out the youngest sequence is preempted: it gives its blocks back and reads its tokens again later (mostly
-from the prefix index).
+Pure decisions over plain state: no tensors, no clock. Under a token budget, sequences that decode come first with one
+token each; prefills take what is left in chunks, oldest first, and beside sequences that decode no more than the prefill
+budget. When KV blocks run out, the youngest sequence is preempted: it gives its blocks back and is prefilled again later
+(mostly from the prefix cache). The work of a step does not depend on how many sequences wait.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import attrgetter
 
-from lora_serve.engine.fairness import Turns
-from lora_serve.engine.sequence import DRAWN, Sequence
+from lora_serve.engine.fairness import AdapterSet, SlotRotation
+from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
+from lora_serve.engine.waiting import WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
-Room = Callable[[int, int], int]  # sequences that decode, others → prompt tokens for these
+PrefillBudget = Callable[[int, int], int]  # sequences that decode, sequences to prefill → prompt tokens of this step
+
+_order = attrgetter("order")
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledSequence:
     """One sequence's part of a step: tokens `start` to `end` of it are computed.
 
-    `last` says whether this brings the sequence to where its next token is drawn.
+    `samples` says whether its next token is sampled: this part reaches the last of its tokens.
     """
 
     seq: Sequence
     start: int
     count: int
-    last: bool = field(init=False)
+    samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "last", self.end == len(self.seq.tokens))  # which grow afterwards
+        object.__setattr__(self, "samples", self.end == len(self.seq.tokens))  # which grow afterwards
 
     @property
     def end(self) -> int:
@@ -42,64 +48,99 @@ class Work:
 class Scheduler:
     """Queues of sequences, and the decision over them.
 
+    Attributes:
+        running: sequences that hold KV blocks. `waiting`: those that do not.
+
     Args:
         pool: the KV blocks.
-        turns: who is seated when adapters outnumber slots.
+        rotation: which adapters have a slot when they outnumber the slots.
         max_seqs: sequences that may hold KV at once.
         max_tokens: tokens in one step.
         prefix_cache: look up and index full blocks; those of virtual tokens always are.
     """
 
-    def __init__(self, pool: BlockPool, turns: Turns, *, max_seqs: int, max_tokens: int, prefix_cache: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, rotation: SlotRotation, *, max_seqs: int, max_tokens: int, prefix_cache: bool
+    ) -> None:
         self.pool = pool
-        self.turns = turns
+        self.rotation = rotation
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
         self.prefix_cache = prefix_cache
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.step = 0
         self.preemptions = 0
         self.prefix_tokens = 0
         self.prefix_hits = 0
+        self._users: Counter[AdapterSet] = Counter()  # sequences by adapter set
+        self._unloaded: dict[
+            AdapterSet, None
+        ] = {}  # sets that are not in host memory, or not known to be; oldest first
+        self._new: list[AdapterSet] = []  # of those, the ones that were not looked up yet
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting, step {self.step}, {self.pool!r}>"
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        """Queue a sequence."""
+        self.waiting.add(seq)
+        self._users[seq.digests] += 1
+        if self._users[seq.digests] == 1 and seq.digests:
+            self._unloaded[seq.digests] = None
+            self._new.append(seq.digests)
 
-    def plan(
-        self, loaded: Callable[[str], bool], pinned: Set[str] = frozenset(), room: Room | None = None
-    ) -> list[Work]:
-        """Decide one step; blocks for it are allocated.
+    def schedule(
+        self,
+        is_loaded: Callable[[str], bool],
+        pinned: Set[str] = frozenset(),
+        prefill_budget: PrefillBudget | None = None,
+    ) -> list[ScheduledSequence]:
+        """Decide one step; KV blocks for it are allocated.
 
         Args:
-            loaded: whether an adapter (by digest) is in host memory, so that it could be seated at once.
-            pinned: adapters that are never unseated.
-            room: how many prompt tokens may be taken in beside sequences that decode; None: the token budget alone
-                decides.
+            is_loaded: whether an adapter (by digest) is in host memory, so that it could get a slot at once.
+            pinned: adapters that never lose their slot.
+            prefill_budget: prompt tokens that may be computed beside sequences that decode; None: the token budget
+                alone decides.
         """
         self.step += 1
-        able = [seq for seq in self._by_age() if not seq.full and all(map(loaded, seq.digests))]
-        seated = self.turns.seat(self.step, [seq.digests for seq in able], pinned)
-        work = self._work([seq for seq in able if seated.issuperset(seq.digests)], room)
-        if not work:
-            # Those whose turn it is cannot start because paused sequences hold the room: let these run on.
-            work = self._work(self._resume(able, pinned), room)
-        return work
+        new, self._new = self._new, []
+        self._check_loaded([*self.unloaded(), *new], is_loaded)
+        resident = self.rotation.assign(self.step, pinned)
+        running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
+        ready = self.rotation.resident_sets() if self.waiting else []
+        self._check_loaded({*ready, *(seq.digests for seq in running)}, is_loaded)  # memory may have lost some
+        running = [seq for seq in running if seq.digests not in self._unloaded]
+        scheduled = self._fill(
+            [seq for seq in running if resident.issuperset(seq.digests)],
+            [adapter_set for adapter_set in ready if adapter_set not in self._unloaded],
+            prefill_budget,
+        )
+        if not scheduled:
+            # Those whose turn it is cannot start because paused sequences hold the KV blocks: let these run on.
+            scheduled = self._fill(self._resumable(running, pinned), [], prefill_budget)
+        return scheduled
 
-    def launched(self, item: Work) -> None:
-        """The device was given this: what comes next may be planned, though nothing is known of it yet."""
-        item.seq.computed = item.end
-        if item.last:
-            item.seq.tokens.append(DRAWN)
+    def unloaded(self) -> list[AdapterSet]:
+        """Adapter sets to load next, oldest first: as many as there are slots."""
+        return list(islice(self._unloaded, self.rotation.slots))
 
-    def computed(self, item: Work) -> None:
-        """The step ran: the tokens of `item` have their KV; full blocks become findable."""
-        seq = item.seq
+    def users(self, adapter_set: AdapterSet) -> list[Sequence]:
+        """All sequences that need exactly these adapters."""
+        return [*(seq for seq in self.running if seq.digests == adapter_set), *self.waiting.of(adapter_set)]
+
+    def mark_launched(self, part: ScheduledSequence) -> None:
+        """The device was given this: the next step may be scheduled, though nothing is known of its results yet."""
+        part.seq.computed = part.end
+        if part.samples:
+            part.seq.tokens.append(IN_FLIGHT_TOKEN)
+
+    def mark_computed(self, part: ScheduledSequence) -> None:
+        """The step ran: the tokens of `part` have their KV; full blocks can be found in the prefix cache."""
+        seq = part.seq
         size = self.pool.block_size
-        done = min(item.end, seq.computed)  # nothing, if it was preempted meanwhile
+        done = min(part.end, seq.computed)  # nothing, if it was preempted meanwhile
         findable = done if self.prefix_cache else min(done, seq.virtual)
         while (seq.indexed + 1) * size <= findable:
             self.pool.index(seq.blocks[seq.indexed], seq.key(seq.indexed, size))
@@ -109,74 +150,109 @@ class Scheduler:
         """Take a sequence out, wherever it is, and free its blocks (`forget`: their content is not to be trusted)."""
         (self.running if seq in self.running else self.waiting).remove(seq)
         self._free(seq, forget=forget)
+        self._users[seq.digests] -= 1
+        if self._users[seq.digests]:
+            return
+        del self._users[seq.digests]
+        if seq.digests in self._unloaded:
+            del self._unloaded[seq.digests]
+        elif seq.digests:
+            self.rotation.unwant(seq.digests)
 
-    def _by_age(self) -> list[Sequence]:
-        return sorted(self.running + self.waiting, key=lambda seq: seq.order)
+    def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> None:
+        """Keep apart which adapter sets are in host memory, and may have slots, and which are not."""
+        for adapter_set in adapter_sets:
+            if adapter_set not in self._users:  # its last sequence left
+                continue
+            loaded, waits = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
+            if loaded and waits:
+                del self._unloaded[adapter_set]
+                self.rotation.want(adapter_set)
+            elif not loaded and not waits:
+                self._unloaded[adapter_set] = None
+                self.rotation.unwant(adapter_set)
 
-    def _work(self, seqs: list[Sequence], room: Room | None) -> list[Work]:
-        """One step's work out of `seqs`, oldest first."""
-        running = set(self.running)
-        work: list[Work] = []
-        budget = self._continue([s for s in seqs if s in running and s.pending == 1], work, self.max_tokens)
-        if room is not None and 0 < len(work) < len(seqs):
-            budget = min(budget, room(len(work), len(seqs) - len(work)))
-        budget = self._continue([s for s in seqs if s in running and s.pending > 1], work, budget)
-        self._admit([s for s in seqs if s not in running], work, budget)
-        preempted = running.difference(self.running)
-        return [item for item in work if item.seq not in preempted]
+    def _fill(
+        self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None
+    ) -> list[ScheduledSequence]:
+        """One step out of running sequences, oldest first, and of waiting ones that need one of these adapter sets."""
+        before = set(self.running)
+        scheduled: list[ScheduledSequence] = []
+        budget = self._continue([seq for seq in running if seq.pending == 1], scheduled, self.max_tokens)
+        prefills = len(running) - len(scheduled) + self.waiting.count(ready)
+        if prefill_budget is not None and scheduled and prefills:
+            budget = min(budget, prefill_budget(len(scheduled), prefills))
+        budget = self._continue([seq for seq in running if seq.pending > 1], scheduled, budget)
+        self._admit(ready, before, scheduled, budget)
+        preempted = before.difference(self.running)
+        return [part for part in scheduled if part.seq not in preempted]
 
-    def _resume(self, able: list[Sequence], pinned: Set[str]) -> list[Sequence]:
-        """Running sequences whose adapters fit the slots together, turns aside."""
+    def _resumable(self, running: list[Sequence], pinned: Set[str]) -> list[Sequence]:
+        """Running sequences whose adapters fit the slots together, whoever's turn it is."""
         chosen: list[Sequence] = []
         digests: set[str] = set()
-        for seq in able:
-            if seq in self.running and self.turns.fits(more := digests.union(seq.digests), pinned):
+        for seq in running:
+            if self.rotation.fits(more := digests.union(seq.digests), pinned):
                 digests = more
                 chosen.append(seq)
         return chosen
 
-    def _continue(self, seqs: list[Sequence], work: list[Work], budget: int) -> int:
+    def _continue(self, seqs: list[Sequence], scheduled: list[ScheduledSequence], budget: int) -> int:
+        """Schedule running sequences; the budget that is left."""
         for seq in seqs:
             if seq not in self.running:
                 continue  # preempted for an older one a moment ago
             count = min(seq.pending, budget)
             if count > 0 and self._extend(seq, seq.computed + count):
-                work.append(Work(seq, seq.computed, count))
+                scheduled.append(ScheduledSequence(seq, seq.computed, count))
                 budget -= count
         return budget
 
     def _extend(self, seq: Sequence, tokens: int) -> bool:
         """Give a running sequence blocks for `tokens` tokens, preempting younger ones if need be."""
-        while (more := self._lacking(seq, tokens)) > 0:
+        while (more := -(-tokens // self.pool.block_size) - len(seq.blocks)) > 0:
             blocks = self.pool.allocate(more)
             if blocks is not None:
                 seq.blocks.extend(blocks)
                 return True
-            youngest = max(self.running, key=lambda other: other.order)
+            youngest = max(self.running, key=_order)
             self._preempt(youngest)
             if youngest is seq:
                 return False
         return True
 
-    def _admit(self, seqs: list[Sequence], work: list[Work], budget: int) -> None:
-        for seq in seqs:
+    def _admit(
+        self, ready: list[AdapterSet], before: Set[Sequence], scheduled: list[ScheduledSequence], budget: int
+    ) -> None:
+        """Start waiting sequences, oldest first, until one finds no room; not those preempted in this very step."""
+        if budget <= 0 or len(self.running) >= self.max_seqs:
+            return
+        started = []
+        for seq in self.waiting.oldest_first(ready):
+            if seq in before:
+                continue
+            part = self._start(seq, budget)
+            if part is None:
+                break
+            started.append(seq)
+            scheduled.append(part)
+            budget -= part.count
             if budget <= 0:
-                return
-            item = self._start(seq, budget)
-            if item is None:
-                return
-            work.append(item)
-            budget -= item.count
+                break
+        for seq in started:
+            self.waiting.remove(seq)
 
-    def _start(self, seq: Sequence, budget: int) -> Work | None:
-        """Move a waiting sequence to running with blocks for its first chunk, if there is room."""
-        found = self._find(seq)
+    def _start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
+        """Give a waiting sequence blocks for its first chunk, if there is room; it is running then."""
+        # One spare block for each that runs: room for their next tokens, so that admitting is not preempting.
+        spare = len(self.running)
+        if spare >= self.max_seqs:
+            return None
+        found = self._cached_blocks(seq)
         start = len(found) * self.pool.block_size
         count = min(len(seq.tokens) - start, budget)
         lacking = -(-(start + count) // self.pool.block_size) - len(found)
-        # One spare block for each that runs: room for their next tokens, so that admitting is not preempting.
-        spare = len(self.running)
-        if spare >= self.max_seqs or lacking + spare > self.pool.free_after_holding(found):
+        if lacking + spare > self.pool.free_after_holding(found):
             return None
         self.pool.hold(found)
         seq.blocks = array("i", found + (self.pool.allocate(lacking) or []))
@@ -186,24 +262,20 @@ class Scheduler:
             seq.cached = max(0, start - seq.virtual)
             self.prefix_tokens += len(seq.request.prompt)
             self.prefix_hits += seq.cached
-        self.waiting.remove(seq)
         self.running.append(seq)
-        return Work(seq, start, count)
+        return ScheduledSequence(seq, start, count)
 
-    def _find(self, seq: Sequence) -> list[int]:
+    def _cached_blocks(self, seq: Sequence) -> list[int]:
         """Indexed blocks that hold the beginning of the sequence; at least its last token is always computed."""
         looked_up = self.prefix_cache and not seq.wants_prompt_logits
         size = self.pool.block_size
         whole = (len(seq.tokens) - 1 if looked_up else seq.virtual) // size
         return self.pool.find(seq.key(block, size) for block in range(whole))
 
-    def _lacking(self, seq: Sequence, tokens: int) -> int:
-        return -(-tokens // self.pool.block_size) - len(seq.blocks)
-
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.waiting.append(seq)
         self._free(seq)
+        self.waiting.add(seq)
         self.preemptions += 1
 
     def _free(self, seq: Sequence, *, forget: bool = False) -> None:

@@ -14,7 +14,9 @@ from lora_serve.kv.pool import chain
 from lora_serve.request import Request, Served
 
 VIRTUAL = -1  # stands in a sequence's tokens where the adapter gives the embedding, or keys and values
-DRAWN = -2  # stands at the end of them for a token that the device has drawn, or will have, and the host not read yet
+IN_FLIGHT_TOKEN = (
+    -2
+)  # stands at the end of them for a token that the device has drawn, or will have, and the host not read yet
 NEVER = sys.maxsize  # a position that no sequence reaches
 
 
@@ -95,12 +97,12 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def full(self) -> bool:
+    def last_token_in_flight(self) -> bool:
         """Whether the token on its way is its last, whichever it is."""
-        return self.tokens[-1] == DRAWN and len(self.tokens) >= self.limit
+        return self.tokens[-1] == IN_FLIGHT_TOKEN and len(self.tokens) >= self.limit
 
     @property
-    def steered(self) -> bool:
+    def needs_previous_tokens(self) -> bool:
         """Whether its next token depends on which ones were drawn: they have to be read first."""
         sampling = self.request.sampling
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)

@@ -10,11 +10,11 @@ import torch
 
 from lora_serve.config import MOST_SEQS, ServeConfig
 from lora_serve.engine.logprobs import logprobs
-from lora_serve.engine.sampler import Row, draw
+from lora_serve.engine.sampler import SamplingRow, sample
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape, bytes_per_token
 from lora_serve.model.base import ResidentBase
-from lora_serve.model.batch import trial
+from lora_serve.model.batch import dummy_batch
 from lora_serve.request import Sampling
 
 HOST = 1 << 30  # bytes of KV where memory is shared with everything else
@@ -117,8 +117,8 @@ def _largest_step(base: ResidentBase, block_size: int, limits: Limits, longest: 
     """All tokens that a step may have, all their logits, as many draws and log-probabilities as there may be."""
     tokens = limits.tokens
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    logits = base.forward(trial(lengths, -(-longest // block_size)))
+    logits = base.forward(dummy_batch(lengths, -(-longest // block_size)))
     rows = min(limits.seqs, tokens)
-    row = Row(Sampling(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=20), 0, 0, frozenset(), [], [])
-    draw(logits[:rows], [row] * rows).wait()
+    row = SamplingRow(Sampling(max_tokens=1, temperature=1.0, top_p=0.5, logprobs=20), 0, 0, frozenset(), [], [])
+    sample(logits[:rows], [row] * rows).wait()
     logprobs(logits, torch.zeros(tokens, dtype=torch.int64, device=logits.device), [20] * tokens).wait()

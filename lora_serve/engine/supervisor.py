@@ -1,6 +1,6 @@
-"""Keeps one engine process alive: starts it, watches its pulse, kills a silent one, starts the next.
+"""Supervise the engine process: start it, watch its heartbeat, kill a silent one, restart with backoff.
 
-What the messages mean is the client's affair; this room only knows that they are signs of life.
+What the messages mean is the client's business; here they are signs of life only.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from lora_serve.config import ServeConfig
-from lora_serve.engine.child import Child
-from lora_serve.engine.watch import Pulse, backoff, failures_after
+from lora_serve.engine.engine_process import EngineProcess
 from lora_serve.errors import ServeError
 from lora_serve.messages import EngineInfo, Exit, FromEngine
 
 EXIT_GRACE = 3.0  # seconds that an engine gets to end by itself
+MAX_BACKOFF = 30.0  # seconds
+SOUND_LIFE = 60.0  # seconds; an engine that lived this long after a start had no trouble with starting
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +41,21 @@ class Supervisor:
     ) -> None:
         self.restarts = 0
         self.info: EngineInfo | None = None
-        self.child: Child | None = None  # set exactly while an engine is ready to be spoken to
+        self.child: EngineProcess | None = None  # set exactly while an engine is ready to be spoken to
         self.start_seconds = 1.0
         self._config = config
         self._command = tuple(command)
         self._take = take
         self._lost = lost
         self._interval = min(1.0, config.heartbeat_timeout / 8)
-        self._pulse = Pulse(self._interval, time.monotonic())
+        self._heartbeat = Heartbeat(self._interval, time.monotonic())
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
 
     @property
     def alive(self) -> bool:
-        """An engine runs and its heartbeat is recent. Turns False well before the watchdog gives up on it."""
-        return self.child is not None and self._pulse.silence < self._config.heartbeat_timeout / 2
+        """An engine runs and its heartbeat is recent. SlotRotation False well before the watchdog gives up on it."""
+        return self.child is not None and self._heartbeat.silence < self._config.heartbeat_timeout / 2
 
     async def start(self, on_progress: Callable[[str, float], None]) -> None:
         """Start the first engine; returns when it is ready, and from then on it is supervised.
@@ -83,21 +84,21 @@ class Supervisor:
         if self.child is not None:
             self.child.discard()
 
-    async def _launch(self, on_progress: Callable[[str, float], None]) -> Child:
+    async def _launch(self, on_progress: Callable[[str, float], None]) -> EngineProcess:
         """A child that is ready; one that did not get there is closed."""
         began = time.monotonic()
-        child = await Child.spawn(self._command, self._config)
+        child = await EngineProcess.spawn(self._command, self._config)
         try:
             self.info = await child.ready(on_progress)
         except BaseException:
             await child.close()
             raise
         self.start_seconds = time.monotonic() - began
-        self._pulse = Pulse(self._interval, time.monotonic())
+        self._heartbeat = Heartbeat(self._interval, time.monotonic())
         self.child = child
         return child
 
-    async def _supervise(self, child: Child) -> None:
+    async def _supervise(self, child: EngineProcess) -> None:
         failures = 0
         while True:
             born = time.monotonic()
@@ -114,7 +115,7 @@ class Supervisor:
             child, failures = await self._relaunch(failures)
             self.restarts += 1
 
-    async def _relaunch(self, failures: int) -> tuple[Child, int]:
+    async def _relaunch(self, failures: int) -> tuple[EngineProcess, int]:
         """Try until an engine is ready. Returns it with the number of ends in a row so far."""
         while True:
             await asyncio.sleep(backoff(failures))
@@ -126,7 +127,7 @@ class Supervisor:
                 log.exception("the engine could not be started again")
             failures = failures_after(failures, lived=0.0)
 
-    async def _attend(self, child: Child) -> str:
+    async def _attend(self, child: EngineProcess) -> str:
         """Pass on what the child says until it is gone or silent too long. Returns what happened, for the log."""
         listener = asyncio.create_task(self._listen(child))
         watcher = asyncio.create_task(self._watch(child))
@@ -141,19 +142,49 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(listener, watcher, return_exceptions=True)
 
-    async def _listen(self, child: Child) -> str:
+    async def _listen(self, child: EngineProcess) -> str:
         try:
             while (message := await child.receive()) is not None:
-                self._pulse.beat()
+                self._heartbeat.beat()
                 self._take(message)
         except ValueError as error:  # msgspec's errors are among them
             return f"it sent what is not a message ({error})"
         return f"its process ended: {child!r}"
 
-    async def _watch(self, child: Child) -> str:
-        pulse = self._pulse
-        while pulse.silence <= self._config.heartbeat_timeout:
+    async def _watch(self, child: EngineProcess) -> str:
+        heartbeat = self._heartbeat
+        while heartbeat.silence <= self._config.heartbeat_timeout:
             await asyncio.sleep(self._interval)
-            pulse.tick(time.monotonic())
+            heartbeat.tick(time.monotonic())
         await child.explain()
         return f"it was silent for more than {self._config.heartbeat_timeout:g} s"
+
+
+class Heartbeat:
+    """Seconds of engine silence, by a clock that stops while this process itself does not run.
+
+    After a suspended machine or a blocked event loop the engine's beats wait unread; counting that gap as silence
+    would kill a healthy engine. So one tick adds at most twice the interval at which ticks should come.
+    """
+
+    def __init__(self, interval: float, now: float) -> None:
+        self._most = 2 * interval
+        self._last = now
+        self.silence = 0.0
+
+    def tick(self, now: float) -> None:
+        self.silence += min(now - self._last, self._most)
+        self._last = now
+
+    def beat(self) -> None:
+        self.silence = 0.0
+
+
+def backoff(failures: int) -> float:
+    """Seconds before the next start after `failures` ends in a row (1 or more): 0, 1, 2, 4 … 30."""
+    return 0.0 if failures <= 1 else min(MAX_BACKOFF, 2.0 ** (min(failures, 10) - 2))
+
+
+def failures_after(failures: int, lived: float) -> int:
+    """How many ends in a row it is, when an engine ends `lived` seconds after it was ready (0: it never was)."""
+    return 1 if lived >= SOUND_LIFE else failures + 1

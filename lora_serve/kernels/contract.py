@@ -1,7 +1,7 @@
-"""What a kernel backend promises: the only maths that the adapters and the paged KV need.
+"""The kernel backend interface: every operation that adapters, paged KV and the base's layers need, and its semantics.
 
-Imports torch only. Backends (`reference`, `native`) implement `Kernels`; whoever calls them never asks which one it
-has. Every tensor of one call lives on one device. Nothing is allocated by the caller for a maximum: rows without a
+Imports torch only. Backends (`reference`, `cpu`, `gpu`) implement `Kernels` and say what they can do; callers never ask
+which one they have. All tensors of one call are on one device. Nothing is allocated for a maximum: rows without a
 segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.packed import Packed, Scheme
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class DeltaGroup:
     Slot 0 is the base model and always empty. The tables' addresses never change.
 
     Args:
-        tables: zeroed memory for `a`, `b` and `rank`; the bank gives rows of its own, so that one write fills a slot of
-            all groups. None: the group's own memory.
+        tables: zeroed memory for `a`, `b` and `rank`; the device slots give rows of their own, so that one write fills
+            a slot of all groups. None: the group's own memory.
     """
 
     def __init__(
@@ -79,21 +79,21 @@ class DeltaGroup:
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of consecutive rows that share a slot.
+    """Ranges of consecutive rows that use one adapter slot.
 
     All tensors are [segments], on the device: `start`, `end` (int32, half-open row ranges), `slot` (int32, never 0),
     `weight` (float32). Segments that cover the same rows (a composition) are neighbours and cover exactly the same
-    ones: their deltas add. Others do not overlap. Rows in no segment are the base's. An empty segment (start = end) is
-    none. Known on the host: `longest` is no less than any segment's rows, `rank` no less than the ranks together that
-    any module adds to one row.
+    ones: their deltas add. Others do not overlap. Rows in no segment are the base's. An empty segment (start = end)
+    does nothing. Known on the host: `max_rows` is no less than any segment's rows, `max_rank` no less than the sum of
+    ranks that any module adds to one row.
     """
 
     start: Tensor
     end: Tensor
     slot: Tensor
     weight: Tensor
-    longest: int
-    rank: int
+    max_rows: int
+    max_rank: int
 
     @property
     def count(self) -> int:
@@ -101,89 +101,91 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """How a flat batch of tokens lies over its sequences and their KV blocks.
+class AttentionMetadata:
+    """How the rows of a flat batch lie over sequences and their KV blocks.
 
     Attributes:
         query_start: int32 [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
         context: int32 [sequences], tokens of the sequence including this step's: the last row of sequence i
-            stands at position context[i] - 1.
+            is at position context[i] - 1.
         block_table: int32 [sequences, blocks], the sequence's KV blocks in order; beyond its context nothing is read.
-        longest_query, longest_context: no less than any sequence's rows and context, known on the host.
+        max_query_len, max_context_len: no less than any sequence's rows and context, known on the host.
     """
 
     query_start: Tensor
     context: Tensor
     block_table: Tensor
-    longest_query: int
-    longest_context: int
+    max_query_len: int
+    max_context_len: int
 
 
 Activation = Literal["silu", "gelu_tanh"]
+ReplaySupport = Literal["none", "recorded_steps", "cuda_graphs"]
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """Steps that a backend wants tapes of before they come, each serving smaller ones too.
+class GraphBuckets:
+    """Decode batch sizes for which CUDA graphs are captured at start; each serves smaller batches too.
 
     Attributes:
-        rows: their sizes, ascending; of sequences that decode.
-        longest, rank: what their segments are kept within; see `Segments`.
+        rows: the sizes, ascending.
+        max_segment_rows, max_rank: bounds of a graph's segments; see `Segments`.
     """
 
     rows: tuple[int, ...]
-    longest: int
-    rank: int
+    max_segment_rows: int
+    max_rank: int
 
 
-class Tape(Protocol):
-    """A pass over a backend's calls, noted once to be made again on the same memory without the model's Python.
+class Recording(Protocol):
+    """A forward pass recorded once, to be replayed on the same memory without the model's Python.
 
-    `refused` says why it cannot be, if so.
+    Attributes:
+        unsupported: why the pass cannot be replayed; None if it can.
     """
 
-    refused: str | None
+    unsupported: str | None
 
-    def note(self, run: Callable[[], Tensor]) -> Tensor:
-        """Make a pass and note it; its result."""
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a pass and record it; its result, whose memory every replay writes again."""
         ...
 
-    def play(self) -> None:
-        """Make the noted pass again; the result lies where it lay."""
+    def replay(self) -> None:
+        """Run the recorded pass again; the device may still be at it when this returns."""
         ...
 
 
 class Kernels(Protocol):
     """A backend.
 
-    `ladder` is None where tapes are made of whatever steps come, each for its exact size.
+    Attributes:
+        name: for people.
+        replay: how steps are repeated without the model's Python: "recorded_steps" are recorded when their shape comes
+            again, each for exactly that shape; "cuda_graphs" are captured ahead for the sizes in `graph_buckets`.
     """
 
     name: str
-    ladder: Ladder | None
+    replay: ReplaySupport
+    graph_buckets: GraphBuckets | None
 
-    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
-        """Put a map's weights [out, in] (fp32, bf16 or fp16) into the form that `linear` reads."""
+    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
+        """Lay out weights [out, in] (fp32, bf16 or fp16) of layers that read one input for `linear`, one each."""
         ...
 
-    def unpack(self, packed: Packed) -> Tensor:
-        """The weights [out, in] that a packed map amounts to: in their own dtype, or float32 if made small."""
+    def unpack(self, packed: PackedWeight) -> Tensor:
+        """The weights [out, in] that a packed weight stands for: in their own dtype, float32 if quantised."""
         ...
 
-    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
-        """The same maps, which `linear` will get together, laid out for that; those given are not used any more."""
+    def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """unpack(packed)[ids] of a weight in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
         ...
 
-    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
-        """unpack(packed)[ids] of a map in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
-        ...
-
-    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
-        """Up to eight maps of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
+    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+        """Up to eight layers of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
-        dtype, with unit stride in the last dimension. Where the weights are small, rows are rounded too: x is
-        `packed.rounded(x, scheme)`.
+        dtype, with unit stride in the last dimension. Where the weights are quantised, rows are rounded too: x is
+        `packed_weight.rounded(x, scheme)`.
         """
         ...
 
@@ -194,7 +196,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...
 
@@ -206,8 +208,12 @@ class Kernels(Protocol):
         """
         ...
 
-    def tape(self, *, wary: bool = False) -> Tape | None:
-        """A tape that notes a pass over this backend's calls (`wary`: and whether it can be); None if it has none."""
+    def new_recording(self, *, check_values: bool) -> Recording:
+        """A recording of a pass over this backend's calls; only where `replay` is not "none".
+
+        Args:
+            check_values: also notice values that leave tensors in ways that make a replay wrong; takes time.
+        """
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
@@ -239,7 +245,7 @@ class Kernels(Protocol):
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: Spans,
+        spans: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,

@@ -11,38 +11,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Ladder, Segments, Spans
-from lora_serve.kernels.packed import Packed, Scheme, dequantized, quantized, rounded
+from lora_serve.kernels.contract import (
+    Activation,
+    AttentionMetadata,
+    DeltaGroup,
+    GraphBuckets,
+    Recording,
+    ReplaySupport,
+    Segments,
+)
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme, dequantized, quantized, rounded
 
 
 class ReferenceKernels:
     """`Kernels` in plain torch."""
 
     name = "reference"
-    ladder: Ladder | None = None
+    replay: ReplaySupport = "none"  # it follows values through Python
+    graph_buckets: GraphBuckets | None = None
 
-    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> Packed:
+    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
         """See `Kernels.pack`."""
-        shape = (weight.shape[0], weight.shape[1])
-        data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
-        return Packed(shape, weight.dtype, scheme, data, scale)
+        return [_pack(weight, scheme) for weight in weights]
 
-    def unpack(self, packed: Packed) -> Tensor:
+    def unpack(self, packed: PackedWeight) -> Tensor:
         """See `Kernels.unpack`."""
         return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
 
-    def beside(self, maps: Sequence[Packed]) -> list[Packed]:
-        """See `Kernels.beside`."""
-        return list(maps)
-
-    def rows(self, packed: Packed, ids: Tensor) -> Tensor:
-        """See `Kernels.rows`."""
+    def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """See `Kernels.lookup`."""
         return nn.functional.embedding(ids, packed.data)
 
-    def linear(self, x: Tensor, maps: Sequence[tuple[Packed, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
         """See `Kernels.linear`."""
         outputs = []
-        for packed, bias in maps:
+        for packed, bias in layers:
             if packed.scheme is None:
                 outputs.append(nn.functional.linear(x, packed.data, bias))
                 continue
@@ -56,7 +59,7 @@ class ReferenceKernels:
         n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
 
-    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """See `Kernels.gated`."""
         if activation == "silu":
             return nn.functional.silu(gate) * up
@@ -73,8 +76,9 @@ class ReferenceKernels:
 
         return turned(q), turned(k)
 
-    def tape(self, *, wary: bool = False) -> None:
-        """Nothing here is noted: it follows values through Python."""
+    def new_recording(self, *, check_values: bool) -> Recording:
+        """Never called: see `replay`."""
+        raise NotImplementedError
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """See `Kernels.delta`."""
@@ -108,7 +112,7 @@ class ReferenceKernels:
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: Spans,
+        spans: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
@@ -144,3 +148,9 @@ class ReferenceKernels:
             share = score.softmax(dim=-1)[..., :context]
             out[first:last] = torch.einsum("hgrj,jhd->rhgd", share, value).flatten(1, 2).to(q.dtype)
         return out
+
+
+def _pack(weight: Tensor, scheme: Scheme | None) -> PackedWeight:
+    shape = (weight.shape[0], weight.shape[1])
+    data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
+    return PackedWeight(shape, weight.dtype, scheme, data, scale)

@@ -6,9 +6,9 @@ import logging
 
 import torch
 
-from lora_serve.kernels.build import BuildError, library
 from lora_serve.kernels.contract import Kernels
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.cpu.backend import NativeKernels
+from lora_serve.kernels.cpu.build import BuildError, library
 from lora_serve.kernels.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)

@@ -1,169 +1,131 @@
-"""The resident base: the Hugging Face model with adapters within reach and its KV in blocks."""
+"""The resident base: runs a batch through the Hugging Face model, with adapters installed and KV in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_serve.adapters.bank import Bank
+from lora_serve.adapters.adapter import Prefix
+from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
-from lora_serve.kernels.contract import DeltaGroup, Kernels
-from lora_serve.kernels.packed import Scheme
+from lora_serve.kernels.contract import Kernels
 from lora_serve.kv.tensors import KVTensors
-from lora_serve.model.attention import BLOCKS, PagedKV
-from lora_serve.model.batch import Batch, VirtualRun
-from lora_serve.model.changes import Changes
-from lora_serve.model.experts import AdaptedExperts
-from lora_serve.model.foreign import ForeignLinear
-from lora_serve.model.lean import lean
-from lora_serve.model.linear import AdaptedLinear, Routing, SharedInput
+from lora_serve.model.batch import AdapterRows, Batch
+from lora_serve.model.cuda_graphs import CudaGraphs
+from lora_serve.model.forward_context import ForwardContext
+from lora_serve.model.input_buffers import InputBuffers
+from lora_serve.model.install import install
 from lora_serve.model.load import LoadedModel
-from lora_serve.model.packed import PackedEmbedding, PackedLinear
-from lora_serve.model.place import Placed, placed
-from lora_serve.model.quantized import is_foreign
-from lora_serve.model.replay import Replay
-from lora_serve.model.rungs import Rungs
-from lora_serve.model.virtual import embedded
+from lora_serve.model.module_overrides import ModuleOverrides
+from lora_serve.model.paged_attention import BLOCKS
+from lora_serve.model.recorded_steps import RecordedSteps
+from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
 class ResidentBase:
     """Runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; its linear modules are packed and wrapped in place, one after the other.
-        bank: the adapters on the device.
-        kernels: the backend for deltas and attention.
+        loaded: the model as it came from disk; adapters are installed into it in place.
+        device_slots: the adapters on the device.
+        kernels: the backend.
         kv: memory for keys and values.
-        drawn: int64 [most rows], on the device: the tokens drawn last, where batches may ask for these; see `Batch`.
+        sampled: int64 [most rows], on the device: the tokens sampled last, where batches may refer to these; see `Batch`.
     """
 
     def __init__(
-        self, loaded: LoadedModel, bank: Bank, kernels: Kernels, kv: KVTensors, drawn: Tensor | None = None
+        self,
+        loaded: LoadedModel,
+        device_slots: DeviceSlots,
+        kernels: Kernels,
+        kv: KVTensors,
+        sampled: Tensor | None = None,
     ) -> None:
         self._model: Any = loaded.model
         self._keeps_logits = loaded.keeps_logits
         self._quantized = bool(loaded.shape.quantized)
-        self._windows = loaded.windows
-        self._kernels = kernels
-        self._kv = kv
-        self._routing = Routing(kernels)
         self._device = loaded.device
-        self._drawn = drawn
-        self._ranks = bank.ranks
-        ladder = kernels.ladder if loaded.steady else None
-        self._replay = (
-            Replay(
-                self._logits,
-                kernels,
-                bank.ranks,
-                loaded.device,
-                None if loaded.steady else "not all of it is known to repeat",
-            )
-            if ladder is None
-            else Rungs(self._logits, kernels, ladder, bank.ranks, loaded.device)
-        )
-        self._prefixes = bank.prefixes
+        self._kv = kv
+        self._sampled = sampled
+        self._context = ForwardContext(kernels, kv, loaded.windows, device_slots.prefixes)
         self._embedding = loaded.shape.input_embedding
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
-        self._changes = Changes(self._model, loaded.shape, bank.changes, head_rows=self._keeps_logits)
-        lean(self._model, loaded.dtype, kernels)
-        table = self._model.get_submodule(self._embedding)
-        stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
-        for names, group in bank.groups.items():
-            if names[0].endswith("]"):
-                module, _, parameter = names[0].partition("[")[0].rpartition(".")
-                stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
-                continue
-            maps = [self._model.get_submodule(name) for name in names]
-            bases = [_kept(each, kernels, loaded.scheme) for each in maps]
-            packed = [base for base in bases if isinstance(base, PackedLinear)]
-            if len(packed) == len(bases):
-                for own, laid in zip(packed, kernels.beside([base.packed for base in packed]), strict=True):
-                    own.packed = laid
-            shared = SharedInput(bases, group, kernels)
-            for index, (name, base) in enumerate(zip(names, bases, strict=True)):
-                head = name == loaded.shape.head and self._keeps_logits
-                _replace(self._model, name, AdaptedLinear(base, shared, index, self._routing, head=head))
-                if not isinstance(base, PackedLinear):
-                    continue
-                tied = type(table) is nn.Embedding and maps[index].weight is table.weight
-                if tied and base.packed.scheme is None:
-                    _replace(self._model, self._embedding, PackedEmbedding(base.packed, kernels))
-        for module, groups in stacks.items():
-            _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
-        for left in self._model.parameters():
-            if left.is_cpu:  # a rest of a file's mapping keeps all of it in memory
-                left.data = left.data.clone()
+        self._overrides = ModuleOverrides(
+            self._model, loaded.shape, device_slots.overrides, head_rows=self._keeps_logits
+        )
+        self._eager = EagerSteps(self._forward, device_slots.ranks, loaded.device)
+        self._steps = _executor(self._eager, kernels, replayable=loaded.replayable)
+        install(loaded, device_slots, self._context)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [logits_rows, vocab] of the wanted rows, in the model's dtype; valid until the next pass.
+        """Logits [logits rows, vocab] of a batch, in the model's dtype; valid until the next pass.
 
         The vocabulary is the largest of the rows' own; tokens that a row's does not have are -inf.
         """
-        parts = self._changes.of(batch)
-        if not parts and not batch.virtual:
-            return self._replay(batch)
-        with ExitStack() as meanwhile:
-            if parts:
-                meanwhile.enter_context(self._changes.applied(parts, batch))
-            if batch.virtual:  # after the changes, so that its rows have the last word
+        overrides = self._overrides.of(batch)
+        if not overrides and not batch.virtual_rows:
+            return self._steps(batch)
+        with ExitStack() as stack:
+            if overrides:
+                stack.enter_context(self._overrides.applied(overrides, batch))
+            if batch.virtual_rows:  # after the overrides, so that virtual rows have the last word
                 embedding = self._model.get_submodule(self._embedding)
-                meanwhile.enter_context(embedded(embedding, batch.virtual, self._prefixes))
-            logits = self._logits(placed(batch, self._ranks, self._device), batch.virtual)
-            return self._changes.masked(logits, batch)
+                stack.enter_context(_virtual_tokens(embedding, batch.virtual_rows, self._context.prefixes))
+                self._context.virtual_rows = batch.virtual_rows
+                stack.callback(setattr, self._context, "virtual_rows", ())
+            return self._overrides.masked(self._eager(batch), batch)
 
-    def _logits(self, step: Placed, virtual: Sequence[VirtualRun] = ()) -> Tensor:
-        """The model's pass, whatever hooks are on its modules."""
-        self._routing.tokens = step.segments
-        self._routing.logits = step.logits_segments
-        given = [run for run in virtual if self._prefixes[run.slot].keys]
-        paged = PagedKV(self._kernels, self._kv, step.kv_index, step.spans, self._windows, given, self._prefixes)
-        keep = {"logits_to_keep": step.logits_rows} if self._keeps_logits else {}
-        ids = step.token_ids
-        if self._drawn is not None:
-            ids = torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)], ids)
+    def _forward(self, inputs: InputBuffers) -> Tensor:
+        """The model's own pass, with whatever hooks are on its modules."""
+        self._context.inputs = inputs
+        keep = {"logits_to_keep": inputs.logits_rows} if self._keeps_logits else {}
+        ids = inputs.token_ids
+        if self._sampled is not None:
+            ids = torch.where(ids < 0, self._sampled[(-1 - ids).clamp(min=0)], ids)
         logits: Tensor = self._model(
             input_ids=ids.unsqueeze(0),
-            position_ids=step.positions.unsqueeze(0),
+            position_ids=inputs.positions.unsqueeze(0),
             use_cache=False,
-            paged=paged,
+            forward_context=self._context,
             **keep,
         ).logits[0]
-        return logits if self._keeps_logits else logits[step.logits_rows]
+        return logits if self._keeps_logits else logits[inputs.logits_rows]
 
     @torch.inference_mode()
-    def prepare(self, most_rows: int, most_tokens: int, blocks: int) -> None:
-        """Make ready for steps of up to `most_tokens`, `most_rows` of them of sequences that decode.
-
-        Sequences have up to `blocks` KV blocks.
+    def prepare(self, max_rows: int, max_tokens: int, blocks: int) -> None:
+        """Capture CUDA graphs where the backend has them, and check that replayed steps give the eager logits.
 
         Run once at start, on an empty KV pool of at least two blocks, whose tensors stay.
+
+        Args:
+            max_rows, max_tokens: largest number of decode rows, and of all rows, in a step.
+            blocks: KV blocks of the longest sequence.
         """
         size = self._kv.keys[0].shape[1]
-        self._replay.prepare(most_rows, most_tokens, blocks, blocks * size)
+        self._steps.prepare(max_rows, max_tokens, blocks, blocks * size)
         lengths, ids = self._trial()
         last = [range(n - 1, n) for n in lengths]
-        self._replay.prove(
+        self._steps.check(
             _side_by_side([own[:1] for own in reversed(ids)], last, size),
             _side_by_side([own[-1:] for own in ids], last, size),
             lambda x, y: _apart(x, y) <= self._rounding,
         )
 
-    def graph_memory(self, most_rows: int, free: Callable[[], int]) -> int:
+    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
         """Bytes of the device that `prepare` will take beside the batches; `free` says how many are free."""
-        return self._replay.memory(most_rows, free)
+        return self._steps.graph_memory(max_rows, free)
 
     @property
     def notes(self) -> list[str]:
         """What an operator should know."""
-        refused = self._replay.refused
-        return [] if refused is None or self._device.type == "cpu" else [f"steps run without CUDA graphs: {refused}"]
+        disabled = self._steps.disabled
+        return [] if disabled is None or self._device.type == "cpu" else [f"steps run without CUDA graphs: {disabled}"]
 
     @property
     def _rounding(self) -> float:
@@ -221,11 +183,38 @@ def _side_by_side(ids: list[list[int]], positions: list[range], block_size: int)
     )
 
 
-def _kept(module: nn.Module, kernels: Kernels, scheme: Scheme | None) -> PackedLinear | ForeignLinear:
-    """A linear module's stand-in: its weights as the kernels want them, or itself where they cannot read them."""
-    return ForeignLinear(module) if is_foreign(module) else PackedLinear(module, kernels, scheme)
+def _executor(eager: EagerSteps, kernels: Kernels, *, replayable: bool) -> StepExecutor:
+    """How steps run: replayed in the way the backend supports, if the model's passes can be replayed at all."""
+    if not replayable:
+        eager.disabled = "not every step of one shape makes the same calls"
+    elif kernels.replay == "recorded_steps":
+        return RecordedSteps(eager, kernels)
+    elif kernels.replay == "cuda_graphs" and kernels.graph_buckets is not None:
+        return CudaGraphs(eager, kernels, kernels.graph_buckets)
+    else:
+        eager.disabled = f"the {kernels.name} kernels cannot replay a step"
+    return eager
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+@contextmanager
+def _virtual_tokens(
+    embedding: nn.Module, virtual_rows: Sequence[AdapterRows], prefixes: Mapping[int, Prefix]
+) -> Iterator[None]:
+    """Have the input embedding [1, tokens] → [1, tokens, hidden] return the adapters' embeddings of virtual tokens.
+
+    They replace rows of what the module returns, so whatever the model does to its embeddings after that is done to
+    them too, as in PEFT.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for start, end, slot, _, first in virtual_rows:
+            rows = prefixes[slot].embeddings
+            if rows is not None:
+                output[0, start:end] = rows[first : first + end - start]
+        return output
+
+    handle = embedding.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,6 +1,6 @@
-"""One step's rows, as the engine lays them out on the host: plain numbers, no tensors.
+"""One step's batch as plain numbers on the host: token ids, positions, KV slots and adapters of every row.
 
-`model/place.py` puts them where the forward pass reads them.
+The engine builds it (`engine/batch_builder.py`); `model/input_buffers.py` copies it to the device.
 """
 
 from __future__ import annotations
@@ -11,39 +11,34 @@ from itertools import accumulate
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
-    """Rows `start` to `end` of a batch get the adapter in `slot`; the same rows may get several."""
+class AdapterRows(NamedTuple):
+    """Rows `start` to `end` of a batch that use the adapter in a device slot.
+
+    `weight` scales its delta. Where the rows are the adapter's virtual tokens, `first` is the index of the first one.
+    """
 
     start: int
     end: int
     slot: int
-    weight: float
-
-
-class VirtualRun(NamedTuple):
-    """Rows `start` to `end` of a batch are virtual tokens of the adapter in `slot`, from its number `offset` on."""
-
-    start: int
-    end: int
-    slot: int
-    offset: int
+    weight: float = 1.0
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All tokens of all scheduled sequences, end to end.
+    """All tokens of all scheduled sequences, concatenated.
 
     Attributes:
-        token_ids, positions: [tokens]; an id -1 - i is the token that was drawn last from row i of the logits, which
-            only the device knows yet.
-        kv_index: [tokens], where each token's keys and values go in the block pool.
+        token_ids, positions: [rows]; a negative id -1 - i stands for the token that was last sampled from logits row i,
+            which is known on the device only.
+        kv_index: [rows], where each row's keys and values are written in the block pool.
         query_start: [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
         context: [sequences], tokens of each sequence including this step's.
         block_tables: [sequences], each one's KV blocks in order.
-        logits_rows: the tokens whose logits are wanted, in order.
-        runs: rows that get an adapter; those of a composition are neighbours and cover the same rows.
-        logits_runs: the same over `logits_rows`, for an adapted head.
-        virtual: rows that are an adapter's virtual tokens; their `token_ids` are 0.
+        logits_rows: the rows whose logits are wanted, ascending.
+        adapter_rows: rows that get an adapter's delta; those of a composition are neighbours and cover the same rows.
+        logits_adapter_rows: the same, counted over `logits_rows`, for an adapted head.
+        virtual_rows: rows that are an adapter's virtual tokens; their `token_ids` are 0.
     """
 
     token_ids: Sequence[int]
@@ -53,29 +48,29 @@ class Batch:
     context: Sequence[int]
     block_tables: Sequence[Sequence[int]]
     logits_rows: Sequence[int]
-    runs: list[Run] = field(default_factory=list)
-    logits_runs: list[Run] = field(default_factory=list)
-    virtual: list[VirtualRun] = field(default_factory=list)
+    adapter_rows: list[AdapterRows] = field(default_factory=list)
+    logits_adapter_rows: list[AdapterRows] = field(default_factory=list)
+    virtual_rows: list[AdapterRows] = field(default_factory=list)
 
     @property
-    def decodes(self) -> bool:
-        """Whether every sequence has one row, whose logits are wanted."""
+    def is_decode(self) -> bool:
+        """Whether every sequence has exactly one row, whose logits are wanted."""
         return len(self.token_ids) == len(self.context) == len(self.logits_rows)
 
 
-def trial(lengths: Sequence[int], blocks: int) -> Batch:
-    """A batch of sequences so long, of the base, that leaves all KV but the scratch block's alone.
+def dummy_batch(lengths: Sequence[int], blocks: int) -> Batch:
+    """Prefill of sequences of the given lengths on the base that writes to the scratch KV block only.
 
     Args:
-        blocks: that the longest takes.
+        blocks: width of the block tables.
     """
-    tokens = sum(lengths)
+    rows = sum(lengths)
     return Batch(
-        token_ids=[0] * tokens,
+        token_ids=[0] * rows,
         positions=[position for length in lengths for position in range(length)],
-        kv_index=[0] * tokens,
+        kv_index=[0] * rows,
         query_start=[0, *accumulate(lengths)],
         context=lengths,
         block_tables=[[0] * blocks] * len(lengths),
-        logits_rows=range(tokens),
+        logits_rows=range(rows),
     )

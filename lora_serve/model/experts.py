@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Segments
-from lora_serve.model.linear import Routing
+from lora_serve.model.forward_context import ForwardContext
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
@@ -54,16 +54,16 @@ class AdaptedExperts(nn.Module):
         groups: by parameter, each expert's pointer tables.
     """
 
-    def __init__(self, base: nn.Module, groups: Mapping[str, list[DeltaGroup]], routing: Routing) -> None:
+    def __init__(self, base: nn.Module, groups: Mapping[str, list[DeltaGroup]], context: ForwardContext) -> None:
         super().__init__()
         self.base: Any = base
         self._groups = groups
-        self._routing = routing
+        self._context = context
         self._up = next(name for name in UP if name in groups)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] → [tokens, hidden]."""
-        segments = self._routing.tokens
+        segments = self._context.step.segments
         if segments is None:
             plain: Tensor = self.base(hidden_states, top_k_index, top_k_weights)
             return plain
@@ -82,7 +82,7 @@ class AdaptedExperts(nn.Module):
     def _project(self, name: str, expert: int, x: Tensor, runs: Segments) -> Tensor:
         bias = getattr(self.base, f"{name}_bias")[expert] if self.base.has_bias else None
         y = nn.functional.linear(x, expert_weight(self.base, name, expert), bias)
-        self._routing.kernels.delta(x.contiguous(), [y], self._groups[name][expert], runs)
+        self._context.kernels.delta(x.contiguous(), [y], self._groups[name][expert], runs)
         return y
 
 

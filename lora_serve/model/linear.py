@@ -1,73 +1,75 @@
-"""Where the two streets meet: a base layer's output, plus each row's own delta.
+"""Where a LoRA delta is applied: `AdaptedLinear` adds each row's own low-rank delta to the base layer's output.
 
-`AdaptedLinear` stands in the place of a linear module of the HF model. It does not look into the base layer, be it
-full-precision or quantised: the kernels compute its output and add the deltas. Modules that read one input (q, k and v)
-are computed together when the first of them is called, so that the kernels get them in one call; the others find their
-result ready. A batch without adapter rows has no deltas to add.
+`AdaptedLinear` replaces a linear module of the HF model. The base layer may be in full precision, quantised by us, or
+externally quantised. Modules that read the same input (q, k and v) are computed together when the first of them is
+called, so that the kernels get them in one call; the others then return their stored output. A batch without adapter
+rows adds nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, Kernels, Segments
-from lora_serve.model.foreign import ForeignLinear
-from lora_serve.model.packed import PackedLinear
-
-
-@dataclass
-class Routing:
-    """Which rows of the running batch belong to which slot; one object for all modules, set before each forward."""
-
-    kernels: Kernels
-    tokens: Segments | None = None
-    logits: Segments | None = None
+from lora_serve.model.external_linear import ExternalLinear
+from lora_serve.model.forward_context import ForwardContext
+from lora_serve.model.packed_linear import PackedLinear
 
 
 class SharedInput:
-    """The base layers that read one input, their pointer tables, and results computed ahead of being asked for."""
+    """The base layers that read one input, their pointer tables, and outputs that were computed together."""
 
-    def __init__(self, bases: Sequence[PackedLinear | ForeignLinear], group: DeltaGroup, kernels: Kernels) -> None:
+    def __init__(self, bases: Sequence[PackedLinear | ExternalLinear], group: DeltaGroup, kernels: Kernels) -> None:
         self._bases = bases
-        self._maps = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
+        self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
         self._kernels = kernels
         self._input: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}  # computed, and not yet asked for
 
     def output(self, module: int, x: Tensor, segments: Segments | None) -> Tensor:
         """Output of one of the modules for x [..., in], deltas added."""
-        if x is not self._input or module not in self._ready:
+        if x is not self._input or module not in self._outputs:
             rows = x.reshape(-1, self._group.in_features)
-            if len(self._maps) == len(self._bases):
-                outputs = self._kernels.linear(rows, self._maps)
+            if len(self._layers) == len(self._bases):
+                outputs = self._kernels.linear(rows, self._layers)
             else:
                 outputs = [base(rows) for base in self._bases]
             if segments is not None:
                 self._kernels.delta(rows, outputs, self._group, segments)
-            self._ready = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
+            self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
-        y = self._ready.pop(module)
-        if not self._ready:
+        y = self._outputs.pop(module)
+        if not self._outputs:
             self._input = None
         return y
 
 
 class AdaptedLinear(nn.Module):
-    """A linear module of the base with every adapter's delta within reach."""
+    """A linear module of the base that adds every row's own LoRA delta.
+
+    Args:
+        module: its index among the layers of `shared`.
+        logits_rows_only: whether it sees only the rows whose logits are wanted (an LM head).
+    """
 
     def __init__(
-        self, base: PackedLinear | ForeignLinear, shared: SharedInput, module: int, routing: Routing, *, head: bool
+        self,
+        base: PackedLinear | ExternalLinear,
+        shared: SharedInput,
+        module: int,
+        context: ForwardContext,
+        *,
+        logits_rows_only: bool,
     ) -> None:
         super().__init__()
         self.base = base
         self._shared = shared
         self._module = module
-        self._routing = routing
-        self._head = head
+        self._context = context
+        self._logits_rows_only = logits_rows_only
 
     @property
     def weight(self) -> Tensor:
@@ -75,5 +77,6 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        segments = self._routing.logits if self._head else self._routing.tokens
-        return self._shared.output(self._module, x, segments)
+        """x [..., in] → [..., out]."""
+        step = self._context.step
+        return self._shared.output(self._module, x, step.logits_segments if self._logits_rows_only else step.segments)

@@ -20,12 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
-from lora_serve.kernels.packed import Scheme
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
-from lora_serve.model.attention import BLOCKS
-from lora_serve.model.foreign import parameter_shapes
+from lora_serve.model.external_linear import parameter_shapes
+from lora_serve.model.external_quantization import Quantization, is_externally_quantized, quantization, settle
 from lora_serve.model.observe import Seen, observe
-from lora_serve.model.quantized import Quantization, is_foreign, quantization, settle
+from lora_serve.model.paged_attention import BLOCKS
 from lora_serve.model.shape import shape_of
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -45,7 +45,7 @@ class LoadedModel:
         created: seconds since the epoch.
         scheme: how the linear maps are to be quantised.
         notes: what an operator should know, for the start-up summary.
-        steady: steps of one size make the same calls, so they can be noted (see `Quantization`).
+        replayable: steps of one shape make the same calls, so they can be recorded (see `Quantization`).
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class LoadedModel:
     generation_defaults: dict[str, Any]
     notes: list[str]
     scheme: Scheme | None
-    steady: bool
+    replayable: bool
 
 
 def load(
@@ -155,7 +155,7 @@ def load(
         },
         notes=notes,
         scheme=scheme,
-        steady=quantized is None or quantized.steady,
+        replayable=quantized is None or quantized.replayable,
     )
 
 
@@ -253,7 +253,7 @@ def _parameters(model: nn.Module) -> int:
     plain: dict[int, int] = {}
     kept = 0
     for module in model.modules():
-        if is_foreign(module):
+        if is_externally_quantized(module):
             kept += sum(map(prod, parameter_shapes(module).values()))
         else:
             plain |= {id(each): each.numel() for each in module.parameters(recurse=False)}

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
-from lora_serve.model.attention import BLOCKS, OBSERVE, Observed
+from lora_serve.model.paged_attention import BLOCKS, OBSERVE, Observed
 
 LINEAR = (nn.Linear, Conv1D)
 TOKENS = 13  # of the watched pass: unlikely to be mistaken for a number of heads

@@ -10,10 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
-from lora_serve.model.foreign import ForeignLinear, parameter_shapes
+from lora_serve.model.external_linear import ExternalLinear, parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import LINEAR, Seen
-from lora_serve.model.packed import PackedLinear
+from lora_serve.model.packed_linear import PackedLinear
 
 _EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
@@ -80,8 +80,8 @@ def _weight(model: Any, site: str) -> Tensor:
     module = base_of(model, site if expert is None else expert[1])
     if expert is not None:
         return expert_weight(module, expert[2], int(expert[3]))
-    assert isinstance(module, PackedLinear | ForeignLinear)
-    return module.rows
+    assert isinstance(module, PackedLinear | ExternalLinear)
+    return module.full_weight
 
 
 def _parameter(model: Any, path: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.dispatch import lower
 
 X = "base_model.model."
 WIDE, TALL = 8, 12

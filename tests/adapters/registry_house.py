@@ -10,8 +10,8 @@ import torch
 from peft_folders import BASE, tensors, write
 from torch import Tensor
 
-from lora_serve.adapters.bank import Bank
-from lora_serve.adapters.cache import Cache
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.adapters.host_cache import HostCache
 from lora_serve.adapters.registry import Loading, Registry
 from lora_serve.adapters.store import Store
 from lora_serve.errors import ServeError
@@ -23,10 +23,10 @@ class House:
 
     def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
         self.folder = folder
-        self.bank = Bank(BASE, slots, torch.float32, torch.device("cpu"))
-        self.cache = Cache(memory)
+        self.device_slots = DeviceSlots(BASE, slots, torch.float32, torch.device("cpu"))
+        self.cache = HostCache(memory)
         self.registry = Registry(
-            Store(folder / "store"), self.cache, self.bank, BASE, torch.float32, lambda: None, max_bytes=1 << 20
+            Store(folder / "store"), self.cache, self.device_slots, BASE, torch.float32, lambda: None, max_bytes=1 << 20
         )
 
     def until(self, condition: Any) -> None:

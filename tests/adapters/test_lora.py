@@ -13,7 +13,7 @@ from peft_folders import BASE, HEAD, PREFIX, tensors, write
 from lora_serve.adapters.adapter import BaseShape, Lowered, flatten
 from lora_serve.adapters.checkpoint import Checkpoint, read
 from lora_serve.adapters.digest import digest
-from lora_serve.adapters.formats.registry import FORMATS, lower
+from lora_serve.adapters.formats.dispatch import FORMATS, lower
 from lora_serve.errors import AdapterInvalid
 
 
@@ -148,10 +148,12 @@ def test_zero_weights_are_served_with_a_warning(tmp_path: Path) -> None:
 def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_takes_its_place(tmp_path: Path) -> None:
     key = f"{PREFIX}layers.0.q_proj.base_layer.weight"
     same = bring(tmp_path / "same", tensors() | {key: HEAD.clone()})
-    assert not same.changes
+    assert not same.overrides
     changed = bring(tmp_path / "changed", tensors() | {key: HEAD + 1})
     delta = same.deltas["layers.0.q_proj"]
-    torch.testing.assert_close(changed.changes["layers.0.q_proj"].parameters["weight"], HEAD + 1 + delta.b.T @ delta.a)
+    torch.testing.assert_close(
+        changed.overrides["layers.0.q_proj"].parameters["weight"], HEAD + 1 + delta.b.T @ delta.a
+    )
     assert "layers.0.q_proj" not in changed.deltas
     assert "weights of the base" in changed.report["warnings"][0]
 

@@ -103,12 +103,12 @@ def test_what_needs_the_base_s_weights_says_that_they_were_dequantised() -> None
 
 
 def test_an_ia3_adapter_scales_outputs_or_inputs_by_its_shape() -> None:
-    change = bring("IA3", IA3).changes["q"]
-    assert change.gain_in is None
-    torch.testing.assert_close(change.gain_out, IA3["q.ia3_l"][:, 0])
-    change = bring("IA3", {"q.ia3_l": normal(1, WIDE)}).changes["q"]
-    assert change.gain_out is None
-    torch.testing.assert_close(change.gain_in, normal(1, WIDE)[0])
+    override = bring("IA3", IA3).overrides["q"]
+    assert override.gain_in is None
+    torch.testing.assert_close(override.gain_out, IA3["q.ia3_l"][:, 0])
+    override = bring("IA3", {"q.ia3_l": normal(1, WIDE)}).overrides["q"]
+    assert override.gain_out is None
+    torch.testing.assert_close(override.gain_in, normal(1, WIDE)[0])
 
 
 def test_gains_of_one_are_served_with_a_warning() -> None:
@@ -120,10 +120,10 @@ def test_a_tied_head_follows_trained_tokens_and_a_linear_module_loses_its_bias()
     tensors = TOKENS | {"head.trainable_tokens_delta": rows, "q.trainable_tokens_delta": rows}
     lowered = bring("TRAINABLE_TOKENS", tensors, token_indices=[3, 7])
     for module in ("embed", "head"):
-        assert lowered.changes[module].token_ids == (3, 7)
-        torch.testing.assert_close(lowered.changes[module].token_rows, rows)
+        assert lowered.overrides[module].token_ids == (3, 7)
+        torch.testing.assert_close(lowered.overrides[module].token_rows, rows)
     torch.testing.assert_close((PARAMETERS["q.weight"] + product(lowered))[[3, 7]], rows)
-    torch.testing.assert_close(lowered.changes["q"].shift, -PARAMETERS["q.bias"])
+    torch.testing.assert_close(lowered.overrides["q"].shift, -PARAMETERS["q.bias"])
 
 
 def test_a_delta_of_the_head_lies_upon_its_replaced_rows() -> None:
@@ -132,12 +132,12 @@ def test_a_delta_of_the_head_lies_upon_its_replaced_rows() -> None:
     fields = {"init_r": 3, "trainable_token_indices": [3, 7]}
     lowered = bring("ADALORA", tokens | head, **fields)
     delta = lowered.deltas["head"]
-    rows = lowered.changes["head"].token_rows
+    rows = lowered.overrides["head"].token_rows
     assert rows is not None
     torch.testing.assert_close(rows, normal(2, WIDE) + (delta.b.T @ delta.a)[[3, 7]])
-    assert lowered.changes["embed"].token_rows is not None
+    assert lowered.overrides["embed"].token_rows is not None
     resized = bring(
         "ADALORA", head | {"head.lora_B": normal(18, 3), "head.base_layer.weight": normal(18, WIDE)}, init_r=3
     )
     assert not resized.deltas
-    assert resized.changes["head"].parameters["weight"].shape == (18, WIDE)
+    assert resized.overrides["head"].parameters["weight"].shape == (18, WIDE)

@@ -20,6 +20,7 @@ from support import reference
 from torch import Tensor
 
 from lora_serve.adapters.checkpoint import read
+from lora_serve.adapters.formats.dispatch import FORMATS, lower
 from lora_serve.adapters.formats.refusals import (
     FIELDS,
     INITIALISATIONS,
@@ -29,7 +30,6 @@ from lora_serve.adapters.formats.refusals import (
     refuse_fields,
     refuse_initialisation,
 )
-from lora_serve.adapters.formats.registry import FORMATS, lower
 from lora_serve.errors import AdapterInvalid
 
 

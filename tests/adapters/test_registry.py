@@ -10,7 +10,7 @@ import pytest
 from peft_folders import tensors, write
 from registry_house import House
 
-from lora_serve.adapters.registry import Failed, Loading, Ready
+from lora_serve.adapters.registry import InMemory, LoadFailed, Loading
 from lora_serve.adapters.store import Meta
 from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound
@@ -24,7 +24,7 @@ def test_a_published_adapter_is_leased_loaded_and_seated(house: House) -> None:
     assert (lease.name, lease.digest, lease.weight) == ("a", info.versions[0].digest, 0.5)
     assert isinstance(house.registry.state(lease.digest), Loading)
     house.bring(lease.digest)
-    assert house.registry.seat([lease.digest]) == {lease.digest: house.bank.slot(lease.digest)}
+    assert house.registry.assign_slots([lease.digest]) == {lease.digest: house.device_slots.slot(lease.digest)}
     version = house.registry.describe("a").versions[0]
     assert (version.tiers, version.leases, version.rank, version.modules) == (["disk", "host", "device"], 1, 4, 3)
     assert house.stats().resident == ["a"]
@@ -55,7 +55,7 @@ def test_a_new_version_leaves_running_requests_on_the_old_one(house: House) -> N
     info = house.publish("a", 1, replace=True)
     assert [version.digest for version in info.versions][1:] == [old]
     assert house.registry.acquire(AdapterUse("a")).digest == info.versions[0].digest != old
-    assert isinstance(house.registry.state(old), Ready)
+    assert isinstance(house.registry.state(old), InMemory)
     assert house.registry.acquire(AdapterUse("a", old[:8])).digest == old
     house.registry.release(lease)
     house.registry.release(lease)
@@ -89,27 +89,27 @@ def test_deleting_waits_for_the_last_lease_and_then_everything_is_gone(house: Ho
     digest = house.publish("a").versions[0].digest
     lease = house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
-    house.registry.seat([digest])
+    house.registry.assign_slots([digest])
     house.answer(lambda done: house.registry.delete("a", done))
     with pytest.raises(AdapterNotFound):
         house.registry.acquire(AdapterUse("a"))
-    assert house.bank.holds(digest)
+    assert house.device_slots.holds(digest)
     house.registry.release(lease)
-    assert (house.bank.bytes, house.cache.bytes) == (0, 0)
+    assert (house.device_slots.bytes, house.cache.bytes) == (0, 0)
     house.until(lambda: not any((house.folder / "store" / "versions").iterdir()))
 
 
 def test_evicting_returns_the_bytes_and_keeps_the_files(house: House) -> None:
     digest = house.publish("a").versions[0].digest
     house.bring(digest)
-    house.registry.seat([digest])
-    taken = house.bank.bytes
+    house.registry.assign_slots([digest])
+    taken = house.device_slots.bytes
     assert taken == house.cache.bytes > 0
     info = house.answer(lambda done: house.registry.evict("a", done))
     assert info.versions[0].tiers == ["disk"]
-    assert (house.bank.bytes, house.cache.bytes) == (0, 0)
+    assert (house.device_slots.bytes, house.cache.bytes) == (0, 0)
     house.bring(digest)
-    assert isinstance(house.registry.state(digest), Ready)
+    assert isinstance(house.registry.state(digest), InMemory)
 
 
 def test_evicting_one_in_use_happens_when_it_is_free(house: House) -> None:
@@ -139,10 +139,10 @@ def test_the_least_recently_used_gives_up_its_slot(house: House) -> None:
     digests = [house.publish(name, seed).versions[0].digest for seed, name in enumerate("abcd")]
     for digest in digests:
         house.bring(digest)
-    house.registry.seat(digests[:3])
-    house.registry.seat(digests[:1])
-    house.registry.seat(digests[3:])
-    assert house.bank.seated == [digests[2], digests[0], digests[3]]
+    house.registry.assign_slots(digests[:3])
+    house.registry.assign_slots(digests[:1])
+    house.registry.assign_slots(digests[3:])
+    assert house.device_slots.resident == [digests[2], digests[0], digests[3]]
 
 
 def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_by_the_next(house: House) -> None:
@@ -151,12 +151,12 @@ def test_a_failed_load_is_told_to_those_who_wait_and_tried_again_by_the_next(hou
     shutil.move(version, house.folder / "away")
     lease = house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
-    assert isinstance(house.registry.state(digest), Failed)
+    assert isinstance(house.registry.state(digest), LoadFailed)
     house.registry.release(lease)
     shutil.move(house.folder / "away", version)
     house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
-    assert isinstance(house.registry.state(digest), Ready)
+    assert isinstance(house.registry.state(digest), InMemory)
 
 
 def test_folders_are_published_at_start_once_and_bad_ones_reported(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_counters_tell_hits_from_misses(house: House) -> None:
     house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
     house.registry.acquire(AdapterUse("a"))
-    house.registry.seat([digest])
+    house.registry.assign_slots([digest])
     house.registry.acquire(AdapterUse("a"))
     stats = house.stats()
     assert stats.cache_hits_total == {"host": 1, "device": 1}
@@ -211,6 +211,6 @@ def test_an_adapter_that_means_another_thing_to_this_base_is_not_served_as_what_
     house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
     state = house.registry.state(digest)
-    assert isinstance(state, Failed)
+    assert isinstance(state, LoadFailed)
     assert "publish it again" in state.error.message
     house.registry.close()

@@ -10,7 +10,7 @@ import pytest
 from peft_folders import write
 from registry_house import House
 
-from lora_serve.adapters.registry import Failed, Ready
+from lora_serve.adapters.registry import InMemory, LoadFailed
 from lora_serve.errors import AdapterInvalid, AdapterNotFound, ServeError
 from lora_serve.request import AdapterUse
 
@@ -35,7 +35,7 @@ def test_evicting_during_a_load_wins_over_the_load(house: House) -> None:
     house.registry.evict("a", lambda info: None)
     house.until(lambda: answers)
     assert digest not in house.cache
-    assert not house.bank.holds(digest)
+    assert not house.device_slots.holds(digest)
     assert house.registry.describe("a").versions[0].tiers == ["disk"]
 
 
@@ -56,12 +56,12 @@ def test_deleting_during_a_load_leaves_nothing(house: House) -> None:
     house.answer(lambda done: house.registry.delete("a", done))
     house.until(lambda: answers)
     assert isinstance(answers[0], AdapterNotFound)
-    assert (house.cache.bytes, house.bank.bytes) == (0, 0)
+    assert (house.cache.bytes, house.device_slots.bytes) == (0, 0)
     house.until(lambda: not any((house.folder / "store" / "versions").iterdir()))
     assert house.publish("a").versions[0].digest == digest
     house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
-    assert isinstance(house.registry.state(digest), Ready)
+    assert isinstance(house.registry.state(digest), InMemory)
 
 
 def test_publishing_right_after_deleting_brings_the_name_back(house: House) -> None:
@@ -72,7 +72,7 @@ def test_publishing_right_after_deleting_brings_the_name_back(house: House) -> N
     assert deleted
     house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
-    assert isinstance(house.registry.state(digest), Ready)
+    assert isinstance(house.registry.state(digest), InMemory)
 
 
 def test_two_first_publishes_of_one_name_are_serialised(house: House) -> None:
@@ -92,9 +92,9 @@ def test_a_failed_load_is_forgotten_with_its_last_lease(house: House) -> None:
     lease = house.registry.acquire(AdapterUse("a"))
     house.bring(digest)
     failed = house.registry.state(digest)
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, LoadFailed)
     house.registry.release(lease)
-    assert not isinstance(house.registry.state(digest), Failed)
+    assert not isinstance(house.registry.state(digest), LoadFailed)
 
 
 def test_a_pin_whose_load_fails_does_not_hold(house: House) -> None:
@@ -111,7 +111,7 @@ def test_a_new_version_of_a_pinned_adapter_is_brought_into_its_place(house: Hous
     new = house.publish("a", 1, replace=True).versions[0].digest
     house.until(lambda: house.registry.pinned == {new})
     assert old not in house.cache
-    assert not house.bank.holds(old)
+    assert not house.device_slots.holds(old)
 
 
 def test_what_waiting_requests_lease_leaves_the_cache_last_and_the_oldest_request_s_last_of_all(tmp_path: Path) -> None:

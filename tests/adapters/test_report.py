@@ -12,9 +12,9 @@ import torch
 from peft_folders import BASE, PREFIX, tensors, write
 from registry_house import House
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered, Prefix, Site
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Prefix, Site
 from lora_serve.adapters.checkpoint import Checkpoint, read
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.formats.report import complete, model_name, report, shown
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
@@ -61,9 +61,9 @@ def test_a_report_says_what_a_lora_is(tmp_path: Path) -> None:
 
 
 def test_modules_are_counted_by_kind() -> None:
-    changes = {"embed": Change(lookup=delta()), "norm": Change(parameters={"weight": torch.ones(8)})}
+    overrides = {"embed": ModuleOverride(lookup=delta()), "norm": ModuleOverride(parameters={"weight": torch.ones(8)})}
     made = report(
-        {}, RICH, method="LoRA", deltas={Q: delta(), "head": delta(), "experts.up[0]": delta()}, changes=changes
+        {}, RICH, method="LoRA", deltas={Q: delta(), "head": delta(), "experts.up[0]": delta()}, overrides=overrides
     )
     assert made["touched"] == {
         "linear": "1 of 3",
@@ -76,13 +76,13 @@ def test_modules_are_counted_by_kind() -> None:
 
 
 def test_it_says_what_became_of_the_adapter_and_how_it_can_be_used() -> None:
-    changes = {
-        Q: Change(gain_out=torch.full((12,), 2.0), shift=torch.ones(12)),
-        "embed": Change(lookup=delta()),
-        "head": Change(token_ids=(1,), token_rows=torch.ones(1, 8)),
-        "norm": Change(parameters={"weight": torch.ones(8)}),
+    overrides = {
+        Q: ModuleOverride(gain_out=torch.full((12,), 2.0), shift=torch.ones(12)),
+        "embed": ModuleOverride(lookup=delta()),
+        "head": ModuleOverride(token_ids=(1,), token_rows=torch.ones(1, 8)),
+        "norm": ModuleOverride(parameters={"weight": torch.ones(8)}),
     }
-    lowered = Lowered({Q: delta()}, {"lowered": ["DoRA: …"]}, changes, Prefix(5, torch.ones(5, 8)), invocation=(3, 4))
+    lowered = Lowered({Q: delta()}, {"lowered": ["DoRA: …"]}, overrides, Prefix(5, torch.ones(5, 8)), invocation=(3, 4))
     found = complete(lowered, Checkpoint({}, {"x": torch.ones(7)}, 100), RICH)
     assert found["lowered"] == [
         "1 low-rank updates",
@@ -167,26 +167,28 @@ ZERO = torch.zeros(12)
 
 
 @pytest.mark.parametrize(
-    ("deltas", "changes", "warned"),
+    ("deltas", "overrides", "warned"),
     [
         ({Q: delta(0)}, {}, True),
         ({Q: delta(0), K: delta()}, {}, False),
-        ({}, {Q: Change(gain_out=ZERO + 1, shift=ZERO)}, True),
-        ({}, {Q: Change(gain_out=ZERO)}, False),
-        ({Q: delta(0)}, {Q: Change(shift=ZERO + 1)}, False),
-        ({}, {"embed": Change(lookup=delta(0))}, True),
-        ({Q: delta(0)}, {"norm": Change(parameters={"weight": torch.zeros(8)})}, False),
+        ({}, {Q: ModuleOverride(gain_out=ZERO + 1, shift=ZERO)}, True),
+        ({}, {Q: ModuleOverride(gain_out=ZERO)}, False),
+        ({Q: delta(0)}, {Q: ModuleOverride(shift=ZERO + 1)}, False),
+        ({}, {"embed": ModuleOverride(lookup=delta(0))}, True),
+        ({Q: delta(0)}, {"norm": ModuleOverride(parameters={"weight": torch.zeros(8)})}, False),
     ],
 )
-def test_an_adapter_that_changes_nothing_is_warned_of(deltas: Any, changes: Any, warned: bool) -> None:
-    warnings = report({}, RICH, method="any", deltas=deltas, changes=changes)["warnings"]
+def test_an_adapter_that_changes_nothing_is_warned_of(deltas: Any, overrides: Any, warned: bool) -> None:
+    warnings = report({}, RICH, method="any", deltas=deltas, overrides=overrides)["warnings"]
     assert warnings == (["all of its weights are zero: the adapter changes nothing"] if warned else [])
 
 
 def test_weights_of_the_base_that_it_brings_along_are_warned_of() -> None:
-    changes = {"norm": Change(parameters={"weight": torch.zeros(8)})}
+    overrides = {"norm": ModuleOverride(parameters={"weight": torch.zeros(8)})}
     features = ["replaced base weights"]
-    made = report({}, RICH, method="LoRA", deltas={Q: delta()}, changes=changes, features=features, warnings=["first"])
+    made = report(
+        {}, RICH, method="LoRA", deltas={Q: delta()}, overrides=overrides, features=features, warnings=["first"]
+    )
     first, second = made["warnings"]
     assert first == "first"
     assert "differ from this base's" in second

@@ -11,9 +11,9 @@ import torch
 from peft_folders import BASE, write
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered, Prefix
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Prefix
 from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.formats.registry import lower
+from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.store import Store
 from lora_serve.adapters.traits import Traits, traits
@@ -81,7 +81,7 @@ def test_the_prompt_of_a_single_task_is_the_product(tmp_path: Path) -> None:
 def test_modules_of_the_base_are_named_as_peft_names_them_here(tmp_path: Path) -> None:
     norm = {"base_model.model.norm.weight": torch.full((HIDDEN,), 2.0)}
     found = prompt(tmp_path, more=norm, modules_to_save=["norm"])
-    assert list(found.changes) == ["model.norm"]
+    assert list(found.overrides) == ["model.norm"]
     assert found.not_additive
 
 
@@ -148,8 +148,8 @@ def test_a_version_from_before_there_were_traits_has_those_of_a_plain_adapter(tm
     store.close()
 
 
-def table(rows: int) -> Change:
-    return Change(parameters={"weight": torch.zeros(rows, HIDDEN)})
+def table(rows: int) -> ModuleOverride:
+    return ModuleOverride(parameters={"weight": torch.zeros(rows, HIDDEN)})
 
 
 def test_traits_say_how_many_tokens_a_replaced_vocabulary_has() -> None:

@@ -16,15 +16,15 @@ from lora_serve.request import AdapterUse, Event, Finished, Request, Sampling, T
 
 
 class Session:
-    """An engine and everything it said, by request; `ahead` as on a device that is not the host."""
+    """An engine and everything it said, by request; `overlap` as on a device that is not the host."""
 
-    def __init__(self, folder: Path, *, ahead: bool = False, **options: Any) -> None:
+    def __init__(self, folder: Path, *, overlap: bool = False, **options: Any) -> None:
         config = ServeConfig(
             model=str(save("llama", folder / "base")),
             store=folder / "store",
             **{"kv_cache_memory": 1 << 20, "kv_block_size": 4, "max_num_batched_tokens": 16, **options},
         )
-        self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None, ahead=ahead)
+        self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None, overlap=overlap)
         self.events: dict[str, list[Event]] = {}
         self.replies: dict[int, Any] = {}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from lora_serve.config import ServeConfig
-from lora_serve.engine.process import main
+from lora_serve.engine.process_main import main
 from lora_serve.errors import AdapterNotFound, Failure, ModelUnsupported
 from lora_serve.messages import (
     Abort,
@@ -62,7 +62,7 @@ class FakeEngine:
         self.answers: list[Reply] = []
         self.draining: Call | None = None
 
-    flying = False
+    step_in_flight = False
 
     @property
     def busy(self) -> bool:

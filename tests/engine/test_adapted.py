@@ -48,9 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, models | {"larger": larger}
 
 
-@pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
 def session(folders: tuple[Path, dict[str, Any]], tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
-    session = Session(tmp_path, ahead=request.param, adapters=folders[0], max_model_len=64)
+    session = Session(tmp_path, overlap=request.param, adapters=folders[0], max_model_len=64)
     assert not session.engine.info.notes
     yield session
     session.engine.close()

@@ -90,21 +90,21 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
 def test_a_stop_string_cuts_wherever_tokens_fall(text: str, stops: list[str], include: bool) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include)
-    sent = ""
+    to_device = ""
     for character in text:
-        sent += detokenizer.feed(tokenizer(character)["input_ids"])
+        to_device += detokenizer.feed(tokenizer(character)["input_ids"])
         if detokenizer.stopped:
             break
-    sent += detokenizer.flush()
+    to_device += detokenizer.flush()
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     if not ends:
         assert not detokenizer.stopped
-        assert sent == text
+        assert to_device == text
         return
     assert detokenizer.stopped
     stop = next(s for s in sorted(stops, key=len, reverse=True) if text[: min(ends)].endswith(s))
     expected = {text[: min(ends) - len(s)] + (s if include else "") for s in stops if text[: min(ends)].endswith(s)}
-    assert sent in expected, (stop, sent)
+    assert to_device in expected, (stop, to_device)
 
 
 def test_nothing_that_could_become_a_stop_string_is_sent_early() -> None:

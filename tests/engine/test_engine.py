@@ -15,9 +15,9 @@ from lora_serve.model.batch import Batch
 from lora_serve.request import Admitted, Tokens
 
 
-@pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
 def session(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
-    session = Session(tmp_path, ahead=request.param)
+    session = Session(tmp_path, overlap=request.param)
     yield session
     session.engine.close()
 
@@ -54,10 +54,10 @@ def test_a_seeded_request_repeats_whatever_runs_beside_it(session: Session) -> N
     assert session.ask("different", PROMPTS[0], **{**options, "seed": 8}) != alone
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_preemption_changes_no_answer(tmp_path: Path, ahead: bool) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preemption_changes_no_answer(tmp_path: Path, overlap: bool) -> None:
     # 3 layers * 2 heads * 16 * 2 * 4 bytes = 768 bytes a token: room for 60 tokens, wanted are 4 * 40.
-    session = Session(tmp_path, ahead=ahead, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
+    session = Session(tmp_path, overlap=overlap, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
     for index in range(4):
         session.send(str(index), [5 + index, 9, 33], max_tokens=37)
     session.run()
@@ -208,11 +208,11 @@ def test_calls_are_answered_between_steps(session: Session) -> None:
     assert session.replies[5].result == []
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_that_is_too_large_for_the_memory_ends_its_request_alone_and_later_ones_are_smaller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    session = Session(tmp_path, ahead=ahead, max_num_batched_tokens=64)
+    session = Session(tmp_path, overlap=overlap, max_num_batched_tokens=64)
     base = session.engine._runner._base
     forward = base.forward
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_serve.engine.runner import Outcome, Runner
-from lora_serve.engine.scheduler import Work
+from lora_serve.engine.runner import Runner, SequenceOutput
+from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import EngineFault, Unavailable
 from lora_serve.model.batch import Batch
@@ -30,18 +30,18 @@ class Base:
         return logits[batch.logits_rows]
 
 
-def work(order: int, tokens: list[int]) -> Work:
+def work(order: int, tokens: list[int]) -> ScheduledSequence:
     seq = Sequence(
         request=Request(str(order), tokens, Sampling(max_tokens=4, temperature=0.0)),
         order=order, adapters=(), seed=0, stop_ids=frozenset(), limit=9,
     )  # fmt: skip
     seq.blocks = [order + 1]
-    return Work(seq, 0, len(tokens))
+    return ScheduledSequence(seq, 0, len(tokens))
 
 
-def run(*tokens: int) -> list[Outcome]:
+def run(*tokens: int) -> list[SequenceOutput]:
     runner = Runner(Base(), 4, torch.device("cpu"))  # type: ignore[arg-type]
-    return runner.run([work(order, [3, token]) for order, token in enumerate(tokens)], {})
+    return runner.launch([work(order, [3, token]) for order, token in enumerate(tokens)], {})()
 
 
 def test_every_sequence_gets_its_own_next_token() -> None:
@@ -72,4 +72,4 @@ def test_logits_that_are_not_finite_end_only_their_row() -> None:
 def test_a_chunk_that_does_not_reach_the_end_samples_nothing() -> None:
     item = work(0, [3, 4, 5])
     runner = Runner(Base(), 4, torch.device("cpu"))  # type: ignore[arg-type]
-    assert runner.run([Work(item.seq, 0, 2)], {})[0].token is None
+    assert runner.launch([ScheduledSequence(item.seq, 0, 2)], {})()[0].token is None

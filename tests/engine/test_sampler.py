@@ -14,10 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_serve.engine.logprobs import logprobs
-from lora_serve.engine.sampler import NEAR, Row, _least_by_parts, _least_by_sorting, sample, uniform
+from lora_serve.engine.sampler import NEAR, Sampled, SamplingRow, _least_by_parts, _least_by_sorting, uniform
+from lora_serve.engine.sampler import sample as launch_sampling
 from lora_serve.request import Logprob, Sampling
 
 INF, NAN = float("inf"), float("nan")
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """Sample a token for each row, and wait for it."""
+    return launch_sampling(logits, rows).wait()
 
 
 def row(
@@ -28,11 +34,11 @@ def row(
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
     **params: Any,
-) -> Row:
-    return Row(Sampling(**{"max_tokens": 9, **params}), seed, position, frozenset(stop_ids), prompt, output)
+) -> SamplingRow:
+    return SamplingRow(Sampling(**{"max_tokens": 9, **params}), seed, position, frozenset(stop_ids), prompt, output)
 
 
-def obvious(logits: list[float], row: Row) -> dict[int, float]:
+def obvious(logits: list[float], row: SamplingRow) -> dict[int, float]:
     """The distribution that a row asks for, token by token: id → probability; one id if greedy."""
     params = row.params
     values = dict(enumerate(logits))
@@ -86,7 +92,7 @@ ROWS = st.builds(
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6))
 @settings(max_examples=120, deadline=None)
-def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], Row]]) -> None:
+def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], SamplingRow]]) -> None:
     sampled = sample(torch.tensor([logits for logits, _ in cases]), [row for _, row in cases])
     assert all(sampled.finite)
     for (logits, drawn), token in zip(cases, sampled.token_ids, strict=True):
@@ -99,7 +105,7 @@ def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], 
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_a_row_is_the_same_alone_and_beside_others(cases: list[tuple[list[float], Row]]) -> None:
+def test_a_row_is_the_same_alone_and_beside_others(cases: list[tuple[list[float], SamplingRow]]) -> None:
     logits = torch.tensor([logits for logits, _ in cases])
     together = sample(logits, [row for _, row in cases])
     alone = [sample(logits[i : i + 1], [row]).token_ids[0] for i, (_, row) in enumerate(cases)]

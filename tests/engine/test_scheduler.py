@@ -6,16 +6,16 @@ import random
 from collections.abc import Callable
 
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.fairness import Turns
-from lora_serve.engine.scheduler import Room, Scheduler, Work
-from lora_serve.engine.sequence import DRAWN, Sequence
+from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.scheduler import PrefillBudget, ScheduledSequence, Scheduler
+from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.kv.pool import BlockPool
 from lora_serve.request import Request, Sampling, Served
 
 
 def scheduler(blocks: int = 100, *, seqs: int = 8, tokens: int = 16, slots: int = 4, prefix: bool = True) -> Scheduler:
-    turns = Turns(slots, quantum=4)
-    return Scheduler(BlockPool(blocks, 4), turns, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
+    rotation = SlotRotation(slots, quantum=4)
+    return Scheduler(BlockPool(blocks, 4), rotation, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
 
 
 def sequence(
@@ -38,28 +38,30 @@ def everything(digest: str) -> bool:
     return True
 
 
-def run(s: Scheduler, loaded: Callable[[str], bool] = everything, room: Room | None = None) -> list[Work]:
+def run(
+    s: Scheduler, loaded: Callable[[str], bool] = everything, budget: PrefillBudget | None = None
+) -> list[ScheduledSequence]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
-    work = s.plan(loaded, room=room)
+    work = s.schedule(loaded, prefill_budget=budget)
     for item in work:
-        s.launched(item)
+        s.mark_launched(item)
     land(s, work)
     return work
 
 
-def land(s: Scheduler, work: list[Work]) -> None:
+def land(s: Scheduler, work: list[ScheduledSequence]) -> None:
     """What the step gave is known now."""
     for item in work:
         if item.seq not in s.running and item.seq not in s.waiting:
             continue  # it ended meanwhile
-        s.computed(item)
-        if item.last:
+        s.mark_computed(item)
+        if item.samples:
             item.seq.tokens[item.end] = item.seq.order
             if item.end + 1 == item.seq.limit:
                 s.remove(item.seq)
 
 
-def shape(work: list[Work]) -> list[tuple[int, int, int]]:
+def shape(work: list[ScheduledSequence]) -> list[tuple[int, int, int]]:
     return [(item.seq.order, item.start, item.count) for item in work]
 
 
@@ -76,18 +78,18 @@ def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
 def test_beside_sequences_that_decode_prompts_take_only_the_room_that_is_given() -> None:
     asked: list[tuple[int, int]] = []
 
-    def room(decoding: int, prompts: int) -> int:
+    def budget(decoding: int, prompts: int) -> int:
         asked.append((decoding, prompts))
         return 3 if prompts == 2 else 100
 
     s = scheduler(tokens=10)
     s.add(sequence(0, 8))
-    assert shape(run(s, room=room)) == [(0, 0, 8)]
+    assert shape(run(s, budget=budget)) == [(0, 0, 8)]
     s.add(sequence(1, 4))
     s.add(sequence(2, 4))
-    assert shape(run(s, room=room)) == [(0, 8, 1), (1, 0, 3)]
-    assert shape(run(s, room=room)) == [(0, 9, 1), (1, 3, 1), (2, 0, 4)]
-    assert shape(run(s, room=room)) == [(0, 10, 1), (1, 4, 1), (2, 4, 1)]
+    assert shape(run(s, budget=budget)) == [(0, 8, 1), (1, 0, 3)]
+    assert shape(run(s, budget=budget)) == [(0, 9, 1), (1, 3, 1), (2, 0, 4)]
+    assert shape(run(s, budget=budget)) == [(0, 10, 1), (1, 4, 1), (2, 4, 1)]
     assert asked == [(1, 2), (2, 1)]
 
 
@@ -232,7 +234,7 @@ def test_random_load_always_ends_with_every_block_back() -> None:
             if rng.random() < 0.5:
                 run(s)
             if s.waiting and rng.random() < 0.1:
-                s.remove(rng.choice(s.waiting))
+                s.remove(rng.choice(list(s.waiting)))
             if s.running and rng.random() < 0.1:
                 s.remove(rng.choice(s.running))
         for _ in range(3000):
@@ -257,14 +259,14 @@ def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak
         ]
         for seq in seqs:
             s.add(seq)
-        flying: list[Work] = []
+        step_in_flight: list[ScheduledSequence] = []
         for _ in range(3000):
-            work = s.plan(everything)
-            assert not any(item.seq.full for item in work if not item.last)
+            work = s.schedule(everything)
+            assert not any(item.seq.last_token_in_flight for item in work if not item.samples)
             for item in work:
-                s.launched(item)
-            land(s, flying)
-            flying = work
+                s.mark_launched(item)
+            land(s, step_in_flight)
+            step_in_flight = work
             if not work and not s.running and not s.waiting:
                 break
         assert [seq.tokens[: seq.limit] for seq in seqs] == [seq.request.prompt + [seq.order] * 8 for seq in seqs], (
@@ -277,7 +279,7 @@ def test_a_sequence_whose_last_token_is_on_its_way_is_not_planned_again() -> Non
     s = scheduler()
     s.add(seq := sequence(0, 3))
     seq.limit = 4
-    for item in s.plan(everything):
-        s.launched(item)
-    assert (seq.tokens[-1], seq.full) == (DRAWN, True)
-    assert s.plan(everything) == []
+    for item in s.schedule(everything):
+        s.mark_launched(item)
+    assert (seq.tokens[-1], seq.last_token_in_flight) == (IN_FLIGHT_TOKEN, True)
+    assert s.schedule(everything) == []

@@ -12,9 +12,9 @@ from kernels.kernel_cases import AttentionCase, assert_near
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, Delta, DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
-from lora_serve.kernels.gpu.graph import GraphTape
+from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = here
@@ -114,7 +114,7 @@ def test_deltas(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
 def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None:
     torch.manual_seed(0)
     case = Deltas(*QKV, ((1, 16),) * 8)
-    group, segments = case.group(BF16), replace(case.bounds(), longest=16, rank=1024)
+    group, segments = case.group(BF16), replace(case.bounds(), max_rows=16, max_rank=1024)
     x = draw(8, case.in_features, dtype=BF16)
     outputs = [torch.zeros(8, out, dtype=BF16, device=DEVICE) for out in case.out_features]
 
@@ -124,15 +124,15 @@ def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None
         kernels.delta(x, outputs, group, segments)
         return outputs[0]
 
-    tape = GraphTape(torch.cuda.graph_pool_handle())
-    tape.note(run)
-    assert tape.refused is None
+    graph = CapturedGraph(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    graph.record(run)
+    assert graph.unsupported is None
     for ranks in ([16] * 8, [8, 128, 64, 0, 32, 16, 200, 8], [0] * 7 + [64]):
         for module, out in enumerate(case.out_features):
             for slot, rank in enumerate(ranks, 1):
                 group.set(module, slot, case.delta(rank, out, BF16) if rank else None)
         x.copy_(draw(8, case.in_features, dtype=BF16))
-        tape.play()
+        graph.replay()
         wanted = [torch.zeros_like(output) for output in outputs]
         REFERENCE.delta(x, wanted, group, segments)
         for got, right in zip(outputs, wanted, strict=True):
@@ -180,12 +180,12 @@ ATTENTION = sized(
 )
 
 
-def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, Spans, tuple[Any, ...]]:
+def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, tuple[Any, ...]]:
     q, keys, values, spans = case.tensors()
-    there = Spans(
+    there = AttentionMetadata(
         *(each.to(DEVICE) for each in (spans.query_start, spans.context, spans.block_table)),
-        spans.longest_query,
-        spans.longest_context,
+        spans.max_query_len,
+        spans.max_context_len,
     )
     scale, window, softcap, sinks = case.options
     options = (scale, window, softcap, None if sinks is None else sinks.to(DEVICE))
@@ -198,7 +198,7 @@ def test_attention(kernels: GpuKernels, case: AttentionCase) -> None:
     q, keys, values, spans, options = moved(case)
     wanted = REFERENCE.attention(q, keys, values, spans, *options)
     assert_near(kernels.attention(q, keys, values, spans, *options), wanted)
-    loose = replace(spans, longest_context=131072)  # as in a graph
+    loose = replace(spans, max_context_len=131072)  # as in a graph
     assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
 
 
@@ -252,20 +252,23 @@ def test_norms_and_gated_activations(kernels: GpuKernels, rows: int, width: int,
         assert_near(got, wanted)
     activations: list[Activation] = ["silu", "gelu_tanh"]
     for activation in activations:
-        assert_near(kernels.gated(x, up, activation), REFERENCE.gated(x, up, activation))
+        assert_near(kernels.gated_activation(x, up, activation), REFERENCE.gated_activation(x, up, activation))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("biased", [False, True])
-def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dtype: torch.dtype) -> None:
+def test_layers_packed_together_are_one_product(
+    kernels: GpuKernels, rows: int, biased: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     wide, outs = sized([4096, (4096, 1024, 1024)], [64, (64, 32, 32)])  # type: ignore[misc]
-    packed = [kernels.pack(draw(out, wide, dtype=dtype, scale=wide**-0.5)) for out in outs]
+    weights = [draw(out, wide, dtype=dtype, scale=wide**-0.5) for out in outs]
+    packed = [kernels.pack([weight])[0] for weight in weights]
     biases = [draw(out, dtype=dtype) if biased else None for out in outs]
     x = draw(rows, wide, dtype=dtype)
     wanted = REFERENCE.linear(x, list(zip(packed, biases, strict=True)))
-    joined = kernels.beside(packed)
+    joined = kernels.pack(weights)
     got = kernels.linear(x, list(zip(joined, biases, strict=True)))
     for mine, right, own, laid in zip(got, wanted, packed, joined, strict=True):
         assert_near(mine, right)
@@ -274,16 +277,16 @@ def test_maps_beside_each_other(kernels: GpuKernels, rows: int, biased: bool, dt
 
 @gpu_only
 def test_a_pass_that_follows_values_is_refused_and_graphs_go_on() -> None:
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     x = torch.arange(4.0, device=DEVICE)
-    steered = GraphTape(pool)
-    assert torch.equal(steered.note(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
-    assert steered.refused is not None
+    branching = CapturedGraph(pool, stream)
+    assert torch.equal(branching.record(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
+    assert branching.unsupported is not None
     assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left where the capture was
     torch.cuda.empty_cache()  # nor does the allocator believe that it goes on
-    plain = GraphTape(pool)
-    doubled = plain.note(lambda: 2 * x)
-    assert plain.refused is None
+    plain = CapturedGraph(pool, stream)
+    doubled = plain.record(lambda: 2 * x)
+    assert plain.unsupported is None
     x += 1
-    plain.play()
+    plain.replay()
     assert torch.equal(doubled, 2 * x)

@@ -16,7 +16,7 @@ from parity import again, bring, logits, make
 from support import ARCHITECTURES, reference, save
 from torch import Tensor
 
-from lora_serve.kernels.contract import Ladder
+from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import GpuKernels
 
 pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT talks
@@ -29,25 +29,24 @@ BOTH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 class Graphs(GpuKernels):
     """What a GPU is served by; few sizes, so that it starts at once."""
 
-    ladder = Ladder((1, 2, 4, 8), 16, 64) if ON_GPU else Ladder((1, 4), 16, 64)
+    graph_buckets = GraphBuckets((1, 2, 4, 8), 16, 64) if ON_GPU else GraphBuckets((1, 4), 16, 64)
 
 
 class NoGraphs(GpuKernels):
     """The same kernels, every step through Python."""
 
-    ladder: Ladder | None = None
-
-    def tape(self, *, wary: bool = False) -> None:  # type: ignore[override]
-        return None
+    def __init__(self) -> None:
+        super().__init__()
+        self.replay = "none"
 
 
 def driver(folder: Path, kernels: GpuKernels | None = None, dtype: str = "float32") -> Driver:
     return Driver(folder, dtype=dtype, device=DEVICE, kernels=kernels or Graphs(), max_tokens=23)
 
 
-def tapes(driver: Driver) -> list[int]:
+def recordings(driver: Driver) -> list[int]:
     """The graphs that there are, each by its identity."""
-    return [id(noted.tape) for noted in driver.base._replay._noted.values()]
+    return [id(graph.recording) for graph in driver.base._steps._graphs.values()]
 
 
 def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
@@ -59,7 +58,7 @@ def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 def test_an_architecture_gives_its_own_logits_with_graphs_and_without(architecture: str, tmp_path: Path) -> None:
     folder = save(architecture, tmp_path / "base")
     graphs, plain = driver(folder), driver(folder, NoGraphs())
-    assert bool(tapes(graphs)) == ON_GPU
+    assert bool(recordings(graphs)) == ON_GPU
     got, wanted = (each.teach(PROMPTS, DECODE) for each in (graphs, plain))
     assert graphs.sequences == plain.sequences
     assert_alike(got, wanted, 1e-4)
@@ -76,7 +75,7 @@ def test_a_mixed_batch_is_what_peft_computes(architecture: str, dtype: str, tmp_
     routes: list[list[tuple[str, float]]] = [[]]
     for seed, rank in enumerate((4, 16, 40)):
         make(architecture, tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH))
-        routes.append([(served.seat(bring(served, tmp_path / str(seed))), 1.0)])
+        routes.append([(served.load_adapter(bring(served, tmp_path / str(seed))), 1.0)])
     models: list[Any] = [copy.deepcopy(reference(architecture)).to(kind)]
     models += [again(architecture, tmp_path / str(seed), kind) for seed in range(3)]
     rows = served.teach(PROMPTS, DECODE, routes)
@@ -93,10 +92,10 @@ def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp
     served, plain = driver(folder), Driver(folder, native=False, max_tokens=23)
     for seed, rank in enumerate((8, 64, 2)):
         make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH[seed:]))
-    graphs = tapes(served)
+    graphs = recordings(served)
     slots = []
     for seed in range(3 if ON_GPU else 2):
-        names = [each.seat(bring(each, tmp_path / str(seed))) for each in (served, plain)]
+        names = [each.load_adapter(bring(each, tmp_path / str(seed))) for each in (served, plain)]
         slots.append(served.slots[names[0]])
         results = [
             each.teach(PROMPTS[:3], DECODE, [[(name, 1.0)], [], [(name, 0.5)]])
@@ -105,9 +104,9 @@ def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp
         assert served.sequences == plain.sequences
         assert_alike(*results, 1e-3)
         for each, name in zip((served, plain), names, strict=True):
-            each.bank.evict(name)
+            each.device_slots.evict(name)
     assert len(set(slots)) == 1
-    assert tapes(served) == graphs
+    assert recordings(served) == graphs
 
 
 @gpu_only
@@ -124,13 +123,13 @@ def test_memory_of_an_evicted_adapter_returns(tmp_path: Path) -> None:
     taken = []
     for _ in range(3):
         adapter = bring(served, tmp_path / "a")
-        name = served.seat(adapter)
+        name = served.load_adapter(adapter)
         torch.cuda.synchronize()
-        seated = torch.cuda.memory_allocated()
+        resident = torch.cuda.memory_allocated()
         served.teach(PROMPTS[:1], DECODE, [[(name, 1.0)]])
-        served.bank.evict(name)
+        served.device_slots.evict(name)
         gc.collect()
         torch.cuda.synchronize()
         taken.append(torch.cuda.memory_allocated())
-        assert seated - taken[-1] >= adapter.nbytes or len(taken) == 1  # the first pass leaves the libraries' scratch
+        assert resident - taken[-1] >= adapter.nbytes or len(taken) == 1  # the first pass leaves the libraries' scratch
     assert taken[1] == taken[2]

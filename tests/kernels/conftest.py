@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lora_serve.kernels.build import COMPILERS, library
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.cpu.backend import NativeKernels
+from lora_serve.kernels.cpu.build import COMPILERS, library
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def builds() -> Iterator[Build]:
     """Every row of the table; a module of kernels adds a function that yields its own."""
     from gpu_delta_launches import delta_builds  # these know `Build`
     from gpu_launches import attention_builds, pointwise_builds
-    from gpu_linear_launches import linear_builds
+    from gpu_matmul_launches import linear_builds
 
     yield from delta_builds()
     yield from attention_builds()

@@ -23,13 +23,13 @@ TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 SHAPES = ((1, 80), (4, 128), (2, 256))  # query heads of a kv head, and their width
 
 
-class Noted:
+class RecordedStep:
     """A kernel that is not launched: `kernel[grid](*args)` becomes a row."""
 
     def __init__(self, kernel: Any, rows: list[Build], targets: tuple[int, ...], vectors: tuple[str, ...]) -> None:
         self._kernel, self._rows, self._targets, self._vectors = kernel, rows, targets, vectors
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Noted:
+    def __getitem__(self, grid: tuple[int, ...]) -> RecordedStep:
         return self
 
     def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
@@ -70,7 +70,7 @@ def noted(room: ModuleType, kernels: dict[str, str], targets: tuple[int, ...]) -
     rows: list[Build] = []
     before = {name: getattr(room, name) for name in kernels}
     for name, vector in kernels.items():
-        setattr(room, name, Noted(before[name], rows, targets, (vector,)))
+        setattr(room, name, RecordedStep(before[name], rows, targets, (vector,)))
     yield rows
     for name, kernel in before.items():
         setattr(room, name, kernel)
@@ -103,8 +103,8 @@ def pointwise_builds() -> Iterator[Build]:
         x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
         pointwise.rms_norm(x, x[0], 1e-6, plus_one=False)
         pointwise.rms_norm(x[:, :128], x[0, :128], 1e-6, plus_one=True)
-        pointwise.gated(gate, gate, "silu")
-        pointwise.gated(gate, gate, "gelu_tanh")
+        pointwise.gated_activation(gate, gate, "silu")
+        pointwise.gated_activation(gate, gate, "gelu_tanh")
         for dim in (80, 128):
             q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
             turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_serve.kernels.contract import Delta, DeltaGroup, Segments, Spans
+from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -163,7 +164,7 @@ class AttentionCase:
         sinks = torch.randn(self.kv_heads * self.share) if self.sinks else None
         return self.key_dim**-0.5, self.window, self.softcap, sinks
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Spans]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata]:
         """q (a transposed view, as models hand it over), keys, values, spans; blocks in random order."""
         torch.manual_seed(self.seed)
         counts = [-(-context // self.block_size) for _, context in self.sequences]
@@ -177,7 +178,7 @@ class AttentionCase:
         rows = [rows for rows, _ in self.sequences]
         start = int32(*(sum(rows[:i]) for i in range(len(rows) + 1)))
         contexts = [context for _, context in self.sequences]
-        spans = Spans(start, int32(*contexts), table, max(rows), max(contexts))
+        spans = AttentionMetadata(start, int32(*contexts), table, max(rows), max(contexts))
         q = torch.randn(self.kv_heads * self.share, sum(rows), self.key_dim).to(self.dtype).transpose(0, 1)
         return q, keys, values, spans
 
@@ -202,3 +203,8 @@ def attention_cases(draw: st.DrawFn) -> AttentionCase:
         softcap=draw(st.sampled_from([None, None, 2.0, 30.0])),
         sinks=draw(st.booleans()),
     )
+
+
+def pack_one(kernels: Kernels, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
+    """A layer's weights packed by themselves."""
+    return kernels.pack([weight], scheme)[0]

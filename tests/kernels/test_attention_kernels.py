@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from kernel_cases import AttentionCase, assert_near, attention_cases, int32
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Kernels, Spans
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.contract import AttentionMetadata, Kernels
+from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
@@ -66,7 +66,7 @@ def test_softcap_and_sinks_by_hand(native: NativeKernels, backend: str) -> None:
     values[0, :, 0, 0] = torch.tensor([1.0, 10.0])
     q = torch.zeros(1, 1, 8)
     q[0, 0, 0] = 2.0
-    spans = Spans(int32(0, 1), int32(2), int32(0).view(1, 1), 1, 2)
+    spans = AttentionMetadata(int32(0, 1), int32(2), int32(0).view(1, 1), 1, 2)
     out = kernels.attention(q, keys, values, spans, scale=0.5, softcap=2.0, sinks=torch.tensor([0.25]))
     first, second, sink = (math.exp(s) for s in (2 * math.tanh(3 / 2), 2 * math.tanh(-1 / 2), 0.25))
     assert out[0, 0, 0].item() == pytest.approx((first + 10 * second) / (first + second + sink), rel=1e-5)
@@ -93,7 +93,7 @@ def test_a_rows_bits_do_not_depend_on_chunks_neighbours_or_threads(native: Nativ
     for i, (rows, context) in enumerate(CASE.sequences):
         for row in range(rows):
             at = context - rows + row + 1
-            alone = Spans(int32(0, 1), int32(at), spans.block_table[i : i + 1], 1, at)
+            alone = AttentionMetadata(int32(0, 1), int32(at), spans.block_table[i : i + 1], 1, at)
             got = native.attention(q[start + row : start + row + 1], keys, values, alone, 0.125, window)
             assert torch.equal(got[0], whole[start + row])
         start += rows

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from kernel_cases import CPU, MIXED, DeltaCase, assert_near, delta_cases, segments_of
 
 from lora_serve.kernels.contract import DeltaGroup
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()

@@ -12,7 +12,7 @@ from kernel_cases import AttentionCase, assert_near, attention_cases, int32
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Spans
+from lora_serve.kernels.contract import AttentionMetadata
 from lora_serve.kernels.gpu.attention import attention, decode_tile, splits_of
 from lora_serve.kernels.reference import ReferenceKernels
 
@@ -37,13 +37,13 @@ CASE = AttentionCase(  # a chunk, long and short contexts that decode, one that 
 DECODING = dataclasses.replace(CASE, sequences=[(1, 500), (0, 1), (1, 3), (1, 129)])
 
 
-def assert_right(case: AttentionCase, longest_query: int = 0, longest_context: int = 0) -> Tensor:
+def assert_right(case: AttentionCase, max_query_len: int = 0, max_context_len: int = 0) -> Tensor:
     """As the reference has it, with the maxima of the spans at least so large."""
     q, keys, values, spans = case.tensors()
     loose = dataclasses.replace(
         spans,
-        longest_query=max(spans.longest_query, longest_query),
-        longest_context=max(spans.longest_context, longest_context),
+        max_query_len=max(spans.max_query_len, max_query_len),
+        max_context_len=max(spans.max_context_len, max_context_len),
     )
     got = attention(q, keys, values, loose, *case.options)
     assert got.is_contiguous()
@@ -94,7 +94,7 @@ def test_prefill_and_decode_in_one_batch(window: int | None) -> None:
 @pytest.mark.parametrize("case", [CASE, DECODING])
 def test_maxima_may_be_far_too_large(case: AttentionCase) -> None:
     """As in a graph, where they are the model's."""
-    assert_right(case, longest_query=64 * (case is CASE), longest_context=1 << 17)
+    assert_right(case, max_query_len=64 * (case is CASE), max_context_len=1 << 17)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_padding_sequences_and_sequences_of_no_rows_disturb_nobody() -> None:
     keys[spans.block_table[1, 0]] = float("nan")  # the scratch block of padding
     start = torch.cat([spans.query_start, int32(4, 5, 5)])
     table = torch.cat([spans.block_table, spans.block_table[1:2].expand(3, -1)])
-    padded = Spans(start, torch.cat([spans.context, int32(1, 1, 1)]), table, 1, 500)
+    padded = AttentionMetadata(start, torch.cat([spans.context, int32(1, 1, 1)]), table, 1, 500)
     got = attention(torch.cat([q, q[:2]]), keys, values, padded, 0.125)
     assert_near(got[:3], wanted)
 
@@ -163,7 +163,7 @@ def test_probabilities_sum_to_one_whatever_the_size_of_the_scores(size: float) -
 
 def test_no_rows_are_no_work() -> None:
     q, keys, values, spans = CASE.tensors()
-    nobody = Spans(int32(0), int32(), spans.block_table[:0], 0, 0)
+    nobody = AttentionMetadata(int32(0), int32(), spans.block_table[:0], 0, 0)
     assert attention(q[:0], keys, values, nobody, 0.125).shape == (0, 6, 64)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, segments_of
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
-from lora_serve.kernels.gpu.delta import delta, plan
+from lora_serve.kernels.gpu.delta import delta, tiling
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
@@ -145,7 +145,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_slots_can_be_pointed_elsewhere_while_a_graph_keeps_its_sizes() -> None:
     group = CASE.group()
-    segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), longest=40, rank=200)
+    segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), max_rows=40, max_rank=200)
     first = run(CASE, group, segments)
     group.set(0, 1, None)
     group.set(1, 1, group.deltas[1][3])
@@ -202,6 +202,6 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
 def test_few_rows_fill_the_device_and_many_are_not_split() -> None:
     def splits(rows: int, count: int, longest: int) -> int:
         one = torch.zeros(count, dtype=torch.int32)
-        return plan(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
+        return tiling(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
 
     assert [splits(1, 1, 1), splits(32, 32, 1), splits(256, 256, 1), splits(8192, 2, 8000)] == [16, 4, 1, 1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
 
 from lora_serve.kernels.contract import Activation
-from lora_serve.kernels.gpu.pointwise import gated, rms_norm, rope, write_kv
+from lora_serve.kernels.gpu.pointwise import gated_activation, rms_norm, rope, write_kv
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -48,20 +48,20 @@ def test_gated_activations_are_the_references(
     torch.manual_seed(seed)
     both = (4 * torch.randn(*shape[:2], 2 * shape[2] + 1)).to(dtype)
     gate, up = both[..., : shape[2]], both[..., shape[2] + 1 :]  # halves of one projection
-    got = gated(gate, up, activation)
+    got = gated_activation(gate, up, activation)
     assert got.is_contiguous()
-    assert_near(got, REFERENCE.gated(gate, up, activation))
+    assert_near(got, REFERENCE.gated_activation(gate, up, activation))
 
 
 def test_a_gated_row_may_be_wider_than_a_program() -> None:
     gate, up = torch.linspace(-9, 9, 2 * 5003).view(2, 5003), torch.ones(2, 5003)
-    assert_near(gated(gate, up, "silu"), REFERENCE.gated(gate, up, "silu"))
+    assert_near(gated_activation(gate, up, "silu"), REFERENCE.gated_activation(gate, up, "silu"))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(activation: Activation) -> None:
     gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan")]])
-    got = gated(gate, torch.ones_like(gate), activation)[0]
+    got = gated_activation(gate, torch.ones_like(gate), activation)[0]
     assert got[:3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
     assert got[3:6].tolist() == pytest.approx([0.0, 90.0, 1e30])
     assert got[6].isnan()
@@ -110,7 +110,7 @@ def test_keys_and_values_land_at_their_places_and_nowhere_else(dtype: torch.dtyp
 def test_nothing_comes_of_nothing() -> None:
     nothing = torch.zeros(0, 8)
     assert rms_norm(nothing, torch.ones(8), 1e-6, plus_one=True).shape == (0, 8)
-    assert gated(nothing, nothing, "silu").shape == (0, 8)
+    assert gated_activation(nothing, nothing, "silu").shape == (0, 8)
     q, k = rope(torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 0, 8), torch.zeros(1, 0, 8))
     assert (q.shape, k.shape) == ((1, 2, 0, 8), (1, 1, 0, 8))
     pool = torch.zeros(1, 1, 1, 8)
@@ -121,7 +121,7 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         rms_norm(torch.zeros(2, 8), torch.zeros(9), 1e-6, plus_one=False)
     with pytest.raises(ValueError, match="do not fit"):
-        gated(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
+        gated_activation(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
     with pytest.raises(ValueError, match="do not fit"):
         rope(torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 6), torch.zeros(1, 3, 8), torch.zeros(1, 3, 8))
     pool, k, index = torch.zeros(2, 4, 1, 8), torch.ones(2, 1, 8), torch.tensor([0, 1])

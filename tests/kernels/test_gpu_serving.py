@@ -1,4 +1,4 @@
-"""The whole GPU backend behind a model, in Triton's interpreter: mixed batches on and off a ladder equal PEFT's."""
+"""The whole GPU backend behind a model, in Triton's interpreter: mixed batches in and beyond graph buckets equal PEFT's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from memory_tape import MemoryTape
+from memory_recording import MemoryRecording
 from parity import bring, logits, make
 from support import reference, save
 
-from lora_serve.kernels.contract import Ladder
-from lora_serve.kernels.gpu.backend import LONGEST, RANK, GpuKernels
+from lora_serve.kernels.contract import GraphBuckets
+from lora_serve.kernels.gpu.backend import MAX_RANK, MAX_SEGMENT_ROWS, GpuKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
 
@@ -24,40 +24,41 @@ PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], [11], list(range(3, 23))]
 
 
 class Graphless(GpuKernels):
-    """The backend with something in the place of CUDA graphs, and a short ladder."""
+    """The backend with something in the place of CUDA graphs, and few buckets."""
 
-    ladder: Ladder | None = Ladder((4,), LONGEST, RANK)
+    graph_buckets: GraphBuckets | None = GraphBuckets((4,), MAX_SEGMENT_ROWS, MAX_RANK)
 
     def __init__(self) -> None:
         super().__init__()
-        self.tapes: list[MemoryTape] = []
+        self.replay = "cuda_graphs"
+        self.recordings: list[MemoryRecording] = []
 
-    def tape(self, *, wary: bool = False) -> MemoryTape:  # type: ignore[override]
-        self.tapes.append(MemoryTape())
-        return self.tapes[-1]
+    def new_recording(self, *, check_values: bool) -> MemoryRecording:  # type: ignore[override]
+        self.recordings.append(MemoryRecording())
+        return self.recordings[-1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     kernels = Graphless()
     driver = Driver(save(architecture, tmp_path / "base"), kernels=kernels, max_tokens=STEP)
-    assert driver.base._replay.refused is None
+    assert driver.base._steps.disabled is None
     targets = ["q_proj", "v_proj", "down_proj"]
     models = [reference(architecture)]
     routes: list[list[tuple[str, float]]] = [[]]
     for seed, rank in enumerate((3, 20)):
         config = peft.LoraConfig(r=rank, target_modules=targets)
         models.append(make(architecture, tmp_path / str(seed), seed, config))
-        routes.append([(driver.seat(bring(driver, tmp_path / str(seed))), 1.0)])
+        routes.append([(driver.load_adapter(bring(driver, tmp_path / str(seed))), 1.0)])
     which = [1, 0, 2, 1]
     rows = driver.teach(PROMPTS, decode=3, adapters=[routes[index] for index in which])
     for index, tokens, got in zip(which, driver.sequences, rows, strict=True):
         torch.testing.assert_close(got, logits(models[index], tokens), atol=1e-4, rtol=1e-4)
-    plain, adapted = kernels.tapes
-    assert adapted.plays >= 3  # of the decoding steps
-    before = plain.plays
+    plain, adapted = kernels.recordings
+    assert adapted.replays >= 3  # of the decoding steps
+    before = plain.replays
     driver.teach(PROMPTS[:2], decode=2)
-    assert plain.plays - before >= 2
+    assert plain.replays - before >= 2
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
 
 from lora_serve.kernels.contract import Activation
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -35,7 +35,7 @@ def test_gated_activations_are_the_references(
 ) -> None:
     torch.manual_seed(seed)
     gate, up = ((4 * torch.randn(shape)).to(dtype) for _ in range(2))
-    assert_near(native.gated(gate, up, activation), REFERENCE.gated(gate, up, activation))
+    assert_near(native.gated_activation(gate, up, activation), REFERENCE.gated_activation(gate, up, activation))
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,7 +57,7 @@ def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(
     native: NativeKernels, activation: Activation
 ) -> None:
     gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan")]])
-    got = native.gated(gate, torch.ones_like(gate), activation)[0]
+    got = native.gated_activation(gate, torch.ones_like(gate), activation)[0]
     assert got[:3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
     assert got[3:6].tolist() == pytest.approx([0.0, 90.0, 1e30])
     assert got[6].isnan()
@@ -67,4 +67,4 @@ def test_shapes_that_do_not_fit_are_refused(native: NativeKernels) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         native.rms_norm(torch.zeros(2, 8), torch.zeros(9), 1e-6, plus_one=False)
     with pytest.raises(ValueError, match="do not fit"):
-        native.gated(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
+        native.gated_activation(torch.zeros(2, 8), torch.zeros(2, 9), "silu")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_serve.kernels.build import BuildError, library
-from lora_serve.kernels.native import NativeKernels
+from lora_serve.kernels.cpu.backend import NativeKernels
+from lora_serve.kernels.cpu.build import BuildError, library
 from lora_serve.kernels.select import select
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_the_cpu_gets_native_kernels_unless_told_otherwise(
 def test_a_gpu_gets_triton_s_kernels(caplog: pytest.LogCaptureFixture) -> None:
     kernels = select(torch.device("cuda"))
     assert (kernels.name, caplog.records) == ("triton", [])
-    assert kernels.ladder is not None
+    assert kernels.graph_buckets is not None
     assert select(torch.device("cuda"), native=False).name == "reference"
 
 
@@ -113,8 +113,8 @@ def test_a_gpu_without_triton_and_any_other_device_get_plain_torch_and_one_line_
 
 
 def test_the_kernels_share_torchs_threads(native: NativeKernels) -> None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    layers = Path("/proc/self/maps")
+    if not layers.exists():
         pytest.skip("only Linux tells what is loaded")
-    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    loaded = {line.split()[-1] for line in layers.read_text().splitlines() if "libgomp" in line or "libomp" in line}
     assert len(loaded) <= 1

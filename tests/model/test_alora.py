@@ -43,8 +43,8 @@ class Invoked:
         config = {"r": 4, "target_modules": targets, "fan_in_fan_out": conv, "task_type": "CAUSAL_LM"}
         self.model = make(architecture, folder / "a", 1, peft.LoraConfig(**config, alora_invocation_tokens=INVOCATION))
         self.plain = make(architecture, folder / "b", 2, peft.LoraConfig(**config))
-        self.digest = self.driver.seat(bring(self.driver, folder / "a"), tuple(INVOCATION))
-        self.other = self.driver.seat(bring(self.driver, folder / "b"))
+        self.digest = self.driver.load_adapter(bring(self.driver, folder / "a"), tuple(INVOCATION))
+        self.other = self.driver.load_adapter(bring(self.driver, folder / "b"))
 
 
 PROMPTS = [

@@ -110,7 +110,7 @@ def test_such_a_rope_below_its_cap_decides_nothing_and_is_what_it_was(kind: str,
     model.save_pretrained(tmp_path)
     driver = Driver(tmp_path)
     kinds = [module.rope_type for module in driver.loaded.model.modules() if hasattr(module, "rope_type")]
-    assert (kinds, driver.base._replay.refused) == (["default"], None)
+    assert (kinds, driver.base._steps.disabled) == (["default"], None)
     rows = driver.teach([list(range(3, 40))], decode=12)[0]
     with torch.inference_mode():
         wanted = model(torch.tensor(driver.sequences), use_cache=False).logits[0]

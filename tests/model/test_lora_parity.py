@@ -134,7 +134,7 @@ def test_a_lone_row_gets_its_own_router(architecture: str, tmp_path: Path) -> No
         architecture, tmp_path / "a", 0, config(architecture, target_modules=[], target_parameters=["gate.weight"])
     )
     driver = Driver(save(architecture, tmp_path / "base"))
-    rows = driver.teach([[5, 9, 33]], decode=3, adapters=[[(driver.seat(bring(driver, tmp_path / "a")), 1.0)]])
+    rows = driver.teach([[5, 9, 33]], decode=3, adapters=[[(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]])
     torch.testing.assert_close(rows[0], logits(model, driver.sequences[0]), atol=1e-4, rtol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_adapters_from_before_experts_were_stacked_equal_peft(architecture: str,
     (folder / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": ["gate", gate, up, down]}))
     save_file(weights, folder / "adapter_model.safetensors")
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.seat(bring(driver, folder))
+    adapter = driver.load_adapter(bring(driver, folder))
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40, 41]] * 2, decode=3, adapters=[[(adapter, 1.0)], []])
     for got, model in zip(rows, (again(architecture, folder), reference(architecture)), strict=True):
         tokens = driver.sequences[0 if model is not reference(architecture) else 1]
@@ -201,7 +201,7 @@ def test_a_resized_vocabulary_is_the_adapter_s_own(
                 parameter.add_(torch.randn_like(parameter) * 0.08)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.seat(bring(driver, tmp_path / "a"))
+    adapter = driver.load_adapter(bring(driver, tmp_path / "a"))
     prompt = [5, 9, 33, 60, 21, 7, 8, 40, min(size - 1, 101)]
     rows = driver.teach([prompt, prompt[:-1]], decode=3, adapters=[[(adapter, 1.0)], []])
     expected = [
@@ -217,7 +217,7 @@ def test_copies_of_the_base_s_own_weights_change_nothing(tmp_path: Path) -> None
     """PEFT saves the head beside its LoRA; that is no reason to hold a second one."""
     driver = Driver(save("llama", tmp_path / "base"))
     make("llama", tmp_path / "a", 0, config("llama", target_modules=["lm_head", "q_proj"]))
-    assert bring(driver, tmp_path / "a").changes == {}
+    assert bring(driver, tmp_path / "a").overrides == {}
 
 
 def test_constants_and_embeddings_compose_like_deltas(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_constants_and_embeddings_compose_like_deltas(tmp_path: Path) -> None:
     digests = []
     for seed, each in enumerate(options):
         make("llama", tmp_path / str(seed), seed, config("llama", **each))
-        digests.append(driver.seat(bring(driver, tmp_path / str(seed))))
+        digests.append(driver.load_adapter(bring(driver, tmp_path / str(seed))))
     model = peft.PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "0", adapter_name="0")
     model.load_adapter(tmp_path / "1", adapter_name="1")
     model.base_model.set_adapter(["0", "1"])

@@ -216,7 +216,7 @@ def test_a_resized_vocabulary_lies_beneath_what_a_method_does(method: str, archi
                 parameter.add_(torch.randn_like(parameter) * 0.08)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.seat(bring(driver, tmp_path / "a"))
+    adapter = driver.load_adapter(bring(driver, tmp_path / "a"))
     prompt = [5, 9, min(97, size - 1), 60, 21, min(101, size - 1), 8, 40, 5]
     [got] = driver.teach([prompt], decode=3, adapters=[[(adapter, 1.0)]])
     want = logits(model, driver.sequences[0])

@@ -89,7 +89,7 @@ def test_any_lora_config_equals_peft(
 def test_bf16_is_as_close_to_exact_as_peft_in_bf16(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
     exact = make("llama", tmp_path / "a", 0, lora("llama", r=16, lora_alpha=32, target_modules=ALL))
-    digest_ = driver.seat(bring(driver, tmp_path / "a"))
+    digest_ = driver.load_adapter(bring(driver, tmp_path / "a"))
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[[(digest_, 1.0)], []])[0].float()
     truth = logits(exact, driver.sequences[0])
     theirs = logits(again("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
@@ -101,7 +101,7 @@ def test_a_composition_adds_weighted_deltas(tmp_path: Path) -> None:
     digests = []
     for seed in range(2):
         make("llama", tmp_path / str(seed), seed, lora("llama", r=4 + seed, lora_alpha=8, target_modules=ALL))
-        digests.append(driver.seat(bring(driver, tmp_path / str(seed))))
+        digests.append(driver.load_adapter(bring(driver, tmp_path / str(seed))))
     weights = (0.7, -0.3)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "0", adapter_name="a")
     model.load_adapter(tmp_path / "1", adapter_name="b")

@@ -47,7 +47,7 @@ def test_they_do_on_the_reference_kernels_too(tmp_path: Path) -> None:
 def test_in_bf16_they_are_as_close_to_exact_as_peft_in_bf16(method: type[PeftConfig], tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
     exact = make("llama", tmp_path / "a", 0, method(num_virtual_tokens=5, **TASK))
-    route = [(driver.seat(bring(driver, tmp_path / "a")), 1.0)]
+    route = [(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[route, []])[0].float()
     truth = logits(exact, driver.sequences[0])
     theirs = logits(again("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
@@ -61,7 +61,7 @@ def test_cartridges_and_prompts_of_a_single_task_are_served(tmp_path: Path) -> N
     ]
     driver = Driver(save("llama", tmp_path / "base"))
     models = [make("llama", tmp_path / str(seed), seed, config, noise=0.3) for seed, config in enumerate(configs)]
-    digests = [driver.seat(bring(driver, tmp_path / str(seed))) for seed in range(2)]
+    digests = [driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(2)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8]] * 2, decode=3, adapters=[[(digest, 1.0)] for digest in digests])
     cartridge, multitask = (torch.tensor([tokens]) for tokens in driver.sequences)
     with torch.inference_mode():
@@ -80,7 +80,7 @@ def test_greedy_decoding_gives_what_peft_generates(architecture: str, tmp_path: 
     prompt = [5, 9, 33, 60, 21]
     for seed, config in enumerate(configs):
         model = make(architecture, tmp_path / str(seed), seed, config)
-        digest = driver.seat(bring(driver, tmp_path / str(seed)))
+        digest = driver.load_adapter(bring(driver, tmp_path / str(seed)))
         driver.teach([prompt], decode=8, adapters=[[(digest, 1.0)]])
         assert driver.sequences[0] == generated(model, prompt, 8), config.peft_type
 
@@ -122,7 +122,7 @@ class Shared:
             ]
         ):
             self.models.append(make("llama", folder / str(seed), seed, config))
-            self.routes.append([(self.driver.seat(bring(self.driver, folder / str(seed))), 1.0)])
+            self.routes.append([(self.driver.load_adapter(bring(self.driver, folder / str(seed))), 1.0)])
 
     def rows(self, prompt: list[int], which: int, *, look_up: bool = True) -> int:
         """Serve a prompt right; how many rows were computed for it."""

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from lora_serve.errors import ModelUnsupported
-from lora_serve.model import quantized
-from lora_serve.model.foreign import ForeignLinear, parameter_shapes
+from lora_serve.model import external_quantization
+from lora_serve.model.external_linear import ExternalLinear, parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.load import load
 
@@ -163,7 +163,7 @@ def test_a_mixed_batch_equals_peft_over_the_same_checkpoint(case: str, tmp_path:
     models, routes = [plain], [[]]
     for index, options in enumerate(ADAPTERS):
         models.append(adapted(tmp_path, copy.deepcopy(plain), index, options))
-        routes.append([(driver.seat(bring(driver, tmp_path / str(index))), 1.0)])
+        routes.append([(driver.load_adapter(bring(driver, tmp_path / str(index))), 1.0)])
     rows = driver.teach(PROMPTS, decode=4, adapters=routes)
     for tokens, got, model in zip(driver.sequences, rows, models, strict=True):
         wanted = logits(model, tokens)
@@ -181,7 +181,7 @@ def check_weights(module: nn.Module, *, exact: bool) -> None:
     Args:
         exact: it does not round rows, to whole numbers of which one is no multiple, say.
     """
-    assert isinstance(module, ForeignLinear)
+    assert isinstance(module, ExternalLinear)
     assert module.rows.shape == (module.base.out_features, module.base.in_features)
     with torch.inference_mode():
         pushed = module(torch.eye(module.base.in_features)).T
@@ -196,7 +196,7 @@ def test_heads_and_some_of_a_shared_inputs_maps_may_be_quantised(tmp_path: Path)
     model = theirs(tmp_path)
     plain = logits(model, PROMPTS[0])
     model = adapted(tmp_path, model, 0, {"target_modules": [*LINEAR, "lm_head"]})
-    route = [(driver.seat(bring(driver, tmp_path / "0")), 1.0)]
+    route = [(driver.load_adapter(bring(driver, tmp_path / "0")), 1.0)]
     rows = driver.teach(PROMPTS[:1] * 2, decode=0, adapters=[route, []])
     torch.testing.assert_close(rows[0], logits(model, PROMPTS[0]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rows[1], plain, atol=1e-4, rtol=1e-4)
@@ -214,7 +214,7 @@ def test_what_else_an_adapter_changes_equals_peft_over_the_dequantised_checkpoin
             base.get_submodule(name).weight.copy_(driver.loaded.shape.weight(name))
     plain = logits(base, PROMPTS[0])
     adapted(tmp_path, copy.deepcopy(base), 0, {"target_modules": LINEAR[:3]} | options)
-    driver.seat(bring(driver, tmp_path / "0"))
+    driver.load_adapter(bring(driver, tmp_path / "0"))
     rows = driver.teach(PROMPTS[:2], decode=0, adapters=[[(next(iter(driver.slots)), 1.0)], []])
     model = peft.PeftModel.from_pretrained(base, tmp_path / "0").eval()
     torch.testing.assert_close(rows[0], logits(model, PROMPTS[0]), atol=1e-4, rtol=1e-4)
@@ -234,7 +234,7 @@ def test_the_rest_of_the_model_is_in_the_dtype_that_was_asked_for(case: str, tmp
 def test_a_module_that_computes_in_another_dtype_answers_in_its_rows() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     module = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float16, quant_type="nf4").to("cpu")
-    assert ForeignLinear(module)(torch.ones(3, 64)).dtype is torch.float32
+    assert ExternalLinear(module)(torch.ones(3, 64)).dtype is torch.float32
 
 
 def test_fp8_is_dequantised_at_load_where_the_device_cannot_compute_with_it(tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_fp8_modules_tell_their_weights(block: tuple[int, int] | None) -> None:
     for o in range(80):
         for i in range(96):
             wanted[o, i] *= module.weight_scale_inv[(o // block[0], i // block[1]) if block else ()].item()
-    assert quantized.is_foreign(module)
+    assert external_quantization.is_externally_quantized(module)
     assert parameter_shapes(module) == {"weight": (80, 96)}
-    torch.testing.assert_close(ForeignLinear(module).rows, wanted)
+    torch.testing.assert_close(ExternalLinear(module).rows, wanted)
 
 
 def configure(folder: Path, **quantization: Any) -> None:
@@ -327,15 +327,15 @@ def test_a_missing_package_is_named_before_weights_are_read(
     said: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quantized, "installed", lambda package: package not in missing)
+    monkeypatch.setattr(external_quantization, "installed", lambda package: package not in missing)
     assert said(**method) == (
         f"it is quantised ({label}), which needs {' and '.join(missing)}: pip install {' '.join(missing)}"
     )
 
 
 def test_installed_is_what_pip_would_say() -> None:
-    assert quantized.installed("torch")
-    assert not quantized.installed("kernels-of-nobody")
+    assert external_quantization.installed("torch")
+    assert not external_quantization.installed("kernels-of-nobody")
 
 
 def test_other_methods_are_refused_by_name(said: Callable[..., str]) -> None:
@@ -348,7 +348,7 @@ def test_other_methods_are_refused_by_name(said: Callable[..., str]) -> None:
 def test_quantize_does_not_go_with_a_quantised_checkpoint(
     said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized, "installed", lambda package: True)
+    monkeypatch.setattr(external_quantization, "installed", lambda package: True)
     assert said(scheme="int8", quant_method="fp8") == (
         "it is quantised already (fp8 by transformers): leave --quantize away, or name the original checkpoint"
     )
@@ -372,4 +372,4 @@ def test_more_than_linear_modules_quantised_is_refused_by_name() -> None:
     model.experts = nn.Module()
     model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelUnsupported, match=r"'it': experts\.gate_up_proj is quantised, and is not the weight of a"):
-        quantized.settle("it", model, None)
+        external_quantization.settle("it", model, None)

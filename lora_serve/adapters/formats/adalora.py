@@ -55,7 +55,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     deltas, cut = {}, 0
     for name, group in found.items():
         a, b = group["lora_A"].float(), group["lora_B"].float()
-        check_delta(site_of(name, saved.changes, base), a, b)
+        check_delta(site_of(name, saved.overrides, base), a, b)
         rank = a.shape[0]
         check_shape(f"{name}.lora_E", group["lora_E"], (rank, 1))
         check_rank(name, rank, kept.get(name, first))
@@ -66,11 +66,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
             cut += 1
     features = (["rank_pattern"] if kept else []) + saved.features
     lowered = [f"{cut} modules were left no rank and are the base's"] if cut else []
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="AdaLoRA", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="AdaLoRA", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )
 
 

@@ -36,24 +36,24 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     deltas, measured = {}, 0
     for name, group in found.items():
         a, b, strength = (group[tail].float() for tail in ("delora_A", "delora_B", "delora_lambda"))
-        check_delta(site_of(name, saved.changes, base), a, b)
+        check_delta(site_of(name, saved.overrides, base), a, b)
         check_shape(f"{name}.delora_lambda", strength, (1,))
         rank = ranks.get(name, number(config, "r", 8))
         check_rank(name, a.shape[0], rank)
         if "delora_w_norm" in group:
             widths = group["delora_w_norm"].float()
-            check_shape(f"{name}.delora_w_norm", widths, (site_of(name, saved.changes, base).in_features,))
+            check_shape(f"{name}.delora_w_norm", widths, (site_of(name, saved.overrides, base).in_features,))
         else:
-            widths, measured = own_weight(name, saved.changes, base).norm(dim=0), measured + 1
+            widths, measured = own_weight(name, saved.overrides, base).norm(dim=0), measured + 1
         scaling = strength / rank / (a.norm(dim=1).clamp(min=LEAST) * b.norm(dim=0).clamp(min=LEAST))  # [r]
         deltas[name] = cheaper(a * widths, b.T * scaling[:, None])
     features = (["rank_pattern"] if config.get("rank_pattern") else []) + saved.features
     lowered = (
         [f"for {measured} modules the norms of the weights are the base's", *dequantised(base)] if measured else []
     )
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="DeLoRA", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="DeLoRA", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )

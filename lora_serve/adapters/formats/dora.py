@@ -17,7 +17,7 @@ from lora_serve.adapters.formats.keys import check_shape
 from lora_serve.errors import AdapterInvalid
 
 
-def gain(name: str, magnitude: Tensor, weight: Tensor, change: Tensor) -> Tensor:
+def gain(name: str, magnitude: Tensor, weight: Tensor, override: Tensor) -> Tensor:
     """g [out], float32.
 
     Args:
@@ -25,7 +25,7 @@ def gain(name: str, magnitude: Tensor, weight: Tensor, change: Tensor) -> Tensor
         weight, change: W and s·BA, both [out, in], float32.
     """
     check_shape(f"{name}.lora_magnitude_vector", magnitude, (weight.shape[0],))
-    norm: Tensor = torch.linalg.vector_norm(weight + change, dim=1)
+    norm: Tensor = torch.linalg.vector_norm(weight + override, dim=1)
     if not norm.all():
         raise AdapterInvalid(f"{name} has an output without any weight, for which DoRA is not defined")
     return magnitude.float() / norm

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change
+from lora_serve.adapters.adapter import BaseShape, ModuleOverride
 from lora_serve.adapters.formats import dora
 from lora_serve.adapters.formats.keys import check_shape
 from lora_serve.errors import AdapterInvalid
@@ -22,10 +22,14 @@ from lora_serve.kernels.contract import Delta
 
 
 def lower(
-    name: str, matrices: dict[str, Tensor], change: Change, scaling: Callable[[str, int], float], base: BaseShape
-) -> Change:
+    name: str,
+    matrices: dict[str, Tensor],
+    override: ModuleOverride,
+    scaling: Callable[[str, int], float],
+    base: BaseShape,
+) -> ModuleOverride:
     """The change of an embedding, added to what is known of it. Raises AdapterInvalid naming keys."""
-    table = change.parameters.get("weight")
+    table = override.parameters.get("weight")
     ids, width = tuple(base.modules[name]["weight"] if table is None else table.shape)
     match matrices:
         case {"embedding_A": narrow, "embedding_B": wide}:
@@ -44,5 +48,5 @@ def lower(
             raise AdapterInvalid(f"only one of A and B is there for {name}")
     if (magnitude := matrices.get("magnitude")) is not None:
         weight = base.parameter(f"{name}.weight").cpu() if table is None else table
-        change = replace(change, gain_out=dora.gain(name, magnitude, weight.float().T, (rows.float() @ columns).T))
-    return replace(change, lookup=Delta(rows, columns * base.embeddings[name]))
+        override = replace(override, gain_out=dora.gain(name, magnitude, weight.float().T, (rows.float() @ columns).T))
+    return replace(override, lookup=Delta(rows, columns * base.embeddings[name]))

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change, Site
+from lora_serve.adapters.adapter import BaseShape, ModuleOverride, Site
 from lora_serve.adapters.formats.fields import Config, number
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
@@ -73,42 +73,42 @@ def check_drawn(numbers: int) -> None:
         )
 
 
-def replaced(name: str, changes: Mapping[str, Change], base: BaseShape) -> Tensor | None:
+def replaced(name: str, overrides: Mapping[str, ModuleOverride], base: BaseShape) -> Tensor | None:
     """The weight that an adapter brings for a module that it also adapts; only the head can have one."""
-    weight = changes.get(name, Change()).parameters.get("weight")
+    weight = overrides.get(name, ModuleOverride()).parameters.get("weight")
     if weight is not None and name != base.head:
         raise AdapterInvalid(f"{name} is replaced whole and adapted as well; only one of the two can be served")
     return weight
 
 
-def site_of(name: str, changes: Mapping[str, Change], base: BaseShape) -> Site:
+def site_of(name: str, overrides: Mapping[str, ModuleOverride], base: BaseShape) -> Site:
     """A site as wide as it is with what the adapter replaces of it: a resized head has another number of rows."""
-    weight = replaced(name, changes, base)
+    weight = replaced(name, overrides, base)
     return base.sites[name] if weight is None else replace(base.sites[name], out_features=weight.shape[0])
 
 
-def own_weight(name: str, changes: Mapping[str, Change], base: BaseShape) -> Tensor:
+def own_weight(name: str, overrides: Mapping[str, ModuleOverride], base: BaseShape) -> Tensor:
     """The weights that a site's delta comes on top of, float32 [out, in]."""
-    weight = replaced(name, changes, base)
+    weight = replaced(name, overrides, base)
     return (base.weight(name) if weight is None else weight).detach().float().cpu()
 
 
 def settled(
-    deltas: Mapping[str, Delta], changes: Mapping[str, Change], base: BaseShape
-) -> tuple[dict[str, Delta], dict[str, Change]]:
+    deltas: Mapping[str, Delta], overrides: Mapping[str, ModuleOverride], base: BaseShape
+) -> tuple[dict[str, Delta], dict[str, ModuleOverride]]:
     """Deltas and changes, where a replaced weight or replaced rows of the head have taken in the head's delta."""
-    kept, rest, head = dict(deltas), dict(changes), base.head
+    kept, rest, head = dict(deltas), dict(overrides), base.head
     if head not in kept or head not in rest:
         return kept, rest
-    change, delta = rest[head], kept[head]
-    weight = replaced(head, changes, base)
+    override, delta = rest[head], kept[head]
+    weight = replaced(head, overrides, base)
     if weight is not None:
         merged = weight.float() + delta.b.float().T @ delta.a.float()
-        change, _ = replace(change, parameters=change.parameters | {"weight": merged}), kept.pop(head)
-    if change.token_rows is not None:
-        rows = delta.b.float()[:, list(change.token_ids)].T @ delta.a.float()
-        change = replace(change, token_rows=change.token_rows.float() + rows)
-    return kept, rest | {head: change}
+        override, _ = replace(override, parameters=override.parameters | {"weight": merged}), kept.pop(head)
+    if override.token_rows is not None:
+        rows = delta.b.float()[:, list(override.token_ids)].T @ delta.a.float()
+        override = replace(override, token_rows=override.token_rows.float() + rows)
+    return kept, rest | {head: override}
 
 
 def dequantised(base: BaseShape) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.fields import check_fields
 from lora_serve.adapters.formats.keys import by_site
@@ -28,16 +28,16 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     config = checkpoint.config
     check_fields(config, set(), WITHOUT_EFFECT)
     saved = take(config, checkpoint.tensors, base)
-    changes, found = dict(saved.changes), by_site(saved.rest, base, TAILS)
+    overrides, found = dict(saved.overrides), by_site(saved.rest, base, TAILS)
     inputs = 0
     for name, group in found.items():
         gain, site = group["ia3_l"], base.sites[name]
-        change = changes.get(name, Change())
+        override = overrides.get(name, ModuleOverride())
         if tuple(gain.shape) == (1, site.in_features):
-            changes[name] = replace(change, gain_in=gain.flatten())
+            overrides[name] = replace(override, gain_in=gain.flatten())
             inputs += 1
         elif tuple(gain.shape) == (site.out_features, 1):
-            changes[name] = replace(change, gain_out=gain.flatten())
+            overrides[name] = replace(override, gain_out=gain.flatten())
         else:
             raise AdapterInvalid(
                 f"{name}.ia3_l takes [{site.out_features}, 1] or [1, {site.in_features}]; "
@@ -45,5 +45,5 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
             )
     lowered = [f"gains on the inputs of {inputs} modules and on the outputs of {len(found) - inputs}"]
     return Lowered(
-        {}, report(config, base, method="IA3", changes=changes, features=saved.features, lowered=lowered), changes
+        {}, report(config, base, method="IA3", overrides=overrides, features=saved.features, lowered=lowered), overrides
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.fields import check_fields
 from lora_serve.adapters.formats.keys import PREFIX, home, refuse_strays
@@ -32,17 +32,17 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     chosen = {key.removeprefix(PREFIX).partition(COPY)[0] for key in checkpoint.tensors if COPY in key}
     trained = take({"modules_to_save": sorted(chosen)}, copies, base)
     refuse_strays([*saved.rest, *trained.rest])
-    changes = dict(saved.changes)
-    for module, change in trained.changes.items():
-        below = changes.get(module, Change())
-        changes[module] = replace(change, parameters=below.parameters | change.parameters)
-    if not changes:
+    overrides = dict(saved.overrides)
+    for module, override in trained.overrides.items():
+        below = overrides.get(module, ModuleOverride())
+        overrides[module] = replace(override, parameters=below.parameters | override.parameters)
+    if not overrides:
         raise AdapterInvalid("the adapter changes nothing: every module that it replaces is the base's own")
     lowered = ["trained copies replace the base's own parameters"]
     return Lowered(
         {},
-        report(config, base, method="LN-tuning", changes=changes, features=saved.features, lowered=lowered),
-        changes,
+        report(config, base, method="LN-tuning", overrides=overrides, features=saved.features, lowered=lowered),
+        overrides,
     )
 
 

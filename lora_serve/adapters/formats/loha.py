@@ -38,7 +38,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         w1a, w1b, w2a, w2b = (group[tail].float() for tail in TAILS)
         rank = ranks.get(name, number(config, "r", 8))
         for a, b in ((w1b, w1a), (w2b, w2a)):
-            check_delta(site_of(name, saved.changes, base), a, b)
+            check_delta(site_of(name, saved.overrides, base), a, b)
             check_rank(name, a.shape[0], rank)
         scaling = alphas.get(name, number(config, "alpha", 8)) / rank
         if rank * rank > min(w1a.shape[0], w1b.shape[1]):
@@ -50,11 +50,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     lowered = ["the entrywise product of two low-rank matrices became one low-rank matrix of the squared rank"]
     if full:
         lowered.append(f"for {full} modules the squared rank is above the module's own: their whole change is kept")
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="LoHa", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="LoHa", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )
 
 

@@ -46,18 +46,18 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         if rank < 1:
             raise AdapterInvalid(f"r or rank_pattern in adapter_config.json gives {name} the rank {rank:g}")
         scaling = alphas.get(name, number(config, "alpha", 8)) / rank
-        site = site_of(name, saved.changes, base)
+        site = site_of(name, saved.overrides, base)
         deltas[name] = _delta(site, group, rank, scaling)
         full += deltas[name].a.shape[0] == min(site.in_features, site.out_features)
     features = [field for field in ("rank_pattern", "alpha_pattern") if config.get(field)] + saved.features
     lowered = ["the Kronecker product of two factors became one product, of the product of their ranks"]
     if full:
         lowered.append(f"for {full} modules that is the module's full rank")
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="LoKr", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="LoKr", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered, Site
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Site
 from lora_serve.adapters.checkpoint import Checkpoint, some
 from lora_serve.adapters.formats import dora, embedding, factors, moe, residual, saved
 from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, number
@@ -91,28 +91,28 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         odd = [matrix for matrix, tensor in matrices.items() if tensor.ndim != (1 if matrix in VECTORS else 2)]
         if odd:
             raise AdapterInvalid(f"{name} has {', '.join(odd)} with an impossible number of dimensions")
-    deltas, changes = dict(stacks.deltas), dict(taken.changes)
+    deltas, overrides = dict(stacks.deltas), dict(taken.overrides)
     for name, parameters in stacks.parameters.items():
-        change = changes.get(name, Change())
-        changes[name] = replace(change, parameters=change.parameters | parameters)
+        override = overrides.get(name, ModuleOverride())
+        overrides[name] = replace(override, parameters=override.parameters | parameters)
     features = [*_features(config), *stacks.features, *taken.features]
     for name, matrices in found.items():
-        change = changes.get(name, Change())
+        override = overrides.get(name, ModuleOverride())
         if name in base.embeddings:
-            changes[name] = embedding.lower(name, matrices, change, scaling.of, base)
+            overrides[name] = embedding.lower(name, matrices, override, scaling.of, base)
             features.append("embedding")
             continue
-        delta, change = _linear(base.sites[name], matrices, change, config, scaling, base)
+        delta, override = _linear(base.sites[name], matrices, override, config, scaling, base)
         if delta is not None:
             deltas[name] = delta
-        if change != Change():
-            changes[name] = change
-    deltas, changes = factors.settled(deltas, changes, base)
+        if override != ModuleOverride():
+            overrides[name] = override
+    deltas, overrides = factors.settled(deltas, overrides, base)
     invocation = _invocation(config, base)
-    if invocation and changes:
+    if invocation and overrides:
         raise AdapterInvalid(
             "alora_invocation_tokens in adapter_config.json: an adapter that is active from some token on cannot also "
-            f"replace or rescale parts of the base ({some(changes)})"
+            f"replace or rescale parts of the base ({some(overrides)})"
         )
     deltas = {name: deltas[name] for name in base.sites if name in deltas}
     notes = [*stacks.lowered, *_notes(config, base)]
@@ -121,22 +121,22 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         base,
         method="LoRA",
         deltas=deltas,
-        changes=changes,
+        overrides=overrides,
         features=list(dict.fromkeys(features)),
         lowered=notes,
     )
-    return Lowered(deltas, made, changes, invocation=invocation)
+    return Lowered(deltas, made, overrides, invocation=invocation)
 
 
 def _linear(
-    site: Site, matrices: dict[str, Tensor], change: Change, config: Config, scaling: Scaling, base: BaseShape
-) -> tuple[Delta | None, Change]:
+    site: Site, matrices: dict[str, Tensor], override: ModuleOverride, config: Config, scaling: Scaling, base: BaseShape
+) -> tuple[Delta | None, ModuleOverride]:
     """One linear site: its delta, and what else changes there. No delta where the whole weight is replaced."""
     if not {"A", "B"} <= matrices.keys():
         raise AdapterInvalid(f"only one of lora_A and lora_B is there for {site.name}")
     a, b = _whole(site, matrices["A"].float(), matrices["B"].float(), config)
     factor = scaling.of(site.name, matrices["A"].shape[0])
-    own = change.parameters.get("weight")
+    own = override.parameters.get("weight")
     check_delta(site if own is None else replace(site, out_features=own.shape[0]), a, b)
     b = b * factor
     if (diagonal := matrices.get("diagonal")) is not None:
@@ -152,21 +152,21 @@ def _linear(
         a, b = residual.added(site, a, b, matrices["A"].shape[0], factor, config, base)
     gain = None
     if "magnitude" in matrices:
-        if change.token_rows is not None:
+        if override.token_rows is not None:
             raise AdapterInvalid("use_dora on a head together with trainable_token_indices is not defined")
         weight = base.weight(site.name).cpu() if own is None else own
         gain = dora.gain(site.name, matrices["magnitude"], weight.float(), b @ a)
         kept = base.bias(site.name)
         if kept is not None and own is None:
-            change = saved.shifted(change, kept.float().cpu() * (1 - gain))
+            override = saved.shifted(override, kept.float().cpu() * (1 - gain))
     if bias is not None:
-        change = saved.shifted(change, bias)
+        override = saved.shifted(override, bias)
     if own is not None:  # a weight of another vocabulary: one map, not a map and a delta
         merged = own.float() + b @ a
         merged = merged if gain is None else gain[:, None] * merged
-        return None, replace(change, parameters=change.parameters | {"weight": merged})
+        return None, replace(override, parameters=override.parameters | {"weight": merged})
     delta = Delta(a if a.dtype == matrices["A"].dtype else a.to(matrices["A"].dtype), b.T.contiguous())
-    return delta, change if gain is None else replace(change, gain_out=gain)
+    return delta, override if gain is None else replace(override, gain_out=gain)
 
 
 def _whole(site: Site, a: Tensor, b: Tensor, config: Config) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,9 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     kind = config.get("init_weights")
     deltas = {}
     for name, group in by_site(saved.rest, base, TAILS).items():
-        site, block = site_of(name, saved.changes, base), group["miss_block"].float()
+        site, block = site_of(name, saved.overrides, base), group["miss_block"].float()
         if kind == "bat":
-            deltas[name] = _bat(site, block, rank, own_weight(name, saved.changes, base))
+            deltas[name] = _bat(site, block, rank, own_weight(name, saved.overrides, base))
         elif kind == "mini":
             deltas[name] = _mini(site, block, rank, repeated)
         else:
@@ -48,11 +48,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     features = ([f"init_weights {kind}"] if kind in ("bat", "mini") else []) + saved.features
     full = "its blocks depend on the base's weights: the whole change of every module is kept, at full rank"
     lowered = [full, *dequantised(base)] if kind == "bat" else []
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="MiSS", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="MiSS", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )
 
 

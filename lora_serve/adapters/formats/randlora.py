@@ -43,7 +43,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     shared = {key: saved.rest.pop(f"base_model.{key}", None) for key in ("randlora_A", "randlora_B")}
     found = by_site(saved.rest, base, TAILS)
     need(found, {*TRAINED})
-    sites = [site_of(name, saved.changes, base) for name in found]
+    sites = [site_of(name, saved.overrides, base) for name in found]
     rank = count(config, "r", 32)
     scaling = number(config, "randlora_alpha", 640) / rank
     for site in sites:
@@ -68,11 +68,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         q = b[:broad, : len(gamma)].flatten(1).T * scaling  # [n·r, D]
         deltas[site.name] = cheaper(p, q) if narrow == site.in_features else cheaper(q, p)
     features = [field for field in ("sparse", "very_sparse") if config.get(field)] + saved.features
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="RandLoRA", deltas=deltas, changes=changes, features=features, lowered=lowered),
-        changes,
+        report(config, base, method="RandLoRA", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
+        overrides,
     )
 
 

@@ -55,7 +55,7 @@ class Refusal:
 
 
 METHODS: Mapping[str, Refusal] = {
-    # Changes of the weights as large as the weights themselves.
+    # ModuleOverrides of the weights as large as the weights themselves.
     "OFT": Refusal("OFT", "it rotates each module's input, W·R, which changes all of W at full rank", MERGE),
     "BOFT": Refusal("BOFT", "it rotates each module by butterfly factors, which changes all of W at full rank", MERGE),
     "HRA": Refusal("HRA", "it multiplies the base's weights by reflections, W·H₁…Hᵣ", MERGE),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint, some
 from lora_serve.kernels.contract import Delta
 
@@ -29,7 +29,7 @@ def report(
     *,
     method: str,
     deltas: Mapping[str, Delta] | None = None,
-    changes: Mapping[str, Change] | None = None,
+    overrides: Mapping[str, ModuleOverride] | None = None,
     features: Sequence[str] = (),
     lowered: Sequence[str] = (),
     warnings: Sequence[str] = (),
@@ -42,13 +42,13 @@ def report(
         lowered: sentences on what became what, beyond the method's usual way.
         warnings: beside those that hold for every method.
     """
-    deltas, changes = deltas or {}, changes or {}
-    touched = deltas.keys() | changes.keys()
+    deltas, overrides = deltas or {}, overrides or {}
+    touched = deltas.keys() | overrides.keys()
     found = list(warnings)
-    if touched and not any(map(_has_effect, deltas.values())) and not any(map(_changes, changes.values())):
+    if touched and not any(map(_has_effect, deltas.values())) and not any(map(_changes, overrides.values())):
         found.append("all of its weights are zero: the adapter changes nothing")
     if "replaced base weights" in features:
-        replaced = sorted(module for module, change in changes.items() if change.parameters)
+        replaced = sorted(module for module, override in overrides.items() if override.parameters)
         found.append(f"it brings weights of the base that differ from this base's, and uses them: {some(replaced, 4)}")
     return {
         "method": method,
@@ -153,14 +153,16 @@ def _by_kind(touched: Collection[str], base: BaseShape) -> dict[str, str]:
 
 def _became(lowered: Lowered) -> list[str]:
     """What the adapter is here, in the words of the lowered form."""
-    changes = lowered.changes.values()
+    overrides = lowered.overrides.values()
     counts = {
         "low-rank updates": len(lowered.deltas),
-        "modules with parameters of their own": sum(bool(change.parameters) for change in changes),
-        "modules with gains": sum(change.gain_in is not None or change.gain_out is not None for change in changes),
-        "modules with a constant added": sum(change.shift is not None for change in changes),
-        "embeddings with low-rank updates": sum(change.lookup is not None for change in changes),
-        "tables with replaced token rows": sum(change.token_rows is not None for change in changes),
+        "modules with parameters of their own": sum(bool(override.parameters) for override in overrides),
+        "modules with gains": sum(
+            override.gain_in is not None or override.gain_out is not None for override in overrides
+        ),
+        "modules with a constant added": sum(override.shift is not None for override in overrides),
+        "embeddings with low-rank updates": sum(override.lookup is not None for override in overrides),
+        "tables with replaced token rows": sum(override.token_rows is not None for override in overrides),
         "virtual tokens before every prompt": 0 if lowered.prefix is None else lowered.prefix.length,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
@@ -170,9 +172,9 @@ def _has_effect(delta: Delta) -> bool:
     return bool(delta.a.any()) and bool(delta.b.any())
 
 
-def _changes(change: Change) -> bool:
-    if change.parameters or change.token_rows is not None:
+def _changes(override: ModuleOverride) -> bool:
+    if override.parameters or override.token_rows is not None:
         return True
-    gains = any(gain is not None and bool((gain != 1).any()) for gain in (change.gain_in, change.gain_out))
-    shift = change.shift is not None and bool(change.shift.any())
-    return gains or shift or (change.lookup is not None and _has_effect(change.lookup))
+    gains = any(gain is not None and bool((gain != 1).any()) for gain in (override.gain_in, override.gain_out))
+    shift = override.shift is not None and bool(override.shift.any())
+    return gains or shift or (override.lookup is not None and _has_effect(override.lookup))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change
+from lora_serve.adapters.adapter import BaseShape, ModuleOverride
 from lora_serve.adapters.formats.keys import check_shape, home, refuse_strays
 from lora_serve.errors import AdapterInvalid
 
@@ -31,14 +31,14 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 class Saved:
     """What was found: changes by module, and the tensors that are the method's own."""
 
-    changes: dict[str, Change]
+    overrides: dict[str, ModuleOverride]
     rest: dict[str, Tensor]
     features: list[str]
 
 
 def take(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) -> Saved:
     """Separate replaced parameters of the base from a method's own matrices. Raises AdapterInvalid naming keys."""
-    changes: dict[str, Change] = {}
+    overrides: dict[str, ModuleOverride] = {}
     rest: dict[str, Tensor] = {}
     features: dict[str, None] = {}
     strays: list[str] = []
@@ -51,7 +51,7 @@ def take(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) ->
         if module and tail.startswith("original_module."):
             continue  # what the copy in modules_to_save stands in front of
         if module and tail == TOKENS:
-            _replace_tokens(changes, module, token_ids(config, module), tensor, base)
+            _replace_tokens(overrides, module, token_ids(config, module), tensor, base)
             features["trainable_token_indices"] = None
         elif own not in base.modules.get(module, {}):
             if module in base.sites and own in ("weight", "bias"):
@@ -67,14 +67,14 @@ def take(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) ->
                 base.tied and module == base.input_embedding and (not saved or bool(config.get("ensure_weight_tying")))
             )
             for target in (module, base.head) if tied else (module,):
-                _replace_parameter(changes, target, own, tensor, base)
+                _replace_parameter(overrides, target, own, tensor, base)
     refuse_strays(strays)
     for name in whole:
         if any(_within(module, name) for module in base.modules) and not any(_within(module, name) for module in seen):
             raise AdapterInvalid(f"modules_to_save in adapter_config.json names {name}, of which no weights were saved")
-    if config.get("trainable_token_indices") and not any(change.token_ids for change in changes.values()):
+    if config.get("trainable_token_indices") and not any(override.token_ids for override in overrides.values()):
         raise AdapterInvalid("trainable_token_indices in adapter_config.json names tokens whose rows were not saved")
-    return Saved(changes, rest, list(features))
+    return Saved(overrides, rest, list(features))
 
 
 def token_ids(config: dict[str, Any], module: str) -> list[int]:
@@ -91,42 +91,46 @@ def token_ids(config: dict[str, Any], module: str) -> list[int]:
     return given
 
 
-def without_bias(change: Change, module: str, base: BaseShape) -> Change:
+def without_bias(override: ModuleOverride, module: str, base: BaseShape) -> ModuleOverride:
     """PEFT applies a linear module that has replaced rows without its bias."""
     bias = base.bias(module)
-    return change if bias is None else shifted(change, -bias.detach().float().cpu())
+    return override if bias is None else shifted(override, -bias.detach().float().cpu())
 
 
-def shifted(change: Change, more: Tensor) -> Change:
+def shifted(override: ModuleOverride, more: Tensor) -> ModuleOverride:
     """The change with `more` [out] added to its constant."""
-    return replace(change, shift=more if change.shift is None else change.shift + more)
+    return replace(override, shift=more if override.shift is None else override.shift + more)
 
 
-def _replace_parameter(changes: dict[str, Change], module: str, name: str, tensor: Tensor, base: BaseShape) -> None:
+def _replace_parameter(
+    overrides: dict[str, ModuleOverride], module: str, name: str, tensor: Tensor, base: BaseShape
+) -> None:
     shape = base.modules[module][name]
     table = name == "weight" and (module in base.embeddings or module == base.head)
     check_shape(f"{module}.{name}", tensor, (tensor.shape[0], *shape[1:]) if table and tensor.ndim else shape)
-    change = changes.get(module, Change())
+    override = overrides.get(module, ModuleOverride())
     if name == "bias" and module in base.sites:  # a linear map's bias is a constant: cheaper than another map
         own = base.parameter(f"{module}.bias").float().cpu()
-        changes[module] = shifted(change, tensor.float() - own)
+        overrides[module] = shifted(override, tensor.float() - own)
     else:
-        changes[module] = replace(change, parameters=change.parameters | {name: tensor})
+        overrides[module] = replace(override, parameters=override.parameters | {name: tensor})
 
 
-def _replace_tokens(changes: dict[str, Change], module: str, ids: list[int], rows: Tensor, base: BaseShape) -> None:
+def _replace_tokens(
+    overrides: dict[str, ModuleOverride], module: str, ids: list[int], rows: Tensor, base: BaseShape
+) -> None:
     if module not in base.embeddings:
         raise AdapterInvalid(f"trainable_token_indices: {module} of this base does not embed tokens")
-    change = changes.get(module, Change())
-    table = change.parameters.get("weight")  # of a resized vocabulary; its key sorts before the rows'
+    override = overrides.get(module, ModuleOverride())
+    table = override.parameters.get("weight")  # of a resized vocabulary; its key sorts before the rows'
     ids_, width = base.modules[module]["weight"] if table is None else table.shape
     check_shape(f"{module}.{TOKENS}", rows, (len(ids), width))
     if ids and not 0 <= min(ids) <= max(ids) < ids_:
         raise AdapterInvalid(f"trainable_token_indices in adapter_config.json has token ids outside 0..{ids_ - 1}")
-    changes[module] = replace(change, token_ids=tuple(ids), token_rows=rows * base.embeddings[module])
+    overrides[module] = replace(override, token_ids=tuple(ids), token_rows=rows * base.embeddings[module])
     if base.tied and module == base.input_embedding:
-        change = changes.get(base.head, Change())
-        changes[base.head] = replace(without_bias(change, base.head, base), token_ids=tuple(ids), token_rows=rows)
+        override = overrides.get(base.head, ModuleOverride())
+        overrides[base.head] = replace(without_bias(override, base.head, base), token_ids=tuple(ids), token_rows=rows)
 
 
 def _is_own(base: BaseShape, module: str, name: str, tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, Change, Lowered
+from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.factors import dequantised, own_weight, site_of
 from lora_serve.adapters.formats.fields import check_fields
@@ -40,35 +40,39 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     for key in embedded:
         tensors[key.removesuffix(TAIL) + TOKENS] = tensors.pop(key)
     saved = take(config, tensors, base)
-    changes, deltas = dict(saved.changes), {}
+    overrides, deltas = dict(saved.overrides), {}
     for name, group in by_site(saved.rest, base, {TAIL: TAIL}).items():
         rows, ids = group[TAIL], token_ids(config, name)
-        if name == base.head and base.tied and base.input_embedding in changes:
-            _check_copy(name, rows, changes[base.input_embedding].token_rows, base)
+        if name == base.head and base.tied and base.input_embedding in overrides:
+            _check_copy(name, rows, overrides[base.input_embedding].token_rows, base)
             continue
-        site = site_of(name, changes, base)
+        site = site_of(name, overrides, base)
         check_shape(f"{name}.{TAIL}", rows, (len(ids), site.in_features))
         if not 0 <= min(ids, default=0) <= max(ids, default=0) < site.out_features:
             raise AdapterInvalid(f"token_indices in adapter_config.json has ids outside 0..{site.out_features - 1}")
         if name == base.head:
-            change = without_bias(changes.get(name, Change()), name, base)
-            changes[name] = replace(change, token_ids=tuple(ids), token_rows=rows)
+            override = without_bias(overrides.get(name, ModuleOverride()), name, base)
+            overrides[name] = replace(override, token_ids=tuple(ids), token_rows=rows)
             continue
-        places = torch.zeros(len(ids), site.out_features)
-        places[torch.arange(len(ids)), ids] = 1
-        deltas[name] = Delta(rows.float() - own_weight(name, changes, base)[ids], places)
+        offsets = torch.zeros(len(ids), site.out_features)
+        offsets[torch.arange(len(ids)), ids] = 1
+        deltas[name] = Delta(rows.float() - own_weight(name, overrides, base)[ids], offsets)
         if base.bias(name) is not None:
-            changes[name] = without_bias(changes.get(name, Change()), name, base)
+            overrides[name] = without_bias(overrides.get(name, ModuleOverride()), name, base)
     lowered = [f"{len(token_ids(config, ''))} rows are replaced"]
     if deltas:
         lowered += [f"in {len(deltas)} linear modules, as differences from the base's rows", *dequantised(base)]
-    return Lowered(deltas, _report(config, base, deltas, changes, lowered), changes)
+    return Lowered(deltas, _report(config, base, deltas, overrides, lowered), overrides)
 
 
 def _report(
-    config: dict[str, Any], base: BaseShape, deltas: dict[str, Delta], changes: dict[str, Change], lowered: list[str]
+    config: dict[str, Any],
+    base: BaseShape,
+    deltas: dict[str, Delta],
+    overrides: dict[str, ModuleOverride],
+    lowered: list[str],
 ) -> dict[str, Any]:
-    return report(config, base, method="Trainable tokens", deltas=deltas, changes=changes, lowered=lowered)
+    return report(config, base, method="Trainable tokens", deltas=deltas, overrides=overrides, lowered=lowered)
 
 
 def _check_copy(name: str, rows: Tensor, embedded: Tensor | None, base: BaseShape) -> None:

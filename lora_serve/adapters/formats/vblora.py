@@ -37,19 +37,19 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT)
     saved = take(config, checkpoint.tensors, base)
-    bank = saved.rest.pop(BANK, None)
-    if bank is None:
+    device_slots = saved.rest.pop(BANK, None)
+    if device_slots is None:
         raise AdapterInvalid(f"{BANK} is missing: the sub-vectors that all modules are put together from")
-    bank, length, rank = bank.float(), count(config, "vector_length", 256), count(config, "r", 4)
-    check_shape(BANK, bank, (count(config, "num_vectors", 256), length))
+    device_slots, length, rank = device_slots.float(), count(config, "vector_length", 256), count(config, "r", 4)
+    check_shape(BANK, device_slots, (count(config, "num_vectors", 256), length))
     tails = CHOSEN if config.get("save_only_topk_weights") else LOGITS
     found = by_site(saved.rest, base, tails)
     need(found, {*tails})
     deltas = {}
     for name, group in found.items():
-        site = site_of(name, saved.changes, base)
-        a = _pieces(config, name, group, "vblora_logits_A", bank)  # [r, in/v, v]
-        b = _pieces(config, name, group, "vblora_logits_B", bank)  # [out/v, r, v]
+        site = site_of(name, saved.overrides, base)
+        a = _pieces(config, name, group, "vblora_logits_A", device_slots)  # [r, in/v, v]
+        b = _pieces(config, name, group, "vblora_logits_B", device_slots)  # [out/v, r, v]
         check_rank(name, a.shape[0], rank)
         check_shape(f"{name}.vblora_logits_A, put together,", a, (rank, site.in_features // length, length))
         check_shape(f"{name}.vblora_logits_B, put together,", b, (site.out_features // length, rank, length))
@@ -57,17 +57,17 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
             raise AdapterInvalid(f"vector_length {length} in adapter_config.json does not divide the widths of {name}")
         deltas[name] = cheaper(a.flatten(1), b.transpose(0, 1).flatten(1))
     features = (["save_only_topk_weights"] if tails is CHOSEN else []) + saved.features
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="VB-LoRA", deltas=deltas, changes=changes, features=features),
-        changes,
+        report(config, base, method="VB-LoRA", deltas=deltas, overrides=overrides, features=features),
+        overrides,
     )
 
 
-def _pieces(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key: str, bank: Tensor) -> Tensor:
+def _pieces(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key: str, device_slots: Tensor) -> Tensor:
     """Σ weight · sub-vector, [..., v]."""
-    most, vectors = count(config, "topk", 2), bank.shape[0]
+    most, vectors = count(config, "topk", 2), device_slots.shape[0]
     if key in group:
         logits = group[key].float()
         if logits.ndim != 3 or logits.shape[-1] != vectors or most > vectors:
@@ -83,4 +83,4 @@ def _pieces(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key:
         if indices.ndim != 3 or indices.shape[-1] != most or indices.min() < 0 or indices.max() >= vectors:
             raise AdapterInvalid(f"{name}.{key}_topk_indices does not choose {most} of {vectors} vectors")
         weights = torch.cat([first, (1 - first.sum(-1, keepdim=True)).clamp(min=0)], -1)
-    return (weights[..., None] * bank[indices]).sum(-2)
+    return (weights[..., None] * device_slots[indices]).sum(-2)

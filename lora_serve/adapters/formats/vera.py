@@ -39,7 +39,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     shared = [saved.rest.pop(key, None) for key in SHARED]
     found = by_site(saved.rest, base, TAILS)
     need(found, {*TAILS})
-    sites = [site_of(name, saved.changes, base) for name in found]
+    sites = [site_of(name, saved.overrides, base) for name in found]
     rank = count(config, "r", 256)
     for site in sites:
         group = found[site.name]
@@ -58,11 +58,13 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         left = group["vera_lambda_d"].float()[:, None] * a[:, : site.in_features]
         right = (group["vera_lambda_b"].float()[:, None] * b[: site.out_features]).T
         deltas[site.name] = cheaper(left, right)
-    deltas, changes = settled(deltas, saved.changes, base)
+    deltas, overrides = settled(deltas, saved.overrides, base)
     return Lowered(
         deltas,
-        report(config, base, method="VeRA", deltas=deltas, changes=changes, features=saved.features, lowered=lowered),
-        changes,
+        report(
+            config, base, method="VeRA", deltas=deltas, overrides=overrides, features=saved.features, lowered=lowered
+        ),
+        overrides,
     )
 
 

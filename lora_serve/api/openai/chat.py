@@ -22,8 +22,8 @@ from lora_serve.api.openai.generate import (
     usage,
     with_usage,
 )
-from lora_serve.api.openai.logprobs import TokenTexts, for_chat
-from lora_serve.api.openai.prompt import adapters, check_copies, encode_chat, engine_info, sampling
+from lora_serve.api.openai.logprob_format import TokenTexts, for_chat
+from lora_serve.api.openai.request_parsing import adapters, check_copies, encode_chat, engine_info, sampling
 from lora_serve.api.openai.schemas import ChatCompletion
 from lora_serve.api.services import Injected, Services
 from lora_serve.errors import BadRequest

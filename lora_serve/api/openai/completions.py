@@ -22,8 +22,8 @@ from lora_serve.api.openai.generate import (
     usage,
     with_usage,
 )
-from lora_serve.api.openai.logprobs import TokenTexts, for_completion
-from lora_serve.api.openai.prompt import (
+from lora_serve.api.openai.logprob_format import TokenTexts, for_completion
+from lora_serve.api.openai.request_parsing import (
     adapters,
     check_copies,
     check_tokens,

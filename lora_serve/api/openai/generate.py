@@ -19,7 +19,7 @@ from fastapi import Response
 
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.services import Services
-from lora_serve.api.stream import JSON, EventStream, while_connected
+from lora_serve.api.sse import JSON, EventStream, while_connected
 from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import EngineFault, ServeError
 from lora_serve.metrics import Timer

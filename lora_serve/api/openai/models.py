@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.openai.prompt import ModelNotFound, base_names, engine_info
+from lora_serve.api.openai.request_parsing import ModelNotFound, base_names, engine_info
 from lora_serve.api.services import Injected, Services
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters

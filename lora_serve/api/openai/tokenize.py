@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized
-from lora_serve.api.openai.prompt import check_tokens, encode, encode_chat, engine_info
+from lora_serve.api.openai.request_parsing import check_tokens, encode, encode_chat, engine_info
 from lora_serve.api.openai.schemas import Detokenize, Tokenize
 from lora_serve.api.services import Injected
 

@@ -4,7 +4,7 @@ A sequence with one row decodes: its query heads that share a kv head are one ti
 programs, as one row alone would leave most of the device idle. A sequence with more rows prefills: its rows and shared
 heads are tiles, each of which walks the context that it may see. Either kernel leaves the other's sequences at once.
 
-Grids follow from shapes and from `longest_query` and `longest_context` alone, the rest is read on the device: nothing
+Grids follow from shapes and from `max_query_len` and `max_context_len` alone, the rest is read on the device: nothing
 waits for it, and a captured graph stays right while sequences grow, end (0 rows) and begin.
 """
 
@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_serve.kernels.contract import Spans
+from lora_serve.kernels.contract import AttentionMetadata
 from lora_serve.kernels.gpu.attention_kernels import combine, decode, prefill
 from lora_serve.kernels.gpu.device import TYPES, hopper, processors
 
@@ -67,7 +67,7 @@ def attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    spans: Spans,
+    spans: AttentionMetadata,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -107,7 +107,7 @@ def attention(
 
     tile = decode_tile(share, width, dtype.itemsize)
     columns = kv_heads * triton.cdiv(share, tile.rows)
-    splits = splits_of(columns * sequences, min(spans.longest_context, reach), processors(q.device, INTERPRETED))
+    splits = splits_of(columns * sequences, min(spans.max_context_len, reach), processors(q.device, INTERPRETED))
     cut = splits > 1
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
     parts = torch.empty(*cuts, value_dim, dtype=torch.float32, device=q.device)
@@ -122,16 +122,16 @@ def attention(
             SPLITS=MOST_SPLITS, VALUE_DIM=value_dim, VALUE_PAD=value_pad, **part,
         )  # fmt: skip
 
-    if spans.longest_query > 1:
+    if spans.max_query_len > 1:
         tile = prefill_tile(width, dtype.itemsize, hopper(q.device))
-        rows = min(spans.longest_query, tokens) * share
+        rows = min(spans.max_query_len, tokens) * share
         prefill[triton.cdiv(rows, tile.rows), kv_heads, sequences](
             *given, *numbers, *strides, ROWS=tile.rows, TILE=tile.tokens, **shape, num_warps=tile.warps
         )
     return out
 
 
-def _check(q: Tensor, keys: Tensor, values: Tensor, spans: Spans, sinks: Tensor | None) -> None:
+def _check(q: Tensor, keys: Tensor, values: Tensor, spans: AttentionMetadata, sinks: Tensor | None) -> None:
     """Raise where `attention` could not serve; looks at shapes, types and strides only."""
     heads, key_dim = q.shape[1:]
     blocks, size, kv_heads, value_dim = values.shape

@@ -4,8 +4,8 @@
 
     q                          [tokens, heads, KEY_DIM], strides query_token, query_head, 1
     keys, values               the block pools; strides KEY_BLOCK, KEY_TOKEN, KEY_HEAD, 1 and VALUE_... likewise
-    query_start, contexts      `Spans.query_start`, `Spans.context`
-    tables                     `Spans.block_table`, stride table_row
+    query_start, contexts      `AttentionMetadata.query_start`, `AttentionMetadata.context`
+    tables                     `AttentionMetadata.block_table`, stride table_row
     sinks                      [heads] or None
     out                        [tokens, heads, VALUE_DIM], contiguous
     window                     tokens that a row sees at most; WINDOWED: whether that ever matters

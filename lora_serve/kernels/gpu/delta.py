@@ -34,7 +34,7 @@ EXPAND_R = 32  # ranks that an expanding program takes at a time
 PROGRAMS_PER_PROCESSOR = 2  # shrinking: with their pipelines, about what keeps the memory busy
 
 
-class Plan(NamedTuple):
+class DeltaTiling(NamedTuple):
     """How a call is laid over the device.
 
     Attributes:
@@ -61,26 +61,26 @@ class Plan(NamedTuple):
     together: int
 
 
-def plan(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> Plan:
+def tiling(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> DeltaTiling:
     """Lay out a call; `size` is that of an operand in bytes, `processors` how many the device has."""
     count = segments.count
-    many = segments.longest > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
+    many = segments.max_rows > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
     block_m = MANY if many else FEW
     # The bound on ranks may be far above them: few rows take few at a time, so that no load is for nothing.
     block_r = 32 if many else 16
     block_k = (256 if block_m + block_r <= 32 else 128 if block_m + block_r <= 80 else 64) * 2 // size
-    short = segments.longest <= block_m
-    tiles = count if short else min(count * triton.cdiv(segments.longest, block_m), rows // block_m + count)
+    short = segments.max_rows <= block_m
+    tiles = count if short else min(count * triton.cdiv(segments.max_rows, block_m), rows // block_m + count)
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, tiles * modules)
     wanted = min(triton.next_power_of_2(wanted), MOST_SPLITS)
     span = triton.cdiv(triton.cdiv(in_features, wanted), block_k) * block_k
     splits = triton.next_power_of_2(triton.cdiv(in_features, span))
-    return Plan(
+    return DeltaTiling(
         tiles=tiles,
         among=1 if short else next((size for size in AMONG if size >= count), triton.next_power_of_2(count)),
         splits=splits,
         span=span,
-        capacity=triton.cdiv(segments.rank, EXPAND_R) * EXPAND_R,
+        capacity=triton.cdiv(segments.max_rank, EXPAND_R) * EXPAND_R,
         block_m=block_m,
         block_k=block_k,
         block_n=64 if many else 128,
@@ -91,18 +91,18 @@ def plan(rows: int, in_features: int, modules: int, segments: Segments, size: in
 
 
 def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-    """See `Kernels.delta`; `segments.rank` is no less than the ranks of a composition together.
+    """See `Kernels.delta`; `segments.max_rank` is no less than the ranks of a composition together.
 
     Raises:
         ValueError: shapes or strides do not fit.
         TypeError: a type that is not fp32, bf16 or fp16, or segments that are not int32 and float32.
     """
-    if segments.count == 0 or segments.rank == 0 or x.shape[0] == 0:
+    if segments.count == 0 or segments.max_rank == 0 or x.shape[0] == 0:
         return
     check(x, outputs, group, segments)
     rows, modules = x.shape[0], len(outputs)
     size = max(x.element_size(), group.dtype.itemsize)
-    p = plan(rows, group.in_features, modules, segments, size, processors(x.device))
+    p = tiling(rows, group.in_features, modules, segments, size, processors(x.device))
     h = torch.empty(p.splits, modules, rows, p.capacity, dtype=torch.float32, device=x.device)
     where = (group.rank, group.rank.stride(0), segments.start, segments.end, segments.slot)
     shrink[p.tiles, modules, p.splits](

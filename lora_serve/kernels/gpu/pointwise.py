@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
     return y
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """See `Kernels.gated`. ValueError: shapes or strides that do not fit."""
     check_gated(gate, up)
     width = gate.shape[-1]
@@ -109,7 +109,7 @@ def _gated(
     gate: tl.tensor, up: tl.tensor, y: tl.tensor, gate_row: tl.tensor, up_row: tl.tensor,
     SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE numbers (axis 1) of one row (axis 0), as `gated` says."""
+    """TILE numbers (axis 1) of one row (axis 0), as `gated_activation` says."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = d < WIDTH

@@ -1,0 +1,70 @@
+"""Which format compiles what: PEFT's `peft_type` → the function that lowers it.
+
+A new family is one new file beside this one and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lora_serve.adapters.adapter import BaseShape, Lowered
+from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats import (
+    adalora,
+    delora,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    miss,
+    prefix_tuning,
+    prompt_tuning,
+    randlora,
+    trainable_tokens,
+    vblora,
+    vera,
+)
+from lora_serve.adapters.formats.keys import Misfit
+from lora_serve.adapters.formats.refusals import refuse_method
+from lora_serve.adapters.formats.report import made_for_another
+from lora_serve.errors import AdapterInvalid
+
+Lower = Callable[[Checkpoint, BaseShape], Lowered]
+
+FORMATS: Mapping[str, Lower] = {
+    "LORA": lora.lower,
+    "ADALORA": adalora.lower,
+    "VERA": vera.lower,
+    "LOHA": loha.lower,
+    "LOKR": lokr.lower,
+    "VBLORA": vblora.lower,
+    "RANDLORA": randlora.lower,
+    "DELORA": delora.lower,
+    "MISS": miss.lower,
+    "IA3": ia3.lower,
+    "LN_TUNING": ln_tuning.lower,
+    "TRAINABLE_TOKENS": trainable_tokens.lower,
+    "PROMPT_TUNING": prompt_tuning.lower,
+    "P_TUNING": prompt_tuning.lower_p_tuning,
+    "CPT": prompt_tuning.lower_cpt,
+    "MULTITASK_PROMPT_TUNING": prompt_tuning.lower_multitask,
+    "PREFIX_TUNING": prefix_tuning.lower,
+    "CARTRIDGE": prefix_tuning.lower_cartridge,
+}
+
+
+def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] = FORMATS) -> Lowered:
+    """Compile a checkpoint to deltas on the base's sites; AdapterInvalid names what stands in the way."""
+    method = checkpoint.config.get("peft_type")
+    if not isinstance(method, str):
+        raise AdapterInvalid("adapter_config.json does not say its peft_type")
+    if method not in formats:
+        raise refuse_method(method, formats)
+    try:
+        lowered = formats[method](checkpoint, base)
+    except Misfit as error:
+        raise AdapterInvalid(error.message + made_for_another(checkpoint.config, base)) from error
+    if not (lowered.deltas or lowered.overrides or lowered.prefix):
+        raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
+    return lowered

@@ -1,0 +1,161 @@
+"""The requests being served: admission, what each step's outputs mean for them, and the one way out.
+
+Every request ends in `finish`, on every path: there its KV blocks and adapter leases are released.
+"""
+
+from __future__ import annotations
+
+import os
+
+from lora_serve.adapters.registry import Lease, Registry
+from lora_serve.engine.admission import check, check_adapters_fit
+from lora_serve.engine.runner import SequenceOutput
+from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
+from lora_serve.engine.sequence import Sequence
+from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError
+from lora_serve.messages import EngineInfo
+from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+
+
+class ActiveRequests:
+    """Requests by id, from admission to their last event.
+
+    Args:
+        info: what requests are checked against.
+        max_queue: requests that may wait.
+    """
+
+    def __init__(self, info: EngineInfo, scheduler: Scheduler, registry: Registry, max_queue: int) -> None:
+        self._info = info
+        self._scheduler = scheduler
+        self._registry = registry
+        self._max_queue = max_queue
+        self._sequences: dict[str, Sequence] = {}
+        self._leases: dict[str, list[Lease]] = {}
+        self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
+        self._events: list[Event] = []
+        self._admitted = 0
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would return any."""
+        return bool(self._events)
+
+    def take_events(self) -> list[Event]:
+        """Everything that happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def admit(self, request: Request) -> None:
+        """Check a request, lease its adapters and queue it; a refusal becomes its only event."""
+        try:
+            self._admit(request)
+        except ServeError as error:
+            self.refuse(request, error)
+
+    def refuse(self, request: Request, error: ServeError) -> None:
+        """Answer a request that is not admitted."""
+        self._events.append(Finished(request.id, "error", failure=Failure.of(error)))
+
+    def abort(self, request_id: str) -> None:
+        """End a request whose client is gone; unknown and finished ids are ignored."""
+        seq = self._sequences.get(request_id)
+        if seq is not None:
+            self.finish(seq, "abort")
+
+    def finish_all(self, error: ServeError) -> None:
+        """End every request with an error."""
+        for seq in list(self._sequences.values()):
+            self.finish(seq, "error", error)
+
+    def process(self, output: SequenceOutput) -> None:
+        """Take one sequence's output of a step: its token becomes an event, or it ends."""
+        part, seq = output.part, output.part.seq
+        if self._sequences.get(seq.request.id) is not seq:
+            return  # it ended while the step was in flight
+        if output.failure is not None:
+            self.finish(seq, "error", output.failure, forget=True)
+            return
+        self._scheduler.mark_computed(part)
+        prompt_logprobs = None if output.prompt_logprobs is None else self._collect(part, output.prompt_logprobs)
+        if output.token is None:
+            return
+        cached = seq.cached or 0
+        if part.end < seq.limit and output.token not in seq.stop_ids:
+            seq.tokens[part.end] = output.token
+            logprobs = None if output.logprob is None else [output.logprob]
+            self._events.append(Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached))
+            if part.end + 1 == seq.limit:
+                self.finish(seq, "length")
+            return
+        if prompt_logprobs is not None or part.end == seq.prompt_end:
+            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached))
+        if part.end >= seq.limit:
+            self.finish(seq, "length")
+        else:
+            self.finish(seq, "stop", stop_token=output.token)
+
+    def finish(
+        self,
+        seq: Sequence,
+        reason: str,
+        error: ServeError | None = None,
+        *,
+        stop_token: int | None = None,
+        forget: bool = False,
+    ) -> None:
+        """The one way out: KV blocks, leases and state are freed (`forget`: the blocks' content is not to be trusted)."""
+        self._scheduler.remove(seq, forget=forget)
+        del self._sequences[seq.request.id]
+        self._prompt_logprobs.pop(seq.request.id, None)
+        for lease in self._leases.pop(seq.request.id):
+            self._registry.release(lease)
+        self._events.append(Finished(seq.request.id, reason, stop_token, None if error is None else Failure.of(error)))
+
+    def _admit(self, request: Request) -> None:
+        """Raises the ServeError that refuses the request."""
+        if request.id in self._sequences:
+            raise BadRequest("a request with this id is already running", param="request_id")
+        if len(self._scheduler.waiting) >= self._max_queue:
+            raise Overloaded(f"{self._max_queue} requests are waiting already", retry_after=1)
+        leases: list[Lease] = []
+        try:
+            for use in request.adapters:
+                leases.append(self._registry.acquire(use))
+            check(request, leases, self._info)
+            check_adapters_fit(leases, self._registry.pinned, self._scheduler.rotation)
+        except ServeError:
+            for lease in leases:
+                self._registry.release(lease)
+            raise
+        seq = self._new_sequence(request, leases)
+        self._admitted += 1
+        self._sequences[request.id] = seq
+        self._leases[request.id] = leases
+        self._scheduler.add(seq)
+        self._events.append(Admitted(request.id, list(seq.adapters)))
+
+    def _new_sequence(self, request: Request, leases: list[Lease]) -> Sequence:
+        sampling = request.sampling
+        virtual = max((lease.traits.virtual for lease in leases), default=0)
+        return Sequence(
+            request=request,
+            order=self._admitted,
+            adapters=tuple(Served(lease.name, lease.digest, lease.weight) for lease in leases),
+            seed=int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed,
+            stop_ids=frozenset(sampling.stop_token_ids)
+            | (frozenset() if sampling.ignore_eos else frozenset(self._info.eos_token_ids)),
+            limit=min(virtual + len(request.prompt) + sampling.max_tokens, self._info.max_model_len),
+            traits={lease.digest: lease.traits for lease in leases},
+        )
+
+    def _collect(self, part: ScheduledSequence, found: list[Logprob]) -> list[Logprob | None] | None:
+        """Gather a chunked prompt's log-probabilities; all of them once the prompt is computed."""
+        request = part.seq.request
+        if part.start <= part.seq.virtual:  # it begins, perhaps again
+            self._prompt_logprobs[request.id] = [None]
+        self._prompt_logprobs[request.id] += found
+        return self._prompt_logprobs.pop(request.id) if part.samples else None

@@ -1,0 +1,96 @@
+"""Build a step's batch: the scheduled sequences' tokens, concatenated and grouped by adapter.
+
+Sequences with the same adapters are neighbours, so that their rows are one segment, however many sequences they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, pairwise
+
+from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
+from lora_serve.model.batch import AdapterRows, Batch
+
+LogitsRows = list[tuple[ScheduledSequence, slice]]  # which of a batch's logits rows are whose
+
+
+def build_batch(
+    scheduled: list[ScheduledSequence], slots: Mapping[str, int], block_size: int
+) -> tuple[Batch, LogitsRows]:
+    """The batch of a step, and each scheduled sequence's rows of its logits, in the order of the batch.
+
+    Args:
+        scheduled: not empty.
+        slots: device slot of every adapter (by digest) that the step uses.
+    """
+    parts = sorted(scheduled, key=lambda part: [(slots[digest], weight) for digest, weight, _ in part.seq.active])
+    tokens: list[int] = []
+    positions: list[int] = []
+    kv_index: list[int] = []
+    query_start = [0]
+    logits_rows: list[int] = []
+    owners: LogitsRows = []
+    virtual_rows: list[AdapterRows] = []
+    ranges: list[tuple[Sequence, int, int]] = []
+    logits_ranges: list[tuple[Sequence, int, int]] = []
+    for part in parts:
+        seq, start, end = part.seq, part.start, part.end
+        if start < seq.virtual:
+            count = min(end, seq.virtual) - start
+            virtual_rows.append(AdapterRows(len(tokens), len(tokens) + count, slots[seq.active[0].digest], first=start))
+            tokens += [0] * count
+        tokens += seq.tokens[max(start, seq.virtual) : end]
+        if tokens[-1] == IN_FLIGHT_TOKEN:
+            tokens[-1] = -1 - seq.row
+        positions += range(start, end)
+        for first in range(start - start % block_size, end, block_size):
+            base = seq.blocks[first // block_size] * block_size
+            kv_index += range(base + max(start - first, 0), base + min(end - first, block_size))
+        query_start.append(len(tokens))
+        wanted = max(0, end - max(start, seq.virtual)) if seq.wants_prompt_logits else int(part.samples)
+        ranges.append((seq, start, end))
+        logits_ranges.append((seq, end - wanted, end))
+        owners.append((part, slice(len(logits_rows), len(logits_rows) + wanted)))
+        logits_rows += range(len(tokens) - wanted, len(tokens))
+    adapter_rows = _adapter_rows(ranges, slots)
+    batch = Batch(
+        token_ids=tokens,
+        positions=positions,
+        kv_index=kv_index,
+        query_start=query_start,
+        context=[part.end for part in parts],
+        block_tables=[part.seq.blocks for part in parts],
+        logits_rows=logits_rows,
+        adapter_rows=adapter_rows,
+        # The same in every decode step.
+        logits_adapter_rows=adapter_rows if logits_ranges == ranges else _adapter_rows(logits_ranges, slots),
+        virtual_rows=virtual_rows,
+    )
+    return batch, owners
+
+
+def _adapter_rows(ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]) -> list[AdapterRows]:
+    """Rows by adapter; `ranges` are positions (start, end) of sequences, whose rows are concatenated."""
+    found: list[AdapterRows] = []
+    row = 0
+    for adapters, group in groupby(_pieces(ranges, slots), key=lambda piece: piece[0]):
+        end = row + sum(count for _, count in group)
+        found += [AdapterRows(row, end, slot, weight) for slot, weight in adapters]
+        row = end
+    return found
+
+
+def _pieces(
+    ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
+) -> Iterator[tuple[list[tuple[int, float]], int]]:
+    """Ranges split where an adapter becomes active: (slot, weight) of the active ones, and how many rows."""
+    for seq, start, end in ranges:
+        if end == start:
+            continue
+        if all(each.start <= start for each in seq.active):
+            yield [(slots[each.digest], each.weight) for each in seq.active], end - start
+            continue
+        cuts = sorted({start, end, *(each.start for each in seq.active if start < each.start < end)})
+        for first, last in pairwise(cuts):
+            yield [(slots[each.digest], each.weight) for each in seq.active if each.start <= first], last - first

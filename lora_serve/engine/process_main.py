@@ -1,0 +1,180 @@
+"""Entry point of the engine process: a loop that passes messages to the engine, runs steps and sends updates.
+
+It is a process of its own so that a crash, a stuck kernel or a busy step never takes HTTP down with it. It holds no
+policy: what runs is the engine's decision, when to die is the parent's (`engine/supervisor.py`), except that it never
+outlives its parent.
+
+Started as `python -m lora_serve.engine.process_main ADDRESS PARENT` with the configuration as JSON on standard input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+
+from lora_serve.config import ServeConfig
+from lora_serve.engine.connection import Connection, Waker
+from lora_serve.errors import EngineFault, Failure, ServeError
+from lora_serve.messages import (
+    Abort,
+    Call,
+    EngineInfo,
+    Exit,
+    Generate,
+    Progress,
+    Ready,
+    Refused,
+    Reply,
+    Stats,
+    Update,
+)
+
+HEARTBEAT = 0.5  # seconds; half of what `Update` promises, so that one late turn is not a missed beat
+STATS_EVERY = 0.1  # seconds between the numbers that travel with busy steps
+NOTHING_RAN = 0.005  # seconds to wait for a poke when the engine is busy but this step had nothing to run
+BACKPRESSURE = 0.05  # seconds between tries while the parent does not read
+
+log = logging.getLogger(__name__)
+
+
+class EngineCore(Protocol):
+    """What this process needs of an engine; `lora_serve.engine.engine.Engine` is the real one."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def step_in_flight(self) -> bool: ...
+    def receive(self, message: Generate | Abort | Call) -> None: ...
+    def step(self) -> Update: ...
+    def replies(self) -> list[Reply]: ...
+    def stats(self) -> Stats: ...
+    def close(self) -> None: ...
+
+
+class Build(Protocol):
+    """Makes an engine. `wake` may be called from any thread, `progress` only from the one that builds."""
+
+    def __call__(
+        self, config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]
+    ) -> EngineCore: ...
+
+
+def serve(engine: EngineCore, connection: Connection) -> None:
+    """Turn the loop until `Exit`: take messages, one step, tell what happened; sleep only with nothing to run."""
+    told = counted = 0.0
+    while True:
+        for message in connection.receive():
+            if isinstance(message, Exit):
+                engine.close()
+                connection.send(engine.step())
+                return
+            engine.receive(message)
+
+        # A parent that does not read pauses generation: to drop events would tear streams, to keep them eat memory.
+        if not connection.flush():
+            connection.wait(BACKPRESSURE)
+            continue
+
+        update = engine.step()
+        ran = update.step is not None or bool(update.events)
+        idle = not engine.busy
+        now = time.monotonic()
+        beat = now - told >= HEARTBEAT
+        if ran or beat:
+            if update.stats is None and (idle or beat or now - counted >= STATS_EVERY):
+                update, counted = msgspec.structs.replace(update, stats=engine.stats()), now
+            connection.send(update)
+            told = now
+        for reply in engine.replies():  # after the events: a drain is answered when the last stream has its end
+            connection.send(reply)
+
+        if idle:
+            connection.wait(told + HEARTBEAT - now)
+        elif not ran and not engine.step_in_flight:
+            connection.wait(NOTHING_RAN)
+
+
+def run(build: Build, address: str, config: ServeConfig) -> int:
+    """Build the engine and serve over `address` until told to exit. Returns the exit status."""
+    waker = Waker()
+    connection = Connection(address, waker)
+    try:
+        try:
+            engine = build(
+                config, wake=waker.wake, progress=lambda stage, fraction: connection.send(Progress(stage, fraction))
+            )
+        except ServeError as error:
+            connection.send(Refused(Failure.of(error)))
+            return 3
+        except Exception as error:
+            log.exception("the engine could not be built")
+            message = f"the engine could not start ({type(error).__name__}); its log says why"
+            connection.send(Refused(Failure(EngineFault.kind, message)))
+            return 1
+        connection.send(Ready(engine.info))
+        try:
+            serve(engine, connection)
+        except Exception:
+            log.exception("the engine's loop ended by an error")
+            return 1
+        return 0
+    finally:
+        connection.close()
+        waker.close()
+
+
+def bind_life_to(parent: int) -> None:
+    """Die when the parent does: at once by the kernel's help on Linux, within a second everywhere, even mid-step."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main(build: Build, arguments: Sequence[str]) -> int:
+    """The process's entry: `arguments` are the address to connect to and the parent's process id."""
+    address, parent = arguments
+    bind_life_to(int(parent))
+    # Terminals and service managers signal the whole group; whether to drain or to die is the parent's decision alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the parent asks a stuck engine where it hangs before it kills it
+    config = ServeConfig.model_validate_json(sys.stdin.read())
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s",
+    )
+    return run(build, address, config)
+
+
+def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> EngineCore:
+    progress("starting", 0.0)
+    # Imported here: torch takes seconds, and a broken installation should arrive at the parent as a refusal.
+    from lora_serve.engine.engine import Engine
+
+    return Engine.build(config, wake=wake, progress=progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main(_build, sys.argv[1:]))

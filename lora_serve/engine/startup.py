@@ -1,0 +1,185 @@
+"""Start-up: from options to the parts of an engine, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.adapters.host_cache import HostCache
+from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.store import Store
+from lora_serve.config import ServeConfig
+from lora_serve.engine.cores import physical_cores
+from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.runner import Runner, SampledTokens
+from lora_serve.engine.scheduler import Scheduler
+from lora_serve.engine.sizing import adapter_memory, kv_memory, limits_of, measured
+from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.select import select
+from lora_serve.kv.pool import BlockPool
+from lora_serve.kv.tensors import KVTensors, bytes_per_token
+from lora_serve.messages import EngineInfo
+from lora_serve.model.base import ResidentBase
+from lora_serve.model.load import LoadedModel, load
+
+log = logging.getLogger(__name__)
+
+PROOF = 2  # KV blocks that a base needs to prove itself
+QUANTUM = 16  # steps of a turn: long enough that loading an adapter is small beside running it
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    info: EngineInfo
+    scheduler: Scheduler
+    runner: Runner
+    registry: Registry
+
+
+def build_parts(
+    config: ServeConfig, wake: Callable[[], None], progress: Callable[[str, float], None], overlap: bool | None = None
+) -> EngineParts:
+    """Load the base, size its KV, open the store, publish the adapters that were asked for at start.
+
+    Args:
+        overlap: launch a step before the last one's outputs are read; None: where the device is not the host.
+    """
+    device = device_of(config.device)
+    try:
+        return _build_parts(config, device, wake, progress, overlap)
+    except torch.OutOfMemoryError as error:
+        raise ModelUnsupported(
+            f"the base does not fit {device}: {str(error).partition('. ')[0]}. Use a smaller or quantised base, or "
+            "lower --max-num-batched-tokens"
+        ) from error
+
+
+def _build_parts(
+    config: ServeConfig,
+    device: torch.device,
+    wake: Callable[[], None],
+    progress: Callable[[str, float], None],
+    overlap: bool | None,
+) -> EngineParts:
+    torch.set_num_threads(config.threads or physical_cores())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    progress("building kernels", 0.0)
+    kernels = select(device, config.native_kernels)
+    loaded = load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=device,
+        progress=progress,
+        scheme=config.quantize,
+        names=(config.served_name(),),
+    )
+    limits = limits_of(config, device)
+    capacity = adapter_memory(config, device)
+    device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
+    tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
+    kv = KVTensors(loaded.layers, PROOF, config.kv_block_size, loaded.dtype, device)
+    base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
+    progress("proving the base", 0.85)
+    base.prove()
+    progress("allocating KV", 0.88)
+    longest = _wanted(config, loaded)
+    needs = measured(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
+    memory = kv_memory(config, needs, loaded.layers, loaded.dtype)
+    max_model_len = _context(config, loaded, memory, longest)
+    blocks = _blocks(config, loaded, memory, max_model_len, limits.seqs)
+    kv.resize(blocks)
+    progress("preparing steps", 0.9)
+    base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
+    progress("opening the adapter store", 0.92)
+    registry = Registry(
+        Store(config.store_folder()),
+        HostCache(int(config.adapter_cache_memory)),
+        device_slots,
+        loaded.shape,
+        loaded.dtype,
+        wake,
+        max_bytes=int(config.max_adapter_size),
+    )
+    notes = loaded.notes + base.notes
+    if config.adapters is not None:
+        for name, error in registry.publish_folder(config.adapters):
+            notes.append(f"adapter {name} is not served: {error.message}")
+    scheduler = Scheduler(
+        BlockPool(blocks, config.kv_block_size),
+        SlotRotation(config.adapter_slots, QUANTUM, capacity, registry.bytes),
+        max_seqs=limits.seqs,
+        max_tokens=limits.tokens,
+        prefix_cache=config.prefix_cache,
+    )
+    info = EngineInfo(
+        model=config.served_name(),
+        root=config.model,
+        device=str(device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        kernels=kernels.name,
+        max_model_len=max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        kv_tokens=blocks * config.kv_block_size,
+        adapter_slots=config.adapter_slots,
+        adapters=len(registry.describe_all()),
+        parameters=loaded.parameters,
+        created=loaded.created,
+        generation_defaults=loaded.generation_defaults,
+        notes=notes,
+    )
+    return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that is meant by a name or by "auto"; of several GPUs the first, if none is named.
+
+    Raises ModelUnsupported where there is none of that name.
+    """
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ModelUnsupported(f"--device {name}: auto, cpu, cuda and cuda:N are known") from error
+    if device.type != "cuda":
+        return device
+    number = device.index or 0
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        raise ModelUnsupported(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
+    return torch.device("cuda", number)
+
+
+def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:
+    """The context that is asked for."""
+    wanted = config.max_model_len or loaded.max_model_len
+    if wanted > loaded.max_model_len:
+        raise ModelUnsupported(f"--max-model-len {wanted} is more than the base serves right ({loaded.max_model_len})")
+    return wanted
+
+
+def _context(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int) -> int:
+    """The longest context up to `wanted` that so many bytes of KV hold; a longer one that was asked for is refused."""
+    fits = memory // bytes_per_token(loaded.layers, loaded.dtype)
+    fits -= fits % config.kv_block_size
+    if fits < 2 * config.kv_block_size:
+        raise ModelUnsupported(
+            f"--kv-cache-memory {memory} holds {fits} tokens; "
+            f"a token takes {bytes_per_token(loaded.layers, loaded.dtype)} bytes"
+        )
+    if config.max_model_len is not None and wanted > fits:
+        raise ModelUnsupported(f"--max-model-len {wanted} needs more KV than --kv-cache-memory holds ({fits} tokens)")
+    if wanted > fits:
+        loaded.notes.append(f"context is {fits} instead of {wanted} tokens: that is what --kv-cache-memory holds")
+    return min(wanted, fits)
+
+
+def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int, seqs: int) -> int:
+    """Blocks that fit the memory, but no more than all sequences at full length could use."""
+    size = config.kv_block_size
+    fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
+    return max(PROOF, min(fit, seqs * -(-max_model_len // size)))

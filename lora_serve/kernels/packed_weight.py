@@ -1,0 +1,92 @@
+"""Packed weights of linear layers, in full precision or quantised (int8, int4), and the maths of the quantisation.
+
+    int8:  W[o, i] ≈ scale[o] · q[o, i],             q in -127..127
+           x[t, i] ≈ step[t, i // RUN] · p[t, i],    p in -127..127
+    int4:  W[o, i] ≈ scale[o, i // GROUP] · q[o, i], q in -8..7, scale in bf16
+           x[t, i] ≈ step[t, i // GROUP] · p[t, i],  p in -127..127
+
+Rounded to nearest (halves to even). A scale or step is the largest magnitude of what shares it over the largest whole
+number; in int4 over -8, with the sign of that number, since there is one more whole number below zero than above.
+Products of whole numbers are summed exactly over what shares scale and step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Scheme = Literal["int8", "int4"]
+GROUP = 32  # inputs that share a scale, and a step of the rows, in int4
+RUN = 64  # inputs that share a step of the rows in int8; the last of a row may be fewer
+_MOST = 127  # largest whole number in int8
+_LEAST = 1e-30  # scale or step; what is smaller becomes zero
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """One layer's weights W [out, in]. What `data` and `scale` hold is the backend's own business.
+
+    Attributes:
+        shape: (out, in).
+        dtype: of the weights that were packed.
+        scheme: how they are quantised; None: they are not.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scheme: Scheme | None
+    data: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:
+    """The scheme, if a weight with so many inputs can be kept in it; else None."""
+    return None if scheme == "int4" and in_features % GROUP else scheme
+
+
+def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Whole numbers q int8 [out, in] and scale float32 [out, groups] (one group in int8)."""
+    if scheme == "int8":
+        grouped = _grouped(weight.detach(), weight.shape[1])
+        scale = _step(grouped)
+    else:
+        grouped = _grouped(weight.detach(), GROUP)
+        high, low = (extreme(dim=-1, keepdim=True) for extreme in (grouped.amax, grouped.amin))
+        scale = torch.where(high >= -low, high, low) / -8
+        scale = torch.where(scale.abs() < _LEAST, _LEAST, scale).bfloat16().float()
+    whole = _whole(grouped, scale).clamp(-8 if scheme == "int4" else -_MOST, 7 if scheme == "int4" else _MOST)
+    return whole.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+
+
+def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
+    """The weights [out, in] that whole numbers and scales stand for, float32."""
+    return (whole.view(*scale.shape, -1).float() * scale[..., None]).view(whole.shape)
+
+
+def rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """Rows x [rows, in] as a layer quantised in the scheme sees them, float32."""
+    width, size = x.shape[1], RUN if scheme == "int8" else GROUP
+    grouped = _grouped(functional.pad(x, (0, -width % size)), size)
+    step = _step(grouped)
+    return (_whole(grouped, step) * step).flatten(1)[:, :width]
+
+
+def _grouped(rows: Tensor, size: int) -> Tensor:
+    """float32 [rows, groups, size]."""
+    return rows.float().reshape(rows.shape[0], -1, size)
+
+
+def _step(grouped: Tensor) -> Tensor:
+    return (grouped.abs().amax(-1, keepdim=True) / _MOST).clamp(min=_LEAST)
+
+
+def _whole(grouped: Tensor, step: Tensor) -> Tensor:
+    return (grouped * (1 / step)).round()

@@ -1,0 +1,172 @@
+"""A step's input tensors on the device: one allocation, filled on the host and copied over at once.
+
+Recorded steps and CUDA graphs keep their input buffers and write every batch into the same memory. The buffers may hold
+more rows than a decode batch has: each row left over is a sequence of one token in the scratch KV block, and a segment
+left over has no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels.contract import AttentionMetadata, Segments
+from lora_serve.model.batch import AdapterRows, Batch
+
+
+class BatchShape(NamedTuple):
+    """How large a batch is, or what input buffers have room for.
+
+    Attributes:
+        rows, sequences, logits_rows: how many of each.
+        segments: of adapters; 0 if all rows are the base's.
+        logits_segments: the same over the logits rows; -1 if they are the segments themselves.
+        blocks: width of the block tables.
+        max_segment_rows, max_rank: see `Segments`.
+        max_query_len, max_context_len: see `AttentionMetadata`.
+    """
+
+    rows: int
+    sequences: int
+    logits_rows: int
+    segments: int
+    logits_segments: int
+    blocks: int
+    max_segment_rows: int
+    max_rank: int
+    max_query_len: int
+    max_context_len: int
+
+    @classmethod
+    def of(cls, batch: Batch, ranks: Mapping[int, int]) -> BatchShape:
+        """Exactly the batch's; `ranks` has the highest rank of each slot's adapter."""
+        both = (batch.adapter_rows, batch.logits_adapter_rows)
+        same = both[0] == both[1] and len(batch.logits_rows) == len(batch.token_ids)
+        starts = batch.query_start
+        return cls(
+            rows=len(batch.token_ids),
+            sequences=len(batch.context),
+            logits_rows=len(batch.logits_rows),
+            segments=len(both[0]),
+            logits_segments=-1 if same else len(both[1]),
+            blocks=max(map(len, batch.block_tables)),
+            max_segment_rows=max((each.end - each.start for segments in both for each in segments), default=0),
+            max_rank=max(max_rank_of(segments, ranks) for segments in both),
+            max_query_len=max(end - start for start, end in zip(starts, starts[1:], strict=False)),
+            max_context_len=max(batch.context),
+        )
+
+
+def max_rank_of(segments: Sequence[AdapterRows], ranks: Mapping[int, int]) -> int:
+    """The highest rank added to any row: the ranks of a composition, whose segments cover the same rows, add up."""
+    groups = groupby(segments, key=lambda each: (each.start, each.end))
+    return max((sum(ranks.get(each.slot, 0) for each in group) for _, group in groups), default=0)
+
+
+def split_segments(segments: Sequence[AdapterRows], max_rows: int) -> list[AdapterRows]:
+    """The same rows in segments of at most `max_rows`; those of a composition stay neighbours."""
+    parts = [
+        each._replace(start=start, end=min(start + max_rows, each.end))
+        for each in segments
+        for start in range(each.start, each.end, max_rows)
+    ]
+    return sorted(parts, key=lambda part: part.start)
+
+
+class InputBuffers:
+    """Memory for batches up to a given shape.
+
+    Attributes:
+        token_ids, positions, kv_index: int64 [rows].
+        attention: how the rows lie over sequences and KV blocks.
+        logits_rows: int64 [logits rows].
+        segments, logits_segments: rows that share an adapter slot; None if all rows are the base's.
+    """
+
+    def __init__(self, shape: BatchShape, device: torch.device) -> None:
+        self._shape = shape
+        self._device = device
+        rows, sequences, logits_rows, segments, logits_segments, blocks, *_ = shape
+        # In units of int32; the int64 parts come first, so that all of them are aligned.
+        self._lengths = [2 * rows, 2 * rows, 2 * rows, 2 * logits_rows, sequences + 1, sequences]
+        self._lengths += [each for count in (segments, max(0, logits_segments)) for each in [count] * 4]
+        self._table = sum(self._lengths)  # where the block table begins
+        self._flat = torch.zeros(self._table + sequences * blocks, dtype=torch.int32, device=device)
+        wide, narrow = self._split(self._flat)
+        self.token_ids, self.positions, self.kv_index, self.logits_rows = wide
+        self.attention = AttentionMetadata(
+            query_start=narrow[0],
+            context=narrow[1],
+            block_table=self._flat[self._table :].view(sequences, blocks),
+            max_query_len=shape.max_query_len,
+            max_context_len=shape.max_context_len,
+        )
+        self.segments = _segments(narrow[2:6], shape)
+        self.logits_segments = self.segments if logits_segments < 0 else _segments(narrow[6:10], shape)
+
+    @classmethod
+    def of(cls, batch: Batch, ranks: Mapping[int, int], device: torch.device) -> InputBuffers:
+        """New buffers of exactly the batch's shape that hold it."""
+        buffers = cls(BatchShape.of(batch, ranks), device)
+        buffers.write(batch)
+        return buffers
+
+    def write(self, batch: Batch) -> None:
+        """Copy a batch into the buffers; only a decode batch may have fewer rows than they have.
+
+        On a device other than the host's this does not wait: the copy is ordered with what the stream runs next.
+        """
+        away = self._device.type != "cpu"
+        used = max(map(len, batch.block_tables), default=0) if away else self._shape.blocks
+        flat = torch.empty(self._table, dtype=torch.int32, pin_memory=True) if away else self._flat[: self._table]
+        table = self.attention.block_table[:, :used]
+        blocks = torch.empty(*table.shape, dtype=torch.int32, pin_memory=True) if away else table
+        self._fill(flat, blocks, batch)
+        if away:
+            self._flat[: self._table].copy_(flat, non_blocking=True)
+            table.copy_(blocks, non_blocking=True)
+
+    def _fill(self, flat: Tensor, blocks: Tensor, batch: Batch) -> None:
+        wide, narrow = self._split(flat)
+        left = self._shape.rows - len(batch.token_ids)
+        for part, numbers in zip(wide, (batch.token_ids, batch.positions, batch.kv_index), strict=False):
+            _set(part, numbers)
+        _set(wide[3], batch.logits_rows, range(len(batch.logits_rows), self._shape.logits_rows))
+        _set(narrow[0], batch.query_start, range(len(batch.token_ids) + 1, len(batch.token_ids) + left + 1))
+        _set(narrow[1], batch.context, [1] * left)
+        for own, segments in ((narrow[2:6], batch.adapter_rows), (narrow[6:10], batch.logits_adapter_rows)):
+            if own[0].shape[0]:
+                columns = (
+                    tuple(zip(*segments, strict=True)) or ((),) * 4
+                )  # start, end, slot, weight, and one not needed
+                for part, numbers in zip(own, columns[:4], strict=True):
+                    _set(part, numbers)
+        rows = blocks.numpy()
+        for row, numbers in zip(rows, batch.block_tables, strict=False):
+            row[: len(numbers)] = numbers
+        rows[len(batch.block_tables) :, :1] = 0
+
+    def _split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the int64 parts (token ids, positions, KV indices, logits rows), and of the others."""
+        parts = flat[: self._table].split_with_sizes(self._lengths)
+        wide = [part.view(torch.int64) for part in parts[:4]]
+        narrow = list(parts[4:])
+        for weight in (5, 9):
+            narrow[weight] = narrow[weight].view(torch.float32)
+        return wide, narrow
+
+
+def _segments(parts: Sequence[Tensor], shape: BatchShape) -> Segments | None:
+    start, end, slot, weight = parts
+    return Segments(start, end, slot, weight, shape.max_segment_rows, shape.max_rank) if start.shape[0] else None
+
+
+def _set(part: Tensor, numbers: Sequence[int] | Sequence[float], rest: Sequence[int] | int = 0) -> None:
+    """Fill a part of the host's memory: the numbers, then the rest."""
+    values = part.numpy()  # sharing memory
+    values[: len(numbers)] = numbers
+    values[len(numbers) :] = rest

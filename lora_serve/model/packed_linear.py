@@ -1,0 +1,92 @@
+"""Linear and embedding modules on weights that the kernel backend has packed, in full precision or quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lora_serve.kernels.contract import Kernels
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme, scheme_for
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b; replaces an `nn.Linear` or `Conv1D`, whose own weights are released.
+
+    Args:
+        bias: [out].
+        transposed: whether the module keeps its weights as [in, out].
+    """
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, kernels: Kernels, *, transposed: bool) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = bias
+        self._kernels = kernels
+        self._transposed = transposed
+
+    @classmethod
+    def pack(cls, modules: Sequence[Any], kernels: Kernels, scheme: Scheme | None = None) -> list[PackedLinear]:
+        """Replacements for linear modules that read one input.
+
+        Args:
+            scheme: how the weights are quantised, if their size allows it.
+        """
+        transposed = [isinstance(module, Conv1D) for module in modules]
+        weights = [
+            module.weight.T if turned else module.weight for module, turned in zip(modules, transposed, strict=True)
+        ]
+        packed = kernels.pack(weights, scheme_for(scheme, weights[0].shape[1]))
+        return [
+            cls(own, module.bias, kernels, transposed=turned)
+            for own, module, turned in zip(packed, modules, transposed, strict=True)
+        ]
+
+    @property
+    def full_weight(self) -> Tensor:
+        """W [out, in] as the forward pass uses it; unpacked anew each time."""
+        return self._kernels.unpack(self.packed)
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as the base module had it."""
+        return self.full_weight.T if self._transposed else self.full_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [rows, in] → [rows, out], in x's dtype."""
+        return self._kernels.linear(x, [(self.packed, self.bias)])[0]
+
+    def with_parameters(self, x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """The same with an adapter's parameters in the place of the module's own."""
+        if "weight" not in others:
+            return self._kernels.linear(x, [(self.packed, others.get("bias", self.bias))])[0]
+        weight = others["weight"].T if self._transposed else others["weight"]
+        return functional.linear(x, weight, others.get("bias", self.bias))
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that looks rows up in the head's packed weights, with which it is tied.
+
+    Args:
+        packed: in full precision.
+    """
+
+    def __init__(self, packed: PackedWeight, kernels: Kernels) -> None:
+        super().__init__()
+        self._packed, self._kernels = packed, kernels
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [ids, width]; unpacked anew each time."""
+        return self._kernels.unpack(self._packed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] → [..., width], in the weights' dtype."""
+        return self._kernels.lookup(self._packed, ids.reshape(-1)).view(*ids.shape, -1)
+
+    def with_parameters(self, ids: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """The same with an adapter's parameters in the place of the module's own."""
+        return functional.embedding(ids, others["weight"])

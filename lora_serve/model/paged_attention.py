@@ -1,0 +1,88 @@
+"""Paged attention as an attention function of transformers: writes the step's keys and values, attends over KV blocks.
+
+RoPE is already applied. The forward context arrives through the keyword arguments that the model passes on; nothing is
+global. The kernel handles causality, sliding windows and sequence borders, so the model makes no attention mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.forward_context import ForwardContext
+
+BLOCKS = "lora_serve_blocks"  # transformers makes no mask for an attention function whose name it does not know
+OBSERVE = "lora_serve_observe"
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    forward_context: ForwardContext,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, tokens, key_dim], key and value [1, kv_heads, tokens, dim] → [1, tokens, heads, value_dim]."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    context, step = forward_context, forward_context.step
+    keys, values = context.kv.keys[layer], context.kv.values[layer]
+    context.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), step.kv_index)
+    for start, end, slot, _, first in context.virtual_rows:
+        prefix, given = context.prefixes[slot], slice(first, first + end - start)
+        if prefix.keys:
+            own_keys, own_values = prefix.keys[layer][given], prefix.values[layer][given]
+            context.kernels.write_kv(keys, values, own_keys, own_values, step.kv_index[start:end])
+    output = context.kernels.attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        step.attention,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        kwargs["sliding_window"] if "sliding_window" in kwargs else context.windows[layer],
+        softcap,
+        s_aux,
+    )
+    return output.unsqueeze(0), None
+
+
+class Observed(dict[int, LayerShape]):
+    """KV shape by layer, filled in by a forward pass under the attention function `OBSERVE`.
+
+    `modules` are those that asked for attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
+
+
+def observe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    observed: Observed,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Note what a layer would store; attend to nothing."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    observed.modules.append(module)
+    observed[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(BLOCKS, paged_attention)
+AttentionInterface.register(OBSERVE, observe_attention)

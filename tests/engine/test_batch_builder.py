@@ -1,0 +1,69 @@
+"""A step as flat tensors: which rows get which adapter, which are virtual, whose logits are wanted."""
+
+from __future__ import annotations
+
+from lora_serve.adapters.traits import Traits
+from lora_serve.engine.batch_builder import build_batch
+from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.sequence import Sequence
+from lora_serve.model.batch import AdapterRows, Batch
+from lora_serve.request import Request, Sampling, Served
+
+SLOTS = {"a": 1, "b": 2, "prefix": 3}
+TRAITS = {"a": Traits(invocation=(7, 8)), "b": Traits(), "prefix": Traits(virtual=5)}
+
+
+def sequence(prompt: list[int], *digests: str, logprobs: bool = False) -> Sequence:
+    seq = Sequence(
+        request=Request("r", prompt, Sampling(max_tokens=4, prompt_logprobs=0 if logprobs else None)),
+        order=0,
+        adapters=tuple(Served(digest, digest, 1.0) for digest in digests),
+        seed=0,
+        stop_ids=frozenset(),
+        limit=99,
+        traits={digest: TRAITS[digest] for digest in digests},
+    )
+    seq.blocks = list(range(1, 10))
+    return seq
+
+
+def lay(*work: ScheduledSequence) -> Batch:
+    return build_batch(list(work), SLOTS, 4)[0]
+
+
+def test_rows_of_one_adapter_are_one_run_however_many_sequences_they_are_of() -> None:
+    base, one, two = sequence([1, 2, 3]), sequence([4, 5], "b"), sequence([6, 6, 6], "b")
+    batch = lay(ScheduledSequence(one, 0, 2), ScheduledSequence(base, 0, 3), ScheduledSequence(two, 0, 3))
+    assert batch.adapter_rows == [AdapterRows(3, 8, 2, 1.0)]
+    assert batch.logits_adapter_rows == [AdapterRows(1, 3, 2, 1.0)]
+
+
+def test_a_sequence_is_cut_where_an_adapter_becomes_active() -> None:
+    seq = sequence([1, 2, 7, 8, 3, 4], "a", logprobs=True)
+    assert lay(ScheduledSequence(seq, 0, 6)).adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
+    assert lay(ScheduledSequence(seq, 0, 6)).logits_adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
+    assert lay(ScheduledSequence(seq, 0, 2)).adapter_rows == []
+    assert lay(ScheduledSequence(seq, 2, 2)).adapter_rows == [AdapterRows(0, 2, 1, 1.0)]
+    assert lay(ScheduledSequence(sequence([1, 2, 3], "a"), 0, 3)).adapter_rows == []  # never invoked
+
+
+def test_a_composition_adds_an_adapter_from_its_own_start_on() -> None:
+    batch = lay(ScheduledSequence(sequence([1, 7, 8, 3], "b", "a"), 0, 4))
+    assert batch.adapter_rows == [AdapterRows(0, 1, 2, 1.0), AdapterRows(1, 4, 1, 1.0), AdapterRows(1, 4, 2, 1.0)]
+    assert batch.logits_adapter_rows == [AdapterRows(0, 1, 1, 1.0), AdapterRows(0, 1, 2, 1.0)]
+
+
+def test_virtual_rows_are_named_and_have_no_token_and_no_logits() -> None:
+    seq = sequence([6, 7], "prefix", logprobs=True)
+    whole = lay(ScheduledSequence(sequence([9]), 0, 1), ScheduledSequence(seq, 0, 7))
+    assert whole.token_ids == [9, 0, 0, 0, 0, 0, 6, 7]
+    assert whole.positions == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert whole.virtual_rows == [AdapterRows(1, 6, 3, first=0)]
+    assert whole.logits_rows == [0, 6, 7]
+    assert whole.adapter_rows == [AdapterRows(1, 8, 3, 1.0)]
+    middle = lay(ScheduledSequence(seq, 2, 2))
+    assert middle.virtual_rows == [AdapterRows(0, 2, 3, first=2)]
+    assert middle.logits_rows == []
+    rest = lay(ScheduledSequence(seq, 4, 3))
+    assert (rest.virtual_rows, rest.token_ids) == ([AdapterRows(0, 1, 3, first=4)], [0, 6, 7])
+    assert lay(ScheduledSequence(seq, 5, 2)).virtual_rows == []

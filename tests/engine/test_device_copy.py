@@ -1,0 +1,182 @@
+"""Adapters on their way to the device, and a device that holds few bytes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from engine_session import Session
+from parity import make
+from torch import Tensor
+
+from lora_serve.adapters.device_copy import PendingCopy, Upload
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.messages import Call, PinAdapter
+from lora_serve.request import Tokens
+
+
+class Later:
+    """An event that comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.come = False
+        self.awaited = 0
+
+    def query(self) -> bool:
+        return self.come
+
+
+class SlowArrival(PendingCopy):
+    def __init__(self, source: Tensor, event: Later) -> None:
+        super().__init__(source, event)  # type: ignore[arg-type]
+        self._later = event
+
+    def wait_for_copies(self) -> None:
+        self._later.awaited += 1
+
+
+class SlowUpload(Upload):
+    """Copies that are under way until the test lets them arrive."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.events: list[Later] = []
+        self.pinned = 0
+
+    def pin(self, flat: Tensor) -> None:
+        self.pinned += 1
+
+    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+        self.events.append(Later())
+        return flat.clone(), SlowArrival(flat, self.events[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two", "three")):
+        make("llama", folder / name, seed, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return folder
+
+
+def device_slots(session: Session) -> DeviceSlots:
+    return session.engine._registry._memory._device_slots
+
+
+@pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
+def session(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
+    session = Session(tmp_path, overlap=request.param, adapters=folder)
+    device_slots(session).upload = SlowUpload()
+    yield session
+    session.engine.close()
+
+
+def count(session: Session, id: str) -> int:
+    return sum(isinstance(event, Tokens) for event in session.events.get(id, []))
+
+
+def steps(session: Session, number: int) -> None:
+    for _ in range(number):
+        session.step()
+
+
+def load(session: Session, name: str) -> None:
+    """Bring an adapter into host memory by a request that ends."""
+    session.send(f"loads {name}", [7], adapter=name, max_tokens=1)
+    session.run()
+
+
+def test_streams_go_on_while_another_s_adapter_is_on_its_way(session: Session) -> None:
+    upload = device_slots(session).upload
+    assert isinstance(upload, SlowUpload)
+    load(session, "two")
+    device_slots(session).evict(device_slots(session).resident[0])
+    session.send("base", [5, 9, 33], max_tokens=40)
+    steps(session, 3)
+    session.send("waits", [5, 9, 33], adapter="two", max_tokens=4)
+    before = count(session, "base")
+    steps(session, 10)
+    assert count(session, "base") - before >= 9
+    assert count(session, "waits") == 0
+    upload.events[-1].come = True
+    session.run()
+    assert (count(session, "base"), count(session, "waits")) == (40, 4)
+    assert upload.pinned == 1
+
+
+def test_where_nothing_else_can_run_the_device_waits_for_the_copy(session: Session) -> None:
+    upload = device_slots(session).upload
+    assert isinstance(upload, SlowUpload)
+    session.send("alone", [5, 9, 33], adapter="one", max_tokens=3)
+    session.run()
+    assert count(session, "alone") == 3
+    assert upload.events[-1].awaited >= 3
+
+
+def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: Path) -> None:
+    session = Session(tmp_path, adapters=folder)
+    wanted = {name: session.ask(f"first {name}", [5, 9, 33], adapter=name) for name in ("one", "two", "three")}
+    size = device_slots(session).bytes // 3
+    session.engine.close()
+    capacity = 3 * size - 64
+    session = Session(tmp_path / "small", adapters=folder, adapter_device_memory=capacity)
+    for name in wanted:
+        for number in range(3):
+            session.send(f"{name} {number}", [5, 9, 33], adapter=name)
+    most = 0
+    while session.engine.busy or session.engine.stats().waiting:
+        session.step()
+        most = max(most, len(device_slots(session).resident))
+        assert device_slots(session).bytes <= capacity
+    assert most == 2
+    for name, tokens in wanted.items():
+        assert all(session.tokens(f"{name} {number}") == tokens for number in range(3))
+    session.engine.close()
+
+
+def test_more_than_half_of_the_device_s_memory_is_nobody_s(folder: Path, tmp_path: Path) -> None:
+    session = Session(tmp_path, adapters=folder, adapter_device_memory=5000)
+    session.send("large", [5, 9, 33], adapter="one")
+    session.run()
+    assert "half of --adapter-device-memory" in session.refusal("large").message
+    session.engine.receive(Call(1, PinAdapter("one", True)))
+    session.step()
+    assert "half of the device's memory" in session.replies[1].failure.message
+    session.engine.close()
+
+
+class ShortUpload(Upload):
+    """A device without memory for large copies."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._most = most
+
+    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+        if flat.nbytes > self._most:
+            raise torch.OutOfMemoryError("no memory")
+        return super().send(flat)
+
+
+def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_only(tmp_path: Path) -> None:
+    for name, rank in (("small", 2), ("large", 16)):
+        config = peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        make("llama", tmp_path / "adapters" / name, 1, config)
+    session = Session(tmp_path, adapters=tmp_path / "adapters")
+    wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
+    for digest in list(device_slots(session).resident):
+        device_slots(session).evict(digest)
+    device_slots(session).upload = ShortUpload(8000)
+    for name in ("small", "large"):
+        session.send(name, [5, 9], adapter=name)
+    session.send("base", [5, 9])
+    session.run()
+    failure = session.end("large").failure
+    assert failure is not None
+    assert (failure.kind, session.tokens("large")) == ("unavailable", [])
+    assert session.tokens("small") == wanted["small"]
+    assert len(session.tokens("base")) == 8
+    session.engine.close()

@@ -1,0 +1,84 @@
+"""A recording makes a noted pass again on the memory that it was noted on, and says what cannot be noted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES
+from torch import Tensor
+
+from lora_serve.kernels.cpu.backend import NativeKernels
+from lora_serve.kernels.cpu.recording import Arena
+
+
+def passed(native: NativeKernels, x: Tensor, weight: Tensor) -> Tensor:
+    """Native calls, operators and views in turn."""
+    n = native.rms_norm(x, weight, 1e-6, plus_one=False)
+    halves = torch.cat([n[:, 1:], -n[:, :1]], dim=1)
+    total = x + native.gated_activation(n, halves, "silu")
+    total.mul_(3)
+    return total.view(-1)[2:].unsqueeze(0) + torch.ones(1, x.numel() - 2)
+
+
+def test_a_pass_is_made_again_with_other_numbers(native: NativeKernels) -> None:
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    with torch.inference_mode():
+        recording = native.new_recording(check_values=False)
+        with recording:
+            result = passed(native, x, weight)
+        for _ in range(3):
+            x.copy_(torch.randn(3, 8))
+            recording.replay()
+            assert torch.equal(result, passed(native, x, weight))
+    assert recording.unsupported is None
+
+
+def test_recordings_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:
+    native._arena = Arena(200)
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    with torch.inference_mode():
+        recordings = [native.new_recording(check_values=False), native.new_recording(check_values=False)]
+        for recording in recordings:
+            with recording:
+                first, second = (native.rms_norm(x, weight, 1e-6, plus_one=False) for _ in range(2))
+        for recording in recordings:
+            first.zero_(), second.zero_()
+            recording.replay()
+            assert torch.equal(first, second) == (
+                recording is recordings[1]
+            )  # what is beyond the arena is each recording's own
+    native._arena = Arena(1 << 20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, count=st.integers(1, 9000))
+def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(seed)
+    x, y = (torch.randn(count).to(dtype) for _ in range(2))
+    with native.new_recording(check_values=False):
+        total = x + y
+    assert torch.equal(total, x + y)
+
+
+@pytest.mark.parametrize(
+    "steered",
+    [
+        lambda x: x if x.sum().item() > 0 else -x,
+        lambda x: x if bool(x[0] > 0) else -x,
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x + torch.rand(3),
+        lambda x: torch.zeros(x.argmax().tolist() + 1),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "random", "tolist"],
+)
+def test_what_values_or_chance_steer_is_refused(native: NativeKernels, steered: Callable[[Tensor], Tensor]) -> None:
+    with torch.inference_mode():
+        recording = native.new_recording(check_values=True)
+        with recording:
+            steered(torch.tensor([1.0, -2.0, 3.0]))
+    assert recording.unsupported is not None

@@ -1,0 +1,23 @@
+"""What a graph promises, without a GPU: the same pass again, on whatever lies in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class MemoryRecording:
+    """A `Recording` that makes the pass again."""
+
+    def __init__(self) -> None:
+        self.unsupported: str | None = None
+        self.replays = 0
+
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
+        self._run = run
+        return run()
+
+    def replay(self) -> None:
+        self.replays += 1
+        self._run()
