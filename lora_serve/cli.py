@@ -1,7 +1,6 @@
-"""The command line: options in, one of three jobs done, readable errors out.
+"""The `lora-serve` command: `serve` runs the server, `key` makes an API key, `adapter` manages a running server.
 
-`serve` runs the server, `key` makes an API key, `adapter` talks to a running server. What the jobs do is in the
-rooms that they call; nothing here is needed by a program that uses those.
+Options are parsed here and errors printed; the work is done elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from pydantic_settings import (
 
 from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
-from lora_serve.remote import AdapterCommand, Remote
+from lora_serve.names import NAME_PATTERN
+from lora_serve.remote import AdapterCommand, RemoteCommand
 
 POSITIONAL = ("model", "name", "path", "adapter")
 
@@ -37,7 +37,7 @@ POSITIONAL = ("model", "name", "path", "adapter")
 class Key(BaseModel):
     """Make an API key: prints the key, to be given to its user, and the line for the --api-key-file."""
 
-    name: CliPositionalArg[str] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="whose key it is")
+    name: CliPositionalArg[str] = Field(pattern=f"^{NAME_PATTERN}$", description="whose key it is")
     admin: bool = Field(False, description="may also publish and delete adapters")
 
 
@@ -58,7 +58,7 @@ class Cli(BaseSettings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The `lora-serve` command. Returns the exit status: 0 done, 1 failed, 2 asked in a way that makes no sense."""
+    """Run the `lora-serve` command. Returns the exit status: 0 success, 1 failure, 2 invalid usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in (["--version"], ["-V"]):
         print(f"lora-serve {version('lora-serve')}")
@@ -66,41 +66,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = parse(given)
     except ValidationError as error:
-        return say(2, *complaints(error))
+        return print_error(2, *describe_invalid_options(error))
     except (SettingsError, yaml.YAMLError) as error:
-        return say(2, " ".join(str(error).split()))
+        return print_error(2, " ".join(str(error).split()))
     try:
         match chosen:
             case ServeConfig():
                 return serve(chosen)
             case Key():
                 make_key(chosen)
-            case Remote():
+            case RemoteCommand():
                 chosen.run()
     except ServeError as error:
-        return say(1, error.message)
+        return print_error(1, error.message)
     return 0
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The subcommand that was asked for, checked. Help and unknown options end the process, as argparse does."""
+    """The validated subcommand. --help and unknown options end the process, as in argparse."""
     chosen = get_subcommand(CliApp.run(Cli, cli_args=list(arguments) or ["--help"]), cli_exit_on_error=False)
     return get_subcommand(chosen, cli_exit_on_error=False) if isinstance(chosen, AdapterCommand) else chosen
 
 
-def say(status: int, *lines: str) -> int:
+def print_error(status: int, *lines: str) -> int:
+    """Print lines to stderr and return `status`."""
     for line in lines:
         print(f"lora-serve: {line}", file=sys.stderr)
     return status
 
 
-def complaints(error: ValidationError) -> list[str]:
-    """One line an option: how it is spelt on the command line, and what is wrong with it."""
+def describe_invalid_options(error: ValidationError) -> list[str]:
+    """One line per invalid option: its name on the command line and what is wrong with it."""
     lines = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
         option = next((part for part in reversed(problem["loc"]) if isinstance(part, str)), "")
-        if option in Cli.model_fields:  # of the command as a whole
+        if option in Cli.model_fields:  # about the whole command
             lines.append(message)
         else:
             lines.append(f"{option.upper() if option in POSITIONAL else '--' + option.replace('_', '-')}: {message}")
@@ -108,16 +109,16 @@ def complaints(error: ValidationError) -> list[str]:
 
 
 def serve(config: ServeConfig) -> int:
-    """Run the server until it is told to end."""
-    # Compute belongs to the engine process: this one gets no maths threads and no torch at all. A None there makes
-    # torch look absent, and transformers brings its tokenizers alone: half the time, a quarter of the memory.
+    """Run the server until it is told to stop."""
+    # Only the engine process computes. Without torch, transformers loads its tokenizers alone: half the start-up time
+    # and a quarter of the memory; None in sys.modules makes the import fail.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.modules["torch"] = None  # type: ignore[assignment]
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Imported here: the other commands should not wait for a web server's libraries.
+    # Imported here, so that the other commands start faster.
     from lora_serve import server
     from lora_serve.api.app import create_app
     from lora_serve.api.auth import load_keys
@@ -131,7 +132,7 @@ def serve(config: ServeConfig) -> int:
 
 
 def load_tokenizer(config: ServeConfig) -> Any:
-    """The base's own tokenizer; code that comes with it is never run. Raises `ModelUnsupported`."""
+    """Load the base model's tokenizer, without running code that comes with it. Raises `ModelUnsupported`."""
     if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
         raise ModelUnsupported(f"there is no folder {config.model}")
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
@@ -141,12 +142,12 @@ def load_tokenizer(config: ServeConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
-    tokenizer.model_max_length = sys.maxsize  # the engine knows how long a context is; here it would only warn
+    tokenizer.model_max_length = sys.maxsize  # the engine checks the context length; here it would only warn
     return tokenizer
 
 
 def make_key(key: Key) -> None:
-    """Print a fresh key and the entry that makes the server accept it."""
+    """Print a new API key and its entry for the key file."""
     from lora_serve.api.auth import hash_key
 
     secret = f"sk-{secrets.token_urlsafe(32)}"

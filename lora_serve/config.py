@@ -1,4 +1,4 @@
-"""Every option of the server, once: command line, YAML file and environment all fill this."""
+"""Server configuration: all options, from the command line, environment variables or a YAML file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-MOST_SEQS = 256  # sequences in one step, unless told: on a GPU; elsewhere fewer
+MOST_SEQS = 256  # default max_num_seqs on a GPU; on a CPU it is lower
 
 
 class ServeConfig(BaseSettings):
@@ -48,57 +48,62 @@ class ServeConfig(BaseSettings):
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per model, in the user's data folder)"
     )
-    adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at once")
+    adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
     adapter_cache_memory: ByteSize = Field(ByteSize(2 << 30), description="host memory for adapters, e.g. 2GiB")
     adapter_device_memory: ByteSize | None = Field(
-        None, description="GPU memory for adapters; one request's may take half of it (default: a tenth of the GPU's)"
+        None,
+        description="GPU memory for adapters; one request may use half of it (default: a tenth of the GPU's)",
     )
-    max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="largest adapter upload, unpacked")
+    max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="maximum size of an adapter, unpacked")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
     )
     quantize: Literal["int8", "int4"] | None = Field(
-        None, description="keep the base's linear weights in int8 or int4, made at load; adapters stay as they are"
+        None, description="quantize the base's linear weights at load; adapters keep their precision"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(0, ge=0, description="compute threads (0: one a physical core)")
-    native_kernels: bool = Field(True, description="use the kernels made for the device; otherwise plain torch")
+    threads: int = Field(0, ge=0, description="compute threads (0: one per physical core)")
+    native_kernels: bool = Field(True, description="use the C++ or Triton kernels; otherwise plain torch")
 
     max_model_len: int | None = Field(
         None, ge=8, description="longest context in tokens (default: the model's, as far as memory allows)"
     )
     max_num_seqs: int | None = Field(None, ge=1, description="sequences in one step (default: 64; on a GPU 256)")
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="tokens in one step; longer prompts are read in chunks (default: 512; on a GPU 2048)"
+        None,
+        ge=1,
+        description="tokens in one step; longer prompts are split into chunks (default: 512; on a GPU 2048)",
     )
     kv_cache_memory: ByteSize | None = Field(
-        None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU what is left)"
+        None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU all that is left)"
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that may be used")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
-    prefix_cache: bool = Field(True, description="reuse KV of equal prompt beginnings under the same adapter")
-    max_queue: int = Field(1024, ge=1, description="requests that may wait before new ones get 429")
+    prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes under the same adapter")
+    max_queue: int = Field(1024, ge=1, description="requests that may wait; further ones get 429")
 
     api_key_file: Path | None = Field(
         None, description="YAML file of hashed API keys; without it every caller may do everything"
     )
     insecure: bool = Field(False, description="allow a public --host without --api-key-file")
-    adapter_roots: list[Path] = Field([], description="folders below which /v1/load_lora_adapter may read")
-    max_body: ByteSize = Field(ByteSize(8 << 20), description="largest JSON body")
-    max_n: int = Field(16, ge=1, description="largest n of a request")
-    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
-    heartbeat_timeout: float = Field(60.0, gt=0, description="seconds of engine silence before it is restarted")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    adapter_roots: list[Path] = Field([], description="folders that /v1/load_lora_adapter may read from")
+    max_body: ByteSize = Field(ByteSize(8 << 20), description="maximum size of a JSON body")
+    max_n: int = Field(16, ge=1, description="maximum n of a request")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests have to finish after SIGTERM")
+    heartbeat_timeout: float = Field(
+        60.0, gt=0, description="seconds without a heartbeat before the engine is restarted"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
 
     def served_name(self) -> str:
-        """The base's name in the API: as given, or a local folder's own name."""
+        """Name of the base in the API: as configured, or the name of a local folder."""
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
 
     def store_folder(self) -> Path:
-        """Where published adapters live: as given, or one folder per base in the user's data folder."""
+        """Folder of the adapter store: as configured, or one per base model in the user's data folder."""
         if self.store is not None:
             return self.store
         data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")

@@ -1,8 +1,8 @@
-"""Every error that may leave a room, as one tree.
+"""Exceptions of the server, as one tree.
 
-A room raises one of these; `api/error_responses.py` alone knows which HTTP status each kind becomes. An error crosses the
-process border as a `Failure` and is raised again on the other side as the same kind. Messages are for the person who
-sent the request: they name the field and never carry addresses, paths or prompt text.
+`api/error_handlers.py` maps each kind to an HTTP status. Between processes an error is sent as a `Failure` and raised
+again as the same kind. Messages are for the sender of the request: they name the field at fault and contain no memory
+addresses, server paths or prompt text.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import msgspec
 
 
 class ServeError(Exception):
-    """Base of the tree.
+    """Base class of all errors.
 
     Args:
-        message: one or two sentences for the caller.
-        param: the request field at fault, as the caller spelt it.
-        retry_after: seconds after which trying again makes sense.
+        message: one or two sentences for the client.
+        param: the request field at fault, as spelled in the request.
+        retry_after: seconds until a retry makes sense.
     """
 
     kind: ClassVar[str] = "server_error"
@@ -31,33 +31,33 @@ class ServeError(Exception):
 
 
 class BadRequest(ServeError):
-    """The request can never be served as it is written."""
+    """The request is invalid as written."""
 
     kind = "bad_request"
 
 
 class ContextExceeded(BadRequest):
-    """Prompt and requested output do not fit the model's context."""
+    """Prompt and requested output exceed the model's context length."""
 
     kind = "context_length_exceeded"
 
 
 class AdapterNotFound(ServeError):
-    """No such adapter, no such version of it, or none that this caller may know of."""
+    """The adapter or its version does not exist, or the caller may not use it."""
 
     kind = "adapter_not_found"
 
 
 class AdapterExists(ServeError):
-    """The name is taken and the caller did not ask for a new version."""
+    """The name is taken, and a new version was not asked for."""
 
     kind = "adapter_exists"
 
 
 class AdapterInvalid(ServeError):
-    """The adapter's files cannot be served faithfully; the message names keys and fields.
+    """The adapter's files are invalid or not supported; the message names keys and fields.
 
-    These are a stranger's, so what a terminal would not print as it is does not stay in the message.
+    Those come from untrusted files, so unprintable characters are replaced.
     """
 
     kind = "adapter_invalid"
@@ -68,19 +68,19 @@ class AdapterInvalid(ServeError):
 
 
 class AdapterBusy(ServeError):
-    """What was asked of the adapter contradicts what is being done with it (evicting a pinned one, say)."""
+    """The operation conflicts with the state of the adapter (evicting a pinned one, for example)."""
 
     kind = "adapter_busy"
 
 
 class TooLarge(ServeError):
-    """An upload or body is over a configured cap."""
+    """An upload or body exceeds a configured limit."""
 
     kind = "too_large"
 
 
 class Overloaded(ServeError):
-    """The queue is full; nothing was queued."""
+    """The queue is full; the request was not queued."""
 
     kind = "overloaded"
 
@@ -92,25 +92,25 @@ class Unavailable(ServeError):
 
 
 class StorageFull(ServeError):
-    """The disk of the store is full; nothing half-written is left."""
+    """The disk of the store is full; partial files have been removed."""
 
     kind = "storage_full"
 
 
 class EngineFault(ServeError):
-    """This request failed inside the engine; others were not touched."""
+    """This request failed inside the engine; others are not affected."""
 
     kind = "engine_fault"
 
 
 class ModelUnsupported(ServeError):
-    """The base model cannot be served right; raised at start only."""
+    """The base model cannot be served correctly; raised at start only."""
 
     kind = "model_unsupported"
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A `ServeError` on the wire."""
+    """Wire form of a `ServeError`."""
 
     kind: str
     message: str
@@ -119,22 +119,22 @@ class Failure(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Any exception as a failure; what is not a `ServeError` says only that the engine failed."""
+        """Convert any exception; other than a `ServeError`, it only says that the engine failed."""
         if isinstance(error, ServeError):
             return cls(error.kind, error.message, error.param, error.retry_after)
         return cls(EngineFault.kind, "the engine failed on this request")
 
     def error(self) -> ServeError:
-        """The same error again, ready to be raised."""
+        """The exception to raise."""
         cls = _KINDS.get(self.kind, ServeError)
         return cls(self.message, param=self.param, retry_after=self.retry_after)
 
 
-def _tree(cls: type[ServeError]) -> dict[str, type[ServeError]]:
+def _by_kind(cls: type[ServeError]) -> dict[str, type[ServeError]]:
     found = {cls.kind: cls}
     for sub in cls.__subclasses__():
-        found |= _tree(sub)
+        found |= _by_kind(sub)
     return found
 
 
-_KINDS = _tree(ServeError)
+_KINDS = _by_kind(ServeError)

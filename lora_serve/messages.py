@@ -1,7 +1,7 @@
-"""The typed messages between the API process and the engine process.
+"""Messages between the API process and the engine process, as msgpack structs over one connection.
 
-One connection, both directions, msgpack by msgspec. Order is kept in each direction, which is what makes a lease
-atomic: a `Generate` sent before a delete of its adapter is admitted before it.
+Messages arrive in the order in which they were sent, in both directions. So a `Generate` sent before a delete of its
+adapter gets its lease first.
 """
 
 from __future__ import annotations
@@ -17,75 +17,74 @@ from lora_serve.request import Event, Request
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
-    """Serve this request; events follow under its id."""
+    """Run a request; its events follow under its id."""
 
     request: Request
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """The client is gone. Unknown or finished ids are ignored."""
+    """Abort a request (the client has disconnected). Unknown or finished ids are ignored."""
 
     request_id: str
 
 
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
-    """Read, check and store the PEFT folder `folder` as a version of `name`; the folder is consumed.
+    """Validate the PEFT folder `folder` and store it as a version of `name`; the folder is removed.
 
-    `replace` allows a name that exists to get a new version. Answers with an `AdapterInfo`.
+    With `replace`, an existing name gets a new version. Answered with an `AdapterInfo`.
     """
 
     name: str
     folder: str
     replace: bool = False
-    source: str = ""
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
-    """Read and check the PEFT folder `folder` as publishing would, and keep nothing. Answers with an `Inspection`."""
+    """Validate the PEFT folder `folder` as publishing would, without storing it. Answered with an `Inspection`."""
 
     folder: str
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag="list"):
-    """Answers with a list of `AdapterInfo`, by name."""
+    """List all adapters. Answered with a list of `AdapterInfo`, sorted by name."""
 
 
 class DescribeAdapter(msgspec.Struct, frozen=True, tag="describe"):
-    """Answers with one `AdapterInfo`."""
+    """Describe one adapter. Answered with an `AdapterInfo`."""
 
     name: str
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
-    """Bring the newest version into host memory and, where a slot is free, onto the device.
+    """Load the newest version into host memory and, if a slot is free, onto the device.
 
-    Answers with `AdapterInfo` when done.
+    Answered with an `AdapterInfo` when done.
     """
 
     name: str
 
 
 class EvictAdapter(msgspec.Struct, frozen=True, tag="evict"):
-    """Out of host and device memory, once no sequence uses it; stays in the store. Answers `AdapterInfo`."""
+    """Evict from host and device memory once no sequence uses it; stays in the store. Answered with `AdapterInfo`."""
 
     name: str
 
 
 class PinAdapter(msgspec.Struct, frozen=True, tag="pin"):
-    """Load, and never evict by LRU. `pinned=False` lifts it. Answers `AdapterInfo`."""
+    """Load and exclude from LRU eviction; `pinned=False` reverts that. Answered with an `AdapterInfo`."""
 
     name: str
     pinned: bool
 
 
 class DeleteAdapter(msgspec.Struct, frozen=True, tag="delete"):
-    """Unlist at once, remove from all tiers when its last lease is released. Answers `AdapterInfo` as it was."""
+    """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`."""
 
     name: str
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """Take no new requests; finish those that run. Answered (with None) when nothing runs any more."""
+    """Accept no new requests and finish the running ones. Answered with None when none is left."""
 
 
 Operation = (
@@ -94,14 +93,14 @@ Operation = (
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
-    """An operation that wants one `Reply` under its id."""
+    """An admin operation, answered by one `Reply` with the same id."""
 
     id: int
     operation: Operation
 
 
 class Exit(msgspec.Struct, frozen=True, tag="exit"):
-    """Stop now: what still runs is ended with a terminal event, then the process exits 0."""
+    """Stop now: running requests get a final event, then the process exits with status 0."""
 
 
 ToEngine = Generate | Abort | Call | Exit
@@ -112,14 +111,14 @@ ToEngine = Generate | Abort | Call | Exit
 Report = Annotated[
     dict[str, Any],
     msgspec.Meta(
-        description="for people: method, features, ranks, modules touched, size, what became what, whether it can be "
-        "composed, base_model_name_or_path, warnings"
+        description="human-readable: method, features, ranks, modules touched, size, how it was lowered, whether it is "
+        "composable, base_model_name_or_path, warnings"
     ),
 ]
 
 
 class AdapterVersion(msgspec.Struct, frozen=True):
-    """One immutable content of an adapter. Sizes in bytes; `last_used` in seconds since the epoch."""
+    """One immutable version of an adapter. Sizes in bytes; `last_used` in seconds since the epoch."""
 
     digest: str
     created: float
@@ -134,7 +133,7 @@ class AdapterVersion(msgspec.Struct, frozen=True):
 
 
 class Inspection(msgspec.Struct, frozen=True):
-    """What a version of this content would be. Sizes in bytes."""
+    """The version that publishing would create. Sizes in bytes."""
 
     digest: str
     rank: int
@@ -145,7 +144,7 @@ class Inspection(msgspec.Struct, frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
-    """An adapter by name; `versions` newest first, the rest still held by running requests."""
+    """A named adapter. `versions`: newest first; older ones are still used by running requests."""
 
     name: str
     pinned: bool
@@ -153,7 +152,7 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the API must know of the base, sent once when the engine is ready. `created` in seconds since the epoch."""
+    """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch."""
 
     model: str
     root: str
@@ -173,9 +172,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct):
-    """The engine's state in numbers. Names ending in `_total` only grow while the engine lives.
+    """Engine statistics. Fields ending in `_total` only grow while the engine process lives.
 
-    `loads`: tier → (count, seconds); tiers are 'host' (from disk) and 'device' (from host).
+    Dicts are keyed by tier: 'host' (loaded from disk) and 'device' (copied from host).
     """
 
     waiting: int = 0
@@ -199,7 +198,7 @@ class Stats(msgspec.Struct):
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):
-    """One step, for histograms: sequences, tokens, distinct adapters in the batch, seconds it took."""
+    """Measurements of one step, for histograms: sequences, tokens, distinct adapters, seconds."""
 
     sequences: int
     tokens: int
@@ -208,28 +207,28 @@ class StepReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The base is resident; requests are taken."""
+    """The base model is loaded and requests are accepted."""
 
     info: EngineInfo
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """Start-up, for the progress bar: what is done now, and how much of all of it is done (0..1)."""
+    """Start-up progress: the current stage, and the fraction done of the whole (0 to 1)."""
 
     stage: str
     fraction: float
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The engine cannot start (a model that cannot be served, not enough memory) and exits; trying again is useless."""
+    """The engine cannot start (unsupported model, not enough memory) and exits; a retry would fail again."""
 
     failure: Failure
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
-    """All that happened in one step, or since the last message; also the heartbeat (then `events` is empty).
+    """Events and statistics since the last message, normally of one step; also the heartbeat (without events).
 
-    Sent at least once a second while the loop turns; silence means that the engine is stuck.
+    Sent at least once per second while the engine loop runs.
     """
 
     events: list[Event]
@@ -238,7 +237,7 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
 
 
 class Reply(msgspec.Struct, frozen=True, tag="reply"):
-    """The answer to a `Call`: `result` is the builtins form of what the operation documents."""
+    """The answer to a `Call`: `result` is the JSON-like form of what the operation documents."""
 
     id: int
     result: Any = None

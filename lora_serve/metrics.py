@@ -1,8 +1,7 @@
-"""What operators and routers see: Prometheus text on `/metrics`.
+"""Prometheus metrics of the server.
 
-The only room that knows prometheus. It counts requests itself (`begin`), takes steps and numbers from the engine's
-updates, and adds the few `vllm:` gauges that LoRA-aware routers read. Names of metrics are an interface: dashboards
-and routers depend on them.
+Requests are counted here; step and engine statistics come from the engine's updates. A few `vllm:` gauges are exported
+for LoRA-aware routers. Metric names are a public interface: dashboards and routers depend on them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from prometheus_client.registry import Collector
 from lora_serve.messages import Stats, Update
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MOST_ADAPTERS = 200  # adapters with a label of their own; a label set costs memory here and in every Prometheus
+MOST_ADAPTER_LABELS = 200  # adapters with their own label; each costs memory here and in Prometheus
 BASE = "base"
 OTHER = "other"
 
@@ -28,13 +27,13 @@ REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 Clock = Callable[[], float]
 
-PLAIN = {  # totals of `Stats` without a label → name and meaning
+TOTALS = {  # totals in `Stats` → metric name and help text
     "prefix_tokens_total": ("lora_serve_prefix_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens_total": ("lora_serve_prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
     "preemptions_total": ("lora_serve_preemptions", "Sequences put back into the queue for want of KV blocks."),
     "steps_total": ("lora_serve_steps", "Steps of the engine."),
 }
-TIERED = {  # totals of `Stats` by tier
+TOTALS_BY_TIER = {  # totals in `Stats` by tier
     "cache_hits_total": ("lora_serve_adapter_hits", "Adapters found in a tier."),
     "cache_misses_total": ("lora_serve_adapter_misses", "Adapters not found in a tier."),
     "evictions_total": ("lora_serve_adapter_evictions", "Adapters that left a tier to make room."),
@@ -44,7 +43,7 @@ TIERED = {  # totals of `Stats` by tier
 
 
 class Timer:
-    """One request, from its arrival to its end. Made by `Metrics.begin`; `end` is to be called once, on every path."""
+    """Metrics of one request, from arrival to end. Made by `Metrics.begin`; `end` must be called on every path."""
 
     def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
@@ -55,11 +54,11 @@ class Timer:
         self._ended = False
 
     def admitted(self, adapter: str) -> None:
-        """The engine took the request in, with this adapter: a name that exists, not one that somebody made up."""
+        """The engine admitted the request, so `adapter` is the name of an existing adapter."""
         self._adapter = self._metrics._label(adapter)
 
     def token(self, count: int = 1) -> None:
-        """`count` tokens are ready to be sent: time to the first, afterwards time between them, evenly shared."""
+        """`count` tokens are ready to be sent: records time to first token, then inter-token time, evenly divided."""
         if count < 1:
             return
         now = self._metrics._clock()
@@ -72,7 +71,7 @@ class Timer:
         self._last = now
 
     def end(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """The request is over: `outcome` is a finish reason or an error's kind. A second call is ignored."""
+        """The request has ended: `outcome` is a finish reason or an error kind. A second call is ignored."""
         if self._ended:
             return
         self._ended = True
@@ -80,11 +79,11 @@ class Timer:
 
 
 class Metrics:
-    """All metrics of one server, on a registry of their own.
+    """All metrics of one server, in a registry of its own.
 
     Args:
-        engine_stats: the engine's newest numbers.
-        restarts: how often the engine was started again.
+        engine_stats: returns the latest engine statistics.
+        restarts: returns the number of engine restarts.
         clock: for durations.
         wall: seconds since the epoch, for the time of the last change.
     """
@@ -128,17 +127,17 @@ class Metrics:
         self._adapter_tokens = counter("adapter_tokens", "Generated tokens by adapter.", ("adapter",))
 
     def observe(self, update: Update) -> None:
-        """Take in what the engine tells after a step; to be registered with `Engine.observe`."""
+        """Process an engine update; register with `EngineClient.observe`."""
         if update.step is not None:
             self._sequences.observe(update.step.sequences)
             self._tokens.observe(update.step.tokens)
             self._adapters.observe(update.step.adapters)
             self._step.observe(update.step.seconds)
         if update.stats is not None:
-            self._engine.take(update.stats)
+            self._engine.update(update.stats)
 
     def begin(self, endpoint: str) -> Timer:
-        """A request has arrived; until `Timer.admitted` says otherwise it is the base's."""
+        """Start timing a request; it counts as the base's until `Timer.admitted` names an adapter."""
         return Timer(self, endpoint)
 
     def render(self) -> bytes:
@@ -147,7 +146,7 @@ class Metrics:
 
     def _label(self, adapter: str) -> str:
         if adapter not in self._labelled:
-            if len(self._labelled) >= MOST_ADAPTERS:
+            if len(self._labelled) >= MOST_ADAPTER_LABELS:
                 return OTHER
             self._labelled.add(adapter)
         return adapter
@@ -161,21 +160,21 @@ class Metrics:
         self._adapter_tokens.labels(adapter).inc(completion)
 
 
-class _Growing:
-    """Totals that only grow, made of totals that begin again at zero with every engine."""
+class _MonotonicTotals:
+    """Counters that keep growing across engine restarts, from engine totals that restart at zero."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], float] = {}
         self._total: dict[tuple[str, str], float] = {}
 
-    def take(self, name: str, values: Mapping[str, float]) -> None:
+    def update(self, name: str, values: Mapping[str, float]) -> None:
         for label, value in values.items():
             key = (name, label)
             last = self._last.get(key, 0.0)
             self._total[key] = self._total.get(key, 0.0) + (value - last if value >= last else value)
             self._last[key] = value
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         self._last.clear()
 
     def by_label(self, name: str) -> Iterator[tuple[str, float]]:
@@ -188,29 +187,29 @@ class _EngineCollector(Collector):
         self._restarts = restarts
         self._wall = wall
         self._engine = restarts()
-        self._growing = _Growing()
+        self._totals = _MonotonicTotals()
         self._residents: tuple[str, str, str] | None = None
         self._changed = 0.0
 
-    def take(self, stats: Stats) -> None:
+    def update(self, stats: Stats) -> None:
         if (engine := self._restarts()) != self._engine:
             self._engine = engine
-            self._growing.begin_again()
-        for field in PLAIN:
-            self._growing.take(field, {"": getattr(stats, field)})
-        for field in TIERED:
-            self._growing.take(field, getattr(stats, field))
+            self._totals.reset()
+        for field in TOTALS:
+            self._totals.update(field, {"": getattr(stats, field)})
+        for field in TOTALS_BY_TIER:
+            self._totals.update(field, getattr(stats, field))
         residents = (str(stats.adapter_slots), ",".join(stats.resident), ",".join(stats.waiting_adapters))
         if residents != self._residents:
             self._residents = residents
             self._changed = self._wall()
 
     def describe(self) -> list[Metric]:
-        return []  # nothing to ask the engine for when the registry is made
+        return []  # do not query the engine when registering
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        self.take(stats)
+        self.update(stats)
         usage = stats.kv_blocks_used / stats.kv_blocks if stats.kv_blocks else 0.0
         for name, meaning, value in (
             ("lora_serve_sequences_waiting", "Sequences in the queue.", stats.waiting),
@@ -230,10 +229,10 @@ class _EngineCollector(Collector):
         for tier, size in sorted(stats.bytes.items()):
             sizes.add_metric([tier], size)
         yield sizes
-        for field, (name, meaning) in (PLAIN | TIERED).items():
-            total = CounterMetricFamily(name, meaning, labels=["tier"] if field in TIERED else [])
-            for label, value in self._growing.by_label(field):
-                total.add_metric([label] if field in TIERED else [], value)
+        for field, (name, meaning) in (TOTALS | TOTALS_BY_TIER).items():
+            total = CounterMetricFamily(name, meaning, labels=["tier"] if field in TOTALS_BY_TIER else [])
+            for label, value in self._totals.by_label(field):
+                total.add_metric([label] if field in TOTALS_BY_TIER else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
         info = GaugeMetricFamily(

@@ -1,7 +1,4 @@
-"""What adapters and their files may be called, and the one answer about an adapter that is not there.
-
-Both processes need these; none of it needs a tensor library.
-"""
+"""Names of adapters and of the files of a PEFT adapter; free of heavy imports, for both processes."""
 
 from __future__ import annotations
 
@@ -12,17 +9,17 @@ from lora_serve.errors import AdapterNotFound, BadRequest
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
-TOKENIZER = "tokenizer.json"  # of an adapter: never used, only compared with the base's
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TOKENIZER = "tokenizer.json"  # only compared with the base's tokenizer
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of adapters and of API keys
 
 
 def check_name(name: str, param: str = "name") -> str:
-    """The name itself, if an adapter can have it; names never become paths of their own. Raises `BadRequest`."""
-    if not _NAME.fullmatch(name):
+    """Return `name` if it is a valid adapter name (safe as a folder name). Raises `BadRequest`."""
+    if not re.fullmatch(NAME_PATTERN, name):
         raise BadRequest("a name is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first", param=param)
     return name
 
 
-def unknown(name: str) -> AdapterNotFound:
-    """The one answer about adapters that are not there, or not for this caller."""
+def adapter_not_found(name: str) -> AdapterNotFound:
+    """The error for an adapter that does not exist or that the caller may not use; both look the same."""
     return AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")

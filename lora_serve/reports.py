@@ -1,4 +1,4 @@
-"""What `lora-serve adapter …` prints: the server's answers, laid out for people."""
+"""Output of the `lora-serve adapter` commands: JSON, tables and reports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Answer = Mapping[str, Any]  # of the server's, which may be another version: nothing in it is certain to be there
+Answer = Mapping[str, Any]  # of a server of any version, so every field may be missing
 
 
-def as_json(answer: Any) -> None:
+def print_json(answer: Any) -> None:
+    """Print a response as JSON."""
     _console().print_json(json.dumps(answer, ensure_ascii=True), ensure_ascii=True)
 
 
-def as_table(adapters: Iterable[Answer]) -> None:
-    """One line an adapter."""
+def print_table(adapters: Iterable[Answer]) -> None:
+    """Print one line per adapter."""
     table = Table("name", "version", "rank", "size", "where", "leases", "pinned", box=None)
     for adapter in adapters:
         newest: Answer = next(iter(adapter.get("versions") or []), {})
@@ -33,34 +34,34 @@ def as_table(adapters: Iterable[Answer]) -> None:
     _console().print(table)
 
 
-def in_short(adapter: Answer) -> None:
-    """What was just published: a line, and one for every warning."""
+def print_published(adapter: Answer) -> None:
+    """Print one line on a newly published adapter, and one per warning."""
     newest: Answer = next(iter(adapter.get("versions") or []), {})
     report: Answer = newest.get("report") or {}
-    touched = f"{_touched(report)}, {_size(newest, 'memory_bytes')}"
+    touched = f"{_modules_touched(report)}, {_size(newest, 'memory_bytes')}"
     version = str(newest.get("digest", ""))[:12]
     lines = [f"published {adapter.get('name', '')}@{version}: {report.get('method', 'adapter')}, {touched}"]
-    _say(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
+    _print_lines(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
 
 
-def in_full(answer: Answer, title: str) -> None:
-    """The report on an inspected folder, or on the newest version of a published adapter."""
+def print_report(answer: Answer, title: str) -> None:
+    """Print the report on an inspected folder, or on the newest version of a published adapter."""
     versions = answer.get("versions")
     version: Answer = next(iter(versions), {}) if versions else answer
     report: Answer = version.get("report") or {}
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for label, value in _lines(version, report):
+    for label, value in _report_rows(version, report):
         table.add_row(label, _printable(value))
-    _say([f"{title}, version {str(version.get('digest', ''))[:12]}"])
+    _print_lines([f"{title}, version {str(version.get('digest', ''))[:12]}"])
     _console().print(table)
 
 
-def _lines(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
+def _report_rows(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
     features = ", ".join(map(str, report.get("features") or ()))
     yield "method", str(report.get("method", "")) + (f" ({features})" if features else "")
     if ranks := report.get("ranks"):
         yield "ranks", ", ".join(map(str, ranks))
-    yield "changes", _touched(report)
+    yield "changes", _modules_touched(report)
     yield "size", f"{_size(version, 'file_bytes')} on disk, {_size(version, 'memory_bytes')} in memory"
     for number, sentence in enumerate(report.get("lowered") or ()):
         yield "" if number else "became", str(sentence)
@@ -74,7 +75,7 @@ def _lines(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
         yield "warning", str(warning)
 
 
-def _touched(report: Answer) -> str:
+def _modules_touched(report: Answer) -> str:
     kinds = report.get("touched")
     if not isinstance(kinds, dict):
         return f"{report.get('modules', 'no')} modules"
@@ -87,11 +88,11 @@ def _size(version: Answer, field: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Names come from strangers, and a terminal obeys control characters."""
+    """Replace unprintable characters: names are untrusted, and terminals obey control characters."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _say(lines: Iterable[str]) -> None:
+def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         _console().print(_printable(line), soft_wrap=True)
 

@@ -1,8 +1,4 @@
-"""What a client asked, once the API has checked it, and what the engine tells its stream.
-
-These are the only types that both sides of the process border share about a generation. Plain data: no behaviour that
-could differ between the two processes.
-"""
+"""Generation requests and their events, as plain structs shared by the API process and the engine process."""
 
 from __future__ import annotations
 
@@ -10,13 +6,15 @@ import msgspec
 
 from lora_serve.errors import Failure
 
+MOST_ADAPTERS = 8  # in one request
+
 
 class AdapterUse(msgspec.Struct, frozen=True):
     """One adapter of a request.
 
     Attributes:
         name: the adapter's published name.
-        version: a prefix of the digest that the caller insists on; None is the newest version.
+        version: prefix of the digest of a required version; None is the newest version.
         weight: factor on the adapter's delta; 1 is the adapter as trained.
     """
 
@@ -26,17 +24,17 @@ class AdapterUse(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How tokens are chosen and when to stop; defaults are those of the OpenAI API.
+    """Sampling parameters and stop conditions; defaults as in the OpenAI API.
 
     Attributes:
-        max_tokens: at most this many new tokens (0: only read the prompt, for its log-probabilities).
+        max_tokens: maximum number of new tokens (0: only prefill the prompt, for its log-probabilities).
         min_tokens: no stop token is sampled before this many.
         temperature: 0 is greedy.
         top_k: 0 is off.
-        seed: None draws a fresh one at admission.
-        logit_bias: token id → added to its logit.
-        stop_token_ids: token ids that end the sequence; the model's own end tokens are added unless `ignore_eos`.
-        logprobs: how many alternatives beside the chosen token; None is no log-probabilities at all.
+        seed: None draws a new one at admission.
+        logit_bias: token id → value added to its logit.
+        stop_token_ids: token ids that end the sequence; the model's EOS tokens are added unless `ignore_eos`.
+        logprobs: number of alternatives besides the chosen token; None is no log-probabilities at all.
         prompt_logprobs: the same for the tokens of the prompt (`echo` with `logprobs`).
     """
 
@@ -60,8 +58,7 @@ class Sampling(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One sequence to generate.
 
-    A call with `n > 1` or several prompts becomes several of these. `tenant` separates prefix caches: two tenants
-    never share KV.
+    An API call with `n > 1` or several prompts becomes several of these. Prefix caches are separate for each `tenant`.
     """
 
     id: str
@@ -72,10 +69,9 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of one token at its place, and of the likeliest ones there.
+    """Log-probability of a token, and of the most likely tokens at the same position.
 
-    `top` holds (token id, log-probability), likeliest first; the token itself is not repeated in it unless it is
-    among the likeliest.
+    `top` holds (token id, log-probability), most likely first; the token itself only if it is among them.
     """
 
     token: int
@@ -84,7 +80,7 @@ class Logprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True):
-    """The exact adapter version that a request holds a lease on."""
+    """The adapter version that a request holds a lease on."""
 
     name: str
     digest: str
@@ -92,17 +88,17 @@ class Served(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
-    """Always the first event of a request that was not refused: it is queued and its adapters are leased."""
+    """First event of a request unless it is refused: it is queued and holds leases on its adapters."""
 
     request_id: str
     adapters: list[Served]
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
-    """New tokens of one step, in order.
+    """New tokens of a sequence, in order.
 
-    `prompt_logprobs` comes once, with the first of these, if it was asked for: one entry a prompt token, the first
-    None. `cached` counts prompt tokens whose KV was found in the prefix cache; it is meaningful on the first.
+    `prompt_logprobs`, if requested, comes once, with the first of these: one entry per prompt token, None first.
+    `cached` is the number of prompt tokens found in the prefix cache; meaningful in the first only.
     """
 
     request_id: str
@@ -113,10 +109,10 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The last event of every request.
+    """Last event of every request.
 
-    `reason` is 'stop' (an end or stop token, in `stop_token`; it is not among the tokens sent), 'length', 'abort' or
-    'error' (then `failure` says why; it is also how a request is refused, with no event before it).
+    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent), 'length', 'abort' or
+    'error' (with `failure`). A refused request gets this event only.
     """
 
     request_id: str

@@ -1,6 +1,6 @@
-"""The life of the serving process: bind, start the engine, serve HTTP, and go away in good order.
+"""Lifecycle of the server process: bind, start the engine, serve HTTP, drain, exit.
 
-It decides when things begin and end; what is served is `api/app.py`, who computes is behind `engine/client.py`.
+The application is built by `api/app.py`; the engine runs in a process behind `engine/client.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_serve.engine.client import COMMAND, EngineClient
 from lora_serve.errors import BadRequest
 from lora_serve.messages import EngineInfo
 
-LAST_RESPONSES = 5  # seconds that open responses get to send their last bytes
+LAST_RESPONSES = 5  # seconds for open responses to send their last bytes
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ MakeApp = Callable[[EngineClient, Any], App]
 
 
 def is_public(host: str) -> bool:
-    """Whether others than this machine can reach `host`; a name that is not an address counts as public."""
+    """Whether `host` is reachable from other machines; a host name that is not an address counts as public."""
     if host == "localhost":
         return False
     try:
@@ -45,18 +45,18 @@ def is_public(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a taken port is found before weights are loaded, and nobody waits in it.
+    """A bound socket that does not listen yet: a port in use is found before weights are loaded.
 
-    Raises: `BadRequest` with what the system said.
+    Raises: `BadRequest` with the system's message.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with contextlib.ExitStack() as undo:
-            bound = undo.enter_context(socket.socket(family, kind, protocol))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
             undo.pop_all()
-            return bound
+            return listener
     except OSError as error:
         raise BadRequest(f"cannot listen on {host} port {port}: {error.strerror or error}", param="port") from error
 
@@ -64,14 +64,14 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(
     config: ServeConfig, *, load_tokenizer: Callable[[], Any], make_app: MakeApp, engine: Sequence[str] = COMMAND
 ) -> int:
-    """Serve until a signal says otherwise. Returns the exit status.
+    """Serve until a signal arrives. Returns the exit status.
 
     Args:
         load_tokenizer: called once, in a thread, while the engine starts.
-        make_app: the HTTP application over a started engine and the tokenizer.
-        engine: command of the process that hosts the engine.
+        make_app: builds the HTTP application from the started engine and the tokenizer.
+        engine: command of the engine process.
 
-    Raises: the `ServeError` because of which the server cannot start.
+    Raises: the `ServeError` that prevents the start.
     """
     if is_public(config.host) and config.api_key_file is None and not config.insecure:
         raise BadRequest(
@@ -79,54 +79,58 @@ def serve(
             "give --api-key-file, or --insecure to serve everybody",
             param="host",
         )
-    bound = bind(config.host, config.port)
-    with bound, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_Serving(config, EngineClient(config, command=engine)).run(bound, load_tokenizer, make_app))
+    listener = bind(config.host, config.port)
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(
+            _ServerProcess(config, EngineClient(config, command=engine)).run(listener, load_tokenizer, make_app)
+        )
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its own signal handling; ours is there from the first second on."""
+    """Uvicorn without its signal handlers; `_ServerProcess` installs its own before the engine starts."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
 
 
-class _Serving:
+class _ServerProcess:
+    """One run of the server, from engine start to exit."""
+
     def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
         self._config = config
         self._engine = engine
-        self._leave = asyncio.Event()
+        self._stop_requested = asyncio.Event()
 
-    async def run(self, bound: socket.socket, load_tokenizer: Callable[[], Any], make_app: MakeApp) -> int:
+    async def run(self, listener: socket.socket, load_tokenizer: Callable[[], Any], make_app: MakeApp) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled, number)
-        leave = asyncio.create_task(self._leave.wait())
+            loop.add_signal_handler(number, self._on_signal, number)
+        stop_requested = asyncio.create_task(self._stop_requested.wait())
         starting = asyncio.create_task(self._start(load_tokenizer))
         try:
-            await asyncio.wait({leave, starting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stop_requested, starting}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
                 return 0
-            return await self._serve(bound, make_app(self._engine, starting.result()), leave)
+            return await self._serve(listener, make_app(self._engine, starting.result()), stop_requested)
         finally:
-            leave.cancel()
+            stop_requested.cancel()
             await self._engine.stop()
 
     async def _start(self, load_tokenizer: Callable[[], Any]) -> Any:
-        """The tokenizer, once it and the engine are both there."""
+        """Start the engine and load the tokenizer side by side; returns the tokenizer."""
         try:
             with _progress() as show:
                 async with asyncio.TaskGroup() as both:
                     tokenizer = both.create_task(asyncio.to_thread(load_tokenizer))
                     both.create_task(self._engine.start(show))
-        except BaseExceptionGroup as failures:  # the one that failed first; the other was cancelled for it
+        except BaseExceptionGroup as failures:  # the first failure; the other task was cancelled because of it
             raise failures.exceptions[0] from None
         return tokenizer.result()
 
-    async def _serve(self, bound: socket.socket, app: App, leave: asyncio.Task[Any]) -> int:
+    async def _serve(self, listener: socket.socket, app: App, stop_requested: asyncio.Task[Any]) -> int:
         server = _Server(
             uvicorn.Config(
                 app,
@@ -137,23 +141,23 @@ class _Serving:
                 timeout_graceful_shutdown=LAST_RESPONSES,
             )
         )
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         if self._engine.info is not None and server.started:
-            _summarise(self._engine.info, self._config.host, bound.getsockname()[1])
-        await asyncio.wait({leave, serving}, return_when=asyncio.FIRST_COMPLETED)
-        # HTTP stays open while streams finish, so that /ready can say no and the engine's last words reach the clients.
-        log.info("draining: running requests get %g s", self._config.drain_timeout)
+            _print_summary(self._engine.info, self._config.host, listener.getsockname()[1])
+        await asyncio.wait({stop_requested, serving}, return_when=asyncio.FIRST_COMPLETED)
+        # HTTP stays open during the drain: /ready answers 503, and streams get their final events.
+        log.info("draining: running requests have %g s to finish", self._config.drain_timeout)
         await self._engine.drain(self._config.drain_timeout)
         await self._engine.stop()
         server.should_exit = True
         await serving
         return 0 if server.started else 1
 
-    def _signalled(self, number: signal.Signals) -> None:
-        if not self._leave.is_set():
-            self._leave.set()
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._stop_requested.is_set():
+            self._stop_requested.set()
             return
         self._engine.abandon()
         os._exit(128 + number)
@@ -162,14 +166,14 @@ class _Serving:
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     if sys.platform == "win32":
         return None
-    import uvloop  # not installable everywhere; asyncio's own loop does the same, slower
+    import uvloop  # not available on Windows
 
     return uvloop.new_event_loop
 
 
 @contextlib.contextmanager
 def _progress() -> Generator[Callable[[str, float], None]]:
-    """A bar where a person watches, a log line per stage elsewhere."""
+    """Start-up progress: a bar on a terminal, otherwise one log line per stage."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -188,7 +192,7 @@ def _progress() -> Generator[Callable[[str, float], None]]:
     yield show
 
 
-def _summarise(info: EngineInfo, host: str, port: int) -> None:
+def _print_summary(info: EngineInfo, host: str, port: int) -> None:
     table = Table.grid(padding=(0, 2))
     shown = f"[{host}]" if ":" in host else host
     rows = {

@@ -44,6 +44,8 @@ KNOWN_BY = {
     "prometheus_client": ("metrics",),
     "uvicorn": ("command line",),
     "rich": ("command line",),
+    "httpx": ("command line",),
+    "psutil": ("engine inside",),
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),

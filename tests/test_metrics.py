@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lora_serve.messages import Stats, StepReport, Update
-from lora_serve.metrics import MOST_ADAPTERS, Metrics
+from lora_serve.metrics import MOST_ADAPTER_LABELS, Metrics
 
 
 class World:
@@ -65,12 +65,12 @@ def ended(world: World, adapter: str) -> None:
 
 
 def test_labels_by_adapter_are_bounded(world: World) -> None:
-    for number in range(MOST_ADAPTERS + 5):
+    for number in range(MOST_ADAPTER_LABELS + 5):
         ended(world, f"a{number}")
     ended(world, "a0")
     world.metrics.begin("chat").end("stop", 1, 1)
     requests = {name: value for name, value in world.read().items() if "adapter_requests_total" in name}
-    assert len(requests) == MOST_ADAPTERS + 2
+    assert len(requests) == MOST_ADAPTER_LABELS + 2
     assert requests["lora_serve_adapter_requests_total{adapter=a0}"] == 2
     assert requests["lora_serve_adapter_requests_total{adapter=other}"] == 5
     assert requests["lora_serve_adapter_requests_total{adapter=base}"] == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import email
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from email.message import Message
@@ -134,6 +136,24 @@ def test_upload_sends_the_tokenizer_along(server: Answering, folder: Path) -> No
     (folder / "tokenizer.json").write_bytes(b"{}")
     assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
     assert parts(*server.asked[0][2:])[-1] == ("files", "tokenizer.json", b"{}")
+
+
+PEAK = """
+import re, sys
+from lora_serve.cli import main
+
+assert main(sys.argv[1:]) == 0
+print(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+
+
+def test_upload_streams_files_that_need_not_fit_into_memory(server: Answering, folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(128 << 20)
+    asked = [sys.executable, "-c", PEAK, "adapter", "upload", str(folder), "--url", server.url]
+    peak = int(subprocess.run(asked, check=True, capture_output=True, text=True).stderr)  # KiB
+    assert len(server.asked[0][3]) > 128 << 20
+    assert peak < 100 << 10
 
 
 def test_upload_says_in_short_what_was_published(

@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES, NO_GPU = 2, 3
-TEST_PACKAGES = {"pytest", "pytest-timeout", "pytest-asyncio", "hypothesis", "httpx", "aiohttp", "peft"}
+TEST_PACKAGES = {"pytest", "pytest-timeout", "pytest-asyncio", "hypothesis", "aiohttp", "peft"}
 GPU_NAME = """
 import sys
 try:

@@ -34,7 +34,7 @@ from lora_serve.errors import (
     ServeError,
 )
 from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection, Publish, Stats
-from lora_serve.names import check_name, unknown
+from lora_serve.names import adapter_not_found, check_name
 from lora_serve.request import AdapterUse
 
 __all__ = ["InMemory", "Lease", "LoadFailed", "Loading", "Registry"]  # `state` answers with the first ones
@@ -104,7 +104,7 @@ class Registry:
             if len(digests) > 1:
                 raise BadRequest(f"{use.version} names more than one version of {use.name}", param="adapter")
         if not digests:
-            raise unknown(use.name if use.version is None else f"{use.name}@{use.version}")
+            raise adapter_not_found(use.name if use.version is None else f"{use.name}@{use.version}")
         digest = digests[0]
         self._leases[digest] += 1
         self._used[digest] = time.time()
@@ -233,7 +233,7 @@ class Registry:
         def copied(error: ServeError | None) -> None:
             if error is None and name in self._names:
                 self._memory.warm(digest)
-            done(error or (self.describe(name) if name in self._names else unknown(name)))
+            done(error or (self.describe(name) if name in self._names else adapter_not_found(name)))
 
         self._memory.want(digest, copied)
 
@@ -295,7 +295,7 @@ class Registry:
 
     def _record(self, name: str) -> Record:
         if name not in self._names:
-            raise unknown(name)
+            raise adapter_not_found(name)
         return self._names[name]
 
     def _take(self, published: Published) -> None:

@@ -1,7 +1,7 @@
-"""Routes of the operator: inspect, publish, list, load, evict, pin and delete adapters.
+"""Admin routes: inspect, publish, list, load, evict, pin and delete adapters.
 
-Looking is for every key, at the adapters that it may use; changing needs an admin key. Bodies of answers are the
-engine's own descriptions. What publishing checks is the engine's business, how an upload is received `upload.py`'s.
+Every key may list and show the adapters that it may use; everything else needs an admin key. Responses are the
+engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and checked by the engine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from lora_serve.api import archive
 from lora_serve.api.auth import Administrator, Authorized
-from lora_serve.api.services import Injected, Services
-from lora_serve.api.upload import received, staged
+from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.upload import receive_upload, staging_folder
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
     AdapterInfo,
@@ -33,16 +33,16 @@ from lora_serve.messages import (
     PinAdapter,
     Publish,
 )
-from lora_serve.names import check_name, unknown
+from lora_serve.names import adapter_not_found, check_name
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
-Info = dict[str, Any]  # builtins of `messages.AdapterInfo` or `Inspection`
+Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
 Name = Annotated[str, InPath(description="the adapter's published name")]
 
 
-def _form(*required: str, name: bool = True) -> dict[str, Any]:
-    """OpenAPI's description of an upload, which is read as a stream and not by the framework."""
+def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
+    """OpenAPI schema of an upload body, which is streamed instead of parsed by FastAPI."""
     binary = {"type": "string", "format": "binary"}
     fields: dict[str, Any] = {"name": {"type": "string"}} if name else {}
     fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
@@ -50,8 +50,8 @@ def _form(*required: str, name: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def _answer(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of an answer that is the engine's own."""
+def _response_schema(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI schema of a response that is a msgspec struct, with references resolved."""
     (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
 
     def whole(node: Any) -> Any:
@@ -65,87 +65,91 @@ def _answer(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, 
 
 
 def is_upload(method: str, path: str) -> bool:
-    """Whether a request's body is an upload, which has its own cap and is not to be read into memory."""
+    """Whether a request body is an adapter upload, which is streamed to disk under its own size limit."""
     if method == "POST":
         return path in ("/v1/adapters", "/v1/adapters/inspect")
     return method == "PUT" and path.startswith("/v1/adapters/")
 
 
-@router.post("/adapters", status_code=201, openapi_extra=_form("name"), responses=_answer(AdapterInfo, 201))
-async def publish(request: Request, services: Injected, caller: Administrator) -> Info:
+@router.post(
+    "/adapters", status_code=201, openapi_extra=_upload_schema("name"), responses=_response_schema(AdapterInfo, 201)
+)
+async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
-    async with received(request, services.staging, services.config.max_adapter_size) as upload:
+    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         return await _publish(services, check_name(upload.name), upload.folder, replace=False)
 
 
-@router.post("/adapters/inspect", openapi_extra=_form(name=False), responses=_answer(Inspection))
-async def inspect(request: Request, services: Injected, caller: Administrator) -> Info:
-    """What publishing these `files` or this `archive` would make, with its report; nothing is stored."""
-    async with received(request, services.staging, services.config.max_adapter_size) as upload:
+@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_response_schema(Inspection))
+async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
+    """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
+    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
         if upload.name is not None:
-            raise BadRequest("name has no meaning here: nothing is published", param="name")
+            raise BadRequest("name is not allowed here: nothing is published", param="name")
         return await _call(services, Inspect(str(upload.folder)))
 
 
-@router.put("/adapters/{name}", status_code=201, openapi_extra=_form(), responses=_answer(AdapterInfo, 201))
-async def publish_version(name: Name, request: Request, services: Injected, caller: Administrator) -> Info:
-    """Publish a new version of an adapter, or its first. Running requests finish on the version they began with."""
+@router.put(
+    "/adapters/{name}", status_code=201, openapi_extra=_upload_schema(), responses=_response_schema(AdapterInfo, 201)
+)
+async def publish_version(name: Name, request: Request, services: ServicesDep, caller: Administrator) -> Info:
+    """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     check_name(name)
-    async with received(request, services.staging, services.config.max_adapter_size) as upload:
+    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
         if upload.name not in (None, name):
-            raise BadRequest("name is another one than in the path", param="name")
+            raise BadRequest("name differs from the one in the path", param="name")
         return await _publish(services, name, upload.folder, replace=True)
 
 
 @router.get("/adapters")
-async def list_adapters(services: Injected, caller: Authorized) -> dict[str, Any]:
-    """All adapters that this key may use, by name."""
+async def list_adapters(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """All adapters that this key may use, sorted by name."""
     found = await services.engine.call(ListAdapters())
     return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
 
 
-@router.get("/adapters/{name}", responses=_answer(AdapterInfo))
-async def show(name: Name, services: Injected, caller: Authorized) -> Info:
-    """One adapter: its versions, where they are, what they take, and the report on each."""
+@router.get("/adapters/{name}", responses=_response_schema(AdapterInfo))
+async def show(name: Name, services: ServicesDep, caller: Authorized) -> Info:
+    """One adapter: its versions, the tiers they are in, their sizes, and the report on each."""
     if not caller.may_use(name):
-        raise unknown(name)
+        raise adapter_not_found(name)
     return await _call(services, DescribeAdapter(name))
 
 
 @router.post("/adapters/{name}/load")
-async def load(name: Name, services: Injected, caller: Administrator) -> Info:
-    """Bring an adapter into memory before it is asked for."""
+async def load(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+    """Load an adapter into memory ahead of the first request."""
     return await _call(services, LoadAdapter(name))
 
 
 @router.post("/adapters/{name}/evict")
-async def evict(name: Name, services: Injected, caller: Administrator) -> Info:
-    """Take an adapter out of memory once nobody uses it; it stays published."""
+async def evict(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+    """Evict an adapter from memory once no request uses it; it stays published."""
     return await _call(services, EvictAdapter(name))
 
 
 @router.post("/adapters/{name}/pin")
-async def pin(name: Name, services: Injected, caller: Administrator) -> Info:
-    """Load an adapter and never evict it to make room."""
+async def pin(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+    """Load an adapter and exclude it from LRU eviction."""
     return await _call(services, PinAdapter(name, pinned=True))
 
 
 @router.post("/adapters/{name}/unpin")
-async def unpin(name: Name, services: Injected, caller: Administrator) -> Info:
-    """Let an adapter be evicted again."""
+async def unpin(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+    """Allow an adapter to be evicted again."""
     return await _call(services, PinAdapter(name, pinned=False))
 
 
 @router.delete("/adapters/{name}")
-async def delete(name: Name, services: Injected, caller: Administrator) -> dict[str, Any]:
-    """Unlist an adapter now; it is gone when the last request that uses it has ended."""
+async def delete(name: Name, services: ServicesDep, caller: Administrator) -> dict[str, Any]:
+    """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     await services.engine.call(DeleteAdapter(name))
     return {"name": name, "deleted": True}
 
 
-# --- vLLM's names, for sidecars that send them ------------------------------------------------------------------------
+# --- vLLM's routes, for sidecars that call them -----------------------------------------------------------------------
 
 
 class LoadLora(BaseModel):
@@ -164,26 +168,26 @@ class UnloadLora(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLora, services: Injected, caller: Administrator) -> str:
-    """Publish an adapter from a folder on the server, which must lie below one of the configured roots."""
+async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Administrator) -> str:
+    """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
     name = check_name(body.lora_name, "lora_name")
     roots = [root.resolve() for root in services.config.adapter_roots]
-    source = await asyncio.to_thread(_below, body.lora_path, roots)
-    async with staged(services.staging) as folder:
+    source = await asyncio.to_thread(_resolve_below_roots, body.lora_path, roots)
+    async with staging_folder(services.staging) as folder:
         await asyncio.to_thread(archive.copy, source, folder, roots, services.config.max_adapter_size)
         await _publish(services, name, folder, replace=body.load_inplace)
     return f"Success: LoRA adapter '{name}' added successfully."
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Administrator) -> str:
+async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
     """Delete an adapter by name."""
     await services.engine.call(DeleteAdapter(body.lora_name))
     return f"Success: LoRA adapter '{body.lora_name[:100]}' removed successfully."
 
 
-def _below(path: str, roots: list[Path]) -> Path:
-    """The folder that `path` names, if it lies below a root with all links followed. Raises `BadRequest`."""
+def _resolve_below_roots(path: str, roots: list[Path]) -> Path:
+    """The folder `path` with links resolved, if it is below one of the roots. Raises `BadRequest`."""
     problem = BadRequest("lora_path must be a folder below one of the server's --adapter-roots", param="lora_path")
     try:
         source = Path(path).resolve()

@@ -1,7 +1,7 @@
-"""Which files of a PEFT folder are taken, and how they are got out of an archive that may be hostile.
+"""Extract the files of a PEFT adapter from an uploaded, untrusted .tar, .tar.gz or .zip.
 
-Names, links, sizes and counts are decided here before a byte is written; nothing is ever extracted by the archive's
-own idea of a path. What is in the files is the engine's to check.
+Every member's path, type and size is checked before it is extracted, under its bare file name, by `tarfile` (with the
+`data` filter) or `zipfile`. What the files contain is checked by the engine.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable
-from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from lora_serve.errors import AdapterInvalid, TooLarge
 from lora_serve.names import CARD, CONFIG, TOKENIZER, WEIGHTS
 
-KEPT = (CONFIG, WEIGHTS, CARD, TOKENIZER)  # the engine compares the last with the base's, and stores the others
+ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER)  # the tokenizer is only compared with the base's, not stored
 
 MOST_MEMBERS = 64
-MOST_RATIO = 100  # of unpacked to packed; weights hardly shrink, bombs do
-FREE_OF_RATIO = 16 << 20  # bytes; freshly made adapters are half zeros
-CHUNK = 256 << 10
-LONGEST_HEADER = 1 << 20  # of one tar member, names and extensions included
-TAR_SLACK = 1 << 20  # headers and padding of a tar beside its members' bytes
+MOST_RATIO = 100  # of unpacked to packed size; weights hardly compress, zip bombs do
+FREE_OF_RATIO = 16 << 20  # bytes; in new adapters B is all zeros
+LONGEST_HEADER = 1 << 20  # bytes of one tar header, pax records included
+TAR_SLACK = 1 << 20  # bytes of headers and padding in a tar
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Beside the adapter in folders that a trainer wrote; they say nothing of the adapter.
-LEFTOVERS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")
+# Written beside the adapter by trainers.
+TRAINER_FILES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")
 HARMLESS = (".json", ".txt", ".md", ".jinja", ".model", ".yaml", ".yml", ".toml", ".png", ".jsonl", ".tiktoken")
 HARMLESS_NAMES = ("LICENSE", "NOTICE", ".gitattributes", ".gitignore", ".DS_Store")
 
@@ -50,14 +48,14 @@ _UNREADABLE = (
 )
 
 
-def kept(name: str) -> bool:
-    """Whether a file of this bare name is handed on (True), or left out as no part of the adapter (False).
+def is_adapter_file(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter (True), or is known to be safe to leave out (False).
 
-    Raises: `AdapterInvalid` for files that are neither.
+    Raises: `AdapterInvalid` for any other file.
     """
-    if name in KEPT:
+    if name in ADAPTER_FILES:
         return True
-    if name in LEFTOVERS or name in HARMLESS_NAMES or name.endswith(HARMLESS) or name.startswith("._"):
+    if name in TRAINER_FILES or name in HARMLESS_NAMES or name.endswith(HARMLESS) or name.startswith("._"):
         return False
     if name.lower().endswith(PICKLES):
         raise AdapterInvalid(f"{name[:100]} is a pickle, which can run code: save the adapter as {WEIGHTS}")
@@ -65,158 +63,149 @@ def kept(name: str) -> bool:
 
 
 def unpack(archive: Path, folder: Path, most: int) -> None:
-    """Write the adapter's files in `archive` (.tar, .tar.gz or .zip, told by content) into `folder`.
+    """Extract the adapter's files from `archive` (.tar, .tar.gz or .zip, told by content) into `folder`.
 
     Args:
-        most: bytes of all members together, unpacked.
+        most: bytes of the extracted files together.
 
     Raises: `AdapterInvalid`, `TooLarge`; `OSError` of the disk. `folder` may then hold some of the files.
     """
-    ratio = max(FREE_OF_RATIO, MOST_RATIO * archive.stat().st_size)
-    budget = _Budget(most, ratio)
+    limits = _Limits(most, max(FREE_OF_RATIO, MOST_RATIO * archive.stat().st_size))
     with archive.open("rb") as file:
         magic = file.read(4)
         file.seek(0)
         try:
             if magic.startswith(b"PK"):
-                members = _zip_members(file)
+                _unpack_zip(file, folder, limits)
             elif magic.startswith(b"\x1f\x8b"):
-                members = _tar_members(_Bounded(gzip.GzipFile(fileobj=file), most + TAR_SLACK, ratio))
+                _unpack_tar(gzip.GzipFile(fileobj=file), folder, limits)
             else:
-                members = _tar_members(_Bounded(file, most + TAR_SLACK, ratio))
-            with closing(members):
-                _write(members, folder, budget)
+                _unpack_tar(file, folder, limits)
         except _UNREADABLE as error:
             raise AdapterInvalid("the archive cannot be read; it must be a .tar, .tar.gz or .zip") from error
 
 
-def bare_name(path: str, tops: set[str]) -> str:
-    """The file name of a member, which may lie in one folder at most; that folder is added to `tops`.
+@dataclass(frozen=True)
+class _Limits:
+    """Largest unpacked size of an archive: as configured, and as a multiple of the archive's own size."""
 
-    Empty for what macOS adds. Raises: `AdapterInvalid`.
-    """
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-        raise AdapterInvalid("the archive has a member with a path that leads out of it")
-    if parts[0] == "__MACOSX":
-        return ""
-    if len(parts) > 2:
-        raise AdapterInvalid("the archive has folders in folders; it must hold one PEFT folder")
-    tops.add(parts[0] if len(parts) == 2 else "")
-    if len(tops) > 1:
-        raise AdapterInvalid("the archive holds more than one folder; it must hold one PEFT folder")
-    return parts[-1]
+    most: int
+    by_ratio: int
 
-
-class _Budget:
-    """Bytes that may still be unpacked."""
-
-    def __init__(self, most: int, ratio: int) -> None:
-        self._most = most
-        self._ratio = ratio
-        self._spent = 0
-
-    def spend(self, count: int) -> None:
-        self._spent += count
-        if self._spent > self._most:
-            raise TooLarge(f"the archive unpacks to more than {self._most:,} bytes")
-        if self._spent > self._ratio:
+    def check(self, unpacked: int) -> None:
+        if unpacked > self.most:
+            raise TooLarge(f"the archive unpacks to more than {self.most:,} bytes")
+        if unpacked > self.by_ratio:
             raise AdapterInvalid(f"the archive unpacks to more than {MOST_RATIO} times its size")
 
 
-class _Bounded(io.RawIOBase):
-    """A file that is read no further than `most`, in pieces that fit into memory: tar headers may claim any size."""
+class _Members:
+    """Checks the members of an archive one by one, before they are extracted."""
 
-    def __init__(self, file: IO[bytes] | gzip.GzipFile, most: int, ratio: int) -> None:
+    def __init__(self, limits: _Limits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._bytes = 0
+        self._folders: set[str] = set()
+        self._names: set[str] = set()
+
+    def file_name(self, path: str, size: int, *, folder: bool, plain: bool) -> str:
+        """The file name to extract a member under; empty if it is left out.
+
+        Files may be in one top-level folder, the same for all of them.
+
+        Args:
+            size: unpacked, in bytes; `tarfile` and `zipfile` never write more than a member's header says.
+
+        Raises: `AdapterInvalid`, `TooLarge`.
+        """
+        self._count += 1
+        if self._count > MOST_MEMBERS:
+            raise AdapterInvalid(f"the archive has more than {MOST_MEMBERS} members")
+        if folder:
+            return ""
+        shown = path[:100]
+        parts = PurePosixPath(path).parts
+        if not plain:
+            raise AdapterInvalid(f"{shown} in the archive is not a plain file; links are not taken")
+        if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+            raise AdapterInvalid(f"{shown} in the archive is a path that leads out of it")
+        if parts[0] == "__MACOSX":
+            return ""
+        if len(parts) > 2:
+            raise AdapterInvalid(f"the archive has folders in folders ({shown}); it must hold one PEFT folder")
+        self._folders.add(parts[0] if len(parts) == 2 else "")
+        if len(self._folders) > 1:
+            raise AdapterInvalid(f"the archive holds more than one folder ({shown}); it must hold one PEFT folder")
+        name = parts[-1]
+        if not is_adapter_file(name):
+            return ""
+        if name in self._names:
+            raise AdapterInvalid(f"the archive has two files {name}")
+        self._names.add(name)
+        self._bytes += size
+        self._limits.check(self._bytes)
+        return name
+
+
+def _unpack_tar(file: IO[bytes] | gzip.GzipFile, folder: Path, limits: _Limits) -> None:
+    members = _Members(limits)
+
+    def choose(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+        name = members.file_name(member.name, member.size, folder=member.isdir(), plain=plain)
+        if member.size < 0:
+            raise tarfile.ReadError("negative size")
+        if not name:
+            return None
+        own = member.replace(name=name, mtime=None, mode=None)  # type: ignore[arg-type]  # None: as for any new file
+        return tarfile.data_filter(own, path)
+
+    with tarfile.open(fileobj=cast(IO[bytes], _Bounded(file, limits)), mode="r:") as tar:
+        tar.extractall(folder, filter=choose)
+
+
+def _unpack_zip(file: IO[bytes], folder: Path, limits: _Limits) -> None:
+    _check_directory(file)
+    members = _Members(limits)
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+            name = members.file_name(member.filename, member.file_size, folder=member.is_dir(), plain=plain)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise AdapterInvalid(f"{member.filename[:100]} in the archive must be stored or deflated")
+            if name:
+                member.filename = name
+                archive.extract(member, folder)
+
+
+class _Bounded:
+    """A file for `tarfile` that reads no further than the limits, and no header too large for memory."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, limits: _Limits) -> None:
         self._file = file
-        self._most = most
-        self._ratio = ratio + TAR_SLACK
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        self._limits = limits
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= LONGEST_HEADER:
             raise AdapterInvalid("the archive has a header that is too long")
         data = self._file.read(size)
-        self._check(self._file.tell())
+        self._limits.check(self._file.tell() - TAR_SLACK)
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._check(offset)
+        self._limits.check(offset - TAR_SLACK)
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
 
-    def _check(self, position: int) -> None:
-        if position > self._most:
-            raise TooLarge(f"the archive unpacks to more than {self._most - TAR_SLACK:,} bytes")
-        if position > self._ratio:
-            raise AdapterInvalid(f"the archive unpacks to more than {MOST_RATIO} times its size")
-
-
-Member = tuple[str, IO[bytes]]  # bare name, content
-
-
-def _write(members: Iterable[Member], folder: Path, budget: _Budget) -> None:
-    for name, content in members:
-        target = folder / name
-        if target.exists():
-            raise AdapterInvalid(f"the archive has two files {name}")
-        with target.open("xb") as file:
-            while chunk := content.read(CHUNK):
-                budget.spend(len(chunk))
-                file.write(chunk)
-
-
-def _counted(count: int) -> None:
-    if count > MOST_MEMBERS:
-        raise AdapterInvalid(f"the archive has more than {MOST_MEMBERS} members")
-
-
-def _tar_members(file: _Bounded) -> Generator[Member]:
-    tops: set[str] = set()
-    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
-        for count, member in enumerate(tar, 1):
-            _counted(count)
-            if member.isdir():
-                continue
-            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                raise AdapterInvalid("the archive has a member that is not a plain file; links are not taken")
-            name = bare_name(member.name, tops)
-            if name and kept(name) and (content := tar.extractfile(member)):
-                with content:
-                    yield name, content
-
-
-def _zip_members(file: IO[bytes]) -> Generator[Member]:
-    _check_directory(file)
-    tops: set[str] = set()
-    with zipfile.ZipFile(file) as archive:
-        for count, member in enumerate(archive.infolist(), 1):
-            _counted(count)
-            if member.is_dir():
-                continue
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG):
-                raise AdapterInvalid("the archive has a member that is not a plain file; links are not taken")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise AdapterInvalid("the archive must be stored or deflated")
-            name = bare_name(member.filename, tops)
-            if name and kept(name):
-                with archive.open(member) as content:
-                    yield name, content
-
 
 def _check_directory(file: IO[bytes]) -> None:
-    """Refuse a zip whose directory is long: it is read into memory whole, before its members can be counted.
+    """Refuse a zip with a large central directory: `zipfile` reads it into memory before members can be counted.
 
-    Only the plainest end of a zip is taken: a directory record at the very end, no comment, no zip64 locator; with
-    those, readers disagree on which directory counts.
+    Accepted is only an end record at the very end of the file, without comment or zip64 locator: otherwise readers
+    disagree on which directory counts.
     """
     end, locator = 22, 20
     size = file.seek(0, io.SEEK_END)
@@ -232,18 +221,18 @@ def _check_directory(file: IO[bytes]) -> None:
 
 
 def copy(source: Path, folder: Path, roots: list[Path], most: int) -> None:
-    """Copy the adapter's files from `source`, a PEFT folder of this machine, into `folder`.
+    """Copy the adapter's files from `source`, a PEFT folder on this machine, into `folder`.
 
-    Every file must, with all links followed, lie below one of `roots` (resolved).
+    Every file, with links resolved, must be below one of `roots` (resolved).
 
     Raises: `AdapterInvalid`, `TooLarge`; `OSError` of the disk.
     """
     if not (source / WEIGHTS).exists():
         for path in sorted(source.iterdir()):
             if path.is_file():
-                kept(path.name)  # the advice for adapter_model.bin
+                is_adapter_file(path.name)  # raises with advice if the weights are a pickle
     total = 0
-    for name in KEPT:
+    for name in ADAPTER_FILES:
         path = (source / name).resolve()
         if not path.is_file():
             continue

@@ -1,8 +1,7 @@
-"""Who asks, and what they may do.
+"""API keys: who sends a request and what they may do.
 
-Keys are known by their hashes only. An ordinary key generates, and may be limited to some adapters; an admin key also
-publishes and deletes. Without a key file everybody may do everything. How a key reaches the server safely (TLS) is
-not this room's business.
+Only hashes of keys are kept. An ordinary key may generate, with all or with some adapters; an admin key may also
+publish and delete adapters. Without a key file every caller may do everything. TLS is left to a proxy.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ import yaml
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lora_serve.api.error_responses import Forbidden, Unauthenticated
+from lora_serve.api.error_handlers import Forbidden, Unauthenticated
 from lora_serve.errors import BadRequest
 
 HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def hash_key(text: str) -> str:
-    """The form of a key that is kept in the key file. Keys are long and random, so a plain digest is enough."""
+    """Hash of a key as written in the key file. Keys are long and random, so a plain SHA-256 is enough."""
     return f"sha256:{sha256(text.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request.
+    """The sender of a request.
 
     Attributes:
-        name: of the key; also the tenant that prefix caches are kept apart by. Empty without keys.
+        name: of the key; also the tenant, whose prefix cache is separate. Empty without keys.
         admin: may publish, evict, pin and delete adapters.
         adapters: names or shell patterns of the adapters that may be used; None is all.
     """
@@ -46,7 +45,7 @@ class Caller:
     adapters: tuple[str, ...] | None = None
 
     def may_use(self, adapter: str) -> bool:
-        """Whether this caller may know of and use an adapter."""
+        """Whether this caller may see and use an adapter."""
         return self.adapters is None or any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
 
@@ -62,10 +61,10 @@ class _Entry(BaseModel):
 
 
 class Keys:
-    """The callers that a server knows.
+    """All API keys of a server.
 
     Args:
-        callers: hash of a key, as `hash_key` makes it → whose it is.
+        callers: hash of a key, as `hash_key` makes it → its owner.
     """
 
     def __init__(self, callers: Mapping[str, Caller]) -> None:
@@ -79,7 +78,7 @@ class Keys:
     def load(cls, path: Path) -> Keys:
         """Read a YAML mapping of names to a hash, or to `{hash, admin, adapters}`.
 
-        Raises: `BadRequest` that names the entry at fault; a file without any key is one.
+        Raises: `BadRequest` that names the invalid entry; a file without any key is an error.
         """
         try:
             content = yaml.safe_load(path.read_text())
@@ -96,7 +95,7 @@ class Keys:
         return cls(callers)
 
     def find(self, key: str) -> Caller | None:
-        """Whose key this is. All keys are compared, each in constant time: how long it takes tells nothing."""
+        """The owner of a key. Every key is compared, in constant time, so timing reveals nothing."""
         given = hash_key(key)
         found = None
         for known, caller in self._callers.items():
@@ -106,12 +105,12 @@ class Keys:
 
 
 def load_keys(path: Path | None) -> Keys | None:
-    """`Keys.load`, where there is a file."""
+    """`Keys.load`, or None without a file."""
     return None if path is None else Keys.load(path)
 
 
 def authorize(request: Request) -> Caller:
-    """The caller of a request. Raises `Unauthenticated`."""
+    """The caller of a request, by its bearer token. Raises `Unauthenticated`."""
     keys: Keys | None = request.app.state.services.keys
     if keys is None:
         return EVERYBODY
@@ -119,7 +118,7 @@ def authorize(request: Request) -> Caller:
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthenticated("an API key is needed: Authorization: Bearer <key>")
     if (caller := keys.find(key.strip())) is None:
-        raise Unauthenticated("this API key is not known")
+        raise Unauthenticated("unknown API key")
     return caller
 
 
@@ -127,7 +126,7 @@ Authorized = Annotated[Caller, Depends(authorize)]
 
 
 def administer(caller: Authorized) -> Caller:
-    """The caller, if an admin. Raises `Unauthenticated`, `Forbidden`."""
+    """The caller, if it has an admin key. Raises `Unauthenticated`, `Forbidden`."""
     if not caller.admin:
         raise Forbidden("this needs an admin key")
     return caller

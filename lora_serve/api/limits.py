@@ -1,7 +1,7 @@
-"""A cap on what a request may make this process hold in memory.
+"""Request body size limit.
 
-Bodies are read here, before any route sees them, and no further than the cap. Uploads are left alone: they are
-written to disk as they come and have their own cap (`upload.py`).
+Bodies are read into memory here, before routing, up to the limit. Uploads pass through: they are streamed to disk
+under their own limit (`upload.py`).
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_serve.api import error_responses
+from lora_serve.api import error_handlers
 from lora_serve.errors import TooLarge
 
 
 class BodyLimit:
-    """ASGI middleware: bodies over `most` bytes get 413, be their length announced or not.
+    """ASGI middleware: 413 for bodies over `most` bytes, with or without a Content-Length.
 
     Args:
-        streams: whether a request (method, path) is an upload.
+        is_upload: whether a request (method, path) is an upload.
     """
 
-    def __init__(self, app: ASGIApp, most: int, streams: Callable[[str, str], bool]) -> None:
+    def __init__(self, app: ASGIApp, most: int, is_upload: Callable[[str, str], bool]) -> None:
         self._app = app
         self._most = most
-        self._streams = streams
+        self._is_upload = is_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._streams(scope["method"], scope["path"]):
+        if scope["type"] != "http" or self._is_upload(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
@@ -58,4 +58,4 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = TooLarge(f"the body is larger than {self._most:,} bytes")
-        await error_responses.response(error)(scope, receive, send)
+        await error_handlers.response(error)(scope, receive, send)

@@ -1,30 +1,69 @@
-"""What every route works with: one object, made with the app, handed to routes by FastAPI's dependency injection."""
+"""Dependencies of the routes, injected by FastAPI, and the interface of the engine that they use."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, Request
+from fastapi import Depends
+from fastapi import Request as HttpRequest
 
 from lora_serve.api.auth import Keys
-from lora_serve.api.engine import Engine
 from lora_serve.config import ServeConfig
+from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
+from lora_serve.request import Event, Request
+
+
+class EngineProtocol(Protocol):
+    """Interface of the engine, as `engine.client.EngineClient` implements it. No method blocks the event loop."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """None until the engine was ready for the first time; kept during a restart."""
+
+    @property
+    def stats(self) -> Stats:
+        """The latest engine statistics."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the heartbeat is recent."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted: started, alive, not draining."""
+
+    @property
+    def restarts(self) -> int:
+        """Number of engine restarts."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Run one request: yields `Admitted`, `Tokens`…, `Finished`; if refused, only `Finished`.
+
+        Closing the generator aborts the request. Raises `Unavailable` if the engine accepts no requests.
+        """
+
+    async def call(self, operation: Operation) -> Any:
+        """Run an admin operation and return `Reply.result`; raises the operation's `ServeError`."""
+
+    def observe(self, observer: Callable[[Update], None]) -> None:
+        """Register a callback for every `Update`."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of a running server.
+    """What the routes depend on.
 
     Attributes:
         tokenizer: the base's Hugging Face tokenizer.
-        keys: who may do what; None lets everybody do everything.
-        staging: folder on the store's file system where uploads are received.
+        keys: API keys; None allows every caller everything.
+        staging: folder for uploads, on the store's file system.
     """
 
-    engine: Engine
+    engine: EngineProtocol
     tokenizer: Any
     config: ServeConfig
     keys: Keys | None
@@ -32,10 +71,10 @@ class Services:
     staging: Path
 
 
-def _services(request: Request) -> Services:
+def _services(request: HttpRequest) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
 
 
-Injected = Annotated[Services, Depends(_services)]
+ServicesDep = Annotated[Services, Depends(_services)]

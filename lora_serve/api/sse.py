@@ -1,4 +1,4 @@
-"""Server-sent events, and noticing that nobody listens any more."""
+"""Server-sent events (SSE), and cancelling work when the client disconnects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from lora_serve.api import error_responses
+from lora_serve.api import error_handlers
 from lora_serve.errors import EngineFault, ServeError
 
 T = TypeVar("T")
@@ -20,12 +20,12 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
-class ClientGone(Exception):
-    """The client closed the connection; nobody is there to be answered."""
+class ClientDisconnected(Exception):
+    """The client has closed the connection, so there is nobody to respond to."""
 
 
-class JSON(Response):
-    """A JSON body by the fast encoder."""
+class FastJSONResponse(Response):
+    """A JSON response encoded by msgspec."""
 
     media_type = "application/json"
 
@@ -33,11 +33,11 @@ class JSON(Response):
         return _encode(content)
 
 
-class EventStream(Response):
-    """Data events from an async generator, ended by `[DONE]`.
+class SSEResponse(Response):
+    """An SSE stream of JSON events from an async generator, ended by `[DONE]`.
 
-    Generator and `held` are closed as soon as the client has gone, so that what they hold is freed, even if not one
-    event was asked for. An error on the way is a data event of its own: the status line has long been sent.
+    The generator and the exit stack `held` are closed as soon as the client disconnects, even before the first event.
+    An error in the middle is sent as an event, as the status line has already been sent.
     """
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None], held: AsyncExitStack) -> None:
@@ -51,7 +51,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             sending = asyncio.ensure_future(self._send(send))
-            leaving = asyncio.ensure_future(gone(receive))
+            leaving = asyncio.ensure_future(wait_for_disconnect(receive))
             try:
                 await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -66,29 +66,29 @@ class EventStream(Response):
                 async for event in events:
                     await send(_chunk(b"data: " + _encode(event) + b"\n\n"))
             except ServeError as error:
-                await send(_chunk(b"data: " + _encode(error_responses.body(error)) + b"\n\n"))
+                await send(_chunk(b"data: " + _encode(error_handlers.body(error)) + b"\n\n"))
             except Exception:
                 fault = EngineFault("the server failed on this request")
-                await send(_chunk(b"data: " + _encode(error_responses.body(fault)) + b"\n\n"))
+                await send(_chunk(b"data: " + _encode(error_handlers.body(fault)) + b"\n\n"))
                 raise
             finally:
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
-async def gone(receive: Receive) -> None:
-    """Returns when the client has closed the connection."""
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientGone then."""
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`; if the client disconnects first, cancels it and raises `ClientDisconnected`."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(gone(request.receive))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientDisconnected
         return working.result()
     finally:
         for task in (working, leaving):

@@ -1,7 +1,7 @@
-"""Uploads: a multipart form, written to the store's staging folder as it comes in.
+"""Adapter uploads: a multipart form streamed to the store's staging folder.
 
-Nothing of an upload is held in memory but what one read brings, and nothing of it outlives its request: the folder is
-removed on success, error and disconnect alike. What the adapter's files say is for the engine to check.
+Memory use is bounded, whatever the size of the upload, and the staging folder is removed on success, error and
+disconnect alike. The content of the adapter's files is checked by the engine.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from lora_serve.names import CONFIG, WEIGHTS
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-BATCH = 1 << 20  # bytes that are handed to the disk's thread at once
-FORM_SLACK = 1 << 20  # of boundaries, headers and fields beside the files' bytes
+BATCH = 1 << 20  # bytes passed to the parser's thread at once
+FORM_SLACK = 1 << 20  # bytes of boundaries, headers and fields in a form
 LONGEST_FIELD = 4096
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A received form: the field `name`, if it was there, and a fresh folder with the adapter's files."""
+class ReceivedUpload:
+    """A received form: the `name` field, if sent, and a new folder with the adapter's files."""
 
     name: str | None
     folder: Path
 
 
 @asynccontextmanager
-async def staged(staging: Path) -> AsyncIterator[Path]:
-    """A fresh folder in `staging`, gone with everything in it when the context ends.
+async def staging_folder(staging: Path) -> AsyncIterator[Path]:
+    """A new folder in `staging`, removed with its content when the context ends.
 
-    Inside, a full disk is `StorageFull`.
+    Inside the context, a full disk raises `StorageFull`.
     """
     root = staging / f"upload-{uuid.uuid4().hex}"
     with disk_errors():
@@ -52,13 +52,13 @@ async def staged(staging: Path) -> AsyncIterator[Path]:
             await asyncio.to_thread(root.mkdir, parents=True)
             yield root
         finally:
-            # Shielded, so that a request that is cancelled leaves nothing behind either.
+            # Shielded: a cancelled request removes its folder too.
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, root, True))
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Within, errors of the disk that the caller should know of are told in our words."""
+    """Raise `StorageFull` for an `OSError` of a full disk."""
     try:
         yield
     except OSError as error:
@@ -68,8 +68,8 @@ def disk_errors() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def received(request: Request, staging: Path, most: int) -> AsyncIterator[Upload]:
-    """Receive the form of `request`; the folder lasts as long as the context.
+async def receive_upload(request: Request, staging: Path, most: int) -> AsyncIterator[ReceivedUpload]:
+    """Receive the multipart form of `request`; the folder exists as long as the context.
 
     Args:
         most: bytes of the adapter's files together, unpacked.
@@ -80,7 +80,7 @@ async def received(request: Request, staging: Path, most: int) -> AsyncIterator[
     announced = request.headers.get("Content-Length", "")
     if announced.isdigit() and int(announced) > most + FORM_SLACK:
         raise TooLarge(f"the upload is larger than {most:,} bytes")
-    async with staged(staging) as root:
+    async with staging_folder(staging) as root:
         form = _Form(root, most)
         parser = MultipartParser(boundary, form.callbacks())
         try:
@@ -90,7 +90,7 @@ async def received(request: Request, staging: Path, most: int) -> AsyncIterator[
             finally:
                 form.close()
         except ClientDisconnect:
-            raise BadRequest("the upload ended before its time") from None
+            raise BadRequest("the upload was cut off") from None
         except FormParserError as error:
             raise BadRequest("the multipart form cannot be read") from error
         yield await asyncio.to_thread(form.finish, most)
@@ -100,7 +100,7 @@ def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("Content-Type"))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise BadRequest("an adapter is uploaded as multipart/form-data")
+        raise BadRequest("an adapter must be uploaded as multipart/form-data")
     return boundary
 
 
@@ -115,7 +115,7 @@ async def _batches(request: Request) -> AsyncIterator[bytes]:
 
 
 class _Form:
-    """Takes a form's parts as the parser finds them. Works in a thread, one call at a time."""
+    """Callbacks of the multipart parser: writes the form's parts to disk. Runs in a thread, one call at a time."""
 
     def __init__(self, root: Path, most: int) -> None:
         self._archive = root / "archive"
@@ -125,7 +125,7 @@ class _Form:
         self._received = 0
         self._ended = False
         self._name: bytes | None = None
-        self._files: set[str] = set()  # all that were sent, also those that are not stored
+        self._files: set[str] = set()  # sent so far, including those that are left out
         self._open: IO[bytes] | None = None
         self._header = [bytearray(), bytearray()]
         self._disposition = b""
@@ -154,8 +154,8 @@ class _Form:
             self._open.close()
             self._open = None
 
-    def finish(self, most: int) -> Upload:
-        """The form, once all of it came. Raises `BadRequest` that names what is missing."""
+    def finish(self, most: int) -> ReceivedUpload:
+        """The upload, once the form is complete. Raises `BadRequest` that names what is missing."""
         if not self._ended:
             raise BadRequest("the multipart form is cut off")
         if self._archive.exists():
@@ -168,7 +168,7 @@ class _Form:
         for name in (CONFIG, WEIGHTS):
             if not (self._folder / name).exists():
                 raise BadRequest(f"{name} is missing", param="files")
-        return Upload(None if self._name is None else self._name.decode(errors="replace"), self._folder)
+        return ReceivedUpload(None if self._name is None else self._name.decode(errors="replace"), self._folder)
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class _Form:
         if len(self._files) >= archive.MOST_MEMBERS:
             raise BadRequest(f"more than {archive.MOST_MEMBERS} files", param="files")
         self._files.add(name)
-        if archive.kept(name):
+        if archive.is_adapter_file(name):
             self._open = (self._folder / name).open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:

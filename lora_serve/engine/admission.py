@@ -8,9 +8,7 @@ from lora_serve.adapters.registry import Lease
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.errors import BadRequest, ContextExceeded
 from lora_serve.messages import EngineInfo
-from lora_serve.request import Request
-
-MOST_ADAPTERS = 8  # in one request
+from lora_serve.request import MOST_ADAPTERS, Request
 
 
 def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:

@@ -98,12 +98,6 @@ class EngineClient:
         """How often another engine took over from a lost one."""
         return self._supervisor.restarts
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the running engine."""
-        child = self._supervisor.child
-        return None if child is None else child.pid
-
     # --- work ----------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:

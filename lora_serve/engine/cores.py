@@ -1,46 +1,53 @@
-"""How many compute threads this machine gives the engine: physical cores that this process may use.
+"""Number of CPU compute threads: the physical cores that this process may use.
 
-Two threads on one physical core slow dense maths down, and a container's quota is invisible to the libraries that
-would otherwise choose; so it is counted here, once.
+Two threads on one physical core slow dense maths down. psutil counts the physical cores of the whole machine; those
+within a CPU affinity (taskset, cpuset) and the CPU quota of a container are counted here.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+import psutil
 
 SYSTEM = Path("/sys")
 
 
 def physical_cores(system: Path = SYSTEM, allowed: set[int] | None = None) -> int:
-    """Distinct physical cores among the allowed processors, no more than the container's quota; at least 1.
+    """Physical cores among the allowed CPUs, no more than the CPU quota of the cgroup; at least 1.
 
     Args:
-        system: where the kernel's description is mounted; a machine without one counts its processors.
-        allowed: processors that may be used (default: this process's own set).
+        system: where sysfs is mounted.
+        allowed: logical CPUs that may be used (default: this process's CPU affinity).
     """
-    processors = _affinity() if allowed is None else allowed
-    cores = {_core(system, processor) for processor in processors}
+    allowed = _affinity() if allowed is None else allowed
+    if allowed is None:
+        cores: int = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    else:
+        cores = len({_core(system, cpu) for cpu in allowed})
     quota = _quota(system)
-    return max(1, len(cores) if quota is None else min(len(cores), quota))
+    return max(1, cores if quota is None else min(cores, quota))
 
 
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+def _affinity() -> set[int] | None:
+    """The logical CPUs that this process is restricted to; None if it may use them all."""
+    if not hasattr(psutil.Process, "cpu_affinity"):  # macOS has none
+        return None
+    allowed = set(psutil.Process().cpu_affinity())
+    return None if len(allowed) == psutil.cpu_count() else allowed
 
 
-def _core(system: Path, processor: int) -> tuple[str, str]:
-    topology = system / f"devices/system/cpu/cpu{processor}/topology"
+def _core(system: Path, cpu: int) -> tuple[str, str]:
+    """Socket and core of a logical CPU; a core of its own where sysfs does not say."""
+    topology = system / f"devices/system/cpu/cpu{cpu}/topology"
     try:
         return (topology / "physical_package_id").read_text().strip(), (topology / "core_id").read_text().strip()
     except OSError:
-        return "", str(processor)
+        return "", str(cpu)
 
 
 def _quota(system: Path) -> int | None:
-    """Whole processors that the control group may use; None is no limit."""
+    """Whole CPUs of the cgroup's (v2) CPU quota; None is no limit."""
     try:
         limit, period = (system / "fs/cgroup/cpu.max").read_text().split()
         return max(1, int(limit) // int(period))

@@ -11,7 +11,7 @@ from operated import Operated, refusal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from lora_serve import errors as tree
-from lora_serve.api import error_responses
+from lora_serve.api import error_handlers
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ from lora_serve.api import error_responses
     [
         (tree.BadRequest, 400, "invalid_request_error"),
         (tree.ContextExceeded, 400, "invalid_request_error"),
-        (error_responses.Unauthenticated, 401, "authentication_error"),
-        (error_responses.Forbidden, 403, "permission_error"),
+        (error_handlers.Unauthenticated, 401, "authentication_error"),
+        (error_handlers.Forbidden, 403, "permission_error"),
         (tree.AdapterNotFound, 404, "not_found_error"),
         (tree.AdapterExists, 409, "conflict_error"),
         (tree.AdapterBusy, 409, "conflict_error"),
@@ -35,23 +35,23 @@ from lora_serve.api import error_responses
 )
 def test_every_kind_has_a_status_and_a_type(error: type[tree.ServeError], status: int, type: str) -> None:
     raised = error("words", param="field")
-    assert error_responses.status(raised) == status
+    assert error_handlers.status(raised) == status
     shown = {"message": "words", "type": type, "param": "field", "code": error.kind}
-    assert error_responses.body(raised) == {"error": shown}
+    assert error_handlers.body(raised) == {"error": shown}
 
 
 def test_no_kind_of_the_tree_is_left_out() -> None:
     def kinds(cls: type[tree.ServeError]) -> set[str]:
         return {cls.kind}.union(*map(kinds, cls.__subclasses__()))
 
-    assert kinds(tree.ServeError) == error_responses.STATUS.keys()
+    assert kinds(tree.ServeError) == error_handlers.STATUS.keys()
 
 
 def test_overload_and_unavailability_say_when_to_come_back() -> None:
-    assert error_responses.headers(tree.Overloaded("full")) == {"Retry-After": "1"}
-    assert error_responses.headers(tree.Unavailable("later", retry_after=2.1)) == {"Retry-After": "3"}
-    assert error_responses.headers(tree.Unavailable("soon", retry_after=0.01)) == {"Retry-After": "1"}
-    assert error_responses.headers(tree.BadRequest("never")) == {}
+    assert error_handlers.headers(tree.Overloaded("full")) == {"Retry-After": "1"}
+    assert error_handlers.headers(tree.Unavailable("later", retry_after=2.1)) == {"Retry-After": "3"}
+    assert error_handlers.headers(tree.Unavailable("soon", retry_after=0.01)) == {"Retry-After": "1"}
+    assert error_handlers.headers(tree.BadRequest("never")) == {}
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def explained(sent: Any) -> tuple[str, str | None]:
     with pytest.raises(ValidationError) as failed:
         TypeAdapter(Asked).validate_python(sent)
     problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in failed.value.errors()]
-    return error_responses.explain(problems, sent)
+    return error_handlers.describe_validation_error(problems, sent)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def explained(sent: Any) -> tuple[str, str | None]:
         ({"prompt": "x", "seed": 3}, "seed", "seed: must be even"),
         ({"prompt": "x", "adapter": [{"name": "a", "wait": 1}]}, "adapter.0.wait", "unknown parameter: adapter.0.wait"),
         ({"prompt": "x", "adapter": {"weight": 1.0}}, "adapter.name", "missing parameter: adapter.name"),
-        ([], None, error_responses.NEEDS_JSON),
+        ([], None, error_handlers.NEEDS_JSON),
     ],
 )
 def test_a_failed_validation_names_the_field(sent: Any, param: str | None, message: str) -> None:
@@ -113,8 +113,8 @@ def test_alternatives_of_a_union_are_told_together() -> None:
 
 def test_what_was_sent_is_not_repeated_beyond_a_bound() -> None:
     message, param = explained({"prompt": "x", "y" * 10_000: 1})
-    assert param == "y" * error_responses.LONGEST_NAME
-    assert len(message) < 2 * error_responses.LONGEST_NAME
+    assert param == "y" * error_handlers.LONGEST_NAME
+    assert len(message) < 2 * error_handlers.LONGEST_NAME
     message, _ = explained({"prompt": "x", "temperature": "secret words"})
     assert "secret" not in message
     assert "http" not in message
@@ -153,7 +153,7 @@ async def test_a_body_that_is_not_sent_as_json_is_said(server: Operated) -> None
     assert refusal(await server.ask("POST", "/ask", content='{"prompt": "x"}')) == (
         400,
         None,
-        error_responses.NEEDS_JSON,
+        error_handlers.NEEDS_JSON,
     )
 
 

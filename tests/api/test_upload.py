@@ -7,6 +7,7 @@ import gzip
 import io
 import struct
 import tarfile
+import time
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from operated import CONFIG, FILES, WEIGHTS, Operated, packed_zip, refusal, tar
 from starlette.types import Message
 
+from lora_serve.api.archive import unpack
 from lora_serve.errors import AdapterInvalid
 
 MOST = 1 << 20
@@ -277,6 +279,18 @@ def zip_with_a_long_directory() -> bytes:
     return bytes(packed)
 
 
+def zip_that_understates_its_sizes() -> bytes:
+    packed = packed_zip(FILES | {"adapter_model.safetensors": bytes(20 << 20)})
+    return packed.replace(struct.pack("<L", 20 << 20), struct.pack("<L", 1000))
+
+
+def tar_with_a_negative_size() -> bytes:
+    header = bytearray(tar({"adapter_config.json": b"x"}, "w:"))
+    header[124:136] = b"\xff" * 12  # -1 in base 256
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * ord(" ") + sum(header[156:512]))
+    return bytes(header)
+
+
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
@@ -300,6 +314,8 @@ def zip_with_a_long_directory() -> bytes:
         (packed_zip({f"{number}.txt": b"" for number in range(65)}), "more than 64"),
         (zip_with_a_long_directory(), "more than 64"),
         (bomb_in_a_header(), "header that is too long"),
+        (zip_that_understates_its_sizes(), "cannot be read"),
+        (tar_with_a_negative_size(), "cannot be read"),
         (b"", "cannot be read"),
         (b"nothing of the kind", "cannot be read"),
         (b"PK\x03\x04 but no more", "cannot be read"),
@@ -316,6 +332,40 @@ async def test_hostile_archives_are_refused_and_leave_nothing(tmp_path: Path, pa
     assert server.engine.published == []
     assert server.leftovers == []
     assert [path.name for path in tmp_path.rglob("*")] == ["store", "staging"]
+
+
+@pytest.mark.parametrize(
+    ("packed", "name"),
+    [
+        (tar({"../adapter_config.json": b"x"}), "../adapter_config.json"),
+        (packed_zip({"/etc/passwd": b"x"}), "/etc/passwd"),
+        (tar({"poet/link": member(tarfile.SYMTYPE, "poet/link", "/etc/passwd")}), "poet/link"),
+        (tar({"pipe": member(tarfile.FIFOTYPE, "pipe")}), "pipe"),
+        (zip_with_a_link(), "adapter_config.json"),
+        (tar({"a/b/adapter_config.json": b"x"}), "a/b/adapter_config.json"),
+        (tar({"a/README.md": b"x", "b/README.md": b"x"}), "b/README.md"),
+    ],
+)
+async def test_a_refusal_names_the_member_and_no_path_of_the_server(
+    server: Operated, tmp_path: Path, packed: bytes, name: str
+) -> None:
+    message = refusal(await server.send(archive(packed)))[2]
+    assert name in message
+    assert str(tmp_path) not in message
+
+
+def test_extracted_files_get_the_servers_permissions_and_times(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name, content in FILES.items():
+            odd = member(tarfile.REGTYPE, name)
+            odd.size, odd.mode, odd.mtime = len(content), 0o7777, 1 << 70
+            file.addfile(odd, io.BytesIO(content))
+    (tmp_path / "new").touch()
+    unpack(tmp_path / "a.tar", tmp_path, MOST)
+    for name, content in FILES.items():
+        assert (tmp_path / name).read_bytes() == content
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "new").stat().st_mode
+        assert abs((tmp_path / name).stat().st_mtime - time.time()) < 60
 
 
 async def test_a_member_that_is_skipped_is_read_no_further_than_the_cap(server: Operated) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_engine import Act
 
@@ -39,6 +40,12 @@ async def engine(model: str = "fake", unread_tokens: int = 4096, **options: obje
         yield client
     finally:
         await client.stop()
+
+
+def engine_pid(parent: int | None = None) -> int:
+    """Process id of the fake engine that a process (default: this one) has started."""
+    (pid,) = (child.pid for child in psutil.Process(parent).children() if COMMAND[1] in child.cmdline())
+    return pid
 
 
 async def read(stream: AsyncGenerator[Event, None]) -> list[Event]:
@@ -203,8 +210,7 @@ async def test_a_killed_engine_ends_all_it_ran_with_clean_errors_and_is_replaced
         readers = [asyncio.create_task(read(client.generate(request(f"r{n}", tokens=100_000)))) for n in range(20)]
         call = asyncio.create_task(client.call(LoadAdapter("never-answered")))
         await until(lambda: client.stats.running == 20)
-        assert client.pid is not None
-        os.kill(client.pid, signal.SIGKILL)
+        os.kill(engine_pid(), signal.SIGKILL)
         killed = time.monotonic()
         for events in await asyncio.gather(*readers):
             failure = end(events).failure
@@ -247,8 +253,7 @@ async def test_an_engine_whose_step_raises_is_replaced() -> None:
 
 async def test_a_restart_that_is_refused_is_tried_again(tmp_path: Path) -> None:
     async with engine("second-start-fails", store=tmp_path) as client:
-        assert client.pid is not None
-        os.kill(client.pid, signal.SIGKILL)
+        os.kill(engine_pid(), signal.SIGKILL)
         await until(lambda: client.restarts == 1)
         assert client.ready
         assert len(list(tmp_path.iterdir())) == 3
@@ -259,7 +264,8 @@ async def test_the_engine_does_not_outlive_a_killed_parent() -> None:
         sys.executable, "-c", PARENT, *COMMAND, stdout=asyncio.subprocess.PIPE
     )
     assert parent.stdout is not None
-    child = int(await parent.stdout.readline())
+    await parent.stdout.readline()  # its engine is ready
+    child = engine_pid(parent.pid)
     parent.kill()
     await parent.communicate()
     await until(lambda: gone(child), 3.0)
@@ -273,7 +279,7 @@ from lora_serve.engine.client import EngineClient
 async def main():
     client = EngineClient(ServeConfig(model="fake"), command=sys.argv[1:])
     await client.start()
-    print(client.pid, flush=True)
+    print("ready", flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -302,7 +308,7 @@ async def test_the_drain_has_a_deadline_and_stop_ends_the_rest_with_an_error() -
     async with engine() as client:
         reader = asyncio.create_task(read(client.generate(request("long", tokens=100_000))))
         await until(lambda: client.stats.running == 1)
-        pid = client.pid
+        pid = engine_pid()
         began = time.monotonic()
         await client.drain(0.2)
         assert time.monotonic() - began < 1.0
@@ -311,14 +317,12 @@ async def test_the_drain_has_a_deadline_and_stop_ends_the_rest_with_an_error() -
         failure = end(await reader).failure
         assert failure is not None
         assert isinstance(failure.error(), Unavailable)
-        assert pid is not None
         assert gone(pid)
 
 
 async def test_stop_during_a_restart_leaves_nothing_running(tmp_path: Path) -> None:
     async with engine("second-start-fails", store=tmp_path) as client:
-        assert client.pid is not None
-        os.kill(client.pid, signal.SIGKILL)
+        os.kill(engine_pid(), signal.SIGKILL)
         await until(lambda: not client.alive)
         await asyncio.wait_for(client.stop(), 3)
         assert not client.alive

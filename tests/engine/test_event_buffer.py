@@ -1,13 +1,9 @@
-"""The bounded buffer and the watchdog's arithmetic: no process, no clock."""
+"""The bounded buffer between the engine and one reader: no process, no clock."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
-import pytest
-
-from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.event_buffer import EventBuffer
 from lora_serve.request import Admitted, Finished, Logprob, Tokens
 
@@ -53,24 +49,3 @@ async def test_reading_makes_room_again_and_one_large_event_always_fits() -> Non
     assert not stream.put(Tokens("r", [6]))
     await stream.get()
     assert stream.put(Tokens("r", [6]))
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [(None, 2), ("max 100000", 2), ("150000 100000", 1), ("400000 100000", 2), ("50000 100000", 1)]
-)
-def test_hyperthreads_of_one_core_count_once_and_a_containers_quota_caps(
-    tmp_path: Path, quota: str | None, cores: int
-) -> None:
-    for processor in range(4):
-        topology = tmp_path / f"devices/system/cpu/cpu{processor}/topology"
-        topology.mkdir(parents=True)
-        (topology / "physical_package_id").write_text("0\n")
-        (topology / "core_id").write_text(f"{processor // 2}\n")
-    if quota:
-        (tmp_path / "fs/cgroup").mkdir(parents=True)
-        (tmp_path / "fs/cgroup/cpu.max").write_text(quota + "\n")
-    assert physical_cores(tmp_path, {0, 1, 2, 3}) == cores
-
-
-def test_a_system_that_says_nothing_counts_its_processors(tmp_path: Path) -> None:
-    assert physical_cores(tmp_path, {0, 1, 2}) == 3

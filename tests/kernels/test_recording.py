@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES
+from kernel_cases import DTYPES, pack_one
 from torch import Tensor
 
 from lora_serve.kernels.cpu.backend import NativeKernels
@@ -35,6 +36,32 @@ def test_a_pass_is_made_again_with_other_numbers(native: NativeKernels) -> None:
             recording.replay()
             assert torch.equal(result, passed(native, x, weight))
     assert recording.unsupported is None
+
+
+def test_only_the_calls_of_the_recording_thread_are_recorded(native: NativeKernels) -> None:
+    x, weight, matrix = torch.randn(3, 8), torch.randn(8), torch.randn(40, 24)
+    packed, ids = pack_one(native, matrix), torch.arange(3)
+    theirs: list[Tensor] = []
+
+    def load() -> None:
+        """What loading an adapter calls, beside what a step does."""
+        repacked, unpacked, found = pack_one(native, matrix), native.unpack(packed), native.lookup(packed, ids)
+        theirs.extend([unpacked, repacked.data, found, native.rms_norm(x, weight, 1e-6, plus_one=False)])
+
+    def run() -> Tensor:
+        other.submit(load).result(timeout=10)
+        return native.rms_norm(x, weight, 1e-6, plus_one=False)
+
+    with ThreadPoolExecutor(1) as other, torch.inference_mode():
+        recording = native.new_recording(check_values=False)
+        result = recording.record(run)
+    for each in theirs:
+        each.fill_(1)
+    x.copy_(torch.randn(3, 8))
+    with torch.inference_mode():
+        recording.replay()
+    assert torch.equal(result, native.rms_norm(x, weight, 1e-6, plus_one=False))
+    assert all(bool((each == 1).all()) for each in theirs)
 
 
 def test_recordings_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:

@@ -182,10 +182,10 @@ def check_weights(module: nn.Module, *, exact: bool) -> None:
         exact: it does not round rows, to whole numbers of which one is no multiple, say.
     """
     assert isinstance(module, ExternalLinear)
-    assert module.rows.shape == (module.base.out_features, module.base.in_features)
+    assert module.full_weight.shape == (module.base.out_features, module.base.in_features)
     with torch.inference_mode():
         pushed = module(torch.eye(module.base.in_features)).T
-    torch.testing.assert_close(module.rows.float(), pushed, atol=1e-5, rtol=1e-5 if exact else 5e-3)
+    torch.testing.assert_close(module.full_weight.float(), pushed, atol=1e-5, rtol=1e-5 if exact else 5e-3)
 
 
 def test_heads_and_some_of_a_shared_inputs_maps_may_be_quantised(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_fp8_modules_tell_their_weights(block: tuple[int, int] | None) -> None:
             wanted[o, i] *= module.weight_scale_inv[(o // block[0], i // block[1]) if block else ()].item()
     assert external_quantization.is_externally_quantized(module)
     assert parameter_shapes(module) == {"weight": (80, 96)}
-    torch.testing.assert_close(ExternalLinear(module).rows, wanted)
+    torch.testing.assert_close(ExternalLinear(module).full_weight, wanted)
 
 
 def configure(folder: Path, **quantization: Any) -> None:

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`, through the base's own chat template."""
+"""`POST /v1/chat/completions`, using the base model's chat template."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from fastapi import APIRouter, Request, Response
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.openai.generate import (
     Choice,
-    Part,
-    Running,
-    answered_by,
-    copies,
-    merged,
+    ChoiceOutput,
+    RunningChoice,
+    add_usage,
+    make_choices,
+    merge_outputs,
+    model_fields,
     respond,
     usage,
-    with_usage,
 )
-from lora_serve.api.openai.logprob_format import TokenTexts, for_chat
-from lora_serve.api.openai.request_parsing import adapters, check_copies, encode_chat, engine_info, sampling
+from lora_serve.api.openai.preprocess import check_n, encode_chat, engine_info, resolve_adapters, sampling_params
+from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
 from lora_serve.api.openai.schemas import ChatCompletion
-from lora_serve.api.services import Injected, Services
+from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 
 router = APIRouter(tags=["openai"])
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatCompletion, request: Request, services: Injected, caller: Authorized) -> Response:
-    """Answer a conversation; streamed if asked for."""
+async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
+    """Complete a conversation; streamed if requested."""
     return await respond(request, body, services, "chat", await _prepare(body, services, caller))
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call: what is asked for, and how its answer is written down."""
+class ChatCall:
+    """One API call: its choices, and how its response is built."""
 
     body: ChatCompletion
     id: str
@@ -48,66 +48,66 @@ class Call:
     choices: list[Choice]
     texts: TokenTexts
 
-    def answer(self, running: list[Running], parts: list[Part]) -> dict[str, Any]:
-        """The whole response."""
+    def full_response(self, running: list[RunningChoice], outputs: list[ChoiceOutput]) -> dict[str, Any]:
+        """The response body without streaming."""
         shown = [
             {
-                "index": part.index,
-                "message": {"role": "assistant", "content": part.text, "refusal": None},
-                "logprobs": self.logprobs(part),
-                "finish_reason": part.finish_reason,
+                "index": output.index,
+                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "logprobs": self.logprobs(output),
+                "finish_reason": output.finish_reason,
             }
-            for part in parts
+            for output in outputs
         ]
-        total = self.usage(sum(part.generated for part in parts), parts[0].cached)
+        total = self.usage(sum(output.generated for output in outputs), outputs[0].cached)
         return self.frame(running, "chat.completion") | {"choices": shown, "usage": total}
 
-    async def chunks(self, running: list[Running]) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, running: list[RunningChoice]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed response."""
         options = self.body.stream_options
         frame = self.frame(running, "chat.completion.chunk")
         generated = {choice.index: 0 for choice in self.choices}
         cached = 0
 
-        def spent() -> dict[str, Any]:
+        def usage_so_far() -> dict[str, Any]:
             return self.usage(sum(generated.values()), cached)
 
         def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-            return with_usage(frame | {"choices": [choice]}, options, spent)
+            return add_usage(frame | {"choices": [choice]}, options, usage_so_far)
 
         for index in generated:
             delta: dict[str, Any] = {"role": "assistant", "content": ""}
             yield chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-        async for part in merged(running):
-            generated[part.index] = part.generated
-            cached = max(cached, part.cached)
-            if not (part.text or part.logprobs or part.finish_reason):
+        async for output in merge_outputs(running):
+            generated[output.index] = output.generated
+            cached = max(cached, output.cached)
+            if not (output.text or output.logprobs or output.finish_reason):
                 continue
-            delta = {"content": part.text} if part.text else {}
+            delta = {"content": output.text} if output.text else {}
             yield chunk(
                 {
-                    "index": part.index,
+                    "index": output.index,
                     "delta": delta,
-                    "logprobs": self.logprobs(part),
-                    "finish_reason": part.finish_reason,
+                    "logprobs": self.logprobs(output),
+                    "finish_reason": output.finish_reason,
                 }
             )
         if options is not None and options.include_usage:
-            yield frame | {"choices": [], "usage": spent()}
+            yield frame | {"choices": [], "usage": usage_so_far()}
 
-    def frame(self, running: list[Running], kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created} | answered_by(running, self.model)
+    def frame(self, running: list[RunningChoice], kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created} | model_fields(running, self.model)
 
-    def logprobs(self, part: Part) -> dict[str, Any] | None:
-        return for_chat(self.texts, part.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None
+    def logprobs(self, output: ChoiceOutput) -> dict[str, Any] | None:
+        return chat_logprobs(self.texts, output.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None
 
     def usage(self, generated: int, cached: int) -> dict[str, Any]:
         return usage(len(self.choices[0].request.prompt), generated, cached)
 
 
-async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> Call:
-    uses = adapters(body, services, caller)
-    check_copies(body, services)
+async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> ChatCall:
+    uses = resolve_adapters(body, services, caller)
+    check_n(body, services)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens differ", param="max_tokens")
     arguments = body.chat_template_kwargs
@@ -119,16 +119,16 @@ async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> 
         arguments=arguments.model_dump(exclude_none=True) if arguments else None,
     )
     if not prompt:
-        raise BadRequest("the messages come to no tokens", param="messages")
-    params = sampling(
+        raise BadRequest("the messages have no tokens", param="messages")
+    params = sampling_params(
         body,
         services,
         prompt_tokens=len(prompt),
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        otherwise=None,
+        default_max_tokens=None,
         field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     id_ = f"chatcmpl-{uuid.uuid4().hex}"
-    choices = copies(body, id_, 0, prompt, params, uses, caller.name)
-    return Call(body, id_, int(time.time()), engine_info(services).model, choices, TokenTexts(services.tokenizer))
+    choices = make_choices(body, id_, 0, prompt, params, uses, caller.name)
+    return ChatCall(body, id_, int(time.time()), engine_info(services).model, choices, TokenTexts(services.tokenizer))

@@ -1,8 +1,8 @@
-"""From requests to text: several choices at once, each a stream of parts.
+"""Run the choices of an API call on the engine and detokenize their outputs.
 
-A choice is one `Request` to the engine. Its first event decides whether the whole call is answered at all, so it is
-awaited for every choice before anything is sent. However a call ends, all of its streams are closed, which aborts
-what still runs.
+A choice is one engine `Request`. The first event of every choice is awaited before anything is sent, because a refusal
+of any of them is the response to the whole call. However a call ends, all of its streams are closed, which aborts what
+is still running.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastapi import Response
 
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.services import Services
-from lora_serve.api.sse import JSON, EventStream, while_connected
+from lora_serve.api.sse import FastJSONResponse, SSEResponse, cancel_on_disconnect
 from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import EngineFault, ServeError
 from lora_serve.metrics import Timer
@@ -28,7 +28,7 @@ from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, R
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer that is asked for."""
+    """One of the choices to generate (`n` per prompt)."""
 
     index: int
     request: Request
@@ -37,8 +37,8 @@ class Choice:
 
 
 @dataclass
-class Part:
-    """What became known of a choice: text that can be sent, the tokens behind it, and at last why it ended."""
+class ChoiceOutput:
+    """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason."""
 
     index: int
     text: str = ""
@@ -50,20 +50,20 @@ class Part:
     cached: int = 0
 
 
-class Call(Protocol):
-    """One call to the API: what is asked for, and how its answer is written down."""
+class ApiCall(Protocol):
+    """One API call: its choices, and how its response is built."""
 
     @property
     def choices(self) -> list[Choice]: ...
 
-    def answer(self, running: list[Running], parts: list[Part]) -> dict[str, Any]:
-        """The whole response."""
+    def full_response(self, running: list[RunningChoice], outputs: list[ChoiceOutput]) -> dict[str, Any]:
+        """The response body without streaming."""
 
-    def chunks(self, running: list[Running]) -> AsyncGenerator[dict[str, Any], None]:
+    def chunks(self, running: list[RunningChoice]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed response."""
 
 
-def copies(
+def make_choices(
     body: Generation,
     id_: str,
     first: int,
@@ -72,7 +72,7 @@ def copies(
     uses: tuple[AdapterUse, ...],
     tenant: str,
 ) -> list[Choice]:
-    """The `n` choices of one prompt, numbered from `first`; with a seed, each has one of its own."""
+    """The `n` choices of one prompt, with indices from `first`; if seeded, each has its own seed."""
     choices = []
     for copy in range(body.n or 1):
         own = params if body.seed is None else msgspec.structs.replace(params, seed=body.seed + copy)
@@ -81,17 +81,21 @@ def copies(
     return choices
 
 
-async def respond(http: HttpRequest, body: Generation, services: Services, endpoint: str, call: Call) -> Response:
-    """Run a call and answer it, streamed if asked for. Raises what refuses it, and ClientGone."""
+async def respond(http: HttpRequest, body: Generation, services: Services, endpoint: str, call: ApiCall) -> Response:
+    """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
     async with AsyncExitStack() as stack:
-        running = await while_connected(http, stack.enter_async_context(started(services, endpoint, call.choices)))
+        running = await cancel_on_disconnect(
+            http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
+        )
         if not body.stream:
-            return JSON(call.answer(running, await while_connected(http, whole(running))))
-        return EventStream(call.chunks(running), stack.pop_all())
+            return FastJSONResponse(
+                call.full_response(running, await cancel_on_disconnect(http, collect_outputs(running)))
+            )
+        return SSEResponse(call.chunks(running), stack.pop_all())
 
 
-class Running:
-    """A choice that the engine took in."""
+class RunningChoice:
+    """A choice that the engine has admitted."""
 
     def __init__(
         self, choice: Choice, events: AsyncGenerator[Event, None], admitted: Admitted, tokenizer: Any, timer: Timer
@@ -103,29 +107,29 @@ class Running:
         self._text = Detokenizer(tokenizer, choice.request.prompt, choice.stop, include_stop=choice.include_stop)
         self._generated = 0
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """Parts as they come; the last has a finish reason. Raises the ServeError that ends it otherwise."""
+    async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
+        """Yield outputs as they come; the last has a finish reason. Raises the `ServeError` that ends it otherwise."""
         outcome = "abort"
         try:
             async for event in self._events:
-                part = self._part(event)
-                yield part
-                if part.finish_reason is not None:
-                    outcome = part.finish_reason
+                output = self._output(event)
+                yield output
+                if output.finish_reason is not None:
+                    outcome = output.finish_reason
                     return
         except ServeError as error:
             outcome = error.kind
             raise
         finally:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)
-            await self._events.aclose()  # a stop string ends it here: what the engine would still say is not wanted
+            await self._events.aclose()  # if a stop string ended it, this aborts the request in the engine
 
-    def _part(self, event: Event) -> Part:
+    def _output(self, event: Event) -> ChoiceOutput:
         index = self.choice.index
         if isinstance(event, Tokens):
             self._timer.token(len(event.token_ids))
             self._generated += len(event.token_ids)
-            return Part(
+            return ChoiceOutput(
                 index,
                 self._text.feed(event.token_ids),
                 event.token_ids,
@@ -141,16 +145,18 @@ class Running:
             if event.reason not in ("stop", "length"):
                 raise EngineFault("the request was ended by the server")
             if event.stop_token is not None:
-                self._generated += 1  # it was generated, though not sent
-            return Part(index, self._text.flush(), finish_reason=event.reason, generated=self._generated)
+                self._generated += 1  # counts as generated, though it is not sent
+            return ChoiceOutput(index, self._text.flush(), finish_reason=event.reason, generated=self._generated)
         raise EngineFault("the engine admitted a request twice")
 
 
 @asynccontextmanager
-async def started(services: Services, endpoint: str, choices: Sequence[Choice]) -> AsyncIterator[list[Running]]:
-    """All choices taken in by the engine; all closed at the end. Raises the ServeError that refuses any of them."""
+async def start_choices(
+    services: Services, endpoint: str, choices: Sequence[Choice]
+) -> AsyncIterator[list[RunningChoice]]:
+    """Start all choices and wait until each is admitted; closes all at the end. Raises the first refusal."""
     opened: list[tuple[Choice, AsyncGenerator[Event, None], Timer]] = []
-    running: list[Running] = []
+    running: list[RunningChoice] = []
     try:
         for choice in choices:
             opened.append((choice, services.engine.generate(choice.request), services.metrics.begin(endpoint)))
@@ -163,7 +169,7 @@ async def started(services: Services, endpoint: str, choices: Sequence[Choice]) 
             assert isinstance(first, Admitted)
             if first.adapters:
                 timer.admitted(first.adapters[0].name)
-            running.append(Running(choice, events, first, services.tokenizer, timer))
+            running.append(RunningChoice(choice, events, first, services.tokenizer, timer))
         yield running
     except ServeError as error:
         for _, _, timer in opened:
@@ -175,19 +181,19 @@ async def started(services: Services, endpoint: str, choices: Sequence[Choice]) 
             await events.aclose()
 
 
-async def merged(running: Sequence[Running]) -> AsyncGenerator[Part, None]:
-    """Parts of all choices in the order in which they come."""
+async def merge_outputs(running: Sequence[RunningChoice]) -> AsyncGenerator[ChoiceOutput, None]:
+    """Outputs of all choices in order of arrival."""
     if len(running) == 1:
-        async with aclosing(running[0].parts()) as parts:
-            async for part in parts:
-                yield part
+        async with aclosing(running[0].outputs()) as outputs:
+            async for output in outputs:
+                yield output
         return
-    ready: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+    ready: asyncio.Queue[ChoiceOutput | BaseException | None] = asyncio.Queue()
 
-    async def pump(one: Running) -> None:
+    async def pump(one: RunningChoice) -> None:
         try:
-            async for part in one.parts():
-                ready.put_nowait(part)
+            async for output in one.outputs():
+                ready.put_nowait(output)
             ready.put_nowait(None)
         except Exception as error:
             ready.put_nowait(error)
@@ -209,24 +215,24 @@ async def merged(running: Sequence[Running]) -> AsyncGenerator[Part, None]:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def whole(running: Sequence[Running]) -> list[Part]:
-    """Every choice to its end: one part each, in order of index."""
-    results = {one.choice.index: Part(one.choice.index) for one in running}
-    async with aclosing(merged(running)) as parts:
-        async for part in parts:
-            result = results[part.index]
-            result.text += part.text
-            result.tokens += part.tokens
-            result.logprobs += part.logprobs
-            result.prompt_logprobs = part.prompt_logprobs or result.prompt_logprobs
-            result.finish_reason = part.finish_reason
-            result.generated = part.generated
-            result.cached = max(result.cached, part.cached)
+async def collect_outputs(running: Sequence[RunningChoice]) -> list[ChoiceOutput]:
+    """Run every choice to its end and return one output each, sorted by index."""
+    results = {one.choice.index: ChoiceOutput(one.choice.index) for one in running}
+    async with aclosing(merge_outputs(running)) as outputs:
+        async for output in outputs:
+            result = results[output.index]
+            result.text += output.text
+            result.tokens += output.tokens
+            result.logprobs += output.logprobs
+            result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
+            result.finish_reason = output.finish_reason
+            result.generated = output.generated
+            result.cached = max(result.cached, output.cached)
     return [results[index] for index in sorted(results)]
 
 
-def answered_by(running: Sequence[Running], base: str) -> dict[str, Any]:
-    """The response's `model`: what answered; and `adapter`: which version exactly, absent for the base."""
+def model_fields(running: Sequence[RunningChoice], base: str) -> dict[str, Any]:
+    """The response fields `model`, and `adapter` with the exact version; no `adapter` for the base."""
     adapters = running[0].adapters
     if not adapters:
         return {"model": base}
@@ -237,12 +243,12 @@ def answered_by(running: Sequence[Running], base: str) -> dict[str, Any]:
     }
 
 
-def with_usage(
-    chunk: dict[str, Any], options: StreamOptions | None, spent: Callable[[], dict[str, Any]]
+def add_usage(
+    chunk: dict[str, Any], options: StreamOptions | None, usage_so_far: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A chunk of a stream with the usage that `stream_options` wants in it."""
+    """A stream chunk with the usage that `stream_options` asks for."""
     if options is not None and options.continuous_usage_stats:
-        return chunk | {"usage": spent()}
+        return chunk | {"usage": usage_so_far()}
     if options is not None and options.include_usage:
         return chunk | {"usage": None}
     return chunk

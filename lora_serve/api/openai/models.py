@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the base first, then every adapter that the caller may use."""
+"""`GET /v1/models`: the base model, then every adapter that the caller may use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.openai.request_parsing import ModelNotFound, base_names, engine_info
-from lora_serve.api.services import Injected, Services
+from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info
+from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
 
@@ -17,8 +17,8 @@ router = APIRouter(tags=["openai"])
 
 
 @router.get("/v1/models")
-async def models(services: Injected, caller: Authorized) -> dict[str, Any]:
-    """What `model` may be."""
+async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """List the base model and the adapters that this key may use."""
     info = engine_info(services)
     found = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
     shown = [_adapter(info, adapter) for adapter in found if caller.may_use(adapter.name)]
@@ -26,8 +26,8 @@ async def models(services: Injected, caller: Authorized) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-async def model(model: str, services: Injected, caller: Authorized) -> dict[str, Any]:
-    """One of them."""
+async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """Describe the base model or one adapter."""
     info = engine_info(services)
     if model in base_names(services):
         return _base(info)

@@ -1,6 +1,6 @@
-"""Request bodies, strictly: what is not here is refused by name, and nothing is coerced.
+"""Request bodies as strict pydantic models: unknown fields are refused by name, and types are not coerced.
 
-Fields that OpenAI's clients send as a matter of course are accepted at the values at which they mean nothing.
+Fields that OpenAI clients send by default are accepted with the values that have no effect.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lora_serve.request import MOST_ADAPTERS
+
 MOST_STOPS = 4
 LONGEST_STOP = 256  # characters
 MOST_BIASES = 1024
 MOST_LOGPROBS = 20
-MOST_ADAPTERS = 8
 MOST_PROMPTS = 2048
 
 Text = Annotated[str, Field(max_length=4_000_000)]
@@ -42,7 +43,7 @@ class ResponseFormat(Strict):
 
 
 class Generation(Strict):
-    """What completions and chat have in common. None is the default everywhere."""
+    """Common fields of completions and chat completions. None means the default."""
 
     model: Annotated[str, Field(max_length=400)] | None = None
     adapter: (
@@ -109,19 +110,19 @@ class Completion(Generation):
         return value
 
 
-class Part(Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None
+    content: Text | list[TextPart] | None
     name: Annotated[str, Field(max_length=200)] | None = None
 
 
 class TemplateArguments(Strict):
-    """The chat template arguments that callers may set."""
+    """Chat template arguments that callers may set."""
 
     enable_thinking: bool | None = None
     add_vision_id: bool | None = None
@@ -152,7 +153,7 @@ class ChatCompletion(Generation):
 
 
 class Tokenize(Strict):
-    """Body of `POST /tokenize`: a prompt, or messages to be put through the chat template."""
+    """Body of `POST /tokenize`: a prompt, or messages for the chat template."""
 
     model: str | None = None
     prompt: Text | None = None

@@ -1,4 +1,4 @@
-"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer, for clients that count tokens."""
+"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized
-from lora_serve.api.openai.request_parsing import check_tokens, encode, encode_chat, engine_info
+from lora_serve.api.openai.preprocess import check_tokens, encode, encode_chat, engine_info
 from lora_serve.api.openai.schemas import Detokenize, Tokenize
-from lora_serve.api.services import Injected
+from lora_serve.api.services import ServicesDep
 
 router = APIRouter(tags=["tokenizer"])
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
-    """Text or messages → token ids."""
+async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """Token ids of a text or of messages."""
     if body.messages is not None:
         tokens = await encode_chat(
             services, body.messages, add_generation_prompt=body.add_generation_prompt is not False
@@ -28,15 +28,15 @@ async def tokenize(body: Tokenize, services: Injected, caller: Authorized) -> di
 
 
 @router.post("/detokenize")
-async def detokenize(body: Detokenize, services: Injected, caller: Authorized) -> dict[str, Any]:
-    """Token ids → text."""
+async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """Text of token ids."""
     check_tokens(body.tokens, engine_info(services).vocab_size, "tokens")
     return {"prompt": services.tokenizer.decode(body.tokens)}
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(services: Injected, caller: Authorized) -> dict[str, Any]:
-    """What clients need to count and to stop."""
+async def tokenizer_info(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+    """Vocabulary size, special tokens and chat template."""
     tokenizer = services.tokenizer
     return {
         "tokenizer_class": type(tokenizer).__name__,

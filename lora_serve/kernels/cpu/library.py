@@ -1,8 +1,9 @@
-"""The built library, as Python calls it: a function takes one packed call, which a tape may note."""
+"""The built library, as Python calls it: a function takes one packed call, which a recording may note."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ from lora_serve.kernels.cpu.recording import CallRecording
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class _ThreadRecording(threading.local):
+    """The recording that each thread records its calls on: a thread that loads an adapter meanwhile is not recorded."""
+
+    recording: CallRecording | None = None
+
+
 class Library:
-    """Functions of a shared library that `build.library` built."""
+    """Functions of a shared library that `build.library` built; any thread may call them."""
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
-        self._recording: CallRecording | None = None
+        self._thread = _ThreadRecording()
 
     def call(self, name: str) -> Callable[[bytes], int]:
-        """The function of one packed call, whose bytes live until it returns (or as long as a tape that notes it)."""
+        """The function of one packed call, whose bytes live until it returns (or as long as a recording that notes it)."""
         function = self._loaded[name]
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64
@@ -30,8 +37,9 @@ class Library:
         assert address is not None
 
         def call(packed: bytes) -> int:
-            if self._recording is not None:
-                self._recording.call(address, packed)
+            recording = self._thread.recording
+            if recording is not None:
+                recording.call(address, packed)
             done: int = function(packed)
             return done
 
@@ -52,8 +60,8 @@ class Library:
         return replay
 
     def listen(self, recording: CallRecording | None) -> None:
-        """Tell the tape of every call from now on; None: nobody."""
-        self._recording = recording
+        """Tell the recording of every call that this thread makes from now on; None: nobody."""
+        self._thread.recording = recording
 
 
 def type_number(dtype: torch.dtype) -> int:

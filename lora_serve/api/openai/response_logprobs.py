@@ -1,4 +1,4 @@
-"""Log-probabilities in the two shapes that OpenAI's API has for them."""
+"""The two JSON forms of log-probabilities in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenTexts:
-    """What single tokens look like, as text and as bytes."""
+    """Single tokens as text and as bytes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}  # a call shows the same few tokens again and again
+        self._texts: dict[int, str] = {}  # cache: a call repeats the same few tokens
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -32,7 +32,7 @@ class TokenTexts:
         return self._texts[token]
 
     def bytes(self, token: int) -> bytes:
-        """The token's own bytes, also where they are no whole character."""
+        """The token's bytes, which may be part of a character only."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return b""
@@ -43,7 +43,7 @@ class TokenTexts:
         return self.text(token).encode()
 
     def key(self, token: int) -> str:
-        """The token as a key: its text; its bytes where it is no whole character."""
+        """The token as a JSON key: its text, or its bytes if they are not valid UTF-8."""
         text = self.text(token)
         if "\ufffd" not in text:
             return text
@@ -52,23 +52,22 @@ class TokenTexts:
 
 @lru_cache(1)
 def _alphabet() -> dict[str, int]:
-    """The printable characters by which byte-level BPE writes bytes (as in GPT-2's vocabulary)."""
+    """Characters that stand for bytes in byte-level BPE (as in GPT-2's vocabulary)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
 
 
-def for_completion(
+def completion_logprobs(
     texts: TokenTexts, entries: Sequence[Logprob | None], tokens: Sequence[int], top: int, offset: int
 ) -> dict[str, Any]:
     """The `logprobs` object of a completion.
 
     Args:
-        entries: one per token; None where there is none (the first token of a prompt).
-        offset: where the first token stands in the returned text.
+        entries: one per token; None for the first token of a prompt.
+        offset: of the first token in the returned text.
 
-    The token that was chosen always stands in its `top_logprobs`, with the very same number; an alternative whose text
-    is another's gets a key of its own.
+    The chosen token is always included in `top_logprobs`. Alternatives with the same text get distinct keys.
     """
     shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, entry in zip(tokens, entries, strict=True):
@@ -90,7 +89,7 @@ def for_completion(
     return shown
 
 
-def for_chat(texts: TokenTexts, entries: Sequence[Logprob], top: int) -> dict[str, Any]:
+def chat_logprobs(texts: TokenTexts, entries: Sequence[Logprob], top: int) -> dict[str, Any]:
     """The `logprobs` object of a chat choice."""
 
     def entry(token: int, value: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Errors as clients see them: the one place that knows HTTP statuses and OpenAI's error shape.
+"""Exception handlers: every error becomes an HTTP status and OpenAI's error JSON.
 
-Every refusal of this server, whoever raised it, leaves as `{"error": {"message", "type", "param", "code"}}`. Messages
-never repeat what was sent, except the name of a field, cut short. What went wrong inside is logged, not told.
+All errors are sent as `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
+a truncated field name. Internal errors are logged, not shown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from starlette.exceptions import HTTPException
 
 from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
 
-LONGEST_NAME = 100  # characters of a field's name that are repeated to whoever sent it
+LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
-MOST_REASONS = 4  # alternatives of a union that are told
+MOST_REASONS = 4  # alternatives of a union in a message
 
 STATUS = {
     "bad_request": 400,
@@ -51,13 +51,13 @@ TYPES = {
 
 
 class Unauthenticated(ServeError):
-    """No key was sent, or none that is known."""
+    """Missing or unknown API key."""
 
     kind = "invalid_api_key"
 
 
 class Forbidden(ServeError):
-    """The key is known, but not for this."""
+    """The API key does not allow this."""
 
     kind = "forbidden"
 
@@ -68,12 +68,12 @@ def status(error: ServeError) -> int:
 
 
 def body(error: ServeError) -> dict[str, Any]:
-    """The error in OpenAI's shape; also what a data event carries when a stream has already begun."""
+    """The error as OpenAI's JSON object; also sent as an event when a stream has already started."""
     return _shape(status(error), error.message, error.param, error.kind)
 
 
 def headers(error: ServeError) -> dict[str, str]:
-    """What clients obey without reading the body: when to try again, how to present a key."""
+    """Response headers of an error: Retry-After, WWW-Authenticate."""
     if isinstance(error, Unauthenticated):
         return {"WWW-Authenticate": "Bearer"}
     seconds = error.retry_after
@@ -83,23 +83,23 @@ def headers(error: ServeError) -> dict[str, str]:
 
 
 def response(error: ServeError) -> JSONResponse:
-    """The whole answer of a request that failed before its response began."""
+    """The complete HTTP response for an error raised before the response started."""
     return JSONResponse(body(error), status(error), headers(error))
 
 
-def explain(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
-    """Message and field (a dotted path) of a failed validation.
+def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
+    """Error message and field (a dotted path) of a failed validation.
 
-    Of pydantic's problems the first field's are told; where a field may have several forms, those that lie deepest,
-    as they belong to the form that was meant. `sent` is the decoded body: it tells field names, which it has, from
-    names of union members, which pydantic also puts into a location.
+    Only pydantic's problems with the first field are described; of a union's alternatives, the one that got deepest, as
+    it is most likely the one meant. `sent` is the decoded body: its keys tell field names from names of union members,
+    which pydantic also puts into a location.
     """
     if not problems:
         return "the request is not valid", None
     first = problems[0]
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
-    paths = [_path(problem, sent) for problem in problems]
+    paths = [_field_path(problem, sent) for problem in problems]
     related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)
     told = [problem for path, problem in related if path == deepest]
@@ -116,11 +116,11 @@ def explain(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str 
 
 
 def install(app: FastAPI) -> None:
-    """Have every error of `app` leave in this room's shape."""
-    app.add_exception_handler(ServeError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(Exception, _unexpected)
+    """Register the exception handlers on `app`."""
+    app.add_exception_handler(ServeError, _serve_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
 
 
 def _shape(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _shape(status: int, message: str, param: str | None, code: str | None) -> di
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
+def _field_path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
     where, *location = problem["loc"]
     if where != "body":
         return tuple(str(part) for part in location)
@@ -143,19 +143,19 @@ def _path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
     return tuple(path)
 
 
-def _refused(request: Request, error: Exception) -> JSONResponse:
+def _serve_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServeError)
     return response(error)
 
 
-def _invalid(request: Request, error: Exception) -> JSONResponse:
+def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    message, param = explain(error.errors(), error.body)
+    message, param = describe_validation_error(error.errors(), error.body)
     return JSONResponse(_shape(400, message, param, "bad_request"), 400)
 
 
-def _plain(request: Request, error: Exception) -> JSONResponse:
-    """Errors of the web framework: no such route, a method that a route does not have, a body that is not JSON."""
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """Errors of the web framework: unknown route, method not allowed, a body that is not JSON."""
     assert isinstance(error, HTTPException)
     message = {404: "no such route", 405: "this route does not have that method"}.get(
         error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
@@ -164,6 +164,6 @@ def _plain(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(_shape(error.status_code, message, None, code), error.status_code, error.headers)
 
 
-def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    """A bug. The HTTP server logs it with its traceback, as the exception travels on; the client learns nothing."""
+def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    """A bug: the HTTP server logs the traceback; the client gets a plain 500."""
     return response(EngineFault("the server failed on this request"))

@@ -1,4 +1,4 @@
-"""What a body means for the engine: prompts as tokens, sampling parameters, and which adapters."""
+"""From a request body to engine input: prompt tokens, sampling parameters, adapters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo
-from lora_serve.names import unknown
+from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
-LONG = 2000  # characters; a longer text is tokenized beside the event loop
+LONG = 2000  # characters; longer texts are tokenized in a thread
 LARGEST_VOCABULARY = 1 << 31
 
 
@@ -27,43 +27,43 @@ class ModelNotFound(ServeError):
 
 
 def engine_info(services: Services) -> EngineInfo:
-    """What the engine said of its base; Unavailable before it did."""
+    """The engine's description of the base model. Raises `Unavailable` before the first start is complete."""
     if services.engine.info is None:
         raise Unavailable("the engine is starting", retry_after=1)
     return services.engine.info
 
 
-def check_tokens(tokens: Iterable[int], vocabulary: int, field: str) -> None:
-    """BadRequest if a token id of `field` is not in a vocabulary of this size."""
-    if any(token >= vocabulary for token in tokens):
-        raise BadRequest(f"{field} has token ids outside 0..{vocabulary - 1}", param=field)
+def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
+    """Raise `BadRequest` if a token id is outside the vocabulary; `field` is named in the message."""
+    if any(token >= limit for token in tokens):
+        raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
-def vocabulary(body: Generation, services: Services) -> int:
-    """How many tokens a request may know: an adapter may have its own, whose size the engine holds it to."""
+def vocabulary_size(body: Generation, services: Services) -> int:
+    """Upper bound of token ids; none with an adapter, which may have its own vocabulary: the engine checks it."""
     named = body.adapter or (body.model and body.model not in base_names(services))
     return LARGEST_VOCABULARY if named else engine_info(services).vocab_size
 
 
 def base_names(services: Services) -> set[str]:
-    """All that `model` may be to mean the base."""
+    """All values of `model` that mean the base."""
     return {engine_info(services).model, services.config.served_name(), services.config.model}
 
 
-def adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
-    """The adapters that `adapter` and `model` name together; empty is the base.
+def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
+    """The adapters that `adapter` and `model` name together; none for the base.
 
-    Raises AdapterNotFound for one that the caller may not use, in the words used for one that is not there.
+    Raises: `BadRequest`; `AdapterNotFound` for an adapter that the caller may not use, as for one that does not exist.
     """
     given = body.adapter
     if given is None:
         uses: tuple[AdapterUse, ...] = ()
     elif isinstance(given, list):
-        uses = tuple(_use(entry) for entry in given)
+        uses = tuple(_parse_adapter(entry) for entry in given)
     else:
-        uses = (_use(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
+        uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
     if body.model and body.model not in base_names(services):
-        named = _use(WeightedAdapter(name=body.model))
+        named = _parse_adapter(WeightedAdapter(name=body.model))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -72,62 +72,64 @@ def adapters(body: Generation, services: Services, caller: Caller) -> tuple[Adap
         raise BadRequest("an adapter is named twice", param="adapter")
     for use in uses:
         if not caller.may_use(use.name):
-            raise unknown(use.name)
+            raise adapter_not_found(use.name)
     return uses
 
 
-def check_copies(body: Generation, services: Services) -> None:
-    """BadRequest if more answers are asked for than the operator allows."""
+def check_n(body: Generation, services: Services) -> None:
+    """Raise `BadRequest` if `n` is over the configured limit."""
     if (body.n or 1) > services.config.max_n:
         raise BadRequest(f"n is more than {services.config.max_n}", param="n")
 
 
-def _use(given: WeightedAdapter) -> AdapterUse:
+def _parse_adapter(given: WeightedAdapter) -> AdapterUse:
     name, at, version = given.name.partition("@")
     if at and not version:
         raise BadRequest("an adapter's name ends in @ without a version", param="adapter")
     return AdapterUse(name, version or None, given.weight)
 
 
-def sampling(
+def sampling_params(
     body: Generation,
     services: Services,
     *,
     prompt_tokens: int,
     max_tokens: int | None,
-    otherwise: int | None,
+    default_max_tokens: int | None,
     field: str,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> Sampling:
-    """The body's sampling parameters, defaults filled in from the model's own generation config.
+    """The body's sampling parameters, with defaults from the model's generation config.
 
     Args:
-        max_tokens: as asked; more than the context has left is refused.
-        otherwise: how many where none were asked for, as far as the context has them left; None is all of it.
-        field: what a prompt that is too long was sent in.
+        max_tokens: as requested; an error if the remaining context is shorter.
+        default_max_tokens: if none was requested, at most the remaining context; None is the whole remaining context.
+        field: named if the prompt is too long.
+
+    Raises: `BadRequest`, `ContextExceeded`.
     """
     info = engine_info(services)
     defaults = info.generation_defaults
-    room = info.max_model_len - prompt_tokens
+    remaining = info.max_model_len - prompt_tokens
     needed = 1 if max_tokens is None else max_tokens
-    if needed > room:
+    if needed > remaining:
         raise ContextExceeded(
             f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens}, "
             f"and {needed} more are asked for",
             param="max_tokens" if needed > 1 else field,
         )
-    count = max_tokens if max_tokens is not None else room if otherwise is None else min(otherwise, room)
+    default = remaining if default_max_tokens is None else min(default_max_tokens, remaining)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    check_tokens(bias, vocabulary(body, services), "logit_bias")
-    check_tokens(body.stop_token_ids or (), vocabulary(body, services), "stop_token_ids")
+    check_tokens(bias, vocabulary_size(body, services), "logit_bias")
+    check_tokens(body.stop_token_ids or (), vocabulary_size(body, services), "stop_token_ids")
 
     def chosen(field: str, otherwise: float) -> Any:
         value = getattr(body, field)
         return defaults.get(field, otherwise) if value is None else value
 
     return Sampling(
-        max_tokens=count,
+        max_tokens=default if max_tokens is None else max_tokens,
         min_tokens=body.min_tokens or 0,
         temperature=float(chosen("temperature", 1.0)),
         top_k=max(0, int(chosen("top_k", 0))),
@@ -146,7 +148,7 @@ def sampling(
 
 
 async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; an empty one is the tokenizer's first token, where it has one."""
+    """Token ids of a text; an empty text is the BOS token, if the tokenizer has one."""
 
     def work() -> list[int]:
         ids: list[int] = services.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -165,7 +167,7 @@ async def encode_chat(
     continue_final_message: bool = False,
     arguments: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Messages through the base's own chat template. BadRequest where it has none or refuses them."""
+    """Token ids of messages in the base's chat template. Raises `BadRequest` if it has none or rejects them."""
     if not services.tokenizer.chat_template:
         raise BadRequest("the base model has no chat template; use /v1/completions", param="messages")
     turns = []
