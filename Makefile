@@ -30,11 +30,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu-check:  ## on a machine with a GPU: its tests, then bench/gpu.py, into OUT=gpu-check; needs no network
-	$(PYTHON) bench/gpu_check.py --out $(OUT)
+gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
+	$(PYTHON) bench/gpu/check.py --out $(OUT)
 
-gpu-wheels:  ## where there is a network: wheels that gpu-check may need, for GPU_PYTHON=3.12
-	$(PYTHON) bench/gpu_wheels.py --python $(GPU_PYTHON)
+gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for GPU_PYTHON=3.12
+	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)
 
 clean:
 	rm -rf $(VENV) .venv-gpu wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""On what a figure was measured: it means nothing without that."""
+"""Processor, memory, package versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("lora-serve", "torch", "transformers", "safetensors", "aiohttp")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, versions and commit, ready for JSON."""
+    """All of it for `report.json_line`."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
@@ -41,10 +41,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The repository's commit, with a plus sign if files differ from it."""
+    """The repository's commit, with a plus sign if there are uncommitted changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+        return (
+            subprocess.run(
+                command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ).stdout.strip()
+            or "unknown"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

@@ -1,10 +1,11 @@
-"""Reference shapes with random weights, and PEFT adapters for them, as the folders that any server reads.
+"""Write a model with random weights and PEFT LoRA adapters for it, in Hugging Face's and PEFT's file formats.
 
-    python bench/make_model.py --shape qwen2.5-0.5b --adapters 32 --rank 16
+    python -m bench.make_model --shape qwen2.5-0.5b --adapters 32 --rank 16
 
-writes `.bench/qwen2.5-0.5b/model` and `.bench/qwen2.5-0.5b/adapters/a0000 …`. Speed does not depend on what the weights
-say, only on their sizes; so no weights are downloaded. Everything follows from the seed. What is there already, made
-from the same arguments, is kept.
+writes `.bench/qwen2.5-0.5b/model` and `.bench/qwen2.5-0.5b/adapters/a0000 …`. Speed depends on the sizes of weights,
+not on their values, so nothing is downloaded. Everything follows from the seed; what an earlier run with the same
+arguments wrote is kept. The tokenizer is a byte-level BPE that needs no training: every id decodes to text, every text
+encodes, and English takes a token per three or four letters, about as with real vocabularies.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, product
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor
-
-if __package__ in (None, ""):  # started as a file: the repository's root belongs on the path, not this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from transformers import PreTrainedTokenizerFast
 
 from bench.shapes import SHAPES, Shape
-from bench.vocabulary import make_tokenizer
 
 SHARD = 4 << 30  # bytes
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPACE = "Ġ"  # how byte-level BPE writes a space
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_model(shape: Shape, folder: Path, *, seed: int = 0) -> None:
-    """Write a bf16 safetensors model folder with a tokenizer."""
-    with _complete(folder) as staging:
+    """Write a model folder: bf16 safetensors, config and tokenizer."""
+    with _atomic_folder(folder) as staging:
         generator = _generator(seed)
         shards = list(_shards(shape))
         index: dict[str, str] = {}
@@ -52,11 +59,11 @@ def make_model(shape: Shape, folder: Path, *, seed: int = 0) -> None:
 
 
 def make_adapter(shape: Shape, folder: Path, *, rank: int, seed: int, targets: Sequence[str] | None = None) -> None:
-    """Write a PEFT LoRA folder: random A and B, neither zero, on `targets` (names of modules; None: all linear)."""
+    """Write a PEFT LoRA folder: random non-zero A and B on `targets` (module names; None: all linear modules)."""
     sites = {name: size for name, size in shape.linears().items() if targets is None or _leaf(name) in targets}
     if targets is not None and {_leaf(name) for name in sites} != set(targets):
         raise ValueError(f"targets are among {', '.join(map(_leaf, shape.linears()))}")
-    with _complete(folder) as staging:
+    with _atomic_folder(folder) as staging:
         generator = _generator(seed)
         weights = {}
         for layer in range(shape.layers):
@@ -66,6 +73,37 @@ def make_adapter(shape: Shape, folder: Path, *, rank: int, seed: int, targets: S
                 weights[f"{prefix}.lora_B.weight"] = _normal((outputs, rank), 0.02, generator)
         save_file(weights, staging / "adapter_model.safetensors", {"format": "pt"})
         _write_json(staging / "adapter_config.json", _adapter_config(rank, [_leaf(name) for name in sites]))
+
+
+def make_tokenizer(size: int) -> Any:
+    """A tokenizer with exactly `size` ids: 256 bytes, words, and last the three special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if size < len(alphabet) + len(SPECIAL):
+        raise ValueError(f"a byte-level vocabulary has at least {len(alphabet) + len(SPECIAL)} ids")
+    ids = {byte: index for index, byte in enumerate(alphabet)}
+    merges = []
+    for stem, letter in _words():
+        if len(ids) == size - len(SPECIAL):
+            break
+        merges.append((stem, letter))
+        ids[stem + letter] = len(ids)
+    tokenizer = Tokenizer(BPE(vocab=ids, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _words() -> Iterator[tuple[str, str]]:
+    """Merges in the order of their ids: (existing token, letter to append), with and without a space in front."""
+    for length in range(1, 5):
+        spaced = ((SPACE + "".join(stem), letter) for *stem, letter in product(ascii_lowercase, repeat=length))
+        bare = (("".join(stem), letter) for *stem, letter in product(ascii_lowercase, repeat=length) if stem)
+        yield from chain(spaced, bare)
 
 
 def _leaf(name: str) -> str:
@@ -94,7 +132,7 @@ def _adapter_config(rank: int, targets: list[str]) -> dict[str, Any]:
 
 
 def _shards(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
-    """All tensors, in parts of about `SHARD` bytes."""
+    """All weights, split into files of about `SHARD` bytes."""
     part: dict[str, tuple[int, ...]] = {}
     size = 0
     layers = (tensor for layer in range(shape.layers) for tensor in shape.tensors(layer))
@@ -126,8 +164,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its own name only when everything is in it; replaces what was there."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder that replaces `folder` once it is completely written."""
     staging = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -139,22 +177,22 @@ def _complete(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _kept(recipe: Path, folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether `folder` is there, made as `recipe` says; if it was made otherwise it is removed."""
-    if folder.is_dir() and recipe.is_file() and json.loads(recipe.read_text()) == made_from:
+def _up_to_date(record: Path, folder: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `folder` exists and was written with these arguments; otherwise it is removed and they are recorded."""
+    if folder.is_dir() and record.is_file() and json.loads(record.read_text()) == arguments:
         return True
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(recipe, made_from)
+    _write_json(record, arguments)
     return False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--adapters", type=int, default=0, help="how many")
-    parser.add_argument("--rank", default="16", help="rank, or a mix that is dealt out in turn: 8,16,64,128")
-    parser.add_argument("--targets", help="modules to adapt, comma separated (default: all linear ones)")
+    parser.add_argument("--adapters", type=int, default=0, help="number of adapters")
+    parser.add_argument("--rank", default="16", help="rank, or ranks that the adapters cycle through: 8,16,64,128")
+    parser.add_argument("--targets", help="module names, comma-separated (default: all linear modules)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: .bench/SHAPE")
     args = parser.parse_args(arguments)
@@ -162,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = args.out or Path(".bench") / args.shape
     ranks = [int(rank) for rank in args.rank.split(",")]
     targets = args.targets.split(",") if args.targets else None
-    if not _kept(out / "model.json", out / "model", {"shape": args.shape, "seed": args.seed}):
+    if not _up_to_date(out / "model.json", out / "model", {"shape": args.shape, "seed": args.seed}):
         make_model(shape, out / "model", seed=args.seed)
-    _kept(
+    _up_to_date(
         out / "adapters.json",
         out / "adapters",
         {"shape": args.shape, "ranks": ranks, "targets": targets, "seed": args.seed},

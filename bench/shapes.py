@@ -1,7 +1,4 @@
-"""The reference shapes: sizes of known models, without their weights.
-
-All that the benches must know of a model's arithmetic is here: tensors, linear modules, bytes and operations of a step.
-"""
+"""Sizes of well-known models: config, linear modules and weight tensors, without weights."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of the Llama kind. Sizes in elements; `model_type` is HF's name for its code."""
+    """A Llama-style decoder. Sizes in elements; `model_type` as in Hugging Face's config."""
 
     model_type: str
     layers: int
@@ -31,7 +28,7 @@ class Shape:
         return self.hidden // self.heads
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear modules of one layer, by path in the layer: (in, out)."""
+        """(in, out) features of the linear modules of one layer, by name in the layer."""
         kv = self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (self.hidden, self.hidden),
@@ -44,7 +41,7 @@ class Shape:
         }
 
     def tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of a layer's weights, as HF saves them."""
+        """Names and shapes of a layer's weights, as Hugging Face saves them."""
         prefix = f"model.layers.{layer}"
         for name, (inputs, outputs) in self.linears().items():
             yield f"{prefix}.{name}.weight", (outputs, inputs)
@@ -61,7 +58,7 @@ class Shape:
             yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def config(self, eos: int) -> dict[str, Any]:
-        """HF's config.json."""
+        """Hugging Face's config.json."""
         return {
             "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
             "model_type": self.model_type,

@@ -1,4 +1,4 @@
-"""The folders that the benches make are what transformers and PEFT read."""
+"""The generated models and adapters are what transformers and PEFT load and save."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The GPU benchmark and `make gpu-check`, which also runs the GPU tests."""

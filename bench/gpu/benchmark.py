@@ -1,0 +1,275 @@
+"""GPU benchmark: decode steps beside their roofline, adapter overhead, prefill, stalls by adapter loads, start-up.
+
+    python -m bench.gpu.benchmark --shape llama-3.1-8b --json gpu.json
+
+needs a GPU (exit status 3 without one), no network and no model: weights are random. First forward passes are timed as
+the engine's runner calls them, without sampling; then an engine serves the same shape. A part that fails or that there
+is no time for is reported and left out. Prints tables, goals and, last, one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import engine
+from bench.gpu.figures import (
+    GOAL_ROWS,
+    ITEM,
+    Limits,
+    Stall,
+    Step,
+    adapter_bytes,
+    goals,
+    kv_bytes,
+    seconds,
+    step_bytes,
+    step_table,
+    weights_read,
+)
+from bench.gpu.forward_pass import (
+    RandomBase,
+    decode_batch,
+    measure_limits,
+    prefill_batch,
+    random_adapter,
+    synchronize,
+    time_in_turns,
+    used_memory,
+    write_config,
+)
+from bench.machine import describe
+from bench.report import goal_records, goal_table, json_line, number, table
+from bench.shapes import SHAPES, Shape
+
+NO_GPU = 3
+RANK = 16
+MIXED = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a run. `budget` is about the seconds for one repeat of one step."""
+
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    context: int = 512
+    prompts: tuple[int, ...] = (512, 2048)
+    longest: int = 8192
+    budget: float = 0.15
+    work: engine.EngineLoad = field(default_factory=engine.EngineLoad)
+
+
+QUICK = Sizes(
+    rows=(1, 4),
+    context=32,
+    prompts=(64,),
+    longest=2048,
+    budget=0.01,
+    work=engine.EngineLoad(adapters=3, clients=4, prompt=16, output=8, longest=2048, quiet=0.3, loads=2),
+)
+
+
+@dataclass
+class Results:
+    """The measurements so far."""
+
+    limits: Limits
+    steps: list[Step] = field(default_factory=list)
+    idle: float = float("nan")
+    prompts: dict[str, float] = field(default_factory=dict)
+    startup: dict[str, float] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def stall(self) -> Stall | None:
+        return self.engine.get("stall")
+
+
+def needed_memory(shape: Shape, rows: int, context: int) -> int:
+    """Bytes of the base and of `rows` sequences with an adapter each, plus a tenth and 2 GB for temporary tensors."""
+    return round(
+        1.1 * (ITEM * weights_read(shape) + kv_bytes(shape, rows * (context + 16)) + rows * adapter_bytes(shape, RANK))
+        + 2e9
+    )
+
+
+def largest_fitting(names: Iterable[str], wanted: str, sizes: Sizes, memory: float) -> tuple[str, tuple[int, ...]]:
+    """The shape to measure and the batch sizes that fit: the wanted shape if 32 rows fit, else the largest one.
+
+    Raises ValueError if none fits.
+    """
+    least = max(rows for rows in sizes.rows if rows <= GOAL_ROWS)
+    order = sorted(names, key=lambda name: weights_read(SHAPES[name]), reverse=True)
+    for name in [wanted, *(name for name in order if weights_read(SHAPES[name]) < weights_read(SHAPES[wanted]))]:
+        rows = tuple(rows for rows in sizes.rows if needed_memory(SHAPES[name], rows, sizes.context) <= memory)
+        if least in rows:
+            return name, rows
+    raise ValueError("no shape fits")
+
+
+def measure_steps(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
+    """Time decode steps by mix and batch size, and prefill; results go into `found` one by one."""
+    most = max(sizes.rows)
+    base = RandomBase(folder, device, rows=most, context=sizes.context, slots=most, longest=sizes.longest)
+    found.startup |= base.startup
+    middle = max(rows for rows in sizes.rows if rows <= GOAL_ROWS)
+
+    def of(slots: Sequence[int]) -> Callable[[], object]:
+        return base.step(decode_batch(slots, sizes.context))
+
+    before = time_in_turns({"none": of([0] * middle)}, device, sizes.budget)["none"]
+    slots = [base.load(random_adapter(base.shape, RANK, f"same {index}", device)) for index in range(most)]
+    slots.sort()
+    for rows in sizes.rows:
+        mixes = {"none": [0] * rows, "one": slots[:1] * rows, "distinct": slots[:rows]}
+        ranks = {"none": 0, "one": 1, "distinct": rows}
+        for mix, each in time_in_turns({mix: of(own) for mix, own in mixes.items()}, device, sizes.budget).items():
+            found.steps.append(Step(mix, rows, each, step_bytes(shape, rows, sizes.context, [RANK] * ranks[mix])))
+    found.idle = before / seconds(found.steps, "none", middle)
+    for tokens in sizes.prompts:
+        calls = {
+            f"{tokens} base": base.step(prefill_batch(tokens, 0)),
+            f"{tokens} one": base.step(prefill_batch(tokens, slots[0])),
+        }
+        found.prompts |= {name: tokens / each for name, each in time_in_turns(calls, device, sizes.budget).items()}
+    base.evict_all()
+    ranks_of = [MIXED[index % len(MIXED)] for index in range(middle)]
+    slots = [base.load(random_adapter(base.shape, rank, f"{i}", device)) for i, rank in enumerate(ranks_of)]
+    mixed = time_in_turns({"mixed": of(sorted(slots))}, device, sizes.budget)["mixed"]
+    found.steps.append(Step("ranks 8…128", middle, mixed, step_bytes(shape, middle, sizes.context, ranks_of)))
+
+
+def measure_engine(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
+    """Measure start-up, decode steps and load stalls of an engine."""
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = engine.make_adapters(shape, Path(scratch, "adapters"), sizes.work.adapters)
+        engine.measure(shape, device, sizes.work, folder, adapters, Path(scratch, "store"), found.engine)
+
+
+def measure(shape: Shape, device: torch.device, sizes: Sizes, deadline: float) -> Results:
+    """Run both parts; one that fails, or that would start after the deadline, is recorded as a failure."""
+    found = Results(measure_limits(device))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_config(shape, Path(scratch, "model"))
+        for part in (measure_steps, measure_engine):
+            _log(f"{part.__name__} starts")
+            if time.monotonic() > deadline:
+                found.failures.append(f"{part.__name__}: no time was left")
+                continue
+            try:
+                part(shape, folder, device, sizes, found)
+            except Exception as error:  # earlier results are kept
+                traceback.print_exc()
+                found.failures.append(f"{part.__name__}: {type(error).__name__}: {error}")
+            used_memory(device)  # also frees what the part held
+    return found
+
+
+def report(found: Results) -> str:
+    """Tables and goals as text."""
+    best = found.limits
+    lines = [
+        f"memory read {best.read / 1e9:,.0f} GB/s, copy {best.copy / 1e9:,.0f} GB/s, host-to-device "
+        f"{best.host_to_device / 1e9:,.1f} GB/s from pinned memory, bf16 {best.flops / 1e12:,.1f} TFLOP/s",
+        step_table(found.steps, best),
+    ]
+    if found.prompts:
+        rows = [[name, number(value, 0)] for name, value in found.prompts.items()]
+        lines.append(table(["prefill", "tok/s"], rows))
+    if "decode" in found.engine:
+        rows = [
+            [mix, number(1e3 * each["step"], 2), number(each["tokens per second"], 0)]
+            for mix, each in found.engine["decode"].items()
+        ]
+        lines.append(table(["engine", "decode step ms", "tok/s with prefill"], rows))
+    startup = found.startup | {f"start: {stage}": each for stage, each in found.engine.get("startup", {}).items()}
+    rows = [[name, number(each, 2) if each < 1e5 else f"{each / 1e9:,.2f} GB"] for name, each in startup.items()]
+    lines.append(table(["start-up", "seconds or bytes"], rows))
+    lines.append(goal_table(goals(found.steps, found.idle, best, found.stall)))
+    return "\n\n".join([*lines, *(f"not measured: {failure}" for failure in found.failures)])
+
+
+def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """All results, for `json_line`."""
+    reached = goals(found.steps, found.idle, found.limits, found.stall)
+    engine = found.engine | (
+        {} if found.stall is None else {"stall": asdict(found.stall) | {"ratio": found.stall.ratio}}
+    )
+    return {
+        "bench": "gpu",
+        "machine": describe() | describe_gpu(device),
+        "shape": name,
+        "sizes": asdict(sizes),
+        "limits": asdict(found.limits),
+        "steps": [asdict(each) | {"ratio": each.ratio(found.limits)} for each in found.steps],
+        "prompts": found.prompts,
+        "startup": found.startup,
+        "engine": engine,
+        "goals": goal_records(reached),
+        "failures": found.failures,
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name, memory and software versions of the GPU."""
+    if device.type != "cuda":
+        return {"gpu": str(device)}
+    import triton
+
+    about = torch.cuda.get_device_properties(device)
+    versions = {"cuda": torch.version.cuda, "triton": triton.__version__}
+    return {
+        "gpu": about.name,
+        "gpu_gb": round(about.total_memory / 1e9, 1),
+        "sms": about.multi_processor_count,
+    } | versions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to this file")
+    parser.add_argument("--seconds", type=float, default=330.0, help="no part starts later than this")
+    parser.add_argument("--quick", action="store_true", help="few and small sizes, to see that it runs")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # for the tests
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            f"bench.gpu.benchmark: torch {torch.__version__} sees no GPU here, so nothing was measured", file=sys.stderr
+        )
+        raise SystemExit(NO_GPU)
+    sizes = QUICK if args.quick else Sizes()
+    memory = 0.9 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
+    name, rows = largest_fitting(SHAPES, args.shape, sizes, memory)
+    if name != args.shape or rows != sizes.rows:
+        _log(f"{memory / 1e9:.0f} GB of free memory fit {name} with up to {rows[-1]} rows: measuring that")
+        sizes = replace(sizes, rows=rows)
+    _log(", ".join(f"{key} {value}" for key, value in (describe() | describe_gpu(device)).items()))
+    found = measure(SHAPES[name], device, sizes, time.monotonic() + args.seconds)
+    synchronize(device)
+    line = json_line(record(found, name, sizes, device))
+    about = f"{name}, bf16, context {sizes.context}, adapters of rank {RANK} on all linear modules"
+    print(about, report(found), line, sep="\n\n")
+    if args.json is not None:
+        args.json.write_text(line + "\n")
+    if found.failures:
+        raise SystemExit(1)
+
+
+def _log(text: str) -> None:
+    print(f"# {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

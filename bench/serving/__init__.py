@@ -1,0 +1,1 @@
+"""The load generator, and throughput, latency and quality of the server and its engine."""
