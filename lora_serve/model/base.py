@@ -14,7 +14,6 @@ from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import DeltaGroup, Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import KVTensors
-from lora_serve.model import self_check
 from lora_serve.model.batch import Batch, VirtualRun
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.experts import AdaptedExperts
@@ -28,6 +27,7 @@ from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
 from lora_serve.model.paged_attention import PagedKV
 from lora_serve.model.recorded_steps import RecordedSteps
+from lora_serve.model.self_check import NOISE, InFloat32, blocks_needed, check, refusing
 from lora_serve.model.shape import base_of
 from lora_serve.model.virtual import embedded
 
@@ -36,8 +36,8 @@ class ResidentBase:
     """Runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; its linear modules are packed and wrapped in place, one after the other.
-            If they are to be quantised as well, that waits for `prove`.
+        loaded: the model as it came from disk; its modules are replaced in place, one after the other. Linear modules
+            compute themselves until they are packed.
         bank: the adapters on the device.
         kernels: the backend for deltas and attention.
         kv: memory for keys and values.
@@ -79,7 +79,8 @@ class ResidentBase:
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
         self._changes = ModuleOverrides(self._model, loaded.shape, device_slots.overrides, head_rows=self._keeps_logits)
         fuse(self._model, loaded.dtype, kernels)
-        self._shape, self._scheme, self._oracle = loaded.shape, loaded.scheme, loaded.oracle
+        self._shape, self._layers = loaded.shape, loaded.layers
+        self._scheme, self._oracle = loaded.scheme, loaded.oracle
         self._groups: dict[tuple[str, ...], DeltaGroup] = {}  # of linear modules
         stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # modules of stacked experts → parameter → by expert
         for names, group in device_slots.groups.items():
@@ -90,7 +91,14 @@ class ResidentBase:
                 self._groups[names] = group
         for module, groups in stacks.items():
             _replace(self._model, module, AdaptedExperts(self._model.get_submodule(module), groups, self._routing))
-        self._wrap_linear(packed=self._scheme is None)
+        self._wrap_linear(packed=False)
+
+    def pack(self) -> None:
+        """Put the linear modules' weights into the form that the kernels read, quantised if that was asked for."""
+        self._wrap_linear(packed=True)
+        for left in self._model.parameters():
+            if left.is_cpu:  # a rest of a file's mapping keeps all of it in memory
+                left.data = left.data.clone()
 
     def _wrap_linear(self, *, packed: bool) -> None:
         """Put an `AdaptedLinear` in the place of every linear module, around its packed weights or around itself."""
@@ -111,9 +119,6 @@ class ResidentBase:
                 tied = type(table) is nn.Embedding and maps[index].weight is table.weight
                 if tied and base.packed.scheme is None:
                     _replace(self._model, self._embedding, PackedEmbedding(base.packed, self._kernels))
-        for left in self._model.parameters() if packed else ():
-            if left.is_cpu:  # a rest of a file's mapping keeps all of it in memory
-                left.data = left.data.clone()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -192,18 +197,22 @@ class ResidentBase:
         generator = torch.Generator().manual_seed(0)
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: see `consult`
     def prove(self) -> None:
-        """Hold the base against the untouched model, then quantise it, if that was asked for; see `self_check`.
+        """Hold the base against the untouched model, pack it, and hold it against that once more; see `self_check`.
 
-        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. A base that is to be quantised is
-        checked in full precision first, so that what quantising costs cannot hide a fault. Raises ModelUnsupported.
+        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. Raises ModelUnsupported.
         """
-        size = self._kv.keys[0].shape[1]
-        self_check.check(self._eagerly, self._oracle, size)
-        if self._scheme is not None:
-            self._wrap_linear(packed=True)
-            self_check.check_quantized(self._eagerly, self._oracle, size)
+        oracle, own = self._oracle, self._kv
+        size = own.keys[0].shape[1]
+        if oracle.formula is not None:
+            self._kv = KVTensors(self._layers, blocks_needed(size), size, torch.float32, self._device)
+            with InFloat32():
+                check(self._eagerly, oracle, size, oracle.formula)
+            self._kv = own
+        with refusing(oracle.kind):
+            self.pack()
+        check(self._eagerly, oracle, size, oracle.rounding if self._scheme is None else NOISE)
 
     def _eagerly(self, batch: Batch) -> Tensor:
         return self._replay.eagerly(batch)
