@@ -145,6 +145,7 @@ class RandomBase:
             tokens = max(rows * (context + BLOCK), longest)
             kv = KVTensors(loaded.layers, -(-tokens // BLOCK), BLOCK, DTYPE, device)
             self._base = ResidentBase(loaded, self._device_slots, select(device), kv)
+            self._base.pack()
             del loaded
         with self._recorded("graphs"):
             self._base.prepare(rows, longest, -(-longest // BLOCK))

@@ -84,6 +84,7 @@ class Bench:
         self._base = ResidentBase(
             loaded, self.device_slots, select(CPU), KVTensors(loaded.layers, 64, 16, loaded.dtype, CPU)
         )
+        self._base.pack()
         self._shape = loaded.shape
         self.plain = self._load("plain", lambda shape: {})
 

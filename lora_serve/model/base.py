@@ -18,11 +18,11 @@ from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.input_buffers import InputBuffers
-from lora_serve.model.install import install, install_linears
+from lora_serve.model.install import install, pack_linears
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.recorded_steps import RecordedSteps
-from lora_serve.model.self_check import check, check_quantized
+from lora_serve.model.self_check import NOISE, InFloat32, blocks_needed, check, refusing
 from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
@@ -30,8 +30,8 @@ class ResidentBase:
     """Runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; adapters are installed into it in place. If it is to be quantised, that
-            waits for `self_check`.
+        loaded: the model as it came from disk; adapters are installed into it in place. Its linear modules compute on
+            their own weights until these are packed.
         device_slots: the adapters on the device.
         kernels: the backend.
         kv: memory for keys and values.
@@ -140,18 +140,28 @@ class ResidentBase:
         generator = torch.Generator().manual_seed(0)
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
-    @torch.inference_mode()
-    def self_check(self) -> None:
-        """Compare the base with the untouched model, then quantise it, if that was asked for; see `self_check.py`.
+    def pack(self) -> None:
+        """Lay the linear modules' weights out for the kernels, quantised if that was asked for."""
+        pack_linears(self._loaded, self._device_slots, self._context)
 
-        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. A base that is to be quantised is
-        checked in full precision first, so that what quantising costs cannot hide a fault. Raises ModelUnsupported.
+    @torch.no_grad()  # not inference mode: see `consult`
+    def self_check(self) -> None:
+        """Compare the base with the untouched model, pack it, and compare it once more as it is served.
+
+        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. Raises ModelUnsupported. See
+        `self_check.py`.
         """
-        size, oracle = self._kv.keys[0].shape[1], self._loaded.oracle
-        check(self._eager, oracle, size)
-        if self._loaded.scheme is not None:
-            install_linears(self._loaded, self._device_slots, self._context, packed=True)
-            check_quantized(self._eager, oracle, size)
+        loaded, context, oracle = self._loaded, self._context, self._loaded.oracle
+        size = context.kv.keys[0].shape[1]
+        if oracle.formula is not None:
+            own = context.kv
+            context.kv = KVTensors(loaded.layers, blocks_needed(size), size, torch.float32, self._device)
+            with InFloat32():
+                check(self._eager, oracle, size, oracle.formula)
+            context.kv = own
+        with refusing(oracle.kind):
+            self.pack()
+        check(self._eager, oracle, size, oracle.rounding if loaded.scheme is None else NOISE)
 
 
 def _apart(x: Tensor, y: Tensor) -> float:

@@ -24,7 +24,7 @@ from lora_serve.model.shape import base_of
 
 
 def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Replace the modules of `loaded.model`. Linear modules that are to be quantised stay as they are for now."""
+    """Replace the modules of `loaded.model`; its linear modules compute on their own weights until `pack_linears`."""
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
@@ -34,21 +34,22 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
             stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
     for module, groups in stacks.items():
         _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context))
-    install_linears(loaded, device_slots, context, packed=loaded.scheme is None)
+    _install_linears(loaded, device_slots, context, packed=False)
 
 
-def install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:
-    """Replace every linear module by an `AdaptedLinear`; may be called again, to pack what was not.
+def pack_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
+    """Lay the linear modules' weights out for the kernels, quantised if that was asked for; the modules are released."""
+    _install_linears(loaded, device_slots, context, packed=True)
+    for parameter in loaded.model.parameters():
+        if parameter.is_cpu:  # one tensor left of a memory-mapped file keeps all of it in memory
+            parameter.data = parameter.data.clone()
 
-    Args:
-        packed: pack (and quantise) the weights, whose modules are released; otherwise the modules compute themselves.
-    """
+
+def _install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:
+    """Put an `AdaptedLinear` in the place of every linear module, around its packed weights or around the module."""
     for names, group in device_slots.groups.items():
         if not _is_expert(names):
             _install_group(loaded, names, group, context, packed=packed)
-    for parameter in loaded.model.parameters() if packed else ():
-        if parameter.is_cpu:  # one tensor left of a memory-mapped file keeps all of it in memory
-            parameter.data = parameter.data.clone()
 
 
 def _install_group(

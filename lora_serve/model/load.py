@@ -88,8 +88,22 @@ def load(
     progress("reading the model's configuration", 0.02)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # some configurations check themselves, and say so in their own ways
         raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
+    with refusing(config.model_type):
+        return _loaded(name, config, revision, dtype, device, progress, scheme, names)
+
+
+def _loaded(
+    name: str,
+    config: Any,
+    revision: str | None,
+    dtype: str,
+    device: torch.device,
+    progress: Callable[[str, float], None],
+    scheme: Scheme | None,
+    names: tuple[str, ...],
+) -> LoadedModel:
     notes: list[str] = []
     _check(name, config)
     quantized = quantization(name, config, device)
@@ -118,11 +132,10 @@ def load(
         raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced ({error})") from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # the modelling code's own, of a configuration that it does not fit, say
-        label = config.model_type if quantized is None else quantized.label
-        raise ModelUnsupported(f"{name!r} ({label}) cannot be loaded: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if quantized is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
     if quantized is None:
         model = model.to(device)
     else:
@@ -130,21 +143,19 @@ def load(
     model = model.eval().requires_grad_(False)
     progress("observing the forward pass", 0.8)
     seen = _observed(name, model, device, quantized)
-    oracle = _consulted(model, device, max_model_len, quantized)
+    oracle = _consulted(model, device, quantized)
     _settle(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    with refusing(config.model_type):
-        shape = shape_of(
+    return LoadedModel(
+        model=model,
+        shape=shape_of(
             model,
             seen,
             names=(name, str(getattr(config, "_name_or_path", "")), *names),
             vocabulary=vocabulary_digest(Path(name)),
             quantized=scheme or (quantized.label if quantized else ""),
-        )
-    return LoadedModel(
-        model=model,
-        shape=shape,
+        ),
         layers=seen.layers,
         windows=_windows(config, len(seen.layers)),
         max_model_len=max_model_len,
@@ -183,27 +194,28 @@ def _check(name: str, config: Any) -> None:
 
 
 def _observed(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> Seen:
-    if quantized is None:
-        with refusing(model.config.model_type):
-            return observe(model, device)
     try:
         return observe(model, device)
     except (ServeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever another library says of a device that it has nothing for
+        if quantized is None:
+            raise
         raise ModelUnsupported(
             f"{name!r} is quantised ({quantized.label}), which does not run on {device}: {_first_line(error)}"
         ) from error
 
 
-def _consulted(model: Any, device: torch.device, most: int, quantized: Quantization | None) -> Oracle:
+def _consulted(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
     """What the model computes under its own attention, while nothing of it is replaced."""
-    with refusing(model.config.model_type):
-        model.set_attn_implementation("eager")
-        try:
-            return consult(model, device, most, external=quantized is not None)
-        finally:
-            model.set_attn_implementation(BLOCKS)
+    experts = model.config._experts_implementation
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    try:
+        return consult(model, device, external=quantized is not None)
+    finally:
+        model.set_attn_implementation(BLOCKS)
+        model.set_experts_implementation(experts)
 
 
 def _context(config: Any, notes: list[str]) -> int:
@@ -234,7 +246,7 @@ def _settle(model: Any) -> None:
 
     Contexts stay below where these ropes begin to change; and there is no padding that one could be warned of.
     """
-    model.config.pad_token_id = None
+    vars(model.config)["pad_token_id"] = None  # some configurations would not have it set
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str) and kinds in BATCH_DEPENDENT_ROPES:

@@ -1,10 +1,15 @@
 """Self-check at start: the resident base held against the model as transformers loaded it.
 
 The oracle is computed before anything is fused, packed, quantised or replaced: the model's own modules under its own
-eager attention, once in its own dtype and once with every operation in a wider one. What the two differ by is the
-error that the model has anyway, and the resident base may have little more. It must give the oracle's logits for two
-sequences of different lengths, prefilled together in one flat batch, prefilled in chunks, and decoded token by token
-beside each other over the KV of earlier steps. What is seen on a few tokens only: longer contexts are not checked.
+eager attention. Two sequences of different lengths are prefilled together in one flat batch, prefilled further beside
+decoding, and decoded over the KV of the earlier steps; each row must have the oracle's logits. Twice:
+
+- *In float32*, before weights are packed, every operation of both sides: what differs then differs in its formula, and
+  no rounding hides it, neither the dtype's nor that of `--quantize`.
+- *As it is served*, weights packed, in the model's dtype: within a few times the error that the model's own modules
+  have in that dtype. What quantising costs is the operator's choice; there this only tells a model from noise.
+
+A few tokens are all that is looked at: what goes wrong in long contexts alone is not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,55 +31,84 @@ from lora_serve.model.batch import AdapterRows, Batch
 
 log = logging.getLogger(__name__)
 
-LENGTHS = (19, 13)  # tokens of the two sequences
-# Relative errors of logits. `SHARE` of the model's own error in its dtype is accepted, and a little more: a model of a
-# few layers may happen to be nearly exact. Nothing that is further off than `MOST` is a matter of rounding.
-SHARE = 3.0
-LEAST = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-MOST = 0.5
-UNMEASURED = {torch.float32: 1e-3, torch.float16: 2e-2}  # where nothing wider runs; 1e-1 for others
-WIDER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# Positions of two sequences, by step: prefill, prefill beside decoding, decoding.
+STEPS = (
+    (range(9), range(12)),
+    (range(9, 18), range(12, 13)),
+    (range(18, 19), range(13, 14)),
+)
+LENGTH = 19  # of the longer one
+# Relative errors of logits that are accepted.
+FORMULA = 1e-4  # in float32
+ROUNDING = 3.0  # over the model's own error in its dtype
+EXACT = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # that is as good as none
+CHOOSING = (2e-2, 0.5)  # of a model that chooses by values, in float32 and in its dtype: see `Oracle`
+UNMEASURED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # where the model's own error is not known
+NOISE = 1.0  # logits that have nothing to do with the oracle's are as far from them as zeros, or further
+EXTERNAL = 1e-1
+HALF = (torch.float16, torch.bfloat16)
+CHOICES = {
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.max.dim,
+    torch.ops.aten.argmax.default,
+}
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the untouched model computes.
+    """What the untouched model computes, and how far off a right base may be.
+
+    A model that chooses by values (experts by their scores) may choose otherwise where two are nearly alike, and then
+    gives other logits for no fault of anybody's. Such models have wider bounds.
 
     Attributes:
         kind: the model's type, for messages.
-        tokens: ids of the sequences, all of one length; causal, so a sequence's beginning has the same logits.
-        logits: float32 [sequences, tokens, vocab], on the host.
-        tolerance: relative error of logits that is rounding.
+        tokens: ids of two sequences of one length; causal, so a beginning of one has the same logits.
+        logits: float32 [2, tokens, vocab], on the host.
+        formula: relative error accepted in float32; None: the model does not run in it.
+        rounding: the same in the model's dtype.
     """
 
     kind: str
     tokens: list[list[int]]
     logits: Tensor
-    tolerance: float
+    formula: float | None
+    rounding: float
 
 
-class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Run every operation on tensors of a wider type than `narrow`; parameters are cast for one operation at a time."""
+class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Run every operation on tensors in half precision in float32 instead; parameters are cast for one operation each.
 
-    def __init__(self, narrow: torch.dtype) -> None:
+    Attributes:
+        chose: whether an operation chose among values.
+    """
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._wide = WIDER[narrow]
-        self._narrow = {kind for kind in WIDER if kind.itemsize < self._wide.itemsize}
+        self.chose = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.chose |= func in CHOICES
         if func is torch.ops.aten.embedding.default:  # a few rows, not the whole table
-            return self._wider(func(*args, **(kwargs or {})))
+            return _widened(func(*args, **(kwargs or {})))
         written = {arg.name for arg in func._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write}
-        given = dict(zip((arg.name for arg in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        wide = {name: value if name in written else tree_map(self._wider, value) for name, value in given.items()}
-        return func(*list(wide.values())[: len(args)], **dict(list(wide.items())[len(args) :]))
+        names = [arg.name for arg in func._schema.arguments]
+        wide = [
+            value if name in written else tree_map(_widened, value) for name, value in zip(names, args, strict=False)
+        ]
+        named = {
+            name: value if name in written else tree_map(_widened, value) for name, value in (kwargs or {}).items()
+        }
+        return func(*wide, **named)
 
-    def _wider(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype in self._narrow:
-            return value.to(self._wide)
-        return self._wide if isinstance(value, torch.dtype) and value in self._narrow else value
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in HALF:
+        return value.float()
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
 
 
 @contextmanager
@@ -89,19 +123,17 @@ def refusing(kind: str) -> Iterator[None]:
         raise ModelUnsupported(f"{kind} cannot be served ({type(error).__name__}: {reason})") from error
 
 
-@torch.inference_mode()
-def consult(model: Any, device: torch.device, most: int, *, external: bool) -> Oracle:
-    """Ask the untouched model; it must be under the attention function that it is to be asked with.
+@torch.no_grad()  # not inference mode, in which some operators of experts do not run in float32
+def consult(model: Any, device: torch.device, *, external: bool) -> Oracle:
+    """Ask the untouched model, which must be under its own attention.
 
     Args:
-        most: tokens that its context has.
-        foreign: another library quantised it, so there is no wider type to run it in.
+        external: another library quantised it, and its modules compute in no other dtype.
     Raises ModelUnsupported if its logits are not finite.
     """
     kind, dtype = model.config.model_type, model.dtype
-    generator = torch.Generator().manual_seed(0)
     ids = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(0, ids, (len(LENGTHS), min(most, max(LENGTHS))), generator=generator)
+    tokens = torch.randint(0, ids, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def logits() -> Tensor:
         found: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
@@ -112,110 +144,59 @@ def consult(model: Any, device: torch.device, most: int, *, external: bool) -> O
         raise ModelUnsupported(
             f"{kind} gives logits in {str(dtype).removeprefix('torch.')} that are not finite; try another --dtype"
         )
-    exact = None if external else _exactly(logits, dtype)
-    if exact is None:
-        return Oracle(kind, tokens.tolist(), own, 1e-1 if external else UNMEASURED.get(dtype, 1e-1))
-    tolerance = min(SHARE * relative_error(own, exact) + LEAST.get(dtype, 1e-2), MOST)
-    return Oracle(kind, tokens.tolist(), exact, tolerance)
-
-
-def _exactly(logits: Callable[[], Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The logits with all operations in a wider type; None where some operation does not run in it, or for memory."""
+    if external:
+        return Oracle(kind, tokens.tolist(), own, None, EXTERNAL)
+    mode = InFloat32()
     try:
-        with _Widened(dtype):
-            return logits()
-    except Exception as error:
-        log.info("the model's own rounding error is not known: %s", str(error).partition("\n")[0])
-        return None
+        with mode:
+            exact = logits()
+    except Exception as error:  # some operation has no float32, or the memory is short
+        log.info("%s is not checked in float32: %s", kind, str(error).partition("\n")[0])
+        return Oracle(kind, tokens.tolist(), own, None, UNMEASURED.get(dtype, FORMULA))
+    if mode.chose:
+        return Oracle(kind, tokens.tolist(), exact, *CHOOSING)
+    rounding = ROUNDING * relative_error(own, exact) + EXACT.get(dtype, FORMULA)
+    return Oracle(kind, tokens.tolist(), exact, FORMULA, min(rounding, NOISE))
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Of logits [..., vocab], up to what a softmax does not see."""
+    """Of logits [..., vocab], up to a constant for each row, which a softmax does not see."""
     got, wanted = (each.double() - each.double().mean(-1, keepdim=True) for each in (got, wanted))
     return float((got - wanted).norm() / wanted.norm())
 
 
 def blocks_needed(block_size: int) -> int:
     """KV blocks that the check takes."""
-    return len(LENGTHS) * -(-max(LENGTHS) // block_size)
+    return 2 * -(-LENGTH // block_size)
 
 
-def check(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int) -> None:
-    """Hold a base against the oracle; raises ModelUnsupported where they differ by more than rounding.
+def check(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int, accepted: float) -> None:
+    """Hold a base against the oracle; raises ModelUnsupported where its logits differ by more than `accepted`.
 
     Args:
         run: the base's logits of a batch, on a pool of at least `blocks_needed` KV blocks that hold nothing.
     """
     with refusing(oracle.kind):
-        for stage in _stages(oracle):
-            error = _error(run, oracle, stage, block_size)
-            if not error <= oracle.tolerance:
-                raise ModelUnsupported(
-                    f"{oracle.kind} {stage.name} differs from the model itself: the relative error of its logits is "
-                    f"{error:.2g}, where rounding explains {oracle.tolerance:.2g}"
-                )
+        got, wanted = [], []
+        for number, step in enumerate(STEPS):
+            # The second step's rows are all in a segment, of a slot without an adapter.
+            got.append(run(_batch(oracle.tokens, step, block_size, segmented=number == 1)).cpu().float())
+            wanted.append(torch.cat([own[at.start : at.stop] for own, at in zip(oracle.logits, step, strict=True)]))
+        error = relative_error(torch.cat(got), torch.cat(wanted))
+        if not error <= accepted:
+            first, *rest = (f"{relative_error(*pair):.2g}" for pair in zip(got, wanted, strict=True))
+            raise ModelUnsupported(
+                f"{oracle.kind} in flat batches differs from itself alone: the relative error of its logits is "
+                f"{error:.2g}, more than {accepted:.2g} (prefilling {first}, then {', '.join(rest)})"
+            )
 
 
-def check_quantized(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int) -> None:
-    """Hold a base that passed `check` in full precision against the oracle again, its linear modules quantised.
-
-    What quantising costs differs from model to model and is the operator's choice, so it sets no bound on what is
-    accepted here. This only tells a quantised model from a broken one, whose logits have nothing to do with the
-    oracle's: they are as far from them as zeros, or further.
-    """
-    with refusing(oracle.kind):
-        error = _error(run, oracle, next(_stages(oracle)), block_size)
-        if not error < 1:
-            raise ModelUnsupported(f"{oracle.kind}, quantised, is not what it was: relative error {error:.2g}")
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One way to compute the logits of two sequences.
-
-    Attributes:
-        order: the oracle's sequences, the longer one first.
-        steps: by step, the positions of each sequence.
-        adapted: all rows are in a segment, of a slot without an adapter.
-    """
-
-    name: str
-    order: tuple[int, int]
-    steps: list[tuple[range, range]]
-    adapted: bool = False
-
-
-def _stages(oracle: Oracle) -> Iterator[_Stage]:
-    """The sequences change places from stage to stage, so that no KV of the stage before is right by chance."""
-    long, short = (min(len(oracle.tokens[0]), length) for length in LENGTHS)
-    whole = (range(long), range(short))
-    yield _Stage("in a flat batch", (0, 1), [whole])
-    edges = [(0, long // 3, 2 * long // 3, long), (0, short // 2, short - 1, short)]
-    chunks = [(range(*first), range(*second)) for first, second in zip(*map(pairwise, edges), strict=True)]
-    yield _Stage("in chunks", (1, 0), chunks)
-    singles = [(range(long - left, long - left + 1), range(short - left, short - left + 1)) for left in (3, 2, 1)]
-    yield _Stage("decoding", (0, 1), [(range(long - 3), range(short - 3)), *singles])
-    yield _Stage("beside adapters", (1, 0), [whole], adapted=True)
-
-
-def _error(run: Callable[[Batch], Tensor], oracle: Oracle, stage: _Stage, block_size: int) -> float:
-    """Relative error of a stage's logits, those of all its steps together."""
-    tokens = [oracle.tokens[each] for each in stage.order]
-    got = [run(_batch(tokens, step, block_size, adapted=stage.adapted)).cpu().float() for step in stage.steps]
-    wanted = [
-        oracle.logits[each, at.start : at.stop]
-        for step in stage.steps
-        for each, at in zip(stage.order, step, strict=True)
-    ]
-    return relative_error(torch.cat(got), torch.cat(wanted))
-
-
-def _batch(tokens: Sequence[list[int]], step: Sequence[range], block_size: int, *, adapted: bool) -> Batch:
+def _batch(tokens: Sequence[list[int]], step: Sequence[range], block_size: int, *, segmented: bool) -> Batch:
     """Sequences at the given positions; KV blocks are dealt out to them in turn, so that none has neighbours."""
     each = blocks_needed(block_size) // len(tokens)
     tables = [[1 + index + len(tokens) * block for block in range(each)] for index in range(len(tokens))]
     counts = [len(at) for at in step]
-    segments = [AdapterRows(0, sum(counts), 0)] if adapted else []
+    segments = [AdapterRows(0, sum(counts), 0)] if segmented else []
     return Batch(
         token_ids=[own[position] for own, at in zip(tokens, step, strict=True) for position in at],
         positions=[position for at in step for position in at],
