@@ -55,12 +55,18 @@ class SlotRotation:
         self._line.pop(adapter_set, None)
         self._stale = True
 
-    def assign(self, step: int, pinned: Set[str] = frozenset()) -> set[str]:
+    def assign(
+        self,
+        step: int,
+        pinned: Set[str] = frozenset(),
+        is_loaded: Callable[[AdapterSet], bool] = lambda adapter_set: True,
+    ) -> set[str]:
         """The adapters that have a slot in this step, pinned ones included.
 
         Args:
             step: number of this step; grows.
             pinned: adapters that always have a slot; fewer than there are slots.
+            is_loaded: whether a set is still in host memory, asked before it gets slots; if not, it must be unwanted now.
         """
         if pinned != self._pinned:
             self._repin(pinned)
@@ -68,6 +74,8 @@ class SlotRotation:
             self._release()
         for _ in range(len(self._line)):  # those that yield in this step join the line behind
             first = next(iter(self._line))
+            if not is_loaded(first):
+                continue  # it has left the line
             # Strictly in line: where the first has no room, nobody behind it takes what it waits for.
             if not self._is_resident(first) and not self._admit(step, first):
                 break

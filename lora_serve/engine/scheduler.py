@@ -107,7 +107,7 @@ class Scheduler:
         self.step += 1
         new, self._new = self._new, []
         self._check_loaded([*self.unloaded(), *new], is_loaded)
-        resident = self.rotation.assign(self.step, pinned)
+        resident = self.rotation.assign(self.step, pinned, lambda each: self._check_loaded([each], is_loaded))
         running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
         self._check_loaded({*ready, *(seq.digests for seq in running)}, is_loaded)  # memory may have lost some
@@ -159,8 +159,8 @@ class Scheduler:
         elif seq.digests:
             self.rotation.unwant(seq.digests)
 
-    def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> None:
-        """Keep apart which adapter sets are in host memory, and may have slots, and which are not."""
+    def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
+        """Keep apart which adapter sets are in host memory, and may have slots, and which are not; whether all are."""
         for adapter_set in adapter_sets:
             if adapter_set not in self._users:  # its last sequence left
                 continue
@@ -171,6 +171,7 @@ class Scheduler:
             elif not loaded and not waits:
                 self._unloaded[adapter_set] = None
                 self.rotation.unwant(adapter_set)
+        return self._unloaded.keys().isdisjoint(adapter_sets)
 
     def _fill(
         self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None

@@ -111,4 +111,4 @@ def replays_right(
     wanted = eager(second).clone()
     for _ in range(2):  # steps are recorded when their shape comes for the second time
         executor(first)
-    return executor.disabled is not None or same(executor(second), wanted)
+    return same(executor(second), wanted)

@@ -152,6 +152,22 @@ def test_adapters_that_outnumber_slots_take_turns() -> None:
     assert order == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_an_adapter_that_left_host_memory_while_it_waited_takes_nobody_s_slot() -> None:
+    s = scheduler(slots=1, tokens=64)
+    s.add(sequence(0, 3, "a"))
+    s.add(sequence(1, 3, "b"))
+    loaded = {"a", "b"}
+    order = []
+    for step in range(12):
+        work = run(s, loaded.__contains__)
+        order.append(work[0].seq.order if work else None)
+        if step == 1:
+            loaded.remove("b")
+        if step == 5:
+            loaded.add("b")
+    assert order == [0] * 6 + [1] * 4 + [0] * 2
+
+
 def test_paused_sequences_that_hold_all_blocks_do_not_block_a_new_turn() -> None:
     s = scheduler(blocks=4, slots=1, prefix=False)
     s.add(sequence(0, 8, "a"))
