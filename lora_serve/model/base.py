@@ -27,7 +27,7 @@ from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
 from lora_serve.model.paged_attention import PagedKV
 from lora_serve.model.recorded_steps import RecordedSteps
-from lora_serve.model.self_check import NOISE, InFloat32, blocks_needed, check, refusing
+from lora_serve.model.self_check import QUANTIZED_TOLERANCE, InFloat32, blocks_needed, check, eager_experts, refusing
 from lora_serve.model.shape import base_of
 from lora_serve.model.virtual import embedded
 
@@ -197,22 +197,22 @@ class ResidentBase:
         generator = torch.Generator().manual_seed(0)
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
-    @torch.no_grad()  # not inference mode: see `consult`
+    @torch.no_grad()  # not inference mode: see `compute_oracle`
     def prove(self) -> None:
-        """Hold the base against the untouched model, pack it, and hold it against that once more; see `self_check`.
+        """Compare the base with the untouched model, pack it, and compare it once more; see `self_check`.
 
         Run once at start, on an empty KV pool of at least `blocks_needed` blocks. Raises ModelUnsupported.
         """
         oracle, own = self._oracle, self._kv
         size = own.keys[0].shape[1]
-        if oracle.formula is not None:
+        if oracle.float32_tolerance is not None:
             self._kv = KVTensors(self._layers, blocks_needed(size), size, torch.float32, self._device)
-            with InFloat32():
-                check(self._eagerly, oracle, size, oracle.formula)
+            with InFloat32(), eager_experts(self._model):
+                check(self._eagerly, oracle, size, oracle.float32_tolerance)
             self._kv = own
         with refusing(oracle.kind):
             self.pack()
-        check(self._eagerly, oracle, size, oracle.rounding if self._scheme is None else NOISE)
+        check(self._eagerly, oracle, size, oracle.tolerance if self._scheme is None else QUANTIZED_TOLERANCE)
 
     def _eagerly(self, batch: Batch) -> Tensor:
         return self._replay.eagerly(batch)
