@@ -69,6 +69,22 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
     return model
 
 
+def uncentred(config: PretrainedConfig) -> Any:
+    """A random model in whose norms and embeddings no mean is zero and no weight one."""
+    model = make_model(config)
+    generator = torch.Generator().manual_seed(1)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "norm" in name:
+                parameter.add_(0.3 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            elif parameter is embedding:
+                parameter.add_(0.1)
+            elif name.endswith(("gate.weight", "router.weight")):
+                parameter.mul_(20)  # experts that are nearly alike would be chosen by rounding
+    return model
+
+
 @cache
 def reference(architecture: str) -> Any:
     """The shared fp32 model of an architecture; tests must not change it."""

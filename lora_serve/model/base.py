@@ -22,7 +22,7 @@ from lora_serve.model.install import install, pack_linears
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.recorded_steps import RecordedSteps
-from lora_serve.model.self_check import NOISE, InFloat32, blocks_needed, check, refusing
+from lora_serve.model.self_check import QUANTIZED_TOLERANCE, InFloat32, blocks_needed, check, eager_experts, refusing
 from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
@@ -144,7 +144,7 @@ class ResidentBase:
         """Lay the linear modules' weights out for the kernels, quantised if that was asked for."""
         pack_linears(self._loaded, self._device_slots, self._context)
 
-    @torch.no_grad()  # not inference mode: see `consult`
+    @torch.no_grad()  # not inference mode: see `compute_oracle`
     def self_check(self) -> None:
         """Compare the base with the untouched model, pack it, and compare it once more as it is served.
 
@@ -153,15 +153,15 @@ class ResidentBase:
         """
         loaded, context, oracle = self._loaded, self._context, self._loaded.oracle
         size = context.kv.keys[0].shape[1]
-        if oracle.formula is not None:
+        if oracle.float32_tolerance is not None:
             own = context.kv
             context.kv = KVTensors(loaded.layers, blocks_needed(size), size, torch.float32, self._device)
-            with InFloat32():
-                check(self._eager, oracle, size, oracle.formula)
+            with InFloat32(), eager_experts(self._model):
+                check(self._eager, oracle, size, oracle.float32_tolerance)
             context.kv = own
         with refusing(oracle.kind):
             self.pack()
-        check(self._eager, oracle, size, oracle.rounding if loaded.scheme is None else NOISE)
+        check(self._eager, oracle, size, oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE)
 
 
 def _apart(x: Tensor, y: Tensor) -> float:

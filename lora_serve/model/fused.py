@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lora_serve.kernels.contract import Activation, Kernels
 
-FORMULA = 1e-5  # relative error, in float32, of what is the same formula
-ROUNDING = 1.5  # error of a kernel in the model's dtype over that of the module
-EXACT = 1e-6  # relative error that is as good as none
+FORMULA_TOLERANCE = 1e-5  # relative error, in float32, of what is the same formula
+ROUNDING_FACTOR = 1.5  # error of a kernel in the model's dtype over that of the module
+ROUNDING_FLOOR = 1e-6  # added to that
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 ROPE = "apply_rotary_pos_emb"  # what attention modules call for it
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -31,7 +31,6 @@ ROWS = (
     *((0.0, 0.5), (0.0, 1.0), (0.5, 1.0), (-2.0, 1.0), (10.0, 1.0), (0.0, 3.0), (0.0, 20.0), (-30.0, 20.0)),
     *((300.0, 20.0), (0.0, 300.0)),
 )
-
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -197,13 +196,16 @@ def _agree(kernel: Callable[..., Outputs], original: Callable[..., Outputs], inp
     try:
         wide = [each.float() for each in inputs]
         exact = _tensors(original(*wide))
-        if not all(_error(got, wanted) <= FORMULA for got, wanted in zip(_tensors(kernel(*wide)), exact, strict=True)):
+        if not all(
+            _error(got, wanted) <= FORMULA_TOLERANCE for got, wanted in zip(_tensors(kernel(*wide)), exact, strict=True)
+        ):
             return False
         if inputs[0].dtype is torch.float32:
             return True
         ours, theirs = (_tensors(each(*inputs)) for each in (kernel, original))
         return all(
-            got.dtype is own.dtype and _error(got, wanted, own) <= ROUNDING * _error(own, wanted, own) + EXACT
+            got.dtype is own.dtype
+            and _error(got, wanted, own) <= ROUNDING_FACTOR * _error(own, wanted, own) + ROUNDING_FLOOR
             for got, own, wanted in zip(ours, theirs, exact, strict=True)
         )
     except Exception:  # it takes or gives something else, or does not run in float32: so it is left alone

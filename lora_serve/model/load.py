@@ -26,7 +26,7 @@ from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import Quantization, is_externally_quantized, quantization, settle
 from lora_serve.model.observe import Seen, observe
 from lora_serve.model.paged_attention import BLOCKS
-from lora_serve.model.self_check import Oracle, consult, refusing
+from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
 from lora_serve.model.shape import shape_of
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -143,7 +143,7 @@ def _loaded(
     model = model.eval().requires_grad_(False)
     progress("observing the forward pass", 0.8)
     seen = _observed(name, model, device, quantized)
-    oracle = _consulted(model, device, quantized)
+    oracle = _oracle(model, device, quantized)
     _settle(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -206,16 +206,14 @@ def _observed(name: str, model: Any, device: torch.device, quantized: Quantizati
         ) from error
 
 
-def _consulted(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
-    """What the model computes under its own attention, while nothing of it is replaced."""
-    experts = model.config._experts_implementation
+def _oracle(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
+    """What the model computes under eager attention, while nothing of it is replaced."""
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
     try:
-        return consult(model, device, external=quantized is not None)
+        with eager_experts(model):
+            return compute_oracle(model, device, external=quantized is not None)
     finally:
         model.set_attn_implementation(BLOCKS)
-        model.set_experts_implementation(experts)
 
 
 def _context(config: Any, notes: list[str]) -> int:

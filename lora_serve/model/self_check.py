@@ -1,4 +1,4 @@
-"""Self-check at start: the resident base held against the model as transformers loaded it.
+"""Self-check at start: the resident base compared with the model as transformers loaded it.
 
 The oracle is computed before anything is fused, packed, quantised or replaced: the model's own modules under its own
 eager attention. Two sequences of different lengths are prefilled together in one flat batch, prefilled further beside
@@ -7,9 +7,9 @@ decoding, and decoded over the KV of the earlier steps; each row must have the o
 - *In float32*, before weights are packed, every operation of both sides: what differs then differs in its formula, and
   no rounding hides it, neither the dtype's nor that of `--quantize`.
 - *As it is served*, weights packed, in the model's dtype: within a few times the error that the model's own modules
-  have in that dtype. What quantising costs is the operator's choice; there this only tells a model from noise.
+  have in that dtype. What `--quantize` costs is the operator's choice; with it, this only tells a model from noise.
 
-A few tokens are all that is looked at: what goes wrong in long contexts alone is not seen.
+Only a few tokens are looked at: what goes wrong in long contexts alone is not seen.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ STEPS = (
 )
 LENGTH = 19  # of the longer one
 # Relative errors of logits that are accepted.
-FORMULA = 1e-4  # in float32
-ROUNDING = 3.0  # over the model's own error in its dtype
-EXACT = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # that is as good as none
-CHOOSING = (2e-2, 0.5)  # of a model that chooses by values, in float32 and in its dtype: see `Oracle`
-UNMEASURED = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # where the model's own error is not known
-NOISE = 1.0  # logits that have nothing to do with the oracle's are as far from them as zeros, or further
-EXTERNAL = 1e-1
+FLOAT32_TOLERANCE = 1e-4
+OWN_ERROR_FACTOR = 3.0  # over the error of the model's own modules in its dtype
+FLOOR = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # added to that: a small model may happen to be nearly exact
+ROUTED_FLOAT32_TOLERANCE, ROUTED_TOLERANCE = 2e-2, 0.5  # see `Oracle`
+UNMEASURED_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # where the model's own error is not known
+FOREIGN_TOLERANCE = 1e-1  # of a base that another library quantised
+QUANTIZED_TOLERANCE = 1.0  # logits that have nothing to do with the oracle's are as far from them as zeros, or further
+LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 HALF = (torch.float16, torch.bfloat16)
-CHOICES = {
+ROUTERS = {
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.default,
     torch.ops.aten.max.dim,
@@ -59,41 +60,43 @@ CHOICES = {
 class Oracle:
     """What the untouched model computes, and how far off a right base may be.
 
-    A model that chooses by values (experts by their scores) may choose otherwise where two are nearly alike, and then
-    gives other logits for no fault of anybody's. Such models have wider bounds.
+    A model that routes tokens by values (to experts, by their scores) may route one otherwise where two scores are
+    nearly equal, and then gives other logits without being wrong. Such models have wider tolerances.
 
     Attributes:
         kind: the model's type, for messages.
         tokens: ids of two sequences of one length; causal, so a beginning of one has the same logits.
         logits: float32 [2, tokens, vocab], on the host.
-        formula: relative error accepted in float32; None: the model does not run in it.
-        rounding: the same in the model's dtype.
+        float32_tolerance: relative error accepted in float32; None: the model does not run in it.
+        tolerance: the same in the model's dtype.
     """
 
     kind: str
     tokens: list[list[int]]
     logits: Tensor
-    formula: float | None
-    rounding: float
+    float32_tolerance: float | None
+    tolerance: float
 
 
 class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Run every operation on tensors in half precision in float32 instead; parameters are cast for one operation each.
 
     Attributes:
-        chose: whether an operation chose among values.
+        routed: whether an operation chose among values, as routers of experts do.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.chose = False
+        self.routed = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.chose |= func in CHOICES
-        if func is torch.ops.aten.embedding.default:  # a few rows, not the whole table
-            return _widened(func(*args, **(kwargs or {})))
+        self.routed |= func in ROUTERS
+        if func.is_view:  # of one expert's weights, say: what reads it makes it wide
+            return func(*args, **(kwargs or {}))
+        if func in LOOKUPS:  # some rows, not the whole table
+            return tree_map(_widened, func(*args, **(kwargs or {})))
         written = {arg.name for arg in func._schema.arguments if arg.alias_info is not None and arg.alias_info.is_write}
         names = [arg.name for arg in func._schema.arguments]
         wide = [
@@ -112,6 +115,17 @@ def _widened(value: Any) -> Any:
 
 
 @contextmanager
+def eager_experts(model: Any) -> Iterator[None]:
+    """Let a model compute its experts one by one meanwhile: other implementations cast the weights of all at once."""
+    before = model.config._experts_implementation
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
 def refusing(kind: str) -> Iterator[None]:
     """Make whatever error a model of the type `kind` ends in a ModelUnsupported, but for those that say enough."""
     try:
@@ -124,11 +138,11 @@ def refusing(kind: str) -> Iterator[None]:
 
 
 @torch.no_grad()  # not inference mode, in which some operators of experts do not run in float32
-def consult(model: Any, device: torch.device, *, external: bool) -> Oracle:
-    """Ask the untouched model, which must be under its own attention.
+def compute_oracle(model: Any, device: torch.device, *, external: bool) -> Oracle:
+    """Compute the oracle with the untouched model, which must be under eager attention.
 
     Args:
-        external: another library quantised it, and its modules compute in no other dtype.
+        foreign: another library quantised it, and its modules compute in no other dtype.
     Raises ModelUnsupported if its logits are not finite.
     """
     kind, dtype = model.config.model_type, model.dtype
@@ -145,18 +159,18 @@ def consult(model: Any, device: torch.device, *, external: bool) -> Oracle:
             f"{kind} gives logits in {str(dtype).removeprefix('torch.')} that are not finite; try another --dtype"
         )
     if external:
-        return Oracle(kind, tokens.tolist(), own, None, EXTERNAL)
+        return Oracle(kind, tokens.tolist(), own, None, FOREIGN_TOLERANCE)
     mode = InFloat32()
     try:
         with mode:
             exact = logits()
     except Exception as error:  # some operation has no float32, or the memory is short
         log.info("%s is not checked in float32: %s", kind, str(error).partition("\n")[0])
-        return Oracle(kind, tokens.tolist(), own, None, UNMEASURED.get(dtype, FORMULA))
-    if mode.chose:
-        return Oracle(kind, tokens.tolist(), exact, *CHOOSING)
-    rounding = ROUNDING * relative_error(own, exact) + EXACT.get(dtype, FORMULA)
-    return Oracle(kind, tokens.tolist(), exact, FORMULA, min(rounding, NOISE))
+        return Oracle(kind, tokens.tolist(), own, None, UNMEASURED_TOLERANCE.get(dtype, FLOAT32_TOLERANCE))
+    if mode.routed:
+        return Oracle(kind, tokens.tolist(), exact, ROUTED_FLOAT32_TOLERANCE, ROUTED_TOLERANCE)
+    tolerance = OWN_ERROR_FACTOR * relative_error(own, exact) + FLOOR.get(dtype, FLOAT32_TOLERANCE)
+    return Oracle(kind, tokens.tolist(), exact, FLOAT32_TOLERANCE, min(tolerance, QUANTIZED_TOLERANCE))
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -170,8 +184,8 @@ def blocks_needed(block_size: int) -> int:
     return 2 * -(-LENGTH // block_size)
 
 
-def check(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int, accepted: float) -> None:
-    """Hold a base against the oracle; raises ModelUnsupported where its logits differ by more than `accepted`.
+def check(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int, tolerance: float) -> None:
+    """Compare a base with the oracle; raises ModelUnsupported if its logits differ by more than `tolerance`.
 
     Args:
         run: the base's logits of a batch, on a pool of at least `blocks_needed` KV blocks that hold nothing.
@@ -183,11 +197,11 @@ def check(run: Callable[[Batch], Tensor], oracle: Oracle, block_size: int, accep
             got.append(run(_batch(oracle.tokens, step, block_size, segmented=number == 1)).cpu().float())
             wanted.append(torch.cat([own[at.start : at.stop] for own, at in zip(oracle.logits, step, strict=True)]))
         error = relative_error(torch.cat(got), torch.cat(wanted))
-        if not error <= accepted:
+        if not error <= tolerance:
             first, *rest = (f"{relative_error(*pair):.2g}" for pair in zip(got, wanted, strict=True))
             raise ModelUnsupported(
                 f"{oracle.kind} in flat batches differs from itself alone: the relative error of its logits is "
-                f"{error:.2g}, more than {accepted:.2g} (prefilling {first}, then {', '.join(rest)})"
+                f"{error:.2g}, more than {tolerance:.2g} (prefilling {first}, then {', '.join(rest)})"
             )
 
 

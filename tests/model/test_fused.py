@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from driver import Driver
 from support import save
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lora_serve.kernels.contract import Activation
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, fuse
 
@@ -77,3 +83,111 @@ def test_modules_that_only_look_alike_are_left_as_they_are() -> None:
     fuse(model, torch.float32, ReferenceKernels())
     assert list(model.modules()) == before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Weighty(nn.Module):
+    """A norm of the given rows, times its weights."""
+
+    def __init__(self, normal: Callable[[Tensor], Tensor], width: int = 64) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = 1e-5
+        self.normal = normal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.normal(x.float()).to(x.dtype)
+
+
+def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def fused(module: nn.Module, dtype: torch.dtype, kernels: ReferenceKernels | None = None) -> bool:
+    model = nn.ModuleDict({"part": module.to(dtype)})
+    fuse(model, dtype, kernels or ReferenceKernels())
+    return isinstance(model["part"], FusedRMSNorm | FusedGatedMLP)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 8192])
+def test_a_layer_norm_without_bias_is_no_rms_norm_however_wide(dtype: torch.dtype, width: int) -> None:
+    assert not fused(CohereLayerNorm(width, eps=1e-5), dtype)
+    assert not fused(nn.LayerNorm(width, bias=False), dtype)
+    assert fused(LlamaRMSNorm(width), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_that_differ_only_for_some_rows_or_weights_are_told_apart(dtype: torch.dtype) -> None:
+    assert fused(Weighty(rms), dtype)
+    unlike: list[Callable[[Tensor], Tensor]] = [
+        lambda x: rms(x, eps=1e-6),  # for small rows
+        lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-5)),  # as well
+        lambda x: rms(x.clamp(-100, 100)),  # for large ones
+        lambda x: rms(x) * 1.001,
+    ]
+    assert not any(fused(Weighty(normal), dtype) for normal in unlike)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_whether_one_is_added_to_the_weights_is_seen_whatever_they_are(dtype: torch.dtype, value: float) -> None:
+    for norm in (LlamaRMSNorm(64), GemmaRMSNorm(64)):
+        nn.init.constant_(norm.weight, value)
+        model = nn.ModuleDict({"norm": norm.to(dtype)})
+        x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        wanted = norm(x)
+        fuse(model, dtype, ReferenceKernels())
+        assert isinstance(model["norm"], FusedRMSNorm)
+        torch.testing.assert_close(model["norm"](x), wanted)
+
+
+class Sloppy(ReferenceKernels):
+    """The right formulas, in half precision a digit too large."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+        exact = super().rms_norm(x, weight, eps, plus_one=plus_one)
+        return exact if x.dtype is torch.float32 else exact * (1 + torch.finfo(x.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_that_rounds_worse_than_the_module_does_not_replace_it(dtype: torch.dtype) -> None:
+    assert fused(GemmaRMSNorm(256), dtype)
+    assert not fused(GemmaRMSNorm(256), dtype, Sloppy())
+    assert fused(GemmaRMSNorm(256), torch.float32, Sloppy())
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), the gate first scaled or bounded, if so wished."""
+
+    def __init__(self, activation: str, bound: float | None = None, scale: float = 1) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.act_fn = ACT2FN[activation]
+        self.bound, self.scale = bound, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.scale * self.gate_proj(x)
+        return self.down_proj(self.act_fn(gate if self.bound is None else gate.clamp(max=self.bound)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_that_are_nearly_alike_are_told_apart(dtype: torch.dtype) -> None:
+    known: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    assert all(fused(GatedMLP(name), dtype) for name in known)
+    assert not any(fused(GatedMLP(name), dtype) for name in ("gelu", "quick_gelu", "relu2", "mish"))
+    assert not fused(GatedMLP("silu", bound=30.0), dtype)
+    assert not fused(GatedMLP("silu", scale=1.001), dtype)
+
+
+class Conditioned(LlamaRMSNorm):
+    """A norm that may be given more than rows."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return super().forward(x) if scale is None else super().forward(x) * scale
+
+
+def test_a_module_that_takes_more_than_rows_is_left_alone() -> None:
+    assert not fused(Conditioned(64), torch.float32)
