@@ -1,4 +1,4 @@
-"""The whole GPU backend behind a model, in Triton's interpreter: mixed batches in and beyond graph buckets equal PEFT's."""
+"""The whole GPU backend behind a model, in Triton's interpreter: mixed batches equal PEFT, with CUDA graphs and without."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <limits>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
@@ -25,31 +26,6 @@ constexpr bool DOTS = true;
 #else
 constexpr bool DOTS = false;
 #endif
-
-struct Pool { char* data; int64_t block, position, head, type, dim; };  // strides in bytes
-
-struct WriteCall {  // as native.py packs it
-    Pool keys, values;
-    const char* k;
-    int64_t k_token, k_head;  // bytes
-    const char* v;
-    int64_t v_token, v_head;
-    const int64_t* index;
-    int64_t tokens, kv_heads, blocks, block_size, threads;
-};
-
-struct AttentionCall {  // as native.py packs it
-    Pool keys, values;
-    const char* q;
-    int64_t q_token, q_head, q_type;  // bytes
-    char* out;
-    const int32_t* query_start;
-    const int32_t* context;
-    const int32_t* block_table;
-    int64_t table_width, sequences, tokens, heads, kv_heads, blocks, block_size, window, threads;
-    const float* sinks;
-    double scale, softcap;  // softcap 0: none
-};
 
 struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
 

@@ -16,8 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
-HEADERS = ("simd.h", "panels.h")
+SOURCES = ("calls.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
+HEADERS = ("calls.h", "simd.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -5,32 +5,10 @@
 // widened in registers; a segment's weights come from memory once, whatever its number of rows.
 #include <algorithm>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
-
-struct Group {  // as native.py packs it
-    const int64_t* a;     // [modules, slots]
-    const int64_t* b;     // [modules, slots]
-    const int32_t* rank;  // [modules, slots]
-    int64_t modules, slots, in, type;
-    // then int64_t out[modules]
-    int64_t out(int64_t m) const { return reinterpret_cast<const int64_t*>(this + 1)[m]; }
-};
-
-struct Output { void* data; int64_t stride; };
-
-struct DeltaCall {  // as native.py packs it
-    const Group* group;
-    const void* x;
-    int64_t x_stride, tokens, type, threads, segments;
-    const int32_t* start;
-    const int32_t* end;
-    const int32_t* slot;
-    const float* weight;
-    // then Output output[modules]
-    Output output(int64_t m) const { return reinterpret_cast<const Output*>(this + 1)[m]; }
-};
 
 struct Segment {
     int64_t first, rows, slot, ranks;  // ranks: of all modules together
@@ -215,13 +193,13 @@ struct Work {
     void expand_share(int thread, int threads, float* wide) const {
         int64_t lo = share(expand_cost, thread, threads), hi = share(expand_cost, thread + 1, threads), at = 0;
         for (int64_t m = 0; m < group.modules; m++) {
-            int64_t each = column_cost[m], columns = group.out(m);
+            int64_t each = column_cost[m], columns = group.out[m];
             if (each == 0) continue;
             int64_t from = cut(lo, at, each, columns, 64);
             int64_t to = thread + 1 == threads ? columns : cut(hi, at, each, columns, 64);
             at += each * columns;
             if (from >= to) continue;
-            Output output = call.output(m);
+            DeltaOutput output = call.output[m];
             size_t bytes = call.type == FP32 ? 4 : 2;
             Matrix out{(char*)output.data, (size_t)output.stride * bytes, (size_t)call.type};
             for (const Segment& s : segments) {
@@ -258,14 +236,14 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
             int64_t rank = work.rank(m, s);
             s.ranks += rank;
             work.column_cost[m] += rank * (tiles * TILE + s.rows);
-            weights += rank * (group.in + group.out(m)) * (tiles + 1);
+            weights += rank * (group.in + group.out[m]) * (tiles + 1);
             most = std::max<size_t>(most, rank);
         }
         work.shrink_cost += s.ranks * (tiles * TILE + s.rows);
         floats += s.rows * s.ranks;
         if (s.rows && s.ranks) segments.push_back(s);
     }
-    for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out(m);
+    for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out[m];
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "calls.h"
 #include "panels.h"
 
 namespace {
@@ -15,21 +16,6 @@ constexpr int64_t FEW = TILE;    // rows that pass all at once
 constexpr int64_t LEAST_SHARE = 1 << 16;  // bytes of weights that a thread takes at a time
 constexpr size_t AHEAD = 4096;   // bytes of a panel that are asked for before they are needed
 constexpr size_t stretch_of(int64_t kind) { return sizeof(Head) + shared_of(kind); }  // bytes that share a step
-
-struct Output {
-    const char* weight;
-    const float* scale;  // INT8 [panels * COLUMNS]
-    const char* bias;    // of the rows' type, or null
-    char* y;
-    int64_t stride, out;  // stride in elements
-};
-
-struct LinearCall {  // as native_linear.py packs it
-    const char* x;
-    int64_t stride, rows, in, type, threads, kind, outputs;
-    // then Output output[outputs]
-    const Output& output(int64_t i) const { return reinterpret_cast<const Output*>(this + 1)[i]; }
-};
 
 INLINE U load_lanes(const char* p) {
     U u;
@@ -197,7 +183,7 @@ struct Work {
     }
 
     // y[first : first + rows, columns of one panel] from sums
-    void finish(const Output& o, int64_t panel, int64_t first, int64_t count, const float* sum, size_t lds) const {
+    void finish(const LinearOutput& o, int64_t panel, int64_t first, int64_t count, const float* sum, size_t lds) const {
         int64_t column = panel * (int64_t)COLUMNS, n = std::min<int64_t>(COLUMNS, o.out - column);
         with_type(call.type, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
@@ -217,7 +203,7 @@ struct Work {
 
     // All rows at once, as many panels together as there are registers for.
     void few(const Span& span) const {
-        const Output& o = call.output(span.output);
+        const LinearOutput& o = call.output[span.output];
         float sum[FEW * 8 * W];
         with_kind(call.kind, [&](auto kind) {
             constexpr int64_t K = decltype(kind)::value;
@@ -238,7 +224,7 @@ struct Work {
 
     // Tiles of rows, one stretch of inputs after the other; sums has room for the span's panels of all rows.
     void many(const Span& span, float* sums) const {
-        const Output& o = call.output(span.output);
+        const LinearOutput& o = call.output[span.output];
         size_t all = (size_t)call.rows;
         bool once = lanes <= DEPTH;
         for (size_t k = 0; k < lanes; k += DEPTH) {
@@ -292,7 +278,7 @@ extern "C" int64_t lora_has_dot() {
 extern "C" int64_t lora_linear(const LinearCall* call) {
     static thread_local std::vector<float> shared;
     int64_t all = 0;
-    for (int64_t i = 0; i < call->outputs; i++) all += (int64_t)panels_of(call->output(i).out);
+    for (int64_t i = 0; i < call->outputs; i++) all += (int64_t)panels_of(call->output[i].out);
     if (all == 0 || call->rows == 0) return 0;
     Work work(*call);
     size_t count = (size_t)call->rows, prepared = (count + TILE - 1) / TILE * TILE * work.ld / 4;
@@ -314,7 +300,7 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
         for (int64_t lo = 0, hi = 0; shares.next(threads, lo, hi);) {
             int64_t at = 0;
             for (int64_t i = 0; i < call->outputs; i++) {
-                int64_t n = (int64_t)panels_of(call->output(i).out);
+                int64_t n = (int64_t)panels_of(call->output[i].out);
                 Span span{i, std::max<int64_t>(0, lo - at), std::min(n, hi - at)};
                 at += n;
                 if (span.from >= span.to) continue;

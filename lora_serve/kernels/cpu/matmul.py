@@ -11,18 +11,15 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from struct import Struct
 
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
 from lora_serve.kernels.packed_weight import GROUP, PackedWeight, Scheme
 
-_INT8, _INT4, _DOT = 3, 4, 5
-_PACK = Struct("8q")
-_ROWS = Struct("9q")
-_CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
+_INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
 
 class NativeLinear:
@@ -67,9 +64,18 @@ class NativeLinear:
             raise TypeError("rows are looked up in full precision, by a list of int64")
         ids = ids.contiguous()
         found = torch.empty(ids.shape[0], packed.shape[1], dtype=packed.dtype)
-        kind = self._kind(packed.dtype, None)
-        head = (packed.data.data_ptr(), *packed.shape, kind, packed.dtype.itemsize, ids.data_ptr(), ids.shape[0])
-        wrong = self._rows(_ROWS.pack(*head, found.data_ptr(), torch.get_num_threads()))
+        call = CALLS["RowsCall"].pack(
+            packed=packed.data.data_ptr(),
+            out=packed.shape[0],
+            in_=packed.shape[1],
+            kind=self._kind(packed.dtype, None),
+            size=packed.dtype.itemsize,
+            ids=ids.data_ptr(),
+            count=ids.shape[0],
+            rows=found.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        wrong = self._rows(call)
         if wrong:
             raise ValueError(f"there is no row for id {wrong - 1} of the list")
         return found
@@ -81,7 +87,7 @@ class NativeLinear:
         kind = self._kind(first.dtype, first.scheme)
         if x.stride(1) != 1:
             x = x.contiguous()
-        places: list[int] = []
+        places: list[int | float] = []
         outputs = []
         for packed, bias in layers:
             if packed.shape[1] != width or packed.dtype is not first.dtype or packed.scheme != first.scheme:
@@ -89,13 +95,27 @@ class NativeLinear:
             y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
             if bias is not None and bias.dtype is not x.dtype:
                 raise TypeError("a bias has the rows' type")
-            scale = 0 if packed.scale is None else packed.scale.data_ptr()
-            constant = 0 if bias is None else bias.data_ptr()
-            places += (packed.data.data_ptr(), scale, constant, y.data_ptr(), y.shape[1], packed.shape[0])
+            places += CALLS["LinearOutput"].values(
+                weight=packed.data.data_ptr(),
+                scale=0 if packed.scale is None else packed.scale.data_ptr(),
+                bias=0 if bias is None else bias.data_ptr(),
+                y=y.data_ptr(),
+                stride=y.shape[1],
+                out=packed.shape[0],
+            )
             outputs.append(y)
-        threads = torch.get_num_threads()
-        head = (x.data_ptr(), x.stride(0), rows, width, type_number(x.dtype), threads, kind, len(outputs))
-        self._linear(_CALLS[len(outputs)].pack(*head, *places))
+        call = CALLS["LinearCall"].pack(
+            x=x.data_ptr(),
+            stride=x.stride(0),
+            rows=rows,
+            in_=width,
+            type=type_number(x.dtype),
+            threads=torch.get_num_threads(),
+            kind=kind,
+            outputs=len(outputs),
+            output=places,
+        )
+        self._linear(call)
         return outputs
 
     def _kind(self, dtype: torch.dtype, scheme: Scheme | None) -> int:
@@ -104,14 +124,15 @@ class NativeLinear:
         return self._bf16 if dtype is torch.bfloat16 else type_number(dtype)
 
     def _call(self, weight: Tensor, packed: PackedWeight) -> bytes:
-        return _PACK.pack(
-            weight.data_ptr(),
-            *packed.shape,
-            type_number(packed.dtype),
-            self._kind(packed.dtype, packed.scheme),
-            packed.data.data_ptr(),
-            0 if packed.scale is None else packed.scale.data_ptr(),
-            torch.get_num_threads(),
+        return CALLS["PackCall"].pack(
+            weight=weight.data_ptr(),
+            out=packed.shape[0],
+            in_=packed.shape[1],
+            type=type_number(packed.dtype),
+            kind=self._kind(packed.dtype, packed.scheme),
+            packed=packed.data.data_ptr(),
+            scale=0 if packed.scale is None else packed.scale.data_ptr(),
+            threads=torch.get_num_threads(),
         )
 
     def _seconds(self, kind: int) -> float:

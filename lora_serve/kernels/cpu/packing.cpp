@@ -3,17 +3,10 @@
 // W outputs at a time: each one's weights become a row of lanes, and the rows are turned into one side of a panel.
 #include <algorithm>
 
+#include "calls.h"
 #include "panels.h"
 
 namespace {
-
-struct PackCall {  // as native_linear.py packs it
-    char* weight;  // [out, in] contiguous; what is unpacked from INT8 and INT4 is float32
-    int64_t out, in, type, kind;  // type: of the weights that are packed
-    char* packed;
-    float* scale;  // INT8 [panels * COLUMNS]
-    int64_t threads;
-};
 
 // The scale by which a group's number of the largest magnitude becomes -8: there is one more below zero than above.
 template <class T> float scale_of(const T* x) {
@@ -152,15 +145,6 @@ extern "C" int64_t lora_unpack(const PackCall* call) {
     Packing(*call).unpack();
     return 0;
 }
-
-struct RowsCall {  // as native_linear.py packs it
-    const char* packed;
-    int64_t out, in, kind, size;  // size: bytes of a weight
-    const int64_t* ids;
-    int64_t count;
-    char* rows;  // [count, in]
-    int64_t threads;
-};
 
 // Some rows of a weight that is not small; 0, or 1 + index of the first id that there is no row for.
 extern "C" int64_t lora_rows(const RowsCall* call) {

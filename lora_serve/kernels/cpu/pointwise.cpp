@@ -3,45 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
 
 enum Activation : int64_t { SILU, GELU_TANH };
-
-struct NormCall {  // as native.py packs it
-    const char* x;
-    const char* weight;
-    char* y;
-    int64_t rows, width, x_stride, type, weight_type, plus_one, threads;  // stride in elements
-    double eps;
-};
-
-struct GatedCall {  // as native.py packs it
-    const char* gate;
-    const char* up;
-    char* y;
-    int64_t rows, width, gate_stride, up_stride, type, activation, threads;  // strides in elements
-};
-
-struct Heads { const char* data; int64_t token, head, heads; };  // strides in elements
-
-struct RopeCall {  // as native.py packs it
-    Heads q, k;
-    char* q_out;
-    char* k_out;
-    const char* cosine;
-    const char* sine;
-    int64_t turn;  // stride of a token's cosines and sines, in elements
-    int64_t tokens, dim, type, turn_type, threads;
-};
-
-struct AddCall {  // as native.py packs it
-    const char* x;
-    const char* y;
-    char* sum;
-    int64_t count, type, threads;
-};
 
 // The value as the type keeps it.
 template <class T> INLINE V kept(V v) {
@@ -121,11 +88,11 @@ extern "C" int64_t lora_rope(const RopeCall* call) {
     int64_t heads = call->q.heads + call->k.heads;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        with_type(call->turn_type, [&](auto* other) {
+        with_type(call->table_type, [&](auto* other) {
             using S = std::remove_pointer_t<decltype(other)>;
             over_rows(call->tokens, heads * call->dim, call->threads, [&](int64_t token) {
-                const S* cosine = (const S*)call->cosine + token * call->turn;
-                const S* sine = (const S*)call->sine + token * call->turn;
+                const S* cosine = (const S*)call->cosine + token * call->table_stride;
+                const S* sine = (const S*)call->sine + token * call->table_stride;
                 for (int64_t h = 0; h < heads; h++) {
                     bool is_q = h < call->q.heads;
                     const Heads& from = is_q ? call->q : call->k;
