@@ -48,9 +48,9 @@ class _PackedGroup:
 
 
 class NativeKernels:
-    """`Kernels` on the CPU, from a library that `build.library` built.
+    """`Kernels` on the CPU, in a library that `build.library` built.
 
-    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, places or ranges that do not fit are a
+    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, indices or ranges that do not fit are a
     ValueError, before anything is written.
     """
 
@@ -70,7 +70,6 @@ class NativeKernels:
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-        """See `Kernels.delta`."""
         count = segments.count
         if count == 0:
             return
@@ -78,9 +77,9 @@ class NativeKernels:
         if packed is None:
             packed = self._groups[group] = _PackedGroup(group)
         check_delta(x, outputs, group)
-        places: list[int] = []
+        pointers: list[int] = []
         for output in outputs:
-            places += (output.data_ptr(), output.stride(0))
+            pointers += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
         if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
             raise TypeError("segments are int32, their weights float32")
@@ -96,14 +95,13 @@ class NativeKernels:
             end=end.data_ptr(),
             slot=slot.data_ptr(),
             weight=weight.data_ptr(),
-            output=places,
+            output=pointers,
         )
         wrong = self._delta(call)
         if wrong:
             raise ValueError(f"segment {wrong - 1} lies outside the batch or the slots")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-        """See `Kernels.rms_norm`."""
         width = x.shape[-1]
         rows = x.reshape(-1, width)
         check_norm(rows, weight)
@@ -126,7 +124,6 @@ class NativeKernels:
         return y
 
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """See `Kernels.gated`."""
         check_gated(gate, up)
         width = gate.shape[-1]
         left, right = gate.reshape(-1, width), up.reshape(-1, width)
@@ -148,7 +145,6 @@ class NativeKernels:
         return y
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Kernels.rope`."""
         check_rope(q, k, cos, sin)
         _, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
@@ -174,14 +170,14 @@ class NativeKernels:
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """See `Kernels.pack`: each by itself, as they are read one after the other."""
+        """Each weight by itself, as `linear` reads them one after the other."""
         return [self._matmul.pack(weight, scheme) for weight in weights]
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
-        """See `Kernels.new_recording`."""
-        return CallRecording(self._arena, self._replay, self._sum, self._library.listen, check_values=check_values)
+        add, record_on = self._add_tensors, self._library.record_on
+        return CallRecording(self._arena, self._replay, add, record_on, check_values=check_values)
 
-    def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
+    def _add_tensors(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""
         if x.dtype not in TYPES:
             return False
@@ -198,7 +194,6 @@ class NativeKernels:
         return True
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-        """See `Kernels.write_kv`."""
         blocks, size, heads, _ = keys.shape
         tokens = kv_index.shape[0]
         check_write(keys, values, k, v, kv_index)
@@ -222,7 +217,7 @@ class NativeKernels:
         )
         wrong = self._write_kv(call)
         if wrong:
-            raise ValueError(f"the place of token {wrong - 1} is not in the pool")
+            raise ValueError(f"the KV index of token {wrong - 1} is not in the pool")
 
     def attention(
         self,
@@ -235,7 +230,6 @@ class NativeKernels:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `Kernels.attention`."""
         tokens, heads, key_dim = q.shape
         blocks, size, kv_heads, value_dim = values.shape
         if keys.shape != (blocks, size, kv_heads, key_dim) or heads % kv_heads:

@@ -2,10 +2,11 @@
 //
 // calls.py reads this file and packs the structs by it, and the library is asked for their sizes when it is loaded. So
 // the grammar is narrow: a member is a pointer (one to a declaration), an int64_t, a double or a struct from further
-// up. All of these take 8 bytes, so there is no padding. The last member may be an array without a length, of int64_t or
-// of a struct from further up: it follows the struct in memory.
+// up. All of these take 8 bytes, so there is no padding. The last member may be an array without a length, of int64_t
+// or of a struct from further up: it follows the struct in memory.
 //
-// Types are `Type` (simd.h), kinds `Kind` (panels.h). Strides of the attention calls are in bytes, all others in elements.
+// Types are `Type` (simd.h), kinds `Kind` (panels.h). Strides of the attention calls are in bytes, all others in
+// elements.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,8 @@
-// The low-rank delta of a mixed batch: every row its own adapter, through the pointer tables.
+// Low-rank deltas of a mixed batch: each row uses its own adapter, through the pointer tables.
 //
-// Two phases with one barrier between them. Shrink is split over threads by (segment, rows, ranks), expand by columns
-// of the outputs: no two threads ever write one place, so segments may overlap. Weights are read as they lie and
-// widened in registers; a segment's weights come from memory once, whatever its number of rows.
+// Two phases with a barrier between them. Shrink (x Aᵀ) is split over threads by (segment, rows, ranks), expand (· B)
+// by columns of the outputs: no two threads write the same element, so segments may overlap. Weights are widened in
+// registers; a segment's weights are read from memory once, whatever its number of rows.
 #include <algorithm>
 
 #include "calls.h"
@@ -11,12 +11,12 @@
 namespace {
 
 struct Segment {
-    int64_t first, rows, slot, ranks;  // ranks: of all modules together
+    int64_t first, rows, slot, ranks;  // ranks: sum over all modules
     float weight;
-    size_t shrunk;  // where its [rows, ranks] begin
+    size_t shrunk;  // offset of its result of shrink [rows, ranks]
 };
 
-// acc[T, R] += x[T, from:to] @ a[R, from:to].T, lane by lane; rows of `a`, and of `next` to come, are n long
+// acc[T, R] (a vector each) += x[T, from:to] @ a[R, from:to].T by lanes; rows of `a` are n long, `next` is prefetched
 template <class T_, int T, int R>
 void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t from, size_t to, float* acc) {
     V sum[T * R];
@@ -47,7 +47,7 @@ void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, siz
     for (int i = 0; i < T * R; i++) store(acc + i * W, sum[i]);
 }
 
-// out[T, R] = weight * acc[T, R] summed over lanes
+// out[T, R] = weight * (acc[T, R] summed over lanes)
 template <int T, int R> void finish(const float* acc, float weight, float* out, size_t ldo) {
     V lanes[W] = {};
     UNROLL
@@ -58,14 +58,15 @@ template <int T, int R> void finish(const float* acc, float weight, float* out, 
         for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
 }
 
-// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc has room for rows * ranks vectors; `after` comes after `a`
+// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc holds rows * ranks vectors; `after` is prefetched after
+// `a`
 template <class T_>
 void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* after, size_t n, int64_t ranks,
                  float weight, float* out, size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
         constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
-        constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // of x, that it stays near for all ranks
+        constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // inputs: x stays cached for all ranks
         for (size_t k = 0; k < n; k += DEPTH) {
             size_t to = std::min(n, k + DEPTH);
             int64_t r = 0;
@@ -79,7 +80,7 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* af
     });
 }
 
-// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], the weights straight from memory; `next` come after them
+// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], without a widened copy of the weights; `next` is prefetched
 template <class T_, int T, int C>
 void stream(const float* h, size_t ldh, const T_* b, const T_* next, size_t ldb, size_t ranks, float* sum) {
     V acc[T][C] = {};
@@ -108,7 +109,7 @@ void add_tile(Matrix out, int64_t row, int rows, size_t column, size_t n, const 
     });
 }
 
-// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` comes after `b`
+// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` is prefetched after `b`
 template <class T_>
 void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb, size_t ranks, Matrix out,
             int64_t first, int64_t rows, size_t from, size_t to, float* wide) {
@@ -154,8 +155,8 @@ struct Work {
 
     const Segment& following(const Segment& s) const { return &s == &segments.back() ? s : *(&s + 1); }
 
-    // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`,
-    // rounded to `step`.
+    // The index 0..n, rounded to `step`, of the item at position `at` of a cost axis; items begin at `begin` and cost
+    // `each`. Threads take equal shares of the axis.
     static int64_t cut(int64_t at, int64_t begin, int64_t each, int64_t n, int64_t step) {
         if (at <= begin) return 0;
         return std::min(n, ((at - begin) / each + step / 2) / step * step);
@@ -219,7 +220,7 @@ struct Work {
 
 }  // namespace
 
-// 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was done).
+// Returns 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was written).
 extern "C" int64_t lora_delta(const DeltaCall* call) {
     static thread_local std::vector<Segment> segments;
     static thread_local std::vector<float> memory;
@@ -247,7 +248,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);
-    constexpr size_t SMALL = 1 << 18;  // weights to pass; with fewer, one thread is done before another is awake
+    constexpr size_t SMALL = 1 << 18;  // weights; with fewer, one thread is done before another is awake
     parallel(weights < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         float* room = scratch(mine, own);

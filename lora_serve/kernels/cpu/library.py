@@ -40,7 +40,7 @@ class Library:
                 raise BuildError(f"the library's struct {name} has {theirs} bytes, not {struct.size}")
 
     def call(self, name: str) -> Callable[[bytes], int]:
-        """A function of one packed struct, which a recording of this thread's calls keeps and calls again with it."""
+        """A function of one packed struct; a recording on this thread keeps the struct and calls again with it."""
         function = self._loaded[name]
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64
@@ -50,7 +50,7 @@ class Library:
         def call(packed: bytes) -> int:
             recording = self._thread.recording
             if recording is not None:
-                recording.call(address, packed)
+                recording.add_call(address, packed)
             done: int = function(packed)
             return done
 
@@ -70,8 +70,8 @@ class Library:
         replay: Callable[[Any, int], int] = function
         return replay
 
-    def listen(self, recording: CallRecording | None) -> None:
-        """Record every call that this thread makes from now on; None: record no more."""
+    def record_on(self, recording: CallRecording | None) -> None:
+        """Record every call that this thread makes from now on; None: stop."""
         self._thread.recording = recording
 
 

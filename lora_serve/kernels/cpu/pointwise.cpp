@@ -1,5 +1,5 @@
-// The small operations between the linear maps, each in one pass over its rows: norms, gated activations, rotary
-// embeddings, sums; and the playing of noted calls.
+// Norms, gated activations, rotary embeddings and sums, each in one pass over its rows; and the replay of recorded
+// calls.
 #include <algorithm>
 #include <cmath>
 
@@ -10,7 +10,7 @@ namespace {
 
 enum Activation : int64_t { SILU, GELU_TANH };
 
-// The value as the type keeps it.
+// The value rounded to T.
 template <class T> INLINE V kept(V v) {
     T lanes[W];
     store(lanes, v);
@@ -28,7 +28,7 @@ INLINE V activated(V x, int64_t kind) {
     return x * logistic(2.0f * inner);  // (1 + tanh u) / 2 is the logistic function of 2 u
 }
 
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread has passed before another is awake
+constexpr int64_t ALONE = 1 << 15;  // numbers that one thread processes before another is awake
 
 template <class F> void over_rows(int64_t rows, int64_t width, int64_t threads, F f) {
     parallel(rows * width < ALONE ? 1 : (int)threads, [&](int thread, int all) {
@@ -82,7 +82,7 @@ extern "C" int64_t lora_gated(const GatedCall* call) {
     return 0;
 }
 
-// Each head's halves turned against each other: (a, b) -> (a cos - b sin, b cos' + a sin').
+// Rotates the halves a and b of each head: (a, b) -> (a cos - b sin, b cos' + a sin').
 extern "C" int64_t lora_rope(const RopeCall* call) {
     size_t half = (size_t)call->dim / 2;
     int64_t heads = call->q.heads + call->k.heads;
@@ -128,7 +128,8 @@ extern "C" int64_t lora_add(const AddCall* call) {
     return 0;
 }
 
-// Makes calls one after the other; 0, or 1 + index of the first that fails (then those after it are not made).
+// Calls functions one after the other, given as pairs of (function, its arguments). Returns 0, or 1 + index of the
+// first that fails (the ones after it are not called).
 extern "C" int64_t lora_replay(const int64_t* pairs, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         auto function = (int64_t(*)(const void*))pairs[2 * i];
