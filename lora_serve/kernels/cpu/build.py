@@ -64,7 +64,7 @@ def library() -> Path:
             _run([*compiler, *FLAGS, *(str(here / name) for name in SOURCES), *LIBRARIES, "-o", str(built)])
             os.replace(built, target)
     except OSError as error:
-        raise BuildError(f"no place to build in: {error.strerror or error}") from error
+        raise BuildError(f"no folder to build in: {error.strerror or error}") from error
     return target
 
 
