@@ -1,4 +1,4 @@
-"""What a graph promises, without a GPU: the same pass again, on whatever lies in the same memory."""
+"""A stand-in for CUDA graphs without a GPU: a replay runs the same pass again, on the same memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class MemoryRecording:
-    """A `Recording` that makes the pass again."""
+    """A `Recording` whose replay runs the pass again."""
 
     def __init__(self) -> None:
         self.unsupported: str | None = None

@@ -1,6 +1,6 @@
-"""What every backend that reads addresses must be sure of before it does: shapes, strides and types.
+"""Checks of shapes, strides and types that every backend makes before it reads addresses.
 
-Values are not looked at. ValueError and TypeError say what does not fit.
+Values are not read. Each check raises ValueError or TypeError with what does not fit.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from lora_serve.kernels.contract import DeltaGroup
 
 
 def check_norm(rows: Tensor, weight: Tensor) -> None:
-    """Rows [rows, width] and weight of `Kernels.rms_norm`."""
+    """For `Kernels.rms_norm`, its input flattened to rows [rows, width]."""
     width = rows.shape[1]
     if rows.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} does not fit rows of {width}")
 
 
 def check_gated(gate: Tensor, up: Tensor) -> None:
-    """See `Kernels.gated`."""
     if gate.shape != up.shape or gate.dtype is not up.dtype or (gate.stride(-1), up.stride(-1)) != (1, 1):
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
 
 
 def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """See `Kernels.rope`."""
     _, _, tokens, dim = q.shape
     fits = q.shape[0] == k.shape[0] == 1 and k.shape[2:] == (tokens, dim) and dim % 2 == 0
     if not fits or cos.shape != (1, tokens, dim) or sin.shape != cos.shape:
@@ -35,7 +33,6 @@ def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-    """See `Kernels.write_kv`."""
     heads, tokens = keys.shape[2], kv_index.shape[0]
     if k.dtype is not keys.dtype or v.dtype is not values.dtype or kv_index.dtype is not torch.int64:
         raise TypeError("k and v have the pool's type, kv_index is int64")
@@ -44,7 +41,6 @@ def check_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Te
 
 
 def check_delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup) -> None:
-    """Rows and outputs of `Kernels.delta`."""
     tokens, width = x.shape
     if width != group.in_features or x.stride(1) != 1 or len(outputs) != len(group.out_features):
         raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")

@@ -1,8 +1,8 @@
-"""The kernel backend interface: every operation that adapters, paged KV and the base's layers need, and its semantics.
+"""The kernel backend interface: the operations of adapters, paged KV and the base's layers, and their semantics.
 
-Imports torch only. Backends (`reference`, `cpu`, `gpu`) implement `Kernels` and say what they can do; callers never ask
-which one they have. All tensors of one call are on one device. Nothing is allocated for a maximum: rows without a
-segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
+Imports torch only. Backends (`reference`, `cpu`, `gpu`) implement `Kernels` and declare what they support; callers
+never check which one they have. All tensors of one call are on one device. Nothing is allocated for a maximum: rows
+without a segment are not touched, ranks are not padded, slots that are not in a batch cost nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pointer_tables(modules: int, slots: int, device: torch.device) -> tuple[Tens
 
 
 class DeltaGroup:
-    """Pointer tables of the modules that read one input (q, k and v, say): a slot is a row of pointers.
+    """Pointer tables of the modules that read the same input (q, k and v, say).
 
     Attributes:
         in_features, out_features: width of the shared input; one output width per module.
@@ -102,7 +102,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """How the rows of a flat batch lie over sequences and their KV blocks.
+    """Which rows of a flat batch belong to which sequence, and the sequences' KV blocks.
 
     Attributes:
         query_start: int32 [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
@@ -159,9 +159,9 @@ class Kernels(Protocol):
     """A backend.
 
     Attributes:
-        name: for people.
-        replay: how steps are repeated without the model's Python: "recorded_steps" are recorded when their shape comes
-            again, each for exactly that shape; "cuda_graphs" are captured ahead for the sizes in `graph_buckets`.
+        name: for logs and messages.
+        replay: how steps are run without the model's Python: "recorded_steps" are recorded the second time that their
+            shape occurs, each for exactly that shape; "cuda_graphs" are captured at start for `graph_buckets`.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Kernels(Protocol):
     graph_buckets: GraphBuckets | None
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """Lay out weights [out, in] (fp32, bf16 or fp16) of layers that read one input for `linear`, one each."""
+        """Lay out the weights [out, in] (fp32, bf16 or fp16) of layers that read the same input, for `linear`."""
         ...
 
     def unpack(self, packed: PackedWeight) -> Tensor:
@@ -181,11 +181,13 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
-        """Up to eight layers of one kind that read one input: y = x @ unpack(packed).T + bias, accumulated in float32.
+        """Up to eight layers that read the same input: y = x @ unpack(packed).T + bias, accumulated in float32.
+
+        The layers share dtype and scheme.
 
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
         dtype, with unit stride in the last dimension. Where the weights are quantised, rows are rounded too: x is
-        `packed_weight.rounded(x, scheme)`.
+        `packed_weight.round_rows(x, scheme)`.
         """
         ...
 
@@ -209,15 +211,16 @@ class Kernels(Protocol):
         ...
 
     def new_recording(self, *, check_values: bool) -> Recording:
-        """A recording of a pass over this backend's calls; only where `replay` is not "none".
+        """An empty recording for one pass; only where `replay` is not "none".
 
         Args:
-            check_values: also notice values that leave tensors in ways that make a replay wrong; takes time.
+            check_values: also detect values that reach Python (`tolist`, `numpy`), which would make a replay wrong;
+            slow.
         """
         ...
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-        """Add each row's own low-rank delta to the base's outputs, in place.
+        """Add the low-rank delta of each row's adapter to the base's outputs, in place.
 
         Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
 
@@ -231,7 +234,7 @@ class Kernels(Protocol):
         ...
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-        """Store this step's keys and values at their places in the block pool.
+        """Store this step's keys and values in the block pool.
 
         Semantics: `keys.flatten(0, 1)[kv_index] = k; values.flatten(0, 1)[kv_index] = v`.
         Shapes: keys [blocks, block_size, kv_heads, key_dim], values [blocks, block_size, kv_heads, value_dim],
@@ -245,7 +248,7 @@ class Kernels(Protocol):
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: AttentionMetadata,
+        metadata: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
@@ -257,7 +260,7 @@ class Kernels(Protocol):
 
             j runs over max(0, p - window + 1) .. p  (from 0 without a window)
             score[j] = scale * q · key[j];  with softcap c: c * tanh(score / c)
-            out = softmax(score ++ [sinks[h]])[:-1] @ value    (a sink takes probability and gives nothing)
+            out = softmax(score ++ [sinks[h]])[:-1] @ value    (a sink takes probability and adds no value)
 
         Shapes: q [tokens, heads, key_dim] (any strides over the first two dimensions), sinks [heads];
         returns [tokens, heads, value_dim] in q's dtype, contiguous. Softmax in float32.

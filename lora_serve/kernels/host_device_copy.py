@@ -1,6 +1,6 @@
-"""Small numbers to the device and back without waiting for what it is busy with.
+"""Asynchronous copies of small tensors between host and device: they do not wait for the kernels that are running.
 
-On a CPU the device's memory is the host's, and nothing here copies.
+On a CPU, device memory is host memory and nothing is copied.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def to_device(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Values [n] as a tensor on the device. Whatever is launched after this finds them there."""
+    """Values as a tensor [n] on the device, for everything that is launched on this stream afterwards."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 class DeviceToHostCopy:
-    """A tensor on its way to the host, as it is when all that was launched before this is done."""
+    """An asynchronous copy of a tensor to the host, ordered after everything launched on this stream before."""
 
     def __init__(self, x: Tensor) -> None:
         self._host = x
@@ -30,7 +30,7 @@ class DeviceToHostCopy:
             self._event.record()
 
     def wait(self) -> Tensor:
-        """The tensor, on the host."""
+        """Wait for the copy; the tensor on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -5,9 +5,10 @@
     int4:  W[o, i] ≈ scale[o, i // GROUP] · q[o, i], q in -8..7, scale in bf16
            x[t, i] ≈ step[t, i // GROUP] · p[t, i],  p in -127..127
 
-Rounded to nearest (halves to even). A scale or step is the largest magnitude of what shares it over the largest whole
-number; in int4 over -8, with the sign of that number, since there is one more whole number below zero than above.
-Products of whole numbers are summed exactly over what shares scale and step.
+q and p are integers, rounded to nearest (halves to even). A scale or step is the largest magnitude among the numbers
+that share it, divided by the largest integer; in int4 it is the number of the largest magnitude divided by -8, with its
+sign, as there is one more integer below zero than above. Products of integers are summed exactly over what shares a
+scale and a step.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from torch.nn import functional
 Scheme = Literal["int8", "int4"]
 GROUP = 32  # inputs that share a scale, and a step of the rows, in int4
 RUN = 64  # inputs that share a step of the rows in int8; the last of a row may be fewer
-_MOST = 127  # largest whole number in int8
-_LEAST = 1e-30  # scale or step; what is smaller becomes zero
+_MOST = 127  # largest integer in int8
+_LEAST = 1e-30  # smallest scale or step; where numbers are smaller, the integers are zero
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """One layer's weights W [out, in]. What `data` and `scale` hold is the backend's own business.
+    """One layer's weights W [out, in]. The layout of `data` and `scale` is the backend's own.
 
     Attributes:
         shape: (out, in).
         dtype: of the weights that were packed.
-        scheme: how they are quantised; None: they are not.
+        scheme: how they are quantised; None: full precision.
     """
 
     shape: tuple[int, int]
@@ -48,12 +49,12 @@ class PackedWeight:
 
 
 def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:
-    """The scheme, if a weight with so many inputs can be kept in it; else None."""
+    """The scheme if it can quantise a weight with so many inputs, else None."""
     return None if scheme == "int4" and in_features % GROUP else scheme
 
 
-def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Whole numbers q int8 [out, in] and scale float32 [out, groups] (one group in int8)."""
+def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Integers q int8 [out, in] and scales float32 [out, groups] (one group in int8)."""
     if scheme == "int8":
         grouped = _grouped(weight.detach(), weight.shape[1])
         scale = _step(grouped)
@@ -62,21 +63,21 @@ def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         high, low = (extreme(dim=-1, keepdim=True) for extreme in (grouped.amax, grouped.amin))
         scale = torch.where(high >= -low, high, low) / -8
         scale = torch.where(scale.abs() < _LEAST, _LEAST, scale).bfloat16().float()
-    whole = _whole(grouped, scale).clamp(-8 if scheme == "int4" else -_MOST, 7 if scheme == "int4" else _MOST)
-    return whole.to(torch.int8).view(weight.shape), scale.squeeze(-1)
+    q = _integers(grouped, scale).clamp(-8 if scheme == "int4" else -_MOST, 7 if scheme == "int4" else _MOST)
+    return q.to(torch.int8).view(weight.shape), scale.squeeze(-1)
 
 
-def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
-    """The weights [out, in] that whole numbers and scales stand for, float32."""
-    return (whole.view(*scale.shape, -1).float() * scale[..., None]).view(whole.shape)
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """The weights float32 [out, in] that integers and scales stand for."""
+    return (q.view(*scale.shape, -1).float() * scale[..., None]).view(q.shape)
 
 
-def rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """Rows x [rows, in] as a layer quantised in the scheme sees them, float32."""
+def round_rows(x: Tensor, scheme: Scheme) -> Tensor:
+    """Rows x [rows, in] rounded as a layer quantised in the scheme multiplies them, float32."""
     width, size = x.shape[1], RUN if scheme == "int8" else GROUP
     grouped = _grouped(functional.pad(x, (0, -width % size)), size)
     step = _step(grouped)
-    return (_whole(grouped, step) * step).flatten(1)[:, :width]
+    return (_integers(grouped, step) * step).flatten(1)[:, :width]
 
 
 def _grouped(rows: Tensor, size: int) -> Tensor:
@@ -88,5 +89,5 @@ def _step(grouped: Tensor) -> Tensor:
     return (grouped.abs().amax(-1, keepdim=True) / _MOST).clamp(min=_LEAST)
 
 
-def _whole(grouped: Tensor, step: Tensor) -> Tensor:
+def _integers(grouped: Tensor, step: Tensor) -> Tensor:
     return (grouped * (1 / step)).round()

@@ -1,7 +1,7 @@
-"""The contract in plain torch: slow, obvious, right on any device.
+"""The reference backend in plain torch: slow, simple, correct on any device.
 
-It is what the other backends are tested against and what serves where none of them can run. It reads the tensors behind
-the pointer tables, never the addresses. Speed is no aim: it loops over segments and sequences.
+The other backends are tested against it, and it serves where none of them can run. It reads the tensors behind the
+pointer tables, never the addresses, and loops over segments and sequences.
 """
 
 from __future__ import annotations
@@ -20,68 +20,60 @@ from lora_serve.kernels.contract import (
     ReplaySupport,
     Segments,
 )
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme, dequantized, quantized, rounded
+from lora_serve.kernels.packed_weight import PackedWeight, Scheme, dequantize, quantize, round_rows
 
 
 class ReferenceKernels:
     """`Kernels` in plain torch."""
 
     name = "reference"
-    replay: ReplaySupport = "none"  # it follows values through Python
+    replay: ReplaySupport = "none"  # it reads segments and sequences in Python
     graph_buckets: GraphBuckets | None = None
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """See `Kernels.pack`."""
         return [_pack(weight, scheme) for weight in weights]
 
     def unpack(self, packed: PackedWeight) -> Tensor:
-        """See `Kernels.unpack`."""
-        return packed.data if packed.scale is None else dequantized(packed.data, packed.scale)
+        return packed.data if packed.scale is None else dequantize(packed.data, packed.scale)
 
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """See `Kernels.lookup`."""
         return nn.functional.embedding(ids, packed.data)
 
     def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
-        """See `Kernels.linear`."""
         outputs = []
         for packed, bias in layers:
             if packed.scheme is None:
                 outputs.append(nn.functional.linear(x, packed.data, bias))
                 continue
-            y = rounded(x, packed.scheme) @ self.unpack(packed).T
+            y = round_rows(x, packed.scheme) @ self.unpack(packed).T
             outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
         return outputs
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-        """See `Kernels.rms_norm`."""
         wide = x.float()
         n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
 
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """See `Kernels.gated`."""
         if activation == "silu":
             return nn.functional.silu(gate) * up
         return nn.functional.gelu(gate, approximate="tanh") * up
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Kernels.rope`."""
 
-        def turned(x: Tensor) -> Tensor:
+        def rotate(x: Tensor) -> Tensor:
             first, second = x.float().chunk(2, dim=-1)
             return (x.float() * cos[:, None].float() + torch.cat([-second, first], -1) * sin[:, None].float()).to(
                 x.dtype
             )
 
-        return turned(q), turned(k)
+        return rotate(q), rotate(k)
 
     def new_recording(self, *, check_values: bool) -> Recording:
-        """Never called: see `replay`."""
+        """Not supported: `replay` is "none"."""
         raise NotImplementedError
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-        """See `Kernels.delta`."""
         if segments.count == 0:
             return
         runs = zip(
@@ -101,7 +93,6 @@ class ReferenceKernels:
                     output[start:end] = sums.to(output.dtype)
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-        """See `Kernels.write_kv`."""
         size = keys.shape[1]
         block, offset = kv_index // size, kv_index % size
         keys[block, offset] = k.to(keys.dtype)
@@ -112,22 +103,21 @@ class ReferenceKernels:
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: AttentionMetadata,
+        metadata: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `Kernels.attention`."""
         tokens, heads, key_dim = q.shape
         size, kv_heads, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
         out = q.new_zeros(tokens, heads, value_dim)
-        starts = spans.query_start.tolist()
-        for i, context in enumerate(spans.context.tolist()):
+        starts = metadata.query_start.tolist()
+        for i, context in enumerate(metadata.context.tolist()):
             first, last = starts[i], starts[i + 1]
             if first == last:
                 continue
-            blocks = spans.block_table[i, : -(-context // size)].long()
+            blocks = metadata.block_table[i, : -(-context // size)].long()
             key = keys[blocks].flatten(0, 1)[:context].float()  # [context, kv_heads, key_dim]
             value = values[blocks].flatten(0, 1)[:context].float()
             queries = (
@@ -152,5 +142,5 @@ class ReferenceKernels:
 
 def _pack(weight: Tensor, scheme: Scheme | None) -> PackedWeight:
     shape = (weight.shape[0], weight.shape[1])
-    data, scale = (weight, None) if scheme is None else quantized(weight, scheme)
+    data, scale = (weight, None) if scheme is None else quantize(weight, scheme)
     return PackedWeight(shape, weight.dtype, scheme, data, scale)

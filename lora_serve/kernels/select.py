@@ -1,4 +1,4 @@
-"""Which backend serves a device."""
+"""Select the kernel backend for a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def select(device: torch.device, native: bool = True) -> Kernels:
     """The fastest backend that works on `device`; without `native`, plain torch.
 
-    Where better kernels were wanted and cannot be had, one warning says why.
+    Where that falls back to plain torch, one warning gives the reason.
     """
     if not native:
         return ReferenceKernels()
@@ -35,7 +35,7 @@ def select(device: torch.device, native: bool = True) -> Kernels:
 
 def _triton() -> Kernels:
     try:
-        from lora_serve.kernels.gpu.backend import GpuKernels  # Triton comes with torch's CUDA builds alone
+        from lora_serve.kernels.gpu.backend import GpuKernels  # only torch's CUDA builds bring Triton
     except ImportError as error:
         log.warning("no GPU kernels (%s); plain torch serves adapters and attention, slower", error)
         return ReferenceKernels()

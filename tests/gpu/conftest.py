@@ -1,6 +1,6 @@
-"""These tests run in a pytest call of their own, with LORA_SERVE_TEST_DEVICE=cuda, as `make gpu-check` does.
+"""Tests that need a GPU; they run in a pytest call of their own with LORA_SERVE_TEST_DEVICE=cuda (`make gpu-check`).
 
-A process either compiles Triton's kernels or interprets them, and all the other tests interpret.
+A process either compiles Triton kernels or interprets them, and all other tests interpret.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the tests of this folder run: LORA_SERVE_TEST_DEVICE=cuda says a GPU.
+"""The device of the tests in this folder: LORA_SERVE_TEST_DEVICE=cuda or cpu.
 
-LORA_SERVE_TEST_DEVICE=cpu runs the same bodies in Triton's interpreter at the smallest sizes, which shows that the
-tests themselves are right; what only a GPU has is left out then.
+On cpu the same tests run in Triton's interpreter at the smallest sizes, which checks the tests themselves; those that
+need a GPU are skipped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ here = [
     pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="there is no GPU here"),
     pytest.mark.skipif(ON_GPU and INTERPRETED, reason="Triton interprets in this process: run tests/gpu by itself"),
 ]
-gpu_only = pytest.mark.skipif(not ON_GPU, reason="only a GPU has this")
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
 def sized(real: list[object], small: list[object]) -> list[object]:
-    """A table of real sizes, or what of it the interpreter can do in a moment."""
+    """Real sizes on a GPU, small ones in the interpreter."""
     return real if ON_GPU else small

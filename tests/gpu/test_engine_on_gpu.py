@@ -1,4 +1,4 @@
-"""The engine on the GPU, a step ahead of what it has read, and the whole server."""
+"""The engine on the GPU with one step in flight, and the whole server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_serve.errors import Unavailable
 from lora_serve.messages import Call, EvictAdapter, Publish
 from lora_serve.model.batch import Batch
 
-pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT talks
+pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT warns
 PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40)), [11]]
 
 
@@ -39,7 +39,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
         )[0, len(prompt):].tolist()  # fmt: skip
 
 
-def test_greedy_batches_give_what_transformers_generates(session: Session) -> None:
+def test_greedy_batches_equal_transformers_generate(session: Session) -> None:
     for index, prompt in enumerate(PROMPTS):
         session.send(str(index), prompt, max_tokens=10)
     session.run()
@@ -48,7 +48,7 @@ def test_greedy_batches_give_what_transformers_generates(session: Session) -> No
     assert session.blocks_used == 0
 
 
-def test_adapters_that_come_and_go_give_what_peft_generates(session: Session, tmp_path: Path) -> None:
+def test_adapters_that_are_loaded_and_evicted_equal_peft(session: Session, tmp_path: Path) -> None:
     for seed, rank in enumerate((4, 32)):
         folder = tmp_path / f"a{seed}"
         make("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
@@ -70,16 +70,16 @@ def test_adapters_that_come_and_go_give_what_peft_generates(session: Session, tm
             assert session.tokens(f"{turn}/{index}") == wanted
 
 
-def test_a_prompt_that_finds_no_memory_ends_alone(session: Session) -> None:
+def test_a_prompt_that_runs_out_of_memory_ends_only_its_own_request(session: Session) -> None:
     base = session.engine._runner._base
     forward = base.forward
 
-    def greedy_for_memory(batch: Batch) -> torch.Tensor:
+    def forward_that_runs_out_of_memory(batch: Batch) -> torch.Tensor:
         if any(position > 40 for position in batch.positions):
-            torch.empty(1 << 46, device=DEVICE)  # the allocator's own refusal
+            torch.empty(1 << 46, device=DEVICE)  # raises OutOfMemoryError
         return forward(batch)
 
-    base.forward = greedy_for_memory  # type: ignore[method-assign]
+    base.forward = forward_that_runs_out_of_memory  # type: ignore[method-assign]
     session.send("small", PROMPTS[0], max_tokens=20)
     session.send("large", list(range(3, 90)), max_tokens=4)
     session.send("other", PROMPTS[1], max_tokens=20)
@@ -93,7 +93,7 @@ def test_a_prompt_that_finds_no_memory_ends_alone(session: Session) -> None:
     assert session.blocks_used == 0
 
 
-def test_a_server_on_the_gpu_says_what_one_on_the_cpu_says(tmp_path: Path) -> None:
+def test_a_server_on_the_gpu_answers_as_one_on_the_cpu(tmp_path: Path) -> None:
     texts = heldout_prompts(4 if ON_GPU else 1, seed=21)
     jobs = [(text, name) for text in texts for name in (None, *TASKS)]
 

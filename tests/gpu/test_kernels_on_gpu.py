@@ -1,4 +1,4 @@
-"""Every kernel on the GPU itself, at the sizes of real models: the reference's numbers."""
+"""Every kernel on a GPU at the sizes of real models equals the reference."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ DELTAS = sized(
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("case", DELTAS)
-def test_deltas(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
+def test_deltas_equal_the_reference(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     group, segments = case.group(dtype), case.bounds()
     x = draw(case.rows, case.in_features, dtype=dtype)
@@ -111,7 +111,7 @@ def test_deltas(kernels: GpuKernels, case: Deltas, dtype: torch.dtype) -> None:
 
 
 @gpu_only
-def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None:
+def test_a_replayed_graph_reads_what_slots_point_at_now(kernels: GpuKernels) -> None:
     torch.manual_seed(0)
     case = Deltas(*QKV, ((1, 16),) * 8)
     group, segments = case.group(BF16), replace(case.bounds(), max_rows=16, max_rank=1024)
@@ -142,26 +142,29 @@ def test_a_graph_follows_slots_that_point_elsewhere(kernels: GpuKernels) -> None
 # --- attention ---------------------------------------------------------------------------------------------------
 
 DECODING = [(1, 4096), (1, 1), (0, 1), (1, 517), (1, 16)]
-READING = [(512, 4096), (1, 700), (300, 300), (0, 1), (2, 17)]
+PREFILLING = [(512, 4096), (1, 700), (300, 300), (0, 1), (2, 17)]
 LLAMA = AttentionCase(7, BF16, 8, 4, 128, 128, 16, DECODING, None, None, False)
 ATTENTION = sized(
     [
         pytest.param(replace(LLAMA, sequences=[(1, 512)] * 32), id="decode 32"),
         pytest.param(LLAMA, id="decode"),
-        pytest.param(replace(LLAMA, sequences=READING), id="prefill"),
-        pytest.param(replace(LLAMA, sequences=READING, dtype=FP32), id="prefill in fp32"),
+        pytest.param(replace(LLAMA, sequences=PREFILLING), id="prefill"),
+        pytest.param(replace(LLAMA, sequences=PREFILLING, dtype=FP32), id="prefill in fp32"),
         pytest.param(replace(LLAMA, dtype=FP32, window=1000), id="decode in fp32, window"),
-        pytest.param(replace(LLAMA, sequences=READING, dtype=FP16, window=128), id="prefill in fp16, window"),
+        pytest.param(replace(LLAMA, sequences=PREFILLING, dtype=FP16, window=128), id="prefill in fp16, window"),
         pytest.param(replace(LLAMA, dtype=FP16, sinks=True), id="decode in fp16, sinks"),
         pytest.param(
-            replace(LLAMA, key_dim=64, value_dim=64, share=8, window=128, sinks=True, sequences=READING + DECODING),
+            replace(LLAMA, key_dim=64, value_dim=64, share=8, window=128, sinks=True, sequences=PREFILLING + DECODING),
             id="64 wide, window and sinks",
         ),
         pytest.param(
-            replace(LLAMA, key_dim=96, value_dim=96, share=1, kv_heads=32, sequences=READING + DECODING), id="96 wide"
+            replace(LLAMA, key_dim=96, value_dim=96, share=1, kv_heads=32, sequences=PREFILLING + DECODING),
+            id="96 wide",
         ),
         pytest.param(
-            replace(LLAMA, key_dim=256, value_dim=256, kv_heads=4, share=2, softcap=50.0, sequences=READING + DECODING),
+            replace(
+                LLAMA, key_dim=256, value_dim=256, kv_heads=4, share=2, softcap=50.0, sequences=PREFILLING + DECODING
+            ),
             id="256 wide, softcap",
         ),
         pytest.param(
@@ -169,7 +172,7 @@ ATTENTION = sized(
             id="256 in fp32",
         ),
         pytest.param(
-            replace(LLAMA, key_dim=192, value_dim=128, kv_heads=16, share=1, sequences=READING + DECODING),
+            replace(LLAMA, key_dim=192, value_dim=128, kv_heads=16, share=1, sequences=PREFILLING + DECODING),
             id="192 and 128 wide",
         ),
     ],
@@ -180,12 +183,12 @@ ATTENTION = sized(
 )
 
 
-def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, tuple[Any, ...]]:
-    q, keys, values, spans = case.tensors()
+def on_device(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, tuple[Any, ...]]:
+    q, keys, values, metadata = case.tensors()
     there = AttentionMetadata(
-        *(each.to(DEVICE) for each in (spans.query_start, spans.context, spans.block_table)),
-        spans.max_query_len,
-        spans.max_context_len,
+        *(each.to(DEVICE) for each in (metadata.query_start, metadata.context, metadata.block_table)),
+        metadata.max_query_len,
+        metadata.max_context_len,
     )
     scale, window, softcap, sinks = case.options
     options = (scale, window, softcap, None if sinks is None else sinks.to(DEVICE))
@@ -194,22 +197,22 @@ def moved(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionMetadat
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention(kernels: GpuKernels, case: AttentionCase) -> None:
-    q, keys, values, spans, options = moved(case)
-    wanted = REFERENCE.attention(q, keys, values, spans, *options)
-    assert_near(kernels.attention(q, keys, values, spans, *options), wanted)
-    loose = replace(spans, max_context_len=131072)  # as in a graph
+def test_attention_equals_the_reference(kernels: GpuKernels, case: AttentionCase) -> None:
+    q, keys, values, metadata, options = on_device(case)
+    wanted = REFERENCE.attention(q, keys, values, metadata, *options)
+    assert_near(kernels.attention(q, keys, values, metadata, *options), wanted)
+    loose = replace(metadata, max_context_len=131072)  # as in a graph
     assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_attention_beside_torchs_own(kernels: GpuKernels, dtype: torch.dtype) -> None:
-    case = replace(LLAMA, dtype=dtype, sequences=sized(READING, [(5, 20), (1, 30)]))  # type: ignore[arg-type]
-    q, keys, values, spans, _ = moved(case)
-    got = kernels.attention(q, keys, values, spans, 128**-0.5)
+def test_attention_equals_torchs_attention(kernels: GpuKernels, dtype: torch.dtype) -> None:
+    case = replace(LLAMA, dtype=dtype, sequences=sized(PREFILLING, [(5, 20), (1, 30)]))  # type: ignore[arg-type]
+    q, keys, values, metadata, _ = on_device(case)
+    got = kernels.attention(q, keys, values, metadata, 128**-0.5)
     row = 0
     for i, (rows, context) in enumerate(case.sequences):
-        blocks = spans.block_table[i, : -(-context // case.block_size)].long()
+        blocks = metadata.block_table[i, : -(-context // case.block_size)].long()
         key, value = (pool[blocks].flatten(0, 1)[:context].transpose(0, 1)[None] for pool in (keys, values))
         seen = torch.ones(rows, context, dtype=torch.bool, device=DEVICE).tril(context - rows)
         own = q[row : row + rows].transpose(0, 1)[None]
@@ -218,14 +221,14 @@ def test_attention_beside_torchs_own(kernels: GpuKernels, dtype: torch.dtype) ->
         row += rows
 
 
-# --- the rest ----------------------------------------------------------------------------------------------------
+# --- pointwise ----------------------------------------------------------------------------------------------------
 
 TYPES = [FP32, BF16, FP16]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("dim", sized([64, 96, 128, 256], [64]))
-def test_rotary_embeddings_and_writes(kernels: GpuKernels, dim: int, dtype: torch.dtype) -> None:
+def test_rotary_embeddings_and_kv_writes_equal_the_reference(kernels: GpuKernels, dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tokens, heads, kv_heads = sized([300, 32, 8], [5, 4, 2])
     q, k = (draw(1, tokens, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
@@ -244,7 +247,9 @@ def test_rotary_embeddings_and_writes(kernels: GpuKernels, dim: int, dtype: torc
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("rows", "width"), sized([(1, 4096), (33, 14336), (512, 3584)], [(3, 96)]))
-def test_norms_and_gated_activations(kernels: GpuKernels, rows: int, width: int, dtype: torch.dtype) -> None:
+def test_norms_and_gated_activations_equal_the_reference(
+    kernels: GpuKernels, rows: int, width: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     x, up, weight = (draw(*size, dtype=dtype) for size in ((rows, width), (rows, width), (width,)))
     for plus_one in (False, True):
@@ -276,14 +281,14 @@ def test_layers_packed_together_are_one_product(
 
 
 @gpu_only
-def test_a_pass_that_follows_values_is_refused_and_graphs_go_on() -> None:
+def test_a_pass_that_depends_on_values_is_refused_and_later_captures_work() -> None:
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     x = torch.arange(4.0, device=DEVICE)
     branching = CapturedGraph(pool, stream)
     assert torch.equal(branching.record(lambda: x[x > x.mean().item()]), torch.tensor([2.0, 3.0], device=DEVICE))
     assert branching.unsupported is not None
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left where the capture was
-    torch.cuda.empty_cache()  # nor does the allocator believe that it goes on
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()  # not left on the capture's stream
+    torch.cuda.empty_cache()  # the allocator is not left in capture mode
     plain = CapturedGraph(pool, stream)
     doubled = plain.record(lambda: 2 * x)
     assert plain.unsupported is None

@@ -1,4 +1,4 @@
-"""Whole models on the GPU: every architecture, with graphs and without, adapters coming and going between replays."""
+"""Whole models on the GPU: every architecture, with graphs and without, adapters loaded and evicted between replays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import GpuKernels
 
-pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT talks
+pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT warns
 
 PROMPTS = [[3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37], [2, 4, 6], [9, 8, 7, 6, 5], [1, 2]]
 DECODE = 8 if ON_GPU else 2
@@ -27,13 +27,13 @@ BOTH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 
 
 class Graphs(GpuKernels):
-    """What a GPU is served by; few sizes, so that it starts at once."""
+    """The backend as served, with few graph buckets, so that it starts quickly."""
 
     graph_buckets = GraphBuckets((1, 2, 4, 8), 16, 64) if ON_GPU else GraphBuckets((1, 4), 16, 64)
 
 
 class NoGraphs(GpuKernels):
-    """The same kernels, every step through Python."""
+    """The same kernels without CUDA graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def driver(folder: Path, kernels: GpuKernels | None = None, dtype: str = "float3
 
 
 def recordings(driver: Driver) -> list[int]:
-    """The graphs that there are, each by its identity."""
+    """The identity of every captured graph."""
     return [id(graph.recording) for graph in driver.base._steps._graphs.values()]
 
 
@@ -55,7 +55,7 @@ def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 
 
 @pytest.mark.parametrize("architecture", sized(list(ARCHITECTURES), ["gemma2"]))
-def test_an_architecture_gives_its_own_logits_with_graphs_and_without(architecture: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers_with_graphs_and_without(architecture: str, tmp_path: Path) -> None:
     folder = save(architecture, tmp_path / "base")
     graphs, plain = driver(folder), driver(folder, NoGraphs())
     assert bool(recordings(graphs)) == ON_GPU
@@ -69,7 +69,7 @@ def test_an_architecture_gives_its_own_logits_with_graphs_and_without(architectu
     ("architecture", "dtype"),
     sized([("llama", "float32"), ("llama", "bfloat16"), ("qwen3", "bfloat16")], [("llama", "float32")]),
 )
-def test_a_mixed_batch_is_what_peft_computes(architecture: str, dtype: str, tmp_path: Path) -> None:
+def test_a_mixed_batch_equals_peft(architecture: str, dtype: str, tmp_path: Path) -> None:
     kind = getattr(torch, dtype)
     served = driver(save(architecture, tmp_path / "base"), dtype=dtype)
     routes: list[list[tuple[str, float]]] = [[]]
@@ -87,7 +87,7 @@ def test_a_mixed_batch_is_what_peft_computes(architecture: str, dtype: str, tmp_
             assert float((base - wanted).norm() / wanted.norm()) > 0.1, "an adapter that changes little proves little"
 
 
-def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp_path: Path) -> None:
+def test_adapters_are_loaded_and_evicted_between_replays_of_the_same_graphs(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
     served, plain = driver(folder), Driver(folder, native=False, max_tokens=23)
     for seed, rank in enumerate((8, 64, 2)):
@@ -110,14 +110,14 @@ def test_adapters_come_go_and_change_rank_between_replays_of_the_same_graphs(tmp
 
 
 @gpu_only
-def test_a_model_that_is_steered_by_values_is_served_all_the_same(tmp_path: Path) -> None:
+def test_a_model_whose_pass_depends_on_values_is_served_without_graphs(tmp_path: Path) -> None:
     served = driver(save("mixtral", tmp_path / "base"))
     got = served.teach(PROMPTS, DECODE)
     assert_alike(got, [logits(reference("mixtral"), tokens) for tokens in served.sequences], 1e-3)
 
 
 @gpu_only
-def test_memory_of_an_evicted_adapter_returns(tmp_path: Path) -> None:
+def test_memory_of_an_evicted_adapter_is_freed(tmp_path: Path) -> None:
     served = driver(save("llama", tmp_path / "base"))
     make("llama", tmp_path / "a", 0, peft.LoraConfig(r=64, target_modules=BOTH))
     taken = []

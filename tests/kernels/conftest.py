@@ -1,4 +1,4 @@
-"""The backend under test, built once for all of these tests."""
+"""The native CPU backend, built once for these tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_serve.kernels.cpu.build import COMPILERS, library
 @pytest.fixture(scope="session")
 def native() -> NativeKernels:
     if not os.environ.get("CXX") and not any(shutil.which(name) for name in COMPILERS):
-        pytest.skip("no compiler here")
+        pytest.skip("no C++ compiler")
     return NativeKernels(library())
 
 

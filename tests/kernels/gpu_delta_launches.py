@@ -1,4 +1,4 @@
-"""Rows for the table of kernels: what the deltas of a model's groups would start on a GPU."""
+"""Kernel table rows of `delta`: what it launches on a GPU for the groups of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from gpu_kernels_table import Build
-from gpu_launches import noted
+from gpu_launches import recorded_launches
 from kernel_cases import CPU
 
 from lora_serve.kernels.contract import DeltaGroup, Segments
@@ -31,13 +31,13 @@ CASES = [  # rows' type, weights' type, rows, segments, longest, rank, targets
 
 
 def delta_builds() -> Iterator[Build]:
-    """A group like q, k and v, while decoding and in prompts, for few ranks and many."""
+    """A group like q, k and v in decode and prefill, of low and high rank."""
     for dtype, weights, rows, count, longest, rank, targets in CASES:
         group = DeltaGroup(4096, (4096, 1024, 1024), 8, weights, CPU)
         many = torch.zeros(count, dtype=torch.int32)
         segments = Segments(many, many, many, many.float(), longest, rank)
         x, *outputs = (torch.zeros(rows, width, dtype=dtype) for width in (4096, *group.out_features))
-        with noted(delta, LOADS, targets) as found:
+        with recorded_launches(delta, LOADS, targets) as found:
             delta.delta(x, outputs, group, segments)
         scalars = ("ld.global.b16",) if FP32 not in (dtype, weights) else ()  # one element each
         yield from (replace(row, scalars=scalars) for row in found)

@@ -1,4 +1,4 @@
-"""The Triton kernels as they are launched on a GPU, to be compiled where there is none.
+"""A table of the Triton kernels as they are launched on a GPU, compiled without one.
 
 `python gpu_kernels_table.py` compiles every row for every target, down to the machine code, and prints one line of JSON
 each. It must run without TRITON_INTERPRET, so `test_gpu_compiles.py` starts it as a process of its own.
@@ -30,7 +30,7 @@ class Build:
     Attributes:
         types: Triton's names of the types of the arguments that are not constexpr ("*bf16", "i32"), in order.
         aligned: those whose address or value is a multiple of 16.
-        vectors, scalars: what must be in its PTX and what must not, or its loads are scalar.
+        vectors, scalars: instructions that its PTX must contain and must not, or its loads are scalar.
         targets: compute capabilities to compile for.
     """
 
@@ -47,8 +47,8 @@ class Build:
 
 
 def builds() -> Iterator[Build]:
-    """Every row of the table; a module of kernels adds a function that yields its own."""
-    from gpu_delta_launches import delta_builds  # these know `Build`
+    """Every row of the table; each module of kernels has a function that yields its own."""
+    from gpu_delta_launches import delta_builds  # these import `Build`
     from gpu_launches import attention_builds, pointwise_builds
     from gpu_matmul_launches import linear_builds
 
@@ -58,8 +58,8 @@ def builds() -> Iterator[Build]:
     yield from linear_builds()
 
 
-def compiled(build: Build, capability: int) -> dict[str, object]:
-    """Compile one row; its shared memory and spilled registers in bytes, and what is wrong with its PTX."""
+def compile_build(build: Build, capability: int) -> dict[str, object]:
+    """Compile one row: its shared memory and spilled registers in bytes, and what its PTX lacks and should not have."""
     names = build.kernel.arg_names
     unknown = (build.types.keys() | build.constexprs.keys()) ^ set(names)
     assert not unknown, f"{build.name}: {unknown}"
@@ -79,13 +79,13 @@ def compiled(build: Build, capability: int) -> dict[str, object]:
         "name": f"{build.name} sm_{capability}",
         "capability": capability,
         "shared": made.metadata.shared,
-        "spills": spilled(ptx, capability),
+        "spills": spilled_bytes(ptx, capability),
         "lacks": [vector for vector in build.vectors if vector not in ptx],
         "has": [scalar for scalar in build.scalars if scalar in ptx],
     }
 
 
-def spilled(ptx: str, capability: int) -> int:
+def spilled_bytes(ptx: str, capability: int) -> int:
     """Bytes of registers that ptxas stores to local memory."""
     ptxas = triton.knobs.nvidia.ptxas.path
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
@@ -100,4 +100,4 @@ def spilled(ptx: str, capability: int) -> int:
 if __name__ == "__main__":
     for row in builds():
         for target in row.targets if "all" in sys.argv[1:] else row.targets[-1:]:
-            print(json.dumps(compiled(row, target)), flush=True)
+            print(json.dumps(compile_build(row, target)), flush=True)

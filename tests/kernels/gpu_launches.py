@@ -1,6 +1,6 @@
-"""Rows for the table of kernels, taken from launches: what attention and the pointwise calls would start on a GPU.
+"""Kernel table rows taken from launches: what attention and the pointwise functions launch on a GPU.
 
-The calls run on the host with every kernel replaced by a note of its arguments, so a row cannot differ from the launch.
+The functions run on the host with every kernel replaced by a recorder of its arguments, so a row equals the launch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lora_serve.kernels.gpu import attention, pointwise
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
-SHAPES = ((1, 80), (4, 128), (2, 256))  # query heads of a kv head, and their width
+SHAPES = ((1, 80), (4, 128), (2, 256))  # query heads per kv head, and their width
 
 
-class RecordedStep:
-    """A kernel that is not launched: `kernel[grid](*args)` becomes a row."""
+class RecordedKernel:
+    """Stands for a kernel: `kernel[grid](*args)` adds a row instead of a launch."""
 
     def __init__(self, kernel: Any, rows: list[Build], targets: tuple[int, ...], vectors: tuple[str, ...]) -> None:
         self._kernel, self._rows, self._targets, self._vectors = kernel, rows, targets, vectors
 
-    def __getitem__(self, grid: tuple[int, ...]) -> RecordedStep:
+    def __getitem__(self, grid: tuple[int, ...]) -> RecordedKernel:
         return self
 
     def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
@@ -65,19 +65,19 @@ def _aligned(value: Any) -> bool:
 
 
 @contextmanager
-def noted(room: ModuleType, kernels: dict[str, str], targets: tuple[int, ...]) -> Iterator[list[Build]]:
-    """The rows of what `room` launches meanwhile; `kernels`: its kernels, each with what its PTX must contain."""
+def recorded_launches(module: ModuleType, kernels: dict[str, str], targets: tuple[int, ...]) -> Iterator[list[Build]]:
+    """The rows of what `module` launches inside; `kernels`: their names, each with what its PTX must contain."""
     rows: list[Build] = []
-    before = {name: getattr(room, name) for name in kernels}
+    before = {name: getattr(module, name) for name in kernels}
     for name, vector in kernels.items():
-        setattr(room, name, RecordedStep(before[name], rows, targets, (vector,)))
+        setattr(module, name, RecordedKernel(before[name], rows, targets, (vector,)))
     yield rows
     for name, kernel in before.items():
-        setattr(room, name, kernel)
+        setattr(module, name, kernel)
 
 
 def attention_builds() -> Iterator[Build]:
-    """Each tile that is chosen, plain and with all that models may ask for, cut into splits and whole."""
+    """Every tile, without options and with window, softcap and sinks, split and not."""
     copies = "cp.async.cg.shared.global"  # sixteen bytes each
     kernels = {"decode": copies, "prefill": copies, "combine": "ld.global.v4"}
     real = attention.processors, attention.hopper
@@ -85,21 +85,21 @@ def attention_builds() -> Iterator[Build]:
         if dtype is torch.float32 and width > 128:
             continue  # as at 128, and slow to compile
         case = AttentionCase(0, dtype, 8, share, width, width, 16, [(1, 300), (3, 64)], None, None, False)
-        q, keys, values, spans = case.tensors()
+        q, keys, values, metadata = case.tensors()
         sinks = torch.zeros(8 * share, dtype=dtype)
-        with noted(attention, kernels, (90,) if hopper else (80, 89)) as rows:
+        with recorded_launches(attention, kernels, (90,) if hopper else (80, 89)) as rows:
             attention.processors, attention.hopper = lambda *_: 132, lambda _, hopper=hopper: hopper  # type: ignore[assignment,misc]
-            attention.attention(q, keys, values, spans, 0.1, window=64, softcap=30.0, sinks=sinks)
+            attention.attention(q, keys, values, metadata, 0.1, window=64, softcap=30.0, sinks=sinks)
             attention.processors = lambda *_: 1  # type: ignore[assignment]
-            attention.attention(q, keys, values, spans, 0.1)
+            attention.attention(q, keys, values, metadata, 0.1)
         attention.processors, attention.hopper = real
         yield from rows
 
 
 def pointwise_builds() -> Iterator[Build]:
-    """Widths of models."""
+    """The pointwise kernels at widths of real models."""
     kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write"), "ld.global.v4")
-    with noted(pointwise, kernels, (90,)) as rows:
+    with recorded_launches(pointwise, kernels, (90,)) as rows:
         x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
         pointwise.rms_norm(x, x[0], 1e-6, plus_one=False)
         pointwise.rms_norm(x[:, :128], x[0, :128], 1e-6, plus_one=True)

@@ -1,4 +1,4 @@
-"""Rows for the table of kernels: what quantised maps would start on a GPU."""
+"""Kernel table rows of quantised linear layers: what they launch on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from gpu_kernels_table import Build
-from gpu_launches import noted
+from gpu_launches import recorded_launches
 
 from lora_serve.kernels.gpu import matmul
 from lora_serve.kernels.packed_weight import Scheme
@@ -27,10 +27,10 @@ CASES: list[tuple[Scheme, torch.dtype, int, tuple[int, ...]]] = [  # scheme, row
 
 
 def linear_builds() -> Iterator[Build]:
-    """A map that is cut into splits, and one that is not, its outputs no multiple of anything."""
+    """A layer whose input is split, and one whose is not, with a number of outputs that no tile divides."""
     for scheme, dtype, rows, targets in CASES:
         layers = [(matmul.pack(torch.zeros(out, 1024), scheme), torch.zeros(out).to(dtype)) for out in (64, 4099)]
-        with noted(matmul, LOADS, targets) as found:
+        with recorded_launches(matmul, LOADS, targets) as found:
             for each in layers:
                 matmul.linear(torch.zeros(rows, 1024, dtype=dtype), [each])
         yield from (replace(row, scalars=("ld.global.b8",)) for row in found)  # one number each

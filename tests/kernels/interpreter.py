@@ -1,7 +1,7 @@
-"""Triton's interpreter, set up so that it says what a GPU would: import this before any Triton kernel.
+"""Patches of Triton's interpreter, so that it computes what a GPU would: import this before any Triton kernel.
 
-Triton 3.6's own cannot run loops with bounds from memory beside numpy 2.4 (which turns no array into an int),
-multiplies bfloat16 matrices by their bits, and cuts float32 off where it should round it to bfloat16.
+Unpatched, Triton 3.6 with numpy 2.4 (which converts no array to an int) cannot run loops whose bounds come from memory,
+multiplies the bits of bfloat16 matrices, and truncates float32 where it should round it to bfloat16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random work for the kernels: what hypothesis draws is a small description, the numbers come from its seed."""
+"""Random inputs for the kernels: hypothesis draws a small description, whose seed gives the numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_near(got: Tensor, wanted: Tensor, what: str = "") -> None:
 
 @dataclass(frozen=True)
 class DeltaCase:
-    """`ranks[module][slot - 1]`, 0 where an adapter leaves a module alone; segments as (start, end, slot, weight)."""
+    """`ranks[module][slot - 1]`, 0 where an adapter has no delta; segments as (start, end, slot, weight)."""
 
     seed: int
     dtype: torch.dtype
@@ -62,13 +62,13 @@ class DeltaCase:
         return group
 
     def rows(self) -> tuple[Tensor, list[Tensor]]:
-        """x and the base's outputs; rows of wider tensors, as the slices of fused projections are."""
+        """x and the base's outputs, as slices of wider tensors, like those of fused projections."""
         torch.manual_seed(self.seed + 1)
         x = torch.randn(self.tokens, self.in_features + 3).to(self.dtype)[:, : self.in_features]
         return x, [torch.randn(self.tokens, out + 5).to(self.dtype)[:, :out] for out in self.out_features]
 
     def bounded(self) -> Segments:
-        """The segments, their bounds exact: `rank` counts what a composition's members have together."""
+        """The segments with exact bounds: `max_rank` is the largest sum over a composition's members."""
         places = {run[:2] for run in self.segments}
         together = [
             sum(ranks[slot - 1] for start, end, slot, _ in self.segments if (start, end) == place and start < end)
@@ -79,7 +79,7 @@ class DeltaCase:
 
 
 def segments_of(runs: list[tuple[int, int, int, float]], rank: int = 0) -> Segments:
-    """`rank` is the bound that goes with them; what is not given a bound must not look at it."""
+    """Segments from (start, end, slot, weight), with `rank` as `max_rank`; backends that do not need it get 0."""
     start, end, slot, weight = zip(*runs, strict=True) if runs else ((), (), (), ())
     longest = max((last - first for first, last, _, _ in runs), default=0)
     return Segments(int32(*start), int32(*end), int32(*slot), torch.tensor(weight, dtype=torch.float32), longest, rank)
@@ -126,7 +126,7 @@ def delta_cases(draw: st.DrawFn) -> DeltaCase:
 
 @st.composite
 def composed_cases(draw: st.DrawFn) -> DeltaCase:
-    """As the contract has them: apart from each other but for compositions, which are neighbours; some are empty."""
+    """Segments as in the contract: compositions are neighbours, others do not overlap; some are empty."""
     case = draw(delta_cases())
     member = st.tuples(st.integers(1, len(case.ranks[0])), st.sampled_from([1.0, 0.5, -2.0]))
     runs: list[tuple[int, int, int, float]] = []
@@ -144,7 +144,7 @@ def composed_cases(draw: st.DrawFn) -> DeltaCase:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """`sequences`: (rows of this step, context including them); 0 rows are a sequence that does not run."""
+    """`sequences`: (rows of this step, context including them); 0 rows: a sequence that is not in this step."""
 
     seed: int
     dtype: torch.dtype
@@ -165,7 +165,7 @@ class AttentionCase:
         return self.key_dim**-0.5, self.window, self.softcap, sinks
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata]:
-        """q (a transposed view, as models hand it over), keys, values, spans; blocks in random order."""
+        """q (a transposed view, as models pass it), keys, values and metadata; blocks in random order."""
         torch.manual_seed(self.seed)
         counts = [-(-context // self.block_size) for _, context in self.sequences]
         blocks = sum(counts) + 1
@@ -178,9 +178,9 @@ class AttentionCase:
         rows = [rows for rows, _ in self.sequences]
         start = int32(*(sum(rows[:i]) for i in range(len(rows) + 1)))
         contexts = [context for _, context in self.sequences]
-        spans = AttentionMetadata(start, int32(*contexts), table, max(rows), max(contexts))
+        metadata = AttentionMetadata(start, int32(*contexts), table, max(rows), max(contexts))
         q = torch.randn(self.kv_heads * self.share, sum(rows), self.key_dim).to(self.dtype).transpose(0, 1)
-        return q, keys, values, spans
+        return q, keys, values, metadata
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""What every backend promises about the paged KV: writing it and attending over it."""
+"""Paged attention and KV writes of the reference and the native CPU backend."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CASE = AttentionCase(
 
 @settings(max_examples=40, deadline=None)
 @given(attention_cases())
-def test_the_reference_is_torchs_own_attention(case: AttentionCase) -> None:
+def test_the_reference_equals_torchs_attention(case: AttentionCase) -> None:
     case = dataclasses.replace(case, dtype=torch.float32, softcap=None, sinks=False)
-    q, keys, values, spans = case.tensors()
-    got = reference.attention(q, keys, values, spans, *case.options)
+    q, keys, values, metadata = case.tensors()
+    got = reference.attention(q, keys, values, metadata, *case.options)
     row = 0
     for i, (rows, context) in enumerate(case.sequences):
         j = torch.arange(context)
-        index = spans.block_table[i, j // case.block_size] * case.block_size + j % case.block_size
+        index = metadata.block_table[i, j // case.block_size] * case.block_size + j % case.block_size
         key, value = keys.flatten(0, 1)[index], values.flatten(0, 1)[index]
         at = torch.arange(context - rows, context)[:, None]
         seen = (j <= at) & (j > at - (case.window or context))
@@ -58,7 +58,7 @@ def test_the_reference_is_torchs_own_attention(case: AttentionCase) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_softcap_and_sinks_by_hand(native: NativeKernels, backend: str) -> None:
+def test_softcap_and_sinks_equal_a_computation_by_hand(native: NativeKernels, backend: str) -> None:
     kernels: Kernels = native if backend == "native" else reference
     keys = torch.zeros(1, 2, 1, 8)
     keys[0, :, 0, 0] = torch.tensor([3.0, -1.0])
@@ -66,8 +66,8 @@ def test_softcap_and_sinks_by_hand(native: NativeKernels, backend: str) -> None:
     values[0, :, 0, 0] = torch.tensor([1.0, 10.0])
     q = torch.zeros(1, 1, 8)
     q[0, 0, 0] = 2.0
-    spans = AttentionMetadata(int32(0, 1), int32(2), int32(0).view(1, 1), 1, 2)
-    out = kernels.attention(q, keys, values, spans, scale=0.5, softcap=2.0, sinks=torch.tensor([0.25]))
+    metadata = AttentionMetadata(int32(0, 1), int32(2), int32(0).view(1, 1), 1, 2)
+    out = kernels.attention(q, keys, values, metadata, scale=0.5, softcap=2.0, sinks=torch.tensor([0.25]))
     first, second, sink = (math.exp(s) for s in (2 * math.tanh(3 / 2), 2 * math.tanh(-1 / 2), 0.25))
     assert out[0, 0, 0].item() == pytest.approx((first + 10 * second) / (first + second + sink), rel=1e-5)
     assert not out[0, 0, 1:].any()
@@ -75,75 +75,75 @@ def test_softcap_and_sinks_by_hand(native: NativeKernels, backend: str) -> None:
 
 @many
 @given(attention_cases())
-def test_native_gives_the_references_numbers(native: NativeKernels, case: AttentionCase) -> None:
-    q, keys, values, spans = case.tensors()
-    got = native.attention(q, keys, values, spans, *case.options)
+def test_native_equals_the_reference(native: NativeKernels, case: AttentionCase) -> None:
+    q, keys, values, metadata = case.tensors()
+    got = native.attention(q, keys, values, metadata, *case.options)
     assert got.is_contiguous()
-    assert_near(got, reference.attention(q, keys, values, spans, *case.options))
+    assert_near(got, reference.attention(q, keys, values, metadata, *case.options))
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_rows_bits_do_not_depend_on_chunks_neighbours_or_threads(native: NativeKernels, window: int | None) -> None:
-    q, keys, values, spans = CASE.tensors()
-    whole = native.attention(q, keys, values, spans, 0.125, window)
+    q, keys, values, metadata = CASE.tensors()
+    whole = native.attention(q, keys, values, metadata, 0.125, window)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(native.attention(q, keys, values, spans, 0.125, window), whole)
+        assert torch.equal(native.attention(q, keys, values, metadata, 0.125, window), whole)
     start = 0
     for i, (rows, context) in enumerate(CASE.sequences):
         for row in range(rows):
             at = context - rows + row + 1
-            alone = AttentionMetadata(int32(0, 1), int32(at), spans.block_table[i : i + 1], 1, at)
+            alone = AttentionMetadata(int32(0, 1), int32(at), metadata.block_table[i : i + 1], 1, at)
             got = native.attention(q[start + row : start + row + 1], keys, values, alone, 0.125, window)
             assert torch.equal(got[0], whole[start + row])
         start += rows
 
 
 def test_a_sequence_sees_nothing_but_its_own_context(native: NativeKernels) -> None:
-    q, keys, values, spans = CASE.tensors()
-    wanted = native.attention(q, keys, values, spans, 0.125)
-    mine = spans.block_table[3, :1].long()  # seven tokens in one block of sixteen
+    q, keys, values, metadata = CASE.tensors()
+    wanted = native.attention(q, keys, values, metadata, 0.125)
+    mine = metadata.block_table[3, :1].long()  # seven tokens in one block of sixteen
     for pool in (keys, values):
         kept = pool[mine, :7].clone()
         pool[:] = float("nan")
         pool[mine, :7] = kept
-    got = native.attention(q, keys, values, spans, 0.125)
+    got = native.attention(q, keys, values, metadata, 0.125)
     assert torch.equal(got[41:], wanted[41:])
     assert got[:41].isnan().all()
 
 
-def test_a_broken_query_breaks_only_its_own_row(native: NativeKernels) -> None:
-    q, keys, values, spans = CASE.tensors()
-    wanted = native.attention(q, keys, values, spans, 0.125)
+def test_a_query_with_nan_affects_only_its_own_row(native: NativeKernels) -> None:
+    q, keys, values, metadata = CASE.tensors()
+    wanted = native.attention(q, keys, values, metadata, 0.125)
     q = q.clone()
     q[5] = float("nan")
-    got = native.attention(q, keys, values, spans, 0.125)
+    got = native.attention(q, keys, values, metadata, 0.125)
     assert got[5].isnan().all()
     assert torch.equal(torch.cat([got[:5], got[6:]]), torch.cat([wanted[:5], wanted[6:]]))
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4, 1e30])
 def test_probabilities_sum_to_one_whatever_the_size_of_the_scores(native: NativeKernels, size: float) -> None:
-    q, keys, values, spans = dataclasses.replace(CASE, dtype=torch.float32).tensors()
-    got = native.attention(q * size, keys, torch.ones_like(values), spans, 0.125)
+    q, keys, values, metadata = dataclasses.replace(CASE, dtype=torch.float32).tensors()
+    got = native.attention(q * size, keys, torch.ones_like(values), metadata, 0.125)
     torch.testing.assert_close(got, torch.ones_like(got))
 
 
-def test_a_table_or_context_that_cannot_be_is_refused(native: NativeKernels) -> None:
-    q, keys, values, spans = CASE.tensors()
-    broken = spans.block_table.clone()
+def test_an_invalid_block_table_or_context_is_refused(native: NativeKernels) -> None:
+    q, keys, values, metadata = CASE.tensors()
+    broken = metadata.block_table.clone()
     broken[1, 4] = keys.shape[0]
     with pytest.raises(ValueError, match="sequence 1"):
-        native.attention(q, keys, values, dataclasses.replace(spans, block_table=broken), 0.125)
+        native.attention(q, keys, values, dataclasses.replace(metadata, block_table=broken), 0.125)
     with pytest.raises(ValueError, match="sequence 0"):
-        native.attention(q, keys, values, dataclasses.replace(spans, context=int32(10, 200, 1, 7)), 0.125)
+        native.attention(q, keys, values, dataclasses.replace(metadata, context=int32(10, 200, 1, 7)), 0.125)
     with pytest.raises(ValueError, match="does not fit the pool"):
-        native.attention(q[..., :32], keys, values, spans, 0.125)
+        native.attention(q[..., :32], keys, values, metadata, 0.125)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 5, 90])
-def test_keys_and_values_land_at_their_places_and_nowhere_else(
+def test_keys_and_values_are_written_where_indices_say_and_nowhere_else(
     native: NativeKernels, dtype: torch.dtype, tokens: int
 ) -> None:
     torch.manual_seed(0)
@@ -161,12 +161,12 @@ def test_keys_and_values_land_at_their_places_and_nowhere_else(
         keys.view(-1, 2, 24)[index] = 0
 
 
-def test_a_place_outside_the_pool_is_refused_and_nothing_is_written(native: NativeKernels) -> None:
+def test_an_index_outside_the_pool_is_refused_and_nothing_is_written(native: NativeKernels) -> None:
     keys, values = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)
     k = torch.ones(2, 1, 8)
-    for place in (8, -1):
+    for index in (8, -1):
         with pytest.raises(ValueError, match="token 1"):
-            native.write_kv(keys, values, k, k, torch.tensor([0, place]))
+            native.write_kv(keys, values, k, k, torch.tensor([0, index]))
     assert not keys.any()
     with pytest.raises(TypeError, match="pool's type"):
         native.write_kv(keys, values, k.half(), k.half(), torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""What every backend promises about `delta`."""
+"""Low-rank deltas of the reference and the native CPU backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChe
 
 @settings(max_examples=40, deadline=None)
 @given(delta_cases())
-def test_the_reference_does_what_the_contract_says(case: DeltaCase) -> None:
+def test_the_reference_computes_the_contracts_formula(case: DeltaCase) -> None:
     case = dataclasses.replace(case, dtype=torch.float32)
     group = case.group()
     x, outputs = case.rows()
@@ -37,7 +37,7 @@ def test_the_reference_does_what_the_contract_says(case: DeltaCase) -> None:
 
 @many
 @given(delta_cases())
-def test_native_gives_the_references_numbers(native: NativeKernels, case: DeltaCase) -> None:
+def test_native_equals_the_reference(native: NativeKernels, case: DeltaCase) -> None:
     group, segments = case.group(), segments_of(case.segments)
     x, outputs = case.rows()
     _, wanted = case.rows()
@@ -75,7 +75,7 @@ def test_a_rows_bits_do_not_depend_on_how_many_share_its_segment(
     assert all(torch.equal(a, b) for a, b in zip(outputs, alone, strict=True))
 
 
-def test_the_bits_do_not_depend_on_the_number_of_threads(native: NativeKernels) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(native: NativeKernels) -> None:
     big = dataclasses.replace(MIXED, in_features=500, out_features=(700, 90), tokens=100, segments=[(0, 100, 3, 1.0)])
     results = []
     for threads in (1, 2, 3):
@@ -102,7 +102,7 @@ def test_a_composition_is_the_weighted_sum_of_its_adapters(native: NativeKernels
         assert_near(got, wanted)
 
 
-def test_a_slot_can_be_pointed_elsewhere_between_calls(native: NativeKernels) -> None:
+def test_a_slot_can_be_pointed_at_another_delta_between_calls(native: NativeKernels) -> None:
     group = MIXED.group()
     x, outputs = MIXED.rows()
     segments = segments_of([(0, 30, 1, 1.0)])
@@ -118,7 +118,7 @@ def test_a_slot_can_be_pointed_elsewhere_between_calls(native: NativeKernels) ->
     assert not torch.equal(got[1], outputs[1])
 
 
-def test_a_broken_adapter_breaks_only_its_own_rows(native: NativeKernels) -> None:
+def test_an_adapter_with_nan_affects_only_its_own_rows(native: NativeKernels) -> None:
     group = MIXED.group()
     x, wanted = MIXED.rows()
     native.delta(x, wanted, group, segments_of(MIXED.segments))
@@ -134,7 +134,7 @@ def test_a_broken_adapter_breaks_only_its_own_rows(native: NativeKernels) -> Non
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_no_segments_is_no_work(native: NativeKernels, backend: str) -> None:
+def test_no_segments_leave_the_outputs_unchanged(native: NativeKernels, backend: str) -> None:
     kernels = native if backend == "native" else reference
     x, outputs = MIXED.rows()
     before = [output.clone() for output in outputs]

@@ -1,4 +1,4 @@
-"""Paged attention of the GPU backend, in Triton's interpreter: the reference's numbers, however work is laid out."""
+"""Paged attention of the GPU backend, in Triton's interpreter, equals the reference for every way to split the work."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from lora_serve.kernels.contract import AttentionMetadata
 from lora_serve.kernels.gpu.attention import attention, decode_tile, splits_of
 from lora_serve.kernels.reference import ReferenceKernels
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(All-NaN|invalid value):RuntimeWarning"
-)  # not a number is what is meant
+pytestmark = pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # NaN is intended
 reference = ReferenceKernels()
 
-CASE = AttentionCase(  # a chunk, long and short contexts that decode, one that does not run, a whole prompt
+CASE = AttentionCase(  # a chunk, long and short contexts in decode, a sequence without rows, a whole prompt
     seed=5,
     dtype=torch.float32,
     kv_heads=2,
@@ -37,32 +35,32 @@ CASE = AttentionCase(  # a chunk, long and short contexts that decode, one that 
 DECODING = dataclasses.replace(CASE, sequences=[(1, 500), (0, 1), (1, 3), (1, 129)])
 
 
-def assert_right(case: AttentionCase, max_query_len: int = 0, max_context_len: int = 0) -> Tensor:
-    """As the reference has it, with the maxima of the spans at least so large."""
-    q, keys, values, spans = case.tensors()
+def assert_equals_reference(case: AttentionCase, max_query_len: int = 0, max_context_len: int = 0) -> Tensor:
+    """With the maxima in the metadata at least so large."""
+    q, keys, values, metadata = case.tensors()
     loose = dataclasses.replace(
-        spans,
-        max_query_len=max(spans.max_query_len, max_query_len),
-        max_context_len=max(spans.max_context_len, max_context_len),
+        metadata,
+        max_query_len=max(metadata.max_query_len, max_query_len),
+        max_context_len=max(metadata.max_context_len, max_context_len),
     )
     got = attention(q, keys, values, loose, *case.options)
     assert got.is_contiguous()
-    assert_near(got, reference.attention(q, keys, values, spans, *case.options))
+    assert_near(got, reference.attention(q, keys, values, metadata, *case.options))
     return got
 
 
 @settings(max_examples=10, deadline=None)
 @given(attention_cases())
-def test_the_references_numbers(case: AttentionCase) -> None:
-    assert_right(case)
+def test_it_equals_the_reference(case: AttentionCase) -> None:
+    assert_equals_reference(case)
 
 
-def test_torchs_own_attention() -> None:
-    q, keys, values, spans = CASE.tensors()
-    got = attention(q, keys, values, spans, 0.125)
+def test_it_equals_torchs_attention() -> None:
+    q, keys, values, metadata = CASE.tensors()
+    got = attention(q, keys, values, metadata, 0.125)
     row = 0
     for i, (rows, context) in enumerate(CASE.sequences):
-        blocks = spans.block_table[i, : -(-context // CASE.block_size)].long()
+        blocks = metadata.block_table[i, : -(-context // CASE.block_size)].long()
         key, value = (pool[blocks].flatten(0, 1)[:context].transpose(0, 1) for pool in (keys, values))
         seen = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
         wanted = scaled_dot_product_attention(
@@ -81,90 +79,92 @@ def test_torchs_own_attention() -> None:
         (torch.float16, 17, 2.0, False),
     ],
 )
-def test_splits_of_uneven_contexts(dtype: torch.dtype, window: int | None, softcap: float | None, sinks: bool) -> None:
+def test_contexts_of_uneven_lengths_are_split_correctly(
+    dtype: torch.dtype, window: int | None, softcap: float | None, sinks: bool
+) -> None:
     assert splits_of(2 * 4, 500, 32) > 1
-    assert_right(dataclasses.replace(DECODING, dtype=dtype, window=window, softcap=softcap, sinks=sinks))
+    assert_equals_reference(dataclasses.replace(DECODING, dtype=dtype, window=window, softcap=softcap, sinks=sinks))
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_prefill_and_decode_in_one_batch(window: int | None) -> None:
-    assert_right(dataclasses.replace(CASE, window=window, sinks=True))
+def test_prefill_and_decode_can_share_a_batch(window: int | None) -> None:
+    assert_equals_reference(dataclasses.replace(CASE, window=window, sinks=True))
 
 
 @pytest.mark.parametrize("case", [CASE, DECODING])
-def test_maxima_may_be_far_too_large(case: AttentionCase) -> None:
-    """As in a graph, where they are the model's."""
-    assert_right(case, max_query_len=64 * (case is CASE), max_context_len=1 << 17)
+def test_maxima_in_the_metadata_may_be_far_too_large(case: AttentionCase) -> None:
+    """As in a CUDA graph, where they are the model's."""
+    assert_equals_reference(case, max_query_len=64 * (case is CASE), max_context_len=1 << 17)
 
 
 @pytest.mark.parametrize(
     ("share", "key_dim", "value_dim", "block_size"),
     [(1, 8, 8, 256), (40, 24, 8, 1), (71, 64, 64, 16), (16, 192, 128, 32), (2, 256, 256, 7), (8, 80, 80, 48)],
 )
-def test_shapes_of_models(share: int, key_dim: int, value_dim: int, block_size: int) -> None:
+def test_head_shapes_of_real_models(share: int, key_dim: int, value_dim: int, block_size: int) -> None:
     shape = {"share": share, "key_dim": key_dim, "value_dim": value_dim, "block_size": block_size}
-    assert_right(dataclasses.replace(CASE, sequences=[(1, 150), (5, 70)], dtype=torch.bfloat16, **shape))
+    assert_equals_reference(dataclasses.replace(CASE, sequences=[(1, 150), (5, 70)], dtype=torch.bfloat16, **shape))
 
 
-def test_a_narrow_pool_serves_wide_queries() -> None:
-    q, keys, values, spans = CASE.tensors()
+def test_the_pool_may_have_a_narrower_dtype_than_the_queries() -> None:
+    q, keys, values, metadata = CASE.tensors()
     keys, values = keys.bfloat16(), values.bfloat16()
-    assert_near(attention(q, keys, values, spans, 0.125), reference.attention(q, keys, values, spans, 0.125))
+    assert_near(attention(q, keys, values, metadata, 0.125), reference.attention(q, keys, values, metadata, 0.125))
 
 
-def test_padding_sequences_and_sequences_of_no_rows_disturb_nobody() -> None:
-    q, keys, values, spans = DECODING.tensors()
-    wanted = attention(q, keys, values, spans, 0.125)
-    keys[spans.block_table[1, 0]] = float("nan")  # the scratch block of padding
-    start = torch.cat([spans.query_start, int32(4, 5, 5)])
-    table = torch.cat([spans.block_table, spans.block_table[1:2].expand(3, -1)])
-    padded = AttentionMetadata(start, torch.cat([spans.context, int32(1, 1, 1)]), table, 1, 500)
+def test_padding_and_sequences_without_rows_do_not_affect_others() -> None:
+    q, keys, values, metadata = DECODING.tensors()
+    wanted = attention(q, keys, values, metadata, 0.125)
+    keys[metadata.block_table[1, 0]] = float("nan")  # the scratch block of padding
+    start = torch.cat([metadata.query_start, int32(4, 5, 5)])
+    table = torch.cat([metadata.block_table, metadata.block_table[1:2].expand(3, -1)])
+    padded = AttentionMetadata(start, torch.cat([metadata.context, int32(1, 1, 1)]), table, 1, 500)
     got = attention(torch.cat([q, q[:2]]), keys, values, padded, 0.125)
     assert_near(got[:3], wanted)
 
 
 def test_a_sequence_reads_nothing_but_its_own_context() -> None:
-    q, keys, values, spans = CASE.tensors()
-    wanted = attention(q, keys, values, spans, 0.125)
-    mine = spans.block_table[4, :1].long()  # seven tokens in one block of sixteen
+    q, keys, values, metadata = CASE.tensors()
+    wanted = attention(q, keys, values, metadata, 0.125)
+    mine = metadata.block_table[4, :1].long()  # seven tokens in one block of sixteen
     for pool in (keys, values):
         kept = pool[mine, :7].clone()
         pool[:] = float("nan")
         pool[mine, :7] = kept
-    got = attention(q, keys, values, spans, 0.125)
+    got = attention(q, keys, values, metadata, 0.125)
     assert torch.equal(got[42:], wanted[42:])
     assert got[:42].isnan().all()
 
 
 def test_a_decoding_row_reads_nothing_before_its_window() -> None:
-    q, keys, values, spans = DECODING.tensors()
-    wanted = attention(q, keys, values, spans, 0.125, window=130)
-    keys[spans.block_table[0, : (500 - 130) // 16].long()] = float("nan")
-    assert torch.equal(attention(q, keys, values, spans, 0.125, window=130), wanted)
+    q, keys, values, metadata = DECODING.tensors()
+    wanted = attention(q, keys, values, metadata, 0.125, window=130)
+    keys[metadata.block_table[0, : (500 - 130) // 16].long()] = float("nan")
+    assert torch.equal(attention(q, keys, values, metadata, 0.125, window=130), wanted)
 
 
-def test_a_broken_query_breaks_only_its_own_row() -> None:
-    q, keys, values, spans = CASE.tensors()
-    wanted = attention(q, keys, values, spans, 0.125)
-    for row in (5, 40):  # of a chunk, and one that decodes
+def test_a_query_with_nan_affects_only_its_own_row() -> None:
+    q, keys, values, metadata = CASE.tensors()
+    wanted = attention(q, keys, values, metadata, 0.125)
+    for row in (5, 40):  # one of a chunk, and one that decodes
         broken = q.clone()
         broken[row] = float("nan")
-        got = attention(broken, keys, values, spans, 0.125)
+        got = attention(broken, keys, values, metadata, 0.125)
         assert got[row].isnan().all()
         assert torch.equal(torch.cat([got[:row], got[row + 1 :]]), torch.cat([wanted[:row], wanted[row + 1 :]]))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e4, 1e30])
 def test_probabilities_sum_to_one_whatever_the_size_of_the_scores(size: float) -> None:
-    q, keys, values, spans = CASE.tensors()
-    got = attention(q * size, keys, torch.ones_like(values), spans, 0.125)
+    q, keys, values, metadata = CASE.tensors()
+    got = attention(q * size, keys, torch.ones_like(values), metadata, 0.125)
     torch.testing.assert_close(got, torch.ones_like(got))
 
 
-def test_no_rows_are_no_work() -> None:
-    q, keys, values, spans = CASE.tensors()
-    nobody = AttentionMetadata(int32(0), int32(), spans.block_table[:0], 0, 0)
-    assert attention(q[:0], keys, values, nobody, 0.125).shape == (0, 6, 64)
+def test_a_batch_without_rows_gives_an_empty_result() -> None:
+    q, keys, values, metadata = CASE.tensors()
+    empty = AttentionMetadata(int32(0), int32(), metadata.block_table[:0], 0, 0)
+    assert attention(q[:0], keys, values, empty, 0.125).shape == (0, 6, 64)
 
 
 def test_splits_fill_the_device_and_no_more() -> None:
@@ -176,17 +176,17 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert decode_tile(share=4, width=128, itemsize=2) == (16, 64, 4)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    q, keys, values, spans = CASE.tensors()
+def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
+    q, keys, values, metadata = CASE.tensors()
     with pytest.raises(ValueError, match="does not fit the pool"):
-        attention(q[..., :32], keys, values, spans, 0.125)
+        attention(q[..., :32], keys, values, metadata, 0.125)
     with pytest.raises(ValueError, match="8 to 256 wide"):
-        attention(q[..., :4], keys[..., :4], values, spans, 0.125)
+        attention(q[..., :4], keys[..., :4], values, metadata, 0.125)
     with pytest.raises(ValueError, match="do not fit 6 heads"):
-        attention(q, keys, values, spans, 0.125, sinks=torch.zeros(5))
+        attention(q, keys, values, metadata, 0.125, sinks=torch.zeros(5))
     with pytest.raises(ValueError, match="not all of 5 sequences"):
-        attention(q, keys, values, dataclasses.replace(spans, query_start=spans.query_start[1:]), 0.125)
+        attention(q, keys, values, dataclasses.replace(metadata, query_start=metadata.query_start[1:]), 0.125)
     with pytest.raises(TypeError, match="share a type"):
-        attention(q, keys, values.half(), spans, 0.125)
+        attention(q, keys, values.half(), metadata, 0.125)
     with pytest.raises(TypeError, match="int32"):
-        attention(q, keys, values, dataclasses.replace(spans, context=spans.context.long()), 0.125)
+        attention(q, keys, values, dataclasses.replace(metadata, context=metadata.context.long()), 0.125)

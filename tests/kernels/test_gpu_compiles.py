@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs it is meant for, without a GPU: vector loads, and it fits."""
+"""Every Triton kernel compiles for its GPUs, with vector loads, few spills and within shared memory; needs no GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 
 TABLE = Path(__file__).parent / "gpu_kernels_table.py"
 ROOT = Path(__file__).parents[2]
-SHARED_LIMIT = {80: 160 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may have
+SHARED_LIMIT = {80: 160 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes of a block
 
-MOST_SPILLED = 128  # bytes a thread; that much is the compiler's choice, to have one more program on a processor
+MOST_SPILLED = 128  # bytes a thread; so few the compiler chooses, to fit one more program on a multiprocessor
 
 
 @pytest.mark.parametrize(

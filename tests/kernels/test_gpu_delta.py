@@ -1,4 +1,4 @@
-"""The GPU's `delta`, in Triton's interpreter: what every backend promises, and what graphs need besides."""
+"""Low-rank deltas of the GPU backend, in Triton's interpreter, equal the reference, with a CUDA graph's bounds too."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LONG = dataclasses.replace(CASE, tokens=200, segments=[(3, 190, 3, 1.0), (191, 2
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """NumPy says that NaN is invalid; it is what is meant."""
+def ignore_nan_warnings() -> Iterator[None]:
+    """NumPy warns of NaN, which these tests use on purpose."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):
@@ -39,7 +39,7 @@ def run(case: DeltaCase, group: DeltaGroup, segments: Segments | None = None) ->
 
 @few
 @given(composed_cases())
-def test_it_gives_the_references_numbers(case: DeltaCase) -> None:
+def test_it_equals_the_reference(case: DeltaCase) -> None:
     group = case.group()
     x, wanted = case.rows()
     reference.delta(x, wanted, group, case.bounded())
@@ -49,7 +49,7 @@ def test_it_gives_the_references_numbers(case: DeltaCase) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.elements)
 @pytest.mark.parametrize("weights", DTYPES.elements)
-def test_types_of_rows_and_weights_mix(dtype: torch.dtype, weights: torch.dtype) -> None:
+def test_rows_and_weights_may_have_different_dtypes(dtype: torch.dtype, weights: torch.dtype) -> None:
     case = dataclasses.replace(CASE, dtype=dtype, weights=weights)
     group = case.group()
     x, wanted = case.rows()
@@ -74,7 +74,7 @@ def test_rows_outside_all_segments_keep_every_bit(case: DeltaCase) -> None:
         assert not got[sorted(covered)].isnan().any()
 
 
-def test_modules_that_a_slot_leaves_alone_keep_every_bit() -> None:
+def test_modules_without_a_delta_in_the_slot_keep_every_bit() -> None:
     before = CASE.rows()[1]
     got = run(CASE, CASE.group(), segments_of([(1, 4, 2, 0.5)], rank=5))
     assert torch.equal(got[1], before[1])
@@ -105,7 +105,7 @@ def test_long_segments_are_cut_into_tiles(rows: int) -> None:
         assert_near(got, want)
 
 
-def test_many_short_segments_beside_a_long_one() -> None:
+def test_many_short_segments_and_a_long_one_in_one_batch() -> None:
     runs = [(0, 40, 1, 1.0), *((row, row + 1, row % 3 + 1, 1.0) for row in range(40, 70)), (0, 0, 0, 0.0)]
     case = dataclasses.replace(CASE, tokens=71, segments=runs)
     group = case.group()
@@ -115,7 +115,7 @@ def test_many_short_segments_beside_a_long_one() -> None:
         assert_near(got, want)
 
 
-def test_more_modules_than_a_launch_takes() -> None:
+def test_a_group_may_have_more_modules_than_one_launch_takes() -> None:
     case = dataclasses.replace(
         CASE, out_features=(40, 1, 150, 16, 7, 130), ranks=[[r, 3, 8] for r in (4, 0, 9, 1, 20, 2)]
     )
@@ -143,7 +143,7 @@ def test_two_runs_give_the_same_bits() -> None:
         assert all(map(torch.equal, run(case, case.group()), run(case, case.group())))
 
 
-def test_slots_can_be_pointed_elsewhere_while_a_graph_keeps_its_sizes() -> None:
+def test_slots_can_change_while_the_grid_of_a_graph_stays() -> None:
     group = CASE.group()
     segments = dataclasses.replace(segments_of([(0, 30, 1, 1.0), (0, 0, 0, 0.0)]), max_rows=40, max_rank=200)
     first = run(CASE, group, segments)
@@ -163,7 +163,7 @@ def test_slots_can_be_pointed_elsewhere_while_a_graph_keeps_its_sizes() -> None:
     assert_near(run(CASE, group, segments)[0], wanted[0])
 
 
-def test_a_broken_adapter_breaks_only_its_own_rows() -> None:
+def test_an_adapter_with_nan_affects_only_its_own_rows() -> None:
     group = CASE.group()
     wanted = run(CASE, group)
     broken = group.deltas[0][2]
@@ -177,7 +177,7 @@ def test_a_broken_adapter_breaks_only_its_own_rows() -> None:
 
 
 @pytest.mark.parametrize("runs", [[], [(0, 0, 0, 0.0), (0, 0, 0, 0.0)]])
-def test_no_segments_and_empty_ones_are_no_work(runs: list[tuple[int, int, int, float]]) -> None:
+def test_no_segments_or_empty_ones_leave_the_outputs_unchanged(runs: list[tuple[int, int, int, float]]) -> None:
     got = run(CASE, CASE.group(), segments_of(runs, rank=16))
     assert all(map(torch.equal, got, CASE.rows()[1]))
 

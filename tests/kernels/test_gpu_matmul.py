@@ -1,4 +1,4 @@
-"""The GPU's maps in int8 and int4, in Triton's interpreter: the reference's numbers, each row by itself."""
+"""Quantised linear layers of the GPU backend, in Triton's interpreter, equal the reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near, pack_one
 from torch import Tensor
 
-from lora_serve.kernels.gpu.matmul import joined, linear, merge, pack, rounded, tiling, unpack
-from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantized, quantized
-from lora_serve.kernels.packed_weight import rounded as seen
+from lora_serve.kernels.gpu.matmul import linear, merge, merged_layer, pack, quantize_rows, tiling, unpack
+from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantize, quantize, round_rows
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -26,24 +25,24 @@ each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """NumPy says that NaN is invalid; it is what is meant."""
+def ignore_nan_warnings() -> Iterator[None]:
+    """NumPy warns of NaN, which these tests use on purpose."""
     with np.errstate(invalid="ignore"):
         yield
 
 
-def weights(outs: list[int], wide: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+def random_weights(outs: list[int], wide: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(out, wide, generator=generator) / wide**0.5).to(dtype) for out in outs]
 
 
-def fitted(wide: int, scheme: Scheme) -> int:
-    """Inputs that the scheme can have, no fewer than `wide`."""
+def padded_width(wide: int, scheme: Scheme) -> int:
+    """The next number of inputs from `wide` on that the scheme can quantise."""
     return -(-wide // GROUP) * GROUP if scheme == "int4" else wide
 
 
-def assert_the_references(x: Tensor, each: list[Tensor], biases: list[Tensor | None], scheme: Scheme) -> None:
-    """Whether the layers are laid out apart or merged."""
+def assert_equals_reference(x: Tensor, each: list[Tensor], biases: list[Tensor | None], scheme: Scheme) -> None:
+    """With the layers packed one by one, and merged."""
     theirs: Layers = [(pack_one(REFERENCE, weight, scheme), bias) for weight, bias in zip(each, biases, strict=True)]
     apart = [pack(weight, scheme) for weight in each]
     for layers in (apart, merge(apart)):
@@ -65,29 +64,31 @@ def assert_the_references(x: Tensor, each: list[Tensor], biases: list[Tensor | N
     rows=st.sampled_from([1, 2, 17, 40]),
     biased=st.lists(st.booleans(), min_size=3, max_size=3),
 )
-def test_it_gives_the_references_numbers(
+def test_it_equals_the_reference(
     seed: int, dtype: torch.dtype, scheme: Scheme, outs: list[int], wide: int, rows: int, biased: list[bool]
 ) -> None:
-    wide = fitted(wide, scheme)
+    wide = padded_width(wide, scheme)
     torch.manual_seed(seed)
     x = torch.randn(rows, wide + 3).to(dtype)[:, :wide]
     biases = [torch.randn(out).to(dtype) if has else None for out, has in zip(outs, biased, strict=False)]
-    assert_the_references(x, weights(outs, wide, dtype, seed), biases, scheme)
+    assert_equals_reference(x, random_weights(outs, wide, dtype, seed), biases, scheme)
 
 
 @each_scheme
 @pytest.mark.parametrize("rows", [130, 300])
-def test_many_rows_take_larger_tiles(scheme: Scheme, rows: int) -> None:
+def test_many_rows_in_larger_tiles_equal_the_reference(scheme: Scheme, rows: int) -> None:
     torch.manual_seed(rows)
-    assert_the_references(torch.randn(rows, 160).bfloat16(), weights([140], 160), [torch.randn(140).bfloat16()], scheme)
+    assert_equals_reference(
+        torch.randn(rows, 160).bfloat16(), random_weights([140], 160), [torch.randn(140).bfloat16()], scheme
+    )
 
 
 @each_scheme
-def test_an_input_that_is_cut_gives_the_same_bits_twice(scheme: Scheme) -> None:
+def test_a_split_input_gives_the_same_bits_twice(scheme: Scheme) -> None:
     wide = 16 * RUN + GROUP
     assert tiling(3, 50, 17, RUN, 4).splits > 1
-    x, each = torch.randn(3, wide), weights([50, 20], wide)
-    assert_the_references(x, each, [torch.randn(50), None], scheme)
+    x, each = torch.randn(3, wide), random_weights([50, 20], wide)
+    assert_equals_reference(x, each, [torch.randn(50), None], scheme)
     layers: Layers = [(pack(weight, scheme), None) for weight in each]
     assert all(first.equal(second) for first, second in zip(linear(x, layers), linear(x, layers), strict=True))
 
@@ -100,15 +101,15 @@ def test_an_input_that_is_cut_gives_the_same_bits_twice(scheme: Scheme) -> None:
     rows=st.integers(1, 5),
     wide=st.integers(1, 2200),
 )
-def test_rows_are_rounded_as_stated_to_the_last_bit(
+def test_rows_are_rounded_bit_for_bit_as_specified(
     seed: int, dtype: torch.dtype, scheme: Scheme, rows: int, wide: int
 ) -> None:
-    wide = fitted(wide, scheme)
+    wide = padded_width(wide, scheme)
     torch.manual_seed(seed)
     x = (torch.randn(rows, wide) * 10 ** torch.randint(-3, 4, (rows, wide))).to(dtype)
-    whole, step, excess = rounded(x, scheme)
+    whole, step, excess = quantize_rows(x, scheme)
     amounts = (whole * step[..., None]).transpose(0, 1).flatten(1)
-    assert amounts[:, :wide].equal(seen(x, scheme))
+    assert amounts[:, :wide].equal(round_rows(x, scheme))
     assert not amounts[:, wide:].any()
     assert (excess is None) == (scheme == "int8")
     assert excess is None or excess.equal(8 * whole.sum(2, dtype=torch.int32))
@@ -116,8 +117,8 @@ def test_rows_are_rounded_as_stated_to_the_last_bit(
 
 @each_scheme
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_a_row_that_is_no_number_stays_none_and_harms_no_other(scheme: Scheme, fault: float) -> None:
-    packed = pack(weights([40], 96)[0], scheme)
+def test_a_row_that_is_not_finite_affects_no_other(scheme: Scheme, fault: float) -> None:
+    packed = pack(random_weights([40], 96)[0], scheme)
     x = torch.randn(3, 96)
     sound = linear(x, [(packed, None)])[0]
     x[1, 70] = fault
@@ -128,23 +129,23 @@ def test_a_row_that_is_no_number_stays_none_and_harms_no_other(scheme: Scheme, f
 
 @each_scheme
 @pytest.mark.parametrize("extreme", [1e-38, 1e30])
-def test_weights_of_any_size_stay_what_they_are_stated_to_be(scheme: Scheme, extreme: float) -> None:
-    weight = weights([40], 96)[0] * torch.logspace(0, 1, 96)
+def test_tiny_and_huge_weights_are_quantized_as_specified(scheme: Scheme, extreme: float) -> None:
+    weight = random_weights([40], 96)[0] * torch.logspace(0, 1, 96)
     weight[3], weight[4, 32:64], weight[5] = 0, 0, weight[5] * extreme
     packed = pack(weight, scheme)
-    assert unpack(packed).equal(dequantized(*quantized(weight, scheme)))
+    assert unpack(packed).equal(dequantize(*quantize(weight, scheme)))
     x = torch.randn(2, 96)
     assert_near(linear(x, [(packed, None)])[0], REFERENCE.linear(x, [(pack_one(REFERENCE, weight, scheme), None)])[0])
 
 
 @each_scheme
-def test_transposed_weights_are_packed_as_they_are(scheme: Scheme) -> None:
-    weight = weights([96], 64)[0].T  # as Conv1D keeps them
-    assert unpack(pack(weight, scheme)).equal(dequantized(*quantized(weight, scheme)))
+def test_transposed_weights_are_packed_correctly(scheme: Scheme) -> None:
+    weight = random_weights([96], 64)[0].T  # as Conv1D keeps them
+    assert unpack(pack(weight, scheme)).equal(dequantize(*quantize(weight, scheme)))
 
 
-def test_packed_weights_take_what_their_numbers_and_scales_take() -> None:
-    (weight,) = weights([128], 256, torch.bfloat16)
+def test_packed_weights_take_no_more_memory_than_integers_and_scales() -> None:
+    (weight,) = random_weights([128], 256, torch.bfloat16)
     half, quarter = (pack(weight, scheme) for scheme in SCHEMES)
     assert half.nbytes == 128 * 256 + 128 * 4
     assert quarter.data.nbytes == 128 * 256 // 2
@@ -155,18 +156,18 @@ def test_packed_weights_take_what_their_numbers_and_scales_take() -> None:
 
 
 @each_scheme
-def test_only_neighbours_are_one_product(scheme: Scheme) -> None:
-    apart = [pack(weight, scheme) for weight in weights([24, 40, 8], 192)]
+def test_only_neighbours_in_memory_are_one_product(scheme: Scheme) -> None:
+    apart = [pack(weight, scheme) for weight in random_weights([24, 40, 8], 192)]
     laid = merge(apart)
-    everything = joined([(packed, None) for packed in laid])
+    everything = merged_layer([(packed, None) for packed in laid])
     assert everything is not None
     assert everything[0].shape == (72, 192)
     assert unpack(everything[0]).equal(torch.cat([unpack(packed) for packed in apart]))
     for some in (apart, laid[::-1], [laid[0], laid[2]], [laid[0], apart[1]]):
-        assert joined([(packed, None) for packed in some]) is None
+        assert merged_layer([(packed, None) for packed in some]) is None
 
 
-def test_programs_fill_the_device_and_leave_no_run_out() -> None:
+def test_programs_fill_the_device_and_cover_every_run() -> None:
     for rows in (1, 16, 17, 64, 65, 256, 300, 4096):
         for out in (1, 1024, 4096, 28672, 150000):
             for runs in (1, 3, 64, 224):
@@ -180,11 +181,11 @@ def test_programs_fill_the_device_and_leave_no_run_out() -> None:
 
 
 @each_scheme
-def test_no_rows_is_no_work(scheme: Scheme) -> None:
+def test_no_rows_give_an_empty_result(scheme: Scheme) -> None:
     assert linear(torch.zeros(0, 64), [(pack(torch.zeros(32, 64), scheme), None)])[0].shape == (0, 32)
 
 
-def test_maps_that_do_not_fit_are_refused() -> None:
+def test_layers_that_do_not_fit_are_refused() -> None:
     x, small, smaller = torch.zeros(1, 64), pack(torch.zeros(32, 64), "int8"), pack(torch.zeros(32, 64), "int4")
     with pytest.raises(ValueError, match="64 inputs"):
         linear(x[:, :32], [(small, None)])

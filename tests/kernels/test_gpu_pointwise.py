@@ -1,4 +1,4 @@
-"""The GPU's small operations, in Triton's interpreter: the reference's numbers from whatever strides they come in."""
+"""Norms, gated activations, rotary embeddings and KV writes of the GPU backend, interpreted, equal the reference."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 150))
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # infinity is what is meant
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # infinity is intended
 few = settings(max_examples=12, deadline=None)
 
 
 @few
 @given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, plus_one=st.booleans())
-def test_norms_are_the_references(seed: int, dtype: torch.dtype, shape: tuple[int, int, int], plus_one: bool) -> None:
+def test_norms_equal_the_reference(seed: int, dtype: torch.dtype, shape: tuple[int, int, int], plus_one: bool) -> None:
     torch.manual_seed(seed)
     x, weight = (5 * torch.randn(*shape[:2], shape[2] + 3)).to(dtype)[..., :-3], torch.randn(shape[2]).to(dtype)
     got = rms_norm(x, weight, 1e-6, plus_one=plus_one)
@@ -42,7 +42,7 @@ def test_wide_norms_round_before_the_weight(width: int) -> None:
 
 @few
 @given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, activation=st.sampled_from(["silu", "gelu_tanh"]))
-def test_gated_activations_are_the_references(
+def test_gated_activations_equal_the_reference(
     seed: int, dtype: torch.dtype, shape: tuple[int, int, int], activation: Activation
 ) -> None:
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def test_a_gated_row_may_be_wider_than_a_program() -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(activation: Activation) -> None:
+def test_large_values_do_not_overflow_and_nan_stays_nan(activation: Activation) -> None:
     gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 1e30, float("nan")]])
     got = gated_activation(gate, torch.ones_like(gate), activation)[0]
     assert got[:3].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
@@ -77,7 +77,7 @@ def test_far_values_neither_overflow_nor_hide_what_is_not_a_number(activation: A
     half=st.sampled_from([1, 24, 40, 64]),
     transposed=st.booleans(),
 )
-def test_rotary_embeddings_are_the_references(
+def test_rotary_embeddings_equal_the_reference(
     seed: int, dtype: torch.dtype, turns: torch.dtype, tokens: int, heads: tuple[int, int], half: int, transposed: bool
 ) -> None:
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def test_rotary_embeddings_are_the_references(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [2, 3, 40])
-def test_keys_and_values_land_at_their_places_and_nowhere_else(dtype: torch.dtype, heads: int) -> None:
+def test_keys_and_values_are_written_where_indices_say_and_nowhere_else(dtype: torch.dtype, heads: int) -> None:
     torch.manual_seed(0)
     tokens = 7
     keys, values = torch.randn(8, 3, heads, 24).to(dtype), torch.randn(8, 3, heads, 72).to(dtype)
@@ -107,7 +107,7 @@ def test_keys_and_values_land_at_their_places_and_nowhere_else(dtype: torch.dtyp
     assert torch.equal(values, wanted_values)
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_empty_inputs_give_empty_results() -> None:
     nothing = torch.zeros(0, 8)
     assert rms_norm(nothing, torch.ones(8), 1e-6, plus_one=True).shape == (0, 8)
     assert gated_activation(nothing, nothing, "silu").shape == (0, 8)

@@ -1,4 +1,4 @@
-"""The whole GPU backend behind a model, in Triton's interpreter: mixed batches in and beyond graph buckets equal PEFT's."""
+"""A model on the GPU backend, in Triton's interpreter: mixed batches equal PEFT, with graphs and without."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from support import reference, save
 from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import MAX_RANK, MAX_SEGMENT_ROWS, GpuKernels
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns about heads and ties
 
 STEP = 17  # tokens; the interpreter is slow
 PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], [11], list(range(3, 23))]
 
 
-class Graphless(GpuKernels):
-    """The backend with something in the place of CUDA graphs, and few buckets."""
+class KernelsWithFakeGraphs(GpuKernels):
+    """The backend with `MemoryRecording` in place of CUDA graphs, and few buckets."""
 
     graph_buckets: GraphBuckets | None = GraphBuckets((4,), MAX_SEGMENT_ROWS, MAX_RANK)
 
@@ -40,7 +40,7 @@ class Graphless(GpuKernels):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
-    kernels = Graphless()
+    kernels = KernelsWithFakeGraphs()
     driver = Driver(save(architecture, tmp_path / "base"), kernels=kernels, max_tokens=STEP)
     assert driver.base._steps.disabled is None
     targets = ["q_proj", "v_proj", "down_proj"]
@@ -62,9 +62,9 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_a_base_made_small_is_what_the_reference_makes_of_it(scheme: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_equals_the_reference(scheme: Any, tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
-    got = Driver(folder, kernels=Graphless(), scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)
+    got = Driver(folder, kernels=KernelsWithFakeGraphs(), scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)
     wanted = Driver(folder, native=False, scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)
     for left, right in zip(got, wanted, strict=True):
-        assert (left - right).norm() / right.norm() < 2e-2  # a row on the edge between two whole numbers may fall anew
+        assert (left - right).norm() / right.norm() < 2e-2  # a value halfway between two integers may round differently

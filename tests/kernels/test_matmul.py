@@ -1,4 +1,4 @@
-"""Linear maps over packed weights: the reference's numbers, and bits that depend on nothing but the row."""
+"""Native linear layers over packed weights equal the reference; a row's bits do not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernel_cases import DTYPES, TOLERANCE, pack_one
 from torch import Tensor
 
 from lora_serve.kernels.cpu.backend import NativeKernels
-from lora_serve.kernels.packed_weight import GROUP, PackedWeight, Scheme, dequantized, quantized, rounded
+from lora_serve.kernels.packed_weight import GROUP, PackedWeight, Scheme, dequantize, quantize, round_rows
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -33,7 +33,7 @@ def weights(outs: list[int], wide: int, dtype: torch.dtype, seed: int = 0) -> li
     rows=st.integers(1, 40),
     biased=st.booleans(),
 )
-def test_native_gives_the_references_numbers(
+def test_native_equals_the_reference(
     native: NativeKernels,
     seed: int,
     dtype: torch.dtype,
@@ -60,7 +60,7 @@ def test_native_gives_the_references_numbers(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_rows_bits_do_not_depend_on_company_or_threads(
+def test_a_rows_bits_do_not_depend_on_other_rows_or_threads(
     native: NativeKernels, dtype: torch.dtype, scheme: Scheme | None
 ) -> None:
     layers: Layers = [(pack_one(native, weight, scheme), None) for weight in weights([200, 33], 2528, dtype)]
@@ -74,49 +74,47 @@ def test_a_rows_bits_do_not_depend_on_company_or_threads(
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.5 / 127), ("int4", 1.02 / 8)])  # int4's scale is in bf16
-def test_a_weight_is_off_by_at_most_half_a_step_or_where_int4_ends_one_sooner_by_a_whole_one(
+def test_quantized_weights_are_off_by_at_most_half_a_step_or_a_whole_one_at_the_end_of_int4s_range(
     scheme: Scheme, most: float
 ) -> None:
     (weight,) = weights([24], 64, torch.float32)
-    whole, scale = quantized(weight, scheme)
+    whole, scale = quantize(weight, scheme)
     groups = scale.shape[1]
-    apart = (dequantized(whole, scale) - weight).view(24, groups, -1).abs()
+    apart = (dequantize(whole, scale) - weight).view(24, groups, -1).abs()
     assert groups == (1 if scheme == "int8" else 64 // GROUP)
     assert (apart <= most * weight.view(24, groups, -1).abs().amax(-1, keepdim=True) * 1.001).all()
 
 
-def test_int4_is_nearer_to_the_weights_than_levels_that_are_as_many_on_both_sides() -> None:
+def test_int4_is_closer_to_the_weights_than_a_symmetric_range() -> None:
     (weight,) = weights([64], 256, torch.float32)
     step = weight.view(-1, GROUP).abs().amax(-1, keepdim=True) / 7
     even = ((weight.view(-1, GROUP) / step).round() * step).view(weight.shape)
-    assert (dequantized(*quantized(weight, "int4")) - weight).norm() < 0.97 * (even - weight).norm()
+    assert (dequantize(*quantize(weight, "int4")) - weight).norm() < 0.97 * (even - weight).norm()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("extreme", [1e-38, 1e30])
-def test_weights_of_any_size_stay_what_they_are_stated_to_be(
+def test_tiny_and_huge_weights_are_quantized_as_specified(
     native: NativeKernels, scheme: Scheme, extreme: float
 ) -> None:
     weight = weights([40], 96, torch.float32)[0] * torch.logspace(0, 1, 96)
     weight[3], weight[4, 32:64], weight[5] = 0, 0, weight[5] * extreme
-    wanted = dequantized(*quantized(weight, scheme))
+    wanted = dequantize(*quantize(weight, scheme))
     assert native.unpack(pack_one(native, weight, scheme)).equal(wanted)
     assert wanted.isfinite().all()
 
 
-def test_rows_are_rounded_to_the_largest_value_of_what_shares_a_step() -> None:
+def test_rows_are_rounded_in_steps_of_the_largest_value_that_shares_the_step() -> None:
     x = torch.tensor([[127.0, 0.4, -0.6, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    assert rounded(x, "int8").tolist() == [[127.0, 0.0, -1.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
+    assert round_rows(x, "int8").tolist() == [[127.0, 0.0, -1.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
     groups = torch.zeros(1, 2 * GROUP)
     groups[0, 0], groups[0, 1], groups[0, GROUP], groups[0, GROUP + 1] = 127, 0.4, 1.27, 0.4
-    assert rounded(groups, "int4")[0, [0, 1, GROUP, GROUP + 1]].tolist() == pytest.approx([127, 0, 1.27, 0.4])
+    assert round_rows(groups, "int4")[0, [0, 1, GROUP, GROUP + 1]].tolist() == pytest.approx([127, 0, 1.27, 0.4])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_a_row_that_is_no_number_stays_none_and_harms_no_other(
-    native: NativeKernels, scheme: Scheme, fault: float
-) -> None:
+def test_a_row_that_is_not_finite_affects_no_other(native: NativeKernels, scheme: Scheme, fault: float) -> None:
     packed = pack_one(native, weights([40], 96, torch.float32)[0], scheme)
     x = torch.randn(3, 96)
     sound = native.linear(x, [(packed, None)])[0]
@@ -126,7 +124,7 @@ def test_a_row_that_is_no_number_stays_none_and_harms_no_other(
     assert y[[0, 2]].equal(sound[[0, 2]])
 
 
-def test_packed_weights_take_what_their_numbers_and_scales_take(native: NativeKernels) -> None:
+def test_packed_weights_take_no_more_memory_than_integers_and_scales(native: NativeKernels) -> None:
     (weight,) = weights([128], 256, torch.bfloat16)
     full, half, quarter = (pack_one(native, weight, scheme).nbytes for scheme in SCHEMES)
     assert full == weight.nbytes
@@ -134,7 +132,7 @@ def test_packed_weights_take_what_their_numbers_and_scales_take(native: NativeKe
     assert quarter == weight.nbytes // 4 + 128 * 256 // GROUP * 2
 
 
-def test_maps_that_do_not_fit_are_refused(native: NativeKernels) -> None:
+def test_layers_that_do_not_fit_are_refused(native: NativeKernels) -> None:
     packed = pack_one(native, weights([32], 64, torch.bfloat16)[0])
     with pytest.raises(ValueError, match="64 inputs"):
         native.linear(torch.zeros(1, 32, dtype=torch.bfloat16), [(packed, None)])
@@ -146,14 +144,14 @@ def test_maps_that_do_not_fit_are_refused(native: NativeKernels) -> None:
         pack_one(native, torch.zeros(4, 48), "int4")
 
 
-def test_no_rows_is_no_work(native: NativeKernels) -> None:
+def test_no_rows_give_an_empty_result(native: NativeKernels) -> None:
     packed = pack_one(native, weights([32], 64, torch.float32)[0])
     assert native.linear(torch.zeros(0, 64), [(packed, None)])[0].shape == (0, 32)
 
 
 @settings(max_examples=30, deadline=None)
 @given(dtype=DTYPES, out=st.integers(1, 150), wide=st.integers(1, 70), data=st.data())
-def test_rows_of_packed_weights_are_the_weights_own(
+def test_looked_up_rows_equal_the_weights_rows(
     native: NativeKernels, dtype: torch.dtype, out: int, wide: int, data: st.DataObject
 ) -> None:
     weight = weights([out], wide, dtype)[0]
@@ -161,13 +159,13 @@ def test_rows_of_packed_weights_are_the_weights_own(
     assert native.lookup(pack_one(native, weight), ids).equal(weight[ids])
 
 
-def test_transposed_weights_are_packed_as_they_are(native: NativeKernels) -> None:
+def test_transposed_weights_are_packed_correctly(native: NativeKernels) -> None:
     for seed in range(20):
         weight = weights([96], 64, torch.float32, seed)[0].T
         assert native.unpack(pack_one(native, weight)).equal(weight)
 
 
-def test_rows_that_there_are_not_are_refused(native: NativeKernels) -> None:
+def test_ids_outside_the_weight_are_refused(native: NativeKernels) -> None:
     packed = pack_one(native, torch.zeros(5, 8))
     for id in (-1, 5):
         with pytest.raises(ValueError, match="id 1 of the list"):

@@ -1,4 +1,4 @@
-"""A recording makes a noted pass again on the memory that it was noted on, and says what cannot be noted."""
+"""A recorded pass is replayed on the memory that it was recorded on; a pass that cannot be is refused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.cpu.recording import Arena
 
 
-def passed(native: NativeKernels, x: Tensor, weight: Tensor) -> Tensor:
-    """Native calls, operators and views in turn."""
+def run_pass(native: NativeKernels, x: Tensor, weight: Tensor) -> Tensor:
+    """A pass of native calls, operators and views."""
     n = native.rms_norm(x, weight, 1e-6, plus_one=False)
     halves = torch.cat([n[:, 1:], -n[:, :1]], dim=1)
     total = x + native.gated_activation(n, halves, "silu")
@@ -25,16 +25,16 @@ def passed(native: NativeKernels, x: Tensor, weight: Tensor) -> Tensor:
     return total.view(-1)[2:].unsqueeze(0) + torch.ones(1, x.numel() - 2)
 
 
-def test_a_pass_is_made_again_with_other_numbers(native: NativeKernels) -> None:
+def test_a_recorded_pass_is_replayed_with_other_numbers(native: NativeKernels) -> None:
     x, weight = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
         recording = native.new_recording(check_values=False)
         with recording:
-            result = passed(native, x, weight)
+            result = run_pass(native, x, weight)
         for _ in range(3):
             x.copy_(torch.randn(3, 8))
             recording.replay()
-            assert torch.equal(result, passed(native, x, weight))
+            assert torch.equal(result, run_pass(native, x, weight))
     assert recording.unsupported is None
 
 
@@ -44,7 +44,7 @@ def test_only_the_calls_of_the_recording_thread_are_recorded(native: NativeKerne
     theirs: list[Tensor] = []
 
     def load() -> None:
-        """What loading an adapter calls, beside what a step does."""
+        """The native calls of loading an adapter, in another thread than the step."""
         repacked, unpacked, found = pack_one(native, matrix), native.unpack(packed), native.lookup(packed, ids)
         theirs.extend([unpacked, repacked.data, found, native.rms_norm(x, weight, 1e-6, plus_one=False)])
 
@@ -64,7 +64,7 @@ def test_only_the_calls_of_the_recording_thread_are_recorded(native: NativeKerne
     assert all(bool((each == 1).all()) for each in theirs)
 
 
-def test_recordings_share_their_memory_and_have_other_memory_where_it_ends(native: NativeKernels) -> None:
+def test_recordings_share_the_arena_and_use_their_own_memory_beyond_it(native: NativeKernels) -> None:
     native._arena = Arena(200)
     x, weight = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
@@ -77,13 +77,15 @@ def test_recordings_share_their_memory_and_have_other_memory_where_it_ends(nativ
             recording.replay()
             assert torch.equal(first, second) == (
                 recording is recordings[1]
-            )  # what is beyond the arena is each recording's own
+            )  # results beyond the arena are each recording's own
     native._arena = Arena(1 << 20)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), dtype=DTYPES, count=st.integers(1, 9000))
-def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype: torch.dtype, count: int) -> None:
+def test_sums_are_rounded_as_torch_rounds_them(
+    native: NativeKernels, seed: int, dtype: torch.dtype, count: int
+) -> None:
     torch.manual_seed(seed)
     x, y = (torch.randn(count).to(dtype) for _ in range(2))
     with native.new_recording(check_values=False):
@@ -92,7 +94,7 @@ def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype
 
 
 @pytest.mark.parametrize(
-    "steered",
+    "depends",
     [
         lambda x: x if x.sum().item() > 0 else -x,
         lambda x: x if bool(x[0] > 0) else -x,
@@ -103,9 +105,11 @@ def test_sums_round_as_torch_rounds_them(native: NativeKernels, seed: int, dtype
     ],
     ids=["item", "bool", "mask", "nonzero", "random", "tolist"],
 )
-def test_what_values_or_chance_steer_is_refused(native: NativeKernels, steered: Callable[[Tensor], Tensor]) -> None:
+def test_a_pass_that_depends_on_values_or_random_numbers_is_refused(
+    native: NativeKernels, depends: Callable[[Tensor], Tensor]
+) -> None:
     with torch.inference_mode():
         recording = native.new_recording(check_values=True)
         with recording:
-            steered(torch.tensor([1.0, -2.0, 3.0]))
+            depends(torch.tensor([1.0, -2.0, 3.0]))
     assert recording.unsupported is not None

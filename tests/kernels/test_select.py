@@ -1,4 +1,4 @@
-"""How a backend is found: built once, kept, and replaced by plain torch where it cannot be."""
+"""Selection of the backend: the native library is built once per machine; plain torch where it cannot be."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lora-serve"
 
 
-def compiler(folder: Path, body: str) -> str:
-    """A stand-in compiler; `$OUT` is where it was asked to write."""
+def fake_compiler(folder: Path, body: str) -> str:
+    """A fake compiler that runs `body`; `$OUT` is the output file."""
     script = folder / "cxx"
     answer = 'for OUT; do :; done\n[ "$OUT" = --version ] && echo one && exit 0'
     script.write_text(f"#!/bin/sh\n{answer}\n{body}\n")
@@ -33,34 +33,36 @@ def compiler(folder: Path, body: str) -> str:
 
 
 def test_the_library_is_built_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, f'echo built >> {tmp_path}/log; echo so > "$OUT"'))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'echo built >> {tmp_path}/log; echo so > "$OUT"'))
     first = library()
     assert first.parent == cache
     assert library() == first
     assert (tmp_path / "log").read_text().splitlines() == ["built"]
 
 
-def test_another_compiler_means_another_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo so > "$OUT"'))
+def test_another_compiler_builds_another_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo so > "$OUT"'))
     first = library()
-    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo so > "$OUT"') + " -O1")
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo so > "$OUT"') + " -O1")
     assert library() != first
 
 
-def test_servers_that_start_together_share_one_whole_library(
+def test_servers_that_start_together_share_one_complete_library(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, 'printf half > "$OUT"; sleep 0.2; printf " and half" >> "$OUT"'))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'printf half > "$OUT"; sleep 0.2; printf " and half" >> "$OUT"'))
     with ThreadPoolExecutor(4) as pool:
         found = {future.result() for future in [pool.submit(library) for _ in range(4)]}
     assert [path.read_text() for path in found] == ["half and half"]
-    assert list(cache.iterdir()) == list(found)  # no scratch is left
+    assert list(cache.iterdir()) == list(found)  # no temporary folder is left
 
 
-def test_a_compiler_that_fails_leaves_one_line_of_reason(
+def test_a_failing_compiler_is_reported_in_one_line(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo "x.cpp: note" >&2; echo "x.cpp: error: no luck" >&2; exit 3'))
+    monkeypatch.setenv(
+        "CXX", fake_compiler(tmp_path, 'echo "x.cpp: note" >&2; echo "x.cpp: error: no luck" >&2; exit 3')
+    )
     with pytest.raises(BuildError) as caught:
         library()
     assert str(caught.value).endswith("ended with 3: x.cpp: error: no luck")
@@ -68,10 +70,10 @@ def test_a_compiler_that_fails_leaves_one_line_of_reason(
 
 
 @pytest.mark.parametrize("body", ["exit 1", 'echo "not a library" > "$OUT"'])
-def test_without_native_kernels_torch_serves_and_the_log_says_so_once(
+def test_without_native_kernels_torch_serves_and_one_warning_is_logged(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, body: str
 ) -> None:
-    monkeypatch.setenv("CXX", compiler(tmp_path, body))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, body))
     with caplog.at_level(logging.DEBUG):
         kernels = select(CPU)
     assert kernels.name == "reference"
@@ -85,7 +87,7 @@ def test_an_absent_compiler_is_named(cache: Path, monkeypatch: pytest.MonkeyPatc
         library()
 
 
-def test_the_cpu_gets_native_kernels_unless_told_otherwise(
+def test_a_cpu_uses_native_kernels_unless_they_are_turned_off(
     native: NativeKernels, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert select(CPU).name == native.name
@@ -93,14 +95,14 @@ def test_the_cpu_gets_native_kernels_unless_told_otherwise(
     assert caplog.records == []
 
 
-def test_a_gpu_gets_triton_s_kernels(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_uses_the_triton_kernels(caplog: pytest.LogCaptureFixture) -> None:
     kernels = select(torch.device("cuda"))
     assert (kernels.name, caplog.records) == ("triton", [])
     assert kernels.graph_buckets is not None
     assert select(torch.device("cuda"), native=False).name == "reference"
 
 
-def test_a_gpu_without_triton_and_any_other_device_get_plain_torch_and_one_line_says_so(
+def test_a_gpu_without_triton_and_other_devices_use_plain_torch_with_one_warning_each(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in [name for name in sys.modules if name.startswith("lora_serve.kernels.gpu.")]:
@@ -112,9 +114,9 @@ def test_a_gpu_without_triton_and_any_other_device_get_plain_torch_and_one_line_
     assert len(caplog.messages) == 2
 
 
-def test_the_kernels_share_torchs_threads(native: NativeKernels) -> None:
-    layers = Path("/proc/self/maps")
-    if not layers.exists():
+def test_the_native_kernels_share_torchs_openmp_runtime(native: NativeKernels) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
         pytest.skip("only Linux tells what is loaded")
-    loaded = {line.split()[-1] for line in layers.read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
     assert len(loaded) <= 1

@@ -1,16 +1,18 @@
-// Paged attention and the writing of keys and values.
+// Paged attention, and writing keys and values into the block pool.
 //
-// A unit of work is (sequence, run of query rows, some kv heads). All query heads that share a kv head go together, so
-// each key and value is read and widened once for all of them; several kv heads go together where there are units
-// enough, since a position's heads are neighbours in memory. Keys come in tiles that begin at multiples of KEYS
-// whatever the batch, softmax runs online over the tiles; nothing is gathered into a copy of the context.
+// A unit of work is (sequence, run of query rows, some kv heads). It takes all query heads that share a kv head, so
+// that each key and value is read and widened once for all of them; several kv heads where there are enough units,
+// since a position's heads are neighbours in memory. Keys are processed in tiles that begin at multiples of KEYS
+// whatever the batch, with an online softmax over the tiles; the context is never gathered into a copy.
 //
-// Few rows (decoding) take keys and values through registers (`compare`, `weigh`), more share buffers (`load_*`,
-// `multiply*`). Either way a score adds up its dimensions in their order and an output its keys in theirs: same bits.
+// With few rows (decode) keys and values are used straight from registers (`compare` for q · k, `weigh` for p · v);
+// with more, they are widened into buffers first (`load_*`) that all rows read (`multiply*`). Either way a score sums
+// over its dimensions in ascending order and an output over its keys, so both give the same bits.
 #include <algorithm>
 #include <atomic>
 #include <limits>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
@@ -18,61 +20,36 @@ namespace {
 constexpr int64_t KEYS = 32;  // positions in a tile
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
 
-// Whether scores of bf16 queries and keys are summed by the dot product of pairs: exact products, float sums. Zen runs
-// it at the pace of an FMA; cores that have fp16 arithmetic are Intel's, and there it is slower than widening.
+// Whether scores of bf16 queries and keys use the dot product instruction of bf16 pairs: exact products, float sums. On
+// Zen it is as fast as an FMA; cores with fp16 arithmetic are Intel's, and there it is slower than widening.
 #if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
 constexpr bool DOTS = true;
 #else
 constexpr bool DOTS = false;
 #endif
 
-struct Pool { char* data; int64_t block, position, head, type, dim; };  // strides in bytes
-
-struct WriteCall {  // as native.py packs it
-    Pool keys, values;
-    const char* k;
-    int64_t k_token, k_head;  // bytes
-    const char* v;
-    int64_t v_token, v_head;
-    const int64_t* index;
-    int64_t tokens, kv_heads, blocks, block_size, threads;
-};
-
-struct AttentionCall {  // as native.py packs it
-    Pool keys, values;
-    const char* q;
-    int64_t q_token, q_head, q_type;  // bytes
-    char* out;
-    const int32_t* query_start;
-    const int32_t* context;
-    const int32_t* block_table;
-    int64_t table_width, sequences, tokens, heads, kv_heads, blocks, block_size, window, threads;
-    const float* sinks;
-    double scale, softcap;  // softcap 0: none
-};
-
 struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
 
 size_t bytes_of(int64_t type) { return type == FP32 ? 4 : 2; }
 
-INLINE V tangent(V x) {  // hyperbolic
+INLINE V tangent(V x) {  // hyperbolic tangent
     V positive = x < 0 ? -x : x;
     V e = power_of_two(positive * (-2 * LOG2E));
     V value = (1.0f - e) / (1.0f + e);
     return x < 0 ? -value : value;
 }
 
-// Where the keys or values of a tile's positions lie, for one head.
+// Addresses of the keys or values at a tile's positions, for one head.
 struct Places {
     const char* const* first;  // of the unit's first kv head
     int64_t offset;
     const char* operator[](int64_t j) const { return first[j] + offset; }
 };
 
-// One unit's memory, all rows padded to vectors.
+// Scratch memory of one unit; rows are padded to whole vectors.
 struct Room {
     size_t kd, vd, rows;  // padded widths
-    float *q, *out, *score, *keys, *values, *top, *sum;  // sum: W parts of it a row
+    float *q, *out, *score, *keys, *values, *top, *sum;  // top: largest score; sum: of probabilities, W parts of it
     Room(std::vector<float>& memory, size_t rows, size_t key_dim, size_t value_dim)
         : kd((key_dim + 2 * W - 1) / (2 * W) * 2 * W), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
         float* p = scratch(memory, rows * (kd + vd + KEYS + W + 1) + TILE + KEYS * (kd + vd));
@@ -88,7 +65,7 @@ struct Room {
 };
 
 // Dimensions from `d` of keys j..j+W, transposed: pair p (of two-byte types; half the shuffles) or dimension p of all
-// W keys in block[p]; zeros behind key n and behind the last dimension.
+// W keys in block[p]; zeros for keys from n on and dimensions from `dim` on.
 template <class T_> INLINE void load_block(Places row, int64_t j, int64_t n, size_t d, size_t dim, V* block) {
     size_t bytes = std::min(sizeof(V), (dim - d) * sizeof(T_));
     if (j + W <= n && bytes == sizeof(V)) {
@@ -105,7 +82,7 @@ template <class T_> INLINE void load_block(Places row, int64_t j, int64_t n, siz
     transpose(block);
 }
 
-// keys[dim][KEYS] = n rows of T_, transposed and widened (Dot: [pair of dim][KEYS], as they are); zeros behind row n.
+// keys[dim][KEYS] = n rows of T_, transposed and widened (Dot: [pair of dim][KEYS], not widened); zeros from row n on.
 template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
     constexpr size_t EACH = 4 / sizeof(T_);
     for (int64_t j = 0; j < KEYS; j += W)
@@ -125,7 +102,7 @@ template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n,
         }
 }
 
-// sum[T] += a lane of q[T rows of kd] * keys, one element or one pair of them; `d` counts elements.
+// sum[T] += q[T rows of kd] * key: one dimension of W keys (score_element), or a pair of dimensions (score_pair).
 template <int T> INLINE void score_element(V* sum, V key, const float* q, size_t kd) {
     UNROLL
     for (int t = 0; t < T; t++) sum[t] += key * q[t * kd];
@@ -139,7 +116,7 @@ template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd
     }
 }
 
-// score[rows, KEYS] = q[rows, dim] @ n rows of T_, transposed and widened as they come. For few rows.
+// Scores of few rows: score[rows, KEYS] = q[rows, dim] . n keys of T_, transposed and widened in registers.
 template <class T_, bool Dot>
 void compare(int64_t rows, const float* q, size_t kd, Places row, int64_t n, size_t dim, float* score) {
     constexpr size_t EACH = 4 / sizeof(T_);
@@ -211,21 +188,22 @@ template <int D = W / 2> INLINE V largests(V* r) {
     return r[0];
 }
 
-// The keys that a row sees: all of its sequence up to its own, or the last `window` of these.
+// The keys that a row sees: its sequence's up to its own position, or the last `window` of these.
 struct Sight {
-    int64_t window, position, share;  // position of row 0; rows to a position
+    int64_t window, position, share;  // position of row 0; rows per position
     int64_t newest(int64_t row) const { return position + row / share; }
     int64_t oldest(int64_t row) const { return window ? std::max<int64_t>(0, newest(row) - window + 1) : 0; }
 };
 
-// A softmax that runs over tiles of keys: what the rows have met so far.
+// State of the online softmax after the tiles so far.
 struct Running {
-    float *out, *top, *sum;  // sum: W parts of it a row
+    float *out, *top, *sum;  // as in Room
     size_t width;            // of a row of `out`
 };
 
-// Turn the unscaled scores that rows `row`.. < `row` + `rows` <= `row` + TILE have with the keys `first`.. into
-// probabilities relative to the rows' largest scores so far, and bring sums and `out` to these.
+// One step of the online softmax, for rows `row`.. < `row` + `rows` <= `row` + TILE and the tile of keys from `first`:
+// replaces unscaled scores by probabilities relative to the rows' largest scores so far, and rescales `sum` and `out`
+// where a largest score has grown.
 INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t rows, int64_t first, float* score,
                    Running run) {
     constexpr int N = KEYS / W;
@@ -249,7 +227,7 @@ INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t row
     V old = {}, base, shrink;
     memcpy(&old, run.top + row, TILE * sizeof(float));
     V now = larger(old, largests(most));
-    base = now == low ? V{} : now;  // low: nothing seen yet
+    base = now == low ? V{} : now;  // low: no key seen yet
     shrink = power_of_two(old - base);
     memcpy(run.top + row, &now, TILE * sizeof(float));
     for (int t = 0; t < rows; t++) {
@@ -267,7 +245,7 @@ INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t row
     }
 }
 
-// a[rows, k] @ b[k, n] into or onto c, n a multiple of 2W
+// c[rows, n] = (Add: c +) a[rows, k] @ b[k, n], n a multiple of 2W
 template <bool Add>
 void multiply(int64_t rows, const float* a, size_t lda, const float* b, size_t n, size_t k, float* c) {
     for (size_t d = 0; d < n; d += 2 * W)
@@ -277,7 +255,8 @@ void multiply(int64_t rows, const float* a, size_t lda, const float* b, size_t n
             });
 }
 
-// 2W values in the order that is cheapest for their type, and that order undone.
+// Loads 2W values in the order that is cheapest for their type (bf16: even ones, then odd ones); `sort_two` restores
+// their own order.
 template <class T_> INLINE void load_two(const T_* p, V& left, V& right) {
     if constexpr (std::is_same_v<T_, Bf16>) {
         U pairs;
@@ -297,8 +276,8 @@ template <class T_, int... J> INLINE void sort_two(float* p, std::integer_sequen
     }
 }
 
-// out[rows, dim] += score[rows, n] @ n rows of T_, widened as they come. For few rows; `dim` is a multiple of 2W.
-// The next tile's keys are fetched here too, evenly between the sums: the CPU drops fetches that come in a burst.
+// Weighted values of few rows: out[rows, dim] += score[rows, n] @ n values of T_, widened in registers; `dim` is a
+// multiple of 2W. The next tile's keys are prefetched here too, spread evenly: the CPU drops prefetches in a burst.
 template <class T_>
 void weigh(int64_t rows, const float* score, Places row, Places next, Places next_key, int64_t n, size_t dim,
            float* out, size_t width) {
@@ -329,7 +308,7 @@ void weigh(int64_t rows, const float* score, Places row, Places next, Places nex
         });
 }
 
-// False where the block table names a block that is not there.
+// Attention of one unit. False where the block table names a block that is not in the pool.
 bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     int64_t share = call.heads / call.kv_heads, rows = unit.tokens * share;  // rows of one kv head
     int64_t start = call.query_start[unit.sequence], length = call.query_start[unit.sequence + 1] - start;
@@ -338,7 +317,7 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     float infinity = std::numeric_limits<float>::infinity();
     float scale = (float)call.scale * (call.softcap > 0 ? 1.0f : LOG2E);
 
-    // Row r of the unit: rows of the first kv head, then of the next.
+    // The token and query head of the unit's row r: the rows of its first kv head, then those of the next.
     auto token = [&](int64_t r) { return start + unit.first + r % rows / share; };
     auto head = [&](int64_t r) { return (unit.head + r / rows) * share + r % share; };
     bool dots = DOTS && call.q_type == BF16 && call.keys.type == BF16;
@@ -433,7 +412,7 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
 
 }  // namespace
 
-// 0, or 1 + index of the first token whose place is not in the pool (then nothing was written).
+// Returns 0, or 1 + index of the first token whose KV index is not in the pool (then nothing was written).
 extern "C" int64_t lora_write_kv(const WriteCall* call) {
     int64_t places = call->blocks * call->block_size;
     for (int64_t t = 0; t < call->tokens; t++)
@@ -455,7 +434,7 @@ extern "C" int64_t lora_write_kv(const WriteCall* call) {
     return 0;
 }
 
-// 0, or 1 + index of the first sequence whose rows, context or blocks cannot be (then `out` is undefined).
+// Returns 0, or 1 + index of the first sequence whose rows, context or blocks are invalid (then `out` is undefined).
 extern "C" int64_t lora_attention(const AttentionCall* call) {
     static thread_local std::vector<Unit> memory;
     std::vector<Unit>& units = memory;
@@ -476,7 +455,7 @@ extern "C" int64_t lora_attention(const AttentionCall* call) {
         }
         work += length ? context * call->kv_heads * (length * share + 16) : 0;
     }
-    // The longest contexts first, so that no thread is left alone with one at the end.
+    // The longest contexts first, so that no thread works on a long one alone at the end.
     auto reach = [&](const Unit& u) {
         return call->context[u.sequence] - (call->query_start[u.sequence + 1] - call->query_start[u.sequence]) +
                u.first + u.tokens;

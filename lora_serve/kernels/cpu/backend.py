@@ -1,8 +1,8 @@
-"""The native CPU backend: packs addresses and sizes, and lets `delta.cpp` and `attention.cpp` do the work.
+"""The native CPU backend: checks types and shapes, packs addresses and sizes, and calls the C++ kernels.
 
 A step makes hundreds of these calls, each a few dozen microseconds long, so a call is one packed struct and one foreign
-call (which releases the GIL). What never changes about a group is packed once. The C++ side checks every index that it
-follows; this side checks types and shapes, because a wrong one would write where it must not.
+call (which releases the GIL). What never changes about a group is packed once. C++ checks every index that it follows;
+Python checks types and shapes, because with a wrong one C++ would write outside its tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from struct import Struct
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lora_serve.kernels.checks import check_delta, check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation, AttentionMetadata, DeltaGroup, GraphBuckets, ReplaySupport, Segments
+from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import TYPES, Library, type_number
 from lora_serve.kernels.cpu.matmul import NativeLinear
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
@@ -25,41 +25,32 @@ from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 ARENA = 1 << 28  # bytes that the results of a recorded pass may take
 
-_WRITE = Struct("6q6q 3q3q q5q")
-_ATTENTION = Struct("6q6q 4q q3q 9q q2d")
-_NORM = Struct("3q 7q d")
-_GATED = Struct("3q 7q")
-_ROPE = Struct("4q4q 5q 5q")
-_ADD = Struct("6q")
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `Activation` in pointwise.cpp
 
 
 class _PackedGroup:
-    """What C++ reads of a group, and how a call with that many outputs is packed."""
+    """What C++ reads of a group, at an address that stays."""
 
     def __init__(self, group: DeltaGroup) -> None:
         modules, slots = group.rank.shape
-        self.in_features = group.in_features
-        self.out_features = group.out_features
-        fields = (
-            group.a.data_ptr(),
-            group.b.data_ptr(),
-            group.rank.data_ptr(),
-            modules,
-            slots,
-            group.in_features,
-            type_number(group.dtype),
-            *group.out_features,
+        packed = CALLS["Group"].pack(
+            a=group.a.data_ptr(),
+            b=group.b.data_ptr(),
+            rank=group.rank.data_ptr(),
+            modules=modules,
+            slots=slots,
+            in_=group.in_features,
+            type=type_number(group.dtype),
+            out=group.out_features,
         )
-        self._memory = (ctypes.c_int64 * len(fields))(*fields)
+        self._memory = ctypes.create_string_buffer(packed, len(packed))
         self.address = ctypes.addressof(self._memory)
-        self.call = Struct(f"{11 + 2 * modules}q")
 
 
 class NativeKernels:
-    """`Kernels` on the CPU, from a library that `build.library` built.
+    """`Kernels` on the CPU, in a library that `build.library` built.
 
-    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, places or ranges that do not fit are a
+    Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, indices or ranges that do not fit are a
     ValueError, before anything is written.
     """
 
@@ -79,7 +70,6 @@ class NativeKernels:
         self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
 
     def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-        """See `Kernels.delta`."""
         count = segments.count
         if count == 0:
             return
@@ -87,77 +77,74 @@ class NativeKernels:
         if packed is None:
             packed = self._groups[group] = _PackedGroup(group)
         check_delta(x, outputs, group)
-        places: list[int] = []
+        pointers: list[int] = []
         for output in outputs:
-            places += (output.data_ptr(), output.stride(0))
+            pointers += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
         if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
             raise TypeError("segments are int32, their weights float32")
-        call = packed.call.pack(
-            packed.address,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            type_number(x.dtype),
-            torch.get_num_threads(),
-            count,
-            start.data_ptr(),
-            end.data_ptr(),
-            slot.data_ptr(),
-            weight.data_ptr(),
-            *places,
+        call = CALLS["DeltaCall"].pack(
+            group=packed.address,
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            tokens=x.shape[0],
+            type=type_number(x.dtype),
+            threads=torch.get_num_threads(),
+            segments=count,
+            start=start.data_ptr(),
+            end=end.data_ptr(),
+            slot=slot.data_ptr(),
+            weight=weight.data_ptr(),
+            output=pointers,
         )
         wrong = self._delta(call)
         if wrong:
             raise ValueError(f"segment {wrong - 1} lies outside the batch or the slots")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-        """See `Kernels.rms_norm`."""
         width = x.shape[-1]
         rows = x.reshape(-1, width)
         check_norm(rows, weight)
         y = torch.empty(x.shape, dtype=x.dtype)
         self._rms_norm(
-            _NORM.pack(
-                rows.data_ptr(),
-                weight.data_ptr(),
-                y.data_ptr(),
-                rows.shape[0],
-                width,
-                rows.stride(0),
-                type_number(x.dtype),
-                type_number(weight.dtype),
-                plus_one,
-                torch.get_num_threads(),
-                eps,
+            CALLS["NormCall"].pack(
+                x=rows.data_ptr(),
+                weight=weight.data_ptr(),
+                y=y.data_ptr(),
+                rows=rows.shape[0],
+                width=width,
+                x_stride=rows.stride(0),
+                type=type_number(x.dtype),
+                weight_type=type_number(weight.dtype),
+                plus_one=plus_one,
+                threads=torch.get_num_threads(),
+                eps=eps,
             )
         )
         return y
 
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        """See `Kernels.gated`."""
         check_gated(gate, up)
         width = gate.shape[-1]
         left, right = gate.reshape(-1, width), up.reshape(-1, width)
         y = torch.empty(gate.shape, dtype=gate.dtype)
         self._gated(
-            _GATED.pack(
-                left.data_ptr(),
-                right.data_ptr(),
-                y.data_ptr(),
-                left.shape[0],
-                width,
-                left.stride(0),
-                right.stride(0),
-                type_number(gate.dtype),
-                _ACTIVATIONS[activation],
-                torch.get_num_threads(),
+            CALLS["GatedCall"].pack(
+                gate=left.data_ptr(),
+                up=right.data_ptr(),
+                y=y.data_ptr(),
+                rows=left.shape[0],
+                width=width,
+                gate_stride=left.stride(0),
+                up_stride=right.stride(0),
+                type=type_number(gate.dtype),
+                activation=_ACTIVATIONS[activation],
+                threads=torch.get_num_threads(),
             )
         )
         return y
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Kernels.rope`."""
         check_rope(q, k, cos, sin)
         _, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
@@ -165,106 +152,121 @@ class NativeKernels:
         q_out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         k_out = torch.empty(tokens, kv_heads, dim, dtype=k.dtype)
         self._rope(
-            _ROPE.pack(
-                *(q.data_ptr(), q.stride(2), q.stride(1), heads),
-                *(k.data_ptr(), k.stride(2), k.stride(1), kv_heads),
-                q_out.data_ptr(),
-                k_out.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
-                dim,
-                tokens,
-                dim,
-                type_number(q.dtype),
-                type_number(cos.dtype),
-                torch.get_num_threads(),
+            CALLS["RopeCall"].pack(
+                q=_heads(q),
+                k=_heads(k),
+                q_out=q_out.data_ptr(),
+                k_out=k_out.data_ptr(),
+                cosine=cos.data_ptr(),
+                sine=sin.data_ptr(),
+                table_stride=dim,
+                tokens=tokens,
+                dim=dim,
+                type=type_number(q.dtype),
+                table_type=type_number(cos.dtype),
+                threads=torch.get_num_threads(),
             )
         )
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """See `Kernels.pack`: each by itself, as they are read one after the other."""
+        """Each weight by itself, as `linear` reads them one after the other."""
         return [self._matmul.pack(weight, scheme) for weight in weights]
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
-        """See `Kernels.new_recording`."""
-        return CallRecording(self._arena, self._replay, self._sum, self._library.listen, check_values=check_values)
+        add, record_on = self._add_tensors, self._library.record_on
+        return CallRecording(self._arena, self._replay, add, record_on, check_values=check_values)
 
-    def _sum(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
+    def _add_tensors(self, x: Tensor, y: Tensor, total: Tensor) -> bool:
         """total = x + y of contiguous tensors of one shape and type, rounded as torch does; False for other types."""
         if x.dtype not in TYPES:
             return False
-        places = (x.data_ptr(), y.data_ptr(), total.data_ptr())
-        self._add(_ADD.pack(*places, x.numel(), type_number(x.dtype), torch.get_num_threads()))
+        self._add(
+            CALLS["AddCall"].pack(
+                x=x.data_ptr(),
+                y=y.data_ptr(),
+                sum=total.data_ptr(),
+                count=x.numel(),
+                type=type_number(x.dtype),
+                threads=torch.get_num_threads(),
+            )
+        )
         return True
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-        """See `Kernels.write_kv`."""
         blocks, size, heads, _ = keys.shape
         tokens = kv_index.shape[0]
         check_write(keys, values, k, v, kv_index)
-        call = _WRITE.pack(
-            *_pool(keys),
-            *_pool(values),
-            *_rows(k),
-            *_rows(v),
-            kv_index.contiguous().data_ptr(),
-            tokens,
-            heads,
-            blocks,
-            size,
-            torch.get_num_threads(),
+        k_token, k_head = _byte_strides(k)
+        v_token, v_head = _byte_strides(v)
+        call = CALLS["WriteCall"].pack(
+            keys=_pool(keys),
+            values=_pool(values),
+            k=k.data_ptr(),
+            k_token=k_token,
+            k_head=k_head,
+            v=v.data_ptr(),
+            v_token=v_token,
+            v_head=v_head,
+            index=kv_index.contiguous().data_ptr(),
+            tokens=tokens,
+            kv_heads=heads,
+            blocks=blocks,
+            block_size=size,
+            threads=torch.get_num_threads(),
         )
         wrong = self._write_kv(call)
         if wrong:
-            raise ValueError(f"the place of token {wrong - 1} is not in the pool")
+            raise ValueError(f"the KV index of token {wrong - 1} is not in the pool")
 
     def attention(
         self,
         q: Tensor,
         keys: Tensor,
         values: Tensor,
-        spans: AttentionMetadata,
+        metadata: AttentionMetadata,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `Kernels.attention`."""
         tokens, heads, key_dim = q.shape
         blocks, size, kv_heads, value_dim = values.shape
         if keys.shape != (blocks, size, kv_heads, key_dim) or heads % kv_heads:
             raise ValueError(f"q {tuple(q.shape)} does not fit the pool {tuple(keys.shape)}")
         if keys.dtype is not values.dtype:
             raise TypeError("keys and values share a type")
-        table = spans.block_table.contiguous()
-        for part in (spans.query_start, spans.context, table):
+        table = metadata.block_table.contiguous()
+        for part in (metadata.query_start, metadata.context, table):
             if part.dtype is not torch.int32:
-                raise TypeError("spans are int32")
+                raise TypeError("attention metadata is int32")
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
         out = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
-        call = _ATTENTION.pack(
-            *_pool(keys),
-            *_pool(values),
-            *_rows(q),
-            type_number(q.dtype),
-            out.data_ptr(),
-            spans.query_start.data_ptr(),
-            spans.context.data_ptr(),
-            table.data_ptr(),
-            table.shape[1],
-            spans.context.shape[0],
-            tokens,
-            heads,
-            kv_heads,
-            blocks,
-            size,
-            window or 0,
-            torch.get_num_threads(),
-            0 if sinks is None else sinks.data_ptr(),
-            scale,
-            softcap or 0.0,
+        q_token, q_head = _byte_strides(q)
+        call = CALLS["AttentionCall"].pack(
+            keys=_pool(keys),
+            values=_pool(values),
+            q=q.data_ptr(),
+            q_token=q_token,
+            q_head=q_head,
+            q_type=type_number(q.dtype),
+            out=out.data_ptr(),
+            query_start=metadata.query_start.data_ptr(),
+            context=metadata.context.data_ptr(),
+            block_table=table.data_ptr(),
+            table_width=table.shape[1],
+            sequences=metadata.context.shape[0],
+            tokens=tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            blocks=blocks,
+            block_size=size,
+            window=window or 0,
+            threads=torch.get_num_threads(),
+            sinks=0 if sinks is None else sinks.data_ptr(),
+            scale=scale,
+            softcap=softcap or 0.0,
         )
         wrong = self._attention(call)
         if wrong:
@@ -272,19 +274,31 @@ class NativeKernels:
         return out
 
 
-def _pool(pool: Tensor) -> tuple[int, int, int, int, int, int]:
-    """Address, byte strides of block, position and head, type, head size."""
+def _pool(pool: Tensor) -> tuple[int | float, ...]:
+    """`Pool` in calls.h, of keys or values [blocks, block_size, kv_heads, dim]."""
     block, position, head, unit = pool.stride()
     if unit != 1:
         raise ValueError("heads of the KV pool are contiguous")
     each = pool.element_size()
-    return pool.data_ptr(), block * each, position * each, head * each, type_number(pool.dtype), pool.shape[3]
+    return CALLS["Pool"].values(
+        data=pool.data_ptr(),
+        block=block * each,
+        position=position * each,
+        head=head * each,
+        type=type_number(pool.dtype),
+        dim=pool.shape[3],
+    )
 
 
-def _rows(rows: Tensor) -> tuple[int, int, int]:
-    """Address and byte strides of token and head."""
+def _heads(x: Tensor) -> tuple[int | float, ...]:
+    """`Heads` in calls.h, of queries or keys [1, heads, tokens, dim]."""
+    return CALLS["Heads"].values(data=x.data_ptr(), token=x.stride(2), head=x.stride(1), heads=x.shape[1])
+
+
+def _byte_strides(rows: Tensor) -> tuple[int, int]:
+    """Of a token and of a head, of rows [tokens, heads, dim]."""
     token, head, unit = rows.stride()
     if unit != 1:
         raise ValueError("heads are contiguous")
     each = rows.element_size()
-    return rows.data_ptr(), token * each, head * each
+    return token * each, head * each

@@ -1,8 +1,8 @@
-"""Builds the native CPU kernels with the system's compiler, once a machine.
+"""Build the native CPU kernels with the system's compiler, once per machine.
 
 The library lies in the user's cache under a name that hashes everything it depends on: sources, flags, compiler and the
-CPU's features (`-march=native` means another thing on another CPU). It appears there by a rename, so servers that start
-together never see half of it. Which backend is used when the build fails is `select`'s to say.
+CPU's features (`-march=native` depends on them). It is moved there by a rename, so servers that start together never
+see half of it. Where the build fails, `select` falls back to another backend.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
-HEADERS = ("simd.h", "panels.h")
+SOURCES = ("calls.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
+HEADERS = ("calls.h", "simd.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -29,22 +29,22 @@ FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wno-psabi",
 )
-LIBRARIES = ("-lstdc++",)  # which a C compiler that takes C++ (CXX=gcc) does not add by itself
+LIBRARIES = ("-lstdc++",)  # a C compiler that accepts C++ (CXX=gcc) does not link it by itself
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds
 
 
 class BuildError(Exception):
-    """The kernels cannot be built here; the message is one line that says why."""
+    """The kernels cannot be built or loaded here; the message is one line with the reason."""
 
 
 def library() -> Path:
-    """The built library; compiles it if this machine has not yet.
+    """The path of the built library; compiles it if this machine has not yet.
 
-    The compiler is the one that CXX names, else the first of `COMPILERS` there is.
+    The compiler is the one that CXX names, else the first of `COMPILERS` that is installed.
 
     Raises:
-        BuildError: no compiler, no place to keep the result, or the compiler refused.
+        BuildError: no compiler, no writable cache folder, or the compiler failed.
     """
     here = Path(__file__).parent
     compiler = _compiler()
@@ -64,7 +64,7 @@ def library() -> Path:
             _run([*compiler, *FLAGS, *(str(here / name) for name in SOURCES), *LIBRARIES, "-o", str(built)])
             os.replace(built, target)
     except OSError as error:
-        raise BuildError(f"no place to build in: {error.strerror or error}") from error
+        raise BuildError(f"no folder to build in: {error.strerror or error}") from error
     return target
 
 
@@ -100,7 +100,7 @@ def _cache_folder() -> Path:
 
 
 def _cpu_features() -> str:
-    """What the CPU can do, as far as the system tells: flags on Linux, else its name."""
+    """The CPU's features as the system reports them: flags on Linux, else its name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -1,44 +1,22 @@
-// The low-rank delta of a mixed batch: every row its own adapter, through the pointer tables.
+// Low-rank deltas of a mixed batch: each row uses its own adapter, through the pointer tables.
 //
-// Two phases with one barrier between them. Shrink is split over threads by (segment, rows, ranks), expand by columns
-// of the outputs: no two threads ever write one place, so segments may overlap. Weights are read as they lie and
-// widened in registers; a segment's weights come from memory once, whatever its number of rows.
+// Two phases with a barrier between them. Shrink (x Aᵀ) is split over threads by (segment, rows, ranks), expand (· B)
+// by columns of the outputs: no two threads write the same element, so segments may overlap. Weights are widened in
+// registers; a segment's weights are read from memory once, whatever its number of rows.
 #include <algorithm>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
 
-struct Group {  // as native.py packs it
-    const int64_t* a;     // [modules, slots]
-    const int64_t* b;     // [modules, slots]
-    const int32_t* rank;  // [modules, slots]
-    int64_t modules, slots, in, type;
-    // then int64_t out[modules]
-    int64_t out(int64_t m) const { return reinterpret_cast<const int64_t*>(this + 1)[m]; }
-};
-
-struct Output { void* data; int64_t stride; };
-
-struct DeltaCall {  // as native.py packs it
-    const Group* group;
-    const void* x;
-    int64_t x_stride, tokens, type, threads, segments;
-    const int32_t* start;
-    const int32_t* end;
-    const int32_t* slot;
-    const float* weight;
-    // then Output output[modules]
-    Output output(int64_t m) const { return reinterpret_cast<const Output*>(this + 1)[m]; }
-};
-
 struct Segment {
-    int64_t first, rows, slot, ranks;  // ranks: of all modules together
+    int64_t first, rows, slot, ranks;  // ranks: sum over all modules
     float weight;
-    size_t shrunk;  // where its [rows, ranks] begin
+    size_t shrunk;  // offset of its result of shrink [rows, ranks]
 };
 
-// acc[T, R] += x[T, from:to] @ a[R, from:to].T, lane by lane; rows of `a`, and of `next` to come, are n long
+// acc[T, R] (a vector each) += x[T, from:to] @ a[R, from:to].T by lanes; rows of `a` are n long, `next` is prefetched
 template <class T_, int T, int R>
 void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t from, size_t to, float* acc) {
     V sum[T * R];
@@ -69,7 +47,7 @@ void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, siz
     for (int i = 0; i < T * R; i++) store(acc + i * W, sum[i]);
 }
 
-// out[T, R] = weight * acc[T, R] summed over lanes
+// out[T, R] = weight * (acc[T, R] summed over lanes)
 template <int T, int R> void finish(const float* acc, float weight, float* out, size_t ldo) {
     V lanes[W] = {};
     UNROLL
@@ -80,14 +58,15 @@ template <int T, int R> void finish(const float* acc, float weight, float* out, 
         for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
 }
 
-// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc has room for rows * ranks vectors; `after` comes after `a`
+// out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc holds rows * ranks vectors; `after` is prefetched after
+// `a`
 template <class T_>
 void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* after, size_t n, int64_t ranks,
                  float weight, float* out, size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
         constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
-        constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // of x, that it stays near for all ranks
+        constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // inputs: x stays cached for all ranks
         for (size_t k = 0; k < n; k += DEPTH) {
             size_t to = std::min(n, k + DEPTH);
             int64_t r = 0;
@@ -101,7 +80,7 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* af
     });
 }
 
-// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], the weights straight from memory; `next` come after them
+// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], without a widened copy of the weights; `next` is prefetched
 template <class T_, int T, int C>
 void stream(const float* h, size_t ldh, const T_* b, const T_* next, size_t ldb, size_t ranks, float* sum) {
     V acc[T][C] = {};
@@ -130,7 +109,7 @@ void add_tile(Matrix out, int64_t row, int rows, size_t column, size_t n, const 
     });
 }
 
-// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` comes after `b`
+// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` is prefetched after `b`
 template <class T_>
 void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb, size_t ranks, Matrix out,
             int64_t first, int64_t rows, size_t from, size_t to, float* wide) {
@@ -176,8 +155,8 @@ struct Work {
 
     const Segment& following(const Segment& s) const { return &s == &segments.back() ? s : *(&s + 1); }
 
-    // Position `at` of a cost axis, as an index 0..n of things that begin at `begin` and cost `each`,
-    // rounded to `step`.
+    // The index 0..n, rounded to `step`, of the item at position `at` of a cost axis; items begin at `begin` and cost
+    // `each`. Threads take equal shares of the axis.
     static int64_t cut(int64_t at, int64_t begin, int64_t each, int64_t n, int64_t step) {
         if (at <= begin) return 0;
         return std::min(n, ((at - begin) / each + step / 2) / step * step);
@@ -215,13 +194,13 @@ struct Work {
     void expand_share(int thread, int threads, float* wide) const {
         int64_t lo = share(expand_cost, thread, threads), hi = share(expand_cost, thread + 1, threads), at = 0;
         for (int64_t m = 0; m < group.modules; m++) {
-            int64_t each = column_cost[m], columns = group.out(m);
+            int64_t each = column_cost[m], columns = group.out[m];
             if (each == 0) continue;
             int64_t from = cut(lo, at, each, columns, 64);
             int64_t to = thread + 1 == threads ? columns : cut(hi, at, each, columns, 64);
             at += each * columns;
             if (from >= to) continue;
-            Output output = call.output(m);
+            DeltaOutput output = call.output[m];
             size_t bytes = call.type == FP32 ? 4 : 2;
             Matrix out{(char*)output.data, (size_t)output.stride * bytes, (size_t)call.type};
             for (const Segment& s : segments) {
@@ -241,7 +220,7 @@ struct Work {
 
 }  // namespace
 
-// 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was done).
+// Returns 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was written).
 extern "C" int64_t lora_delta(const DeltaCall* call) {
     static thread_local std::vector<Segment> segments;
     static thread_local std::vector<float> memory;
@@ -258,18 +237,18 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
             int64_t rank = work.rank(m, s);
             s.ranks += rank;
             work.column_cost[m] += rank * (tiles * TILE + s.rows);
-            weights += rank * (group.in + group.out(m)) * (tiles + 1);
+            weights += rank * (group.in + group.out[m]) * (tiles + 1);
             most = std::max<size_t>(most, rank);
         }
         work.shrink_cost += s.ranks * (tiles * TILE + s.rows);
         floats += s.rows * s.ranks;
         if (s.rows && s.ranks) segments.push_back(s);
     }
-    for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out(m);
+    for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out[m];
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);
-    constexpr size_t SMALL = 1 << 18;  // weights to pass; with fewer, one thread is done before another is awake
+    constexpr size_t SMALL = 1 << 18;  // weights; with fewer, one thread is done before another is awake
     parallel(weights < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         float* room = scratch(mine, own);

@@ -1,4 +1,4 @@
-"""The built library, as Python calls it: a function takes one packed call, which a recording may note."""
+"""The shared library with the native kernels, as Python calls it: a function takes one packed struct of arguments."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ from typing import Any
 
 import torch
 
+from lora_serve.kernels.cpu.build import BuildError
+from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.recording import CallRecording
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _ThreadRecording(threading.local):
-    """The recording that each thread records its calls on: a thread that loads an adapter meanwhile is not recorded."""
+    """Each thread's own recording, so that calls of a thread that loads an adapter are not part of a step's."""
 
     recording: CallRecording | None = None
 
 
 class Library:
-    """Functions of a shared library that `build.library` built; any thread may call them."""
+    """Functions of a shared library that `build.library` built; any thread may call them.
+
+    Raises:
+        BuildError: the library does not lay out the arguments of its calls as `calls` packs them.
+        OSError: it cannot be loaded.
+    """
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
         self._thread = _ThreadRecording()
+        size = self.call("lora_struct_size")
+        for name, struct in CALLS.items():
+            if (theirs := size(name.encode())) != struct.size:
+                raise BuildError(f"the library's struct {name} has {theirs} bytes, not {struct.size}")
 
     def call(self, name: str) -> Callable[[bytes], int]:
-        """The function of one packed call, whose bytes live until it returns (or as long as a recording that notes it)."""
+        """A function of one packed struct; a recording on this thread keeps the struct and calls again with it."""
         function = self._loaded[name]
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64
@@ -39,33 +50,33 @@ class Library:
         def call(packed: bytes) -> int:
             recording = self._thread.recording
             if recording is not None:
-                recording.call(address, packed)
+                recording.add_call(address, packed)
             done: int = function(packed)
             return done
 
         return call
 
     def number(self, name: str) -> int:
-        """What a function without arguments returns."""
+        """The result of a function without arguments."""
         function = self._loaded[name]
         function.restype = ctypes.c_int64
         return int(function())
 
     def replay(self) -> Callable[[Any, int], int]:
-        """The function that makes noted calls again."""
+        """The function that makes recorded calls again: `lora_replay`, given their addresses and how many they are."""
         function = self._loaded["lora_replay"]
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         function.restype = ctypes.c_int64
         replay: Callable[[Any, int], int] = function
         return replay
 
-    def listen(self, recording: CallRecording | None) -> None:
-        """Tell the recording of every call that this thread makes from now on; None: nobody."""
+    def record_on(self, recording: CallRecording | None) -> None:
+        """Record every call that this thread makes from now on; None: stop."""
         self._thread.recording = recording
 
 
 def type_number(dtype: torch.dtype) -> int:
-    """What C++ calls a type; TypeError for one that it does not know."""
+    """The number of a type in C++ (`Type` in simd.h); TypeError for one that is not served."""
     try:
         return TYPES[dtype]
     except KeyError:

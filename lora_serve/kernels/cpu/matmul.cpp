@@ -1,42 +1,27 @@
-// Linear maps of the base: y = x Wᵀ + b, over weights that were packed once (panels.h says how).
+// Linear layers: y = x Wᵀ + b, with packed weights (panels.h describes the layout).
 //
-// Whatever number of rows comes, weights stream from memory once, in order. Every output is summed over the inputs in
-// ascending order: a row's bits depend neither on how many rows come with it, nor on threads, nor on how the work is
-// cut.
+// Weights are read from memory once and in order, whatever the number of rows. Every output is summed over the inputs
+// in ascending order: a row's bits depend neither on the other rows, nor on the threads, nor on how the work is split.
 #include <algorithm>
 #include <atomic>
 
+#include "calls.h"
 #include "panels.h"
 
 namespace {
 
-constexpr size_t DEPTH = 1024;   // lanes for which the rows stay near while many rows pass; whole groups of int4
-constexpr int64_t FEW = TILE;    // rows that pass all at once
+constexpr size_t DEPTH = 1024;   // lanes at a time, so that many rows stay in the cache; whole groups of int4
+constexpr int64_t FEW = TILE;    // up to so many rows are multiplied at once
 constexpr int64_t LEAST_SHARE = 1 << 16;  // bytes of weights that a thread takes at a time
-constexpr size_t AHEAD = 4096;   // bytes of a panel that are asked for before they are needed
-constexpr size_t stretch_of(int64_t kind) { return sizeof(Head) + shared_of(kind); }  // bytes that share a step
-
-struct Output {
-    const char* weight;
-    const float* scale;  // INT8 [panels * COLUMNS]
-    const char* bias;    // of the rows' type, or null
-    char* y;
-    int64_t stride, out;  // stride in elements
-};
-
-struct LinearCall {  // as native_linear.py packs it
-    const char* x;
-    int64_t stride, rows, in, type, threads, kind, outputs;
-    // then Output output[outputs]
-    const Output& output(int64_t i) const { return reinterpret_cast<const Output*>(this + 1)[i]; }
-};
+constexpr size_t AHEAD = 4096;   // bytes of a panel that are prefetched ahead
+constexpr size_t stretch_of(int64_t kind) { return sizeof(Head) + shared_of(kind); }  // bytes of a row's group
 
 INLINE U load_lanes(const char* p) {
     U u;
     memcpy(&u, p, sizeof u);
     return u;
 }
-INLINE U lane_of(const char* p) {  // in every place
+INLINE U lane_of(const char* p) {  // one lane, broadcast
     uint32_t lane;
     memcpy(&lane, p, sizeof lane);
     return U{} + lane;
@@ -52,15 +37,16 @@ INLINE I dot_bytes(I sum, U w, U x) {
 #endif
 }
 
-// Asks for lanes of a panel before they are needed: into the second cache, from where they come in time, except where
-// much arithmetic between them lets the first one be asked directly. (Measured on Zen 4.)
+// Prefetches lanes of a panel: into the second-level cache, except where enough arithmetic lies between loads for the
+// first-level one. (Measured on Zen 4.)
 template <bool NEAR> INLINE void ask_for(const char* p, size_t lanes) {
     for (size_t k = 0; k < lanes * COLUMNS * 4; k += 64)
         if constexpr (NEAR) __builtin_prefetch(p + AHEAD / 2 + k, 0, 3);
         else __builtin_prefetch(p + AHEAD + k, 0, 2);
 }
 
-// acc[S][T] += a stretch of T small rows, `next` bytes apart, @ S sides of a panel, from `side` on
+// acc[S][T] += one group (of inputs that share a step) of T quantised rows, `next` bytes apart, @ S halves (sides) of a
+// panel's outputs, from `side` on
 template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char* x, const char* at, int side, A acc) {
     constexpr size_t next = stretch_of(K), width = inputs_of_lane(K), lanes = shared_of(K) / width;
     asm volatile("" : "+r"(x));  // else the sides share broadcasts, more of them than registers
@@ -114,7 +100,7 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
             const char* at = panel + p * panel_bytes + lane_at(K, k);
             ask_for<K == INT4 && (T > 4)>(at, STEP);
             if constexpr (small) {
-                constexpr int S = T <= (K == INT4 ? 2 : 4) ? 2 : 1;  // sides at once, as registers allow
+                constexpr int S = T <= (K == INT4 ? 2 : 4) ? 2 : 1;  // halves at once, as registers allow
                 UNROLL
                 for (int side = 0; side < 2; side += S) pass_stretch<K, S, T>(x, at, side, acc[p] + side);
             } else {
@@ -151,13 +137,13 @@ template <class F> INLINE void with_kind(int64_t kind, F f) {
 #undef KIND
 }
 
-struct Span { int64_t output, from, to; };  // panels of one output
+struct Span { int64_t output, from, to; };  // panels from..to of one output
 
 struct Work {
     const LinearCall& call;
-    size_t lanes, bytes;  // of an output's weights; of a panel
-    size_t ld;            // bytes of a prepared row, and room behind it for a whole vector
-    const char* rows;     // prepared for the kind
+    size_t lanes, bytes;  // lanes of an output's weights; bytes of a panel
+    size_t ld;            // bytes of a prepared row, with a whole vector of padding
+    const char* rows;     // x, prepared for the kind
 
     explicit Work(const LinearCall& all)
         : call(all), lanes(lanes_of(all.kind, all.in)), bytes(lane_at(all.kind, lanes)), rows(nullptr) {
@@ -168,8 +154,8 @@ struct Work {
         ld = padded(size / 4) * 4 + W * 4;
     }
 
-    // One row as the kind wants it: floats, bf16 pairs, or stretches of bytes; zeros behind. A tile's small rows lie
-    // together stretch by stretch, so that a constant leads from row to row.
+    // Converts one row for the kind: to floats, bf16 pairs, or groups of bytes with a step each; padded with zeros. A
+    // tile's quantised rows are interleaved group by group, so that the distance from row to row is constant.
     void prepare(int64_t row, char* all) const {
         size_t in = (size_t)call.in;
         char* to = all + (size_t)row * ld;
@@ -196,8 +182,8 @@ struct Work {
         memcpy(to, &head, sizeof head);
     }
 
-    // y[first : first + rows, columns of one panel] from sums
-    void finish(const Output& o, int64_t panel, int64_t first, int64_t count, const float* sum, size_t lds) const {
+    // Writes y[first : first + count, columns of one panel] from sums: scale, bias, rounding to the rows' type.
+    void finish(const LinearOutput& o, int64_t panel, int64_t first, int64_t count, const float* sum, size_t lds) const {
         int64_t column = panel * (int64_t)COLUMNS, n = std::min<int64_t>(COLUMNS, o.out - column);
         with_type(call.type, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
@@ -215,9 +201,9 @@ struct Work {
         });
     }
 
-    // All rows at once, as many panels together as there are registers for.
+    // Few rows: all at once, as many panels together as there are registers for.
     void few(const Span& span) const {
-        const Output& o = call.output(span.output);
+        const LinearOutput& o = call.output[span.output];
         float sum[FEW * 8 * W];
         with_kind(call.kind, [&](auto kind) {
             constexpr int64_t K = decltype(kind)::value;
@@ -236,9 +222,9 @@ struct Work {
         });
     }
 
-    // Tiles of rows, one stretch of inputs after the other; sums has room for the span's panels of all rows.
+    // Many rows: tile by tile, DEPTH lanes of inputs at a time; sums holds all rows of the span's panels.
     void many(const Span& span, float* sums) const {
-        const Output& o = call.output(span.output);
+        const LinearOutput& o = call.output[span.output];
         size_t all = (size_t)call.rows;
         bool once = lanes <= DEPTH;
         for (size_t k = 0; k < lanes; k += DEPTH) {
@@ -259,8 +245,8 @@ struct Work {
     }
 };
 
-// Panels as the threads come for them, in shares that shrink: long runs of memory first, and in the end so little each
-// that a thread which was kept from working holds up nobody for long.
+// Distributes panels to threads in shares that get smaller: long runs of memory first, and at the end so little each
+// that no thread waits long for one that was preempted.
 struct Shares {
     int64_t all, least;
     std::atomic<int64_t> given{0};
@@ -280,7 +266,7 @@ struct Shares {
 
 extern "C" int64_t lora_columns() { return (int64_t)COLUMNS; }
 
-// Whether this CPU multiplies pairs of bf16 by itself.
+// Whether this CPU has a dot product instruction for pairs of bf16.
 extern "C" int64_t lora_has_dot() {
 #if defined(__AVX512BF16__)
     return 1;
@@ -292,11 +278,11 @@ extern "C" int64_t lora_has_dot() {
 extern "C" int64_t lora_linear(const LinearCall* call) {
     static thread_local std::vector<float> shared;
     int64_t all = 0;
-    for (int64_t i = 0; i < call->outputs; i++) all += (int64_t)panels_of(call->output(i).out);
+    for (int64_t i = 0; i < call->outputs; i++) all += (int64_t)panels_of(call->output[i].out);
     if (all == 0 || call->rows == 0) return 0;
     Work work(*call);
     size_t count = (size_t)call->rows, prepared = (count + TILE - 1) / TILE * TILE * work.ld / 4;
-    bool own = call->rows <= FEW;  // every thread prepares few rows for itself, which saves waiting for each other
+    bool own = call->rows <= FEW;  // with few rows, every thread prepares them all for itself, which saves a barrier
     float* common = own ? nullptr : scratch(shared, prepared);
     constexpr int64_t SMALL = 1 << 17;  // products; with fewer, one thread is done before another is awake
     int wanted = all * (int64_t)COLUMNS * call->in * call->rows < SMALL ? 1 : (int)call->threads;
@@ -314,7 +300,7 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
         for (int64_t lo = 0, hi = 0; shares.next(threads, lo, hi);) {
             int64_t at = 0;
             for (int64_t i = 0; i < call->outputs; i++) {
-                int64_t n = (int64_t)panels_of(call->output(i).out);
+                int64_t n = (int64_t)panels_of(call->output[i].out);
                 Span span{i, std::max<int64_t>(0, lo - at), std::min(n, hi - at)};
                 at += n;
                 if (span.from >= span.to) continue;

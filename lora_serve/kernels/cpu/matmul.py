@@ -1,8 +1,8 @@
-"""The native CPU backend's linear maps: packs weights for `linear.cpp` and calls it.
+"""Linear layers of the native CPU backend: packs weights for `matmul.cpp` and calls it.
 
-bf16 has two ways through the same packed weights: widened to float32 in registers, or by the CPU's own dot product of
-bf16 pairs. Which one is faster depends on the CPU; it is measured once, and then serves whatever number of rows comes,
-so that a row's bits never depend on its company.
+bf16 weights are multiplied in one of two ways from the same packed layout: widened to float32 in registers, or by the
+CPU's own dot product of bf16 pairs. Which is faster depends on the CPU; it is measured once and then used for every
+number of rows, so that a row's result never depends on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from struct import Struct
 
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
 from lora_serve.kernels.packed_weight import GROUP, PackedWeight, Scheme
 
-_INT8, _INT4, _DOT = 3, 4, 5
-_PACK = Struct("8q")
-_ROWS = Struct("9q")
-_CALLS = {count: Struct(f"{8 + 6 * count}q") for count in range(1, 9)}
+_INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
 
 class NativeLinear:
-    """`Kernels.pack`, `unpack` and `linear`.
-
-    Args:
-        library: built from `linear.cpp`; its panels have `lora_columns()` outputs.
-    """
+    """`Kernels.pack` (of one weight), `unpack`, `lookup` and `linear`."""
 
     def __init__(self, library: Library) -> None:
         names = ("linear", "packed_bytes", "pack", "unpack", "rows")
@@ -43,11 +36,10 @@ class NativeLinear:
             self._bf16 = _DOT
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
-        """See `Kernels.pack`."""
         shape = (weight.shape[0], weight.shape[1])
         if scheme == "int4" and shape[1] % GROUP:
-            raise ValueError(f"{shape[1]} inputs are no whole number of int4's groups")
-        source = weight.detach().contiguous()  # has to live until the call is over
+            raise ValueError(f"{shape[1]} inputs are not a multiple of int4's groups of {GROUP}")
+        source = weight.detach().contiguous()  # kept alive until the call is over
         empty = PackedWeight(shape, weight.dtype, scheme, torch.empty(0, dtype=torch.uint8))
         data = torch.empty(self._bytes(self._call(source, empty)), dtype=torch.uint8)
         scale = torch.zeros(-(-shape[0] // self._columns) * self._columns) if scheme == "int8" else None
@@ -56,46 +48,66 @@ class NativeLinear:
         return packed
 
     def unpack(self, packed: PackedWeight) -> Tensor:
-        """See `Kernels.unpack`."""
-        whole = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.float32)
-        self._unpack(self._call(whole, packed))
-        return whole
+        weight = torch.empty(packed.shape, dtype=packed.dtype if packed.scheme is None else torch.float32)
+        self._unpack(self._call(weight, packed))
+        return weight
 
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """See `Kernels.lookup`."""
         if packed.scheme is not None or ids.dtype is not torch.int64 or ids.ndim != 1:
-            raise TypeError("rows are looked up in full precision, by a list of int64")
+            raise TypeError("rows are looked up in full precision, by int64 ids [n]")
         ids = ids.contiguous()
         found = torch.empty(ids.shape[0], packed.shape[1], dtype=packed.dtype)
-        kind = self._kind(packed.dtype, None)
-        head = (packed.data.data_ptr(), *packed.shape, kind, packed.dtype.itemsize, ids.data_ptr(), ids.shape[0])
-        wrong = self._rows(_ROWS.pack(*head, found.data_ptr(), torch.get_num_threads()))
+        call = CALLS["RowsCall"].pack(
+            packed=packed.data.data_ptr(),
+            out=packed.shape[0],
+            in_=packed.shape[1],
+            kind=self._kind(packed.dtype, None),
+            size=packed.dtype.itemsize,
+            ids=ids.data_ptr(),
+            count=ids.shape[0],
+            rows=found.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        wrong = self._rows(call)
         if wrong:
-            raise ValueError(f"there is no row for id {wrong - 1} of the list")
+            raise ValueError(f"id {wrong - 1} of the list is not a row of the weight")
         return found
 
     def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
-        """See `Kernels.linear`."""
         rows, width = x.shape
         first = layers[0][0]
         kind = self._kind(first.dtype, first.scheme)
         if x.stride(1) != 1:
             x = x.contiguous()
-        places: list[int] = []
+        pointers: list[int | float] = []
         outputs = []
         for packed, bias in layers:
             if packed.shape[1] != width or packed.dtype is not first.dtype or packed.scheme != first.scheme:
-                raise ValueError(f"a map of {packed.shape[1]} inputs and scheme {packed.scheme} does not fit its call")
+                raise ValueError(f"a layer of {packed.shape[1]} inputs, scheme {packed.scheme} does not fit its call")
             y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
             if bias is not None and bias.dtype is not x.dtype:
                 raise TypeError("a bias has the rows' type")
-            scale = 0 if packed.scale is None else packed.scale.data_ptr()
-            constant = 0 if bias is None else bias.data_ptr()
-            places += (packed.data.data_ptr(), scale, constant, y.data_ptr(), y.shape[1], packed.shape[0])
+            pointers += CALLS["LinearOutput"].values(
+                weight=packed.data.data_ptr(),
+                scale=0 if packed.scale is None else packed.scale.data_ptr(),
+                bias=0 if bias is None else bias.data_ptr(),
+                y=y.data_ptr(),
+                stride=y.shape[1],
+                out=packed.shape[0],
+            )
             outputs.append(y)
-        threads = torch.get_num_threads()
-        head = (x.data_ptr(), x.stride(0), rows, width, type_number(x.dtype), threads, kind, len(outputs))
-        self._linear(_CALLS[len(outputs)].pack(*head, *places))
+        call = CALLS["LinearCall"].pack(
+            x=x.data_ptr(),
+            stride=x.stride(0),
+            rows=rows,
+            in_=width,
+            type=type_number(x.dtype),
+            threads=torch.get_num_threads(),
+            kind=kind,
+            outputs=len(outputs),
+            output=pointers,
+        )
+        self._linear(call)
         return outputs
 
     def _kind(self, dtype: torch.dtype, scheme: Scheme | None) -> int:
@@ -104,18 +116,19 @@ class NativeLinear:
         return self._bf16 if dtype is torch.bfloat16 else type_number(dtype)
 
     def _call(self, weight: Tensor, packed: PackedWeight) -> bytes:
-        return _PACK.pack(
-            weight.data_ptr(),
-            *packed.shape,
-            type_number(packed.dtype),
-            self._kind(packed.dtype, packed.scheme),
-            packed.data.data_ptr(),
-            0 if packed.scale is None else packed.scale.data_ptr(),
-            torch.get_num_threads(),
+        return CALLS["PackCall"].pack(
+            weight=weight.data_ptr(),
+            out=packed.shape[0],
+            in_=packed.shape[1],
+            type=type_number(packed.dtype),
+            kind=self._kind(packed.dtype, packed.scheme),
+            packed=packed.data.data_ptr(),
+            scale=0 if packed.scale is None else packed.scale.data_ptr(),
+            threads=torch.get_num_threads(),
         )
 
     def _seconds(self, kind: int) -> float:
-        """How long a product of some rows takes by this kind of bf16."""
+        """How long a product takes with this kind of bf16 multiplication."""
         self._bf16 = kind
         packed, x = self.pack(torch.zeros(512, 1024, dtype=torch.bfloat16)), torch.zeros(64, 1024, dtype=torch.bfloat16)
         taken = []

@@ -1,21 +1,15 @@
-// Weights into panels and back (panels.h says how they lie), made small on the way if the kind is small.
+// Packs weights into panels (panels.h describes the layout), quantising them if the kind is INT8 or INT4, and unpacks
+// them.
 //
-// W outputs at a time: each one's weights become a row of lanes, and the rows are turned into one side of a panel.
+// W outputs at a time: each one's weights become a row of lanes, and the rows are transposed into one side of a panel.
 #include <algorithm>
 
+#include "calls.h"
 #include "panels.h"
 
 namespace {
 
-struct PackCall {  // as native_linear.py packs it
-    char* weight;  // [out, in] contiguous; what is unpacked from INT8 and INT4 is float32
-    int64_t out, in, type, kind;  // type: of the weights that are packed
-    char* packed;
-    float* scale;  // INT8 [panels * COLUMNS]
-    int64_t threads;
-};
-
-// The scale by which a group's number of the largest magnitude becomes -8: there is one more below zero than above.
+// int4's scale: the group's number of the largest magnitude becomes -8, as there is one more integer below zero.
 template <class T> float scale_of(const T* x) {
     float high = 0, low = 0;
     for (size_t i = 0; i < GROUP; i += W) {
@@ -36,7 +30,7 @@ struct Packing {
     explicit Packing(const PackCall& all)
         : call(all), in((size_t)all.in), lanes(lanes_of(all.kind, all.in)), ld(padded(lanes) + W) {}
 
-    // Rows of lanes [W, lanes] into one side of a panel.
+    // Transposes rows of lanes [W, lanes] into one side (half the columns) of a panel; `turn_back` is the inverse.
     void turn(const float* rows, char* side) const {
         for (size_t k = 0; k < lanes; k += W) {
             V block[W];
@@ -55,7 +49,7 @@ struct Packing {
         }
     }
 
-    // An output's weights as lanes; its scales go where they stay, in int4 from the first group's on.
+    // Converts one output's weights to lanes, quantised if the kind is; writes its scales, in int4 one for each group.
     template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
         if (call.kind == INT8) {
             *scale = step_of(x, in);
@@ -78,7 +72,7 @@ struct Packing {
             memcpy(to, x, in * sizeof(T));
         }
     }
-    // The inverse for kinds that are small.
+    // The inverse, for INT8 and INT4.
     void widen(float* x, const uint8_t* from, const float* scale, const char* group_scale) const {
         if (call.kind == INT8) {
             for (size_t i = 0; i < in; i++) x[i] = (float)(from[i] - offset_of(INT8)) * *scale;
@@ -92,7 +86,7 @@ struct Packing {
         }
     }
 
-    // body(side, its rows, its place in a panel, first output, outputs) for all sides, shared among the threads
+    // body(side, its groups' scales, scratch rows, first output, outputs) for all sides, divided among the threads
     template <class F> void each_side(F body) const {
         int64_t sides = 2 * (int64_t)panels_of(call.out);
         parallel((int)call.threads, [&](int thread, int threads) {
@@ -141,28 +135,19 @@ extern "C" int64_t lora_packed_bytes(const PackCall* call) {
     return (int64_t)(panels_of(call->out) * lane_at(call->kind, lanes_of(call->kind, call->in)));
 }
 
-// Lays a weight [out, in] out in panels.
+// Packs a weight [out, in] into panels.
 extern "C" int64_t lora_pack(const PackCall* call) {
     Packing(*call).pack();
     return 0;
 }
 
-// The inverse: weights as they were, or what small ones stand for.
+// The inverse: the weights themselves, or those that quantised ones stand for, in float32.
 extern "C" int64_t lora_unpack(const PackCall* call) {
     Packing(*call).unpack();
     return 0;
 }
 
-struct RowsCall {  // as native_linear.py packs it
-    const char* packed;
-    int64_t out, in, kind, size;  // size: bytes of a weight
-    const int64_t* ids;
-    int64_t count;
-    char* rows;  // [count, in]
-    int64_t threads;
-};
-
-// Some rows of a weight that is not small; 0, or 1 + index of the first id that there is no row for.
+// Copies rows of a weight in full precision. Returns 0, or 1 + index of the first id that is not a row.
 extern "C" int64_t lora_rows(const RowsCall* call) {
     for (int64_t i = 0; i < call->count; i++)
         if (call->ids[i] < 0 || call->ids[i] >= call->out) return i + 1;

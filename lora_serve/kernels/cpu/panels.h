@@ -1,12 +1,14 @@
-// How weights lie once they are packed, how rows lie that meet them, and how numbers are rounded to whole ones.
+// The layout of packed weights, the layout of the rows that they are multiplied with, and rounding to integers.
 //
-// A packed weight is cut into panels of COLUMNS outputs; a panel holds, lane by lane of 32 bits, the weights of its
-// outputs side by side. A lane is one float, two inputs of a two-byte type, four of int8, or eight of int4, whose low
-// nibbles are the first four. In int4 the lanes of GROUP inputs are followed by the group's scales.
+// A weight [out, in] is cut into panels: a panel holds the weights of COLUMNS consecutive outputs (two vectors, its two
+// sides). Consecutive inputs of one output that fill 32 bits are a lane: one float, two inputs of a two-byte type, four
+// of int8, or eight of int4, whose low nibbles are the first four. A panel is an array [lanes][COLUMNS] of them, so
+// that one vector load gives W outputs the same inputs. In int4 the lanes of GROUP inputs are followed by the group's
+// scales.
 //
-// Small weights are kept unsigned, which is too high by an offset. They meet rows that were rounded to signed bytes:
-// a stretch of a row that shares a step is a Head, then its bytes. What the offset adds to a sum over the stretch is
-// taken off where the sum begins.
+// Quantised weights are stored unsigned, with an offset added. They are multiplied with rows rounded to signed bytes: a
+// group of inputs that share a step is stored as a Head and then its bytes. What the offset adds to a sum over the
+// group is subtracted at its start (Head::start).
 #pragma once
 #include <cmath>
 
@@ -14,14 +16,14 @@
 
 namespace {
 
-enum Kind : int64_t { F32, B16, F16, INT8, INT4, DOT };  // DOT: B16 by the CPU's own dot product of bf16 pairs
+enum Kind : int64_t { F32, B16, F16, INT8, INT4, DOT };  // DOT: B16, multiplied by the dot product of bf16 pairs
 constexpr size_t COLUMNS = 2 * W;                        // outputs of a panel
-constexpr size_t GROUP = 32;                             // inputs that share a scale in int4, and a step of the rows
-constexpr size_t RUN = 64;                               // inputs that share a step of the rows in int8
+constexpr size_t GROUP = 32;                             // inputs that share a scale in int4, and a step of its rows
+constexpr size_t RUN = 64;                               // inputs that share a step of int8's rows
 constexpr size_t GROUP_LANES = GROUP / 8;
-constexpr size_t GROUP_SCALES = GROUP_LANES * COLUMNS * 4;          // where a group's bf16 scales begin, bytes
-constexpr size_t GROUP_BYTES = GROUP_SCALES + COLUMNS * 2;          // of a group in a panel
-constexpr float LEAST = 1e-30f;                                     // step
+constexpr size_t GROUP_SCALES = GROUP_LANES * COLUMNS * 4;          // offset of a group's bf16 scales, bytes
+constexpr size_t GROUP_BYTES = GROUP_SCALES + COLUMNS * 2;          // a group in a panel, with its scales
+constexpr float LEAST = 1e-30f;                                     // smallest step
 
 struct Head {
     int32_t start;
@@ -32,17 +34,17 @@ constexpr int32_t offset_of(int64_t kind) { return kind == INT8 ? 128 : 8; }
 constexpr size_t shared_of(int64_t kind) { return kind == INT8 ? RUN : GROUP; }  // inputs that share a row's step
 constexpr size_t inputs_of_lane(int64_t kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : kind == INT4 ? 8 : 2; }
 inline size_t lanes_of(int64_t kind, int64_t in) {
-    size_t each = inputs_of_lane(kind), run = kind == INT8 ? RUN : each;  // int8 is filled up with what meets zeros
+    size_t each = inputs_of_lane(kind), run = kind == INT8 ? RUN : each;  // int8 is padded to whole groups
     return ((size_t)in + run - 1) / run * (run / each);
 }
 inline size_t panels_of(int64_t out) { return ((size_t)out + COLUMNS - 1) / COLUMNS; }
-constexpr size_t lane_at(int64_t kind, size_t lane) {  // bytes from a panel's begin; a panel's size, given all lanes
+constexpr size_t lane_at(int64_t kind, size_t lane) {  // offset in a panel, bytes; given all lanes, the panel's size
     return kind == INT4 ? lane / GROUP_LANES * GROUP_BYTES + lane % GROUP_LANES * COLUMNS * 4 : lane * COLUMNS * 4;
 }
 
-// --- whole numbers ----------------------------------------------------------------------------------------------
+// --- integers ---------------------------------------------------------------------------------------------------
 
-INLINE I nearest(V v) {  // halves to the even one
+INLINE I nearest(V v) {  // halves to even
 #if defined(__AVX512F__)
     return (I)_mm512_cvtps_epi32((__m512)v);
 #else
@@ -72,7 +74,7 @@ template <int D = W / 2> INLINE I largest_whole(I v) {
     if constexpr (D > 1) return largest_whole<D / 2>(v);
     return v;
 }
-// The step that lets x[n] reach from -127 to 127. Magnitudes are compared as bits, so that NaN is the largest.
+// The step with which x[n] in steps spans -127 to 127. Magnitudes are compared as bits, so that NaN is the largest.
 template <class T> INLINE float step_of(const T* x, size_t n) {
     I peak{};
     for (size_t i = 0; i < n; i += W) {
@@ -82,7 +84,7 @@ template <class T> INLINE float step_of(const T* x, size_t n) {
     float step = ((V)largest_whole(peak))[0] / 127;
     return step < LEAST ? LEAST : step;
 }
-// bytes[padded(n)] = x[n] in steps, rounded (int4: to what a nibble holds), + offset; returns their sum without offsets.
+// bytes[padded(n)] = round(x[n] / step) + offset (NIBBLES: within -8..7 before it); returns the sum without offsets.
 template <bool NIBBLES = false, class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
     float inverse = 1 / step;
     U sum{};

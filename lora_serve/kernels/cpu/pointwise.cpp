@@ -1,49 +1,16 @@
-// The small operations between the linear maps, each in one pass over its rows: norms, gated activations, rotary
-// embeddings, sums; and the playing of noted calls.
+// Norms, gated activations, rotary embeddings and sums, each in one pass over its rows; and the replay of recorded
+// calls.
 #include <algorithm>
 #include <cmath>
 
+#include "calls.h"
 #include "simd.h"
 
 namespace {
 
 enum Activation : int64_t { SILU, GELU_TANH };
 
-struct NormCall {  // as native.py packs it
-    const char* x;
-    const char* weight;
-    char* y;
-    int64_t rows, width, x_stride, type, weight_type, plus_one, threads;  // stride in elements
-    double eps;
-};
-
-struct GatedCall {  // as native.py packs it
-    const char* gate;
-    const char* up;
-    char* y;
-    int64_t rows, width, gate_stride, up_stride, type, activation, threads;  // strides in elements
-};
-
-struct Heads { const char* data; int64_t token, head, heads; };  // strides in elements
-
-struct RopeCall {  // as native.py packs it
-    Heads q, k;
-    char* q_out;
-    char* k_out;
-    const char* cosine;
-    const char* sine;
-    int64_t turn;  // stride of a token's cosines and sines, in elements
-    int64_t tokens, dim, type, turn_type, threads;
-};
-
-struct AddCall {  // as native.py packs it
-    const char* x;
-    const char* y;
-    char* sum;
-    int64_t count, type, threads;
-};
-
-// The value as the type keeps it.
+// The value rounded to T.
 template <class T> INLINE V kept(V v) {
     T lanes[W];
     store(lanes, v);
@@ -61,7 +28,7 @@ INLINE V activated(V x, int64_t kind) {
     return x * logistic(2.0f * inner);  // (1 + tanh u) / 2 is the logistic function of 2 u
 }
 
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread has passed before another is awake
+constexpr int64_t ALONE = 1 << 15;  // numbers that one thread processes before another is awake
 
 template <class F> void over_rows(int64_t rows, int64_t width, int64_t threads, F f) {
     parallel(rows * width < ALONE ? 1 : (int)threads, [&](int thread, int all) {
@@ -115,17 +82,17 @@ extern "C" int64_t lora_gated(const GatedCall* call) {
     return 0;
 }
 
-// Each head's halves turned against each other: (a, b) -> (a cos - b sin, b cos' + a sin').
+// Rotates the halves a and b of each head: (a, b) -> (a cos - b sin, b cos' + a sin').
 extern "C" int64_t lora_rope(const RopeCall* call) {
     size_t half = (size_t)call->dim / 2;
     int64_t heads = call->q.heads + call->k.heads;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        with_type(call->turn_type, [&](auto* other) {
+        with_type(call->table_type, [&](auto* other) {
             using S = std::remove_pointer_t<decltype(other)>;
             over_rows(call->tokens, heads * call->dim, call->threads, [&](int64_t token) {
-                const S* cosine = (const S*)call->cosine + token * call->turn;
-                const S* sine = (const S*)call->sine + token * call->turn;
+                const S* cosine = (const S*)call->cosine + token * call->table_stride;
+                const S* sine = (const S*)call->sine + token * call->table_stride;
                 for (int64_t h = 0; h < heads; h++) {
                     bool is_q = h < call->q.heads;
                     const Heads& from = is_q ? call->q : call->k;
@@ -161,7 +128,8 @@ extern "C" int64_t lora_add(const AddCall* call) {
     return 0;
 }
 
-// Makes calls one after the other; 0, or 1 + index of the first that fails (then those after it are not made).
+// Calls functions one after the other, given as pairs of (function, its arguments). Returns 0, or 1 + index of the
+// first that fails (the ones after it are not called).
 extern "C" int64_t lora_replay(const int64_t* pairs, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         auto function = (int64_t(*)(const void*))pairs[2 * i];

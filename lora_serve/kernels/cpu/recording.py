@@ -1,9 +1,8 @@
-"""A pass through the model, noted call by call while it is made, to be made again without the model's Python.
+"""Record a forward pass call by call, and replay it without the model's Python: the CPU's counterpart of a CUDA graph.
 
-What a graph is on a GPU: a step of the same sizes repeats the same calls on the same memory with other numbers in it.
-Native calls are noted by the library that makes them, torch's operators by their dispatch. What the pass takes for its
-results lies in an arena, which all tapes share: one of them plays at a time. A pass that lets values steer Python, or
-draws random numbers, cannot be noted.
+A step of the same sizes makes the same calls on the same memory, with other numbers in it. `Library` records native
+calls, torch's dispatch records torch's operators. Results lie in an arena that all recordings share, as one of them is
+replayed at a time. A pass whose Python depends on tensor values, or that draws random numbers, cannot be recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_UNSTEADY = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
+_VARYING = (torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 _ADD = torch.ops.aten.add.Tensor
 _EMPTY = torch.ops.aten.empty.memory_format
 _VIEWS = {
@@ -28,14 +27,14 @@ _VIEWS = {
     torch.ops.aten.select.int,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.unsqueeze.default,
-}  # the most frequent of those that compute nothing
+}  # the most frequent operators that compute nothing
 _CPU = torch.device("cpu")
 
-Replay = Callable[[Any, int], int]  # addresses of functions and calls, their number → 0, or 1 + that of one that failed
+Replay = Callable[[Any, int], int]  # pairs (function, arguments), their number → 0, or 1 + index of one that failed
 
 
 class Arena:
-    """Memory that is handed out from its beginning, again and again. Only what was once used is ever resident."""
+    """Memory that every pass allocates from its beginning. Pages that were never used take no memory."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8)
@@ -43,11 +42,11 @@ class Arena:
         self._taken = 0
 
     def begin(self) -> None:
-        """Hand out from the beginning again."""
+        """Allocate from the beginning again."""
         self._taken = self._aligned
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor; memory of its own where the arena has not enough left."""
+        """Allocate an uninitialised tensor; with memory of its own where the arena has not enough left."""
         nbytes = math.prod(shape) * dtype.itemsize
         start, end = self._taken, self._taken + nbytes
         if end > self._memory.numel():
@@ -57,14 +56,14 @@ class Arena:
 
 
 class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes while it is entered; plays afterwards, on one thread, as often as wanted.
+    """Records while it is entered; replays afterwards, on one thread, as often as wanted.
 
     Args:
-        arena: where results go.
-        play: makes native calls, one after the other.
-        add: adds two contiguous tensors of one shape and type natively, into a third; False if it cannot.
-        listen: tells those who make native calls whom to tell of them, or nobody any more.
-        wary: also notice values that leave tensors past dispatch, which takes as long as all else; needed once a model.
+        arena: where results are allocated.
+        replay: makes native calls again, one after the other.
+        add: adds two contiguous tensors of one shape and type natively into a third; False if it cannot.
+        record_on: sets the recording that this thread's native calls are added to, or None.
+        check_values: also detect values that leave tensors past dispatch, which doubles the time; needed once a model.
     """
 
     def __init__(
@@ -72,46 +71,46 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arena: Arena,
         replay: Replay,
         add: Callable[[Tensor, Tensor, Tensor], bool],
-        listen: Callable[[CallRecording | None], None],
+        record_on: Callable[[CallRecording | None], None],
         *,
         check_values: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.unsupported: str | None = None
-        self._arena, self._replay, self._add, self._listen = arena, replay, add, listen
-        self._kept: dict[int, Tensor] = {}  # all that the pass took, by storage
+        self._arena, self._replay, self._add, self._record_on = arena, replay, add, record_on
+        self._kept: dict[int, Tensor] = {}  # every tensor that the pass allocated, by storage
         self._steps: list[Callable[[], object]] = []
         self._values = _Values(self.refuse) if check_values else nullcontext()
-        self._calls: list[tuple[int, bytes]] = []  # native ones since the last operator
+        self._calls: list[tuple[int, bytes]] = []  # native calls since the last operator
 
-    def call(self, function: int, packed: bytes) -> None:
-        """Note a native call, by the function's address."""
+    def add_call(self, function: int, packed: bytes) -> None:
+        """Record a native call: the function's address and its packed arguments."""
         self._calls.append((function, packed))
 
     def __enter__(self) -> CallRecording:
         self._arena.begin()
         self._values.__enter__()
-        self._listen(self)
+        self._record_on(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
-        self._listen(None)
+        self._record_on(None)
         self._values.__exit__(*raised)
         self._flush()
 
     def record(self, run: Callable[[], Tensor]) -> Tensor:
-        """Make a pass and note it; its result, whose memory later plays write again."""
+        """Run a pass and record it; its result, whose memory every replay writes again."""
         with self:
             return run()
 
     def refuse(self, operator: str) -> None:
-        """The pass did something that cannot be noted."""
+        """Mark the pass as one that cannot be replayed, because of this operator."""
         self.unsupported = self.unsupported or operator
 
     def replay(self) -> None:
-        """Make the pass again. Raises ValueError if a native call finds an index out of its range."""
+        """Run the pass again. Raises ValueError if a native call finds an index out of its range."""
         for step in self._steps:
             step()
 
@@ -120,9 +119,9 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func is _EMPTY and kwargs.get("device", _CPU) == _CPU and not kwargs.get("pin_memory"):
-            return self._taken(args[0], kwargs.get("dtype") or torch.get_default_dtype())
-        if func is _ADD and len(args) == 2 and not kwargs and _alike(*args):
-            total = self._taken(args[0].shape, args[0].dtype)
+            return self._allocate(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if func is _ADD and len(args) == 2 and not kwargs and _same_layout(*args):
+            total = self._allocate(args[0].shape, args[0].dtype)
             if self._add(*args, total):
                 return total
         result = func(*args, **kwargs)
@@ -131,18 +130,18 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {_storage(x) for x in _leaves((args, tuple(kwargs.values()))) if isinstance(x, Tensor)}
         outputs = list(_leaves(result))
         fresh = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and _storage(x) not in given]
-        if not all(isinstance(x, Tensor) for x in outputs) or (fresh and _unsteady(func, args)):
+        if not all(isinstance(x, Tensor) for x in outputs) or (fresh and _varies(func, args)):
             self.refuse(str(func))
         elif func._schema.is_mutable:
             self._add_step(lambda: func(*args, **kwargs))
         elif fresh and not func.name().startswith("aten::empty"):
-            self._add_step(lambda: _again(func, args, kwargs, fresh))
+            self._add_step(lambda: _run_again(func, args, kwargs, fresh))
         for x in outputs:
             if isinstance(x, Tensor):
                 self._kept.setdefault(_storage(x), x)
         return result
 
-    def _taken(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         x = self._arena.take(shape, dtype)
         self._kept.setdefault(_storage(x), x)
         return x
@@ -163,13 +162,13 @@ class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def step() -> None:
             wrong = self._replay(memory, len(calls))  # `calls` holds what the addresses point to
             if wrong:
-                raise ValueError(f"call {wrong - 1} of a noted pass has an index out of its range")
+                raise ValueError(f"call {wrong - 1} of a recorded pass has an index out of its range")
 
         self._steps.append(step)
 
 
 class _Values(TorchFunctionMode):
-    """Sees values leave a tensor on ways that dispatch does not."""
+    """Detects values that reach Python without passing dispatch."""
 
     def __init__(self, refuse: Callable[[str], None]) -> None:
         super().__init__()
@@ -184,7 +183,7 @@ class _Values(TorchFunctionMode):
 
 
 def _leaves(value: object) -> Iterator[object]:
-    """What an operator takes or gives, lists unpacked."""
+    """An operator's arguments or results, lists unpacked."""
     if isinstance(value, list | tuple):
         for each in value:
             yield from _leaves(each)
@@ -192,17 +191,17 @@ def _leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _alike(x: Tensor, y: object) -> bool:
-    """Two contiguous tensors of one shape and type."""
+def _same_layout(x: Tensor, y: object) -> bool:
+    """Whether both are contiguous tensors of one shape, type and device."""
     same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
     return same and x.is_contiguous() and y.is_contiguous()  # type: ignore[attr-defined]
 
 
-def _unsteady(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the operator's result has a size or numbers that its inputs' sizes do not settle."""
-    if func is torch.ops.aten.index.Tensor:  # by a mask it is, by places it is not
+def _varies(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operator's result has a size that depends on values, or random numbers."""
+    if func is torch.ops.aten.index.Tensor:  # a mask varies, indices do not
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return any(tag in func.tags for tag in _UNSTEADY)
+    return any(tag in func.tags for tag in _VARYING)
 
 
 def _storage(x: Tensor) -> int:
@@ -210,10 +209,10 @@ def _storage(x: Tensor) -> int:
     return number
 
 
-def _again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, Tensor]]) -> None:
-    """An operator on the same tensors as before, its new results put where its first ones were."""
+def _run_again(func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, Tensor]]) -> None:
+    """Run an operator on the same tensors and copy its results over the recorded ones."""
     outputs = list(_leaves(func(*args, **kwargs)))
     for index, x in fresh:
-        now = outputs[index]
-        assert isinstance(now, Tensor)
-        x.copy_(now)
+        output = outputs[index]
+        assert isinstance(output, Tensor)
+        x.copy_(output)

@@ -1,10 +1,10 @@
-// Vectors of floats that every compiler and CPU here understands, and the few moves the kernels are made of.
+// Portable vectors of floats, and the operations on them that the kernels share.
 //
-// GCC's vector extension (clang has it too) instead of intrinsics: one code for AVX-512, AVX2 and NEON. Intrinsics
-// stand only where the extension has no word for an instruction that matters.
+// GCC's vector extension (clang has it too) instead of intrinsics: one source for AVX-512, AVX2 and NEON. Intrinsics
+// are used only where the extension cannot express an instruction that matters.
 //
-// A row's result never depends on its neighbours: whatever number of rows a micro-kernel carries, each row sees the
-// same operations in the same order. So a stream gives the same bits alone, in a batch, or cut into chunks.
+// A row's result never depends on its neighbours: whatever number of rows a micro-kernel takes, each row gets the same
+// operations in the same order. So a sequence gives the same bits alone, in a batch, or cut into chunks.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -33,7 +33,7 @@ constexpr int W = 16;  // floats in a vector
 #else
 constexpr int W = 8;
 #endif
-constexpr int TILE = W / 2;  // rows a micro-kernel carries at most: TILE x 2 sums fill half the registers
+constexpr int TILE = W / 2;  // most rows of a micro-kernel: TILE x 2 sums fill half the registers
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef uint32_t U __attribute__((vector_size(W * 4)));
@@ -51,7 +51,7 @@ constexpr size_t padded(size_t n) { return (n + W - 1) / W * W; }
 INLINE V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// GCC widens and narrows whole vectors in halves, at twice the cost, so these have their own words where it matters.
+// GCC widens and narrows whole vectors in halves, at twice the cost, so intrinsics are used where it matters.
 INLINE U widened(H h) {
 #if defined(__AVX512F__)
     return (U)_mm512_cvtepu16_epi32((__m256i)h);
@@ -145,7 +145,7 @@ INLINE void store(Fp16* p, V v) {
 }
 #endif
 
-// Two neighbours of a two-byte type, as they lie in one 32-bit lane.
+// The first and the second of two values of a two-byte type in each 32-bit lane.
 template <class T> INLINE V first_of_pair(U pair) {
     if constexpr (std::is_same_v<T, Bf16>) return (V)(pair << 16);
     H h = narrowed(pair);
@@ -179,14 +179,14 @@ template <class T> INLINE void store_part(T* p, V v, size_t n) {
     store(part, v);
     memcpy(p, part, n * sizeof(T));
 }
-// As many of a vector's elements as there are, n or all of them.
+// The first min(n, W) elements of a vector.
 template <class T> INLINE V load_some(const T* p, size_t n) { return n >= W ? load(p) : load_part(p, n); }
 template <class T> INLINE void store_some(T* p, V v, size_t n) {
     if (n >= W) store(p, v);
     else store_part(p, v, n);
 }
 
-// out[padded(n)] = row[n], zeros behind.
+// out[padded(n)] = row[n], padded with zeros.
 template <class T> void widen_row(const T* row, size_t n, float* out) {
     size_t i = 0;
     for (; i + W <= n; i += W) store(out + i, load(row + i));
@@ -199,7 +199,7 @@ template <class T> void add_row(T* row, size_t n, const float* sums) {
     if (i < n) store_part(row + i, load_part(row + i, n - i) + load_part(sums + i, n - i), n - i);
 }
 
-// f called with a null pointer of the element type that `type` names.
+// Calls f with a null pointer to the element type that `type` names.
 template <class F> INLINE void with_type(int64_t type, F f) {
     switch (type) {
         case BF16: f((Bf16*)nullptr); break;
@@ -210,6 +210,7 @@ template <class F> INLINE void with_type(int64_t type, F f) {
 
 // --- lanes ------------------------------------------------------------------------------------------------------
 
+// Lane i of the result is lane J[i] of a and b put one after the other.
 template <int... J> INLINE V pick(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, J...);
@@ -226,7 +227,7 @@ template <int D, int... J> INLINE V high(V a, V b, std::integer_sequence<int, J.
 }
 template <int D, int... J> INLINE V swapped(V a, std::integer_sequence<int, J...>) { return pick<(J ^ D)...>(a, a); }
 
-// W x W matrix, in place.
+// Transposes a W x W matrix in place.
 template <int D = W / 2> INLINE void transpose(V* r) {
     UNROLL
     for (int i = 0; i < W; i++)
@@ -278,7 +279,7 @@ template <int D = W / 2> INLINE float total(V v) {
     return v[0];
 }
 
-// --- the micro-kernel that expand and both halves of attention share --------------------------------------------
+// --- the micro-kernel of expand and of both products of attention -----------------------------------------------
 
 // c[T, 2W] = (Add: c +) a[T, k] @ b[k, 2W]
 template <int T, bool Add>
@@ -305,7 +306,7 @@ void panel(const float* a, size_t lda, const float* b, size_t ldb, size_t k, flo
     }
 }
 
-// f called with std::integral_constant<int, rows>, 1 <= rows <= TILE.
+// Calls f with std::integral_constant<int, rows>, 1 <= rows <= TILE.
 template <class F> INLINE void with_rows(int rows, F f) {
 #define ROWS(n) case n: if constexpr (n <= TILE) f(std::integral_constant<int, n>{}); break;
     switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) }
@@ -320,7 +321,7 @@ INLINE void barrier() {
 #endif
 }
 
-// body(thread, threads) on up to `threads` threads at once; one thread runs it without waking others.
+// Runs body(thread, threads) on up to `threads` threads at once; one thread runs it without waking others.
 template <class F> void parallel([[maybe_unused]] int threads, F body) {
 #ifdef _OPENMP
     if (threads > 1) {
@@ -332,7 +333,7 @@ template <class F> void parallel([[maybe_unused]] int threads, F body) {
     body(0, 1);
 }
 
-// Memory of the calling thread that grows and is kept; the contents are undefined.
+// Memory of the calling thread, which grows and is kept; its contents are undefined.
 template <class T> T* scratch(std::vector<T>& memory, size_t n) {
     if (memory.size() < n) memory.resize(n + n / 4);
     return memory.data();

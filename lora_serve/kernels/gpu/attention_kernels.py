@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention: `decode` and `combine` for sequences of one row, `prefill` for longer ones.
+"""Triton kernels of paged attention: `decode` and `combine` for sequences of one row, `prefill` for longer ones.
 
 `attention.py` launches them. Arguments that they share:
 
@@ -8,14 +8,14 @@
     tables                     `AttentionMetadata.block_table`, stride table_row
     sinks                      [heads] or None
     out                        [tokens, heads, VALUE_DIM], contiguous
-    window                     tokens that a row sees at most; WINDOWED: whether that ever matters
-    scale, cap                 score = scale * q · k, a power of two; CAPPED: cap * tanh(scale * q · k)
-    DTYPE                      what products are taken in
+    window                     tokens that a row sees at most; WINDOWED: whether there is a window
+    scale, cap                 score = scale * q · k, a power of two; if CAPPED, cap * tanh(scale * q · k)
+    DTYPE                      type that products are computed in
     SHARE, SIZE                query heads of a kv head; tokens of a block
     KEY_PAD, VALUE_PAD         powers of two, no less than KEY_DIM and VALUE_DIM
-    ROWS, TILE                 query rows of a program; tokens that its loop takes in a turn
+    ROWS, TILE                 query rows of a program; tokens per iteration of its loop
 
-Everything about the pool is constexpr: it stays for life, and the compiler sees how far apart its vectors are.
+The pool's shape and strides are constexpr: they never change, and the compiler can vectorise loads by them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
-STAGES = tl.constexpr(5)  # the table is read two turns ahead; of keys and values one tile is on its way, one in use
-UNSTEADY = ["window", "table_row", "splits"]  # not worth another compilation where they change
-UNALIGNED = ["query_start", "contexts", "tables"]  # they lie behind one another, wherever a step's sizes put them
+STAGES = tl.constexpr(5)  # the block table is loaded two iterations ahead, keys and values one
+NOT_SPECIALIZED = ["window", "table_row", "splits"]  # they change, and are not worth a recompilation
+NOT_ALIGNED = ["query_start", "contexts", "tables"]  # parts of one buffer, at offsets that a step's sizes give
 
 
 @triton.jit
-def _attended(
+def _attend(
     q: tl.tensor, at: tl.tensor, keys: tl.tensor, values: tl.tensor, table: tl.tensor, first: tl.tensor, end: tl.tensor,
     window: tl.tensor, scale: tl.tensor, cap: tl.tensor, top: tl.tensor, total: tl.tensor,
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -40,9 +40,9 @@ def _attended(
     KEY_TOKEN: tl.constexpr, VALUE_BLOCK: tl.constexpr, VALUE_TOKEN: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Online softmax of the rows q [ROWS, KEY_PAD], which stand at positions at [ROWS], over tokens first:end.
+    """Online softmax of the rows q [ROWS, KEY_PAD], whose positions are at [ROWS], over tokens first:end.
 
-    Semantics, `seen` being what of j = first .. end - 1 is also in at - window + 1 .. at:
+    Semantics, with j over those of first .. end - 1 that are also in at - window + 1 .. at:
 
         score[j] = q · key[j] * scale, or cap * tanh(that)
         top' = max(top, score);  total' = total * 2^(top - top') + Σ 2^(score - top');  acc = Σ 2^(score - top') * value
@@ -54,7 +54,7 @@ def _attended(
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     for begin in tl.range(first, end, TILE, num_stages=STAGES):
         j = begin + tl.arange(0, TILE)
-        token = tl.minimum(j, end - 1)  # past the end, the last one once more: its address is good
+        token = tl.minimum(j, end - 1)  # past the end, the last token again: a valid address
         block = tl.load(table + token // SIZE).to(tl.int64)
         offset = token % SIZE
         key = tl.load(
@@ -86,16 +86,16 @@ def _attended(
 def _part(
     context: tl.tensor, window: tl.tensor, splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr
 ) -> tl.tensor:
-    """First position that a decoding row sees, and how many tokens a split takes from there (the last: fewer or none).
+    """First position that a decoding row sees, and the tokens of each split from there (the last: fewer or none).
 
-    Follows the sequence's own context, so that a short one costs little where `splits` is meant for long ones.
+    Depends on the sequence's own context, so that a short one costs little where `splits` is meant for long ones.
     """
     first = tl.maximum(context - window, 0)
     part = tl.maximum(tl.cdiv(context - first, splits), LEAST_PART)
     return first, tl.cdiv(part, TILE) * TILE
 
 
-@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
 def decode(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, window: tl.tensor, scale: tl.tensor,
@@ -108,7 +108,8 @@ def decode(
 ) -> None:  # fmt: skip
     """Sequences of one row. Program: up to ROWS query heads of a kv head (axis 0), split (axis 1), sequence (axis 2).
 
-    Uncut it writes `out`; CUT, its acc to parts [sequences, heads, splits, VALUE_DIM] and (top, total) to sums [.., 2].
+    Without CUT it writes `out`; with CUT, its acc to parts [sequences, heads, splits, VALUE_DIM] and (top, total) to
+    sums [.., 2].
     """
     split = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -138,7 +139,7 @@ def decode(
         sees = mine & (split == 0)
         top = tl.load(sinks + head, mask=sees, other=float("-inf")).to(tl.float32) * LOG2E
         total = tl.where(sees, 1.0, 0.0)
-    top, total, acc = _attended(
+    top, total, acc = _attend(
         query.to(DTYPE), tl.zeros([ROWS], tl.int32) + (end - 1), keys + kv_head * KEY_HEAD,
         values + kv_head * VALUE_HEAD, tables + sequence.to(tl.int64) * table_row,
         first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
@@ -156,13 +157,13 @@ def decode(
         tl.store(out + place[:, None] + e[None, :], result, mask=mine[:, None] & (e[None, :] < VALUE_DIM))
 
 
-@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED[:2])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED[:2])
 def combine(
     out: tl.tensor, parts: tl.tensor, sums: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, window: tl.tensor,
     splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """What the splits of a decoding row found, as one: out = Σ 2^(top - max top) acc / Σ 2^(top - max top) total.
+    """Combine the splits of a decoding row: out = Σ 2^(top - max top) acc / Σ 2^(top - max top) total.
 
     Program: head (axis 0), sequence (axis 1). Reads only the splits that had tokens.
     """
@@ -188,7 +189,7 @@ def combine(
     tl.store(out + place + e, result.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
 def prefill(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, window: tl.tensor, scale: tl.tensor, cap: tl.tensor, query_token: tl.tensor,
@@ -200,7 +201,7 @@ def prefill(
 ) -> None:  # fmt: skip
     """Sequences of two rows or more. Program: tile (axis 0), kv head (axis 1), sequence (axis 2).
 
-    A tile is ROWS of the pairs (row, head that shares the kv head), rows major; the last tiles, whose contexts are the
+    A tile is ROWS of the pairs (row, query head of the kv head), rows major; the last tiles, whose contexts are the
     longest, start first.
     """
     kv_head = tl.program_id(1)
@@ -229,7 +230,7 @@ def prefill(
     if sinks is not None:  # as if seen first
         top = tl.load(sinks + head).to(tl.float32) * LOG2E
         total += 1.0
-    top, total, acc = _attended(
+    top, total, acc = _attend(
         query.to(DTYPE), before + row, keys + kv_head * KEY_HEAD, values + kv_head * VALUE_HEAD,
         tables + sequence.to(tl.int64) * table_row,
         first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,

@@ -1,7 +1,7 @@
 """The GPU backend: Triton kernels for adapters, attention and quantised layers, cuBLAS for full precision, CUDA graphs.
 
-Nothing here waits for the device. Shapes and types are checked; the content of a tensor (a slot beyond the tables, a
-block beyond the pool) cannot be checked without waiting, so whoever calls must be right.
+Nothing here waits for the device. Shapes and types are checked; values (a slot beyond the tables, a block beyond the
+pool) cannot be checked without waiting, so the caller must pass valid ones.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-MAX_SEGMENT_ROWS = 16  # that a tensor core multiplies at once
-MAX_RANK = 1024  # scratch memory of graphs is made for it; adapters beyond it are served without graphs
+MAX_SEGMENT_ROWS = 16  # rows that a tensor core multiplies at once
+MAX_RANK = 1024  # CUDA graphs have scratch memory for it; adapters of higher rank are served without graphs
 
 
 class GpuKernels:
-    """`Kernels` on a GPU, or anywhere in Triton's interpreter.
+    """`Kernels` on a GPU, or on any device in Triton's interpreter.
 
     Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes that do not fit are a ValueError.
     """
@@ -45,7 +45,7 @@ class GpuKernels:
 
     def __init__(self) -> None:
         self.replay: ReplaySupport = "cuda_graphs" if torch.cuda.is_available() else "none"
-        self._plain = ReferenceKernels()  # layers in full precision
+        self._plain = ReferenceKernels()  # linear layers in full precision
         self._graphs: WeakSet[CapturedGraph] = WeakSet()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -54,7 +54,7 @@ class GpuKernels:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """See `Kernels.pack`: laid out as one matrix where that is possible, so that `linear` is one product."""
+        """Weights of one type are laid out as one matrix, so that `linear` is one product."""
         if scheme is not None:
             return matmul.merge([matmul.pack(weight, scheme) for weight in weights])
         if len(weights) == 1 or any(each.dtype is not weights[0].dtype for each in weights):
@@ -63,15 +63,13 @@ class GpuKernels:
         return self._plain.pack(merged)
 
     def unpack(self, packed: PackedWeight) -> Tensor:
-        """See `Kernels.unpack`."""
         return self._plain.unpack(packed) if packed.scheme is None else matmul.unpack(packed)
 
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """See `Kernels.lookup`."""
         return self._plain.lookup(packed, ids)
 
     def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
-        """See `Kernels.linear`. Layers that were packed together are one product."""
+        """One product for layers that were packed together."""
         if layers[0][0].scheme is not None:
             return matmul.linear(x, layers)
         whole = matmul.neighbours([packed.data for packed, _ in layers], 0)
@@ -84,7 +82,7 @@ class GpuKernels:
         return list(outputs)
 
     def new_recording(self, *, check_values: bool) -> CapturedGraph:
-        """See `Kernels.new_recording`; a capture always checks values."""
+        """A CUDA graph, whose capture always checks values."""
         if not self._graphs:  # a memory pool whose graphs are all gone cannot be used again
             self._pool = torch.cuda.graph_pool_handle()
         if self._stream is None:

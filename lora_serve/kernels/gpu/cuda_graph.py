@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class CapturedGraph:
-    """See `Recording`.
+    """One captured pass; implements `Recording`.
 
     Args:
-        pool: where the pass's memory comes from; see `torch.cuda.graph_pool_handle`.
-        stream: what it is captured on; one for all, since libraries keep memory for every stream that they see.
+        pool: memory pool of the pass; see `torch.cuda.graph_pool_handle`.
+        stream: captured on; one for all graphs, as libraries keep memory for every stream they run on.
     """
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
@@ -29,15 +29,15 @@ class CapturedGraph:
         self._pool, self._stream = pool, stream
 
     def record(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run the pass twice, once to have every kernel compiled and loaded, once into the graph, and replay that.
+        """Run the pass twice, to compile and load every kernel and to capture it, and replay the graph.
 
-        A pass that waits for the device, or branches on its values, cannot be captured. The first run shows that, so
-        that no capture is begun in vain.
+        A pass that waits for the device, or branches on its values, cannot be captured. The first run detects that,
+        before a capture begins.
         """
         current = torch.cuda.current_stream()
         try:
-            self._warm(run)
-            result = self._captured(run)
+            self._warm_up(run)
+            result = self._capture(run)
         except torch.OutOfMemoryError:
             self._abandon(current)
             raise
@@ -49,24 +49,24 @@ class CapturedGraph:
         return result
 
     def replay(self) -> None:
-        """See `Recording.replay`; returns before the device is done."""
+        """Launch the graph; returns before the device is done."""
         self._graph.replay()
 
-    def _warm(self, run: Callable[[], Tensor]) -> None:
+    def _warm_up(self, run: Callable[[], Tensor]) -> None:
         """Run the pass on the capture stream; RuntimeError where it waits for the device."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), _no_waiting():
+        with torch.cuda.stream(self._stream), _forbid_synchronization():
             run()
         current.wait_stream(self._stream)
         torch.cuda.synchronize()
 
-    def _captured(self, run: Callable[[], Tensor]) -> Tensor:
+    def _capture(self, run: Callable[[], Tensor]) -> Tensor:
         with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
             return run()
 
     def _abandon(self, stream: torch.cuda.Stream) -> None:
-        """After an error: torch leaves its stream, and its allocator in the belief that a capture goes on."""
+        """End a failed capture: torch would stay on its stream, and its allocator in capture mode."""
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
@@ -74,11 +74,11 @@ class CapturedGraph:
 
 
 @contextmanager
-def _no_waiting() -> Iterator[None]:
-    """RuntimeError for whatever waits for the device."""
+def _forbid_synchronization() -> Iterator[None]:
+    """Raise RuntimeError for operations that wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it does not find everything; a capture does
+        warnings.simplefilter("ignore")  # that the mode does not detect everything; a capture does
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

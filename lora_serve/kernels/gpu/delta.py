@@ -1,15 +1,16 @@
-"""The low-rank delta of a mixed batch in Triton: every row its own adapter, through the pointer tables.
+"""Low-rank deltas of a mixed batch in Triton: each row uses its own adapter, through the pointer tables.
 
-Two launches for a group of modules (`delta_kernels.py`). Shrink sums x·Aᵀ over parts of the input, so that a few rows
-still fill the device; expand adds up the parts and puts ·B onto the outputs. Nothing is atomic, every sum has a fixed
-order: two runs give the same bits. Ranks are read on the device and looped over: a mix costs what its ranks cost.
+Two launches for a group of modules (`delta_kernels.py`). Shrink computes x·Aᵀ, split over parts of the input so that a
+few rows still fill the device; expand adds up the parts and adds ·B to the outputs. Nothing is atomic and every sum has
+a fixed order: two runs give the same bits. Ranks are read on the device and looped over: a batch costs what its ranks
+cost.
 
-A composition is one adapter whose rank is its members' ranks together: their columns lie side by side between the two
-launches, and the programs that have its rows go through its members in order. So no two programs write one place.
+A composition is one adapter whose rank is the sum of its members': their columns are neighbours between the two
+launches, and the programs of its rows loop over its members in order. So no two programs write the same element.
 
-Grids follow from shapes and from what `Segments` says on the host, never from the tables: nothing waits for the device,
-and a captured graph stays right while slots are pointed elsewhere. What only the device knows (whether segments lie in
-the batch and slots in the tables) is not checked.
+Grids depend on shapes and on what `Segments` holds on the host, never on the tables: the host does not wait for the
+device, and a captured graph stays valid while slots are pointed elsewhere. Values on the device (whether segments lie
+in the batch and slots in the tables) are not checked.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from lora_serve.kernels.contract import DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta_kernels import expand, shrink
 from lora_serve.kernels.gpu.device import TYPES, processors
 
-MODULES = 4  # outputs that one expand takes
-FEW = 16  # rows of a tile where segments are short; a matrix product has no fewer
-MANY = 64
+MODULES = 4  # outputs of one launch of expand
+FEW = 16  # rows of a tile where segments are short; `tl.dot` takes no fewer
+MANY = 64  # rows of a tile where segments are long
 MOST_SPLITS = 16
-AMONG = (32, 256, 1024)  # few sizes, since each makes a kernel of its own
-EXPAND_R = 32  # ranks that an expanding program takes at a time
-PROGRAMS_PER_PROCESSOR = 2  # shrinking: with their pipelines, about what keeps the memory busy
+AMONG = (32, 256, 1024)  # segments to search; few sizes, as each is compiled by itself
+EXPAND_R = 32  # ranks per iteration of an expand program
+PROGRAMS_PER_PROCESSOR = 2  # of shrink: with their pipelines, about enough to keep the memory busy
 
 
 class DeltaTiling(NamedTuple):
-    """How a call is laid over the device.
+    """Grid and block sizes of a call.
 
     Attributes:
-        tiles: of rows, no fewer than there can be.
-        among: segments that a tile is looked for among, a power of two; 1 if each tile is a segment.
-        splits, span: of the input; each is `span` wide.
-        capacity: columns of a row between the launches.
-        block_m, block_k, block_n: rows, inputs and outputs that a program takes at a time.
-        shrink_r: ranks that a shrinking program takes at a time.
+        tiles: upper bound of the number of row tiles.
+        among: number of segments that a program searches for its tile's, a power of two; 1 if each tile is a segment.
+        splits, span: the input is cut into `splits` parts, each `span` wide.
+        capacity: columns of a row of shrink's result.
+        block_m, block_k, block_n: rows, inputs and outputs per iteration of a program.
+        shrink_r: ranks per iteration of a shrink program.
         warps: of a program.
-        together: splits that are added at once.
+        together: splits that are added per iteration.
     """
 
     tiles: int
@@ -62,11 +63,11 @@ class DeltaTiling(NamedTuple):
 
 
 def tiling(rows: int, in_features: int, modules: int, segments: Segments, size: int, processors: int) -> DeltaTiling:
-    """Lay out a call; `size` is that of an operand in bytes, `processors` how many the device has."""
+    """Choose the tiling; `size` is that of an operand in bytes, `processors` are the device's multiprocessors."""
     count = segments.count
-    many = segments.max_rows > FEW and rows >= count * MANY // 2  # else most tiles would be mostly empty
+    many = segments.max_rows > FEW and rows >= count * MANY // 2  # else most rows of the tiles would be empty
     block_m = MANY if many else FEW
-    # The bound on ranks may be far above them: few rows take few at a time, so that no load is for nothing.
+    # `max_rank` may be far above the ranks: with few rows, blocks of few ranks, so that fewer loads are masked off.
     block_r = 32 if many else 16
     block_k = (256 if block_m + block_r <= 32 else 128 if block_m + block_r <= 80 else 64) * 2 // size
     short = segments.max_rows <= block_m
@@ -91,7 +92,7 @@ def tiling(rows: int, in_features: int, modules: int, segments: Segments, size: 
 
 
 def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-    """See `Kernels.delta`; `segments.max_rank` is no less than the ranks of a composition together.
+    """`Kernels.delta`; `segments.max_rank` is no less than the sum of a composition's ranks.
 
     Raises:
         ValueError: shapes or strides do not fit.
@@ -137,7 +138,7 @@ def delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segment
 
 
 def check(x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
-    """Refuse what the kernels would misread, as far as the host can tell."""
+    """Raise for shapes, types and strides that the kernels would misread."""
     for dtype in (x.dtype, group.dtype):
         if dtype not in TYPES:
             raise TypeError(f"{dtype} is not fp32, bf16 or fp16")

@@ -1,8 +1,8 @@
-"""Shrink and expand in Triton: the kernels behind `delta.py`.
+"""Triton kernels of the low-rank delta: shrink (x·Aᵀ) and expand (·B), launched by `delta.py`.
 
-Both find their rows in the same way, and read through the pointer tables what the slots hold at that time. Offsets
-within a tile are small; where a tile begins is counted in 64 bits. Every matrix begins at a 64-byte boundary, which the
-hints on pointers out of the tables say: without them each element would be a load.
+Both find their rows in the same way and read the adapters' matrices through the pointer tables. Offsets within a tile
+fit 32 bits; a tile's own offset takes 64. Every matrix begins at a 64-byte boundary, which `tl.multiple_of` on pointers
+from the tables tells the compiler: without it each element would be a load of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What varies from step to step or from group to group and gains nothing from a kernel of its own.
-UNSTEADY = [
+# Arguments that vary from step to step or from group to group; specialising on them would only cost compilations.
+NOT_SPECIALIZED = [
     *("a", "a_stride", "b", "b_stride", "rank", "rank_stride", "start", "end", "slot", "weight"),
     *("count", "rows", "modules", "module0", "splits"),
 ]
@@ -22,10 +22,10 @@ def find_tile(
     tile: tl.tensor, start: tl.tensor, end: tl.tensor, slot: tl.tensor, rank: tl.tensor, count: tl.tensor,
     BLOCK_M: tl.constexpr, COUNT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """What tile `tile` of the batch is about: segments first to last (of one composition), a row, the end of its rows.
+    """Find the segments first to last (of one composition) of row tile `tile`, its first row and the end of its rows.
 
-    Semantics: tiles are cut from the rows of each composition in turn, BLOCK_M at a time; with COUNT = 1, `tile` is a
-    segment, none being longer than a tile. `ranks` is the members' together, 0 if there is nothing to do.
+    Semantics: the rows of each composition are cut into tiles of BLOCK_M in turn; with COUNT = 1, `tile` is a segment,
+    none being longer than a tile. `ranks`, returned last, is the sum over the members, 0 if there is nothing to do.
     """
     if COUNT == 1:
         first = tile
@@ -58,7 +58,7 @@ def find_tile(
     return first, last, begin + part * BLOCK_M, stop, ranks
 
 
-@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNSTEADY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_SPECIALIZED)
 def shrink(
     x: tl.tensor, x_stride: tl.tensor, h: tl.tensor, a: tl.tensor, a_stride: tl.tensor, rank: tl.tensor,
     rank_stride: tl.tensor, start: tl.tensor, end: tl.tensor, slot: tl.tensor, count: tl.tensor, rows: tl.tensor,
@@ -66,14 +66,14 @@ def shrink(
     DTYPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, COUNT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Products of parts of the input with A, the members of a composition side by side.
+    """Products of parts of the input with A; the columns of a composition's members are neighbours.
 
     Semantics, with part = slice(split * span, (split + 1) * span):
 
         h[split, module, row] = concat(x[row, part] @ a(module, slot)[:, part].T for slot in the row's composition)
 
     Shapes: x [rows, in], h float32 [splits, modules, rows, capacity]; columns beyond a row's ranks are not written.
-    Program: (tile, module, split). Ranks beyond `capacity` are cut off: a wrong bound writes nowhere else.
+    Program: (tile, module, split). Ranks beyond `capacity` are cut off, so that a wrong bound cannot write elsewhere.
     """
     module, split = tl.program_id(1), tl.program_id(2)
     a += module * a_stride
@@ -108,7 +108,7 @@ def shrink(
 
 @triton.jit
 def add_product(sums: tl.tensor, h: tl.tensor, weights: tl.tensor) -> tl.tensor:
-    """sums + h @ weights, h in float32; where the weights have 16 bits, h is cut into pieces that tensor cores take."""
+    """sums + h @ weights, h in float32; with 16-bit weights, h is split into parts that tensor cores multiply."""
     if weights.dtype == tl.bfloat16:
         high = h.to(tl.bfloat16)
         sums = tl.dot((h - high.to(tl.float32)).to(tl.bfloat16), weights, sums)
@@ -120,7 +120,7 @@ def add_product(sums: tl.tensor, h: tl.tensor, weights: tl.tensor) -> tl.tensor:
     return sums
 
 
-@triton.jit(do_not_specialize=UNSTEADY, do_not_specialize_on_alignment=UNSTEADY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_SPECIALIZED)
 def expand(
     out0: tl.tensor, out1: tl.tensor, out2: tl.tensor, out3: tl.tensor,
     stride0: tl.tensor, stride1: tl.tensor, stride2: tl.tensor, stride3: tl.tensor,
@@ -131,7 +131,7 @@ def expand(
     DTYPE: tl.constexpr, TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, COUNT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The parts' sums times B onto the outputs of modules module0 to module0 + 3, rounded once.
+    """Add the sum of the parts times B to the outputs of modules module0 to module0 + 3, rounded once.
 
     Semantics, with `ranks` the columns of h that are the member's:
 

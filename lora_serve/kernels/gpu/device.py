@@ -1,4 +1,4 @@
-"""What launches must know of the GPU, and what Triton calls the types."""
+"""Properties of the GPU that launches depend on, and Triton's names of the types."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @cache
 def processors(device: torch.device, interpreted: int = 4) -> int:
-    """Streaming multiprocessors of a GPU; of anything else (the interpreter's), as many as are told."""
+    """Streaming multiprocessors of a GPU; `interpreted` on any other device (Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
 
 
 @cache
 def hopper(device: torch.device) -> bool:
-    """Whether whole tiles are multiplied from a large shared memory."""
+    """Whether the GPU is of compute capability 9: products of large tiles straight from shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9

@@ -1,18 +1,19 @@
-"""Linear maps over weights in int8 and int4 on a GPU, in Triton.
+"""Linear layers with int8 and int4 weights on a GPU, in Triton.
 
-Two launches (`linear_kernels.py`): the rows are rounded once for all maps that read them, then tensor cores multiply
-whole numbers, run by run, and scales join in float32. Where outputs are too few to fill the device, the input is cut
-into splits, whose sums are added by a third launch in a fixed order: two runs give the same bits. Maps laid out beside
-each other are one product. Grids follow from shapes, nothing waits for the device: a graph can capture it.
+Two launches (`matmul_kernels.py`): the rows are rounded to int8 once for all layers that read them, then tensor cores
+multiply integers, run by run, and scales are applied in float32. Where outputs are too few to fill the device, the
+input is cut into splits, whose sums a third launch adds in a fixed order: two runs give the same bits. Layers whose
+weights are neighbours in memory are one product. Grids depend on shapes and nothing waits for the device: a CUDA graph
+can capture it.
 
-Weights lie run by run of 64 inputs, the last filled up with zeros: neighbouring outputs are one piece of memory.
+Weights are stored in runs of 64 inputs, the last padded with zeros; within a run, neighbouring outputs are contiguous.
 
     int8:  data int8 [runs, out, 64], scale float32 [out]
     int4:  data int8 [runs, out, 32]; byte i is 8 + q[i] in its lower half and q[i + 32] in its upper one
            scale int32 [runs, out]; the first group's scale and a sixteenth of the second's, as two bf16, first one low
 
-A mask is all that unpacking takes: the upper half is read as sixteen times its number, and what the lower half adds,
-eight times the sum of a row's numbers, is taken off again. Masks work on four numbers at once, shifts on one.
+Unpacking int4 takes only masks, which work on four numbers at once where shifts work on one: the upper half is used as
+sixteen times its number, and the 8 added in the lower half is subtracted as eight times the sum of the row's integers.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from torch.nn import functional
 
 from lora_serve.kernels.gpu.device import TYPES, processors
 from lora_serve.kernels.gpu.matmul_kernels import add_splits, multiply, round_rows
-from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantized, quantized
+from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantize, quantize
 
-PROGRAM = 2048  # numbers that a program rounds
-COLUMNS = 1024  # outputs that a program adds up
+PROGRAM = 2048  # numbers that a program of round_rows rounds
+COLUMNS = 1024  # outputs of a program of add_splits
 MOST_SPLITS = 8
-LEAST_SPAN = 4  # runs; fewer do not fill a pipeline
-PROGRAMS_PER_PROCESSOR = 4  # where memory is what is waited for
+LEAST_SPAN = 4  # runs of a split; fewer do not fill a pipeline
+PROGRAMS_PER_PROCESSOR = 4  # with few rows, where memory is the limit
 
 
 class MatmulTiling(NamedTuple):
-    """How a product is laid over the device.
+    """Grid and block sizes of a product.
 
     Attributes:
-        block_m, block_n: rows and outputs that a program takes.
-        splits, span: of the runs; each is `span` of them.
+        block_m, block_n: rows and outputs of a program.
+        splits, span: the input is cut into `splits` parts of `span` runs.
         warps, stages: of a program.
     """
 
@@ -55,7 +56,7 @@ class MatmulTiling(NamedTuple):
 
 
 class RoundedRows(NamedTuple):
-    """Rounded rows: whole int8 [groups, rows, size], step float32 and int4's excess int32 [groups, rows]."""
+    """Rows rounded to integers: int8 [groups, rows, size], steps float32 and, for int4, excess int32 [groups, rows]."""
 
     whole: Tensor
     step: Tensor
@@ -63,7 +64,7 @@ class RoundedRows(NamedTuple):
 
 
 def tiling(rows: int, out: int, runs: int, wide: int, processors: int) -> MatmulTiling:
-    """Lay out a product with `out` outputs, a run of one being `wide` bytes; `processors` are what the device has."""
+    """Choose the tiling; a run of one output's weights takes `wide` bytes, the device has `processors`."""
     few = rows <= 32
     block_m = 128 if rows > 256 else min(64, max(16, triton.next_power_of_2(rows)))
     block_n = 4096 // wide if few else 128
@@ -81,18 +82,18 @@ def tiling(rows: int, out: int, runs: int, wide: int, processors: int) -> Matmul
 
 
 def pack(weight: Tensor, scheme: Scheme) -> PackedWeight:
-    """See `Kernels.pack`.
+    """Lay out one weight [out, in].
 
     Raises:
-        ValueError: inputs that are no whole number of int4's groups.
+        ValueError: a number of inputs that is not a multiple of int4's groups.
         TypeError: weights that are not fp32, bf16 or fp16.
     """
     out, width = weight.shape
     if weight.dtype not in TYPES:
         raise TypeError(f"{weight.dtype} is not fp32, bf16 or fp16")
     if scheme == "int4" and width % GROUP:
-        raise ValueError(f"{width} inputs are no whole number of int4's groups")
-    whole, scale = quantized(weight, scheme)
+        raise ValueError(f"{width} inputs are not a multiple of int4's groups of {GROUP}")
+    whole, scale = quantize(weight, scheme)
     runs = functional.pad(whole, (0, -width % RUN)).view(out, -1, RUN).transpose(0, 1)  # [runs, out, RUN]
     if scheme == "int8":
         return PackedWeight((out, width), weight.dtype, scheme, runs.contiguous(), scale[:, 0])
@@ -104,7 +105,6 @@ def pack(weight: Tensor, scheme: Scheme) -> PackedWeight:
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """See `Kernels.unpack`."""
     whole, scale = packed.data, packed.scale
     assert scale is not None
     if packed.scheme == "int4":
@@ -113,11 +113,11 @@ def unpack(packed: PackedWeight) -> Tensor:
     else:
         scale = scale[None, :, None]
     whole, scale = (each.transpose(0, 1).flatten(1) for each in (whole, scale))  # [out, inputs], [out, groups]
-    return dequantized(whole, scale)[:, : packed.shape[1]].contiguous()
+    return dequantize(whole, scale)[:, : packed.shape[1]].contiguous()
 
 
 def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
-    """The same layers laid out as one, so that `linear` is one product, of whose outputs each layer has some."""
+    """The same layers with their weights in one tensor, so that `linear` is one product for all of them."""
     if len(layers) == 1 or any(packed.scheme != layers[0].scheme for packed in layers):
         return list(layers)
     outs = [packed.shape[0] for packed in layers]
@@ -127,7 +127,7 @@ def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
 
 
 def linear(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
-    """See `Kernels.linear`, for maps of one scheme.
+    """`Kernels.linear` for quantised layers.
 
     Raises:
         ValueError: shapes, strides or schemes do not fit.
@@ -136,15 +136,15 @@ def linear(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> l
     check(x, layers)
     if x.shape[0] == 0:
         return [x.new_empty(0, packed.shape[0]) for packed, _ in layers]
-    shared = rounded(x, layers[0][0].scheme)
-    together = joined(layers)
+    shared = quantize_rows(x, layers[0][0].scheme)
+    together = merged_layer(layers)
     if together is None:
-        return [_multiplied(x, shared, packed, bias) for packed, bias in layers]
-    return list(_multiplied(x, shared, *together).split_with_sizes([packed.shape[0] for packed, _ in layers], 1))
+        return [_multiply(x, shared, packed, bias) for packed, bias in layers]
+    return list(_multiply(x, shared, *together).split_with_sizes([packed.shape[0] for packed, _ in layers], 1))
 
 
-def rounded(x: Tensor, scheme: Scheme | None) -> RoundedRows:
-    """Rows x [rows, in] in whole numbers, as maps in the scheme read them."""
+def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
+    """Rows x [rows, in] as integers, in the layout that `multiply` reads."""
     rows, width = x.shape
     size = RUN if scheme == "int8" else GROUP
     groups = triton.cdiv(width, RUN) * (RUN // size)
@@ -158,8 +158,8 @@ def rounded(x: Tensor, scheme: Scheme | None) -> RoundedRows:
     return RoundedRows(whole, step, excess)
 
 
-def joined(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[PackedWeight, Tensor | None] | None:
-    """The map of which the given ones are the outputs, one after the other; None if they lie apart."""
+def merged_layer(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[PackedWeight, Tensor | None] | None:
+    """The one layer that has the outputs of all, if their weights are neighbours in memory; else None."""
     if len(layers) == 1:
         return layers[0]
     first = layers[0][0]
@@ -174,7 +174,7 @@ def joined(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[Packed
 
 
 def neighbours(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """The tensor of which the parts are consecutive pieces along `dim`; None if they are not."""
+    """The tensor whose consecutive slices along `dim` the parts are; None if they are not."""
     first = parts[0]
     end = first.storage_offset()
     for part in parts:
@@ -187,8 +187,8 @@ def neighbours(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     return first.as_strided(shape, first.stride())
 
 
-def _multiplied(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """y [rows, out] in x's dtype, of rows that have been rounded."""
+def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """One layer's outputs [rows, out] in x's dtype; `shared` are x's rounded rows."""
     rows, out, int4 = x.shape[0], packed.shape[0], packed.scheme == "int4"
     runs, _, wide = packed.data.shape
     p = tiling(rows, out, runs, wide, processors(x.device))
@@ -212,7 +212,7 @@ def _multiplied(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tens
 
 
 def check(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> None:
-    """Refuse what the kernels would misread, as far as the host can tell."""
+    """Raise for shapes, types and strides that the kernels would misread."""
     if x.dtype not in TYPES:
         raise TypeError(f"{x.dtype} is not fp32, bf16 or fp16")
     if x.stride(1) != 1:
@@ -220,6 +220,6 @@ def check(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> No
     scheme = layers[0][0].scheme
     for packed, bias in layers:
         if packed.scheme is None or packed.scheme != scheme or packed.shape[1] != x.shape[1]:
-            raise ValueError(f"a map of {packed.shape[1]} inputs and scheme {packed.scheme} does not fit its call")
+            raise ValueError(f"a layer of {packed.shape[1]} inputs, scheme {packed.scheme} does not fit its call")
         if bias is not None and (bias.dtype is not x.dtype or bias.shape != packed.shape[:1] or bias.stride(0) != 1):
             raise TypeError(f"a bias of {packed.shape[0]} outputs is contiguous and has the rows' type")

@@ -1,7 +1,7 @@
-"""Rounding of rows and products of whole numbers in Triton: the kernels behind `linear.py`.
+"""Triton kernels of quantised linear layers: rounding of rows and integer products, launched by `matmul.py`.
 
-Weights and rows lie run by run, so that what a program reads of one run is one piece of memory, however few outputs or
-rows it takes. Offsets within a run are small; from run to run, pointers move.
+Weights and rows are stored run by run, so that what a program reads of one run is contiguous, however few outputs or
+rows it takes. Offsets within a run fit 32 bits; from run to run, pointers are advanced.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEAST = tl.constexpr(1e-30)  # step of the rows; as in `packed.py`
+LEAST = tl.constexpr(1e-30)  # smallest step of the rows; as in `packed_weight.py`
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: float32 has no fractions there, so adding it rounds, halves to even
 
-# What varies from batch to batch or from map to map and gains nothing from a kernel of its own.
-UNSTEADY = ["rows", "groups", "runs", "span", "splits"]
+# Arguments that vary from batch to batch or from layer to layer; specialising on them would only cost compilations.
+NOT_SPECIALIZED = ["rows", "groups", "runs", "span", "splits"]
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def round_rows(
     x: tl.tensor, whole: tl.tensor, step: tl.tensor, excess: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
     groups: tl.tensor,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rows in whole numbers, SIZE inputs to a step, as `packed.py` says; beyond a row's WIDTH inputs are zeros.
+    """Round rows to integers, SIZE inputs to a step, as `packed_weight.py` defines; zeros beyond a row's WIDTH inputs.
 
-    Semantics, a step being NaN where not all of x is finite:
+    Semantics; a step is NaN where not all of x is finite:
 
         x[t, g * SIZE + i] ≈ step[g, t] * whole[g, t, i]
         excess[g, t] = 8 * whole[g, t].sum()
@@ -38,7 +38,7 @@ def round_rows(
     part = tl.load(x + row * x_stride + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     size = tl.maximum(tl.div_rn(tl.max(tl.abs(part), 1), 127.0), LEAST)
     near = part * tl.div_rn(1.0, size)[:, None]
-    near = tl.minimum(tl.maximum(near, -127.0), 127.0)  # NaN aside a no-op that keeps product and sum from being fused
+    near = tl.minimum(tl.maximum(near, -127.0), 127.0)  # changes only NaN; keeps product and sum from being fused
     place = group.to(tl.int64) * rows + row
     inside = group < groups
     numbers = ((near + ROUND) - ROUND).to(tl.int8)
@@ -53,7 +53,7 @@ def product(
     whole: tl.tensor, weights: tl.tensor, step: tl.tensor, excess: tl.tensor, m: tl.tensor, here: tl.tensor,
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """step[m] * (whole[m] @ weights.T - excess[m]), rounded only at the end; no excess is 0.
+    """step[m] * (whole[m] @ weights.T - excess[m]), rounded only at the end; excess may be None.
 
     Shapes: whole [rows, SIZE], weights [BLOCK_N, SIZE], m and here [BLOCK_M].
     """
@@ -65,16 +65,16 @@ def product(
     return tl.dot(part, tl.trans(weights), sums, out_dtype=tl.int32).to(tl.float32) * size[:, None]
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def multiply(
     whole: tl.tensor, step: tl.tensor, excess: tl.tensor, data: tl.tensor, scale: tl.tensor, bias: tl.tensor,
     y: tl.tensor, rows: tl.tensor, out: tl.tensor, stride: tl.tensor, runs: tl.tensor, span: tl.tensor,
     INT4: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rows times weights, over the runs from split * span on.
+    """Rows times weights, over the runs of one split.
 
-    Semantics, in the layouts of `linear.py`, r over the split's runs of 64 inputs:
+    Semantics, in the layouts of `matmul.py`, r over the split's runs of 64 inputs:
 
         int8:  y[split, t, o] = scale[o] * sum(step[r, t] * (whole[r, t] @ data[r, o])) + bias[o]
         int4:  y[split, t, o] = sum(
@@ -82,7 +82,7 @@ def multiply(
                    + step[2r + 1, t] * high(scale[r, o]) * (whole[2r + 1, t] @ (data[r, o] & -16))
                ) + bias[o]
 
-    with low and high the bf16 in the halves of a word. Products of whole numbers are exact.
+    with low and high the bf16 in the halves of a word. Integer products are exact.
     Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data (and in int4's scale); bias may be None.
     Program: (BLOCK_M rows, BLOCK_N outputs, split).
     """
@@ -125,7 +125,7 @@ def multiply(
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=here[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=UNSTEADY)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def add_splits(
     parts: tl.tensor, bias: tl.tensor, y: tl.tensor, rows: tl.tensor, out: tl.tensor, splits: tl.tensor,
     BLOCK_N: tl.constexpr,

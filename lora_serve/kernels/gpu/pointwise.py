@@ -1,7 +1,7 @@
-"""What lies between the matrices, each in one launch of Triton: norms, gated activations, rotary embeddings, KV writes.
+"""Norms, gated activations, rotary embeddings and KV writes in Triton, each in one launch.
 
-All of it is bound by memory, so a program takes about two thousand numbers in one go: some rows, or some of a row.
-Nothing of a tensor's content is looked at on the host, so indices are not checked.
+All are bound by memory, so a program takes about two thousand numbers: several rows, or a part of a row. Values are not
+read on the host, so indices are not checked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from lora_serve.kernels.checks import check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation
 
-PROGRAM = 2048  # numbers that a program takes, unless a row is longer
+PROGRAM = 2048  # numbers of a program, unless a row is longer
 GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
-    """See `Kernels.rms_norm`. ValueError: shapes or strides that do not fit."""
+    """`Kernels.rms_norm`. Raises ValueError for shapes or strides that do not fit."""
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     check_norm(rows, weight)
@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """See `Kernels.gated`. ValueError: shapes or strides that do not fit."""
+    """`Kernels.gated_activation`. Raises ValueError for shapes or strides that do not fit."""
     check_gated(gate, up)
     width = gate.shape[-1]
     left, right = gate.reshape(-1, width), up.reshape(-1, width)
@@ -50,9 +50,9 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See `Kernels.rope`; the results are views of [tokens, heads, dim].
+    """`Kernels.rope`; the results are views of [tokens, heads, dim].
 
-    ValueError, TypeError: shapes, strides or types that do not fit.
+    Raises ValueError or TypeError for shapes, strides or types that do not fit.
     """
     check_rope(q, k, cos, sin)
     _, heads, tokens, dim = q.shape
@@ -69,15 +69,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
-    """See `Kernels.write_kv`; a place outside the pool is the caller's fault and not noticed.
+    """`Kernels.write_kv`; an index outside the pool is not detected.
 
-    ValueError, TypeError: shapes, strides or types that do not fit.
+    Raises ValueError or TypeError for shapes, strides or types that do not fit.
     """
     size, heads = keys.shape[1:3]
     tokens = kv_index.shape[0]
     check_write(keys, values, k, v, kv_index)
     if keys.shape[:3] != values.shape[:3] or any(each.stride(-1) != 1 for each in (keys, values, k, v)):
-        raise ValueError("keys and values have the same places, heads are contiguous")
+        raise ValueError("keys and values have the same blocks and heads, and heads are contiguous")
     if tokens:
         pad = triton.next_power_of_2(max(keys.shape[3], values.shape[3]))
         tile = min(max(1, PROGRAM // pad), triton.next_power_of_2(heads))
@@ -93,7 +93,7 @@ def _norm(
     x: tl.tensor, weight: tl.tensor, y: tl.tensor, count: tl.tensor, x_row: tl.tensor, eps: tl.tensor,
     PLUS_ONE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE rows of x [count, WIDTH], as `rms_norm` says; PAD is a power of two, no less than WIDTH."""
+    """`rms_norm` of TILE rows of x [count, WIDTH]; PAD is a power of two, no less than WIDTH."""
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     d = tl.arange(0, PAD)
     inside = (row < count)[:, None] & (d < WIDTH)[None, :]
@@ -109,7 +109,7 @@ def _gated(
     gate: tl.tensor, up: tl.tensor, y: tl.tensor, gate_row: tl.tensor, up_row: tl.tensor,
     SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE numbers (axis 1) of one row (axis 0), as `gated_activation` says."""
+    """`gated_activation` of TILE numbers (axis 1) of one row (axis 0)."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = d < WIDTH
@@ -126,20 +126,20 @@ def _rope(
     q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor, k_head: tl.tensor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads (axis 1: first q's, then k's) of one token (axis 0), as `rope` says."""
+    """`rope` of TILE heads (axis 1: first q's, then k's) of one token (axis 0)."""
     tile = tl.program_id(1)
     if tile < tl.cdiv(HEADS, TILE):
-        _turned(q, q_out, cos, sin, q_token, q_head, tile, HEADS, HALF, PAD, TILE)
+        _rotate(q, q_out, cos, sin, q_token, q_head, tile, HEADS, HALF, PAD, TILE)
     else:
-        _turned(k, k_out, cos, sin, k_token, k_head, tile - tl.cdiv(HEADS, TILE), KV_HEADS, HALF, PAD, TILE)
+        _rotate(k, k_out, cos, sin, k_token, k_head, tile - tl.cdiv(HEADS, TILE), KV_HEADS, HALF, PAD, TILE)
 
 
 @triton.jit
-def _turned(
+def _rotate(
     x: tl.tensor, y: tl.tensor, cos: tl.tensor, sin: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, tile: tl.tensor,
     HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """(a, b) -> (a cos - b sin, b cos' + a sin'): a head's halves turned against each other."""
+    """Rotate the halves a and b of each head: (a, b) -> (a cos - b sin, b cos' + a sin')."""
     token = tl.program_id(0).to(tl.int64)
     head = tile * TILE + tl.arange(0, TILE)
     d = tl.arange(0, PAD)
@@ -167,22 +167,22 @@ def _write(
     SIZE: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads (axis 1) of one token (axis 0), its keys or its values (axis 2), as `write_kv` says."""
+    """`write_kv` of TILE heads (axis 1) of one token (axis 0), its keys or its values (axis 2)."""
     index = tl.load(kv_index + tl.program_id(0))
     if tl.program_id(2) == 0:
-        _copied(k, k_token, k_head, keys + index // SIZE * key_block + index % SIZE * key_token, key_head,
+        _copy(k, k_token, k_head, keys + index // SIZE * key_block + index % SIZE * key_token, key_head,
                 HEADS, KEY_DIM, PAD, TILE)  # fmt: skip
     else:
-        _copied(v, v_token, v_head, values + index // SIZE * value_block + index % SIZE * value_token, value_head,
+        _copy(v, v_token, v_head, values + index // SIZE * value_block + index % SIZE * value_token, value_head,
                 HEADS, VALUE_DIM, PAD, TILE)  # fmt: skip
 
 
 @triton.jit
-def _copied(
+def _copy(
     x: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, y: tl.tensor, y_head: tl.tensor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A token's heads in x to its place y."""
+    """Copy a token's heads from x to y."""
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)
     d = tl.arange(0, PAD)
     inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
