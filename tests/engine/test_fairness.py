@@ -13,10 +13,10 @@ def assign(rotation: SlotRotation, step: int, wanted: Iterable[AdapterSet], pinn
     sets = dict.fromkeys(each for each in wanted if each)
     before = {each for sets in rotation._wanted.values() for each in sets}
     for each in before - sets.keys():
-        rotation.unwant(each)
+        rotation.remove(each)
     for each in sets:
         if each not in before:
-            rotation.want(each)
+            rotation.add(each)
     return rotation.assign(step, pinned)
 
 

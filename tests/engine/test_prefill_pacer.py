@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from lora_serve.engine.prefill_pacer import LEAST, PrefillPacer
+from lora_serve.engine.prefill_pacer import MIN_BUDGET, PrefillPacer
 
 
 def step(decoding: int, prompt: int) -> float:
@@ -15,7 +15,7 @@ def step(decoding: int, prompt: int) -> float:
 def test_steps_with_a_prompt_stay_below_twice_the_usual() -> None:
     draw = random.Random(0)
     pacer = PrefillPacer()
-    assert pacer.budget(8, 1) == 2 * LEAST
+    assert pacer.budget(8, 1) == 2 * MIN_BUDGET
     pacer.record(0, 512, step(0, 512))
     for _ in range(200):
         prompt = draw.choice([0, pacer.budget(8, 1), draw.randint(1, pacer.budget(8, 1))])
@@ -40,7 +40,7 @@ def test_where_prompt_tokens_cost_little_many_are_taken_and_where_much_a_few() -
         pacer.record(4, 0, 0.01)
         pacer.record(0, 2000, 2000 * each)
     assert quick.budget(4, 1) > 1000
-    assert slow.budget(4, 1) == LEAST
+    assert slow.budget(4, 1) == MIN_BUDGET
 
 
 def test_one_odd_step_does_not_change_the_pace() -> None:

@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_serve.engine.logprobs import logprobs
-from lora_serve.engine.sampler import NEAR, Sampled, SamplingRow, _least_by_parts, _least_by_sorting, uniform
+from lora_serve.engine.sampler import (
+    MAX_TOP_K,
+    Samples,
+    SamplingRow,
+    _threshold_by_top_k,
+    _threshold_by_sorting,
+    uniform,
+)
 from lora_serve.engine.sampler import sample as launch_sampling
 from lora_serve.request import Logprob, Sampling
 
 INF, NAN = float("inf"), float("nan")
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Samples:
     """Sample a token for each row, and wait for it."""
     return launch_sampling(logits, rows).wait()
 
@@ -116,7 +123,7 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {},
     {"top_k": 20},
-    {"top_k": NEAR + 500},
+    {"top_k": MAX_TOP_K + 500},
     {"top_p": 0.9},
     {"top_p": 0.2},
     {"min_p": 0.05},
@@ -158,14 +165,14 @@ def test_frequencies_are_the_distribution_s(options: dict[str, Any]) -> None:
 
 
 def test_a_wide_nucleus_is_the_one_a_full_sort_finds() -> None:
-    logits = torch.randn(5 * NEAR, generator=torch.Generator().manual_seed(1)) * 0.3
+    logits = torch.randn(5 * MAX_TOP_K, generator=torch.Generator().manual_seed(1)) * 0.3
     share = 0.6
     probabilities, order = logits.double().softmax(-1).sort(descending=True)
     nucleus = order[: int((probabilities.cumsum(-1) < share).sum()) + 1].tolist()
     rows = [row(seed=i, top_p=share) for i in range(300)]
     drawn = set(sample(logits.expand(len(rows), -1), rows).token_ids)
     assert drawn <= set(nucleus)
-    assert drawn - set(nucleus[:NEAR])
+    assert drawn - set(nucleus[:MAX_TOP_K])
 
 
 def test_the_random_number_is_a_pure_function_and_uniform() -> None:
@@ -298,7 +305,7 @@ def test_weights_are_exact_enough() -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999, 1.0])
 def test_a_device_that_may_not_wait_finds_the_same_share(share: float) -> None:
-    weights = (torch.randn(6, 3 * NEAR, generator=torch.Generator().manual_seed(6)) * 4).exp().mul(1e6).long()
+    weights = (torch.randn(6, 3 * MAX_TOP_K, generator=torch.Generator().manual_seed(6)) * 4).exp().mul(1e6).long()
     weights[0] = 7
     wanted = share * weights.sum(-1).double()
-    assert torch.equal(_least_by_sorting(weights, wanted), _least_by_parts(weights, wanted))
+    assert torch.equal(_threshold_by_sorting(weights, wanted), _threshold_by_top_k(weights, wanted))

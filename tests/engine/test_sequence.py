@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.sequence import NEVER, VIRTUAL, Active, Sequence, last_match
+from lora_serve.engine.sequence import NEVER_ACTIVE, VIRTUAL_TOKEN, ActiveAdapter, Sequence, last_match
 from lora_serve.request import Request, Sampling, Served
 
 PROMPT = list(range(20))
@@ -26,13 +26,13 @@ def sequence(
 
 def shared(one: Sequence, other: Sequence, size: int = 4) -> int:
     """How many whole blocks of one are found by the other."""
-    keys = [(one.key(block, size), other.key(block, size)) for block in range(len(PROMPT) // size)]
+    keys = [(one.prefix_key(block, size), other.prefix_key(block, size)) for block in range(len(PROMPT) // size)]
     return next((block for block, (a, b) in enumerate(keys) if a != b), len(keys))
 
 
 def test_virtual_tokens_stand_before_the_prompt_and_are_not_part_of_it() -> None:
     seq = sequence(("a", 1.0), prompt=[5, 6], traits={"a": Traits(virtual=3)})
-    assert seq.tokens == [VIRTUAL] * 3 + [5, 6]
+    assert seq.tokens == [VIRTUAL_TOKEN] * 3 + [5, 6]
     assert (seq.virtual, seq.prompt_end, seq.generated, seq.pending) == (3, 5, 0, 5)
     seq.tokens.append(7)
     assert seq.generated == 1
@@ -40,11 +40,11 @@ def test_virtual_tokens_stand_before_the_prompt_and_are_not_part_of_it() -> None
 
 def test_an_adapter_begins_at_the_last_occurrence_of_its_invocation() -> None:
     traits = {"a": Traits(invocation=(1, 2)), "b": Traits()}
-    assert sequence(("a", 1.0), prompt=[1, 2, 3, 1, 2, 4, 1], traits=traits).active == (Active("a", 1.0, 3),)
-    assert sequence(("a", 1.0), prompt=[1, 3, 2, 1], traits=traits).active == (Active("a", 1.0, NEVER),)
+    assert sequence(("a", 1.0), prompt=[1, 2, 3, 1, 2, 4, 1], traits=traits).active == (ActiveAdapter("a", 1.0, 3),)
+    assert sequence(("a", 1.0), prompt=[1, 3, 2, 1], traits=traits).active == (ActiveAdapter("a", 1.0, NEVER_ACTIVE),)
     assert sequence(("b", 1.0), ("a", 1.0), prompt=[0, 1, 2], traits=traits).active == (
-        Active("a", 1.0, 1),
-        Active("b", 1.0, 0),
+        ActiveAdapter("a", 1.0, 1),
+        ActiveAdapter("b", 1.0, 0),
     )
 
 
@@ -56,7 +56,7 @@ def test_the_last_match_overlaps_and_touches_both_ends() -> None:
 
 def test_weights_of_an_adapter_that_is_named_twice_add() -> None:
     seq = sequence(("b", 0.5), ("a", 1.0), ("b", 0.25))
-    assert seq.active == (Active("a", 1.0, 0), Active("b", 0.75, 0))
+    assert seq.active == (ActiveAdapter("a", 1.0, 0), ActiveAdapter("b", 0.75, 0))
     assert seq.digests == ("a", "b")
 
 

@@ -6,39 +6,39 @@ import pytest
 import torch
 
 from lora_serve.config import ServeConfig
-from lora_serve.engine.sizing import HOST, Needs, adapter_memory, kv_memory
+from lora_serve.engine.sizing import CPU_KV_BYTES, GpuMemory, adapter_memory, kv_memory
 from lora_serve.engine.startup import device_of
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
 
 GIB = 1 << 30
 LAYERS = [LayerShape(8, 128, 128)] * 32  # 128 KiB a token in bf16
-NEEDS = Needs(total=80 * GIB, taken=16 * GIB, passes=2 * GIB, graphs=GIB, adapters=8 * GIB)
+MEMORY = GpuMemory(total=80 * GIB, taken=16 * GIB, passes=2 * GIB, graphs=GIB, adapters=8 * GIB)
 
 
-def kv(needs: Needs | None, **options: object) -> int:
+def kv(needs: GpuMemory | None, **options: object) -> int:
     return kv_memory(ServeConfig(model="m", **options), needs, LAYERS, torch.bfloat16)  # type: ignore[arg-type]
 
 
 def test_on_a_gpu_kv_gets_what_all_else_leaves_of_the_share_that_may_be_used() -> None:
-    assert kv(NEEDS) == 72 * GIB - 27 * GIB
-    assert kv(NEEDS, gpu_memory_utilization=0.5) == 40 * GIB - 27 * GIB
+    assert kv(MEMORY) == 72 * GIB - 27 * GIB
+    assert kv(MEMORY, gpu_memory_utilization=0.5) == 40 * GIB - 27 * GIB
 
 
 def test_on_a_cpu_it_gets_a_fixed_part() -> None:
-    assert kv(None) == HOST
+    assert kv(None) == CPU_KV_BYTES
     assert kv(None, kv_cache_memory="3GiB") == 3 * GIB
 
 
 def test_a_size_that_was_asked_for_is_given_if_it_fits_the_memory_at_all() -> None:
-    assert kv(NEEDS, kv_cache_memory="53GiB") == 53 * GIB
+    assert kv(MEMORY, kv_cache_memory="53GiB") == 53 * GIB
     with pytest.raises(ModelUnsupported, match="no room for the KV cache"):
-        kv(NEEDS, kv_cache_memory="54GiB")
+        kv(MEMORY, kv_cache_memory="54GiB")
 
 
 def test_where_nothing_is_left_the_refusal_has_the_numbers() -> None:
     with pytest.raises(ModelUnsupported) as caught:
-        kv(Needs(total=24 * GIB, taken=16 * GIB, passes=int(2.2 * GIB), graphs=GIB, adapters=int(2.4 * GIB)))
+        kv(GpuMemory(total=24 * GIB, taken=16 * GIB, passes=int(2.2 * GIB), graphs=GIB, adapters=int(2.4 * GIB)))
     text = caught.value.message
     for part in ("24.00 GiB", "16.00", "2.20", "1.00", "2.40", "0 MiB are left", "--max-num-batched-tokens"):
         assert part in text

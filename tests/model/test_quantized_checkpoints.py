@@ -327,15 +327,15 @@ def test_a_missing_package_is_named_before_weights_are_read(
     said: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(external_quantization, "installed", lambda package: package not in missing)
+    monkeypatch.setattr(external_quantization, "is_installed", lambda package: package not in missing)
     assert said(**method) == (
         f"it is quantised ({label}), which needs {' and '.join(missing)}: pip install {' '.join(missing)}"
     )
 
 
 def test_installed_is_what_pip_would_say() -> None:
-    assert external_quantization.installed("torch")
-    assert not external_quantization.installed("kernels-of-nobody")
+    assert external_quantization.is_installed("torch")
+    assert not external_quantization.is_installed("kernels-of-nobody")
 
 
 def test_other_methods_are_refused_by_name(said: Callable[..., str]) -> None:
@@ -348,7 +348,7 @@ def test_other_methods_are_refused_by_name(said: Callable[..., str]) -> None:
 def test_quantize_does_not_go_with_a_quantised_checkpoint(
     said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external_quantization, "installed", lambda package: True)
+    monkeypatch.setattr(external_quantization, "is_installed", lambda package: True)
     assert said(scheme="int8", quant_method="fp8") == (
         "it is quantised already (fp8 by transformers): leave --quantize away, or name the original checkpoint"
     )
@@ -372,4 +372,4 @@ def test_more_than_linear_modules_quantised_is_refused_by_name() -> None:
     model.experts = nn.Module()
     model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelUnsupported, match=r"'it': experts\.gate_up_proj is quantised, and is not the weight of a"):
-        external_quantization.settle("it", model, None)
+        external_quantization.prepare_modules("it", model, None)
