@@ -297,7 +297,7 @@ def test_a_steps_work_does_not_depend_on_how_many_sequences_wait(adapters: int) 
 
 
 def schedule_calls(waiting: int, adapters: int) -> int:
-    """Python calls of eight `schedule`s (two turns) with so many sequences waiting, over so many adapters (0: the base)."""
+    """Python calls of eight `schedule`s with so many sequences waiting, over so many adapters (0: the base)."""
     s = scheduler(seqs=4, slots=4)
     for order in range(4):
         s.add(sequence(order, 3, f"a{order}" if adapters else None))
