@@ -1,4 +1,4 @@
-"""Runs the engine's own scheduling, flattening and forward pass over given tokens, and keeps every row's logits."""
+"""Runs the engine's own scheduler, batches and forward pass over given tokens, and keeps every row's logits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CPU = torch.device("cpu")
 
 
 class Driver:
-    """One base, its KV and its bank, without sampling: tokens are given, logits come back.
+    """One base with its KV cache and device slots, without sampling: given tokens in, logits out.
 
     Args:
-        kernels: None: what the device and `native` select.
+        kernels: None: selected by the device and `native`.
     """
 
     def __init__(
@@ -121,6 +121,6 @@ class Driver:
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
-    """Rows of several steps, whose vocabularies may differ in size: those that a step did not have are -inf."""
+    """Stack rows of several steps; where a step's vocabulary is smaller, logits are padded with -inf."""
     width = max(row.shape[1] for row in rows)
     return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-torch.inf) for row in rows])

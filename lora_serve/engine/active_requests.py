@@ -1,6 +1,6 @@
-"""The requests being served: admission, what each step's outputs mean for them, and the one way out.
+"""The requests being served: admission, processing of each step's outputs, and their end.
 
-Every request ends in `finish`, on every path: there its KV blocks and adapter leases are released.
+Every request ends in `finish`, on every path; its KV blocks and adapter leases are released there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ActiveRequests:
     """Requests by id, from admission to their last event.
 
     Args:
-        info: what requests are checked against.
-        max_queue: requests that may wait.
+        info: limits that requests are checked against.
+        max_queue: maximum number of waiting requests.
     """
 
     def __init__(self, info: EngineInfo, scheduler: Scheduler, registry: Registry, max_queue: int) -> None:
@@ -45,19 +45,19 @@ class ActiveRequests:
         return bool(self._events)
 
     def take_events(self) -> list[Event]:
-        """Everything that happened since the last call, in order."""
+        """All events since the last call, in order."""
         events, self._events = self._events, []
         return events
 
     def admit(self, request: Request) -> None:
-        """Check a request, lease its adapters and queue it; a refusal becomes its only event."""
+        """Check a request, lease its adapters and queue it; if it is refused, that is its only event."""
         try:
             self._admit(request)
         except ServeError as error:
             self.refuse(request, error)
 
     def refuse(self, request: Request, error: ServeError) -> None:
-        """Answer a request that is not admitted."""
+        """Refuse a request: its only event is the error."""
         self._events.append(Finished(request.id, "error", failure=Failure.of(error)))
 
     def abort(self, request_id: str) -> None:
@@ -72,7 +72,7 @@ class ActiveRequests:
             self.finish(seq, "error", error)
 
     def process(self, output: SequenceOutput) -> None:
-        """Take one sequence's output of a step: its token becomes an event, or it ends."""
+        """Process a step's output for one sequence: emit its token as an event, or end the request."""
         part, seq = output.part, output.part.seq
         if self._sequences.get(seq.request.id) is not seq:
             return  # it ended while the step was in flight
@@ -107,7 +107,7 @@ class ActiveRequests:
         stop_token: int | None = None,
         forget: bool = False,
     ) -> None:
-        """The one way out: KV blocks, leases and state are freed (`forget`: the blocks' content is not to be trusted)."""
+        """End a request: free its KV blocks, leases and state (`forget`: drop its blocks from the prefix index)."""
         self._scheduler.remove(seq, forget=forget)
         del self._sequences[seq.request.id]
         self._prompt_logprobs.pop(seq.request.id, None)
@@ -116,7 +116,7 @@ class ActiveRequests:
         self._events.append(Finished(seq.request.id, reason, stop_token, None if error is None else Failure.of(error)))
 
     def _admit(self, request: Request) -> None:
-        """Raises the ServeError that refuses the request."""
+        """Admit a request, or raise the ServeError that refuses it."""
         if request.id in self._sequences:
             raise BadRequest("a request with this id is already running", param="request_id")
         if len(self._scheduler.waiting) >= self._max_queue:
@@ -153,9 +153,9 @@ class ActiveRequests:
         )
 
     def _collect(self, part: ScheduledSequence, found: list[Logprob]) -> list[Logprob | None] | None:
-        """Gather a chunked prompt's log-probabilities; all of them once the prompt is computed."""
+        """Collect the log-probabilities of a chunked prompt; returns all of them once the prompt is computed."""
         request = part.seq.request
-        if part.start <= part.seq.virtual:  # it begins, perhaps again
+        if part.start <= part.seq.virtual:  # the first chunk, perhaps again after preemption
             self._prompt_logprobs[request.id] = [None]
         self._prompt_logprobs[request.id] += found
         return self._prompt_logprobs.pop(request.id) if part.samples else None

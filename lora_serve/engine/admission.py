@@ -1,4 +1,4 @@
-"""Whether a request can be served as asked, once its adapters are known. Pure; the engine acts on it."""
+"""Admission checks of a request against the base and its adapters; raise the error that refuses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_serve.request import MOST_ADAPTERS, Request
 
 
 def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
-    """Hold a request to the base and to its adapters. Raises the ServeError that refuses it, naming the field."""
+    """Check a request against the base and its adapters. Raises BadRequest or ContextExceeded, naming the field."""
     if not request.prompt:
         raise BadRequest("the prompt has no tokens", param="prompt")
     _check_composition(leases)
@@ -29,7 +29,7 @@ def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
 
 
 def check_adapters_fit(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
-    """Raises BadRequest for adapters that could never be on the device together, whatever else is pinned."""
+    """Check that a request's adapters can be on the device at once, beside pinned ones. Raises BadRequest."""
     sizes = {lease.digest: lease.bytes for lease in leases if lease.digest not in pinned}
     if len(sizes) > rotation.slots - len(pinned):
         raise BadRequest("more adapters than can be on the device at once", param="adapter")

@@ -1,6 +1,6 @@
 """Build a step's batch: the scheduled sequences' tokens, concatenated and grouped by adapter.
 
-Sequences with the same adapters are neighbours, so that their rows are one segment, however many sequences they are.
+Sequences with the same adapters are adjacent, so that all their rows form one segment.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.model.batch import AdapterRows, Batch
 
-LogitsRows = list[tuple[ScheduledSequence, slice]]  # which of a batch's logits rows are whose
+LogitsRows = list[tuple[ScheduledSequence, slice]]  # each scheduled sequence's rows of the logits
 
 
 def build_batch(
     scheduled: list[ScheduledSequence], slots: Mapping[str, int], block_size: int
 ) -> tuple[Batch, LogitsRows]:
-    """The batch of a step, and each scheduled sequence's rows of its logits, in the order of the batch.
+    """A step's batch, and each scheduled sequence's rows of its logits, in batch order.
 
     Args:
         scheduled: not empty.
@@ -42,7 +42,7 @@ def build_batch(
             tokens += [0] * count
         tokens += seq.tokens[max(start, seq.virtual) : end]
         if tokens[-1] == IN_FLIGHT_TOKEN:
-            tokens[-1] = -1 - seq.row
+            tokens[-1] = -1 - seq.sampled_row
         positions += range(start, end)
         for first in range(start - start % block_size, end, block_size):
             base = seq.blocks[first // block_size] * block_size
@@ -63,7 +63,7 @@ def build_batch(
         block_tables=[part.seq.blocks for part in parts],
         logits_rows=logits_rows,
         adapter_rows=adapter_rows,
-        # The same in every decode step.
+        # Equal in every decode step.
         logits_adapter_rows=adapter_rows if logits_ranges == ranges else _adapter_rows(logits_ranges, slots),
         virtual_rows=virtual_rows,
     )
@@ -71,7 +71,7 @@ def build_batch(
 
 
 def _adapter_rows(ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]) -> list[AdapterRows]:
-    """Rows by adapter; `ranges` are positions (start, end) of sequences, whose rows are concatenated."""
+    """Segments of rows by adapter; `ranges` are positions (start, end) of sequences, whose rows are concatenated."""
     found: list[AdapterRows] = []
     row = 0
     for adapters, group in groupby(_pieces(ranges, slots), key=lambda piece: piece[0]):
@@ -84,7 +84,7 @@ def _adapter_rows(ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[st
 def _pieces(
     ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
 ) -> Iterator[tuple[list[tuple[int, float]], int]]:
-    """Ranges split where an adapter becomes active: (slot, weight) of the active ones, and how many rows."""
+    """Split ranges where an adapter becomes active; yields (slot, weight) of the active adapters, and a row count."""
     for seq, start, end in ranges:
         if end == start:
             continue

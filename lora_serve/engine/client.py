@@ -1,8 +1,8 @@
-"""The engine as seen from asyncio: streams and calls over whichever engine process lives now.
+"""Asyncio client of the engine process: token streams and admin calls, kept alive across engine restarts.
 
-The API talks to this and to nothing else of the engine. It survives the engine's death: whatever ran gets a clean
-error at once, a new process is started (`engine/supervisor.py`), and until that is ready `ready` is False. It knows
-no HTTP, and tokens are numbers to it.
+The only part of the engine that the API uses. When the engine dies, running requests get an error at once, a new
+process is started (`engine/supervisor.py`), and `ready` is False until it serves. Knows neither HTTP nor text, only
+token ids.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lora_serve.messages import (
 from lora_serve.request import Event, Finished, Request
 
 COMMAND = (sys.executable, "-m", "lora_serve.engine.process_main")
-UNREAD_TOKENS = 4096  # of one stream; a reader this far behind has gone away without saying so
+UNREAD_TOKENS = 4096  # of one stream; a reader this far behind is taken to be gone
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ Observer = Callable[[Update], None]
 
 
 class EngineClient:
-    """One engine, restarted as often as needed. All methods belong to the event loop that called `start`.
+    """One engine, restarted as often as needed. Use it only on the event loop that called `start`.
 
     Args:
-        config: `max_queue` and `max_num_seqs` bound how many streams may be open, `heartbeat_timeout` the silence.
-        command: program that hosts the engine; the socket's address and this process's id are appended.
-        unread_tokens: tokens of one stream that may wait for its reader.
+        config: `max_queue` and `max_num_seqs` bound the number of open streams; `heartbeat_timeout` is in seconds.
+        command: program that runs the engine; the socket's address and this process's id are appended.
+        unread_tokens: tokens of one stream that may be buffered for its reader.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class EngineClient:
     ) -> None:
         self._unread_tokens = unread_tokens
         self._most_streams = config.max_queue + (config.max_num_seqs or MOST_SEQS)
-        self._streams: dict[str, EventBuffer] = {}  # those that the engine still works on
-        self._readers = 0  # generators not yet closed, their streams perhaps finished
+        self._streams: dict[str, EventBuffer] = {}  # by request id, unfinished ones only
+        self._readers = 0  # open `generate` generators, including those whose stream is finished
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
         self._observers: list[Observer] = []
         self._stats = Stats()
         self._draining = False
-        self._supervisor = Supervisor(config, command, self._take, self._lost)
+        self._supervisor = Supervisor(config, command, self._handle_message, self._handle_engine_loss)
 
     def __repr__(self) -> str:
         state = "draining" if self._draining else "ready" if self.ready else "not ready"
@@ -71,41 +71,41 @@ class EngineClient:
             f"<EngineClient {state}, {len(self._streams)} streams, {len(self._calls)} calls, {self.restarts} restarts>"
         )
 
-    # --- state ---------------------------------------------------------------------------------------------------
+    # --- state -------------------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the engine last said of its base; None before the first start."""
+        """The base model and engine settings; None before the first start."""
         return self._supervisor.info
 
     @property
     def stats(self) -> Stats:
-        """The newest numbers; zeros while no engine runs."""
+        """The latest statistics; zeros while no engine runs."""
         return self._stats
 
     @property
     def alive(self) -> bool:
-        """An engine runs and its heartbeat is recent. SlotRotation False well before the watchdog gives up on it."""
+        """Whether an engine runs and its heartbeat is recent: less than half of `heartbeat_timeout` ago."""
         return self._supervisor.alive
 
     @property
     def ready(self) -> bool:
-        """New requests are taken."""
+        """Whether new requests are accepted."""
         return self.alive and not self._draining
 
     @property
     def restarts(self) -> int:
-        """How often another engine took over from a lost one."""
+        """How often the engine has been restarted."""
         return self._supervisor.restarts
 
-    # --- work ----------------------------------------------------------------------------------------------------
+    # --- work --------------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Serve `request`: `Admitted`, any number of `Tokens`, `Finished` last. Closing it early aborts the request.
+        """Serve `request`: yields `Admitted`, any number of `Tokens`, `Finished`. Closing it early aborts the request.
 
-        `request.id` must not be in use. A reader that lets too much wait gets `Finished` with an error instead.
+        `request.id` must not be in use. A reader that falls too far behind gets `Finished` with an error.
 
-        Raises: `Unavailable`, `Overloaded`, both with `retry_after`, before anything was sent.
+        Raises: `Unavailable`, `Overloaded`, both with `retry_after`, before anything is sent.
         """
         child = self._supervisor.child
         if child is None or not self.ready:
@@ -131,9 +131,9 @@ class EngineClient:
                 self._abort(request.id)
 
     async def call(self, operation: Operation) -> Any:
-        """Have the engine do `operation`; returns what its documentation promises, in builtins.
+        """Run an admin operation; returns its documented result as builtins.
 
-        Raises: the engine's `ServeError`; `Unavailable` if there is no engine or it dies meanwhile.
+        Raises: the engine's `ServeError`; `Unavailable` if there is no engine or it dies before it answers.
         """
         child = self._supervisor.child
         if child is None:
@@ -148,20 +148,20 @@ class EngineClient:
             self._calls.pop(id, None)
 
     def observe(self, observer: Observer) -> None:
-        """Have `observer` called with every update of the engine, on the event loop."""
+        """Call `observer` with every update of the engine, on the event loop."""
         self._observers.append(observer)
 
-    # --- life ----------------------------------------------------------------------------------------------------
+    # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     async def start(self, on_progress: Callable[[str, float], None] = lambda stage, fraction: None) -> None:
-        """Start the engine; returns when it is ready. From then on it is supervised until `stop`.
+        """Start the engine; returns when it is ready. It is supervised until `stop`.
 
-        Raises: the `ServeError` that the engine refused to start with, `EngineFault` if it died.
+        Raises: the `ServeError` with which the engine refused to start, `EngineFault` if it died.
         """
         await self._supervisor.start(on_progress)
 
     async def drain(self, timeout: float) -> None:
-        """Take no new requests; return when those that run are finished and read, or after `timeout` seconds."""
+        """Stop accepting requests; return when the running ones are finished and read, or after `timeout` seconds."""
         self._draining = True
         deadline = time.monotonic() + timeout
         try:
@@ -176,16 +176,16 @@ class EngineClient:
     async def stop(self) -> None:
         """End every stream with an error, then the engine. The client cannot be started again."""
         self._draining = True
-        self._end_all(Unavailable("the server is shutting down", retry_after=self._retry_after))
+        self._fail_all(Unavailable("the server is shutting down", retry_after=self._retry_after))
         await self._supervisor.stop()
 
     def abandon(self) -> None:
         """Kill the engine without waiting; for a process that is about to end."""
         self._supervisor.abandon()
 
-    # --- messages ------------------------------------------------------------------------------------------------
+    # --- messages ----------------------------------------------------------------------------------------------------
 
-    def _take(self, message: FromEngine) -> None:
+    def _handle_message(self, message: FromEngine) -> None:
         match message:
             case Update():
                 for event in message.events:
@@ -195,7 +195,7 @@ class EngineClient:
                 for observer in self._observers:
                     try:
                         observer(message)
-                    except Exception:  # one that only looks on must not end the streams
+                    except Exception:  # a faulty observer must not end the streams
                         log.exception("an observer of the engine failed")
             case Reply(id, result, failure):
                 answer = self._calls.get(id)
@@ -211,7 +211,7 @@ class EngineClient:
     def _deliver(self, event: Event) -> None:
         stream = self._streams.get(event.request_id)
         if stream is None:
-            return  # late: the reader left, and the abort was on its way
+            return  # the reader has left, and the engine had not seen the abort yet
         if isinstance(event, Finished):
             del self._streams[event.request_id]
         if stream.put(event):
@@ -226,11 +226,11 @@ class EngineClient:
         if child is not None:
             child.send(Abort(id))
 
-    def _lost(self) -> None:
+    def _handle_engine_loss(self) -> None:
         self._stats = Stats()
-        self._end_all(self._unavailable("the engine ended while it served this request and is being restarted"))
+        self._fail_all(self._unavailable("the engine ended while it served this request and is being restarted"))
 
-    def _end_all(self, error: ServeError) -> None:
+    def _fail_all(self, error: ServeError) -> None:
         failure = Failure.of(error)
         streams, self._streams = self._streams, {}
         for id, stream in streams.items():
@@ -240,7 +240,7 @@ class EngineClient:
             if not answer.done():
                 answer.set_exception(failure.error())
 
-    # --- errors --------------------------------------------------------------------------------------------------
+    # --- errors ------------------------------------------------------------------------------------------------------
 
     @property
     def _retry_after(self) -> float:

@@ -1,4 +1,4 @@
-"""The engine process's end of the connection to the API process: a socket, a queue of unsent messages, and a waker."""
+"""The engine's end of the connection to the API process: a socket, a queue of unsent messages, and a waker."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import zmq
 from lora_serve.errors import EngineFault, Failure
 from lora_serve.messages import FromEngine, Reply, ToEngine, decode_to_engine, encode
 
-MAX_UNREAD = 256  # updates that may be on their way to a parent that does not read
-LINGER = 1000  # milliseconds that the last messages get to leave
+MAX_UNREAD = 256  # updates that may be queued in the socket while the parent does not read
+LINGER = 1000  # milliseconds for sending the last messages when the socket is closed
 
 log = logging.getLogger(__name__)
 
 
 class Waker:
-    """Lets any thread cut the loop's wait short."""
+    """Lets any thread end the wait of the engine's loop."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -27,7 +27,7 @@ class Waker:
         self._write.setblocking(False)
 
     def wake(self) -> None:
-        with suppress(OSError):  # full: the loop has pokes enough to wake up for; closed: nothing to wake
+        with suppress(OSError):  # full: a wake-up is pending already; closed: nothing to wake
             self._write.send(b"\0")
 
     def fileno(self) -> int:
@@ -43,7 +43,7 @@ class Waker:
 
 
 class Connection:
-    """The engine's end of the connection. Nothing here blocks longer than it was told to."""
+    """The engine's end of the connection. Only `wait` blocks, with a timeout."""
 
     def __init__(self, address: str, waker: Waker) -> None:
         self._context = zmq.Context(io_threads=1)
@@ -58,7 +58,7 @@ class Connection:
         self._poller.register(waker.fileno(), zmq.POLLIN)
 
     def send(self, message: FromEngine) -> None:
-        """Send, or keep in order until the parent reads again. An answer that cannot be written becomes a failure."""
+        """Send, or queue until the parent reads again. A reply that cannot be encoded is sent as a failure."""
         try:
             self._unsent.append(encode(message))
         except (ValueError, OverflowError):
@@ -69,7 +69,7 @@ class Connection:
         self.flush()
 
     def flush(self) -> bool:
-        """Whether everything is on its way."""
+        """Send what is queued, as far as the socket takes it; whether nothing is left."""
         with suppress(zmq.Again):
             while self._unsent:
                 self._socket.send(self._unsent[0], zmq.NOBLOCK)
@@ -77,7 +77,7 @@ class Connection:
         return not self._unsent
 
     def receive(self) -> list[ToEngine]:
-        """All messages that wait now."""
+        """All messages that have arrived."""
         messages: list[ToEngine] = []
         with suppress(zmq.Again):
             while True:
@@ -85,7 +85,7 @@ class Connection:
         return messages
 
     def wait(self, seconds: float) -> None:
-        """Until a message or a poke comes, `seconds` at most."""
+        """Wait for a message or a wake-up, `seconds` at most."""
         self._poller.poll(max(0, round(seconds * 1000)))
         self._waker.clear()
 

@@ -1,8 +1,8 @@
-"""Token ids → text that is safe to send: whole characters only, and nothing that could become a stop string.
+"""Incremental detokenization: sends whole characters only, and holds back text that could become a stop string.
 
-Works on a window of recent tokens, so a token costs the same however long the text is. The window starts at a token
-boundary at which text was complete, which keeps every tokenizer's own spacing rules intact (a sentencepiece token means
-something else at the beginning of a text).
+Decodes a window of recent tokens, so the cost of a token does not grow with the text. The window starts at a token
+boundary at which the text was complete, so that tokenizers put spaces as in the whole text (a sentencepiece token
+decodes differently at the start of a text).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what an incomplete UTF-8 character decodes to
-LONGEST_CHARACTER = 8  # tokens; one that is not complete by then never will be
-CONTEXT = 6  # prompt tokens that tell how the first token is spaced
+LONGEST_CHARACTER = 8  # tokens; a character that is not complete by then never will be
+CONTEXT = 6  # prompt tokens that decide whether a space precedes the first token
 
 
 class Detokenizer:
@@ -20,7 +20,7 @@ class Detokenizer:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        prompt: the tokens before; only the last few matter.
+        prompt: the tokens before the text; only the last `CONTEXT` are used.
         stop: strings that end the text.
         include_stop: leave the stop string in the text.
     """
@@ -32,19 +32,19 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._window = list(prompt[-CONTEXT:])
-        self._known = len(self._window)  # tokens of the window whose text is out of it
+        self._known = len(self._window)  # tokens of the window whose text was returned
         self._held = ""
         self.stopped = False
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """Take new tokens; returns the text that can be sent now. After a stop string: nothing more."""
+        """Add tokens; returns the text that can be sent now, which is empty after a stop string."""
         if self.stopped:
             return ""
         text = "".join(self._next(token) for token in token_ids)
         return self._release(self._held + text)
 
     def flush(self) -> str:
-        """The end: what was held back, however incomplete."""
+        """End the text; returns what was held back, even incomplete characters."""
         if self.stopped:
             return ""
         text, self._held = self._held + self._fresh(), ""
@@ -61,7 +61,7 @@ class Detokenizer:
         return fresh
 
     def _fresh(self) -> str:
-        """Text that the window's unknown tokens add to its known ones."""
+        """Text that the window's other tokens add to its first `_known` ones."""
         before = self._decode(self._window[: self._known])
         return self._decode(self._window)[len(before) :]
 
@@ -70,7 +70,7 @@ class Detokenizer:
         return text
 
     def _release(self, text: str) -> str:
-        """Cut at the first stop string; hold back an end that could become one."""
+        """Cut the text at the first stop string; hold back a suffix that could become one."""
         found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             place, stop = min(found, key=lambda match: (match[0], len(match[1])))
@@ -83,7 +83,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

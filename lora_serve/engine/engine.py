@@ -2,7 +2,7 @@
 
 A step is: schedule, launch on the device, process the outputs. On a CPU these follow each other. On a GPU the next step
 is scheduled and launched while one is in flight, and only then are the outputs of that one read, so the device never
-waits for Python; what was computed for a sequence that turns out to have ended is dropped.
+waits for Python. Tokens computed for a sequence that turns out to have ended are dropped.
 
 The loop never touches the disk and never waits for a load: publishing and loading adapters run in the registry's
 threads, and their results are picked up at the beginning of a step.
@@ -48,16 +48,15 @@ from lora_serve.messages import (
 
 log = logging.getLogger(__name__)
 
-LEAST_TOKENS = 16  # that a step may take, however little memory there is
+MIN_STEP_TOKENS = 16  # a step's token budget is not lowered below this after out-of-memory errors
 
 
 class Engine:
     """One resident base serving many sequences.
 
     Args:
-        info: what callers must know of the base.
-        scheduler, runner, registry: decisions, device, adapters.
-        max_queue: sequences that may wait.
+        info: the base model and limits, as reported to clients.
+        max_queue: maximum number of waiting sequences.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class Engine:
         self._registry = registry
         self._requests = ActiveRequests(info, scheduler, registry, max_queue)
         self._replies: list[Reply] = []
-        self._draining: list[int] | None = None  # ids of the calls to answer when nothing runs any more
+        self._draining: list[int] | None = None  # ids of drain calls to answer when no request is left
         self._in_flight: InFlightStep | None = None
-        self._last_outputs = 0.0  # when those of the last step were there
+        self._last_outputs = 0.0  # when the outputs of the last step were read
         self._pacer = PrefillPacer()
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
@@ -85,7 +84,7 @@ class Engine:
         progress: Callable[[str, float], None],
         overlap: bool | None = None,
     ) -> Engine:
-        """Load the base and everything around it; raises ModelUnsupported and other ServeErrors if that cannot be.
+        """Build an engine from its configuration. Raises ModelUnsupported and other ServeErrors.
 
         Args:
             overlap: see `build_parts`.
@@ -95,7 +94,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether another step would do something now."""
+        """Whether another step would do any work now."""
         running = bool(self._requests) and not self._stalled
         return running or self._requests.has_events or bool(self._replies) or self.step_in_flight
 
@@ -105,7 +104,7 @@ class Engine:
         return self._in_flight is not None
 
     def receive(self, message: Generate | Abort | Call) -> None:
-        """Take one message in. Refusals become events or replies; nothing is raised."""
+        """Handle one message. Refusals become events or replies; nothing is raised."""
         self._stalled = False
         match message:
             case Generate(request) if self._draining is not None:
@@ -117,15 +116,15 @@ class Engine:
             case Call():
                 self._call(message)
 
-    # --- steps ---------------------------------------------------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self) -> Update:
-        """Run a step, if anything can run; returns all events since the last call."""
+        """Run a step if anything can run; returns all events since the last call."""
         if self._registry.poll():
             self._stalled = False
         report = self._step_overlapped() if self._runner.overlaps else self._step()
         self._shrink_after_out_of_memory()
-        self._stalled = report is None and not self.step_in_flight  # finished sequences may have made room
+        self._stalled = report is None and not self.step_in_flight  # finished sequences may have freed blocks
         if self._draining is not None and not self._requests:
             self._replies += [Reply(call) for call in self._draining]
             self._draining = []
@@ -137,7 +136,7 @@ class Engine:
         return None if step is None else self._process(step)
 
     def _step_overlapped(self) -> StepReport | None:
-        """Launch the next step, then process the outputs of the one before."""
+        """Launch the next step, then process the outputs of the previous one."""
         report = self._process_in_flight() if self._in_flight is not None and self._in_flight.blocks_next else None
         previous, self._in_flight = self._in_flight, self._launch(self._schedule())
         if previous is not None:
@@ -150,7 +149,7 @@ class Engine:
         return scheduled
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> InFlightStep | None:
-        """Start a step; the one after it may be scheduled from then on."""
+        """Launch a step, after which the next one may be scheduled."""
         if not scheduled:
             return None
         step = launch(scheduled, self._runner, self._registry)
@@ -163,7 +162,7 @@ class Engine:
         return None if step is None else self._process(step)
 
     def _process(self, step: InFlightStep) -> StepReport:
-        """Wait for a step's outputs and process them; what it took of the device's time."""
+        """Wait for a step's outputs and process them; reports its size and duration."""
         for output in step.outputs():
             self._requests.process(output)
         self._steps += 1
@@ -175,19 +174,19 @@ class Engine:
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def _shrink_after_out_of_memory(self) -> None:
-        """After a step that ran out of memory: smaller ones from now on."""
+        """After a step that ran out of memory, halve the token budget of later steps."""
         if self._runner.out_of_memory:
             self._runner.out_of_memory = False
-            self._scheduler.max_tokens = max(LEAST_TOKENS, self._scheduler.max_tokens // 2)
+            self._scheduler.max_tokens = max(MIN_STEP_TOKENS, self._scheduler.max_tokens // 2)
             log.warning("a step ran out of memory; steps take %d tokens at most now", self._scheduler.max_tokens)
 
-    # --- adapters ------------------------------------------------------------------------------------------------
+    # --- adapters ----------------------------------------------------------------------------------------------------
 
     def _is_loaded(self, digest: str) -> bool:
         return isinstance(self._registry.state(digest), InMemory)
 
     def _request_loads(self) -> None:
-        """Load adapters that the oldest sequences lack, as many as there are slots; end those whose load failed."""
+        """Load the adapters that the oldest sequences lack, at most one per slot; end requests whose load failed."""
         wanted: dict[str, None] = {}
         for adapter_set in self._scheduler.unloaded():
             states = {digest: self._registry.state(digest) for digest in adapter_set}
@@ -201,7 +200,7 @@ class Engine:
             self._registry.want(digest)
 
     def _call(self, call: Call) -> None:
-        """Start an admin operation; its answer is among the `replies` when it is ready."""
+        """Start an admin operation; its result is among the `replies` when it is ready."""
 
         def done(result: Any) -> None:
             if isinstance(result, ServeError):
@@ -217,7 +216,7 @@ class Engine:
     def _dispatch(self, call: Call, done: Callable[[Any], None]) -> None:
         """Dispatch an admin operation (publish, load, evict, …) to the adapter registry.
 
-        `done` gets its result or a ServeError, now or when it is ready. Raises ServeError too.
+        `done` is called with its result or a ServeError, now or later. Also raises ServeError.
         """
         registry = self._registry
         match call.operation:
@@ -240,15 +239,15 @@ class Engine:
             case DeleteAdapter(name):
                 registry.delete(name, done)
 
-    # --- the outside ---------------------------------------------------------------------------------------------
+    # --- replies and statistics --------------------------------------------------------------------------------------
 
     def replies(self) -> list[Reply]:
-        """Answers to calls that became ready."""
+        """Replies that became ready since the last call."""
         replies, self._replies = self._replies, []
         return replies
 
     def stats(self) -> Stats:
-        """The engine's state in numbers."""
+        """Current statistics of the queues, KV cache and adapters."""
         scheduler, pool = self._scheduler, self._scheduler.pool
         stats = Stats(
             waiting=len(scheduler.waiting),
@@ -265,6 +264,6 @@ class Engine:
         return stats
 
     def close(self) -> None:
-        """End all that runs (a last `step` hands out the events) and free the adapters."""
+        """End all requests (a last `step` returns their events) and free the adapters."""
         self._requests.finish_all(Unavailable("the server is shutting down", retry_after=5))
         self._registry.close()

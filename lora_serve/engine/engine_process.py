@@ -1,7 +1,7 @@
-"""One life of the engine process, as its parent holds it: the process, its own socket, its end.
+"""Handle of one engine process in its parent: the process, its socket, and its cleanup.
 
-Every life has a socket of its own in a private folder, so nothing that a dead engine sent can reach its successor.
-When to start, kill or restart is decided in `engine/client.py`.
+Every process gets a socket of its own in a private folder, so no message of a dead engine can reach its successor. When
+to start, kill or restart is decided in `engine/supervisor.py`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lora_serve.messages import (
     encode,
 )
 
-LAST_WORDS = 0.1  # seconds that messages sent just before death get to arrive
-REAP = 5.0  # seconds that a killed process gets to be gone
+FINAL_MESSAGES = 0.1  # seconds to wait for messages that were sent just before the process ended
+KILL_TIMEOUT = 5.0  # seconds to wait for a killed process
 
 log = logging.getLogger(__name__)
 
 
 class EngineProcess:
-    """A running engine process; made by `spawn`, ended by `close`, which is safe to call at any time."""
+    """A running engine process; created by `spawn`, ended by `close`, which may be called at any time."""
 
     def __init__(self, process: Process, context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, folder: str) -> None:
         self._process = process
@@ -59,17 +59,17 @@ class EngineProcess:
 
     @classmethod
     async def spawn(cls, command: Sequence[str], config: ServeConfig) -> EngineProcess:
-        """Start `command` with the configuration on its standard input and a socket of its own."""
+        """Start `command` with the configuration on its standard input and a new socket."""
         threads = config.threads or physical_cores()
         folder = tempfile.mkdtemp(prefix="lora-serve-")  # mode 0700: only this user can reach the socket in it
         context = zmq.asyncio.Context()
         try:
             socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
-            socket.sndhwm = 0  # sending never blocks; how much may wait is bounded by the client's admission
+            socket.sndhwm = 0  # sending never blocks; the client's limit on open streams bounds the queue
             socket.linger = 0
             address = f"ipc://{folder}/engine"
             socket.bind(address)
-            # The engine's options are what it is given here, and the parent's one-thread maths is not for it.
+            # The engine takes its options from standard input only, and its own number of threads.
             environment = {name: value for name, value in os.environ.items() if not name.startswith("LORA_SERVE_")}
             environment["OMP_NUM_THREADS"] = str(threads)
             process = await asyncio.create_subprocess_exec(
@@ -82,38 +82,38 @@ class EngineProcess:
         child = cls(process, context, socket, folder)
         try:
             options = config.model_copy(update={"threads": threads}).model_dump_json(exclude={"config"})
-            await _give(process, options.encode())
+            await _write_stdin(process, options.encode())
         except BaseException:
             await child.close()
             raise
         return child
 
-    async def ready(self, on_progress: Callable[[str, float], None]) -> EngineInfo:
-        """Wait until the base is resident, however long that takes while the process lives.
+    async def wait_until_ready(self, on_progress: Callable[[str, float], None]) -> EngineInfo:
+        """Wait until the base is loaded, without a timeout while the process lives.
 
-        Raises: what the engine refused with; `EngineFault` if it ended without a word.
+        Raises: the `ServeError` with which the engine refused to start; `EngineFault` if it ended without one.
         """
         while (message := await self.receive()) is not None:
             match message:
                 case Progress(stage, fraction):
                     on_progress(stage, fraction)
                 case Ready(info):
-                    # Both ends are connected, the name is not needed any more: not even kill -9 leaves it behind.
+                    # Both ends are connected, so the path is no longer needed; removed now, kill -9 cannot leave it.
                     shutil.rmtree(self._folder, ignore_errors=True)
                     return info
                 case Refused(failure):
                     raise failure.error()
                 case _:
                     log.warning("the engine sent a %s before it was ready", type(message).__name__)
-        raise EngineFault(f"the engine process ended while it started ({self._cause()})")
+        raise EngineFault(f"the engine process ended while it started ({self._exit_cause()})")
 
     def send(self, message: ToEngine) -> None:
-        """Hand a message to the socket at once, in order. To a dead process: nothing happens."""
+        """Queue a message on the socket, in order; does nothing once the process is closed."""
         if not self._socket.closed:
-            self._socket.send(encode(message))  # resolved on the spot: there is no high-water mark
+            self._socket.send(encode(message))  # never waits: there is no high-water mark
 
     async def receive(self) -> FromEngine | None:
-        """The next message; None once the process has ended and nothing that it sent is left.
+        """The next message; None once the process has ended and all its messages were read.
 
         Raises: `msgspec.DecodeError` on anything that is not a message.
         """
@@ -121,33 +121,33 @@ class EngineProcess:
         try:
             await asyncio.wait({receiving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
             if not receiving.done():
-                await asyncio.wait({receiving}, timeout=LAST_WORDS)
+                await asyncio.wait({receiving}, timeout=FINAL_MESSAGES)
             return decode_from_engine(receiving.result()) if receiving.done() else None
         finally:
             receiving.cancel()
 
-    async def exited(self, timeout: float) -> bool:
-        """Whether the process is gone within `timeout` seconds."""
+    async def wait_for_exit(self, timeout: float) -> bool:
+        """Whether the process exits within `timeout` seconds."""
         await asyncio.wait({self._exit}, timeout=timeout)
         return self._exit.done()
 
-    async def explain(self) -> None:
-        """Have a stuck process write its threads' stacks to the log."""
+    async def dump_stacks(self) -> None:
+        """Make a stuck process write the stacks of its threads to the log."""
         self._signal(signal.SIGUSR1)
-        await self.exited(0.3)
+        await self.wait_for_exit(0.3)
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
 
     async def close(self) -> None:
-        """Kill what still runs and take back everything that this life used."""
-        self.discard()
-        if not await self.exited(REAP):  # a process that sleeps in a driver cannot be killed; do not wait for it
+        """Kill the process if it still runs, wait for it, and remove its socket."""
+        self.destroy()
+        if not await self.wait_for_exit(KILL_TIMEOUT):  # e.g. stuck in a device driver, where it cannot be killed
             log.error("engine process %d cannot be ended", self.pid)
             self._exit.cancel()
 
-    def discard(self) -> None:
-        """Kill, and take the socket and its folder away, without waiting."""
+    def destroy(self) -> None:
+        """Kill the process and remove its socket and folder, without waiting."""
         self.kill()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -157,7 +157,7 @@ class EngineProcess:
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    def _cause(self) -> str:
+    def _exit_cause(self) -> str:
         status = self._process.returncode
         if status is None:
             return "it still runs"
@@ -166,8 +166,8 @@ class EngineProcess:
         return signal.Signals(-status).name
 
 
-async def _give(process: Process, text: bytes) -> None:
-    """Write all of standard input; a process that died before reading it is noticed by its exit."""
+async def _write_stdin(process: Process, text: bytes) -> None:
+    """Write and close the process's standard input; if it died before reading, its exit is noticed elsewhere."""
     assert process.stdin is not None
     with suppress(BrokenPipeError, ConnectionResetError):
         process.stdin.write(text)

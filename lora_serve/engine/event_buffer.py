@@ -1,7 +1,7 @@
 """The bounded buffer between the engine and one reader.
 
-The engine's side never waits for a reader; a reader that falls behind gets its tokens in fewer, larger pieces, and one
-that falls too far behind is cut off. Knows neither sockets nor HTTP.
+The engine never waits for a reader: one that falls behind gets its tokens in fewer, larger events, and one that falls
+too far behind is cut off.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class EventBuffer:
-    """Events of one request, waiting to be read by one reader.
+    """Unread events of one request.
 
     Args:
-        limit: tokens that may wait unread.
+        limit: unread tokens that are buffered at most.
     """
 
     def __init__(self, limit: int) -> None:
@@ -33,9 +33,9 @@ class EventBuffer:
         return f"<EventBuffer {len(self._waiting)} events, {self._tokens}/{self._limit} tokens waiting>"
 
     def put(self, event: Event) -> bool:
-        """Add an event. False if the reader is too far behind: the event was not taken, the stream is to be ended.
+        """Add an event. False if the reader is too far behind: the event is dropped and the stream should be ended.
 
-        The end is always taken, so a slow reader still learns of it.
+        Only token events are ever dropped, so that a slow reader still gets the last event.
         """
         if isinstance(event, Tokens):
             if self._tokens + len(event.token_ids) > self._limit and self._tokens:
@@ -46,32 +46,32 @@ class EventBuffer:
         return True
 
     async def get(self) -> Event:
-        """The next event; token events that wait together come as one."""
+        """Wait for the next event; consecutive unread token events are merged into one."""
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
         event = self._waiting.popleft()
         if not isinstance(event, Tokens):
             return event
-        run = [event]
+        pieces = [event]
         while self._waiting and isinstance(following := self._waiting[0], Tokens):
-            run.append(following)
+            pieces.append(following)
             self._waiting.popleft()
         self._tokens = 0
-        return joined(run)
+        return merge_tokens(pieces)
 
 
-def joined(run: list[Tokens]) -> Tokens:
-    """Consecutive token events as one; what is meaningful on the first only is the first's."""
-    first = run[0]
-    if len(run) == 1:
+def merge_tokens(pieces: list[Tokens]) -> Tokens:
+    """Merge consecutive token events; `cached` and such, which only the first one has, are taken from it."""
+    first = pieces[0]
+    if len(pieces) == 1:
         return first
-    logprobs = None if first.logprobs is None else _flat(piece.logprobs or [] for piece in run)
+    logprobs = None if first.logprobs is None else _flat(piece.logprobs or [] for piece in pieces)
     return Tokens(
         first.request_id,
-        _flat(piece.token_ids for piece in run),
+        _flat(piece.token_ids for piece in pieces),
         logprobs,
-        next((piece.prompt_logprobs for piece in run if piece.prompt_logprobs is not None), None),
+        next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
         first.cached,
     )
 

@@ -1,9 +1,9 @@
-"""Round-robin assignment of device slots to adapters when more adapters are wanted than there are slots.
+"""Round-robin assignment of device slots to adapters when more adapters are needed than there are slots.
 
-Pure decisions over plain state. An adapter set is what one sequence needs at the same time (mostly one adapter). Sets
-that have no slots wait in a line, first in, first out. A set keeps its slots for at least a quantum of steps; then it
-yields to the first one in the line, and joins the line again behind it. So every set's turn comes, and no turn is so
-short that copying adapters outweighs running them. The work of a step depends on the number of slots only.
+Pure decisions over plain state. An adapter set is all adapters that one sequence needs at the same time (mostly one).
+Sets without slots wait in a FIFO queue. A set keeps its slots for at least a quantum of steps; then it yields to the
+head of the queue and is queued again at the end. So every set gets its turn, and no turn is so short that copying
+adapters costs more than running them. The work of a step depends on the number of slots only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class SlotRotation:
     """Which adapters are resident on the device, step by step.
 
     Args:
-        slots: adapters on the device at once.
-        quantum: steps for which a resident adapter stays while others wait.
-        capacity: bytes of them at once; None: however many the slots hold.
-        size: bytes of an adapter.
+        slots: maximum number of adapters on the device.
+        quantum: steps for which a resident adapter keeps its slot while others wait.
+        capacity: maximum bytes of adapters on the device; None: no limit.
+        size: bytes of an adapter, by digest.
     """
 
     def __init__(
@@ -30,29 +30,29 @@ class SlotRotation:
         self.capacity = capacity
         self._quantum = quantum
         self._size = size
-        self._wanted: dict[str, dict[AdapterSet, None]] = {}  # adapter → wanted sets with it
-        self._line: dict[AdapterSet, None] = {}  # wanted sets that wait for slots, in order
+        self._wanted: dict[str, dict[AdapterSet, None]] = {}  # adapter → needed sets that contain it
+        self._queue: dict[AdapterSet, None] = {}  # needed sets that wait for slots, first in, first out
         self._since: dict[str, int] = {}  # resident adapter → step at which its turn began, in that order
         self._pinned: Set[str] = frozenset()
-        self._stale = False  # some resident adapter may not be wanted any more
+        self._stale = False  # some resident adapter may no longer be needed
 
     def __repr__(self) -> str:
-        return f"<SlotRotation {len(self._since)} of {self.slots} slots assigned, {len(self._line)} sets wait>"
+        return f"<SlotRotation {len(self._since)} of {self.slots} slots assigned, {len(self._queue)} sets wait>"
 
-    def want(self, adapter_set: AdapterSet) -> None:
-        """Some sequence needs these adapters from now on, and they are in host memory."""
+    def add(self, adapter_set: AdapterSet) -> None:
+        """Add a set that some sequence needs and that is in host memory."""
         for digest in adapter_set:
             self._wanted.setdefault(digest, {})[adapter_set] = None
         if adapter_set:
-            self._line[adapter_set] = None
+            self._queue[adapter_set] = None
 
-    def unwant(self, adapter_set: AdapterSet) -> None:
-        """No sequence needs these adapters any more, or they are no longer in host memory."""
+    def remove(self, adapter_set: AdapterSet) -> None:
+        """Remove a set that no sequence needs any more, or that is no longer in host memory."""
         for digest in adapter_set:
             del self._wanted[digest][adapter_set]
             if not self._wanted[digest]:
                 del self._wanted[digest]
-        self._line.pop(adapter_set, None)
+        self._queue.pop(adapter_set, None)
         self._stale = True
 
     def assign(
@@ -66,24 +66,25 @@ class SlotRotation:
         Args:
             step: number of this step; grows.
             pinned: adapters that always have a slot; fewer than there are slots.
-            is_loaded: whether a set is still in host memory, asked before it gets slots; if not, it must be unwanted now.
+            is_loaded: whether a set is still in host memory; asked before it gets slots. One that is not must have been
+                removed when this returns.
         """
         if pinned != self._pinned:
             self._repin(pinned)
         if self._stale:
             self._release()
-        for _ in range(len(self._line)):  # those that yield in this step join the line behind
-            first = next(iter(self._line))
+        for _ in range(len(self._queue)):  # sets that yield in this step are queued again at the end
+            first = next(iter(self._queue))
             if not is_loaded(first):
-                continue  # it has left the line
-            # Strictly in line: where the first has no room, nobody behind it takes what it waits for.
+                continue  # it was removed
+            # Strictly in order: if the first set does not fit, no later one may take the slots that it waits for.
             if not self._is_resident(first) and not self._admit(step, first):
                 break
-            del self._line[first]
+            del self._queue[first]
         return set(self._since) | pinned
 
     def resident_sets(self) -> list[AdapterSet]:
-        """Wanted sets whose adapters all have a slot; the base's empty set is one."""
+        """Needed sets whose adapters all have a slot, including the empty set of the base."""
         found = dict.fromkeys(
             each
             for digest in (*self._since, *self._pinned)
@@ -93,7 +94,7 @@ class SlotRotation:
         return [(), *found]
 
     def fits(self, digests: Set[str], pinned: Set[str] = frozenset()) -> bool:
-        """Whether these can be on the device at once, beside the pinned ones."""
+        """Whether these adapters fit on the device together with the pinned ones."""
         together = digests | pinned
         few = len(together) <= self.slots
         return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
@@ -102,9 +103,9 @@ class SlotRotation:
         return all(digest in self._since or digest in self._pinned for digest in adapter_set)
 
     def _admit(self, step: int, adapter_set: AdapterSet) -> bool:
-        """Assign slots to a set if there is room, or if enough others have had their quantum."""
+        """Assign slots to a set if enough are free or held by adapters past their quantum."""
         members = [digest for digest in adapter_set if digest not in self._pinned]
-        done = [  # longest resident first: that is the order of the dict
+        done = [  # longest resident first, which is the order of the dict
             digest for digest, since in self._since.items() if digest not in members and step - since >= self._quantum
         ]
         staying = self._since.keys() | set(members)
@@ -116,15 +117,15 @@ class SlotRotation:
             staying = staying - {leaving[-1]}
         for digest in leaving:
             del self._since[digest]
-            self._line |= self._wanted.get(digest, {})
+            self._queue |= self._wanted.get(digest, {})
             self._stale = True
-        for digest in members:  # a turn is the set's: it begins now for all of it
+        for digest in members:  # the turn of the whole set begins now
             self._since.pop(digest, None)
             self._since[digest] = step
         return True
 
     def _release(self) -> None:
-        """Take slots back from adapters of which no wanted set is resident as a whole."""
+        """Free the slots of adapters that belong to no completely resident set."""
         self._since = {
             digest: since
             for digest, since in self._since.items()
@@ -133,10 +134,10 @@ class SlotRotation:
         self._stale = False
 
     def _repin(self, pinned: Set[str]) -> None:
-        """Other adapters are pinned now: their slots are no longer, or again, part of the rotation."""
+        """Change the pinned adapters, whose slots are not part of the rotation."""
         before, self._pinned = self._pinned, frozenset(pinned)
         for digest in pinned:
             self._since.pop(digest, None)
         for digest in before - pinned:
-            self._line |= self._wanted.get(digest, {})
+            self._queue |= self._wanted.get(digest, {})
         self._stale = True

@@ -1,4 +1,4 @@
-"""The in-flight step: its adapters have slots, it was launched on the device, and its outputs are not read yet."""
+"""The in-flight step: launched on the device with its adapters in slots, outputs not read yet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_serve.errors import ServeError
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step between launch and the reading of its outputs.
+    """A launched step whose outputs have not been read.
 
     Attributes:
-        scheduled: the scheduled sequences that are in it.
-        adapters: how many it uses.
-        started: in seconds, by the process's performance counter.
-        outputs: waits for the device; one output for each of `scheduled`.
+        scheduled: the sequences in it.
+        adapters: number of adapters in use.
+        started: launch time in seconds, by `time.perf_counter`.
+        outputs: waits for the device; returns one output for each of `scheduled`.
     """
 
     scheduled: list[ScheduledSequence]
@@ -30,15 +30,15 @@ class InFlightStep:
 
     @property
     def blocks_next(self) -> bool:
-        """Whether the next step needs its tokens on the host before it can be launched (penalties)."""
+        """Whether its tokens must be on the host before the next step can be launched (penalties)."""
         return any(part.seq.needs_previous_tokens for part in self.scheduled)
 
 
 def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registry) -> InFlightStep:
-    """Assign slots to the step's adapters and start it. If they do not fit, only those who wanted them fail.
+    """Assign slots to the step's adapters and launch it. Only sequences whose adapters do not fit fail.
 
-    Sequences whose adapters are still being copied to the device are left out if there are any others: they keep their
-    KV blocks and are scheduled again.
+    Sequences whose adapters are still being copied to the device are left out while others can run; they keep their KV
+    blocks and are scheduled again.
     """
     started = time.perf_counter()
     slots, failed = _assign_slots(scheduled, registry)
@@ -53,13 +53,13 @@ def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registr
 def _assign_slots(
     scheduled: list[ScheduledSequence], registry: Registry
 ) -> tuple[dict[str, int], list[SequenceOutput]]:
-    """Slots by adapter; and the outputs of sequences whose adapters could not all get one."""
+    """Slots by adapter, and failures of the sequences whose adapters could not all get one."""
     try:
         return registry.assign_slots(_digests(scheduled)), []
     except ServeError:
         slots: dict[str, int] = {}
         failed = []
-        for part in scheduled:  # those who need no more than there is are not the ones to fail
+        for part in scheduled:  # fail only the sequences whose adapters do not fit
             try:
                 slots |= registry.assign_slots([*slots, *part.seq.digests])
             except ServeError as error:

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens and of their likeliest rivals, by whole-number sums that no backend's order changes.
+"""Log-probabilities of given tokens and of each row's top-k tokens, with a normaliser that is summed exactly.
 
-A weight is a probability up to a factor, as a whole number (`exp` scaled by 2^40, in int64): sums of them are exact, so
-what is found does not depend on a row's neighbours or on the device.
+Unnormalised probabilities are fixed-point integers (`exp` scaled by 2^40, in int64). Their sums are exact in any order,
+so a result does not depend on a row's neighbours or on the device.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from torch import Tensor
 from lora_serve.kernels.host_device_copy import DeviceToHostCopy
 from lora_serve.request import Logprob
 
-ONE = 2.0**40  # weight of the likeliest token; 2^23 tokens as likely still fit int64; 2^40 times less likely is never
-CHUNK_CPU = 1 << 19  # logits treated at once: their int64 copies stay in a CPU's cache,
-CHUNK_DEVICE = 1 << 24  # and are small beside the weights elsewhere
+# The likeliest token's fixed-point probability. 2^23 ties still fit int64; one 2^40 times less likely rounds to 0.
+PROB_SCALE = 2.0**40
+CHUNK_LOGITS_CPU = 1 << 19  # logits processed at once: their int64 copies stay in a CPU's cache,
+CHUNK_LOGITS_GPU = 1 << 24  # and are small beside the model's weights on a GPU
 
 
 class PendingLogprobs:
-    """Log-probabilities on their way to the host.
+    """Log-probabilities being copied to the host.
 
     Args:
-        parts: by some rows at a time, ids int64 [rows, 1 + most] (the token itself, then the row's likeliest ones),
-            their log-probabilities float32, and how many of the likeliest are wanted, by row.
+        parts: chunks of rows: ids int64 [rows, 1 + k] (the given token, then the row's top k), their log-probabilities
+            float32 [rows, 1 + k], and by row how many of the top k are wanted.
     """
 
     def __init__(self, parts: Iterable[tuple[Tensor, Tensor, Sequence[int]]]) -> None:
         self._parts = [(DeviceToHostCopy(ids), DeviceToHostCopy(values), tops) for ids, values, tops in parts]
 
     def wait(self) -> list[Logprob]:
-        """One entry a row, in order."""
+        """Wait for the copies; returns one entry per row, in order."""
         return [
             entry
             for ids, values, tops in self._parts
@@ -41,53 +42,52 @@ class PendingLogprobs:
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> PendingLogprobs:
-    """Log-probabilities of a token a row, and of its row's `tops[i]` likeliest ones (equals: lower id first).
+    """Log-probabilities of one token per row and of row i's `tops[i]` likeliest tokens (ties: lower id first).
 
     Args:
         logits: [rows, vocab], any float dtype. A row that is not finite gives NaN.
         token_ids: int64 [rows], on the same device.
     """
-    parts = (slice(part[0], part[-1] + 1) for part in chunks(range(len(tops)), logits))
+    parts = (slice(part[0], part[-1] + 1) for part in row_chunks(range(len(tops)), logits))
     return PendingLogprobs((*_logprobs(logits[part], token_ids[part], tops[part]), tops[part]) for part in parts)
 
 
-def chunks(rows: Sequence[int], logits: Tensor) -> list[list[int]]:
-    """The rows in parts that are treated at once; changes no result."""
-    size = max(1, (CHUNK_CPU if logits.device.type == "cpu" else CHUNK_DEVICE) // logits.shape[1])
+def row_chunks(rows: Sequence[int], logits: Tensor) -> list[list[int]]:
+    """Split rows into chunks that bound temporary memory; changes no result."""
+    size = max(1, (CHUNK_LOGITS_CPU if logits.device.type == "cpu" else CHUNK_LOGITS_GPU) // logits.shape[1])
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def weights(distance: Tensor) -> Tensor:
-    """Probabilities up to a factor, as int64, from distances to the largest logit (≤ 0): that one weighs `ONE`."""
-    return distance.exp().mul_(ONE).long()
+def fixed_point_probs(shifted: Tensor) -> Tensor:
+    """Unnormalised probabilities as int64, from logits minus their row's maximum (≤ 0), which maps to `PROB_SCALE`."""
+    return shifted.exp().mul_(PROB_SCALE).long()
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ids and values as `PendingLogprobs` wants them."""
+    """Ids and log-probabilities of a chunk; see `PendingLogprobs`."""
     values = logits.float()
     peak = values.amax(-1, keepdim=True)
-    log_total = (weights(values - peak).sum(-1, keepdim=True).double() / ONE).log()
-    most = min(max(tops, default=0), values.shape[1])
-    ids = torch.cat([token_ids[:, None], _likeliest(values, most)], 1)
-    found = ((values.gather(1, ids).double() - peak.double()) - log_total).float()
-    found = found.where(peak.isfinite(), float("nan"))
-    return ids, found
+    log_total = (fixed_point_probs(values - peak).sum(-1, keepdim=True).double() / PROB_SCALE).log()
+    k = min(max(tops, default=0), values.shape[1])
+    ids = torch.cat([token_ids[:, None], _top_ids(values, k)], 1)
+    result = ((values.gather(1, ids).double() - peak.double()) - log_total).float()
+    return ids, result.where(peak.isfinite(), float("nan"))
 
 
 def _entry(ids: list[int], values: list[float], top: int) -> Logprob:
-    """What is -inf is not in the row's vocabulary: a neighbour's is larger."""
-    likeliest = zip(ids[1 : top + 1], values[1 : top + 1], strict=True)
-    return Logprob(ids[0], values[0], [(id_, value) for id_, value in likeliest if value != -torch.inf])
+    """Tokens at -inf are left out: they belong to a neighbouring row's larger vocabulary."""
+    alternatives = zip(ids[1 : top + 1], values[1 : top + 1], strict=True)
+    return Logprob(ids[0], values[0], [(id_, value) for id_, value in alternatives if value != -torch.inf])
 
 
-def _likeliest(values: Tensor, count: int) -> Tensor:
-    """Ids [rows, count] of the largest values, descending, equals by lower id; values float32 [rows, vocab]."""
+def _top_ids(values: Tensor, count: int) -> Tensor:
+    """Ids [rows, count] of the largest values, descending, ties by lower id; values float32 [rows, vocab]."""
     if count == 0:
         return values.new_empty(len(values), 0, dtype=torch.int64)
     if count == 1:
         return values.max(-1, keepdim=True).indices
-    # One whole number orders by value, then by id: a float's bits, read as an integer, order like the float if the
-    # lower ones of negatives are flipped. Adding zero makes -0.0 equal to 0.0.
+    # One int64 sort key orders by value, then by id: a float's bits, read as an integer, order like the float if the
+    # lower bits of negatives are flipped. Adding zero makes -0.0 equal to 0.0.
     bits = (values + 0.0).view(torch.int32)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     order += torch.arange(values.shape[1] - 1, -1, -1, device=values.device)

@@ -1,8 +1,7 @@
 """Entry point of the engine process: a loop that passes messages to the engine, runs steps and sends updates.
 
-It is a process of its own so that a crash, a stuck kernel or a busy step never takes HTTP down with it. It holds no
-policy: what runs is the engine's decision, when to die is the parent's (`engine/supervisor.py`), except that it never
-outlives its parent.
+The engine is a process of its own so that a crash, a stuck kernel or a long step never takes HTTP down. What runs is
+the engine's decision, when to exit the parent's (`engine/supervisor.py`); the process never outlives its parent.
 
 Started as `python -m lora_serve.engine.process_main ADDRESS PARENT` with the configuration as JSON on standard input.
 """
@@ -40,16 +39,16 @@ from lora_serve.messages import (
     Update,
 )
 
-HEARTBEAT = 0.5  # seconds; half of what `Update` promises, so that one late turn is not a missed beat
-STATS_EVERY = 0.1  # seconds between the numbers that travel with busy steps
-NOTHING_RAN = 0.005  # seconds to wait for a poke when the engine is busy but this step had nothing to run
-BACKPRESSURE = 0.05  # seconds between tries while the parent does not read
+HEARTBEAT = 0.5  # seconds; half of what `Update` promises, so that one late iteration is not a missed heartbeat
+STATS_EVERY = 0.1  # seconds between statistics while steps run
+IDLE_STEP_WAIT = 0.005  # seconds to wait for a message when the engine is busy but this step had nothing to run
+BACKPRESSURE = 0.05  # seconds between attempts to send while the parent does not read
 
 log = logging.getLogger(__name__)
 
 
 class EngineCore(Protocol):
-    """What this process needs of an engine; `lora_serve.engine.engine.Engine` is the real one."""
+    """The engine's interface to this process; implemented by `lora_serve.engine.engine.Engine`."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -65,7 +64,7 @@ class EngineCore(Protocol):
 
 
 class Build(Protocol):
-    """Makes an engine. `wake` may be called from any thread, `progress` only from the one that builds."""
+    """Builds an engine. `wake` may be called from any thread, `progress` only from the building one."""
 
     def __call__(
         self, config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]
@@ -73,8 +72,8 @@ class Build(Protocol):
 
 
 def serve(engine: EngineCore, connection: Connection) -> None:
-    """Turn the loop until `Exit`: take messages, one step, tell what happened; sleep only with nothing to run."""
-    told = counted = 0.0
+    """The engine's loop until `Exit`: receive messages, run one step, send updates; waits only if nothing can run."""
+    last_update = last_stats = 0.0
     while True:
         for message in connection.receive():
             if isinstance(message, Exit):
@@ -83,7 +82,7 @@ def serve(engine: EngineCore, connection: Connection) -> None:
                 return
             engine.receive(message)
 
-        # A parent that does not read pauses generation: to drop events would tear streams, to keep them eat memory.
+        # Pause generation while the parent does not read: dropping events breaks streams, keeping them fills memory.
         if not connection.flush():
             connection.wait(BACKPRESSURE)
             continue
@@ -92,23 +91,23 @@ def serve(engine: EngineCore, connection: Connection) -> None:
         ran = update.step is not None or bool(update.events)
         idle = not engine.busy
         now = time.monotonic()
-        beat = now - told >= HEARTBEAT
-        if ran or beat:
-            if update.stats is None and (idle or beat or now - counted >= STATS_EVERY):
-                update, counted = msgspec.structs.replace(update, stats=engine.stats()), now
+        heartbeat = now - last_update >= HEARTBEAT
+        if ran or heartbeat:
+            if update.stats is None and (idle or heartbeat or now - last_stats >= STATS_EVERY):
+                update, last_stats = msgspec.structs.replace(update, stats=engine.stats()), now
             connection.send(update)
-            told = now
-        for reply in engine.replies():  # after the events: a drain is answered when the last stream has its end
+            last_update = now
+        for reply in engine.replies():  # after the events: a drain is answered after the last stream's end
             connection.send(reply)
 
         if idle:
-            connection.wait(told + HEARTBEAT - now)
+            connection.wait(last_update + HEARTBEAT - now)
         elif not ran and not engine.step_in_flight:
-            connection.wait(NOTHING_RAN)
+            connection.wait(IDLE_STEP_WAIT)
 
 
 def run(build: Build, address: str, config: ServeConfig) -> int:
-    """Build the engine and serve over `address` until told to exit. Returns the exit status."""
+    """Build the engine and serve over `address` until an `Exit` message. Returns the exit status."""
     waker = Waker()
     connection = Connection(address, waker)
     try:
@@ -136,8 +135,8 @@ def run(build: Build, address: str, config: ServeConfig) -> int:
         waker.close()
 
 
-def bind_life_to(parent: int) -> None:
-    """Die when the parent does: at once by the kernel's help on Linux, within a second everywhere, even mid-step."""
+def die_with_parent(parent: int) -> None:
+    """Make this process die with its parent: at once on Linux, within a second elsewhere, even during a step."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
@@ -151,14 +150,14 @@ def bind_life_to(parent: int) -> None:
 
 
 def main(build: Build, arguments: Sequence[str]) -> int:
-    """The process's entry: `arguments` are the address to connect to and the parent's process id."""
+    """Run the process: `arguments` are the address to connect to and the parent's process id."""
     address, parent = arguments
-    bind_life_to(int(parent))
-    # Terminals and service managers signal the whole group; whether to drain or to die is the parent's decision alone.
+    die_with_parent(int(parent))
+    # Terminals and service managers signal the whole process group, but only the parent decides to drain or to exit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the parent asks a stuck engine where it hangs before it kills it
+    faulthandler.register(signal.SIGUSR1)  # the parent has a stuck engine dump its stacks before it kills it
     config = ServeConfig.model_validate_json(sys.stdin.read())
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -170,7 +169,7 @@ def main(build: Build, arguments: Sequence[str]) -> int:
 
 def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> EngineCore:
     progress("starting", 0.0)
-    # Imported here: torch takes seconds, and a broken installation should arrive at the parent as a refusal.
+    # Imported here: importing torch takes seconds, and a broken installation should reach the parent as a message.
     from lora_serve.engine.engine import Engine
 
     return Engine.build(config, wake=wake, progress=progress)

@@ -1,4 +1,4 @@
-"""Run a step on the device: batch in, sampled tokens out. A fault stays with the sequence that caused it.
+"""Run a step on the device: batch in, sampled tokens out. A failure ends only the sequence that caused it.
 
 Launching a step does not wait for the device; reading its outputs does. In between, the next step can be launched for
 sequences whose sampled tokens only the device knows.
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """What a step gave one sequence: a sampled token if its last row was reached, or why there is none.
+    """A step's output for one sequence: its sampled token, if one was sampled, or the failure that ends it.
 
-    `prompt_logprobs` are those of the prompt tokens that this step's rows predict, in order; None if nobody asked.
+    `prompt_logprobs`: of the prompt tokens that this step's rows predict, in order; None if not requested.
     """
 
     part: ScheduledSequence
@@ -39,15 +39,15 @@ class SequenceOutput:
     failure: ServeError | None = None
 
 
-Outputs = Callable[[], list[SequenceOutput]]  # waits for a launched step
-Sampled = tuple[int | None, Logprob | None, ServeError | None]  # a sequence's token, its log-probability, or a fault
+Outputs = Callable[[], list[SequenceOutput]]  # waits for a launched step and returns its outputs
+TokenOrFault = tuple[int | None, Logprob | None, ServeError | None]  # token and log-probability, or failure
 
 
 class SampledTokens:
-    """The tokens sampled last, on the device, for steps launched before the host has read them.
+    """Sampled tokens kept on the device, for steps launched before the host has read them.
 
     Attributes:
-        previous: int64 [rows], those of the step before; the forward pass reads them here.
+        previous: int64 [rows], sampled by the previous step; input of the forward pass.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -56,12 +56,12 @@ class SampledTokens:
         self._count = 0
 
     def begin_step(self) -> None:
-        """What was written in the step before is read in this one."""
+        """Make the tokens written in the previous step readable in this one."""
         self.previous.copy_(self._current)
         self._count = 0
 
     def write(self, token_ids: Tensor) -> int:
-        """Add sampled tokens; the row of the first. Where none could be sampled, any token will do."""
+        """Append sampled tokens; returns the row of the first. Rows without a token (-1) get an arbitrary one."""
         start, self._count = self._count, self._count + token_ids.shape[0]
         self._current[start : self._count] = token_ids.clamp(min=0)
         return start
@@ -71,10 +71,10 @@ class Runner:
     """Runs scheduled sequences on the resident base.
 
     Attributes:
-        out_of_memory: whether a launch ran out of memory; whoever reads it sets it back.
+        out_of_memory: whether a launch ran out of memory; the reader resets it.
 
     Args:
-        tokens: where the base finds tokens that the host has not read; None if every step is read before the next one.
+        tokens: sampled tokens on the device; None if every step's outputs are read before the next launch.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Runner:
         return self._tokens is not None
 
     def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> Outputs:
-        """Start one step. If the batch fails, its sequences are tried one by one, once.
+        """Launch one step. If the batch fails, its sequences are retried one by one, once.
 
-        Raises only what leaves the device unusable.
+        Raises only errors that leave the device unusable.
         """
         if self._tokens is not None:
             self._tokens.begin_step()
@@ -104,15 +104,15 @@ class Runner:
         try:
             return self._attempt(scheduled, slots)
         except torch.AcceleratorError:
-            raise  # whatever comes after it on this device fails too
+            raise  # the device is unusable from now on
         except Exception as error:
             if len(scheduled) == 1:
                 log.exception("a sequence failed in the forward pass")
-            caught = error.with_traceback(None)  # which would keep the failed pass's memory while others are tried
+            caught = error.with_traceback(None)  # a traceback would keep the failed pass's memory alive
         if _out_of_memory(caught):
             self.out_of_memory = True
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # free memory is fragmented
+                torch.cuda.empty_cache()  # the free memory is fragmented
         if len(scheduled) == 1:
             failed = SequenceOutput(scheduled[0], failure=_fault(caught))
             return lambda: [failed]
@@ -153,8 +153,8 @@ class Runner:
         ids = to_device(following, torch.int64, logits.device)
         return logprobs(logits[: len(following)], ids, [top] * len(following))
 
-    def _sample(self, logits: Tensor, sampling: LogitsRows) -> list[Callable[[], Mapping[int, Sampled]]]:
-        """Sample a token for each; functions that wait for them, by id of the scheduled sequence."""
+    def _sample(self, logits: Tensor, sampling: LogitsRows) -> list[Callable[[], Mapping[int, TokenOrFault]]]:
+        """Sample a token for each; returns functions that wait for them and map id(scheduled sequence) to it."""
         if not sampling:
             return []
         rows = [
@@ -181,12 +181,12 @@ class Runner:
         if self._tokens is not None:
             start = self._tokens.write(samples.token_ids)
             for index, (part, _) in enumerate(sampling, start):
-                part.seq.row = index
+                part.seq.sampled_row = index
         return [lambda: _read(samples, sampling)]
 
 
-def _read(samples: PendingSamples, sampling: LogitsRows) -> dict[int, Sampled]:
-    """Wait for sampled tokens; by id of the scheduled sequence."""
+def _read(samples: PendingSamples, sampling: LogitsRows) -> dict[int, TokenOrFault]:
+    """Wait for sampled tokens; by id of the scheduled sequence object."""
     sampled = samples.wait()
     return {
         id(part): (sampled.token_ids[i], sampled.logprobs[i], None)

@@ -1,16 +1,15 @@
-"""Logits to tokens: biases, penalties, filters and the draw, for all rows of a step at once.
+"""Sampling for all rows of a step at once: logit bias, penalties, top-k, top-p and min-p filters, one token per row.
 
-Why it is written as it is: a row's result must not depend on its neighbours, on preemption or on the device. Therefore
-probabilities are whole numbers (`exp` scaled by 2^40, in int64), whose sums are exact in whatever order a backend adds
-them, and the random number of a draw is a pure function of the row's seed and its position in the output. Filters
-are written as thresholds on a value, so equal values always share one fate and no order of sorting shows.
+A row's token must not depend on its neighbours, on preemption or on the device. Therefore probabilities are fixed-point
+integers (`exp` scaled by 2^40, in int64), whose sums are exact in any order of addition, and a row's random number is a
+pure function of its seed and its position in the output. Filters are thresholds on a value, so tied tokens are kept or
+dropped together and the order of a sort never matters.
 
-The order of what is done to a row: logit_bias, no stop token before min_tokens, repetition penalty, presence and
-frequency penalties, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the largest logit after the
-penalties, the lowest id among equals. Log-probabilities are those of the model itself: log-softmax of the logits
-as they came in.
+Order of operations: logit_bias, no stop token before min_tokens, repetition penalty, presence and frequency penalties,
+temperature, top_k, top_p, min_p, sampling. Temperature 0 takes the largest logit after the penalties, the lowest id
+among ties. Log-probabilities are the model's own: log-softmax of the logits as they came in.
 
-Nothing waits for the device: what it draws stays there as a tensor, and is read when it is asked for.
+Nothing here waits for the device: sampled tokens stay there until `PendingSamples.wait`.
 """
 
 from __future__ import annotations
@@ -22,25 +21,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_serve.engine.logprobs import ONE, PendingLogprobs, chunks, logprobs
-from lora_serve.engine.logprobs import weights as weights_of
+from lora_serve.engine.logprobs import PROB_SCALE, PendingLogprobs, fixed_point_probs, logprobs, row_chunks
 from lora_serve.kernels.host_device_copy import DeviceToHostCopy, to_device
 from lora_serve.request import Logprob, Sampling
 
-COLDEST = 1e-5  # temperatures below it are greedy; float32 could not tell them apart from 0
-NEAR = 1024  # a filter that keeps no more tokens than this is found without sorting the vocabulary
+MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: float32 could not tell such a temperature from 0
+MAX_TOP_K = 1024  # a filter that keeps at most this many tokens needs no sort of the whole vocabulary
 MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """One row of logits to draw a token from.
+    """How to sample a token from one row of logits.
 
     Attributes:
-        seed: any integer; always set (drawn at admission if the client gave none).
-        position: tokens generated so far. The draw depends on (seed, position) and the logits, on nothing else.
-        stop_ids: ids that are forbidden before `params.min_tokens`.
-        prompt, output: token ids; read for penalties only.
+        seed: any integer; always set (chosen at admission if the client gave none).
+        position: tokens generated so far. The token depends on (seed, position) and the logits only.
+        stop_ids: ids that are masked before `params.min_tokens`.
+        prompt, output: token ids, for the penalties.
     """
 
     params: Sampling
@@ -52,11 +50,11 @@ class SamplingRow:
 
     @property
     def greedy(self) -> bool:
-        return self.params.temperature < COLDEST
+        return self.params.temperature < MIN_TEMPERATURE
 
     @property
     def adjusted(self) -> bool:
-        """Whether its logits are changed before a token is chosen."""
+        """Whether bias, masking or penalties change its logits."""
         params = self.params
         return (
             bool(params.logit_bias)
@@ -67,11 +65,11 @@ class SamplingRow:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One entry a row.
+class Samples:
+    """Sampled tokens, one entry per row.
 
-    `finite` is False where nothing can be drawn: a logit is NaN or +Inf, or every one is -Inf (in the input, or after
-    masking). Such a row has token -1 and no log-probability, and changes nothing for the others.
+    `finite` is False where no token can be sampled: a logit is NaN or +Inf, or all are -Inf (in the input, or after
+    masking). Such a row has token -1 and no log-probability; other rows are not affected.
     """
 
     token_ids: list[int]
@@ -80,47 +78,51 @@ class Sampled:
 
 
 class PendingSamples:
-    """A step's tokens as the device draws them.
+    """Tokens being sampled on the device.
 
     Attributes:
-        token_ids: int64 [rows], on the device; -1 where nothing can be drawn.
+        token_ids: int64 [rows], on the device; -1 where no token can be sampled.
 
     Args:
-        wanted, listed: the rows whose log-probabilities are wanted, and these; None if there are none.
+        logprob_rows: rows whose log-probabilities are wanted.
+        pending_logprobs: the log-probabilities of these rows; None if there are none.
     """
 
-    def __init__(self, token_ids: Tensor, wanted: list[int], listed: PendingLogprobs | None) -> None:
+    def __init__(self, token_ids: Tensor, logprob_rows: list[int], pending_logprobs: PendingLogprobs | None) -> None:
         self.token_ids = token_ids
         self._tokens = DeviceToHostCopy(token_ids)
-        self._wanted, self._listed = wanted, listed
+        self._logprob_rows, self._pending_logprobs = logprob_rows, pending_logprobs
 
-    def wait(self) -> Sampled:
-        """What was drawn, once the device is that far."""
+    def wait(self) -> Samples:
+        """Wait for the device; returns the sampled tokens."""
         token_ids: list[int] = self._tokens.wait().tolist()
-        found: list[Logprob | None] = [None] * len(token_ids)
-        for i, entry in zip(self._wanted, [] if self._listed is None else self._listed.wait(), strict=True):
-            found[i] = entry if token_ids[i] >= 0 else None
-        return Sampled(token_ids, found, [token >= 0 for token in token_ids])
+        logprobs: list[Logprob | None] = [None] * len(token_ids)
+        entries = [] if self._pending_logprobs is None else self._pending_logprobs.wait()
+        for i, entry in zip(self._logprob_rows, entries, strict=True):
+            logprobs[i] = entry if token_ids[i] >= 0 else None
+        return Samples(token_ids, logprobs, [token >= 0 for token in token_ids])
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingSamples:
-    """Choose one token for each row.
+    """Sample one token for each row.
 
     Args:
-        logits: [rows, vocab], any float dtype; not changed, and not read any more once the next pass is launched.
+        logits: [rows, vocab], any float dtype; not modified, and not read after the next forward pass is launched.
     """
     token_ids = _argmax(logits)
-    for part in chunks([i for i, row in enumerate(rows) if row.adjusted or not row.greedy], logits):
-        chosen = _choose(_rows(logits, part).to(torch.float32, copy=True), [rows[i] for i in part])
-        _put(token_ids, part, chosen.where(_rows(token_ids, part) >= 0, -1))
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    tops = [rows[i].params.logprobs or 0 for i in wanted]
-    listed = logprobs(_rows(logits, wanted), _rows(token_ids, wanted).clamp(min=0), tops) if wanted else None
-    return PendingSamples(token_ids, wanted, listed)
+    for part in row_chunks([i for i, row in enumerate(rows) if row.adjusted or not row.greedy], logits):
+        sampled = _sample_rows(_rows(logits, part).to(torch.float32, copy=True), [rows[i] for i in part])
+        _set_rows(token_ids, part, sampled.where(_rows(token_ids, part) >= 0, -1))
+    logprob_rows = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not logprob_rows:
+        return PendingSamples(token_ids, [], None)
+    tops = [rows[i].params.logprobs or 0 for i in logprob_rows]
+    pending = logprobs(_rows(logits, logprob_rows), _rows(token_ids, logprob_rows).clamp(min=0), tops)
+    return PendingSamples(token_ids, logprob_rows, pending)
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) of a draw: 53 bits of splitmix64 over both (Steele, Lea, Flood 2014)."""
+    """A uniform random number in [0, 1): 53 bits of splitmix64 of seed and position (Steele, Lea, Flood 2014)."""
     return (_mix(_mix(seed & MASK) + (position + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
@@ -132,12 +134,12 @@ def _mix(value: int) -> int:
 
 
 def _rows(x: Tensor, part: list[int]) -> Tensor:
-    """The rows `part` (ascending) of x; x itself where that is all of them."""
+    """x[part]; x itself, without a copy, if `part` (ascending) is all rows."""
     return x if len(part) == len(x) else x.index_select(0, to_device(part, torch.int64, x.device))
 
 
-def _put(x: Tensor, part: list[int], rows: Tensor) -> None:
-    """x[part] = rows; `part` as in `_rows`."""
+def _set_rows(x: Tensor, part: list[int], rows: Tensor) -> None:
+    """x[part] = rows, for an ascending `part`."""
     if len(part) == len(x):
         x.copy_(rows)
     else:
@@ -145,26 +147,26 @@ def _put(x: Tensor, part: list[int], rows: Tensor) -> None:
 
 
 def _argmax(values: Tensor) -> Tensor:
-    """Index int64 [rows] of the largest value a row, -1 if that is not finite (NaN counts as largest)."""
+    """Index int64 [rows] of each row's largest value, -1 if that is not finite (NaN counts as largest)."""
     largest = values.max(-1)
     return largest.indices.where(largest.values.isfinite(), -1)
 
 
-def _choose(values: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """Token [rows], -1 where there is none to choose. ModuleOverrides `values`, float32 [rows, vocab]."""
+def _sample_rows(values: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """Sampled tokens int64 [rows], -1 where there is none. Modifies `values`, float32 [rows, vocab]."""
     for i, row in enumerate(rows):
         if row.adjusted:
             _adjust(values[i], row)
     tokens = _argmax(values)
-    drawing = [i for i, row in enumerate(rows) if not row.greedy]
-    if drawing:
-        drawn = _draw(_rows(values, drawing), [rows[i] for i in drawing])
-        _put(tokens, drawing, drawn.where(_rows(tokens, drawing) >= 0, -1))
+    random = [i for i, row in enumerate(rows) if not row.greedy]
+    if random:
+        sampled = _sample_from_distribution(_rows(values, random), [rows[i] for i in random])
+        _set_rows(tokens, random, sampled.where(_rows(tokens, random) >= 0, -1))
     return tokens
 
 
 def _adjust(values: Tensor, row: SamplingRow) -> None:
-    """Bias, forbidden stop tokens and penalties on one row, float32 [vocab], in place."""
+    """Apply logit bias, masked stop tokens and penalties to one row, float32 [vocab], in place."""
     params = row.params
     device = values.device
     if params.logit_bias:
@@ -184,69 +186,69 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
         values[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(values: Tensor, rows: list[SamplingRow]) -> Tensor:
-    """Invert the filtered distribution's cumulative sum, over ids in order. Values: float32 [rows, vocab], finite."""
+def _sample_from_distribution(values: Tensor, rows: list[SamplingRow]) -> Tensor:
+    """Inverse-transform sampling from the filtered distribution. Values: float32 [rows, vocab], finite."""
     device = values.device
     temperature = to_device([row.params.temperature for row in rows], torch.float32, device)
-    weights = weights_of((values - values.amax(-1, keepdim=True)) / temperature[:, None])
-    _keep_top_k(weights, values, [row.params.top_k for row in rows])
-    _keep_top_p(weights, [row.params.top_p for row in rows])
-    _keep_min_p(weights, [row.params.min_p for row in rows])
-    cumulative = weights.cumsum(-1)
+    probs = fixed_point_probs((values - values.amax(-1, keepdim=True)) / temperature[:, None])
+    _keep_top_k(probs, values, [row.params.top_k for row in rows])
+    _keep_top_p(probs, [row.params.top_p for row in rows])
+    _keep_min_p(probs, [row.params.min_p for row in rows])
+    cumulative = probs.cumsum(-1)
     total = cumulative[:, -1]
-    draws = to_device([uniform(row.seed, row.position) for row in rows], torch.float64, device)
-    target = (draws * total).long().minimum(total - 1)
+    u = to_device([uniform(row.seed, row.position) for row in rows], torch.float64, device)
+    target = (u * total).long().minimum(total - 1)
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def _keep_top_k(weights: Tensor, values: Tensor, top_k: list[int]) -> None:
-    """Drop tokens that k or more others surpass."""
+def _keep_top_k(probs: Tensor, values: Tensor, top_k: list[int]) -> None:
+    """Drop tokens with k or more likelier ones."""
     filtered = [i for i, k in enumerate(top_k) if 0 < k < values.shape[1]]
-    for part in ([i for i in filtered if top_k[i] <= NEAR], [i for i in filtered if top_k[i] > NEAR]):
+    for part in ([i for i in filtered if top_k[i] <= MAX_TOP_K], [i for i in filtered if top_k[i] > MAX_TOP_K]):
         if part:
-            chosen = _rows(values, part)
+            filtered_values = _rows(values, part)
             last = to_device([top_k[i] - 1 for i in part], torch.int64, values.device)
-            largest = chosen.topk(max(top_k[i] for i in part)).values
-            _put(weights, part, _rows(weights, part).where(chosen >= largest.gather(1, last[:, None]), 0))
+            largest = filtered_values.topk(max(top_k[i] for i in part)).values
+            _set_rows(probs, part, _rows(probs, part).where(filtered_values >= largest.gather(1, last[:, None]), 0))
 
 
-def _keep_top_p(weights: Tensor, top_p: list[float]) -> None:
-    """Drop tokens where those that surpass them already hold the probability p or more."""
+def _keep_top_p(probs: Tensor, top_p: list[float]) -> None:
+    """Drop tokens whose likelier ones already have a total probability of p or more."""
     filtered = [i for i, p in enumerate(top_p) if p < 1.0]
     if not filtered:
         return
-    chosen = _rows(weights, filtered)
-    share = to_device([top_p[i] for i in filtered], torch.float64, weights.device) * chosen.sum(-1)
-    least = (_least_by_parts if weights.device.type == "cpu" else _least_by_sorting)(chosen, share)
-    _put(weights, filtered, chosen.where(chosen >= least[:, None], 0))
+    rows = _rows(probs, filtered)
+    mass = to_device([top_p[i] for i in filtered], torch.float64, probs.device) * rows.sum(-1)
+    threshold = (_threshold_by_top_k if probs.device.type == "cpu" else _threshold_by_sorting)(rows, mass)
+    _set_rows(probs, filtered, rows.where(rows >= threshold[:, None], 0))
 
 
-def _least_by_sorting(weights: Tensor, share: Tensor) -> Tensor:
-    """Smallest weight [rows] among the fewest that reach `share`."""
-    return _least_of_share(weights.sort(descending=True).values, share)
+def _threshold_by_sorting(probs: Tensor, mass: Tensor) -> Tensor:
+    """Smallest probability [rows] in the nucleus: the fewest tokens whose sum reaches `mass` [rows]."""
+    return _threshold(probs.sort(descending=True).values, mass)
 
 
-def _least_by_parts(weights: Tensor, share: Tensor) -> Tensor:
-    """The same, sorting only the rows that need it: how many these are has to be waited for."""
-    head = weights.topk(min(NEAR, weights.shape[1])).values
-    least = _least_of_share(head, share)
-    wide = (head.sum(-1) < share).nonzero()[:, 0]
+def _threshold_by_top_k(probs: Tensor, mass: Tensor) -> Tensor:
+    """The same, sorting only rows with a wide nucleus; for a CPU, because the host has to know which rows these are."""
+    head = probs.topk(min(MAX_TOP_K, probs.shape[1])).values
+    threshold = _threshold(head, mass)
+    wide = (head.sum(-1) < mass).nonzero()[:, 0]
     if len(wide):
-        least[wide] = _least_by_sorting(weights[wide], share[wide])
-    return least
+        threshold[wide] = _threshold_by_sorting(probs[wide], mass[wide])
+    return threshold
 
 
-def _least_of_share(descending: Tensor, share: Tensor) -> Tensor:
-    """Smallest weight [rows] among the fewest that reach `share`; at least the largest one."""
+def _threshold(descending: Tensor, mass: Tensor) -> Tensor:
+    """Smallest probability [rows] in the nucleus, which has at least one token; `descending` is sorted."""
     before = descending.cumsum(-1) - descending
-    count = (before < share[:, None]).sum(-1).clamp(min=1)
+    count = (before < mass[:, None]).sum(-1).clamp(min=1)
     return descending.gather(1, count[:, None] - 1)[:, 0]
 
 
-def _keep_min_p(weights: Tensor, min_p: list[float]) -> None:
-    """Drop tokens less likely than min_p times the likeliest, whose weight is `ONE`."""
+def _keep_min_p(probs: Tensor, min_p: list[float]) -> None:
+    """Drop tokens less likely than min_p times the likeliest, which has `PROB_SCALE`."""
     filtered = [i for i, p in enumerate(min_p) if p > 0.0]
     if filtered:
-        least = to_device([min_p[i] * ONE for i in filtered], torch.float64, weights.device)
-        chosen = _rows(weights, filtered)
-        _put(weights, filtered, chosen.where(chosen >= least.long()[:, None], 0))
+        threshold = to_device([min_p[i] * PROB_SCALE for i in filtered], torch.float64, probs.device)
+        rows = _rows(probs, filtered)
+        _set_rows(probs, filtered, rows.where(rows >= threshold.long()[:, None], 0))

@@ -1,9 +1,9 @@
 """Continuous batching: which sequences run in the next step, with how many tokens, in which KV blocks.
 
 Pure decisions over plain state: no tensors, no clock. Under a token budget, sequences that decode come first with one
-token each; prefills take what is left in chunks, oldest first, and beside sequences that decode no more than the prefill
-budget. When KV blocks run out, the youngest sequence is preempted: it gives its blocks back and is prefilled again later
-(mostly from the prefix cache). The work of a step does not depend on how many sequences wait.
+token each; prefills take the rest in chunks, oldest first, and beside sequences that decode no more than the prefill
+budget. When KV blocks run out, the youngest sequence is preempted: its blocks are freed and it is prefilled again later
+(mostly from the prefix cache). A step's work does not depend on how many sequences wait.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _order = attrgetter("order")
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """One sequence's part of a step: tokens `start` to `end` of it are computed.
+    """One sequence's part of a step: its tokens `start` to `end` are computed.
 
-    `samples` says whether its next token is sampled: this part reaches the last of its tokens.
+    `samples`: whether its next token is sampled, because this part includes the last of its tokens.
     """
 
     seq: Sequence
@@ -38,7 +38,7 @@ class ScheduledSequence:
     samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", self.end == len(self.seq.tokens))  # which grow afterwards
+        object.__setattr__(self, "samples", self.end == len(self.seq.tokens))  # fixed now: the tokens grow later
 
     @property
     def end(self) -> int:
@@ -46,17 +46,18 @@ class ScheduledSequence:
 
 
 class Scheduler:
-    """Queues of sequences, and the decision over them.
+    """Waiting and running sequences, and what each step computes.
 
     Attributes:
-        running: sequences that hold KV blocks. `waiting`: those that do not.
+        running: sequences that hold KV blocks.
+        waiting: sequences that do not.
 
     Args:
         pool: the KV blocks.
-        rotation: which adapters have a slot when they outnumber the slots.
-        max_seqs: sequences that may hold KV at once.
-        max_tokens: tokens in one step.
-        prefix_cache: look up and index full blocks; those of virtual tokens always are.
+        rotation: assigns device slots to adapters.
+        max_seqs: maximum number of running sequences.
+        max_tokens: token budget of one step.
+        prefix_cache: look up and index full blocks; blocks of virtual tokens always are.
     """
 
     def __init__(
@@ -74,10 +75,8 @@ class Scheduler:
         self.prefix_tokens = 0
         self.prefix_hits = 0
         self._users: Counter[AdapterSet] = Counter()  # sequences by adapter set
-        self._unloaded: dict[
-            AdapterSet, None
-        ] = {}  # sets that are not in host memory, or not known to be; oldest first
-        self._new: list[AdapterSet] = []  # of those, the ones that were not looked up yet
+        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in host memory; oldest first
+        self._new: list[AdapterSet] = []  # those of `_unloaded` that were not looked up yet
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting, step {self.step}, {self.pool!r}>"
@@ -96,13 +95,12 @@ class Scheduler:
         pinned: Set[str] = frozenset(),
         prefill_budget: PrefillBudget | None = None,
     ) -> list[ScheduledSequence]:
-        """Decide one step; KV blocks for it are allocated.
+        """Schedule one step and allocate its KV blocks.
 
         Args:
-            is_loaded: whether an adapter (by digest) is in host memory, so that it could get a slot at once.
-            pinned: adapters that never lose their slot.
-            prefill_budget: prompt tokens that may be computed beside sequences that decode; None: the token budget
-                alone decides.
+            is_loaded: whether an adapter (by digest) is in host memory, so that it can get a slot at once.
+            pinned: adapters that always keep their slot.
+            prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
         """
         self.step += 1
         new, self._new = self._new, []
@@ -110,7 +108,7 @@ class Scheduler:
         resident = self.rotation.assign(self.step, pinned, lambda each: self._check_loaded([each], is_loaded))
         running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
-        self._check_loaded({*ready, *(seq.digests for seq in running)}, is_loaded)  # memory may have lost some
+        self._check_loaded({*ready, *(seq.digests for seq in running)}, is_loaded)  # may be evicted
         running = [seq for seq in running if seq.digests not in self._unloaded]
         scheduled = self._fill(
             [seq for seq in running if resident.issuperset(seq.digests)],
@@ -118,12 +116,12 @@ class Scheduler:
             prefill_budget,
         )
         if not scheduled:
-            # Those whose turn it is cannot start because paused sequences hold the KV blocks: let these run on.
+            # The resident adapters' sequences cannot start because paused ones hold the KV blocks: resume these.
             scheduled = self._fill(self._resumable(running, pinned), [], prefill_budget)
         return scheduled
 
     def unloaded(self) -> list[AdapterSet]:
-        """Adapter sets to load next, oldest first: as many as there are slots."""
+        """Adapter sets to load next, oldest first; at most as many as there are slots."""
         return list(islice(self._unloaded, self.rotation.slots))
 
     def users(self, adapter_set: AdapterSet) -> list[Sequence]:
@@ -131,23 +129,23 @@ class Scheduler:
         return [*(seq for seq in self.running if seq.digests == adapter_set), *self.waiting.of(adapter_set)]
 
     def mark_launched(self, part: ScheduledSequence) -> None:
-        """The device was given this: the next step may be scheduled, though nothing is known of its results yet."""
+        """Record that a part was launched, so that the next step can be scheduled before its outputs are read."""
         part.seq.computed = part.end
         if part.samples:
             part.seq.tokens.append(IN_FLIGHT_TOKEN)
 
     def mark_computed(self, part: ScheduledSequence) -> None:
-        """The step ran: the tokens of `part` have their KV; full blocks can be found in the prefix cache."""
+        """Record that the KV of a part was computed; its full blocks are added to the prefix index."""
         seq = part.seq
         size = self.pool.block_size
-        done = min(part.end, seq.computed)  # nothing, if it was preempted meanwhile
+        done = min(part.end, seq.computed)  # 0 if it was preempted meanwhile
         findable = done if self.prefix_cache else min(done, seq.virtual)
         while (seq.indexed + 1) * size <= findable:
-            self.pool.index(seq.blocks[seq.indexed], seq.key(seq.indexed, size))
+            self.pool.index(seq.blocks[seq.indexed], seq.prefix_key(seq.indexed, size))
             seq.indexed += 1
 
     def remove(self, seq: Sequence, *, forget: bool = False) -> None:
-        """Take a sequence out, wherever it is, and free its blocks (`forget`: their content is not to be trusted)."""
+        """Remove a waiting or running sequence and free its blocks (`forget`: drop them from the prefix index)."""
         (self.running if seq in self.running else self.waiting).remove(seq)
         self._free(seq, forget=forget)
         self._users[seq.digests] -= 1
@@ -157,26 +155,26 @@ class Scheduler:
         if seq.digests in self._unloaded:
             del self._unloaded[seq.digests]
         elif seq.digests:
-            self.rotation.unwant(seq.digests)
+            self.rotation.remove(seq.digests)
 
     def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
-        """Keep apart which adapter sets are in host memory, and may have slots, and which are not; whether all are."""
+        """Update which adapter sets are in host memory, so that they can get slots; whether all of these are."""
         for adapter_set in adapter_sets:
             if adapter_set not in self._users:  # its last sequence left
                 continue
-            loaded, waits = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
-            if loaded and waits:
+            loaded, was_unloaded = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
+            if loaded and was_unloaded:
                 del self._unloaded[adapter_set]
-                self.rotation.want(adapter_set)
-            elif not loaded and not waits:
+                self.rotation.add(adapter_set)
+            elif not loaded and not was_unloaded:
                 self._unloaded[adapter_set] = None
-                self.rotation.unwant(adapter_set)
+                self.rotation.remove(adapter_set)
         return self._unloaded.keys().isdisjoint(adapter_sets)
 
     def _fill(
         self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None
     ) -> list[ScheduledSequence]:
-        """One step out of running sequences, oldest first, and of waiting ones that need one of these adapter sets."""
+        """Fill a step with running sequences, oldest first, then with waiting ones of the `ready` adapter sets."""
         before = set(self.running)
         scheduled: list[ScheduledSequence] = []
         budget = self._continue([seq for seq in running if seq.pending == 1], scheduled, self.max_tokens)
@@ -189,7 +187,7 @@ class Scheduler:
         return [part for part in scheduled if part.seq not in preempted]
 
     def _resumable(self, running: list[Sequence], pinned: Set[str]) -> list[Sequence]:
-        """Running sequences whose adapters fit the slots together, whoever's turn it is."""
+        """Running sequences, oldest first, as long as all their adapters fit the slots; ignores the rotation."""
         chosen: list[Sequence] = []
         digests: set[str] = set()
         for seq in running:
@@ -199,10 +197,10 @@ class Scheduler:
         return chosen
 
     def _continue(self, seqs: list[Sequence], scheduled: list[ScheduledSequence], budget: int) -> int:
-        """Schedule running sequences; the budget that is left."""
+        """Schedule running sequences; returns the remaining token budget."""
         for seq in seqs:
             if seq not in self.running:
-                continue  # preempted for an older one a moment ago
+                continue  # just preempted for an older one
             count = min(seq.pending, budget)
             if count > 0 and self._extend(seq, seq.computed + count):
                 scheduled.append(ScheduledSequence(seq, seq.computed, count))
@@ -210,7 +208,7 @@ class Scheduler:
         return budget
 
     def _extend(self, seq: Sequence, tokens: int) -> bool:
-        """Give a running sequence blocks for `tokens` tokens, preempting younger ones if need be."""
+        """Allocate blocks for `tokens` tokens of a running sequence; if there are none, preempt younger sequences."""
         while (more := -(-tokens // self.pool.block_size) - len(seq.blocks)) > 0:
             blocks = self.pool.allocate(more)
             if blocks is not None:
@@ -225,7 +223,7 @@ class Scheduler:
     def _admit(
         self, ready: list[AdapterSet], before: Set[Sequence], scheduled: list[ScheduledSequence], budget: int
     ) -> None:
-        """Start waiting sequences, oldest first, until one finds no room; not those preempted in this very step."""
+        """Start waiting sequences, oldest first, until one does not fit; skips those preempted in this step."""
         if budget <= 0 or len(self.running) >= self.max_seqs:
             return
         started = []
@@ -244,19 +242,19 @@ class Scheduler:
             self.waiting.remove(seq)
 
     def _start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
-        """Give a waiting sequence blocks for its first chunk, if there is room; it is running then."""
-        # One spare block for each that runs: room for their next tokens, so that admitting is not preempting.
+        """Start a waiting sequence with its first chunk; None if there are not enough free blocks."""
+        # One spare block per running sequence for its next tokens, so that starting one does not preempt others.
         spare = len(self.running)
         if spare >= self.max_seqs:
             return None
         found = self._cached_blocks(seq)
         start = len(found) * self.pool.block_size
         count = min(len(seq.tokens) - start, budget)
-        lacking = -(-(start + count) // self.pool.block_size) - len(found)
-        if lacking + spare > self.pool.free_after_holding(found):
+        missing = -(-(start + count) // self.pool.block_size) - len(found)
+        if missing + spare > self.pool.free_after_holding(found):
             return None
         self.pool.hold(found)
-        seq.blocks = array("i", found + (self.pool.allocate(lacking) or []))
+        seq.blocks = array("i", found + (self.pool.allocate(missing) or []))
         seq.computed = start
         seq.indexed = len(found)
         if seq.cached is None:
@@ -267,11 +265,11 @@ class Scheduler:
         return ScheduledSequence(seq, start, count)
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
-        """Indexed blocks that hold the beginning of the sequence; at least its last token is always computed."""
-        looked_up = self.prefix_cache and not seq.wants_prompt_logits
+        """Indexed blocks that hold the sequence's prefix; at least its last token is always computed."""
+        use_cache = self.prefix_cache and not seq.wants_prompt_logits
         size = self.pool.block_size
-        whole = (len(seq.tokens) - 1 if looked_up else seq.virtual) // size
-        return self.pool.find(seq.key(block, size) for block in range(whole))
+        whole = (len(seq.tokens) - 1 if use_cache else seq.virtual) // size
+        return self.pool.find(seq.prefix_key(block, size) for block in range(whole))
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

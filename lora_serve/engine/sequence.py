@@ -13,15 +13,13 @@ from lora_serve.adapters.traits import Traits
 from lora_serve.kv.pool import chain
 from lora_serve.request import Request, Served
 
-VIRTUAL = -1  # stands in a sequence's tokens where the adapter gives the embedding, or keys and values
-IN_FLIGHT_TOKEN = (
-    -2
-)  # stands at the end of them for a token that the device has drawn, or will have, and the host not read yet
-NEVER = sys.maxsize  # a position that no sequence reaches
+VIRTUAL_TOKEN = -1  # a token whose embedding, or keys and values, the adapter provides
+IN_FLIGHT_TOKEN = -2  # the last token, sampled or being sampled on the device and not yet read by the host
+NEVER_ACTIVE = sys.maxsize  # start of an adapter that is not invoked: no sequence reaches this position
 
 
-class Active(NamedTuple):
-    """An adapter of a sequence: its weight, and the position from which on it is active."""
+class ActiveAdapter(NamedTuple):
+    """An adapter of a sequence, its weight, and the first position at which it is active."""
 
     digest: str
     weight: float
@@ -32,24 +30,24 @@ class Active(NamedTuple):
 class Sequence:
     """A request being served.
 
-    Positions count all tokens, virtual ones too.
+    Positions count all tokens, including virtual ones.
 
     Attributes:
         order: admission number; smaller is older.
         adapters: the exact versions leased for it.
-        seed: for its random draws.
+        seed: for sampling.
         stop_ids: token ids that end it.
-        limit: tokens that it may have in the end.
-        traits: of its adapters, by digest; plain ones may be left out.
-        tokens: virtual ones, prompt, then output.
+        limit: maximum number of tokens, virtual ones and prompt included.
+        traits: of its adapters, by digest; adapters without any may be left out.
+        tokens: virtual tokens, prompt, output.
         computed: how many tokens have their KV in `blocks`.
         blocks: KV blocks in order, covering at least `computed` tokens.
-        keys: prefix keys of the full blocks, as far as they were needed.
+        keys: prefix-cache keys of the full blocks, as far as they were needed.
         indexed: how many of `blocks` are in the prefix index (or were found there).
-        cached: prompt tokens that were found in the prefix cache when it first ran.
-        row: where the device keeps the token that it drew last for this sequence.
-        virtual: how many of its tokens are an adapter's virtual ones; such an adapter is its only one.
-        active: each of its adapters once, in an order that depends on the set only.
+        cached: prompt tokens found in the prefix cache when it first ran; None before that.
+        sampled_row: row of its last sampled token in `SampledTokens`, on the device.
+        virtual: number of virtual tokens; an adapter that has them is the sequence's only one.
+        active: each of its adapters once, ordered by digest.
     """
 
     request: Request
@@ -65,16 +63,16 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
     cached: int | None = None
-    row: int = 0
+    sampled_row: int = 0
 
     def __post_init__(self) -> None:
         self.virtual = max((traits.virtual for traits in self.traits.values()), default=0)
-        self.tokens = [VIRTUAL] * self.virtual + self.request.prompt
+        self.tokens = [VIRTUAL_TOKEN] * self.virtual + self.request.prompt
         self.active = self._active()
         self.digests = tuple(adapter.digest for adapter in self.active)
-        # What its KV depends on besides the tokens, and from which position on. Virtual tokens are the adapter's own,
-        # whoever asks; the tenant matters from the first token on that is the request's.
-        self._joining: list[tuple[int, tuple[int | float | str, ...]]] = [
+        # What its KV depends on besides the tokens, by the first position that depends on it. KV of virtual tokens is
+        # shared by all tenants; the tenant counts from the first token of the prompt on.
+        self._key_parts: list[tuple[int, tuple[int | float | str, ...]]] = [
             (self.virtual, ("tenant", self.request.tenant)),
             *((each.start, ("adapter", *each)) for each in self.active),
         ]
@@ -98,50 +96,50 @@ class Sequence:
 
     @property
     def last_token_in_flight(self) -> bool:
-        """Whether the token on its way is its last, whichever it is."""
+        """Whether the token in flight is its last because of the length limit."""
         return self.tokens[-1] == IN_FLIGHT_TOKEN and len(self.tokens) >= self.limit
 
     @property
     def needs_previous_tokens(self) -> bool:
-        """Whether its next token depends on which ones were drawn: they have to be read first."""
+        """Whether sampling depends on its earlier tokens (penalties), so that the host must have read them."""
         sampling = self.request.sampling
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """Its prompt's log-probabilities are asked for and not all sent: its prompt must be computed, not looked up."""
+        """Whether prompt log-probabilities are still to be sent, so that the prompt must be computed, not looked up."""
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
-    def key(self, block: int, size: int) -> bytes:
-        """Prefix key of full block number `block`."""
+    def prefix_key(self, block: int, size: int) -> bytes:
+        """Prefix-cache key of full block number `block`; `size` is the block size."""
         while len(self.keys) <= block:
             start = len(self.keys) * size
             end = start + size
             parent = self.keys[-1] if self.keys else b""
-            for position, name in self._joining:
+            for position, name in self._key_parts:
                 if start <= position < end:
                     parent = chain(parent, name)
             self.keys.append(chain(parent, self.tokens[start:end]))
         return self.keys[block]
 
-    def _active(self) -> tuple[Active, ...]:
-        """Each adapter once: of one that is named twice, the weights add."""
+    def _active(self) -> tuple[ActiveAdapter, ...]:
+        """Each adapter once; the weights of one that is named twice add up."""
         weights: dict[str, float] = {}
         for adapter in self.adapters:
             weights[adapter.digest] = weights.get(adapter.digest, 0.0) + adapter.weight
-        return tuple(Active(digest, weights[digest], self._start(digest)) for digest in sorted(weights))
+        return tuple(ActiveAdapter(digest, weights[digest], self._start(digest)) for digest in sorted(weights))
 
     def _start(self, digest: str) -> int:
-        """Where an adapter becomes active; decided by the prompt alone."""
+        """The first position at which an adapter is active; depends on the prompt only."""
         invocation = self.traits[digest].invocation if digest in self.traits else ()
         found = last_match(self.request.prompt, invocation) if invocation else None
         if found is None:
-            return NEVER if invocation else 0
+            return NEVER_ACTIVE if invocation else 0
         return self.virtual + found
 
 
 def last_match(tokens: Seq[int], pattern: Seq[int]) -> int | None:
-    """Where the last occurrence of a non-empty pattern begins."""
+    """Index of the last occurrence of a non-empty pattern; None if there is none."""
     wanted = list(pattern)
     for start in range(len(tokens) - len(wanted), -1, -1):
         if tokens[start] == wanted[0] and list(tokens[start : start + len(wanted)]) == wanted:

@@ -1,4 +1,4 @@
-"""How much memory the KV cache gets: on a GPU, what the base, its passes, the graphs and the adapters leave."""
+"""Size of the KV cache: on a GPU, the memory that the base, its activations, CUDA graphs and adapters leave free."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
 from lora_serve.request import Sampling
 
-HOST = 1 << 30  # bytes of KV where memory is shared with everything else
-ADAPTERS = 10  # a GPU's memory over that of its adapters
+CPU_KV_BYTES = 1 << 30  # default KV cache on a CPU
+ADAPTER_SHARE = 10  # by default a GPU's adapters get a tenth of its memory
 
 
-class Limits(NamedTuple):
-    """Sequences and tokens in one step."""
+class StepLimits(NamedTuple):
+    """Maximum number of sequences and of tokens in one step."""
 
     seqs: int
     tokens: int
 
 
 @dataclass(frozen=True)
-class Needs:
-    """A GPU's memory in bytes: all of it, what is taken already, and what will be taken beside KV."""
+class GpuMemory:
+    """A GPU's memory in bytes: in total, in use before KV is allocated, and needed by everything except KV."""
 
     total: int
     taken: int
@@ -39,7 +39,7 @@ class Needs:
     adapters: int
 
     def left(self, utilization: float) -> int:
-        """For KV, if only a share of the memory may be used; perhaps less than nothing."""
+        """Bytes left for KV at a given GPU memory utilization; may be negative."""
         return int(self.total * utilization) - self.taken - self.passes - self.graphs - self.adapters
 
     def __str__(self) -> str:
@@ -52,69 +52,69 @@ class Needs:
         )
 
 
-def limits_of(config: ServeConfig, device: torch.device) -> Limits:
-    """As given, or what suits the device."""
-    usual = Limits(MOST_SEQS, 2048) if device.type == "cuda" else Limits(64, 512)
-    return Limits(config.max_num_seqs or usual.seqs, config.max_num_batched_tokens or usual.tokens)
+def step_limits(config: ServeConfig, device: torch.device) -> StepLimits:
+    """The configured limits, or the device's defaults."""
+    default = StepLimits(MOST_SEQS, 2048) if device.type == "cuda" else StepLimits(64, 512)
+    return StepLimits(config.max_num_seqs or default.seqs, config.max_num_batched_tokens or default.tokens)
 
 
 def adapter_memory(config: ServeConfig, device: torch.device) -> int | None:
-    """Bytes for adapters on the device; None where the host's cache is the limit."""
+    """Bytes for adapters on the device; None on a CPU, where the host cache is the limit."""
     if config.adapter_device_memory is not None:
         return int(config.adapter_device_memory)
-    return torch.cuda.mem_get_info(device)[1] // ADAPTERS if device.type == "cuda" else None
+    return torch.cuda.mem_get_info(device)[1] // ADAPTER_SHARE if device.type == "cuda" else None
 
 
-def kv_memory(config: ServeConfig, needs: Needs | None, layers: list[LayerShape], dtype: torch.dtype) -> int:
-    """Bytes for KV: as given, or what is left. Raises ModelUnsupported, with the numbers, if that is too little.
+def kv_memory(config: ServeConfig, memory: GpuMemory | None, layers: list[LayerShape], dtype: torch.dtype) -> int:
+    """Bytes for KV: as configured, or what is left. Raises ModelUnsupported, with the numbers, if that is too little.
 
     Args:
-        needs: of a GPU; None on a CPU.
+        memory: measured on a GPU; None on a CPU.
     """
-    if needs is None:
-        return HOST if config.kv_cache_memory is None else int(config.kv_cache_memory)
-    least = 2 * config.kv_block_size * bytes_per_token(layers, dtype)
-    left = needs.left(config.gpu_memory_utilization)
-    wanted = left if config.kv_cache_memory is None else int(config.kv_cache_memory)
-    if wanted > needs.left(1.0) or (left < least and config.kv_cache_memory is None):
+    if memory is None:
+        return CPU_KV_BYTES if config.kv_cache_memory is None else int(config.kv_cache_memory)
+    minimum = 2 * config.kv_block_size * bytes_per_token(layers, dtype)
+    left = memory.left(config.gpu_memory_utilization)
+    granted = left if config.kv_cache_memory is None else int(config.kv_cache_memory)
+    if granted > memory.left(1.0) or (left < minimum and config.kv_cache_memory is None):
         raise ModelUnsupported(
-            f"the GPU has no room for the KV cache: {needs}; {max(0, left) >> 20} MiB are left at "
+            f"the GPU has no room for the KV cache: {memory}; {max(0, left) >> 20} MiB are left at "
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g}. Lower --max-num-batched-tokens, "
             "--max-num-seqs, --adapter-device-memory or --kv-cache-memory, or use a smaller or quantised base"
         )
-    return wanted
+    return granted
 
 
-def measured(
-    base: ResidentBase, config: ServeConfig, device: torch.device, limits: Limits, longest: int, adapters: int
-) -> Needs:
-    """What a GPU's memory is needed for, by trying the largest step and the largest graph.
+def measure_memory(
+    base: ResidentBase, config: ServeConfig, device: torch.device, limits: StepLimits, longest: int, adapters: int
+) -> GpuMemory:
+    """Measure a GPU's memory use by running the largest step and capturing the largest CUDA graph.
 
     Args:
         longest: tokens of the longest sequence.
-        adapters: bytes of them at once.
+        adapters: bytes reserved for adapters.
     """
-    _settle()
+    _release_cached_memory()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     _largest_step(base, config.kv_block_size, limits, longest)
     torch.cuda.synchronize(device)
     passes = torch.cuda.max_memory_allocated(device) - before
-    _settle()
+    _release_cached_memory()
     free, total = torch.cuda.mem_get_info(device)
     graphs = base.graph_memory(limits.seqs, lambda: torch.cuda.mem_get_info(device)[0])
-    _settle()
-    return Needs(total, total - free, passes, graphs, adapters)
+    _release_cached_memory()
+    return GpuMemory(total, total - free, passes, graphs, adapters)
 
 
-def _settle() -> None:
+def _release_cached_memory() -> None:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 
 
-def _largest_step(base: ResidentBase, block_size: int, limits: Limits, longest: int) -> None:
-    """All tokens that a step may have, all their logits, as many draws and log-probabilities as there may be."""
+def _largest_step(base: ResidentBase, block_size: int, limits: StepLimits, longest: int) -> None:
+    """Run a step with the maximum number of tokens, logits, sampled rows and log-probabilities."""
     tokens = limits.tokens
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     logits = base.forward(dummy_batch(lengths, -(-longest // block_size)))

@@ -1,4 +1,4 @@
-"""Start-up: from options to the parts of an engine, in the order in which they need each other."""
+"""Build an engine from its configuration: load the base, check it, size KV, open the adapter store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.runner import Runner, SampledTokens
 from lora_serve.engine.scheduler import Scheduler
-from lora_serve.engine.sizing import adapter_memory, kv_memory, limits_of, measured
+from lora_serve.engine.sizing import adapter_memory, kv_memory, measure_memory, step_limits
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
@@ -29,8 +29,8 @@ from lora_serve.model.self_check import blocks_needed, refusing
 
 log = logging.getLogger(__name__)
 
-LEAST_BLOCKS = 2  # of KV, for the check of replayed steps
-QUANTUM = 16  # steps of a turn: long enough that loading an adapter is small beside running it
+MIN_KV_BLOCKS = 2  # for the check of replayed steps
+QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class EngineParts:
 def build_parts(
     config: ServeConfig, wake: Callable[[], None], progress: Callable[[str, float], None], overlap: bool | None = None
 ) -> EngineParts:
-    """Load the base, size its KV, open the store, publish the adapters that were asked for at start.
+    """Load the base, size its KV cache, open the store, publish the adapters given at start.
 
     Args:
-        overlap: launch a step before the last one's outputs are read; None: where the device is not the host.
+        overlap: launch a step before the outputs of the previous one are read; None: on any device but a CPU.
+    Raises ModelUnsupported if the base cannot be served.
     """
     device = device_of(config.device)
     try:
@@ -80,7 +81,7 @@ def _build_parts(
         scheme=config.quantize,
         names=(config.served_name(),),
     )
-    limits = limits_of(config, device)
+    limits = step_limits(config, device)
     capacity = adapter_memory(config, device)
     device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
     tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
@@ -90,11 +91,11 @@ def _build_parts(
     progress("checking the base against the model as it was loaded", 0.85)
     base.self_check()
     progress("allocating KV", 0.88)
-    longest = _wanted(config, loaded)
-    needs = measured(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
-    memory = kv_memory(config, needs, loaded.layers, loaded.dtype)
-    max_model_len = _context(config, loaded, memory, longest)
-    blocks = _blocks(config, loaded, memory, max_model_len, limits.seqs)
+    longest = _requested_context(config, loaded)
+    gpu = measure_memory(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
+    memory = kv_memory(config, gpu, loaded.layers, loaded.dtype)
+    max_model_len = _max_model_len(config, loaded, memory, longest)
+    blocks = _kv_blocks(config, loaded, memory, max_model_len, limits.seqs)
     kv.resize(blocks)
     progress("preparing steps", 0.9)
     base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
@@ -140,9 +141,9 @@ def _build_parts(
 
 
 def device_of(name: str) -> torch.device:
-    """The device that is meant by a name or by "auto"; of several GPUs the first, if none is named.
+    """The device of that name; "auto" and "cuda" mean the first GPU, "auto" the CPU if there is none.
 
-    Raises ModelUnsupported where there is none of that name.
+    Raises ModelUnsupported if there is no such device.
     """
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -156,16 +157,16 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _wanted(config: ServeConfig, loaded: LoadedModel) -> int:
-    """The context that is asked for."""
+def _requested_context(config: ServeConfig, loaded: LoadedModel) -> int:
+    """The configured context length, or the model's. Raises ModelUnsupported if it is more than the model's."""
     wanted = config.max_model_len or loaded.max_model_len
     if wanted > loaded.max_model_len:
         raise ModelUnsupported(f"--max-model-len {wanted} is more than the base serves right ({loaded.max_model_len})")
     return wanted
 
 
-def _context(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int) -> int:
-    """The longest context up to `wanted` that so many bytes of KV hold; a longer one that was asked for is refused."""
+def _max_model_len(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int) -> int:
+    """Context length that `memory` bytes of KV hold, at most `wanted`; a longer one is refused if it was configured."""
     fits = memory // bytes_per_token(loaded.layers, loaded.dtype)
     fits -= fits % config.kv_block_size
     if fits < 2 * config.kv_block_size:
@@ -180,8 +181,8 @@ def _context(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int)
     return min(wanted, fits)
 
 
-def _blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int, seqs: int) -> int:
-    """Blocks that fit the memory, but no more than all sequences at full length could use."""
+def _kv_blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int, seqs: int) -> int:
+    """KV blocks that fit `memory`, but no more than `seqs` sequences at full length could use."""
     size = config.kv_block_size
     fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
-    return max(LEAST_BLOCKS, min(fit, seqs * -(-max_model_len // size)))
+    return max(MIN_KV_BLOCKS, min(fit, seqs * -(-max_model_len // size)))

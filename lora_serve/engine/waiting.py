@@ -1,4 +1,4 @@
-"""The queue of waiting sequences, kept by adapter set and by age, so that a step never walks through all of it."""
+"""The queue of waiting sequences by adapter set and age, so that a step never iterates over all of them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class WaitingQueue:
         return self.oldest_first(self._by_set)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence at its age: a preempted one is older than those that came after it."""
+        """Insert a sequence by age: a preempted one comes before those admitted after it."""
         insort(self._by_set.setdefault(seq.digests, []), seq, key=_order)
         self._length += 1
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out. Raises ValueError if it is not there."""
+        """Remove a sequence. Raises ValueError if it is not in the queue."""
         queue = self._by_set.get(seq.digests, [])
         queue.remove(seq)
         self._length -= 1

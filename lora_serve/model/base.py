@@ -1,4 +1,4 @@
-"""The resident base: runs a batch through the Hugging Face model, with adapters installed and KV in blocks."""
+"""The resident base: runs batches through the Hugging Face model with adapters installed and paged KV."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
 class ResidentBase:
-    """Runs flat batches.
+    """A Hugging Face model that runs flat batches.
 
     Args:
-        loaded: the model as it came from disk; adapters are installed into it in place. Its linear modules compute on
-            their own weights until these are packed.
+        loaded: the loaded model; adapters are installed into it in place. Its linear modules compute on their own
+            weights until `pack`.
         device_slots: the adapters on the device.
         kernels: the backend.
-        kv: memory for keys and values.
-        sampled: int64 [most rows], on the device: the tokens sampled last, where batches may refer to these; see `Batch`.
+        kv: the KV cache.
+        sampled: int64 [rows], on the device: tokens sampled by the previous step, which batches may refer to (`Batch`).
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class ResidentBase:
         self._sampled = sampled
         self._context = ForwardContext(kernels, kv, loaded.windows, device_slots.prefixes)
         self._embedding = loaded.shape.input_embedding
-        self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # that the embedding knows
+        self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # size of the vocabulary
         self._overrides = ModuleOverrides(
-            self._model, loaded.shape, device_slots.overrides, head_rows=self._keeps_logits
+            self._model, loaded.shape, device_slots.overrides, head_sees_logits_rows=self._keeps_logits
         )
         self._eager = EagerSteps(self._forward, device_slots.ranks, loaded.device)
         self._steps = _executor(self._eager, kernels, replayable=loaded.replayable)
@@ -65,25 +65,25 @@ class ResidentBase:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [logits rows, vocab] of a batch, in the model's dtype; valid until the next pass.
+        """Logits [logits rows, vocab] of a batch, in the model's dtype; valid until the next forward pass.
 
-        The vocabulary is the largest of the rows' own; tokens that a row's does not have are -inf.
+        `vocab` is the largest of the rows' vocabularies; tokens that are not in a row's own are -inf.
         """
-        overrides = self._overrides.of(batch)
+        overrides = self._overrides.for_batch(batch)
         if not overrides and not batch.virtual_rows:
             return self._steps(batch)
         with ExitStack() as stack:
             if overrides:
-                stack.enter_context(self._overrides.applied(overrides, batch))
-            if batch.virtual_rows:  # after the overrides, so that virtual rows have the last word
+                stack.enter_context(self._overrides.apply(overrides, batch))
+            if batch.virtual_rows:  # after the overrides, which must not change virtual rows
                 embedding = self._model.get_submodule(self._embedding)
                 stack.enter_context(_virtual_tokens(embedding, batch.virtual_rows, self._context.prefixes))
                 self._context.virtual_rows = batch.virtual_rows
                 stack.callback(setattr, self._context, "virtual_rows", ())
-            return self._overrides.masked(self._eager(batch), batch)
+            return self._overrides.mask_logits(self._eager(batch), batch)
 
     def _forward(self, inputs: InputBuffers) -> Tensor:
-        """The model's own pass, with whatever hooks are on its modules."""
+        """Run the model eagerly, including any hooks on its modules."""
         self._context.inputs = inputs
         keep = {"logits_to_keep": inputs.logits_rows} if self._keeps_logits else {}
         ids = inputs.token_ids
@@ -100,9 +100,9 @@ class ResidentBase:
 
     @torch.inference_mode()
     def prepare(self, max_rows: int, max_tokens: int, blocks: int) -> None:
-        """Capture CUDA graphs where the backend has them, and check that replayed steps give the eager logits.
+        """Capture CUDA graphs if the backend uses them, and check that replayed steps give the eager logits.
 
-        Run once at start, on an empty KV pool of at least two blocks, whose tensors stay.
+        Called once at start, on an empty KV pool of at least two blocks, whose tensors are final.
 
         Args:
             max_rows, max_tokens: largest number of decode rows, and of all rows, in a step.
@@ -110,45 +110,45 @@ class ResidentBase:
         """
         size = self._kv.keys[0].shape[1]
         self._steps.prepare(max_rows, max_tokens, blocks, blocks * size)
-        lengths, ids = self._trial()
+        lengths, ids = self._check_tokens()
         last = [range(n - 1, n) for n in lengths]
         self._steps.check(
-            _side_by_side([own[:1] for own in reversed(ids)], last, size),
-            _side_by_side([own[-1:] for own in ids], last, size),
-            lambda x, y: _apart(x, y) <= self._rounding,
+            _sequences_batch([own[:1] for own in reversed(ids)], last, size),
+            _sequences_batch([own[-1:] for own in ids], last, size),
+            lambda x, y: _relative_error(x, y) <= self._rounding,
         )
 
     def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
-        """Bytes of the device that `prepare` will take beside the batches; `free` says how many are free."""
+        """Bytes of device memory that CUDA graphs will take in `prepare`; `free` returns the free bytes."""
         return self._steps.graph_memory(max_rows, free)
 
     @property
     def notes(self) -> list[str]:
-        """What an operator should know."""
+        """Remarks for the operator, in the start-up summary."""
         disabled = self._steps.disabled
         return [] if disabled is None or self._device.type == "cpu" else [f"steps run without CUDA graphs: {disabled}"]
 
     @property
     def _rounding(self) -> float:
-        """Relative error of what is the same but for the order of its sums."""
+        """Relative error allowed between results that differ in the order of summation only."""
         return 1e-1 if self._quantized else {torch.float32: 1e-3, torch.float16: 2e-2}.get(self._model.dtype, 1e-1)
 
-    def _trial(self) -> tuple[tuple[int, int], list[list[int]]]:
-        """Lengths and tokens of two sequences that fit a KV block each."""
+    def _check_tokens(self) -> tuple[tuple[int, int], list[list[int]]]:
+        """Lengths and random tokens of two sequences that fit in one KV block each."""
         size = self._kv.keys[0].shape[1]
         lengths = (min(7, size), min(5, size))
         generator = torch.Generator().manual_seed(0)
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
     def pack(self) -> None:
-        """Lay the linear modules' weights out for the kernels, quantised if that was asked for."""
+        """Pack the linear modules' weights for the kernels, and quantise them if configured."""
         pack_linears(self._loaded, self._device_slots, self._context)
 
     @torch.no_grad()  # not inference mode: see `compute_oracle`
     def self_check(self) -> None:
-        """Compare the base with the untouched model, pack it, and compare it once more as it is served.
+        """Compare the base with the untouched model, pack it, and compare it again as it is served.
 
-        Run once at start, on an empty KV pool of at least `blocks_needed` blocks. Raises ModelUnsupported. See
+        Called once at start, on an empty KV pool of at least `blocks_needed` blocks. Raises ModelUnsupported. See
         `self_check.py`.
         """
         loaded, context, oracle = self._loaded, self._context, self._loaded.oracle
@@ -164,12 +164,12 @@ class ResidentBase:
         check(self._eager, oracle, size, oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE)
 
 
-def _apart(x: Tensor, y: Tensor) -> float:
+def _relative_error(x: Tensor, y: Tensor) -> float:
     return float((x.float() - y.float()).norm() / y.float().norm())
 
 
-def _side_by_side(ids: list[list[int]], positions: list[range], block_size: int) -> Batch:
-    """Sequences at the given positions, each in one block of its own, as a batch of the base."""
+def _sequences_batch(ids: list[list[int]], positions: list[range], block_size: int) -> Batch:
+    """A batch of base sequences at the given positions, each in a KV block of its own."""
     counts = [len(each) for each in ids]
     return Batch(
         token_ids=[token for own in ids for token in own],
@@ -183,7 +183,7 @@ def _side_by_side(ids: list[list[int]], positions: list[range], block_size: int)
 
 
 def _executor(eager: EagerSteps, kernels: Kernels, *, replayable: bool) -> StepExecutor:
-    """How steps run: replayed in the way the backend supports, if the model's passes can be replayed at all."""
+    """The executor of the kernel backend: recorded steps, CUDA graphs, or eager if steps cannot be replayed."""
     if not replayable:
         eager.disabled = "not every step of one shape makes the same calls"
     elif kernels.replay == "recorded_steps":
@@ -199,10 +199,9 @@ def _executor(eager: EagerSteps, kernels: Kernels, *, replayable: bool) -> StepE
 def _virtual_tokens(
     embedding: nn.Module, virtual_rows: Sequence[AdapterRows], prefixes: Mapping[int, Prefix]
 ) -> Iterator[None]:
-    """Have the input embedding [1, tokens] → [1, tokens, hidden] return the adapters' embeddings of virtual tokens.
+    """Replace rows of the input embedding's output [1, tokens, hidden] by the adapters' virtual-token embeddings.
 
-    They replace rows of what the module returns, so whatever the model does to its embeddings after that is done to
-    them too, as in PEFT.
+    Whatever the model does to its embeddings afterwards is done to these too, as in PEFT.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

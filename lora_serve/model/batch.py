@@ -14,7 +14,7 @@ from typing import NamedTuple
 class AdapterRows(NamedTuple):
     """Rows `start` to `end` of a batch that use the adapter in a device slot.
 
-    `weight` scales its delta. Where the rows are the adapter's virtual tokens, `first` is the index of the first one.
+    `weight` scales its delta. For rows that are the adapter's virtual tokens, `first` is the index of the first one.
     """
 
     start: int
@@ -29,15 +29,14 @@ class Batch:
     """All tokens of all scheduled sequences, concatenated.
 
     Attributes:
-        token_ids, positions: [rows]; a negative id -1 - i stands for the token that was last sampled from logits row i,
-            which is known on the device only.
-        kv_index: [rows], where each row's keys and values are written in the block pool.
+        token_ids, positions: [rows]; a negative id -1 - i is the token in row i of `SampledTokens`, on the device.
+        kv_index: [rows], the KV slot (block * block size + offset) to which each row's keys and values are written.
         query_start: [sequences + 1], rows of sequence i are query_start[i]:query_start[i+1].
-        context: [sequences], tokens of each sequence including this step's.
-        block_tables: [sequences], each one's KV blocks in order.
+        context: [sequences], context length of each sequence including this step's tokens.
+        block_tables: [sequences], KV blocks of each sequence in order.
         logits_rows: the rows whose logits are wanted, ascending.
-        adapter_rows: rows that get an adapter's delta; those of a composition are neighbours and cover the same rows.
-        logits_adapter_rows: the same, counted over `logits_rows`, for an adapted head.
+        adapter_rows: rows that get an adapter's delta; entries of a composition are adjacent and cover the same rows.
+        logits_adapter_rows: the same as indices into `logits_rows`, for an adapted head.
         virtual_rows: rows that are an adapter's virtual tokens; their `token_ids` are 0.
     """
 
@@ -59,7 +58,7 @@ class Batch:
 
 
 def dummy_batch(lengths: Sequence[int], blocks: int) -> Batch:
-    """Prefill of sequences of the given lengths on the base that writes to the scratch KV block only.
+    """A prefill of base sequences of the given lengths that writes to the scratch KV block only.
 
     Args:
         blocks: width of the block tables.

@@ -24,15 +24,15 @@ from lora_serve.model.step_executor import EagerSteps, ReplayableStep, replays_r
 
 log = logging.getLogger(__name__)
 
-# Rows by sequence of prefill steps that are run once at start, so that their kernels are compiled before the first
-# request: few and many, long and short sequences, in all combinations that kernels distinguish.
+# Sequence lengths of prefill steps that are run once at start to compile kernels before the first request: few and
+# many, long and short sequences, in all combinations that kernels distinguish.
 WARMUP_STEPS = ((16,), (20, 20), (20,) * 40, (64,), (100,), (100, *(31,) * 40))
-GRAPH_BYTES = 16 << 20  # of device memory that the launches of one graph take, about
+GRAPH_BYTES = 16 << 20  # device memory of one graph's kernel launches, roughly
 EMPTY_BATCH = Batch([], [], [], [0], [], [], [])
 
 
 class CudaGraphs:
-    """See `StepExecutor`. If only passes with adapters cannot be captured, the base alone keeps its graphs."""
+    """Step executor with CUDA graphs. If passes with adapters cannot be captured, the base still gets graphs."""
 
     def __init__(self, eager: EagerSteps, kernels: Kernels, buckets: GraphBuckets) -> None:
         self.disabled: str | None = None
@@ -44,7 +44,6 @@ class CudaGraphs:
         self._graphs: dict[BatchShape, ReplayableStep] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `StepExecutor.__call__`."""
         decode = batch.is_decode and batch.adapter_rows == batch.logits_adapter_rows
         if not decode or max_rank_of(batch.adapter_rows, self._eager.ranks) > self._buckets.max_rank:
             return self._eager(batch)
@@ -59,10 +58,10 @@ class CudaGraphs:
         return graph.replay(replace(batch, adapter_rows=segments))[:rows]
 
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
-        """Capture all buckets up to the first that holds `max_rows`, and warm up prefill; see `StepExecutor`."""
+        """Capture all buckets up to the first that holds `max_rows`, and warm up prefill."""
         self._blocks, self._context = blocks, context
         self._sizes = self._sizes_for(max_rows)
-        logits = self._new_logits(self._sizes[-1])  # of all buckets: one graph is replayed at a time
+        logits = self._new_logits(self._sizes[-1])  # shared by all buckets: one graph is replayed at a time
         for adapted in (False, True):
             for rows in reversed(self._sizes):  # so that smaller graphs reuse the memory of larger ones
                 if self.disabled is None:
@@ -84,13 +83,13 @@ class CudaGraphs:
         return taken + 2 * (len(sizes) - 1) * GRAPH_BYTES
 
     def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """See `StepExecutor.check`; a bucket may use other kernels than the batch's own number of rows."""
+        """Compares up to rounding: a bucket may use other kernels than the batch's own number of rows."""
         if self._graphs and not replays_right(self, self._eager, (first, second), same):
             self._disable("it depends on more than its input tensors")
             self._graphs.clear()
 
     def _capture(self, logits: Tensor, *, adapted: bool) -> None:
-        """Capture a bucket whose pass leaves its logits there; if it cannot be, captured graphs of the base stay."""
+        """Capture a bucket that writes its logits to `logits`; if that fails, captured graphs of the base are kept."""
         rows = logits.shape[0]
         buffers = self._new_buffers(rows, adapted=adapted)
         recording = self._kernels.new_recording(check_values=True)
@@ -106,7 +105,7 @@ class CudaGraphs:
         self.disabled = reason
 
     def _warm_up(self, lengths: Sequence[int]) -> None:
-        """Prefill sequences of these lengths, each a segment, in the scratch block: compiles the kernels."""
+        """Compile the prefill kernels: run sequences of these lengths, each a segment, in the scratch block."""
         batch = replace(
             dummy_batch(lengths, self._blocks),
             logits_rows=range(len(lengths)),
@@ -118,7 +117,7 @@ class CudaGraphs:
         self._eager.forward(InputBuffers.of(batch, {0: 1}, self._eager.device))
 
     def _sizes_for(self, max_rows: int) -> list[int]:
-        """Buckets up to the first that holds so many rows, or all of them."""
+        """Buckets up to the first that holds `max_rows`; all of them if none does."""
         rows = self._buckets.rows
         return list(rows[: bisect_left(rows, max_rows) + 1])
 

@@ -1,8 +1,8 @@
-"""Mixture-of-experts layers whose experts lie stacked in 3-D parameters, with every adapter's deltas within reach.
+"""LoRA deltas for mixture-of-experts layers whose experts are stacked in 3-D parameters.
 
-An expert's slice of a stacked parameter is a site like any linear module. In a batch without adapter rows the base's
-own module runs. With them, each expert that any token chose computes its tokens in order, so that rows of one adapter
-stay one segment, and the same kernel adds their deltas:
+An expert's slice of a stacked parameter is a site like any linear module. A batch without adapter rows runs the base's
+own module. Otherwise each chosen expert computes its tokens in batch order, so that rows of one adapter stay one
+segment, and the usual kernel adds their deltas:
 
     h = W_up[e] x + B A x;  h = gate(h);  y = W_down[e] h + B A h;  out += y · routing weight
 
@@ -26,32 +26,32 @@ DOWN = "down_proj"
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether a module's experts are in a form that is understood here."""
+    """Whether a module stacks its experts in a form that `AdaptedExperts` supports."""
     marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "_apply_gate")
     return marked and not getattr(module, "has_post_expert_norm", False) and DOWN in dict(module.named_parameters())
 
 
 def stacked_parameters(module: nn.Module) -> dict[str, list[tuple[int, int]]]:
-    """By parameter, the (in, out) features of each expert's slice."""
-    found = {}
+    """(in, out) features of each expert's slice, by parameter."""
+    shapes = {}
     for name, parameter in module.named_parameters(recurse=False):
         if name in (*UP, DOWN) and parameter.ndim == 3:
-            experts, tall, wide = parameter.shape
-            found[name] = [(tall, wide) if module.is_transposed else (wide, tall)] * experts
-    return found
+            experts, rows, columns = parameter.shape
+            shapes[name] = [(rows, columns) if module.is_transposed else (columns, rows)] * experts
+    return shapes
 
 
 def expert_weight(module: nn.Module, parameter: str, expert: int) -> Tensor:
-    """One expert's weights [out, in]."""
+    """One expert's weight [out, in]."""
     weight = cast(Tensor, getattr(module, parameter))[expert]
     return weight.T if module.is_transposed else weight
 
 
 class AdaptedExperts(nn.Module):
-    """Stands in the place of the base's module.
+    """Replaces the base's module of stacked experts.
 
     Args:
-        groups: by parameter, each expert's pointer tables.
+        groups: pointer tables of each expert, by parameter.
     """
 
     def __init__(self, base: nn.Module, groups: Mapping[str, list[DeltaGroup]], context: ForwardContext) -> None:
@@ -70,26 +70,26 @@ class AdaptedExperts(nn.Module):
         out = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.base.num_experts:
-                continue  # a place that the router left empty
+                continue  # an empty place of the router
             tokens, choice = torch.where(top_k_index == expert)  # ascending: a token chooses an expert once
-            runs = _narrowed(segments, tokens)
-            rows = self._project(self._up, expert, hidden_states[tokens], runs)
+            expert_segments = _select_rows(segments, tokens)
+            rows = self._project(self._up, expert, hidden_states[tokens], expert_segments)
             rows = self.base._apply_gate(rows) if self.base.has_gate else self.base.act_fn(rows)
-            rows = self._project(DOWN, expert, rows, runs)
+            rows = self._project(DOWN, expert, rows, expert_segments)
             out.index_add_(0, tokens, (rows * top_k_weights[tokens, choice, None]).to(out.dtype))
         return out
 
-    def _project(self, name: str, expert: int, x: Tensor, runs: Segments) -> Tensor:
+    def _project(self, name: str, expert: int, x: Tensor, segments: Segments) -> Tensor:
         bias = getattr(self.base, f"{name}_bias")[expert] if self.base.has_bias else None
         y = nn.functional.linear(x, expert_weight(self.base, name, expert), bias)
-        self._context.kernels.delta(x.contiguous(), [y], self._groups[name][expert], runs)
+        self._context.kernels.delta(x.contiguous(), [y], self._groups[name][expert], segments)
         return y
 
 
-def _narrowed(segments: Segments, tokens: Tensor) -> Segments:
-    """The segments over a selection of the batch's rows; `tokens` ascends."""
+def _select_rows(segments: Segments, tokens: Tensor) -> Segments:
+    """Segments over a selection of the batch's rows; `tokens` is ascending."""
 
-    def moved(edge: Tensor) -> Tensor:
+    def position(edge: Tensor) -> Tensor:
         return torch.searchsorted(tokens, edge.to(tokens.dtype)).to(torch.int32)
 
-    return replace(segments, start=moved(segments.start), end=moved(segments.end))
+    return replace(segments, start=position(segments.start), end=position(segments.end))

@@ -1,4 +1,4 @@
-"""A linear module that another library quantised, kept as it is: it computes its own output, deltas are added to it."""
+"""Externally quantised linear modules: the library's module computes its output, to which deltas are added."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_serve.model.external_quantization import dequantized, is_externally_quantized
+from lora_serve.model.external_quantization import dequantized_weight, is_externally_quantized
 
 
 class ExternalLinear(nn.Module):
-    """y = x Wᵀ + b by a module that quantises W in its own way.
+    """y = x Wᵀ + b, computed by an externally quantised module.
 
     Args:
-        base: a module for which `quantized.is_externally_quantized` holds.
+        base: a module for which `is_externally_quantized` is true.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -24,13 +24,13 @@ class ExternalLinear(nn.Module):
 
     @property
     def full_weight(self) -> Tensor:
-        """W [out, in] as the forward pass uses it; dequantised anew each time."""
+        """W [out, in] as the forward pass uses it; dequantised on every access."""
         with torch.inference_mode():
-            return dequantized(self.base)
+            return dequantized_weight(self.base)
 
     @property
     def weight(self) -> Tensor:
-        """The same: what a module in full precision would have as its parameter."""
+        """The same as `full_weight`: the parameter of a module in full precision."""
         return self.full_weight
 
     @property
@@ -39,11 +39,11 @@ class ExternalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [rows, in] → [rows, out], contiguous, in x's dtype."""
-        y: Tensor = self.base(x[None])[0]  # some tell rows of a batch from anything else by the number of dimensions
+        y: Tensor = self.base(x[None])[0]  # some libraries expect a batch dimension
         return y.to(x.dtype).contiguous()
 
     def with_parameters(self, x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        """The same with an adapter's parameters in the place of the module's own."""
+        """`forward` with an adapter's parameters instead of the module's own."""
         if "weight" in others:
             return functional.linear(x, others["weight"], others.get("bias", self.bias))
         y: Tensor = self(x)
@@ -53,7 +53,7 @@ class ExternalLinear(nn.Module):
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's own parameters, in full precision."""
+    """Shapes of a module's own parameters, as they are in full precision."""
     own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
     if not is_externally_quantized(module):
         return own

@@ -1,14 +1,14 @@
-"""Checkpoints that another library quantised: which are served, what they need, and how their weights are read.
+"""Externally quantised checkpoints: which are served, what they need, and how their weights are read.
 
-transformers loads them, and their linear modules stay that library's own (`foreign.py`). All that the server knows of
-such libraries stands here:
+transformers loads them, and their linear modules stay the library's own (`external_linear.py`). Everything specific to
+these libraries is in this module:
 
-| library | what | kept as |
+| library | schemes | kept as |
 |---|---|---|
 | bitsandbytes | nf4, fp4, LLM.int8() | its own modules |
-| torchao | any scheme that its tensors multiply in | `nn.Linear` over its tensors |
-| compressed-tensors | integers and floats, grouped or not | compressed; decompressed for each call, one map at a time |
-| transformers (fp8) | e4m3, by blocks or whole | its own modules; where the device cannot, dequantised at load |
+| torchao | any scheme whose tensors support matmul | `nn.Linear` over its tensors |
+| compressed-tensors | integers and floats, grouped or not | compressed; one module at a time is decompressed per call |
+| transformers (fp8) | e4m3, one scale or one per block | its own modules; dequantised at load on devices without fp8 |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_serve.errors import ModelUnsupported
 
-FULL = (torch.float32, torch.bfloat16, torch.float16)
+FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Quantization:
     """How a checkpoint is quantised.
 
     Attributes:
-        label: for people, such as "nf4 by bitsandbytes".
-        packages: what transformers needs to load it.
-        remark: what an operator should know of it.
-        replayable: a pass over its modules makes the same calls, on memory of the same sizes, for any rows of one
-            number; only then can a step be recorded or captured.
+        label: for messages, such as "nf4 by bitsandbytes".
+        packages: packages that transformers needs to load it.
+        remark: what an operator should know.
+        replayable: whether forward passes on the same number of rows make the same calls on memory of the same sizes;
+            only then can a step be recorded or captured.
     """
 
     label: str
@@ -46,8 +46,8 @@ class Quantization:
     replayable: bool = True
 
 
-def installed(package: str) -> bool:
-    """Whether pip would find a package of that name."""
+def is_installed(package: str) -> bool:
+    """Whether a distribution of that name is installed."""
     try:
         distribution(package)
     except PackageNotFoundError:
@@ -55,10 +55,10 @@ def installed(package: str) -> bool:
     return True
 
 
-def quantization(name: str, config: Any, device: torch.device) -> Quantization | None:
-    """How the checkpoint `name` is quantised, told from its configuration; None if it is not.
+def find_quantization(name: str, config: Any, device: torch.device) -> Quantization | None:
+    """How the checkpoint `name` is quantised, from its configuration; None if it is not.
 
-    Raises ModelUnsupported if that is not served, or a package is missing.
+    Raises ModelUnsupported if the method is not served or a package is missing.
     """
     given = getattr(config, "quantization_config", None)
     if given is None:
@@ -74,7 +74,7 @@ def quantization(name: str, config: Any, device: torch.device) -> Quantization |
     found = _METHODS[method](given, device)
     if given.get("kv_cache_scheme"):
         raise ModelUnsupported(f"{name!r} ({found.label}) quantises its KV as well, which is not served")
-    missing = [package for package in found.packages if not installed(package)]
+    missing = [package for package in found.packages if not is_installed(package)]
     if missing:
         raise ModelUnsupported(
             f"{name!r} is quantised ({found.label}), which needs {' and '.join(missing)}: "
@@ -86,7 +86,7 @@ def quantization(name: str, config: Any, device: torch.device) -> Quantization |
 def _bitsandbytes(given: Mapping[str, Any], device: torch.device) -> Quantization:
     four = bool(given.get("load_in_4bit"))
     scheme = str(given.get("bnb_4bit_quant_type") or "fp4") if four else "int8"
-    # LLM.int8() takes columns with outliers out of the product: how many, the rows decide.
+    # LLM.int8() multiplies columns with outliers separately; how many these are depends on the input.
     return Quantization(f"{scheme} by bitsandbytes", ("bitsandbytes", "accelerate"), replayable=four)
 
 
@@ -102,13 +102,15 @@ def _compressed_tensors(given: Mapping[str, Any], device: torch.device) -> Quant
     schemes = sorted({f"{each.get('type', 'float')}{each.get('num_bits', '')}" for each in weights})
     label = f"{', '.join(schemes) or given.get('format')} by compressed-tensors"
     remark = "decompressed for each product, which keeps memory small and takes time"
-    return Quantization(label, ("compressed-tensors", "accelerate"), remark, replayable=False)  # weights come and go
+    return Quantization(
+        label, ("compressed-tensors", "accelerate"), remark, replayable=False
+    )  # weights are allocated per call
 
 
 def _fp8(given: Mapping[str, Any], device: torch.device) -> Quantization:
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    remark = "" if able else f"dequantised at load: there is no computing with them on {device}"
-    return Quantization("fp8 by transformers", ("accelerate", "kernels") if able else ("accelerate",), remark)
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    remark = "" if has_fp8 else f"dequantised at load: there is no computing with them on {device}"
+    return Quantization("fp8 by transformers", ("accelerate", "kernels") if has_fp8 else ("accelerate",), remark)
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any], torch.device], Quantization]] = {
@@ -120,51 +122,53 @@ _METHODS: dict[str, Callable[[Mapping[str, Any], torch.device], Quantization]] =
 
 
 def is_externally_quantized(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear module keeps its weights in a form that only its own library reads."""
+    """Whether a linear module keeps its weight in a form that only its own library can read."""
     if not isinstance(module, nn.Linear):
         return False
     weight = module._parameters.get("weight")
-    return type(weight) is not nn.Parameter or weight.dtype not in FULL or hasattr(module, "quantization_scheme")
+    return (
+        type(weight) is not nn.Parameter or weight.dtype not in FULL_PRECISION or hasattr(module, "quantization_scheme")
+    )
 
 
-def settle(name: str, model: Any, dtype: torch.dtype | None) -> None:
-    """Make a quantised model's modules work one by one, its weights staying as they came.
+def prepare_modules(name: str, model: Any, dtype: torch.dtype | None) -> None:
+    """Prepare a quantised model so that each module runs on its own; weights stay as they were loaded.
 
     Args:
-        dtype: of what is not quantised (bitsandbytes' checkpoints come in their own); None: as it came.
-    Raises ModelUnsupported if more than linear modules is quantised.
+        dtype: of parameters that are not quantised; None: as loaded (bitsandbytes checkpoints set their own).
+    Raises ModelUnsupported if anything except linear modules is quantised.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has a line for every product
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every matmul
     for path, module in model.named_modules():
         external = is_externally_quantized(module)
         own = module.named_parameters(recurse=False)
-        small = [leaf for leaf, each in own if type(each) is not nn.Parameter or each.dtype not in FULL]
-        if small and (not external or hasattr(module, "n_groups")):  # (it would be several maps in one)
+        small = [leaf for leaf, each in own if type(each) is not nn.Parameter or each.dtype not in FULL_PRECISION]
+        if small and (not external or hasattr(module, "n_groups")):  # n_groups: several linear layers in one
             raise ModelUnsupported(
                 f"{name!r}: {path}.{small[0]} is quantised, and is not the weight of a plain linear module"
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would lay its weights out anew, for no reader but itself
+            module.support_avx512bf16_for_cpu = False  # it would repack its weights so that only it can read them
         if external and hasattr(module, "quantization_scheme"):
             if module.quantization_status != "compressed":
                 raise ModelUnsupported(f"{name!r}: the weights of {path} are to be quantised, but are not yet")
-            module.forward = _decompressing(module)
-    came = model.dtype
+            module.forward = _decompress_per_call(module)
+    loaded_dtype = model.dtype
     for parameter in model.parameters():
-        if dtype is not None and parameter.dtype is came and type(parameter) is nn.Parameter:
+        if dtype is not None and parameter.dtype is loaded_dtype and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.to(dtype)
-    if hasattr(model, "ct_decompress_hook"):  # it would decompress all modules at once, for good
+    if hasattr(model, "ct_decompress_hook"):  # it would decompress all modules permanently
         model.ct_decompress_hook.remove()
 
 
-def _decompressing(module: Any) -> Callable[[Tensor], Tensor]:
-    """The module's own forward, on weights that exist for the time of the call only."""
+def _decompress_per_call(module: Any) -> Callable[[Tensor], Tensor]:
+    """The module's own forward on a decompressed weight that is freed after the call."""
     forward = module.forward.__func__
-    twin = copy.copy(module)  # others may read the module's weights meanwhile
+    twin = copy.copy(module)  # the module's own weight may be read meanwhile
     twin.__dict__["_parameters"] = dict(module._parameters)
 
     def call(x: Tensor) -> Tensor:
-        twin._parameters["weight"] = dequantized(module).to(x.dtype)
+        twin._parameters["weight"] = dequantized_weight(module).to(x.dtype)
         y: Tensor = forward(twin, x)
         del twin._parameters["weight"]
         return y
@@ -172,38 +176,38 @@ def _decompressing(module: Any) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def dequantized(module: Any) -> Tensor:
-    """The weights W [out, in] of a foreign module, as its forward pass uses them: in float32 or what it computes in."""
+def dequantized_weight(module: Any) -> Tensor:
+    """W [out, in] of an externally quantised module as its forward pass uses it, in float32 or its compute dtype."""
     weight = module._parameters.get("weight")
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is not None:
-        return _decompressed(module, scheme)
+        return _decompress(module, scheme)
     if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bits
         from bitsandbytes.functional import dequantize_4bit
 
         dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return dense
-    if hasattr(module, "state"):  # bitsandbytes, 8 bits; the first call moves them from the weight to the state
+    if hasattr(module, "state"):  # bitsandbytes, 8 bits; the first call moves the weight into the state
         moved = module.state.CB is not None
-        numbers, extremes = (module.state.CB, module.state.SCB) if moved else (weight.data, weight.SCB)
-        return cast(Tensor, numbers.float() * (extremes.float() / 127)[:, None])
+        integers, absmax = (module.state.CB, module.state.SCB) if moved else (weight.data, weight.SCB)
+        return cast(Tensor, integers.float() * (absmax.float() / 127)[:, None])
     if hasattr(module, "weight_scale_inv"):  # fp8
-        return _unscaled(weight, module.weight_scale_inv.float(), module.block_size)
+        return _apply_scale(weight, module.weight_scale_inv.float(), module.block_size)
     return cast(Tensor, weight.dequantize())  # torchao
 
 
-def _decompressed(module: Any, scheme: Any) -> Tensor:
+def _decompress(module: Any, scheme: Any) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
 
     own = module._parameters | module._buffers
     state = {name: tensor.data for name, tensor in own.items() if tensor is not None}
-    if "weight_shape" in state:  # on the device, it would have to be waited for
+    if "weight_shape" in state:  # reading it from the device would synchronise
         state["weight_shape"] = torch.Size((module.out_features, module.in_features))
-    kind = BaseCompressor.get_value_from_registry(getattr(scheme.format, "value", scheme.format))
-    return cast(Tensor, kind.decompress(state, scheme)["weight"])
+    compressor = BaseCompressor.get_value_from_registry(getattr(scheme.format, "value", scheme.format))
+    return cast(Tensor, compressor.decompress(state, scheme)["weight"])
 
 
-def _unscaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+def _apply_scale(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """weight[o, i] * scale[o // block[0], i // block[1]] (one scale without blocks), float32."""
     if block is not None and scale.ndim == 2:
         tall, wide = weight.shape

@@ -1,4 +1,4 @@
-"""What the modules of the resident base read besides their input tensors: kernels, KV cache, and the step's batch."""
+"""State that the resident base's modules read besides their inputs: kernels, KV cache, the step's batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lora_serve.model.input_buffers import InputBuffers
 
 @dataclass
 class ForwardContext:
-    """One object for all modules of a base, given to them at install; `inputs` and `virtual_rows` change every step.
+    """Shared by all modules of a base, which get it at install; `inputs` and `virtual_rows` change every step.
 
     Attributes:
-        windows: sliding window by layer (None: full attention), for models that keep it in their configuration only.
+        windows: sliding window by layer (None: full attention), for models that do not pass it to attention.
         prefixes: virtual tokens by adapter slot; the device slots keep it up to date.
-        inputs: of the step that runs.
-        virtual_rows: rows whose keys and values are not computed but given by an adapter's prefix.
+        inputs: input buffers of the running step.
+        virtual_rows: rows whose keys and values come from an adapter's prefix instead of being computed.
     """
 
     kernels: Kernels
@@ -32,6 +32,6 @@ class ForwardContext:
 
     @property
     def step(self) -> InputBuffers:
-        """The inputs of the step that runs."""
+        """The input buffers of the running step."""
         assert self.inputs is not None
         return self.inputs

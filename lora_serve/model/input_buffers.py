@@ -1,14 +1,14 @@
-"""A step's input tensors on the device: one allocation, filled on the host and copied over at once.
+"""A step's input tensors on the device: one allocation, filled on the host and copied at once.
 
 Recorded steps and CUDA graphs keep their input buffers and write every batch into the same memory. The buffers may hold
-more rows than a decode batch has: each row left over is a sequence of one token in the scratch KV block, and a segment
-left over has no rows.
+more rows than a decode batch has: a padding row is a sequence of one token in the scratch KV block, a padding segment
+has no rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,12 @@ from lora_serve.model.batch import AdapterRows, Batch
 
 
 class BatchShape(NamedTuple):
-    """How large a batch is, or what input buffers have room for.
+    """The sizes of a batch, or the capacity of input buffers.
 
     Attributes:
-        rows, sequences, logits_rows: how many of each.
-        segments: of adapters; 0 if all rows are the base's.
-        logits_segments: the same over the logits rows; -1 if they are the segments themselves.
+        rows, sequences, logits_rows: number of each.
+        segments: number of adapter segments; 0 if all rows are the base's.
+        logits_segments: the same over the logits rows; -1 if these share `segments`.
         blocks: width of the block tables.
         max_segment_rows, max_rank: see `Segments`.
         max_query_len, max_context_len: see `AttentionMetadata`.
@@ -43,7 +43,7 @@ class BatchShape(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, ranks: Mapping[int, int]) -> BatchShape:
-        """Exactly the batch's; `ranks` has the highest rank of each slot's adapter."""
+        """The exact shape of a batch; `ranks` has the highest rank of each slot's adapter."""
         both = (batch.adapter_rows, batch.logits_adapter_rows)
         same = both[0] == both[1] and len(batch.logits_rows) == len(batch.token_ids)
         starts = batch.query_start
@@ -56,7 +56,7 @@ class BatchShape(NamedTuple):
             blocks=max(map(len, batch.block_tables)),
             max_segment_rows=max((each.end - each.start for segments in both for each in segments), default=0),
             max_rank=max(max_rank_of(segments, ranks) for segments in both),
-            max_query_len=max(end - start for start, end in zip(starts, starts[1:], strict=False)),
+            max_query_len=max(end - start for start, end in pairwise(starts)),
             max_context_len=max(batch.context),
         )
 
@@ -68,7 +68,7 @@ def max_rank_of(segments: Sequence[AdapterRows], ranks: Mapping[int, int]) -> in
 
 
 def split_segments(segments: Sequence[AdapterRows], max_rows: int) -> list[AdapterRows]:
-    """The same rows in segments of at most `max_rows`; those of a composition stay neighbours."""
+    """Split segments into ones of at most `max_rows`; those of a composition stay adjacent."""
     parts = [
         each._replace(start=start, end=min(start + max_rows, each.end))
         for each in segments
@@ -82,7 +82,7 @@ class InputBuffers:
 
     Attributes:
         token_ids, positions, kv_index: int64 [rows].
-        attention: how the rows lie over sequences and KV blocks.
+        attention: sequence boundaries, context lengths and block tables.
         logits_rows: int64 [logits rows].
         segments, logits_segments: rows that share an adapter slot; None if all rows are the base's.
     """
@@ -94,7 +94,7 @@ class InputBuffers:
         # In units of int32; the int64 parts come first, so that all of them are aligned.
         self._lengths = [2 * rows, 2 * rows, 2 * rows, 2 * logits_rows, sequences + 1, sequences]
         self._lengths += [each for count in (segments, max(0, logits_segments)) for each in [count] * 4]
-        self._table = sum(self._lengths)  # where the block table begins
+        self._table = sum(self._lengths)  # offset of the block table
         self._flat = torch.zeros(self._table + sequences * blocks, dtype=torch.int32, device=device)
         wide, narrow = self._split(self._flat)
         self.token_ids, self.positions, self.kv_index, self.logits_rows = wide
@@ -110,7 +110,7 @@ class InputBuffers:
 
     @classmethod
     def of(cls, batch: Batch, ranks: Mapping[int, int], device: torch.device) -> InputBuffers:
-        """New buffers of exactly the batch's shape that hold it."""
+        """New buffers of exactly the batch's shape, filled with it."""
         buffers = cls(BatchShape.of(batch, ranks), device)
         buffers.write(batch)
         return buffers
@@ -118,15 +118,15 @@ class InputBuffers:
     def write(self, batch: Batch) -> None:
         """Copy a batch into the buffers; only a decode batch may have fewer rows than they have.
 
-        On a device other than the host's this does not wait: the copy is ordered with what the stream runs next.
+        On a GPU this does not wait: the copy is ordered before the next kernels on the stream.
         """
-        away = self._device.type != "cpu"
-        used = max(map(len, batch.block_tables), default=0) if away else self._shape.blocks
-        flat = torch.empty(self._table, dtype=torch.int32, pin_memory=True) if away else self._flat[: self._table]
+        on_gpu = self._device.type != "cpu"
+        used = max(map(len, batch.block_tables), default=0) if on_gpu else self._shape.blocks
+        flat = torch.empty(self._table, dtype=torch.int32, pin_memory=True) if on_gpu else self._flat[: self._table]
         table = self.attention.block_table[:, :used]
-        blocks = torch.empty(*table.shape, dtype=torch.int32, pin_memory=True) if away else table
+        blocks = torch.empty(*table.shape, dtype=torch.int32, pin_memory=True) if on_gpu else table
         self._fill(flat, blocks, batch)
-        if away:
+        if on_gpu:
             self._flat[: self._table].copy_(flat, non_blocking=True)
             table.copy_(blocks, non_blocking=True)
 
@@ -140,9 +140,8 @@ class InputBuffers:
         _set(narrow[1], batch.context, [1] * left)
         for own, segments in ((narrow[2:6], batch.adapter_rows), (narrow[6:10], batch.logits_adapter_rows)):
             if own[0].shape[0]:
-                columns = (
-                    tuple(zip(*segments, strict=True)) or ((),) * 4
-                )  # start, end, slot, weight, and one not needed
+                # Start, end, slot, weight; `first` is not needed.
+                columns = tuple(zip(*segments, strict=True)) or ((),) * 4
                 for part, numbers in zip(own, columns[:4], strict=True):
                     _set(part, numbers)
         rows = blocks.numpy()
@@ -151,7 +150,7 @@ class InputBuffers:
         rows[len(batch.block_tables) :, :1] = 0
 
     def _split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the int64 parts (token ids, positions, KV indices, logits rows), and of the others."""
+        """Views of the int64 parts (token ids, positions, KV indices, logits rows) and of the 32-bit parts."""
         parts = flat[: self._table].split_with_sizes(self._lengths)
         wide = [part.view(torch.int64) for part in parts[:4]]
         narrow = list(parts[4:])
@@ -166,7 +165,7 @@ def _segments(parts: Sequence[Tensor], shape: BatchShape) -> Segments | None:
 
 
 def _set(part: Tensor, numbers: Sequence[int] | Sequence[float], rest: Sequence[int] | int = 0) -> None:
-    """Fill a part of the host's memory: the numbers, then the rest."""
-    values = part.numpy()  # sharing memory
+    """Fill a tensor in host memory with the numbers, then its remainder with `rest`."""
+    values = part.numpy()  # shares memory
     values[: len(numbers)] = numbers
     values[len(numbers) :] = rest

@@ -1,7 +1,7 @@
-"""Install adapters into a loaded Hugging Face model: replace its linear modules, expert stacks and small operations.
+"""Install adapters into a loaded Hugging Face model: replace its linear modules and experts, and fuse operations.
 
-Works in place, one group of modules after the other, so that no second copy of the weights is ever held. Modules keep
-their paths.
+Works in place, one group of modules at a time, so that there is never a second copy of all weights. Modules keep their
+paths.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lora_serve.model.fused import fuse
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
-from lora_serve.model.shape import base_of
+from lora_serve.model.shape import base_module
 
 
 def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Replace the modules of `loaded.model`; its linear modules compute on their own weights until `pack_linears`."""
+    """Replace the modules of `loaded.model`; linear modules keep their own weights until `pack_linears`."""
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
@@ -38,15 +38,15 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
 
 
 def pack_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Lay the linear modules' weights out for the kernels, quantised if that was asked for; the modules are released."""
+    """Pack the linear modules' weights for the kernels, quantised if configured; the original modules are freed."""
     _install_linears(loaded, device_slots, context, packed=True)
     for parameter in loaded.model.parameters():
-        if parameter.is_cpu:  # one tensor left of a memory-mapped file keeps all of it in memory
+        if parameter.is_cpu:  # one tensor of a memory-mapped file keeps the whole file in memory
             parameter.data = parameter.data.clone()
 
 
 def _install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:
-    """Put an `AdaptedLinear` in the place of every linear module, around its packed weights or around the module."""
+    """Replace every linear module by an `AdaptedLinear` around the module itself or its packed weight."""
     for names, group in device_slots.groups.items():
         if not _is_expert(names):
             _install_group(loaded, names, group, context, packed=packed)
@@ -55,11 +55,11 @@ def _install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: Fo
 def _install_group(
     loaded: LoadedModel, names: tuple[str, ...], group: DeltaGroup, context: ForwardContext, *, packed: bool
 ) -> None:
-    """Replace linear modules that read one input; and a tied embedding, which then shares the head's packed weights."""
+    """Replace linear modules that read the same input, and a tied embedding, which shares the head's packed weight."""
     model: Any = loaded.model
-    modules: list[Any] = [base_of(model, name) for name in names]
+    modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
-    bases = _packed(modules, context, loaded) if packed else modules
+    bases = _pack(modules, context, loaded) if packed else modules
     shared = SharedInput(bases, group, context.kernels)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits
@@ -69,8 +69,8 @@ def _install_group(
             _replace(model, loaded.shape.input_embedding, PackedEmbedding(base.packed, context.kernels))
 
 
-def _packed(modules: list[Any], context: ForwardContext, loaded: LoadedModel) -> list[PackedLinear | ExternalLinear]:
-    """The modules on packed weights, laid out together; externally quantised ones by themselves, as they are."""
+def _pack(modules: list[Any], context: ForwardContext, loaded: LoadedModel) -> list[PackedLinear | ExternalLinear]:
+    """Pack modules together; if any is externally quantised, that one is kept and the others are packed one by one."""
     if not any(map(is_externally_quantized, modules)):
         return [*PackedLinear.pack(modules, context.kernels, loaded.scheme)]
     return [

@@ -1,9 +1,8 @@
 """Where a LoRA delta is applied: `AdaptedLinear` adds each row's own low-rank delta to the base layer's output.
 
-`AdaptedLinear` replaces a linear module of the HF model. The base layer may be in full precision, packed,
-quantised by us, or externally quantised. Modules that read the same input (q, k and v) are computed together when the first of them is
-called, so that the kernels get them in one call; the others then return their stored output. A batch without adapter
-rows adds nothing.
+`AdaptedLinear` replaces a linear module of the HF model. The base layer may be in full precision, packed, quantised at
+load, or externally quantised. Modules that read the same input (q, k and v) are computed in one kernel call when the
+first of them is called; the others return their stored output. A batch without adapter rows adds nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lora_serve.model.packed_linear import PackedLinear
 
 
 class SharedInput:
-    """The base layers that read one input, their pointer tables, and outputs that were computed together."""
+    """Base layers that read the same input: their pointer tables, and outputs that were computed together."""
 
     def __init__(self, bases: Sequence[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
         self._bases = bases
@@ -26,10 +25,10 @@ class SharedInput:
         self._group = group
         self._kernels = kernels
         self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}  # computed, and not yet asked for
+        self._outputs: dict[int, Tensor] = {}  # computed and not yet returned
 
     def output(self, module: int, x: Tensor, segments: Segments | None) -> Tensor:
-        """Output of one of the modules for x [..., in], deltas added."""
+        """Output [..., out] of one of the modules for x [..., in], with deltas added."""
         if x is not self._input or module not in self._outputs:
             rows = x.reshape(-1, self._group.in_features)
             if len(self._layers) == len(self._bases):
@@ -50,8 +49,8 @@ class AdaptedLinear(nn.Module):
     """A linear module of the base that adds every row's own LoRA delta.
 
     Args:
-        module: its index among the layers of `shared`.
-        logits_rows_only: whether it sees only the rows whose logits are wanted (an LM head).
+        module: its index in `shared`.
+        logits_rows_only: whether it gets only the rows whose logits are wanted (an LM head).
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for modelling code that looks at its dtype or device."""
+        """The base layer's weight, for modelling code that reads its dtype or device."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight

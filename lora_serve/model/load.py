@@ -1,6 +1,6 @@
-"""From a folder or hub id to a Hugging Face model in memory, and what the server must know of it.
+"""Load a Hugging Face model from a folder or hub id, and collect what the server needs to know about it.
 
-A model that the flat, paged forward pass would serve wrongly is refused here, by name and with the reason.
+A model that flat batches with paged attention would serve wrongly is refused, by name and with the reason.
 """
 
 from __future__ import annotations
@@ -23,31 +23,36 @@ from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.external_linear import parameter_shapes
-from lora_serve.model.external_quantization import Quantization, is_externally_quantized, quantization, settle
-from lora_serve.model.observe import Seen, observe
-from lora_serve.model.paged_attention import BLOCKS
+from lora_serve.model.external_quantization import (
+    Quantization,
+    find_quantization,
+    is_externally_quantized,
+    prepare_modules,
+)
+from lora_serve.model.observe import ObservedModel, observe
+from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
-from lora_serve.model.shape import shape_of
+from lora_serve.model.shape import build_base_shape
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Ropes whose angles depend on the longest position of the whole batch once it passes the original context.
+# RoPE types whose angles depend on the longest position in the batch once that exceeds the original context.
 BATCH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base as it came from disk, not yet adapted.
+    """A base model as loaded, before adapters are installed.
 
     Attributes:
-        layers: what each attention layer stores per token.
-        windows: sliding window of each layer that the modelling code may not pass on.
-        max_model_len: the longest context that is served right.
-        keeps_logits: the model's forward takes the rows whose logits are wanted.
+        layers: KV per token of each attention layer.
+        windows: sliding window of each layer, which the modelling code may not pass on; None: full attention.
+        max_model_len: the longest context that is served correctly.
+        keeps_logits: whether the model's forward takes `logits_to_keep`.
         created: seconds since the epoch.
-        scheme: how the linear maps are to be quantised.
-        notes: what an operator should know, for the start-up summary.
-        replayable: steps of one shape make the same calls, so they can be recorded (see `Quantization`).
-        oracle: what the untouched model computes, for the self-check.
+        scheme: how to quantise the linear modules when they are packed.
+        notes: remarks for the operator, in the start-up summary.
+        replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
+        oracle: the untouched model's logits, for the self-check.
     """
 
     model: nn.Module
@@ -79,22 +84,22 @@ def load(
     scheme: Scheme | None = None,
     names: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """Load a base model; raises ModelUnsupported if it cannot be served right.
+    """Load a base model; raises ModelUnsupported if it cannot be served correctly.
 
     Args:
-        scheme: how its linear maps will be quantised when they are packed; None leaves them as they are.
-        names: what else the base is called, beside `name`.
+        scheme: how its linear modules will be quantised when they are packed; None: not at all.
+        names: other names of the base besides `name`.
     """
     progress("reading the model's configuration", 0.02)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # some configurations check themselves, and say so in their own ways
+    except Exception as error:  # some configurations validate themselves and raise errors of their own
         raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
     with refusing(config.model_type):
-        return _loaded(name, config, revision, dtype, device, progress, scheme, names)
+        return _load(name, config, revision, dtype, device, progress, scheme, names)
 
 
-def _loaded(
+def _load(
     name: str,
     config: Any,
     revision: str | None,
@@ -105,8 +110,8 @@ def _loaded(
     names: tuple[str, ...],
 ) -> LoadedModel:
     notes: list[str] = []
-    _check(name, config)
-    quantized = quantization(name, config, device)
+    _refuse_unsupported(name, config)
+    quantized = find_quantization(name, config, device)
     if quantized is not None:
         if scheme is not None:
             raise ModelUnsupported(
@@ -116,19 +121,19 @@ def _loaded(
         notes.append(", ".join(filter(None, [f"the base's weights are {quantized.label}", quantized.remark])))
     max_model_len = _context(config, notes)
     progress("loading weights", 0.05)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # ours says it
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # `progress` replaces it
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=BLOCKS,
+            attn_implementation=PAGED_ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
-            # Other libraries make their weights on the device itself; this takes accelerate, a need of theirs only.
+            # Other libraries create their weights on the device; that needs accelerate, so it is for these only.
             **({} if quantized is None else {"device_map": str(device)}),
         )
-    except KeyError as error:  # its table of attention functions has no room for ours
+    except KeyError as error:  # the model has a fixed table of attention functions
         raise ModelUnsupported(f"{config.model_type} does not let its attention be replaced ({error})") from error
     except (OSError, ValueError, ImportError) as error:
         raise ModelUnsupported(f"the base model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -139,25 +144,25 @@ def _loaded(
     if quantized is None:
         model = model.to(device)
     else:
-        settle(name, model, None if dtype == "auto" else getattr(torch, dtype))
+        prepare_modules(name, model, None if dtype == "auto" else getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
     progress("observing the forward pass", 0.8)
-    seen = _observed(name, model, device, quantized)
-    oracle = _oracle(model, device, quantized)
-    _settle(model)
+    observed = _observe(name, model, device, quantized)
+    oracle = _compute_oracle(model, device, quantized)
+    _remove_step_dependent_branches(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     return LoadedModel(
         model=model,
-        shape=shape_of(
+        shape=build_base_shape(
             model,
-            seen,
+            observed,
             names=(name, str(getattr(config, "_name_or_path", "")), *names),
             vocabulary=vocabulary_digest(Path(name)),
             quantized=scheme or (quantized.label if quantized else ""),
         ),
-        layers=seen.layers,
-        windows=_windows(config, len(seen.layers)),
+        layers=observed.layers,
+        windows=_windows(config, len(observed.layers)),
         max_model_len=max_model_len,
         vocab_size=parameter_shapes(model.get_output_embeddings())["weight"][0],
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
@@ -178,8 +183,8 @@ def _loaded(
     )
 
 
-def _check(name: str, config: Any) -> None:
-    """Refuse what is known to be served wrongly, before any weight is read."""
+def _refuse_unsupported(name: str, config: Any) -> None:
+    """Raise ModelUnsupported for what is known to be served wrongly, before any weight is read."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelUnsupported(f"{name!r} ({kind}) is an encoder-decoder; only decoders are served")
@@ -193,12 +198,12 @@ def _check(name: str, config: Any) -> None:
         )
 
 
-def _observed(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> Seen:
+def _observe(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> ObservedModel:
     try:
         return observe(model, device)
     except (ServeError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever another library says of a device that it has nothing for
+    except Exception as error:  # whatever another library raises on a device that it does not support
         if quantized is None:
             raise
         raise ModelUnsupported(
@@ -206,18 +211,18 @@ def _observed(name: str, model: Any, device: torch.device, quantized: Quantizati
         ) from error
 
 
-def _oracle(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
-    """What the model computes under eager attention, while nothing of it is replaced."""
+def _compute_oracle(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
+    """The model's logits under its own eager attention, before any module is replaced."""
     model.set_attn_implementation("eager")
     try:
         with eager_experts(model):
             return compute_oracle(model, device, external=quantized is not None)
     finally:
-        model.set_attn_implementation(BLOCKS)
+        model.set_attn_implementation(PAGED_ATTENTION)
 
 
 def _context(config: Any, notes: list[str]) -> int:
-    """Longest context in which every request is independent of its neighbours."""
+    """Longest context in which every request is independent of others in the batch."""
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int):
         raise ModelUnsupported(f"{config.model_type} does not say how long its context is (max_position_embeddings)")
@@ -239,12 +244,12 @@ def _context(config: Any, notes: list[str]) -> int:
     return longest
 
 
-def _settle(model: Any) -> None:
-    """Take out of the forward pass what it would decide anew every time, always in the same way, by waiting for values.
+def _remove_step_dependent_branches(model: Any) -> None:
+    """Disable checks in the forward pass that read values from the device and always have the same outcome.
 
-    Contexts stay below where these ropes begin to change; and there is no padding that one could be warned of.
+    Contexts stay below the length at which these RoPE types change, and there are no padding tokens to warn of.
     """
-    vars(model.config)["pad_token_id"] = None  # some configurations would not have it set
+    vars(model.config)["pad_token_id"] = None  # some configurations do not allow assigning it
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str) and kinds in BATCH_DEPENDENT_ROPES:
@@ -272,21 +277,21 @@ def _generation_config(name: str, revision: str | None, model: Any) -> dict[str,
 
 
 def _created(name: str) -> int:
-    """When the model's configuration was written, so that what clients are told does not change from start to start."""
+    """Modification time of the model's configuration, which does not change from start to start; 0 if unknown."""
     config = Path(name) / "config.json"
     return int(config.stat().st_mtime) if config.is_file() else 0
 
 
 def _parameters(model: nn.Module) -> int:
-    """How many numbers the model has, quantised or not; tied ones count once."""
-    plain: dict[int, int] = {}
-    kept = 0
+    """Number of parameters, quantised or not; tied ones count once."""
+    plain: dict[int, int] = {}  # by identity
+    external = 0
     for module in model.modules():
         if is_externally_quantized(module):
-            kept += sum(map(prod, parameter_shapes(module).values()))
+            external += sum(map(prod, parameter_shapes(module).values()))
         else:
             plain |= {id(each): each.numel() for each in module.parameters(recurse=False)}
-    return kept + sum(plain.values())
+    return external + sum(plain.values())
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Apply what adapters do besides LoRA: replaced parameters, gains, biases, embedding lookups, token rows (by hooks).
+"""Module overrides: what adapters do besides LoRA (replaced parameters, gains, biases, embedding deltas, token rows).
 
-A batch with such adapters gets forward hooks on just the modules concerned, for its forward pass only; each hook corrects
-the adapter's rows after the module (and the deltas) computed the whole batch. Any other batch runs none of this. The
+A batch with such adapters gets forward hooks on just the modules concerned, for one forward pass; each hook corrects
+the adapter's rows after the module and its deltas computed the whole batch. Other batches run none of this code. The
 formula is in `adapters.adapter.ModuleOverride`.
 """
 
@@ -21,58 +21,65 @@ from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.observe import rows_of, tensors_of
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
-from lora_serve.model.shape import base_of
+from lora_serve.model.shape import base_module
 
 
 @dataclass(frozen=True)
 class RowOverride:
-    """Rows of the batch, and what an adapter does to them at one module."""
+    """Rows of the batch, and an adapter's override for them at one module."""
 
     rows: AdapterRows
     override: ModuleOverride
 
 
 class ModuleOverrides:
-    """The changes of a resident base.
+    """The module overrides of the adapters on the device, and how a forward pass applies them.
 
     Args:
-        model: the base, adapted modules in place.
-        slots: changes by slot, then module; the bank keeps it up to date.
-        head_rows: whether the head sees only the rows whose logits are wanted.
+        model: the base, with adapters installed.
+        slots: overrides by slot and module; the device slots keep it up to date.
+        head_sees_logits_rows: whether the head gets only the rows whose logits are wanted.
     """
 
     def __init__(
-        self, model: nn.Module, shape: BaseShape, slots: Mapping[int, Mapping[str, ModuleOverride]], *, head_rows: bool
+        self,
+        model: nn.Module,
+        shape: BaseShape,
+        slots: Mapping[int, Mapping[str, ModuleOverride]],
+        *,
+        head_sees_logits_rows: bool,
     ) -> None:
         self._model = model
         self._shape = shape
         self._slots = slots
-        self._head_rows = head_rows
+        self._head_sees_logits_rows = head_sees_logits_rows
 
-    def of(self, batch: Batch) -> dict[str, list[RowOverride]]:
-        """What the batch's rows need, by module; empty for most batches."""
+    def for_batch(self, batch: Batch) -> dict[str, list[RowOverride]]:
+        """The overrides that apply to a batch, by module; empty for most batches."""
         found: dict[str, list[RowOverride]] = {}
         if not self._slots:
             return found
         for ranges, at_head in ((batch.adapter_rows, False), (batch.logits_adapter_rows, True)):
             for rows in ranges:
                 for module, override in self._slots.get(rows.slot, {}).items():
-                    if (module == self._shape.head and self._head_rows) == at_head:
+                    if (module == self._shape.head and self._head_sees_logits_rows) == at_head:
                         found.setdefault(module, []).append(RowOverride(rows, override))
         return found
 
     @contextmanager
-    def applied(self, parts: Mapping[str, list[RowOverride]], batch: Batch) -> Iterator[None]:
-        """Have the modules changed for the rows of `parts` meanwhile."""
+    def apply(self, overrides: Mapping[str, list[RowOverride]], batch: Batch) -> Iterator[None]:
+        """Apply overrides to the forward pass in this context; `overrides` as returned by `for_batch`."""
         hooks = []
         try:
-            for name, each in parts.items():
+            for name, parts in overrides.items():
                 module = self._model.get_submodule(name)
-                looks_up = name in self._shape.embeddings
+                is_embedding = name in self._shape.embeddings
                 head = name == self._shape.head
-                seen = batch.logits_rows if head and self._head_rows else batch.token_ids
-                hook = _Hook(base_of(self._model, name), each, len(seen), looks_up=looks_up, widens=head)
-                if looks_up:
+                rows = batch.logits_rows if head and self._head_sees_logits_rows else batch.token_ids
+                hook = _OverrideHook(
+                    base_module(self._model, name), parts, len(rows), is_embedding=is_embedding, is_head=head
+                )
+                if is_embedding:
                     hook.limit = self._ids(name)
                     hooks.append(module.register_forward_pre_hook(hook.before))
                 hooks.append(module.register_forward_hook(hook.after))
@@ -81,11 +88,11 @@ class ModuleOverrides:
             for handle in hooks:
                 handle.remove()
 
-    def masked(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits with -inf for tokens that a row's vocabulary does not have.
+    def mask_logits(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Set logits of tokens that are not in a row's vocabulary to -inf.
 
-        Only of interest where an adapter replaced the head by one of another size: then `logits` has as many columns as
-        the largest vocabulary in the batch.
+        Only needed if an adapter replaced the head by one of another size: then `logits` has as many columns as the
+        largest vocabulary in the batch.
         """
         own, base = {}, self._ids(self._shape.head)
         for rows in batch.logits_adapter_rows:
@@ -104,103 +111,109 @@ class ModuleOverrides:
         return self._shape.modules[module]["weight"][0]
 
 
-class _Hook:
-    """One module's part in a forward pass.
+class _OverrideHook:
+    """Forward hooks of one module that apply overrides to their rows.
+
+    Attributes:
+        limit: for an embedding, the size of its table.
 
     Args:
-        module: the base's own module, which computes with an adapter's parameters.
-        tokens: rows that the module sees.
-        looks_up: it gets ids; `widens`: it gives logits, of as many tokens as the largest vocabulary has.
+        module: the base's own module.
+        tokens: number of rows that the module gets.
+        is_embedding: its input is token ids.
+        is_head: its output is logits, padded to the largest vocabulary in the batch.
     """
 
     def __init__(
-        self, module: nn.Module, parts: Sequence[RowOverride], tokens: int, *, looks_up: bool, widens: bool
+        self, module: nn.Module, parts: Sequence[RowOverride], tokens: int, *, is_embedding: bool, is_head: bool
     ) -> None:
         self._module, self._parts, self._tokens = module, parts, tokens
-        self._looks_up, self._widens = looks_up, widens
+        self._is_embedding, self._is_head = is_embedding, is_head
         self._scaled = [part for part in parts if part.override.gain_out is not None or part.override.shift is not None]
         self._ids: Tensor | None = None
         self.limit = 0
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Let a lookup that knows `limit` ids pass over larger ones, which only an adapter's own table has."""
+        """Clamp token ids beyond the base's table, which are in an adapter's own table only."""
         self._ids = args[0]
         return (args[0].clamp(max=self.limit - 1), *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Treat the adapters' rows."""
+        """Correct the adapters' rows of the module's output, in place or in a padded copy."""
         inputs = args if self._ids is None else (self._ids, *args[1:])
         x, tokens = inputs[0], self._tokens
-        if self._widens:
-            output = _widened(output, self._parts)
+        if self._is_head:
+            output = _pad_vocabulary(output, self._parts)
         for part in self._parts:
             if part.override.parameters or part.override.gain_in is not None:
                 _recompute(self._module, part, inputs, output, tokens)
             if part.override.lookup is not None:
-                ids, y = _own(x, part, tokens), _own(output, part, tokens)
+                ids, y = _part_of(x, part, tokens), _part_of(output, part, tokens)
                 y += part.rows.weight * (part.override.lookup.a[ids] @ part.override.lookup.b)
         if self._scaled:
             _scale(self._scaled, output, tokens)
         for part in self._parts:
             if part.override.token_rows is not None:
-                _replace_tokens(part, _own(x, part, tokens), _own(output, part, tokens), looks_up=self._looks_up)
+                _replace_tokens(
+                    part, _part_of(x, part, tokens), _part_of(output, part, tokens), is_embedding=self._is_embedding
+                )
         return output
 
 
-def _own(value: Any, part: RowOverride, tokens: int) -> Any:
-    """The part's rows of a tensor that has the batch's; anything else as it is."""
+def _part_of(value: Any, part: RowOverride, tokens: int) -> Any:
+    """The part's rows of a tensor that has all rows of the batch; other values are returned unchanged."""
     rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
     return value if rows is None else rows[part.rows.start : part.rows.end]
 
 
 def _recompute(module: nn.Module, part: RowOverride, inputs: tuple[Any, ...], output: Any, tokens: int) -> None:
-    """Rows of a module's output, with the adapter's input gain and parameters."""
-    args = [_own(value, part, tokens) for value in inputs]
+    """Recompute a part's rows of `output` with the adapter's input gain and parameters."""
+    args = [_part_of(value, part, tokens) for value in inputs]
     if part.override.gain_in is not None:
         args[0] = (args[0].float() * part.override.gain_in).to(args[0].dtype)
     if isinstance(module, PackedLinear | PackedEmbedding | ExternalLinear):
         fresh = module.with_parameters(args[0], part.override.parameters)
     else:
-        with _parameters(module, part.override.parameters):
-            fresh = module.forward(*args)  # its hooks are for the whole batch
+        with _swap_parameters(module, part.override.parameters):
+            fresh = module.forward(*args)  # without hooks, which are for the whole batch
     for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
-        _own(whole, part, tokens)[..., : tensor.shape[-1]] = tensor
+        _part_of(whole, part, tokens)[..., : tensor.shape[-1]] = tensor
 
 
 @contextmanager
-def _parameters(module: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a module have other parameters meanwhile (as torch's `functional_call`, at a twentieth of its cost)."""
-    offsets: list[tuple[str, nn.Parameter | None]] = []
+def _swap_parameters(module: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Swap a module's parameters in this context (like torch's `functional_call`, at a twentieth of its cost)."""
+    originals: list[tuple[str, nn.Parameter | None]] = []
     try:
         for name, tensor in others.items():
-            offsets.append((name, module._parameters[name]))
+            originals.append((name, module._parameters[name]))
             module._parameters[name] = tensor  # type: ignore[assignment]  # a view, not a Parameter of its own
         yield
     finally:
-        module._parameters.update(offsets)
+        module._parameters.update(originals)
 
 
 def _scale(parts: Sequence[RowOverride], output: Tensor, tokens: int) -> None:
-    """Gains and constants of all parts, in float32; one call for all rather than one each."""
+    """Apply the output gains and shifts of all parts, in float32, by one call for all gains and one for all shifts."""
     exact = output.float()
     rows = rows_of(exact, tokens)
     assert rows is not None
     gains = [(part.rows, gain) for part in parts if (gain := part.override.gain_out) is not None]
     shifts = [(part.rows, shift) for part in parts if (shift := part.override.shift) is not None]
     if gains:
-        torch._foreach_mul_([rows[run.start : run.end] for run, _ in gains], [gain for _, gain in gains])
+        torch._foreach_mul_([rows[segment.start : segment.end] for segment, _ in gains], [gain for _, gain in gains])
     if shifts:
-        constants = [shift if run.weight == 1 else run.weight * shift for run, shift in shifts]
-        torch._foreach_add_([rows[run.start : run.end] for run, _ in shifts], constants)
+        constants = [shift if segment.weight == 1 else segment.weight * shift for segment, shift in shifts]
+        torch._foreach_add_([rows[segment.start : segment.end] for segment, _ in shifts], constants)
     if exact is not output:
         output.copy_(exact)
 
 
-def _replace_tokens(part: RowOverride, x: Tensor, y: Tensor, *, looks_up: bool) -> None:
-    """Rows of an embedding whose id is one of the part's, or the logits of these ids."""
+def _replace_tokens(part: RowOverride, x: Tensor, y: Tensor, *, is_embedding: bool) -> None:
+    """Replace the embeddings, or the logits, of the token ids for which an adapter has its own rows."""
     rows, ids = part.override.token_rows, to_device(part.override.token_ids, torch.int64, y.device)
     assert rows is not None
-    if looks_up:
+    if is_embedding:
         hits = x[:, None] == ids  # [rows, ids]
         y.copy_(torch.where(hits.any(1, keepdim=True), rows[hits.int().argmax(1)], y))
     else:
@@ -211,8 +224,8 @@ def _head_weight(override: ModuleOverride | None) -> Tensor | None:
     return None if override is None else override.parameters.get("weight")
 
 
-def _widened(output: Tensor, parts: Sequence[RowOverride]) -> Tensor:
-    """Room for the logits of the largest vocabulary; what is beyond a row's own is masked in the end."""
+def _pad_vocabulary(output: Tensor, parts: Sequence[RowOverride]) -> Tensor:
+    """Pad logits to the largest vocabulary of the parts; `mask_logits` masks what a row does not have."""
     weights = [weight for part in parts if (weight := _head_weight(part.override)) is not None]
     more = max((weight.shape[0] for weight in weights), default=0) - output.shape[-1]
     return nn.functional.pad(output, (0, more)) if more > 0 else output

@@ -1,7 +1,7 @@
-"""One short forward pass, watched: what is guessed from names elsewhere is seen here.
+"""Trace one short forward pass: KV shapes, linear modules that share an input, modules that compute row by row.
 
-What each layer stores, which linear modules read the same input, and which modules work row by row, so that the rows of
-a mixed batch can be treated each in its own way.
+Nothing is inferred from module names. Only modules that compute row by row can treat the rows of a mixed batch
+differently.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.external_quantization import is_externally_quantized
-from lora_serve.model.paged_attention import BLOCKS, OBSERVE, Observed
+from lora_serve.model.paged_attention import PAGED_ATTENTION
 
-TOKENS = 13  # of the watched pass: unlikely to be mistaken for a number of heads
+OBSERVE_ATTENTION = "lora_serve_observe"  # the name registered with transformers
+TOKENS = 13  # in the traced pass; unlikely to be mistaken for a number of heads
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the pass showed.
+class ObservedModel:
+    """What the trace of one forward pass found.
 
     Attributes:
-        layers: what each attention layer stores per token.
-        groups: linear modules by the input that they share, in the order of the pass.
-        rowwise: modules that see every row of a batch, and whose outputs' rows depend on the same rows of their inputs
-            only.
+        layers: KV per token of each attention layer.
+        groups: names of linear modules, grouped by the input that they share, in call order.
+        rowwise: modules that get every row of a batch and compute each output row from the same input row only.
     """
 
     layers: list[LayerShape]
@@ -38,28 +39,61 @@ class Seen:
     rowwise: frozenset[str]
 
 
+class AttentionTrace(dict[int, LayerShape]):
+    """KV shape by layer, filled in by a forward pass under `OBSERVE_ATTENTION`.
+
+    Attributes:
+        modules: the modules that called the attention function, in call order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
+
+
+def observe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    trace: AttentionTrace,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function that records the shapes of keys and values, and returns zeros."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    trace.modules.append(module)
+    trace[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(OBSERVE_ATTENTION, observe_attention)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map and no more than that; a subclass may go on to choose experts, say."""
+    """Whether a module is a linear layer and nothing else; a subclass may also choose experts, for example."""
     return is_externally_quantized(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def rows_of(x: Tensor, tokens: int) -> Tensor | None:
-    """`x` as [tokens, ...], whether it came so or as [1, tokens, ...]; None if it is neither. A view."""
+    """`x` [tokens, ...] or [1, tokens, ...] as a view [tokens, ...]; None if it has neither shape."""
     if x.ndim > 1 and x.shape[:2] == (1, tokens):
         return x[0]
     return x if x.ndim and x.shape[0] == tokens else None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors of a module's output: one, or some of a tuple."""
+    """The tensors in a module's output, which is a tensor or a tuple."""
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, Tensor):
             yield part
 
 
-def observe(model: Any, device: torch.device) -> Seen:
-    """Run the pass; raises ModelUnsupported if attention cannot be replaced in every layer."""
-    inputs: list[tuple[str, Tensor]] = []  # keeps every input alive, so that identity means sameness
+def observe(model: Any, device: torch.device) -> ObservedModel:
+    """Trace a forward pass; raises ModelUnsupported if attention cannot be replaced in every layer."""
+    inputs: list[tuple[str, Tensor]] = []  # keeps every input alive, so that one id is one tensor
     rowwise: dict[str, bool] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -77,12 +111,12 @@ def observe(model: Any, device: torch.device) -> Seen:
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None or is_linear(module)
     ]
-    observed = Observed()
+    trace = AttentionTrace()
     ids = torch.arange(TOKENS, device=device).unsqueeze(0)
-    model.set_attn_implementation(OBSERVE)
+    model.set_attn_implementation(OBSERVE_ATTENTION)
     try:
         with torch.inference_mode():
-            model(input_ids=ids, position_ids=ids, use_cache=False, observed=observed)
+            model(input_ids=ids, position_ids=ids, use_cache=False, trace=trace)
     except (TypeError, KeyError, AttributeError) as error:
         raise ModelUnsupported(
             f"{model.config.model_type} does not hand keyword arguments on to its attention "
@@ -91,32 +125,32 @@ def observe(model: Any, device: torch.device) -> Seen:
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation(BLOCKS)
-    if sorted(observed) != list(range(model.config.num_hidden_layers)):
+        model.set_attn_implementation(PAGED_ATTENTION)
+    if sorted(trace) != list(range(model.config.num_hidden_layers)):
         raise ModelUnsupported(
-            f"{model.config.model_type}: {len(observed)} of {model.config.num_hidden_layers} layers "
+            f"{model.config.model_type}: {len(trace)} of {model.config.num_hidden_layers} layers "
             "use the attention interface"
         )
-    if len(observed.modules) > len(observed):
+    if len(trace.modules) > len(trace):
         raise ModelUnsupported(
             f"{model.config.model_type} calls attention more than once in a layer, and the calls would overwrite each "
             "other's keys and values in the KV cache"
         )
-    mixing = {id(module) for module in observed.modules}  # attention mixes rows, whatever its shapes look like
-    apart = {name for name, fits in rowwise.items() if fits and id(model.get_submodule(name)) not in mixing}
-    layers = [observed[layer] for layer in sorted(observed)]
-    return Seen(layers, _groups(inputs, apart), frozenset(apart))
+    attention = {id(module) for module in trace.modules}  # mixes rows, although its shapes look row by row
+    names = {name for name, fits in rowwise.items() if fits and id(model.get_submodule(name)) not in attention}
+    layers = [trace[layer] for layer in sorted(trace)]
+    return ObservedModel(layers, _group_by_input(inputs, names), frozenset(names))
 
 
-def _groups(inputs: list[tuple[str, Tensor]], rowwise: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Neighbouring calls with one and the same input."""
-    once: set[str] = set()
+def _group_by_input(inputs: list[tuple[str, Tensor]], rowwise: set[str]) -> tuple[tuple[str, ...], ...]:
+    """Group consecutive calls whose input is the same tensor."""
+    grouped: set[str] = set()
     groups: list[list[str]] = []
     last: Tensor | None = None
     for name, x in inputs:
-        if name in once or name not in rowwise:
+        if name in grouped or name not in rowwise:
             continue
-        once.add(name)
+        grouped.add(name)
         if x is last:
             groups[-1].append(name)
         else:

@@ -1,4 +1,4 @@
-"""Linear and embedding modules on weights that the kernel backend has packed, in full precision or quantised."""
+"""Linear and embedding modules on weights packed by the kernel backend, in full precision or quantised."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_serve.kernels.packed_weight import PackedWeight, Scheme, scheme_for
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b; replaces an `nn.Linear` or `Conv1D`, whose own weights are released.
+    """y = x Wᵀ + b; replaces an `nn.Linear` or `Conv1D`, whose weights are freed.
 
     Args:
         bias: [out].
-        transposed: whether the module keeps its weights as [in, out].
+        transposed: whether the original module has its weight as [in, out].
     """
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, kernels: Kernels, *, transposed: bool) -> None:
@@ -30,10 +30,10 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def pack(cls, modules: Sequence[Any], kernels: Kernels, scheme: Scheme | None = None) -> list[PackedLinear]:
-        """Replacements for linear modules that read one input.
+        """Pack linear modules that read the same input.
 
         Args:
-            scheme: how the weights are quantised, if their size allows it.
+            scheme: how to quantise the weights, if their size allows it.
         """
         transposed = [isinstance(module, Conv1D) for module in modules]
         weights = [
@@ -47,12 +47,12 @@ class PackedLinear(nn.Module):
 
     @property
     def full_weight(self) -> Tensor:
-        """W [out, in] as the forward pass uses it; unpacked anew each time."""
+        """W [out, in] as the forward pass uses it; unpacked on every access."""
         return self._kernels.unpack(self.packed)
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as the base module had it."""
+        """The weight in the original module's layout."""
         return self.full_weight.T if self._transposed else self.full_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
         return self._kernels.linear(x, [(self.packed, self.bias)])[0]
 
     def with_parameters(self, x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        """The same with an adapter's parameters in the place of the module's own."""
+        """`forward` with an adapter's parameters instead of the module's own."""
         if "weight" not in others:
             return self._kernels.linear(x, [(self.packed, others.get("bias", self.bias))])[0]
         weight = others["weight"].T if self._transposed else others["weight"]
@@ -68,10 +68,10 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding that looks rows up in the head's packed weights, with which it is tied.
+    """An embedding tied to the LM head, whose packed weight it reads.
 
     Args:
-        packed: in full precision.
+        packed: the head's weight, in full precision.
     """
 
     def __init__(self, packed: PackedWeight, kernels: Kernels) -> None:
@@ -80,13 +80,13 @@ class PackedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table [ids, width]; unpacked anew each time."""
+        """The table [vocab, hidden]; unpacked on every access."""
         return self._kernels.unpack(self._packed)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] → [..., width], in the weights' dtype."""
+        """ids [...] → [..., hidden], in the weight's dtype."""
         return self._kernels.lookup(self._packed, ids.reshape(-1)).view(*ids.shape, -1)
 
     def with_parameters(self, ids: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        """The same with an adapter's parameters in the place of the module's own."""
+        """`forward` with an adapter's parameters instead of the module's own."""
         return functional.embedding(ids, others["weight"])

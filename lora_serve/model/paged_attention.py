@@ -1,7 +1,7 @@
-"""Paged attention as an attention function of transformers: writes the step's keys and values, attends over KV blocks.
+"""Paged attention, registered with transformers: writes the step's keys and values, attends over the KV blocks.
 
 RoPE is already applied. The forward context arrives through the keyword arguments that the model passes on; nothing is
-global. The kernel handles causality, sliding windows and sequence borders, so the model makes no attention mask.
+global. The kernel handles causality, sliding windows and sequence boundaries, so no attention mask is made.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.forward_context import ForwardContext
 
-BLOCKS = "lora_serve_blocks"  # transformers makes no mask for an attention function whose name it does not know
+PAGED_ATTENTION = (
+    "lora_serve_blocks"  # transformers makes no mask for an attention function whose name it does not know
+)
 OBSERVE = "lora_serve_observe"
 
 
@@ -55,34 +56,4 @@ def paged_attention(
     return output.unsqueeze(0), None
 
 
-class Observed(dict[int, LayerShape]):
-    """KV shape by layer, filled in by a forward pass under the attention function `OBSERVE`.
-
-    `modules` are those that asked for attention.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modules: list[nn.Module] = []
-
-
-def observe_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    observed: Observed,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Note what a layer would store; attend to nothing."""
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    observed.modules.append(module)
-    observed[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-
-
-AttentionInterface.register(BLOCKS, paged_attention)
-AttentionInterface.register(OBSERVE, observe_attention)
+AttentionInterface.register(PAGED_ATTENTION, paged_attention)

@@ -1,8 +1,8 @@
 """Recorded steps (CPU): the kernel calls of a small step are recorded once and replayed without the model's Python.
 
 Steps of one shape make the same calls. The first step of a shape runs eagerly, the second is recorded while it runs on
-input buffers of its own; from then on a step of that shape is a write into these buffers and a replay. The calls are the
-same, so the logits are bit-identical. The GPU's counterpart is `cuda_graphs.py`.
+its own input buffers; later ones write into these buffers and replay. The calls are the same, so the logits are
+bit-identical. The GPU's counterpart is `cuda_graphs.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lora_serve.model.step_executor import EagerSteps, ReplayableStep, replays_r
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 32  # with more, Python is a small part of a step's time
+MAX_ROWS = 32  # beyond that, Python is a small part of a step's time
 MAX_RECORDINGS = 64
-UNBOUNDED = 1 << 30  # the CPU kernels take their loops from the tensors, so that one recording serves all ranks
+UNBOUNDED = 1 << 30  # the CPU kernels read ranks and lengths from the tensors: one recording serves all of them
 
 
 class RecordedSteps:
-    """See `StepExecutor`."""
+    """Step executor that records each shape the second time it occurs, and replays it from then on."""
 
     def __init__(self, eager: EagerSteps, kernels: Kernels) -> None:
         self.disabled: str | None = None
@@ -38,7 +38,6 @@ class RecordedSteps:
         self._checked = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `StepExecutor.__call__`."""
         shape = None if self.disabled else _rounded_shape(batch)
         if shape is None:
             return self._eager(batch)
@@ -52,14 +51,13 @@ class RecordedSteps:
         return self._record(shape, batch)
 
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
-        """Nothing is recorded ahead."""
+        """Nothing is recorded ahead of time."""
 
     def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
-        """Nothing is recorded ahead."""
         return 0
 
     def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """See `StepExecutor.check`; the calls are the same, so the logits must be bit-identical."""
+        """Ignores `same`: the calls are the same, so the logits must be bit-identical."""
         right = replays_right(self, self._eager, (first, second), torch.equal)
         self._checked = True
         if not right:
@@ -85,7 +83,7 @@ class RecordedSteps:
 
 
 def _rounded_shape(batch: Batch) -> BatchShape | None:
-    """The batch's shape, rounded up where spare room costs nothing; None if it has too many rows."""
+    """The batch's shape, rounded up where padding costs nothing; None if it has too many rows."""
     if len(batch.token_ids) > MAX_ROWS:
         return None
     exact = BatchShape.of(batch, {})
@@ -101,5 +99,5 @@ def _rounded_shape(batch: Batch) -> BatchShape | None:
 
 
 def _rounded_up(count: int) -> int:
-    """To a power of two, at least 8; zero stays zero."""
+    """Round up to a power of two, at least 8; zero stays zero."""
     return 0 if count == 0 else max(8, 1 << (count - 1).bit_length())

@@ -1,7 +1,6 @@
-"""How a batch is run through the model: eagerly, as a recorded step (CPU), or as a CUDA graph (GPU).
+"""Executors of forward passes: eager, and the interface that recorded steps (CPU) and CUDA graphs (GPU) implement.
 
-All three give the same logits. `recorded_steps.py` and `cuda_graphs.py` run what they cannot replay through
-`EagerSteps`.
+All give the same logits. `recorded_steps.py` and `cuda_graphs.py` run what they cannot replay through `EagerSteps`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class StepExecutor(Protocol):
     """Runs batches of one resident base.
 
     Attributes:
-        disabled: why no step, or none with adapters, is replayed; None if steps are.
+        disabled: why steps, or steps with adapters, are not replayed; None if they are.
     """
 
     disabled: str | None
@@ -34,7 +33,7 @@ class StepExecutor(Protocol):
         ...
 
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
-        """Capture what is captured ahead; called once the KV cache has its final size, before any step.
+        """Capture graphs ahead of time; called once the KV cache has its final size, before any step.
 
         Args:
             max_rows, max_tokens: largest number of decode rows, and of all rows, in a step.
@@ -43,15 +42,15 @@ class StepExecutor(Protocol):
         ...
 
     def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
-        """Bytes of device memory that `prepare` will take; `free` returns the bytes that are free now."""
+        """Bytes of device memory that `prepare` will take; `free` returns the free bytes."""
         ...
 
     def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """Replay a step that was recorded with `first` on `second`; disable replay where eager logits differ.
+        """Replay a step that was recorded with `first` on `second`; disable replay if the eager logits differ.
 
         Args:
             first, second: decode batches of one shape.
-            same: whether two results are equal up to rounding.
+            same: whether two logits tensors are equal up to rounding.
         """
         ...
 
@@ -61,7 +60,7 @@ class EagerSteps:
 
     Args:
         ranks: highest rank of each slot's adapter; the device slots keep it up to date.
-        reason: why steps are not replayed.
+        reason: initial value of `disabled`.
     """
 
     def __init__(
@@ -71,14 +70,12 @@ class EagerSteps:
         self.disabled = reason
 
     def __call__(self, batch: Batch) -> Tensor:
-        """See `StepExecutor.__call__`."""
         return self.forward(InputBuffers.of(batch, self.ranks, self.device))
 
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
         """Nothing is captured."""
 
     def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
-        """Nothing is captured."""
         return 0
 
     def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
@@ -106,9 +103,9 @@ def replays_right(
     batches: tuple[Batch, Batch],
     same: Callable[[Tensor, Tensor], bool],
 ) -> bool:
-    """Whether `executor` gives the second of two batches of one shape the eager logits after it has run the first."""
+    """Whether, after it ran the first of two batches of one shape, `executor` gives the second its eager logits."""
     first, second = batches
     wanted = eager(second).clone()
-    for _ in range(2):  # steps are recorded when their shape comes for the second time
+    for _ in range(2):  # a shape is recorded the second time it occurs
         executor(first)
     return same(executor(second), wanted)

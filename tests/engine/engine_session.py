@@ -1,4 +1,4 @@
-"""An engine driven step by step, and everything it said."""
+"""An engine driven step by step, with all its events and replies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_serve.request import AdapterUse, Event, Finished, Request, Sampling, T
 
 
 class Session:
-    """An engine and everything it said, by request; `overlap` as on a device that is not the host."""
+    """An engine with its events by request and its replies by call; `overlap` launches steps ahead, as on a GPU."""
 
     def __init__(self, folder: Path, *, overlap: bool = False, **options: Any) -> None:
         config = ServeConfig(
@@ -48,7 +48,7 @@ class Session:
         self.replies |= {reply.id: reply for reply in self.engine.replies()}
 
     def run(self) -> None:
-        """Until all that was sent has ended; adapters may be loading meanwhile."""
+        """Step until all requests have ended, waiting for adapters to load."""
         deadline = time.monotonic() + 20
         while self.engine.busy or self.engine.stats().waiting:
             self.step()
@@ -63,7 +63,7 @@ class Session:
         return last
 
     def ask(self, id: str, prompt: list[int], **sampling: Any) -> list[int]:
-        """One request alone, to its end."""
+        """Run one request to its end; returns its tokens."""
         self.send(id, prompt, **sampling)
         self.run()
         return self.tokens(id)
@@ -73,7 +73,7 @@ class Session:
         return self.engine.stats().kv_blocks_used
 
     def refusal(self, id: str) -> Failure:
-        """Why a request was refused: its only event says it."""
+        """The failure of a refused request, which must be its only event."""
         assert len(self.events[id]) == 1
         failure = self.end(id).failure
         assert failure is not None

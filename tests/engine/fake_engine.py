@@ -1,6 +1,6 @@
-"""An engine core without a model, in a real process: what a test wants of it, it says in the request.
+"""An engine core without a model, in a real process, whose behaviour is set by the request.
 
-The prompt's first number picks the behaviour (`Act`); `config.model` picks how the start goes; `config.store`, where
+The prompt's first token selects the behaviour (`Act`); `config.model` selects how the start goes; `config.store`, if
 given, is a folder in which every start leaves its process id.
 """
 
@@ -34,7 +34,7 @@ from lora_serve.request import Admitted, Event, Finished, Request, Tokens
 class Act(IntEnum):
     COUNT = 1  # one token a step: 0, 1, 2 …
     FLOOD = 2  # a hundred tokens a step
-    HANG = 3  # the loop stops turning
+    HANG = 3  # the loop blocks
     CRASH = 4  # the step raises
 
 

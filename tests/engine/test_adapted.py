@@ -33,7 +33,7 @@ PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 30)), [5, 11, 12, 9]]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """PEFT's adapters on disk, and what PEFT makes of them."""
+    """Adapters saved by PEFT, and the PEFT models."""
     folder = tmp_path_factory.mktemp("adapters")
     models = {name: make("llama", folder / name, seed, config) for seed, (name, config) in enumerate(CONFIGS.items())}
     make("llama", folder / "again", 2, CONFIGS["plain"])  # another name of one content
@@ -82,7 +82,7 @@ def test_a_mixed_batch_gives_what_peft_generates(session: Session, folders: tupl
     assert leases(session) == 0
 
 
-def test_preemption_makes_virtual_tokens_again_and_changes_no_answer(
+def test_preemption_recomputes_virtual_tokens_and_changes_no_output(
     folders: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     # 768 bytes a token: room for 60, wanted are 4 * 46.
@@ -100,7 +100,7 @@ def test_preemption_makes_virtual_tokens_again_and_changes_no_answer(
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_prompt_logprobs_begin_with_nothing_and_are_peft_s_across_chunks_and_hits(
+def test_prompt_logprobs_equal_peft_across_chunks_and_prefix_hits_and_the_first_is_none(
     session: Session, folders: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     prompt = PROMPTS[2]
@@ -119,7 +119,7 @@ def test_prompt_logprobs_begin_with_nothing_and_are_peft_s_across_chunks_and_hit
         assert event.cached == 0
 
 
-def test_found_tokens_are_the_prompt_s_own(session: Session) -> None:
+def test_cached_tokens_do_not_count_virtual_tokens(session: Session) -> None:
     prompt = PROMPTS[2]  # 27 tokens after 6 virtual ones: 8 blocks of 4
     first = session.ask("first", prompt, adapter="prompt")
     assert session.ask("second", prompt, adapter="prompt") == first
@@ -128,7 +128,7 @@ def test_found_tokens_are_the_prompt_s_own(session: Session) -> None:
     assert event.cached == 32 - VIRTUAL
 
 
-def test_penalties_never_see_virtual_tokens(session: Session, folders: tuple[Path, dict[str, Any]]) -> None:
+def test_penalties_ignore_virtual_tokens(session: Session, folders: tuple[Path, dict[str, Any]]) -> None:
     asked = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {95: -1.0}}
     token = session.ask("a", PROMPTS[0], adapter="prefix", max_tokens=1, **asked)[0]
     row = logits(folders[1]["prefix"], PROMPTS[0])[-1].clone()
@@ -138,7 +138,7 @@ def test_penalties_never_see_virtual_tokens(session: Session, folders: tuple[Pat
     assert token == int(row.argmax())
 
 
-def test_virtual_tokens_take_their_part_of_the_context(session: Session) -> None:
+def test_virtual_tokens_count_towards_the_context_length(session: Session) -> None:
     session.send("long", [5] * (64 - VIRTUAL), adapter="prompt")
     session.run()
     assert session.refusal("long").kind == "context_length_exceeded"
@@ -157,7 +157,9 @@ def test_virtual_tokens_take_their_part_of_the_context(session: Session) -> None
         (AdapterUse("larger"), AdapterUse("plain")),
     ],
 )
-def test_what_cannot_be_composed_is_refused_and_leaves_no_lease(session: Session, uses: tuple[AdapterUse, ...]) -> None:
+def test_adapters_that_cannot_be_composed_are_refused_and_leave_no_lease(
+    session: Session, uses: tuple[AdapterUse, ...]
+) -> None:
     session.send("a", PROMPTS[0], uses=uses)
     session.run()
     failure = session.refusal("a")
@@ -166,7 +168,7 @@ def test_what_cannot_be_composed_is_refused_and_leaves_no_lease(session: Session
     assert leases(session) == 0
 
 
-def test_no_more_than_eight_adapters_in_one_request(session: Session) -> None:
+def test_more_than_eight_adapters_in_one_request_are_refused(session: Session) -> None:
     session.send("a", PROMPTS[0], uses=tuple(AdapterUse("plain") for _ in range(9)))
     session.run()
     assert session.refusal("a").param == "adapter"
@@ -180,7 +182,7 @@ def test_an_adapter_named_twice_has_the_sum_of_its_weights(session: Session) -> 
     assert session.engine.stats().loads_total == {"host": 1, "device": 1}  # one content
 
 
-def test_different_weights_of_an_adapter_share_its_memory_and_not_its_kv(session: Session) -> None:
+def test_different_weights_of_an_adapter_share_its_memory_but_not_its_kv(session: Session) -> None:
     prompt = PROMPTS[2]
     for weight in (1.0, 0.5):
         session.send(str(weight), prompt, uses=(AdapterUse("plain", weight=weight),))
@@ -192,7 +194,9 @@ def test_different_weights_of_an_adapter_share_its_memory_and_not_its_kv(session
     assert session.engine.stats().prefix_hit_tokens_total > 0
 
 
-def test_an_invoked_adapter_finds_the_base_s_prompt(session: Session, folders: tuple[Path, dict[str, Any]]) -> None:
+def test_an_invoked_adapter_reuses_the_base_s_kv_before_its_invocation(
+    session: Session, folders: tuple[Path, dict[str, Any]]
+) -> None:
     prompt = [*range(40, 57), 11, 12, 7]
     session.ask("base", prompt)
     assert session.ask("invoked", prompt, adapter="invoked") == generated(folders[1]["invoked"], prompt, 8)
@@ -203,7 +207,9 @@ def test_an_invoked_adapter_finds_the_base_s_prompt(session: Session, folders: t
     assert session.engine.stats().prefix_hit_tokens_total == 16
 
 
-def test_a_larger_vocabulary_is_an_adapter_s_own(session: Session, folders: tuple[Path, dict[str, Any]]) -> None:
+def test_a_larger_vocabulary_applies_to_its_adapter_only(
+    session: Session, folders: tuple[Path, dict[str, Any]]
+) -> None:
     prompt = [5, 100, 33, 101]
     asked = {"logit_bias": {102: 1.0}, "top_k": 200, "logprobs": 3, "temperature": 0.7, "seed": 3}
     session.send("larger", prompt, adapter="larger", prompt_logprobs=100, **asked)

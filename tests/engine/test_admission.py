@@ -1,4 +1,4 @@
-"""What is refused once a request's adapters are known, and which field is named."""
+"""Admission: which requests are refused once their adapters are known, and which field the error names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def admit(*leases: Lease, prompt: tuple[int, ...] = (5, 6), max_tokens: int = 4,
     check(Request("r", list(prompt), Sampling(max_tokens=max_tokens, **sampling)), leases, INFO)
 
 
-def test_additive_adapters_are_weighted_and_composed() -> None:
+def test_additive_adapters_can_be_weighted_and_composed() -> None:
     admit(lease("a", 0.5), lease("b", -2.0), lease("c", invocation=(1,)))
     admit(*(lease(str(index)) for index in range(8)))
     admit(Lease("a", "a", 1.0, FIXED))
@@ -43,13 +43,13 @@ def test_additive_adapters_are_weighted_and_composed() -> None:
         ([lease(str(index)) for index in range(9)], "more than 8 adapters"),
     ],
 )
-def test_what_cannot_be_composed_is_refused_by_name_and_reason(leases: list[Lease], said: str) -> None:
+def test_adapters_that_cannot_be_composed_are_refused_by_name_and_reason(leases: list[Lease], said: str) -> None:
     with pytest.raises(BadRequest, match=said) as refusal:
         admit(*leases)
     assert refusal.value.param == "adapter"
 
 
-def test_virtual_tokens_count_in_the_context() -> None:
+def test_virtual_tokens_count_towards_the_context_length() -> None:
     admit(lease(virtual=17))
     with pytest.raises(ContextExceeded, match="2 tokens and the adapter 18 virtual ones, the context 20"):
         admit(lease(virtual=18))
@@ -76,6 +76,6 @@ def test_tokens_outside_the_vocabulary_are_refused(asked: dict[str, Any], param:
         admit(lease(vocabulary=51), **asked)
 
 
-def test_a_smaller_vocabulary_of_an_adapter_is_held_to() -> None:
+def test_a_smaller_vocabulary_of_an_adapter_is_enforced() -> None:
     with pytest.raises(BadRequest, match=r"outside 0\.\.39"):
         admit(lease(vocabulary=40), prompt=(40,))

@@ -1,4 +1,4 @@
-"""A step as flat tensors: which rows get which adapter, which are virtual, whose logits are wanted."""
+"""Batches of scheduled sequences: which rows use which adapter, which are virtual, whose logits are wanted."""
 
 from __future__ import annotations
 
@@ -27,43 +27,43 @@ def sequence(prompt: list[int], *digests: str, logprobs: bool = False) -> Sequen
     return seq
 
 
-def lay(*work: ScheduledSequence) -> Batch:
+def build(*work: ScheduledSequence) -> Batch:
     return build_batch(list(work), SLOTS, 4)[0]
 
 
-def test_rows_of_one_adapter_are_one_run_however_many_sequences_they_are_of() -> None:
+def test_rows_of_one_adapter_are_one_segment_for_any_number_of_sequences() -> None:
     base, one, two = sequence([1, 2, 3]), sequence([4, 5], "b"), sequence([6, 6, 6], "b")
-    batch = lay(ScheduledSequence(one, 0, 2), ScheduledSequence(base, 0, 3), ScheduledSequence(two, 0, 3))
+    batch = build(ScheduledSequence(one, 0, 2), ScheduledSequence(base, 0, 3), ScheduledSequence(two, 0, 3))
     assert batch.adapter_rows == [AdapterRows(3, 8, 2, 1.0)]
     assert batch.logits_adapter_rows == [AdapterRows(1, 3, 2, 1.0)]
 
 
-def test_a_sequence_is_cut_where_an_adapter_becomes_active() -> None:
+def test_a_sequence_is_split_where_an_adapter_becomes_active() -> None:
     seq = sequence([1, 2, 7, 8, 3, 4], "a", logprobs=True)
-    assert lay(ScheduledSequence(seq, 0, 6)).adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
-    assert lay(ScheduledSequence(seq, 0, 6)).logits_adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
-    assert lay(ScheduledSequence(seq, 0, 2)).adapter_rows == []
-    assert lay(ScheduledSequence(seq, 2, 2)).adapter_rows == [AdapterRows(0, 2, 1, 1.0)]
-    assert lay(ScheduledSequence(sequence([1, 2, 3], "a"), 0, 3)).adapter_rows == []  # never invoked
+    assert build(ScheduledSequence(seq, 0, 6)).adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
+    assert build(ScheduledSequence(seq, 0, 6)).logits_adapter_rows == [AdapterRows(2, 6, 1, 1.0)]
+    assert build(ScheduledSequence(seq, 0, 2)).adapter_rows == []
+    assert build(ScheduledSequence(seq, 2, 2)).adapter_rows == [AdapterRows(0, 2, 1, 1.0)]
+    assert build(ScheduledSequence(sequence([1, 2, 3], "a"), 0, 3)).adapter_rows == []  # never invoked
 
 
-def test_a_composition_adds_an_adapter_from_its_own_start_on() -> None:
-    batch = lay(ScheduledSequence(sequence([1, 7, 8, 3], "b", "a"), 0, 4))
+def test_each_adapter_of_a_composition_starts_at_its_own_position() -> None:
+    batch = build(ScheduledSequence(sequence([1, 7, 8, 3], "b", "a"), 0, 4))
     assert batch.adapter_rows == [AdapterRows(0, 1, 2, 1.0), AdapterRows(1, 4, 1, 1.0), AdapterRows(1, 4, 2, 1.0)]
     assert batch.logits_adapter_rows == [AdapterRows(0, 1, 1, 1.0), AdapterRows(0, 1, 2, 1.0)]
 
 
-def test_virtual_rows_are_named_and_have_no_token_and_no_logits() -> None:
+def test_virtual_rows_are_listed_and_have_no_token_and_no_logits() -> None:
     seq = sequence([6, 7], "prefix", logprobs=True)
-    whole = lay(ScheduledSequence(sequence([9]), 0, 1), ScheduledSequence(seq, 0, 7))
+    whole = build(ScheduledSequence(sequence([9]), 0, 1), ScheduledSequence(seq, 0, 7))
     assert whole.token_ids == [9, 0, 0, 0, 0, 0, 6, 7]
     assert whole.positions == [0, 0, 1, 2, 3, 4, 5, 6]
     assert whole.virtual_rows == [AdapterRows(1, 6, 3, first=0)]
     assert whole.logits_rows == [0, 6, 7]
     assert whole.adapter_rows == [AdapterRows(1, 8, 3, 1.0)]
-    middle = lay(ScheduledSequence(seq, 2, 2))
+    middle = build(ScheduledSequence(seq, 2, 2))
     assert middle.virtual_rows == [AdapterRows(0, 2, 3, first=2)]
     assert middle.logits_rows == []
-    rest = lay(ScheduledSequence(seq, 4, 3))
+    rest = build(ScheduledSequence(seq, 4, 3))
     assert (rest.virtual_rows, rest.token_ids) == ([AdapterRows(0, 1, 3, first=4)], [0, 6, 7])
-    assert lay(ScheduledSequence(seq, 5, 2)).virtual_rows == []
+    assert build(ScheduledSequence(seq, 5, 2)).virtual_rows == []

@@ -1,4 +1,4 @@
-"""The client against a real engine process with a fake core: streams, calls, death, silence, slow readers, drain."""
+"""The client with a real engine process and a fake core: streams, calls, crashes, hangs, slow readers, drain."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def gone(pid: int) -> bool:
 # --- streams and calls -----------------------------------------------------------------------------------------------
 
 
-async def test_streams_run_side_by_side_and_each_gets_its_own_events_in_order() -> None:
+async def test_concurrent_streams_get_their_own_events_in_order() -> None:
     async with engine() as client:
         results = await asyncio.gather(*(read(client.generate(request(f"r{n}", tokens=n + 1))) for n in range(8)))
     for n, events in enumerate(results):
@@ -117,7 +117,7 @@ async def test_a_call_returns_its_answer_or_raises_the_engines_error() -> None:
         assert caught.value.param == "name"
 
 
-async def test_observers_see_every_update_and_one_that_fails_harms_nobody() -> None:
+async def test_observers_get_every_update_and_a_failing_one_affects_nothing_else() -> None:
     seen: list[Update] = []
 
     def faulty(update: Update) -> None:
@@ -146,7 +146,7 @@ async def test_a_reader_that_does_not_read_is_cut_off_while_others_go_on() -> No
         assert tokens(others) == list(range(50))
 
 
-async def test_a_request_too_many_is_refused_at_once() -> None:
+async def test_requests_beyond_the_limit_are_refused_at_once() -> None:
     async with engine(max_queue=1, max_num_seqs=1) as client:
         open_streams = [client.generate(request(f"r{n}", tokens=100_000)) for n in range(2)]
         for stream in open_streams:
@@ -161,7 +161,7 @@ async def test_a_request_too_many_is_refused_at_once() -> None:
 # --- start -----------------------------------------------------------------------------------------------------------
 
 
-async def test_start_reports_progress_and_the_configuration_arrives() -> None:
+async def test_start_reports_progress_and_passes_the_configuration_on() -> None:
     seen: list[tuple[str, float]] = []
     client = EngineClient(config(adapter_slots=7, threads=2), command=COMMAND)
     assert not client.ready
@@ -192,7 +192,7 @@ async def test_a_first_start_that_fails_says_why(model: str, error: type[Excepti
     await client.stop()
 
 
-async def test_a_start_can_be_given_up() -> None:
+async def test_a_start_can_be_cancelled() -> None:
     client = EngineClient(config("slow"), command=COMMAND)
     begun = asyncio.Event()
     start = asyncio.create_task(client.start(lambda stage, fraction: begun.set()))
@@ -205,7 +205,7 @@ async def test_a_start_can_be_given_up() -> None:
 # --- death -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_killed_engine_ends_all_it_ran_with_clean_errors_and_is_replaced(tmp_path: Path) -> None:
+async def test_when_the_engine_is_killed_its_requests_end_with_errors_and_it_is_restarted(tmp_path: Path) -> None:
     async with engine(store=tmp_path) as client:
         readers = [asyncio.create_task(read(client.generate(request(f"r{n}", tokens=100_000)))) for n in range(20)]
         call = asyncio.create_task(client.call(LoadAdapter("never-answered")))
@@ -231,7 +231,7 @@ async def test_a_killed_engine_ends_all_it_ran_with_clean_errors_and_is_replaced
         assert tokens(await read(client.generate(request("r0")))) == [0, 1, 2, 3, 4]
 
 
-async def test_an_engine_whose_loop_hangs_is_noticed_and_replaced() -> None:
+async def test_an_engine_whose_loop_hangs_is_detected_and_restarted() -> None:
     async with engine(heartbeat_timeout=1.6) as client:
         began = time.monotonic()
         reader = asyncio.create_task(read(client.generate(request("stuck", Act.HANG))))
@@ -244,14 +244,14 @@ async def test_an_engine_whose_loop_hangs_is_noticed_and_replaced() -> None:
         assert tokens(await read(client.generate(request("after")))) == [0, 1, 2, 3, 4]
 
 
-async def test_an_engine_whose_step_raises_is_replaced() -> None:
+async def test_an_engine_whose_step_raises_is_restarted() -> None:
     async with engine() as client:
         assert end(await read(client.generate(request("bad", Act.CRASH)))).reason == "error"
         await until(lambda: client.restarts == 1)
         assert client.ready
 
 
-async def test_a_restart_that_is_refused_is_tried_again(tmp_path: Path) -> None:
+async def test_a_failed_restart_is_retried(tmp_path: Path) -> None:
     async with engine("second-start-fails", store=tmp_path) as client:
         os.kill(engine_pid(), signal.SIGKILL)
         await until(lambda: client.restarts == 1)
@@ -289,7 +289,7 @@ asyncio.run(main())
 # --- drain and stop --------------------------------------------------------------------------------------------------
 
 
-async def test_drain_lets_running_requests_finish_and_takes_no_new_ones() -> None:
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
     async with engine() as client:
         reader = asyncio.create_task(read(client.generate(request("running", tokens=100))))
         await until(lambda: client.stats.running == 1)
@@ -304,7 +304,7 @@ async def test_drain_lets_running_requests_finish_and_takes_no_new_ones() -> Non
         assert end(reader.result()).reason == "length"
 
 
-async def test_the_drain_has_a_deadline_and_stop_ends_the_rest_with_an_error() -> None:
+async def test_drain_has_a_deadline_and_stop_ends_the_rest_with_an_error() -> None:
     async with engine() as client:
         reader = asyncio.create_task(read(client.generate(request("long", tokens=100_000))))
         await until(lambda: client.stats.running == 1)

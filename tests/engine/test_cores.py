@@ -15,7 +15,7 @@ from lora_serve.engine.cores import physical_cores
 @pytest.mark.parametrize(
     ("quota", "cores"), [(None, 2), ("max 100000", 2), ("150000 100000", 1), ("400000 100000", 2), ("50000 100000", 1)]
 )
-def test_hyperthreads_of_one_core_count_once_and_a_containers_quota_caps(
+def test_hyperthreads_of_one_core_count_once_and_a_containers_quota_is_a_limit(
     tmp_path: Path, quota: str | None, cores: int
 ) -> None:
     for processor in range(4):
@@ -29,7 +29,7 @@ def test_hyperthreads_of_one_core_count_once_and_a_containers_quota_caps(
     assert physical_cores(tmp_path, {0, 1, 2, 3}) == cores
 
 
-def test_a_system_that_says_nothing_counts_its_processors(tmp_path: Path) -> None:
+def test_without_sysfs_the_logical_cpus_are_counted(tmp_path: Path) -> None:
     assert physical_cores(tmp_path, {0, 1, 2}) == 3
 
 

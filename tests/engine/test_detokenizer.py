@@ -1,4 +1,4 @@
-"""Detokenizing token by token gives the text of the whole, in pieces that can be sent."""
+"""Incremental detokenization gives the text of all tokens decoded together, in pieces that are safe to send."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def whole(tokenizer: Any, ids: list[int]) -> str:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(data=st.data())
-def test_the_pieces_are_the_text_of_the_whole(kind: str, data: st.DataObject) -> None:
+def test_the_pieces_add_up_to_the_whole_text(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind]
     text = data.draw(st.lists(st.sampled_from([*CORPUS[:4], "é", "🦊", " ", "漢", "x"]), max_size=6).map("".join))
     ids = tokenizer(text)["input_ids"]
@@ -67,14 +67,14 @@ def test_the_pieces_are_the_text_of_the_whole(kind: str, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_first_word_after_a_prompt_keeps_its_space(kind: str) -> None:
+def test_the_first_word_after_a_prompt_keeps_its_space(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
     prompt, ids = tokenizer("the red")["input_ids"], tokenizer("the red fox")["input_ids"]
     detokenizer = Detokenizer(tokenizer, prompt)
     assert detokenizer.feed(ids[len(prompt) :]) + detokenizer.flush() == " fox"
 
 
-def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
+def test_bytes_that_never_form_a_character_are_not_held_back_forever() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     broken = tokenizer.convert_tokens_to_ids("ł")  # 0x82, a continuation byte on its own
     detokenizer = Detokenizer(tokenizer)
@@ -87,7 +87,7 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:
     stops=st.lists(st.text("abST", min_size=1, max_size=4), min_size=1, max_size=3),
     include=st.booleans(),
 )
-def test_a_stop_string_cuts_wherever_tokens_fall(text: str, stops: list[str], include: bool) -> None:
+def test_a_stop_string_ends_the_text_at_any_token_boundary(text: str, stops: list[str], include: bool) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     detokenizer = Detokenizer(tokenizer, stop=stops, include_stop=include)
     to_device = ""

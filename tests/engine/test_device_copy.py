@@ -1,4 +1,4 @@
-"""Adapters on their way to the device, and a device that holds few bytes of them."""
+"""Adapters being copied to the device while steps run, and a device with little memory for adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_serve.request import Tokens
 
 
 class Later:
-    """An event that comes when the test says so."""
+    """A CUDA event that completes when the test says so."""
 
     def __init__(self) -> None:
         self.come = False
@@ -39,7 +39,7 @@ class SlowArrival(PendingCopy):
 
 
 class SlowUpload(Upload):
-    """Copies that are under way until the test lets them arrive."""
+    """Copies that stay pending until the test completes them."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -84,12 +84,12 @@ def steps(session: Session, number: int) -> None:
 
 
 def load(session: Session, name: str) -> None:
-    """Bring an adapter into host memory by a request that ends."""
+    """Load an adapter into host memory by running a request that uses it."""
     session.send(f"loads {name}", [7], adapter=name, max_tokens=1)
     session.run()
 
 
-def test_streams_go_on_while_another_s_adapter_is_on_its_way(session: Session) -> None:
+def test_other_streams_continue_while_an_adapter_is_copied(session: Session) -> None:
     upload = device_slots(session).upload
     assert isinstance(upload, SlowUpload)
     load(session, "two")
@@ -107,7 +107,7 @@ def test_streams_go_on_while_another_s_adapter_is_on_its_way(session: Session) -
     assert upload.pinned == 1
 
 
-def test_where_nothing_else_can_run_the_device_waits_for_the_copy(session: Session) -> None:
+def test_if_nothing_else_can_run_the_step_waits_for_the_copy(session: Session) -> None:
     upload = device_slots(session).upload
     assert isinstance(upload, SlowUpload)
     session.send("alone", [5, 9, 33], adapter="one", max_tokens=3)
@@ -137,7 +137,7 @@ def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: 
     session.engine.close()
 
 
-def test_more_than_half_of_the_device_s_memory_is_nobody_s(folder: Path, tmp_path: Path) -> None:
+def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Path, tmp_path: Path) -> None:
     session = Session(tmp_path, adapters=folder, adapter_device_memory=5000)
     session.send("large", [5, 9, 33], adapter="one")
     session.run()
@@ -161,7 +161,7 @@ class ShortUpload(Upload):
         return super().send(flat)
 
 
-def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_only(tmp_path: Path) -> None:
+def test_if_the_device_is_out_of_memory_for_an_adapter_only_its_requests_fail(tmp_path: Path) -> None:
     for name, rank in (("small", 2), ("large", 16)):
         config = peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
         make("llama", tmp_path / "adapters" / name, 1, config)

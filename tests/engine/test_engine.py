@@ -1,4 +1,4 @@
-"""The engine, driven step by step: what a request gets, and that it leaves nothing behind."""
+"""The engine, driven step by step: outputs of requests, and that every path frees their resources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def greedy(prompt: list[int], count: int) -> list[int]:
 PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40)), [11]]
 
 
-def test_greedy_batches_give_what_transformers_generates(session: Session) -> None:
+def test_greedy_batches_equal_generate_of_transformers(session: Session) -> None:
     for index, prompt in enumerate(PROMPTS):
         session.send(str(index), prompt, max_tokens=10)
     session.run()
@@ -43,7 +43,7 @@ def test_greedy_batches_give_what_transformers_generates(session: Session) -> No
     assert session.blocks_used == 0
 
 
-def test_a_seeded_request_repeats_whatever_runs_beside_it(session: Session) -> None:
+def test_a_seeded_request_gives_the_same_tokens_beside_any_others(session: Session) -> None:
     options = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
     alone = session.ask("alone", PROMPTS[0], **options)
     for index, prompt in enumerate(PROMPTS):
@@ -55,7 +55,7 @@ def test_a_seeded_request_repeats_whatever_runs_beside_it(session: Session) -> N
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_preemption_changes_no_answer(tmp_path: Path, overlap: bool) -> None:
+def test_preemption_changes_no_output(tmp_path: Path, overlap: bool) -> None:
     # 3 layers * 2 heads * 16 * 2 * 4 bytes = 768 bytes a token: room for 60 tokens, wanted are 4 * 40.
     session = Session(tmp_path, overlap=overlap, kv_cache_memory=768 * 60, max_model_len=48, prefix_cache=False)
     for index in range(4):
@@ -67,7 +67,7 @@ def test_preemption_changes_no_answer(tmp_path: Path, overlap: bool) -> None:
     session.engine.close()
 
 
-def test_a_prefix_hit_changes_no_answer_and_is_reported(session: Session) -> None:
+def test_a_prefix_hit_changes_no_output_and_is_reported(session: Session) -> None:
     prompt = list(range(3, 23))
     first = session.ask("first", prompt)
     assert session.ask("second", prompt) == first
@@ -90,7 +90,7 @@ def test_abort_frees_everything_at_any_moment(session: Session) -> None:
     session.run()
 
 
-def test_a_stop_token_ends_and_is_not_sent(session: Session) -> None:
+def test_a_stop_token_ends_the_request_and_is_not_sent(session: Session) -> None:
     free = session.ask("free", PROMPTS[0], max_tokens=10)
     stop = free[4]
     cut = free.index(stop)
@@ -102,7 +102,7 @@ def test_a_stop_token_ends_and_is_not_sent(session: Session) -> None:
     assert stop not in longer[: cut + 2]
 
 
-def test_the_base_s_own_end_token_stops_unless_ignored(session: Session) -> None:
+def test_the_base_s_eos_token_stops_unless_ignored(session: Session) -> None:
     session.send("a", PROMPTS[0], logit_bias={2: 100.0}, ignore_eos=False)
     session.send("b", PROMPTS[0], logit_bias={2: 100.0}, ignore_eos=True)
     session.run()
@@ -131,7 +131,7 @@ def test_prompt_logprobs_are_those_of_transformers_across_chunks(session: Sessio
     assert event.logprobs[0].value == pytest.approx(truth[-1].max().item(), abs=1e-4)
 
 
-def test_reading_a_prompt_without_generating(session: Session) -> None:
+def test_prompt_logprobs_without_generating(session: Session) -> None:
     session.send("a", PROMPTS[0], max_tokens=0, prompt_logprobs=0)
     session.run()
     assert session.tokens("a") == []
@@ -149,7 +149,7 @@ def test_reading_a_prompt_without_generating(session: Session) -> None:
         ([5], "nobody", "adapter_not_found", "adapter"),
     ],
 )
-def test_refusals_name_the_field_and_leave_no_trace(
+def test_refusals_name_the_field_and_hold_no_resources(
     session: Session, prompt: list[int], adapter: str | None, kind: str, param: str
 ) -> None:
     session.send("a", prompt, adapter=adapter)
@@ -174,12 +174,12 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
     session.engine.close()
 
 
-def test_the_context_ends_a_sequence(session: Session) -> None:
+def test_a_sequence_ends_at_the_context_length(session: Session) -> None:
     assert len(session.ask("a", [5] * 120, max_tokens=1000)) == 8
     assert session.end("a").reason == "length"
 
 
-def test_draining_answers_when_all_are_done_and_takes_no_more(session: Session) -> None:
+def test_drain_is_answered_when_all_requests_are_done_and_refuses_new_ones(session: Session) -> None:
     session.send("a", PROMPTS[0])
     session.step()
     session.engine.receive(Call(1, Drain()))
@@ -192,7 +192,7 @@ def test_draining_answers_when_all_are_done_and_takes_no_more(session: Session) 
     assert session.end("b").failure is not None
 
 
-def test_closing_ends_what_runs_with_a_clean_error(session: Session) -> None:
+def test_closing_ends_running_requests_with_an_error(session: Session) -> None:
     session.send("a", PROMPTS[0], max_tokens=100)
     session.step()
     session.engine.close()
@@ -209,7 +209,7 @@ def test_calls_are_answered_between_steps(session: Session) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_step_that_is_too_large_for_the_memory_ends_its_request_alone_and_later_ones_are_smaller(
+def test_after_an_out_of_memory_step_only_its_request_ends_and_later_steps_are_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     session = Session(tmp_path, overlap=overlap, max_num_batched_tokens=64)

@@ -8,7 +8,7 @@ from lora_serve.engine.event_buffer import EventBuffer
 from lora_serve.request import Admitted, Finished, Logprob, Tokens
 
 
-async def test_tokens_that_wait_together_are_read_as_one_and_other_events_keep_their_place() -> None:
+async def test_consecutive_unread_tokens_are_merged_and_other_events_keep_their_place() -> None:
     stream = EventBuffer(limit=100)
     for event in (
         Admitted("r", []),
@@ -43,7 +43,7 @@ async def test_a_full_buffer_takes_no_tokens_but_always_the_end() -> None:
     assert await stream.get() == Finished("r", "error")
 
 
-async def test_reading_makes_room_again_and_one_large_event_always_fits() -> None:
+async def test_reading_frees_space_and_one_large_event_always_fits() -> None:
     stream = EventBuffer(limit=3)
     assert stream.put(Tokens("r", [1, 2, 3, 4, 5]))
     assert not stream.put(Tokens("r", [6]))

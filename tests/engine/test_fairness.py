@@ -1,4 +1,4 @@
-"""SlotRotation: who is seated when more adapters are wanted than there are slots."""
+"""SlotRotation: which adapters are resident when more are needed than there are slots."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from lora_serve.engine.fairness import AdapterSet, SlotRotation
 
 
 def assign(rotation: SlotRotation, step: int, wanted: Iterable[AdapterSet], pinned: Set[str] = frozenset()) -> set[str]:
-    """The resident adapters of a step in which exactly these sets are wanted."""
+    """The resident adapters of a step in which exactly these sets are needed."""
     sets = dict.fromkeys(each for each in wanted if each)
     before = {each for sets in rotation._wanted.values() for each in sets}
     for each in before - sets.keys():
-        rotation.unwant(each)
+        rotation.remove(each)
     for each in sets:
         if each not in before:
-            rotation.want(each)
+            rotation.add(each)
     return rotation.assign(step, pinned)
 
 
-def test_all_are_seated_when_all_fit() -> None:
+def test_all_are_resident_if_all_fit() -> None:
     assert assign(SlotRotation(3, 4), 1, [("a",), ("b",), ("a",), ()]) == {"a", "b"}
 
 
-def test_the_oldest_are_seated_first() -> None:
+def test_the_oldest_sets_get_slots_first() -> None:
     assert assign(SlotRotation(2, 4), 1, [("a",), ("b",), ("c",)]) == {"a", "b"}
 
 
-def test_a_turn_lasts_a_quantum_and_then_the_longest_waiting_sits() -> None:
+def test_after_a_quantum_the_longest_waiting_set_gets_the_slot() -> None:
     rotation = SlotRotation(1, 3)
     resident = [assign(rotation, step, [("a",), ("b",), ("c",)]) for step in range(1, 11)]
     assert resident == [{"a"}] * 3 + [{"b"}] * 3 + [{"c"}] * 3 + [{"a"}]
 
 
-def test_a_seat_is_free_at_once_when_nobody_wants_it_any_more() -> None:
+def test_a_slot_is_free_as_soon_as_its_adapter_is_not_needed() -> None:
     rotation = SlotRotation(1, 100)
     assign(rotation, 1, [("a",)])
     assert assign(rotation, 2, [("b",)]) == {"b"}
@@ -50,7 +50,7 @@ def test_new_arrivals_do_not_starve_one_that_yielded() -> None:
     assert served["old"] >= 10
 
 
-def test_every_one_of_many_gets_the_same_share() -> None:
+def test_all_adapters_get_the_same_number_of_steps() -> None:
     rotation = SlotRotation(4, 5)
     served: Counter[str] = Counter()
     for step in range(1, 401):
@@ -59,7 +59,7 @@ def test_every_one_of_many_gets_the_same_share() -> None:
     assert max(served.values()) - min(served.values()) <= 10
 
 
-def test_a_composition_is_seated_whole_or_not_at_all() -> None:
+def test_a_composition_is_resident_completely_or_not_at_all() -> None:
     rotation = SlotRotation(3, 2)
     for step in range(1, 40):
         resident = assign(rotation, step, [("a", "b"), ("c", "d"), ("e",)])
@@ -77,7 +77,7 @@ def test_compositions_take_turns_too() -> None:
     assert min(whole[adapter_set] for adapter_set in adapter_sets) >= 10
 
 
-def test_pinned_adapters_keep_their_seats() -> None:
+def test_pinned_adapters_keep_their_slots() -> None:
     rotation = SlotRotation(2, 2)
     for step in range(1, 20):
         resident = assign(rotation, step, [("p",), ("a",), ("b",)], pinned={"p"})
@@ -88,22 +88,22 @@ def test_pinned_adapters_keep_their_seats() -> None:
 SIZES = {"a": 10, "b": 20, "c": 30, "large": 40}
 
 
-def test_bytes_limit_seats_as_slots_do() -> None:
+def test_capacity_in_bytes_limits_residents_as_slots_do() -> None:
     rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
     assert assign(rotation, 1, [("a",), ("b",), ("c",)]) == {"a", "b"}
     assert assign(rotation, 2, [("b",), ("c",)]) == {"b", "c"}
 
 
-def test_a_large_adapter_s_turn_comes_and_takes_as_many_seats_as_it_needs() -> None:
+def test_a_large_adapter_gets_its_turn_and_displaces_as_many_as_needed() -> None:
     rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
     line = [("a",), ("b",), ("large",)]
     assert assign(rotation, 1, line) == {"a", "b"}
     assert assign(rotation, 2, line) == {"a", "b"}
-    assert assign(rotation, 3, line) == {"large"}  # beside it "b" has no room, nor "a" behind that one in the line
+    assert assign(rotation, 3, line) == {"large"}  # "b" does not fit beside it, and "a" is queued behind "b"
     assert assign(rotation, 5, line) == {"a", "b"}
 
 
-def test_pinned_adapters_bytes_count() -> None:
+def test_pinned_adapters_count_towards_the_capacity() -> None:
     rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
     assert assign(rotation, 1, [("b",), ("a",)], {"c"}) == {"b", "c"}
     assert not rotation.fits({"large"}, {"b"})

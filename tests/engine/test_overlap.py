@@ -1,4 +1,4 @@
-"""Steps launched before the last one's tokens are known give every request what steps one after the other give it."""
+"""Overlapped steps, launched before the previous step's tokens are read, give the same outputs as synchronous ones."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def asked(rng: random.Random, options: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "adapter": adapter, "max_tokens": rng.randrange(1, 14), **options, **more}
 
 
-def said(session: Session, id: str) -> list[Any]:
-    """All that a request was told, however the events were cut."""
+def outputs(session: Session, id: str) -> list[Any]:
+    """A request's outputs, independent of how they were split into events."""
     events = session.events[id]
     tokens = [event for event in events if isinstance(event, Tokens)]
     end = events[-1]
@@ -41,7 +41,7 @@ def said(session: Session, id: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("options", [[PLAIN], [PLAIN, PLAIN, STEERED]], ids=["free", "some steered"])
-def test_every_request_gets_the_same(tmp_path: Path, options: list[dict[str, Any]]) -> None:
+def test_every_request_gets_the_same_output(tmp_path: Path, options: list[dict[str, Any]]) -> None:
     for seed, name in enumerate(("one", "two")):
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         make("llama", tmp_path / "adapters" / name, seed, config)
@@ -57,26 +57,26 @@ def test_every_request_gets_the_same(tmp_path: Path, options: list[dict[str, Any
             max_model_len=48,
             max_num_seqs=6,
         )
-        flown = 0
+        overlapped = 0
         for i, request in enumerate(requests):
             session.send(str(i), **request)
             session.step()
-            flown += session.engine.step_in_flight
-            if i % 7 == 3:  # somebody leaves
+            overlapped += session.engine.step_in_flight
+            if i % 7 == 3:  # a client leaves
                 session.send("leaves", [1, 2, 3], max_tokens=40)
                 session.step()
                 session.engine.receive(Abort("leaves"))
                 session.step()
         session.run()
-        results.append([said(session, str(i)) for i in range(len(requests))])
+        results.append([outputs(session, str(i)) for i in range(len(requests))])
         assert session.blocks_used == 0
-        assert bool(flown) == overlap
+        assert bool(overlapped) == overlap
         session.engine.close()
     for i, (left, right) in enumerate(zip(*results, strict=True)):
         assert left == right, requests[i]
 
 
-def test_a_landing_that_makes_room_for_those_who_wait_is_no_time_to_rest(tmp_path: Path) -> None:
+def test_the_engine_stays_busy_when_finished_sequences_make_room_for_waiting_ones(tmp_path: Path) -> None:
     session = Session(tmp_path, overlap=True, max_num_seqs=2)
     for name in "abcd":
         session.send(name, [5, 9, 33], max_tokens=3)

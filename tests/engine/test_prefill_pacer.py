@@ -1,10 +1,10 @@
-"""Prompts are read no faster than the streams beside them can bear, as far as the steps so far tell."""
+"""The prefill budget bounds how much prompts slow down the streams beside them, from durations of earlier steps."""
 
 from __future__ import annotations
 
 import random
 
-from lora_serve.engine.prefill_pacer import LEAST, PrefillPacer
+from lora_serve.engine.prefill_pacer import MIN_BUDGET, PrefillPacer
 
 
 def step(decoding: int, prompt: int) -> float:
@@ -12,10 +12,10 @@ def step(decoding: int, prompt: int) -> float:
     return max(0.040, 0.002 * (decoding + prompt)) + 0.002
 
 
-def test_steps_with_a_prompt_stay_below_twice_the_usual() -> None:
+def test_steps_with_prefill_take_less_than_twice_a_decode_step() -> None:
     draw = random.Random(0)
     pacer = PrefillPacer()
-    assert pacer.budget(8, 1) == 2 * LEAST
+    assert pacer.budget(8, 1) == 2 * MIN_BUDGET
     pacer.record(0, 512, step(0, 512))
     for _ in range(200):
         prompt = draw.choice([0, pacer.budget(8, 1), draw.randint(1, pacer.budget(8, 1))])
@@ -25,7 +25,7 @@ def test_steps_with_a_prompt_stay_below_twice_the_usual() -> None:
     assert pacer.budget(8, 1) > 16  # what the machine can do in that time
 
 
-def test_the_more_prompts_wait_for_a_stream_the_longer_it_waits_for_them() -> None:
+def test_the_budget_grows_with_the_number_of_waiting_prompts_per_stream() -> None:
     pacer = PrefillPacer()
     pacer.record(0, 512, step(0, 512))
     pacer.record(1, 0, step(1, 0))
@@ -34,16 +34,16 @@ def test_the_more_prompts_wait_for_a_stream_the_longer_it_waits_for_them() -> No
     assert budgets[0] >= 7 * budgets[-1] > 0
 
 
-def test_where_prompt_tokens_cost_little_many_are_taken_and_where_much_a_few() -> None:
+def test_the_budget_is_large_if_prompt_tokens_are_cheap_and_small_if_they_are_not() -> None:
     quick, slow = PrefillPacer(), PrefillPacer()
     for pacer, each in (quick, 1e-6), (slow, 1.0):
         pacer.record(4, 0, 0.01)
         pacer.record(0, 2000, 2000 * each)
     assert quick.budget(4, 1) > 1000
-    assert slow.budget(4, 1) == LEAST
+    assert slow.budget(4, 1) == MIN_BUDGET
 
 
-def test_one_odd_step_does_not_change_the_pace() -> None:
+def test_one_outlier_does_not_change_the_budget() -> None:
     pacer = PrefillPacer()
     pacer.record(0, 100, 0.2)
     for _ in range(9):

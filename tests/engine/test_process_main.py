@@ -1,4 +1,4 @@
-"""The engine's loop, driven directly over a socket of the test: when it speaks, when it waits, when it holds back."""
+"""The engine process's loop, driven over a socket: when it sends, when it waits, when it pauses for a slow parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_serve.request import Finished, Request, Sampling
 
 
 class Parent:
-    """The other end, holding at most `unread` messages."""
+    """The parent's end of the socket, which queues at most `unread` messages."""
 
     def __init__(self, folder: Path, unread: int) -> None:
         self.address = f"ipc://{folder}/e"
@@ -83,7 +83,7 @@ def parent(folder: Path, environment: None) -> Iterator[Parent]:
     parent.context.destroy(linger=0)
 
 
-def test_an_idle_loop_sleeps_but_keeps_its_heartbeat_and_wakes_when_poked(parent: Parent) -> None:
+def test_an_idle_loop_sleeps_but_keeps_its_heartbeat_and_can_be_woken(parent: Parent) -> None:
     hosted = Hosted(parent)
     assert isinstance(parent.receive(), Ready)
     began = time.monotonic()

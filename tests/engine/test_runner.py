@@ -1,4 +1,4 @@
-"""A fault stays with the sequence that caused it; its neighbours' outcomes are bit-identical."""
+"""A failure ends only the sequence that caused it; the others' outputs are bit-identical."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_exception_in_the_forward_pass_ends_only_the_culprit() -> None:
     assert "kaboom" not in culprit.failure.message
 
 
-def test_running_out_of_memory_is_a_reason_to_come_back() -> None:
+def test_out_of_memory_ends_the_sequence_with_a_retryable_error() -> None:
     culprit, other = run(EXHAUSTS, 4)
     assert isinstance(culprit.failure, Unavailable)
     assert culprit.failure.retry_after
@@ -69,7 +69,7 @@ def test_logits_that_are_not_finite_end_only_their_row() -> None:
     assert isinstance(culprit.failure, EngineFault)
 
 
-def test_a_chunk_that_does_not_reach_the_end_samples_nothing() -> None:
+def test_a_chunk_that_does_not_reach_the_end_of_the_prompt_samples_nothing() -> None:
     item = work(0, [3, 4, 5])
     runner = Runner(Base(), 4, torch.device("cpu"))  # type: ignore[arg-type]
     assert runner.launch([ScheduledSequence(item.seq, 0, 2)], {})()[0].token is None

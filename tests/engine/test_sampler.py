@@ -1,4 +1,4 @@
-"""What a row gets is what a slow, obvious sampler would give it, whatever runs beside it."""
+"""The sampler equals a slow, obvious one for every row, independent of the other rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_serve.engine.logprobs import logprobs
-from lora_serve.engine.sampler import NEAR, Sampled, SamplingRow, _least_by_parts, _least_by_sorting, uniform
+from lora_serve.engine.sampler import (
+    MAX_TOP_K,
+    Samples,
+    SamplingRow,
+    _threshold_by_sorting,
+    _threshold_by_top_k,
+    uniform,
+)
 from lora_serve.engine.sampler import sample as launch_sampling
 from lora_serve.request import Logprob, Sampling
 
 INF, NAN = float("inf"), float("nan")
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Samples:
     """Sample a token for each row, and wait for it."""
     return launch_sampling(logits, rows).wait()
 
@@ -92,7 +99,9 @@ ROWS = st.builds(
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6))
 @settings(max_examples=120, deadline=None)
-def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], SamplingRow]]) -> None:
+def test_a_token_is_the_inverse_of_the_obvious_distribution_s_cumulative_sum(
+    cases: list[tuple[list[float], SamplingRow]],
+) -> None:
     sampled = sample(torch.tensor([logits for logits, _ in cases]), [row for _, row in cases])
     assert all(sampled.finite)
     for (logits, drawn), token in zip(cases, sampled.token_ids, strict=True):
@@ -105,7 +114,7 @@ def test_a_draw_inverts_the_obvious_distribution(cases: list[tuple[list[float], 
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_a_row_is_the_same_alone_and_beside_others(cases: list[tuple[list[float], SamplingRow]]) -> None:
+def test_a_row_gets_the_same_token_alone_and_beside_others(cases: list[tuple[list[float], SamplingRow]]) -> None:
     logits = torch.tensor([logits for logits, _ in cases])
     together = sample(logits, [row for _, row in cases])
     alone = [sample(logits[i : i + 1], [row]).token_ids[0] for i, (_, row) in enumerate(cases)]
@@ -116,7 +125,7 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {},
     {"top_k": 20},
-    {"top_k": NEAR + 500},
+    {"top_k": MAX_TOP_K + 500},
     {"top_p": 0.9},
     {"top_p": 0.2},
     {"min_p": 0.05},
@@ -127,7 +136,7 @@ MIXED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_at_full_vocabulary_a_row_is_bit_identical_in_any_company(dtype: torch.dtype) -> None:
+def test_at_full_vocabulary_a_row_is_bit_identical_in_any_batch(dtype: torch.dtype) -> None:
     logits = (torch.randn(len(MIXED), 50_021, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
     before = logits.clone()
     rows = [row(seed=i, position=i, prompt=[1, 2], output=[3], **options) for i, options in enumerate(MIXED)]
@@ -145,7 +154,7 @@ def test_at_full_vocabulary_a_row_is_bit_identical_in_any_company(dtype: torch.d
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 8}, {"top_p": 0.85}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9}]
 )
-def test_frequencies_are_the_distribution_s(options: dict[str, Any]) -> None:
+def test_token_frequencies_follow_the_distribution(options: dict[str, Any]) -> None:
     logits = torch.randn(16, generator=torch.Generator().manual_seed(5)) * 1.5
     draws = 20_000
     rows = [row(seed=i % 100, position=i // 100, **options) for i in range(draws)]
@@ -157,15 +166,15 @@ def test_frequencies_are_the_distribution_s(options: dict[str, Any]) -> None:
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8  # beyond the 99.99th percentile for these sizes
 
 
-def test_a_wide_nucleus_is_the_one_a_full_sort_finds() -> None:
-    logits = torch.randn(5 * NEAR, generator=torch.Generator().manual_seed(1)) * 0.3
+def test_a_wide_nucleus_equals_that_of_a_full_sort() -> None:
+    logits = torch.randn(5 * MAX_TOP_K, generator=torch.Generator().manual_seed(1)) * 0.3
     share = 0.6
     probabilities, order = logits.double().softmax(-1).sort(descending=True)
     nucleus = order[: int((probabilities.cumsum(-1) < share).sum()) + 1].tolist()
     rows = [row(seed=i, top_p=share) for i in range(300)]
     drawn = set(sample(logits.expand(len(rows), -1), rows).token_ids)
     assert drawn <= set(nucleus)
-    assert drawn - set(nucleus[:NEAR])
+    assert drawn - set(nucleus[:MAX_TOP_K])
 
 
 def test_the_random_number_is_a_pure_function_and_uniform() -> None:
@@ -186,18 +195,18 @@ def test_the_random_number_is_a_pure_function_and_uniform() -> None:
         assert neighbours.corrcoef()[0, 1].abs() < 4 / math.sqrt(neighbours.shape[1])
 
 
-def test_equal_values_share_one_fate_in_a_filter() -> None:
+def test_filters_keep_or_drop_tied_tokens_together() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     drawn = {sample(logits, [row(seed=i, top_k=2)]).token_ids[0] for i in range(200)}
     assert drawn == {1, 2, 3, 4}
 
 
-def test_greedy_takes_the_lowest_id_among_equals() -> None:
+def test_greedy_takes_the_lowest_id_among_ties() -> None:
     assert sample(torch.tensor([[0.0, 5.0, 5.0]]), [row(temperature=0.0)]).token_ids == [1]
     assert sample(torch.tensor([[0.0, 5.0, 5.0]]), [row(temperature=1e-9)]).token_ids == [1]
 
 
-def test_very_low_temperatures_and_infinite_gaps_are_no_trouble() -> None:
+def test_very_low_temperatures_and_infinite_gaps_work() -> None:
     logits = torch.tensor([[-INF, 30000.0, -30000.0], [-INF, -INF, 1.0]])
     sampled = sample(logits, [row(temperature=1e-5), row(temperature=100.0)])
     assert (sampled.token_ids, sampled.finite) == ([1, 2], [True, True])
@@ -223,7 +232,7 @@ def test_a_neighbour_s_larger_vocabulary_changes_nothing(params: dict[str, Any])
 
 @pytest.mark.parametrize("poison", [[NAN, 1.0, 0.0], [1.0, INF, 0.0], [-INF, -INF, -INF], [1.0, NAN, INF]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_is_not_finite_is_reported_and_disturbs_nobody(poison: list[float], dtype: torch.dtype) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_affects_no_other(poison: list[float], dtype: torch.dtype) -> None:
     healthy = [[0.5, 1.0, -INF], [1.5, 0.25, 1.0]]
     options: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.7, "logprobs": 2}]
     alone = sample(torch.tensor(healthy, dtype=dtype), [row(**each) for each in options])
@@ -236,13 +245,13 @@ def test_a_row_that_is_not_finite_is_reported_and_disturbs_nobody(poison: list[f
         assert [sampled.logprobs[0], sampled.logprobs[2]] == alone.logprobs
 
 
-def test_a_row_whose_every_token_is_forbidden_is_reported() -> None:
+def test_a_row_with_all_tokens_masked_is_reported() -> None:
     sampled = sample(torch.zeros(2, 2), [row(stop_ids=[0, 1], min_tokens=3), row(stop_ids=[0], min_tokens=3)])
     assert sampled.finite == [False, True]
     assert sampled.token_ids == [-1, 1]
 
 
-def test_stop_ids_outside_the_vocabulary_are_no_error() -> None:
+def test_stop_ids_outside_the_vocabulary_are_ignored() -> None:
     assert sample(torch.zeros(1, 2), [row(temperature=0.0, stop_ids=[0, 7], min_tokens=3)]).token_ids == [1]
 
 
@@ -256,7 +265,7 @@ def likeliest(logits: Tensor, count: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 5, 20])
-def test_logprobs_are_those_of_the_raw_logits_equals_by_lower_id(dtype: torch.dtype, count: int) -> None:
+def test_logprobs_are_of_the_raw_logits_with_ties_by_lower_id(dtype: torch.dtype, count: int) -> None:
     logits = (torch.randn(4, 500, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
     logits[0, 100:400] = logits[0].max()
     logits[1, ::7] = -0.0
@@ -283,22 +292,22 @@ def test_each_row_gets_as_many_alternatives_as_it_asked_for() -> None:
     assert [None if entry is None else len(entry.top) for entry in found] == [None, 0, 3, 10]
 
 
-def test_prompt_logprobs_of_many_rows_are_those_of_each() -> None:
+def test_logprobs_of_many_rows_equal_those_of_each_alone() -> None:
     logits = torch.randn(40, 30_000, generator=torch.Generator().manual_seed(4))
     tokens = list(range(40))
     assert prompt_logprobs(logits, tokens, 3) == [prompt_logprobs(logits[i : i + 1], [i], 3)[0] for i in tokens]
     assert prompt_logprobs(logits[:0], [], 3) == []
 
 
-def test_weights_are_exact_enough() -> None:
-    """Half of 200,000 equal tokens are below the median draw: no token is lost to rounding at that size."""
+def test_fixed_point_probabilities_are_precise_enough() -> None:
+    """Half of 200,000 equal tokens are below the median: no token is lost to rounding at that size."""
     tokens = sample(torch.zeros(1, 200_000), [row(seed=5)]).token_ids
     assert tokens == [int(Fraction(uniform(5, 0)) * 200_000)]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999, 1.0])
-def test_a_device_that_may_not_wait_finds_the_same_share(share: float) -> None:
-    weights = (torch.randn(6, 3 * NEAR, generator=torch.Generator().manual_seed(6)) * 4).exp().mul(1e6).long()
+def test_both_ways_to_find_the_nucleus_agree(share: float) -> None:
+    weights = (torch.randn(6, 3 * MAX_TOP_K, generator=torch.Generator().manual_seed(6)) * 4).exp().mul(1e6).long()
     weights[0] = 7
     wanted = share * weights.sum(-1).double()
-    assert torch.equal(_least_by_sorting(weights, wanted), _least_by_parts(weights, wanted))
+    assert torch.equal(_threshold_by_sorting(weights, wanted), _threshold_by_top_k(weights, wanted))

@@ -1,9 +1,14 @@
-"""The scheduler's decisions, without tensors: budgets, chunks, preemption, turns, and that nothing is lost."""
+"""The scheduler's decisions, without tensors: token budget, chunked prefill, preemption, slot rotation, no leaks."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
 
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import SlotRotation
@@ -34,26 +39,26 @@ def sequence(
     )
 
 
-def everything(digest: str) -> bool:
+def all_loaded(digest: str) -> bool:
     return True
 
 
 def run(
-    s: Scheduler, loaded: Callable[[str], bool] = everything, budget: PrefillBudget | None = None
+    s: Scheduler, loaded: Callable[[str], bool] = all_loaded, budget: PrefillBudget | None = None
 ) -> list[ScheduledSequence]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
     work = s.schedule(loaded, prefill_budget=budget)
     for item in work:
         s.mark_launched(item)
-    land(s, work)
+    process_outputs(s, work)
     return work
 
 
-def land(s: Scheduler, work: list[ScheduledSequence]) -> None:
-    """What the step gave is known now."""
+def process_outputs(s: Scheduler, work: list[ScheduledSequence]) -> None:
+    """Process the outputs of a step."""
     for item in work:
         if item.seq not in s.running and item.seq not in s.waiting:
-            continue  # it ended meanwhile
+            continue  # it ended while the step was in flight
         s.mark_computed(item)
         if item.samples:
             item.seq.tokens[item.end] = item.seq.order
@@ -75,7 +80,7 @@ def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
     assert shape(run(s)) == [(0, 5, 1), (1, 12, 1)]
 
 
-def test_beside_sequences_that_decode_prompts_take_only_the_room_that_is_given() -> None:
+def test_beside_sequences_that_decode_prompts_keep_within_the_prefill_budget() -> None:
     asked: list[tuple[int, int]] = []
 
     def budget(decoding: int, prompts: int) -> int:
@@ -101,7 +106,7 @@ def test_no_more_sequences_than_allowed_hold_kv() -> None:
     assert (len(s.running), len(s.waiting)) == (2, 2)
 
 
-def test_a_repeated_prompt_is_found_and_its_last_token_still_computed() -> None:
+def test_a_repeated_prompt_is_found_in_the_prefix_cache_except_for_its_last_token() -> None:
     s = scheduler()
     prompt = list(range(12))
     s.add(sequence(0, prompt))
@@ -152,7 +157,7 @@ def test_adapters_that_outnumber_slots_take_turns() -> None:
     assert order == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_an_adapter_that_left_host_memory_while_it_waited_takes_nobody_s_slot() -> None:
+def test_an_adapter_evicted_from_host_memory_while_it_waits_takes_no_slot() -> None:
     s = scheduler(slots=1, tokens=64)
     s.add(sequence(0, 3, "a"))
     s.add(sequence(1, 3, "b"))
@@ -168,7 +173,7 @@ def test_an_adapter_that_left_host_memory_while_it_waited_takes_nobody_s_slot() 
     assert order == [0] * 6 + [1] * 4 + [0] * 2
 
 
-def test_paused_sequences_that_hold_all_blocks_do_not_block_a_new_turn() -> None:
+def test_paused_sequences_that_hold_all_blocks_cause_no_deadlock() -> None:
     s = scheduler(blocks=4, slots=1, prefix=False)
     s.add(sequence(0, 8, "a"))
     s.add(sequence(1, 8, "b"))
@@ -204,7 +209,7 @@ def test_virtual_tokens_are_computed_once_for_all_tenants_even_without_a_prefix_
     assert (s.prefix_hits, s.running[1].cached) == (0, 0)
 
 
-def test_virtual_tokens_are_found_where_the_prompt_must_be_computed() -> None:
+def test_virtual_tokens_are_found_even_if_the_prompt_must_be_computed() -> None:
     s = scheduler(tokens=100)
     prompt = list(range(6))
     for order in range(2):
@@ -217,7 +222,7 @@ def test_virtual_tokens_are_found_where_the_prompt_must_be_computed() -> None:
         assert shape(run(s))[-1] == (order, 8 * order, 14 - 8 * order)
 
 
-def test_only_the_prompt_s_own_tokens_count_as_found() -> None:
+def test_virtual_tokens_do_not_count_as_cached_prompt_tokens() -> None:
     s = scheduler(tokens=100)
     for order in range(2):
         s.add(sequence(order, list(range(8)), "a", traits=Traits(virtual=6)))
@@ -265,7 +270,7 @@ def test_random_load_always_ends_with_every_block_back() -> None:
         assert s.pool.used == 0
 
 
-def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak_nothing() -> None:
+def test_steps_scheduled_while_one_is_in_flight_give_the_same_tokens_and_leak_nothing() -> None:
     rng = random.Random(2)
     for trial in range(30):
         s = scheduler(blocks=rng.randrange(8, 30), seqs=rng.randrange(1, 6), tokens=rng.randrange(1, 20), slots=2)
@@ -277,11 +282,11 @@ def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak
             s.add(seq)
         step_in_flight: list[ScheduledSequence] = []
         for _ in range(3000):
-            work = s.schedule(everything)
+            work = s.schedule(all_loaded)
             assert not any(item.seq.last_token_in_flight for item in work if not item.samples)
             for item in work:
                 s.mark_launched(item)
-            land(s, step_in_flight)
+            process_outputs(s, step_in_flight)
             step_in_flight = work
             if not work and not s.running and not s.waiting:
                 break
@@ -291,11 +296,42 @@ def test_steps_planned_before_the_last_is_known_come_to_the_same_tokens_and_leak
         assert s.pool.used == 0
 
 
-def test_a_sequence_whose_last_token_is_on_its_way_is_not_planned_again() -> None:
+def test_a_sequence_whose_last_token_is_in_flight_is_not_scheduled_again() -> None:
     s = scheduler()
     s.add(seq := sequence(0, 3))
     seq.limit = 4
-    for item in s.schedule(everything):
+    for item in s.schedule(all_loaded):
         s.mark_launched(item)
     assert (seq.tokens[-1], seq.last_token_in_flight) == (IN_FLIGHT_TOKEN, True)
-    assert s.schedule(everything) == []
+    assert s.schedule(all_loaded) == []
+
+
+@pytest.mark.parametrize("adapters", [0, 200], ids=["base only", "200 adapters on 4 slots"])
+def test_a_steps_work_does_not_depend_on_how_many_sequences_wait(adapters: int) -> None:
+    few, many = (schedule_calls(waiting, adapters) for waiting in (10, 1000))
+    assert abs(many - few) <= 20
+
+
+def schedule_calls(waiting: int, adapters: int) -> int:
+    """Python calls of eight `schedule`s with so many sequences waiting, over so many adapters (0: the base)."""
+    s = scheduler(seqs=4, slots=4)
+    for order in range(4):
+        s.add(sequence(order, 3, f"a{order}" if adapters else None))
+    for order in range(4, waiting + 4):
+        s.add(sequence(order, 3, f"a{order % adapters}" if adapters else None))
+    for _ in range(60):  # until every adapter has been looked up
+        s.schedule(all_loaded)
+    assert len(s.waiting) == waiting
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        for _ in range(8):
+            s.schedule(all_loaded)
+    finally:
+        sys.setprofile(None)
+    return calls

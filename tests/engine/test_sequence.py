@@ -1,9 +1,9 @@
-"""What a sequence makes of its adapters: virtual tokens, where each begins, and under which keys KV is found."""
+"""Sequences: virtual tokens, where each adapter becomes active, and which sequences share prefix-cache keys."""
 
 from __future__ import annotations
 
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.sequence import NEVER, VIRTUAL, Active, Sequence, last_match
+from lora_serve.engine.sequence import NEVER_ACTIVE, VIRTUAL_TOKEN, ActiveAdapter, Sequence, last_match
 from lora_serve.request import Request, Sampling, Served
 
 PROMPT = list(range(20))
@@ -25,26 +25,26 @@ def sequence(
 
 
 def shared(one: Sequence, other: Sequence, size: int = 4) -> int:
-    """How many whole blocks of one are found by the other."""
-    keys = [(one.key(block, size), other.key(block, size)) for block in range(len(PROMPT) // size)]
+    """Number of full blocks whose prefix keys are the same."""
+    keys = [(one.prefix_key(block, size), other.prefix_key(block, size)) for block in range(len(PROMPT) // size)]
     return next((block for block, (a, b) in enumerate(keys) if a != b), len(keys))
 
 
-def test_virtual_tokens_stand_before_the_prompt_and_are_not_part_of_it() -> None:
+def test_virtual_tokens_come_before_the_prompt() -> None:
     seq = sequence(("a", 1.0), prompt=[5, 6], traits={"a": Traits(virtual=3)})
-    assert seq.tokens == [VIRTUAL] * 3 + [5, 6]
+    assert seq.tokens == [VIRTUAL_TOKEN] * 3 + [5, 6]
     assert (seq.virtual, seq.prompt_end, seq.generated, seq.pending) == (3, 5, 0, 5)
     seq.tokens.append(7)
     assert seq.generated == 1
 
 
-def test_an_adapter_begins_at_the_last_occurrence_of_its_invocation() -> None:
+def test_an_adapter_is_active_from_the_last_occurrence_of_its_invocation() -> None:
     traits = {"a": Traits(invocation=(1, 2)), "b": Traits()}
-    assert sequence(("a", 1.0), prompt=[1, 2, 3, 1, 2, 4, 1], traits=traits).active == (Active("a", 1.0, 3),)
-    assert sequence(("a", 1.0), prompt=[1, 3, 2, 1], traits=traits).active == (Active("a", 1.0, NEVER),)
+    assert sequence(("a", 1.0), prompt=[1, 2, 3, 1, 2, 4, 1], traits=traits).active == (ActiveAdapter("a", 1.0, 3),)
+    assert sequence(("a", 1.0), prompt=[1, 3, 2, 1], traits=traits).active == (ActiveAdapter("a", 1.0, NEVER_ACTIVE),)
     assert sequence(("b", 1.0), ("a", 1.0), prompt=[0, 1, 2], traits=traits).active == (
-        Active("a", 1.0, 1),
-        Active("b", 1.0, 0),
+        ActiveAdapter("a", 1.0, 1),
+        ActiveAdapter("b", 1.0, 0),
     )
 
 
@@ -54,13 +54,13 @@ def test_the_last_match_overlaps_and_touches_both_ends() -> None:
     assert last_match([2], (1, 2)) is None
 
 
-def test_weights_of_an_adapter_that_is_named_twice_add() -> None:
+def test_weights_of_an_adapter_that_is_named_twice_add_up() -> None:
     seq = sequence(("b", 0.5), ("a", 1.0), ("b", 0.25))
-    assert seq.active == (Active("a", 1.0, 0), Active("b", 0.75, 0))
+    assert seq.active == (ActiveAdapter("a", 1.0, 0), ActiveAdapter("b", 0.75, 0))
     assert seq.digests == ("a", "b")
 
 
-def test_kv_of_a_composition_is_found_whatever_its_order_and_by_none_with_other_weights() -> None:
+def test_kv_of_a_composition_is_shared_in_any_order_but_only_with_the_same_weights() -> None:
     one = sequence(("a", 0.5), ("b", 0.25))
     assert shared(one, sequence(("b", 0.25), ("a", 0.5))) == 5
     assert shared(one, sequence(("b", 0.5), ("a", 0.25))) == 0
@@ -68,7 +68,7 @@ def test_kv_of_a_composition_is_found_whatever_its_order_and_by_none_with_other_
     assert shared(sequence(), sequence(("a", 1.0))) == 0
 
 
-def test_no_tenant_finds_another_s_kv() -> None:
+def test_tenants_do_not_share_kv() -> None:
     assert shared(sequence(), sequence(tenant="u")) == 0
     assert shared(sequence(("a", 1.0), traits=INVOKED), sequence(("a", 1.0), traits=INVOKED, tenant="u")) == 0
     assert shared(sequence(tenant=""), sequence(tenant="tenant")) == 0
@@ -84,7 +84,7 @@ def test_an_invoked_adapter_shares_the_base_s_kv_up_to_the_block_of_its_invocati
     assert shared(sequence(), never) == 5
 
 
-def test_blocks_of_virtual_tokens_alone_are_everybody_s() -> None:
+def test_blocks_of_virtual_tokens_alone_are_shared_by_all_tenants() -> None:
     traits = {"a": Traits(virtual=10)}
     mine, other = sequence(("a", 1.0), traits=traits), sequence(("a", 1.0), traits=traits, tenant="u")
     assert shared(mine, other) == 2  # the third block of 4 holds the first tokens of the prompt

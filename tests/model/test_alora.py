@@ -1,4 +1,4 @@
-"""aLoRA: active from its invocation tokens on, PEFT's logits, and the base's KV reused up to there."""
+"""aLoRA: PEFT's logits, active from the invocation tokens on, and the base's KV reused before them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2", "phi3"])
-def test_it_is_active_from_the_last_invocation_of_the_prompt_on(
+def test_an_alora_is_active_from_the_last_invocation_of_the_prompt_on(
     architecture: str, native: bool, tmp_path: Path
 ) -> None:
     invoked = Invoked(architecture, tmp_path, native=native, max_tokens=11)
@@ -73,7 +73,7 @@ def test_it_is_active_from_the_last_invocation_of_the_prompt_on(
     assert not torch.allclose(rows[0][-1], logits(invoked.base, invoked.driver.sequences[0])[-1], atol=1e-3)
 
 
-def test_it_reuses_the_base_s_kv_up_to_its_invocation(tmp_path: Path) -> None:
+def test_an_alora_reuses_the_base_s_kv_up_to_its_invocation(tmp_path: Path) -> None:
     invoked = Invoked("llama", tmp_path)
     driver, prompt = invoked.driver, [*LONG, *INVOCATION, 7]
     driver.teach([LONG], decode=0, look_up=True)
@@ -84,7 +84,7 @@ def test_it_reuses_the_base_s_kv_up_to_its_invocation(tmp_path: Path) -> None:
     torch.testing.assert_close(got, truth(invoked.model, driver.sequences[0], prompt)[-5:], atol=1e-4, rtol=1e-4)
 
 
-def test_its_own_kv_is_found_by_its_own_requests_only(tmp_path: Path) -> None:
+def test_kv_after_the_invocation_is_shared_by_the_adapter_s_requests_only(tmp_path: Path) -> None:
     invoked = Invoked("llama", tmp_path)
     driver, prompt = invoked.driver, [*LONG, *INVOCATION, *LONG]
     driver.teach([prompt], decode=0, adapters=[[(invoked.digest, 1.0)]], look_up=True)
@@ -101,7 +101,7 @@ def test_its_own_kv_is_found_by_its_own_requests_only(tmp_path: Path) -> None:
         torch.testing.assert_close(got, wanted[-2:], atol=1e-4, rtol=1e-4)
 
 
-def test_one_that_is_never_invoked_shares_all_kv_with_the_base(tmp_path: Path) -> None:
+def test_an_alora_that_is_never_invoked_shares_all_kv_with_the_base(tmp_path: Path) -> None:
     invoked = Invoked("llama", tmp_path)
     driver = invoked.driver
     driver.teach([LONG], decode=0, adapters=[[(invoked.digest, 1.0)]], look_up=True)
@@ -110,7 +110,7 @@ def test_one_that_is_never_invoked_shares_all_kv_with_the_base(tmp_path: Path) -
     torch.testing.assert_close(got, logits(invoked.base, driver.sequences[0])[-3:], atol=1e-4, rtol=1e-4)
 
 
-def test_it_composes_with_an_adapter_that_is_active_from_the_start(tmp_path: Path) -> None:
+def test_an_alora_composes_with_an_adapter_that_is_active_from_the_start(tmp_path: Path) -> None:
     invoked = Invoked("llama", tmp_path, max_tokens=5)
     driver, prompt = invoked.driver, [*LONG, *INVOCATION, 7]
     both = [(invoked.digest, 1.0), (invoked.other, 1.0)]

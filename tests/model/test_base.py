@@ -1,4 +1,4 @@
-"""A flat, paged, chunked batch gives what transformers gives for each sequence alone."""
+"""Flat batches with paged KV and chunked prefill equal transformers on each sequence alone; what cannot is refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_bf16_stays_within_its_own_rounding(architecture: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_modules_that_read_one_input_are_grouped(architecture: str, tmp_path: Path) -> None:
+def test_modules_that_read_the_same_input_are_grouped(architecture: str, tmp_path: Path) -> None:
     shape = load(
         str(save(architecture, tmp_path)), revision=None, dtype="auto", device=CPU, progress=lambda stage, done: None
     ).shape
@@ -84,7 +84,7 @@ def test_a_model_that_drops_keyword_arguments_is_refused(tmp_path: Path) -> None
     assert "stablelm does not hand keyword arguments on" in refusal(StableLmConfig(**COMMON), tmp_path)
 
 
-def test_a_rope_that_looks_at_the_whole_batch_caps_the_context(tmp_path: Path) -> None:
+def test_a_rope_that_depends_on_the_whole_batch_limits_the_context(tmp_path: Path) -> None:
     config = LlamaConfig(
         **{**COMMON, "max_position_embeddings": 128},
         rope_parameters={
@@ -98,7 +98,7 @@ def test_a_rope_that_looks_at_the_whole_batch_caps_the_context(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_such_a_rope_below_its_cap_decides_nothing_and_is_what_it_was(kind: str, tmp_path: Path) -> None:
+def test_such_a_rope_equals_the_original_below_the_limit(kind: str, tmp_path: Path) -> None:
     factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [3.0] * 8} if kind == "longrope" else {}
     config = (Phi3Config if kind == "longrope" else LlamaConfig)(
         **{**COMMON, "max_position_embeddings": 128, "original_max_position_embeddings": 64},
@@ -117,7 +117,7 @@ def test_such_a_rope_below_its_cap_decides_nothing_and_is_what_it_was(kind: str,
     torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_a_folder_without_a_model_is_refused_readably(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_with_a_clear_message(tmp_path: Path) -> None:
     with pytest.raises(ModelUnsupported, match="cannot be read"):
         load(str(tmp_path), revision=None, dtype="auto", device=CPU, progress=lambda stage, done: None)
 

@@ -1,4 +1,4 @@
-"""Decode steps are padded to batch sizes that were captured at start, as CUDA graphs need it."""
+"""CUDA graphs: decode batches are padded to batch sizes captured at start (with a fake recording, on a CPU)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BucketKernels(ReferenceKernels):
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Driver, Driver]:
-    """One that replays, one that does not."""
+    """One driver that replays steps and one that does not."""
     folder = save("llama", tmp_path / "base")
     replayed, eager_driver = Driver(folder, native=False), Driver(folder, native=False)
     kernels = BucketKernels()
@@ -60,7 +60,7 @@ def replays(driver: Driver) -> list[tuple[int, bool]]:
     return seen
 
 
-def test_buckets_reach_up_to_the_first_that_holds_all(pair: tuple[Driver, Driver]) -> None:
+def test_buckets_are_captured_up_to_the_first_that_holds_the_largest_batch(pair: tuple[Driver, Driver]) -> None:
     graphs = pair[0].base._steps._graphs
     assert sorted({shape.rows for shape in graphs}) == [1, 2, 4]
     assert len(graphs) == 6
@@ -79,7 +79,9 @@ def test_a_step_of_the_base_is_replayed_in_the_smallest_bucket_that_holds_it(
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
 
 
-def test_adapters_of_all_ranks_come_and_go_on_the_same_graphs(pair: tuple[Driver, Driver], tmp_path: Path) -> None:
+def test_graphs_stay_valid_while_adapters_of_all_ranks_are_loaded_and_evicted(
+    pair: tuple[Driver, Driver], tmp_path: Path
+) -> None:
     replayed = pair[0]
     for seed, rank in enumerate((2, 8, 5, 9)):
         make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
@@ -98,7 +100,7 @@ def test_adapters_of_all_ranks_come_and_go_on_the_same_graphs(pair: tuple[Driver
         assert all(adapted == bool(first + second + third) for _, adapted in steps)
 
 
-def test_where_passes_with_adapters_cannot_be_captured_the_base_alone_is_replayed(tmp_path: Path) -> None:
+def test_if_passes_with_adapters_cannot_be_captured_the_base_alone_is_replayed(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), native=False)
     kernels = BucketKernels()
 
@@ -122,7 +124,7 @@ def test_where_passes_with_adapters_cannot_be_captured_the_base_alone_is_replaye
     assert not seen
 
 
-def test_input_buffers_left_over_belong_to_no_sequence_whatever_was_in_the_memory() -> None:
+def test_padding_rows_belong_to_no_sequence_whatever_the_memory_held_before() -> None:
     buffers = InputBuffers(BatchShape(4, 4, 4, 4, -1, 3, 2, 8, 1, 12), CPU)
     flat = torch.full((buffers._table,), 77, dtype=torch.int32)
     blocks = torch.full((4, 3), 77, dtype=torch.int32)
@@ -134,7 +136,7 @@ def test_input_buffers_left_over_belong_to_no_sequence_whatever_was_in_the_memor
     assert blocks[:, 0].tolist() == [0] * 4
 
 
-def test_a_composition_takes_a_bucket_with_room_for_its_segments(pair: tuple[Driver, Driver], tmp_path: Path) -> None:
+def test_a_composition_uses_a_bucket_that_holds_all_its_segments(pair: tuple[Driver, Driver], tmp_path: Path) -> None:
     for seed in range(3):
         make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
     names = [[driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(3)] for driver in pair]

@@ -60,7 +60,7 @@ class OddMLP(nn.Module):
 def apply_rotary_pos_emb(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SlotRotation pairs where others turn halves."""
+    """Rotates adjacent pairs where the usual RoPE rotates halves."""
     return tuple(
         x * cos[:, None] + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin[:, None] for x in (q, k)
     )  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Every feature of LoRA that PEFT can save gives PEFT's logits, in one batch with others and the base."""
+"""Every LoRA feature that PEFT can save gives PEFT's logits, in one batch with other adapters and the base."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_tied_weights_stay_tied_where_peft_ties_them(architecture: str, tmp_path
     check(architecture, tmp_path, [config(architecture, ensure_weight_tying=True, **each) for each in features])
 
 
-def test_a_tied_head_s_delta_comes_on_top_of_replaced_rows(tmp_path: Path) -> None:
+def test_a_tied_head_s_delta_is_added_to_replaced_rows(tmp_path: Path) -> None:
     check("qwen2", tmp_path, [config("qwen2", trainable_token_indices=[4, 90], target_modules=["lm_head", "q_proj"])])
 
 
@@ -128,7 +128,7 @@ def test_experts_and_routers_equal_peft(architecture: str, native: bool, tmp_pat
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)
-def test_a_lone_row_gets_its_own_router(architecture: str, tmp_path: Path) -> None:
+def test_a_one_row_batch_uses_the_adapter_s_router(architecture: str, tmp_path: Path) -> None:
     """A step of one token: nothing in its shapes tells a row of the batch from a number of the row."""
     model = make(
         architecture, tmp_path / "a", 0, config(architecture, target_modules=[], target_parameters=["gate.weight"])
@@ -185,7 +185,7 @@ RESIZED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("size", [104, 90])
 @pytest.mark.parametrize("options", RESIZED, ids=["linear", "targeted", "saved"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-def test_a_resized_vocabulary_is_the_adapter_s_own(
+def test_a_resized_vocabulary_applies_to_its_adapter_only(
     architecture: str, options: dict[str, Any], size: int, tmp_path: Path
 ) -> None:
     """More or fewer tokens than the base has, for that adapter's rows only."""
@@ -213,14 +213,14 @@ def test_a_resized_vocabulary_is_the_adapter_s_own(
     assert rows[0].shape[1] == max(size, VOCABULARY)
 
 
-def test_copies_of_the_base_s_own_weights_change_nothing(tmp_path: Path) -> None:
+def test_saved_copies_of_the_base_s_weights_are_dropped(tmp_path: Path) -> None:
     """PEFT saves the head beside its LoRA; that is no reason to hold a second one."""
     driver = Driver(save("llama", tmp_path / "base"))
     make("llama", tmp_path / "a", 0, config("llama", target_modules=["lm_head", "q_proj"]))
     assert bring(driver, tmp_path / "a").overrides == {}
 
 
-def test_constants_and_embeddings_compose_like_deltas(tmp_path: Path) -> None:
+def test_shifts_and_embedding_deltas_compose_like_deltas(tmp_path: Path) -> None:
     """What only adds can be weighed and summed, whatever module it adds to."""
     options: list[dict[str, Any]] = [{"lora_bias": True}, {"target_modules": ["embed_tokens", "q_proj"]}]
     driver = Driver(save("llama", tmp_path / "base"))

@@ -203,7 +203,7 @@ RESIZED: dict[str, tuple[int, Callable[[], peft.PeftConfig]]] = {
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("method", RESIZED)
-def test_a_resized_vocabulary_lies_beneath_what_a_method_does(method: str, architecture: str, tmp_path: Path) -> None:
+def test_a_resized_vocabulary_combines_with_every_method(method: str, architecture: str, tmp_path: Path) -> None:
     """As far as PEFT saves it: of a head that is targeted, the head alone."""
     size, config = RESIZED[method]
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What adapters do besides deltas costs the batches that hold such adapters, and no other."""
+"""Module overrides cost only the batches with such adapters, and never change other rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Hooks:
         self.most = max(self.most, found)
 
 
-def test_a_batch_without_changes_runs_none_of_their_code(tmp_path: Path) -> None:
+def test_a_batch_without_overrides_runs_no_hooks(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
     options: dict[str, dict[str, Any]] = {
         "plain": {"target_modules": ["q_proj"]},
@@ -57,7 +57,7 @@ def test_a_batch_without_changes_runs_none_of_their_code(tmp_path: Path) -> None
     assert sum(len(each._forward_hooks) for each in driver.loaded.model.modules()) == 1  # the counter's own
 
 
-def test_gains_and_constants_are_kept_in_float32_and_come_back_with_the_flat_tensor() -> None:
+def test_gains_and_shifts_are_kept_in_float32_in_the_flat_tensor() -> None:
     gain, shift = torch.tensor([1.001, 2.0, 3.0]), torch.tensor([0.1, 0.2, 0.3])
     override = ModuleOverride(parameters={"weight": torch.ones(3, 2)}, gain_out=gain, shift=shift)
     adapter = flatten(
@@ -73,7 +73,7 @@ def test_gains_and_constants_are_kept_in_float32_and_come_back_with_the_flat_ten
     assert adapter.nbytes == 64 * 5  # each in a cache line of its own: A, B, weight, gain, constant
 
 
-def test_bits_of_other_rows_do_not_depend_on_changes_beside_them(tmp_path: Path) -> None:
+def test_overrides_leave_other_rows_bit_identical(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
     make("llama", tmp_path / "a", 0, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     make("llama", tmp_path / "b", 1, peft.LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["mlp", "norm"]))
@@ -94,8 +94,8 @@ def toy(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     return Lowered({name: delta}, {"method": "toy"}, {name: override})
 
 
-def test_a_new_format_is_one_function_and_touches_no_other_room(tmp_path: Path) -> None:
-    """Registered in a table of the test's own, it is stored, seated, batched and served like any other."""
+def test_a_new_format_is_one_function_and_needs_no_other_module(tmp_path: Path) -> None:
+    """Registered in a table of the test's own, it is stored, loaded, batched and served like any other."""
     driver = Driver(save("llama", tmp_path / "base"))
     name = "model.layers.1.mlp.down_proj"
     checkpoint = Checkpoint({"peft_type": "TOY", "module": name}, {}, 0)

@@ -1,4 +1,4 @@
-"""Virtual tokens in a mixed batch: PEFT's logits, computed once a version, shared, evicted and made again."""
+"""Virtual tokens in a mixed batch: PEFT's logits, computed once per version, shared, and recomputed after eviction."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_virtual_tokens_of_every_method_equal_peft_row_by_row(architecture: str,
     check(architecture, tmp_path, methods(architecture))
 
 
-def test_they_do_on_the_reference_kernels_too(tmp_path: Path) -> None:
+def test_virtual_tokens_equal_peft_on_the_reference_kernels(tmp_path: Path) -> None:
     check("llama", tmp_path, methods("llama"), native=False)
 
 
 @pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
-def test_in_bf16_they_are_as_close_to_exact_as_peft_in_bf16(method: type[PeftConfig], tmp_path: Path) -> None:
+def test_in_bf16_virtual_tokens_are_as_close_to_exact_as_peft_in_bf16(method: type[PeftConfig], tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
     exact = make("llama", tmp_path / "a", 0, method(num_virtual_tokens=5, **TASK))
     route = [(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]
@@ -125,7 +125,7 @@ class Shared:
             self.routes.append([(self.driver.load_adapter(bring(self.driver, folder / str(seed))), 1.0)])
 
     def rows(self, prompt: list[int], which: int, *, look_up: bool = True) -> int:
-        """Serve a prompt right; how many rows were computed for it."""
+        """Serve a prompt, compare it with PEFT, and return how many rows were computed for it."""
         before = self.driver.computed
         got = self.driver.teach([prompt], 2, [self.routes[which]], look_up=look_up)[0]
         truth = logits(self.models[which], self.driver.sequences[0])
@@ -147,7 +147,7 @@ def test_virtual_tokens_are_computed_once_and_found_by_every_request(tmp_path: P
     assert scheduler.prefix_hits == 2 + 6
 
 
-def test_they_are_found_where_prompts_are_not_looked_up(tmp_path: Path) -> None:
+def test_virtual_tokens_are_found_even_if_prompts_are_not_looked_up(tmp_path: Path) -> None:
     shared = Shared(tmp_path)
     assert shared.rows([5, 9, 33], 1, look_up=False) == 9 + 3 + 2
     assert shared.rows([5, 9, 33], 1, look_up=False) == 1 + 3 + 2
@@ -157,7 +157,7 @@ def test_they_are_found_where_prompts_are_not_looked_up(tmp_path: Path) -> None:
     assert shared.rows([5, 9, 33, 34, 35, 36], 0) == 2 + 6 + 2
 
 
-def test_they_are_made_again_after_their_memory_went_to_others(tmp_path: Path) -> None:
+def test_virtual_tokens_are_recomputed_after_their_blocks_were_reused(tmp_path: Path) -> None:
     shared = Shared(tmp_path, max_tokens=7)
     shared.rows([5, 9, 33], 1)
     pool = shared.driver.scheduler.pool
@@ -167,7 +167,7 @@ def test_they_are_made_again_after_their_memory_went_to_others(tmp_path: Path) -
     assert shared.rows([5, 9, 33], 1) == 9 + 3 + 2
 
 
-def test_batches_that_follow_are_the_base_s_own_again(tmp_path: Path) -> None:
+def test_later_batches_of_the_base_are_unaffected(tmp_path: Path) -> None:
     shared = Shared(tmp_path)
     shared.driver.teach([[5, 9, 33]] * 2, 1, [[], shared.routes[0]])
     rows = shared.driver.teach([[0, 0, 5, 9]], 1)[0]  # virtual rows had 0 for a token

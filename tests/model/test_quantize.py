@@ -1,4 +1,4 @@
-"""A quantised base: what its weights amount to is what adapters are lowered against and served over."""
+"""A base quantised at load: adapters are lowered against, and served over, its dequantised weights."""
 
 from __future__ import annotations
 

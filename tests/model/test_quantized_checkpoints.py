@@ -1,4 +1,4 @@
-"""Checkpoints that other libraries quantised stay as they are, and every row of a mixed batch is PEFT's over them."""
+"""Externally quantised checkpoints: every row of a mixed batch equals PEFT over the same checkpoint."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_mixed_batch_equals_peft_over_the_same_checkpoint(case: str, tmp_path:
 
 
 def check_weights(module: nn.Module, *, exact: bool) -> None:
-    """That the module tells the weights that it multiplies with.
+    """Check that the module reports the weights that it multiplies with.
 
     Args:
         exact: it does not round rows, to whole numbers of which one is no multiple, say.
@@ -188,7 +188,7 @@ def check_weights(module: nn.Module, *, exact: bool) -> None:
     torch.testing.assert_close(module.full_weight.float(), pushed, atol=1e-5, rtol=1e-5 if exact else 5e-3)
 
 
-def test_heads_and_some_of_a_shared_inputs_maps_may_be_quantised(tmp_path: Path) -> None:
+def test_heads_and_some_of_the_modules_that_share_an_input_may_be_quantised(tmp_path: Path) -> None:
     apart = ("model.layers.0.self_attn.k_proj", "re:.*up_proj")
     compressed_tensors(tmp_path, apart=apart, num_bits=8, type="int", strategy="channel")
     driver = Driver(tmp_path / "base", max_tokens=23)
@@ -203,9 +203,7 @@ def test_heads_and_some_of_a_shared_inputs_maps_may_be_quantised(tmp_path: Path)
 
 
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["o_proj"]}, {"init_lora_weights": "pissa"}])
-def test_what_else_an_adapter_changes_equals_peft_over_the_dequantised_checkpoint(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_module_overrides_equal_peft_over_the_dequantised_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
     bitsandbytes(tmp_path, "qwen2", load_in_4bit=True, bnb_4bit_quant_type="fp4")
     driver = Driver(tmp_path / "base", max_tokens=23)
     base = copy.deepcopy(reference("qwen2"))
@@ -222,7 +220,7 @@ def test_what_else_an_adapter_changes_equals_peft_over_the_dequantised_checkpoin
 
 
 @pytest.mark.parametrize("case", ["nf4", "torchao", "w4a16", "w8a8"])
-def test_the_rest_of_the_model_is_in_the_dtype_that_was_asked_for(case: str, tmp_path: Path) -> None:
+def test_the_rest_of_the_model_has_the_configured_dtype(case: str, tmp_path: Path) -> None:
     CASES[case][0](tmp_path)
     driver = Driver(tmp_path / "base", dtype="bfloat16")
     rows = driver.teach(PROMPTS[:1], decode=3)[0]
@@ -231,13 +229,13 @@ def test_the_rest_of_the_model_is_in_the_dtype_that_was_asked_for(case: str, tmp
     assert (rows - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_a_module_that_computes_in_another_dtype_answers_in_its_rows() -> None:
+def test_a_module_that_computes_in_another_dtype_returns_its_input_s_dtype() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     module = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float16, quant_type="nf4").to("cpu")
     assert ExternalLinear(module)(torch.ones(3, 64)).dtype is torch.float32
 
 
-def test_fp8_is_dequantised_at_load_where_the_device_cannot_compute_with_it(tmp_path: Path) -> None:
+def test_fp8_is_dequantised_at_load_on_devices_without_fp8(tmp_path: Path) -> None:
     model = copy.deepcopy(reference("llama"))
     tensors = {}
     for name, weight in model.state_dict().items():
@@ -262,7 +260,7 @@ def test_fp8_is_dequantised_at_load_where_the_device_cannot_compute_with_it(tmp_
 
 
 @pytest.mark.parametrize("block", [(32, 48), None])
-def test_fp8_modules_tell_their_weights(block: tuple[int, int] | None) -> None:
+def test_fp8_modules_report_their_weights(block: tuple[int, int] | None) -> None:
     module = FP8Linear(96, 80, block_size=block)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -278,14 +276,14 @@ def test_fp8_modules_tell_their_weights(block: tuple[int, int] | None) -> None:
 
 
 def configure(folder: Path, **quantization: Any) -> None:
-    """Let a checkpoint's configuration say that it is quantised."""
+    """Add a quantisation configuration to a checkpoint."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
 
 
 @pytest.fixture
-def said(tmp_path: Path) -> Callable[..., str]:
-    """What loading says of a checkpoint whose configuration has such a quantisation; it has no weights to be read."""
+def load_error(tmp_path: Path) -> Callable[..., str]:
+    """The error of loading a checkpoint with such a quantisation configuration and no weights."""
     save("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
 
@@ -324,37 +322,37 @@ def test_a_missing_package_is_named_before_weights_are_read(
     method: dict[str, Any],
     label: str,
     missing: list[str],
-    said: Callable[..., str],
+    load_error: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(external_quantization, "installed", lambda package: package not in missing)
-    assert said(**method) == (
+    monkeypatch.setattr(external_quantization, "is_installed", lambda package: package not in missing)
+    assert load_error(**method) == (
         f"it is quantised ({label}), which needs {' and '.join(missing)}: pip install {' '.join(missing)}"
     )
 
 
-def test_installed_is_what_pip_would_say() -> None:
-    assert external_quantization.installed("torch")
-    assert not external_quantization.installed("kernels-of-nobody")
+def test_is_installed_finds_distributions() -> None:
+    assert external_quantization.is_installed("torch")
+    assert not external_quantization.is_installed("kernels-of-nobody")
 
 
-def test_other_methods_are_refused_by_name(said: Callable[..., str]) -> None:
-    assert said(quant_method="gptq", bits=4) == (
+def test_other_methods_are_refused_by_name(load_error: Callable[..., str]) -> None:
+    assert load_error(quant_method="gptq", bits=4) == (
         "it is quantised by gptq, which is not served; what is: bitsandbytes, compressed-tensors, fp8, torchao, "
         "or an unquantised checkpoint with --quantize"
     )
 
 
-def test_quantize_does_not_go_with_a_quantised_checkpoint(
-    said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_quantize_is_refused_for_a_quantised_checkpoint(
+    load_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external_quantization, "installed", lambda package: True)
-    assert said(scheme="int8", quant_method="fp8") == (
+    monkeypatch.setattr(external_quantization, "is_installed", lambda package: True)
+    assert load_error(scheme="int8", quant_method="fp8") == (
         "it is quantised already (fp8 by transformers): leave --quantize away, or name the original checkpoint"
     )
 
 
-def test_a_checkpoint_that_is_not_what_its_configuration_says_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_contradicts_its_configuration_is_refused(tmp_path: Path) -> None:
     compressed_tensors(tmp_path, num_bits=4, type="int", strategy="group", group_size=32)
     file = tmp_path / "base" / "config.json"
     file.write_text(file.read_text().replace('"num_bits": 4', '"num_bits": 2'))
@@ -362,8 +360,8 @@ def test_a_checkpoint_that_is_not_what_its_configuration_says_is_refused(tmp_pat
         Driver(tmp_path / "base")
 
 
-def test_quantised_keys_and_values_are_refused(said: Callable[..., str]) -> None:
-    message = said(quant_method="compressed-tensors", config_groups={}, kv_cache_scheme={"num_bits": 8})
+def test_quantised_keys_and_values_are_refused(load_error: Callable[..., str]) -> None:
+    message = load_error(quant_method="compressed-tensors", config_groups={}, kv_cache_scheme={"num_bits": 8})
     assert "quantises its KV as well, which is not served" in message
 
 
@@ -372,4 +370,4 @@ def test_more_than_linear_modules_quantised_is_refused_by_name() -> None:
     model.experts = nn.Module()
     model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelUnsupported, match=r"'it': experts\.gate_up_proj is quantised, and is not the weight of a"):
-        external_quantization.settle("it", model, None)
+        external_quantization.prepare_modules("it", model, None)

@@ -1,4 +1,4 @@
-"""Decode steps that repeat are recorded and replayed, bit for bit as the eager pass; what cannot be recorded is not."""
+"""Recorded steps are bit-identical to the eager pass; a pass that cannot be recorded stays eager."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = [[3, 5, 7, 11], [2, 4, 6], [9, 8, 7, 6, 5]]
 
 
 class Counted:
-    """A pass that counts how often it was made through Python."""
+    """A forward pass that counts how often it runs through Python."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
@@ -54,7 +54,7 @@ def test_steps_of_known_bases_are_replayed_and_are_bit_identical_to_eager_ones(
     assert all(torch.equal(left, right) for left, right in zip(got, wanted, strict=True))
 
 
-def test_adapters_come_and_go_on_one_recording(tmp_path: Path) -> None:
+def test_a_recording_stays_valid_while_adapters_are_loaded_and_evicted(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
     replayed, eager = Driver(folder), Driver(folder)
     eager.base._steps.disabled = "a test wants eager steps"
@@ -84,7 +84,7 @@ def test_a_pass_that_branches_on_values_is_not_recorded(tmp_path: Path) -> None:
     assert driver.base._steps.disabled
 
 
-def test_a_pass_with_a_state_of_its_own_fails_the_check(tmp_path: Path) -> None:
+def test_a_pass_with_internal_state_fails_the_check(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
     driver.base._steps = RecordedSteps(driver.base._eager, driver.kernels)
     steps = iter(range(100))
@@ -95,7 +95,7 @@ def test_a_pass_with_a_state_of_its_own_fails_the_check(tmp_path: Path) -> None:
     assert driver.base._steps.disabled
 
 
-def test_no_more_recordings_are_kept_than_allowed_and_the_oldest_goes(
+def test_the_least_recently_used_recording_is_dropped_at_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(save("llama", tmp_path / "base"))

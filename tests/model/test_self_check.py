@@ -42,9 +42,11 @@ def test_a_model_that_masks_by_its_own_scores_is_refused(tmp_path: Path) -> None
 class Leaking(ReferenceKernels):
     """Every sequence sees the KV of the first one."""
 
-    def attention(self, q: Tensor, keys: Tensor, values: Tensor, spans: AttentionMetadata, *args: object) -> Tensor:
-        table = spans.block_table[:1].expand_as(spans.block_table)
-        seen = AttentionMetadata(spans.query_start, spans.context, table, spans.max_query_len, spans.max_context_len)
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, *args: object) -> Tensor:
+        table = metadata.block_table[:1].expand_as(metadata.block_table)
+        seen = AttentionMetadata(
+            metadata.query_start, metadata.context, table, metadata.max_query_len, metadata.max_context_len
+        )
         return super().attention(q, keys, values, seen, *args)  # type: ignore[arg-type]
 
 
@@ -52,10 +54,10 @@ class Windowless(ReferenceKernels):
     """Sees beyond the sliding window."""
 
     def attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, spans: AttentionMetadata, scale: float, window: int | None = None,
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None,
         *args: object,
     ) -> Tensor:  # fmt: skip
-        return super().attention(q, keys, values, spans, scale, None, *args)  # type: ignore[arg-type]
+        return super().attention(q, keys, values, metadata, scale, None, *args)  # type: ignore[arg-type]
 
 
 class Forgetful(ReferenceKernels):
@@ -66,9 +68,9 @@ class Forgetful(ReferenceKernels):
         super().write_kv(keys, values, k, v, kv_index)
         self._last = (keys, before[0]), (values, before[1])
 
-    def attention(self, q: Tensor, keys: Tensor, values: Tensor, spans: AttentionMetadata, *args: object) -> Tensor:
-        found = super().attention(q, keys, values, spans, *args)  # type: ignore[arg-type]
-        if bool((spans.query_start.diff() == 1).any()):
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, *args: object) -> Tensor:
+        found = super().attention(q, keys, values, metadata, *args)  # type: ignore[arg-type]
+        if bool((metadata.query_start.diff() == 1).any()):
             for now, before in self._last:
                 now.copy_(before)
         return found
@@ -78,9 +80,9 @@ class Inexact(ReferenceKernels):
     """Scores that are two per cent too large."""
 
     def attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, spans: AttentionMetadata, scale: float, *args: object
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, *args: object
     ) -> Tensor:
-        return super().attention(q, keys, values, spans, 1.02 * scale, *args)  # type: ignore[arg-type]
+        return super().attention(q, keys, values, metadata, 1.02 * scale, *args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
