@@ -58,10 +58,10 @@ class House:
         return tensors(seed)
 
     def bring(self, digest: str) -> None:
-        self.registry.want(digest)
+        self.registry.request_load(digest)
         self.until(lambda: not isinstance(self.registry.state(digest), Loading))
 
     def stats(self) -> Stats:
         stats = Stats()
-        self.registry.fill(stats)
+        self.registry.fill_stats(stats)
         return stats

@@ -43,7 +43,7 @@ def test_many_waiters_cause_one_load(house: House) -> None:
     digest = house.publish("a").versions[0].digest
     for _ in range(5):
         house.registry.acquire(AdapterUse("a"))
-        house.registry.want(digest)
+        house.registry.request_load(digest)
     house.bring(digest)
     assert house.stats().loads_total["host"] == 1
 

@@ -15,7 +15,7 @@ from registry_house import House
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Prefix, Site
 from lora_serve.adapters.checkpoint import Checkpoint, read
 from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.formats.report import complete, model_name, report, shown
+from lora_serve.adapters.formats.report import complete, display_name, model_name, report
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 from lora_serve.messages import Inspect, Inspection
@@ -128,7 +128,7 @@ def test_another_base_is_warned_of_by_name(name: Any, warned: bool, tmp_path: Pa
     warnings = inspected(tmp_path, base_model_name_or_path=name)["warnings"]
     assert bool(warnings) == warned
     if warned:
-        assert warnings == [f"it was trained on {shown(name)}, this base is Qwen/Qwen2.5-0.5B (qwen2)"]
+        assert warnings == [f"it was trained on {display_name(name)}, this base is Qwen/Qwen2.5-0.5B (qwen2)"]
 
 
 @pytest.mark.parametrize("names", [(), ("/models/base",), ("/tmp/x",)])
@@ -143,11 +143,11 @@ def test_any_of_the_bases_names_will_do(tmp_path: Path) -> None:
 
 
 def test_folders_of_this_machine_are_not_told() -> None:
-    assert shown("/srv/secret/customer/llama") == "llama"
-    assert shown("../secret/llama/checkpoint-7") == "llama"
-    assert shown("/tmp/x") == "an unnamed folder"
-    assert shown("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    assert len(shown("x" * 1000)) == 100
+    assert display_name("/srv/secret/customer/llama") == "llama"
+    assert display_name("../secret/llama/checkpoint-7") == "llama"
+    assert display_name("/tmp/x") == "an unnamed folder"
+    assert display_name("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert len(display_name("x" * 1000)) == 100
     assert model_name("x/final/step_100") == "x"
 
 

@@ -12,7 +12,7 @@ from engine_session import Session
 from parity import make
 from torch import Tensor
 
-from lora_serve.adapters.device_copy import PendingCopy, Upload
+from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.messages import Call, PinAdapter
 from lora_serve.request import Tokens
@@ -29,16 +29,16 @@ class Later:
         return self.come
 
 
-class SlowArrival(PendingCopy):
+class SlowCopy(PendingCopy):
     def __init__(self, source: Tensor, event: Later) -> None:
         super().__init__(source, event)  # type: ignore[arg-type]
         self._later = event
 
-    def wait_for_copies(self) -> None:
+    def make_stream_wait(self) -> None:
         self._later.awaited += 1
 
 
-class SlowUpload(Upload):
+class SlowCopier(DeviceCopier):
     """Copies that are under way until the test lets them arrive."""
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class SlowUpload(Upload):
         self.events: list[Later] = []
         self.pinned = 0
 
-    def pin(self, flat: Tensor) -> None:
+    def pin_memory(self, flat: Tensor) -> None:
         self.pinned += 1
 
-    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+    def copy(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
         self.events.append(Later())
-        return flat.clone(), SlowArrival(flat, self.events[-1])
+        return flat.clone(), SlowCopy(flat, self.events[-1])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def device_slots(session: Session) -> DeviceSlots:
 @pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
 def session(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
     session = Session(tmp_path, overlap=request.param, adapters=folder)
-    device_slots(session).upload = SlowUpload()
+    device_slots(session).copier = SlowCopier()
     yield session
     session.engine.close()
 
@@ -90,8 +90,8 @@ def load(session: Session, name: str) -> None:
 
 
 def test_streams_go_on_while_another_s_adapter_is_on_its_way(session: Session) -> None:
-    upload = device_slots(session).upload
-    assert isinstance(upload, SlowUpload)
+    copier = device_slots(session).copier
+    assert isinstance(copier, SlowCopier)
     load(session, "two")
     device_slots(session).evict(device_slots(session).resident[0])
     session.send("base", [5, 9, 33], max_tokens=40)
@@ -101,19 +101,19 @@ def test_streams_go_on_while_another_s_adapter_is_on_its_way(session: Session) -
     steps(session, 10)
     assert count(session, "base") - before >= 9
     assert count(session, "waits") == 0
-    upload.events[-1].come = True
+    copier.events[-1].come = True
     session.run()
     assert (count(session, "base"), count(session, "waits")) == (40, 4)
-    assert upload.pinned == 1
+    assert copier.pinned == 1
 
 
 def test_where_nothing_else_can_run_the_device_waits_for_the_copy(session: Session) -> None:
-    upload = device_slots(session).upload
-    assert isinstance(upload, SlowUpload)
+    copier = device_slots(session).copier
+    assert isinstance(copier, SlowCopier)
     session.send("alone", [5, 9, 33], adapter="one", max_tokens=3)
     session.run()
     assert count(session, "alone") == 3
-    assert upload.events[-1].awaited >= 3
+    assert copier.events[-1].awaited >= 3
 
 
 def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: Path) -> None:
@@ -148,17 +148,17 @@ def test_more_than_half_of_the_device_s_memory_is_nobody_s(folder: Path, tmp_pat
     session.engine.close()
 
 
-class ShortUpload(Upload):
+class SmallDeviceCopier(DeviceCopier):
     """A device without memory for large copies."""
 
     def __init__(self, most: int) -> None:
         super().__init__(torch.device("cpu"))
         self._most = most
 
-    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+    def copy(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
         if flat.nbytes > self._most:
             raise torch.OutOfMemoryError("no memory")
-        return super().send(flat)
+        return super().copy(flat)
 
 
 def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_only(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_onl
     wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
     for digest in list(device_slots(session).resident):
         device_slots(session).evict(digest)
-    device_slots(session).upload = ShortUpload(8000)
+    device_slots(session).copier = SmallDeviceCopier(8000)
     for name in ("small", "large"):
         session.send(name, [5, 9], adapter=name)
     session.send("base", [5, 9])

@@ -63,7 +63,7 @@ def test_gains_and_constants_are_kept_in_float32_and_come_back_with_the_flat_ten
     adapter = flatten(
         "d", Lowered({"q": Delta(torch.ones(1, 2), torch.ones(1, 3))}, {}, {"q": override}), torch.bfloat16
     )
-    overrides, _ = adapter.moved(adapter.flat.clone())
+    overrides, _ = adapter.override_views(adapter.flat.clone())
     assert overrides["q"].gain_out is not None
     assert overrides["q"].gain_out.equal(gain)
     assert overrides["q"].shift is not None
