@@ -13,7 +13,7 @@ import torch
 from engine.engine_session import Session
 from gpu_device import DEVICE, ON_GPU, here
 from parity import again, make
-from served import ADAPTERS, Served
+from server_process import ADAPTERS, ServerProcess
 from support import reference
 
 from demo.tasks import TASKS, heldout_prompts
@@ -99,8 +99,8 @@ def test_a_server_on_the_gpu_says_what_one_on_the_cpu_says(tmp_path: Path) -> No
 
     def answers(device: str) -> list[str]:
         options = ("--adapters", str(ADAPTERS), "--device", device, "--dtype", "float32", "--max-num-seqs", "16")
-        with Served(tmp_path / f"store-{device}", *options) as served, ThreadPoolExecutor(8) as pool:
-            return [*pool.map(lambda job: served.complete(*job), jobs)]
+        with ServerProcess(tmp_path / f"store-{device}", *options) as server, ThreadPoolExecutor(8) as pool:
+            return [*pool.map(lambda job: server.complete(*job), jobs)]
 
     found = answers(DEVICE.type)
     assert found == answers("cpu")
