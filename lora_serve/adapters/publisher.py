@@ -49,12 +49,12 @@ class Publisher:
     def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> PublishedVersion:
         """Check and store a folder as a version of `name`; a folder in the store's staging is removed."""
         try:
-            found, meta = self._check(folder)
+            version, meta = self._check(folder)
             if name in self._named and not replace:
                 raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
-            record = self._store.publish(name, folder, found, meta, source)
-            self._named[name] = found
-            return PublishedVersion(name, record, self._store.meta(found))
+            record = self._store.publish(name, folder, version, meta, source)
+            self._named[name] = version
+            return PublishedVersion(name, record, self._store.meta(version))
         finally:
             self._remove_if_staged(folder)
 

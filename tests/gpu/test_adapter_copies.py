@@ -1,4 +1,4 @@
-"""Adapters on their way to the GPU: from pinned memory, beside what runs, waited for by those alone who need them."""
+"""Host-to-device copies of adapters: from pinned memory, without delaying the kernels that run meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = [*here, gpu_only]
 LARGE = 1 << 30  # bf16 numbers: two gibibytes take longer than any launch
 
 
-def test_a_copy_in_flight_holds_nobody_up() -> None:
+def test_a_copy_to_the_device_does_not_delay_other_kernels() -> None:
     copier = DeviceCopier(DEVICE)
     flat = torch.ones(LARGE, dtype=torch.bfloat16)
     copier.pin_memory(flat)
@@ -32,7 +32,7 @@ def test_a_copy_in_flight_holds_nobody_up() -> None:
     assert float(there.min()) == 1.0
 
 
-def test_memory_that_is_pinned_already_or_empty_is_left_as_it_is() -> None:
+def test_pinned_or_empty_memory_is_not_pinned_again() -> None:
     copier = DeviceCopier(DEVICE)
     pinned = torch.ones(8).pin_memory()
     copier.pin_memory(pinned)

@@ -98,18 +98,18 @@ def fold_head_delta(
     deltas: Mapping[str, Delta], overrides: Mapping[str, ModuleOverride], base: BaseShape
 ) -> tuple[dict[str, Delta], dict[str, ModuleOverride]]:
     """Fold the head's delta into a replaced weight or replaced token rows of the head; returns deltas and overrides."""
-    kept, kept_overrides, head = dict(deltas), dict(overrides), base.head
-    if head not in kept or head not in kept_overrides:
-        return kept, kept_overrides
-    override, delta = kept_overrides[head], kept[head]
+    kept_deltas, kept_overrides, head = dict(deltas), dict(overrides), base.head
+    if head not in kept_deltas or head not in kept_overrides:
+        return kept_deltas, kept_overrides
+    override, delta = kept_overrides[head], kept_deltas[head]
     weight = replaced_weight(head, overrides, base)
     if weight is not None:
         merged = weight.float() + delta.b.float().T @ delta.a.float()
-        override, _ = replace(override, parameters=override.parameters | {"weight": merged}), kept.pop(head)
+        override, _ = replace(override, parameters=override.parameters | {"weight": merged}), kept_deltas.pop(head)
     if override.token_rows is not None:
         rows = delta.b.float()[:, list(override.token_ids)].T @ delta.a.float()
         override = replace(override, token_rows=override.token_rows.float() + rows)
-    return kept, kept_overrides | {head: override}
+    return kept_deltas, kept_overrides | {head: override}
 
 
 def dequantisation_note(base: BaseShape) -> list[str]:

@@ -88,5 +88,5 @@ def _bat(site: Site, block: Tensor, rank: int, weight: Tensor) -> Delta:
 
 
 def _shard_sums(rank: int, width: int) -> Tensor:
-    """S [r, in]: row j picks the channels whose place in their shard is j; the last shard may be short."""
+    """S [r, in]: row j sums the channels at position j of every shard; the last shard may be shorter."""
     return torch.eye(rank).repeat(1, -(-width // rank))[:, :width]
