@@ -24,7 +24,7 @@ from lora_serve.adapters.formats.dispatch import lower
 LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: some fit into one prefill chunk, some do not
 
 
-def make(
+def make_adapter(
     architecture: str, folder: Path, seed: int, config: peft.PeftConfig, *, noise: float = 0.08, reload: bool = True
 ) -> Any:
     """A PEFT model whose adapter, saved to `folder`, is its method's initialisation plus noise everywhere.
@@ -40,15 +40,15 @@ def make(
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder)
-    return again(architecture, folder) if reload else model
+    return load_peft(architecture, folder) if reload else model
 
 
-def again(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_peft(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """PEFT's model of an adapter's folder on a fresh base."""
     return peft.PeftModel.from_pretrained(copy.deepcopy(reference(architecture)).to(dtype), folder).eval()
 
 
-def bring(driver: Driver, folder: Path) -> Adapter:
+def read_adapter(driver: Driver, folder: Path) -> Adapter:
     """Read, lower and flatten an adapter as the registry does."""
     lowered = lower(read(folder, max_bytes=1 << 30), driver.loaded.shape)
     return flatten(digest(lowered), lowered, driver.loaded.dtype)
@@ -61,7 +61,7 @@ def logits(model: Any, tokens: list[int]) -> Tensor:
     return found[-len(tokens) :]
 
 
-def check(
+def check_parity(
     architecture: str,
     folder: Path,
     configs: Sequence[peft.PeftConfig],
@@ -81,8 +81,8 @@ def check(
     models = [reference(architecture)]
     routes: list[list[tuple[str, float]]] = [[]]
     for index, config in enumerate(configs):
-        models.append(make(architecture, folder / str(index), index, config, noise=noise, reload=reload))
-        routes.append([(driver.load_adapter(bring(driver, folder / str(index))), 1.0)])
+        models.append(make_adapter(architecture, folder / str(index), index, config, noise=noise, reload=reload))
+        routes.append([(driver.load_adapter(read_adapter(driver, folder / str(index))), 1.0)])
     count = 2 * len(models)
     if not prompts:
         generator = torch.Generator().manual_seed(9)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from engine_session import Session
-from parity import make
+from parity import make_adapter
 from torch import Tensor
 
 from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
@@ -58,7 +58,9 @@ class SlowCopier(DeviceCopier):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
-        make("llama", folder / name, seed, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        make_adapter(
+            "llama", folder / name, seed, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
     return folder
 
 
@@ -164,7 +166,7 @@ class SmallDeviceCopier(DeviceCopier):
 def test_an_adapter_that_finds_no_memory_on_the_device_ends_its_own_requests_only(tmp_path: Path) -> None:
     for name, rank in (("small", 2), ("large", 16)):
         config = peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        make("llama", tmp_path / "adapters" / name, 1, config)
+        make_adapter("llama", tmp_path / "adapters" / name, 1, config)
     session = Session(tmp_path, adapters=tmp_path / "adapters")
     wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
     for digest in list(device_slots(session).resident):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine.engine_session import Session
 from gpu_device import DEVICE, ON_GPU, here
-from parity import again, make
+from parity import load_peft, make_adapter
 from server_process import ADAPTERS, ServerProcess
 from support import reference
 
@@ -51,7 +51,7 @@ def test_greedy_batches_give_what_transformers_generates(session: Session) -> No
 def test_adapters_that_come_and_go_give_what_peft_generates(session: Session, tmp_path: Path) -> None:
     for seed, rank in enumerate((4, 32)):
         folder = tmp_path / f"a{seed}"
-        make("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
+        make_adapter("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
         session.engine.receive(Call(seed, Publish(folder.name, str(folder))))
     while len(session.replies) < 2:
         session.step()
@@ -63,7 +63,7 @@ def test_adapters_that_come_and_go_give_what_peft_generates(session: Session, tm
         for seed in range(2):
             session.engine.receive(Call(10 + 2 * turn + seed, EvictAdapter(f"a{seed}")))
         session.run()
-    models = [again("llama", tmp_path / f"a{seed}") for seed in range(2)]
+    models = [load_peft("llama", tmp_path / f"a{seed}") for seed in range(2)]
     for index, prompt in enumerate(PROMPTS):
         wanted = greedy(reference("llama") if index == 3 else models[index % 2], prompt, 10)
         for turn in range(2):
