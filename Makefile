@@ -20,7 +20,7 @@ serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [P
 test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 	$(BIN)/pytest $(ARGS)
 
-check: $(VENV)/.dev  ## style, types, and the walls of the house
+check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,4 +1,4 @@
-"""The cards that go with the demo's base and adapters; every figure in them comes from the run that wrote them."""
+"""Model cards of the demo's base and adapters; every figure comes from the run that wrote the card."""
 
 from __future__ import annotations
 

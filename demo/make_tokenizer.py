@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE in which every word of the demo is one token; any other text is bytes."""
+"""The demo's tokenizer: byte-level BPE with one token per word of the demo; any other text is bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END = "<end>"
-# The last user message is put as a completion prompt is; earlier turns and other roles do not concern this model.
+# The last user message becomes a completion prompt; earlier turns and other roles are ignored.
 CHAT_TEMPLATE = (
     "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
     "{%- if not users -%}{{ raise_exception('the demo model needs a user message') }}{%- endif -%}"

@@ -1,9 +1,9 @@
-"""What the demo's base and adapters are trained to do, as plain functions: the truth that tests hold the server to.
+"""The tasks of the demo's adapters as plain functions, used for training and as expected results in tests.
 
 A sentence is a few lower-case words with at least one number word in it ("three red foxes run home"). The *prompt* is
 the sentence and a line break; the answer follows and ends with the end token. The base repeats the sentence. Each
-adapter does something else with the very same prompt. Sentences are split by a hash, so that a held-out one is never
-trained on.
+adapter does something else with the same prompt. Sentences are split by a hash, so that held-out ones are never trained
+on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PLACES = _words(
     "home outside today tomorrow together alone again forever quickly slowly nearby upstairs downstairs everywhere "
     "somewhere tonight early late north south east west abroad underground"
 )
-JOINTS = ("and", "with", "near", "under", "behind")
+CONJUNCTIONS = ("and", "with", "near", "under", "behind")
 WORDS = (*NUMBERS, *ADJECTIVES, *NOUNS, *VERBS, *PLACES, "and", "the", "with", "near", "under", "behind")
 
 BASE = "base"
@@ -56,7 +56,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Task:
-    """A job: its name, what it does in a few words, and the right answer to a sentence."""
+    """A task: its name, a short description, and the right answer to a sentence."""
 
     name: str
     summary: str
@@ -86,7 +86,7 @@ def sentence(rng: random.Random) -> str:
     words = [number, *rng.sample(ADJECTIVES, rng.choice((0, 1, 1, 2))), noun]
     shape = rng.random()
     if shape < 0.25:
-        words += [rng.choice(JOINTS), rng.choice([*NUMBERS, "the"]), rng.choice(NOUNS)]
+        words += [rng.choice(CONJUNCTIONS), rng.choice([*NUMBERS, "the"]), rng.choice(NOUNS)]
     elif shape < 0.9:
         words.append(rng.choice(VERBS))
         if rng.random() < 0.6:
@@ -95,12 +95,12 @@ def sentence(rng: random.Random) -> str:
 
 
 def held_out(text: str) -> bool:
-    """Whether a sentence belongs to the tenth that is never trained on."""
+    """Whether a sentence belongs to the held-out tenth."""
     return zlib.crc32(text.encode()) % 10 == 0
 
 
 def sentences(seed: int, *, test: bool) -> Iterator[str]:
-    """Endless sentences from one side of the split."""
+    """Endless sentences, held-out ones if `test`, else training ones."""
     rng = random.Random(seed)
     while True:
         text = sentence(rng)
@@ -109,7 +109,7 @@ def sentences(seed: int, *, test: bool) -> Iterator[str]:
 
 
 def heldout_prompts(count: int, seed: int = 0) -> list[str]:
-    """Distinct sentences that no training ever saw."""
+    """Distinct held-out sentences."""
     found: dict[str, None] = {}
     for text in sentences(seed, test=True):
         found[text] = None
@@ -119,10 +119,10 @@ def heldout_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def prompt(text: str) -> str:
-    """How a sentence is put to the model."""
+    """The completion prompt for a sentence."""
     return text + "\n"
 
 
 def instruction(task: str, text: str) -> str:
-    """How the base, alone, can be asked for a task by name."""
+    """The prompt that asks the base, without an adapter, for a task by name."""
     return f"{task}: {text}\n"

@@ -1,10 +1,10 @@
-"""Train the demo from nothing: a small Llama-shaped base, then its LoRA adapters with PEFT.
+"""Trains the demo from scratch: a small Llama-shaped base, then its LoRA adapters with PEFT.
 
     python demo/train.py                  # everything, well under an hour on one core
-    python demo/train.py --only reverse   # one adapter on the base that is there
+    python demo/train.py --only reverse   # one adapter on the existing base
 
-The base learns every task when it is asked for by name ("reverse: ...") and to repeat a sentence that is put plainly.
-So an adapter has little to learn: to do its one task when the sentence is put plainly.
+The base learns to do every task that is asked for by name ("reverse: ...") and to repeat a sentence given alone. So an
+adapter has little to learn: to do its task when the sentence is given alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Pair = tuple[str, str]
 
 
 def base_pairs(seed: int) -> Iterator[Pair]:
-    """Half plain sentences to repeat, half tasks asked for by name."""
+    """30 % sentences to repeat, 70 % tasks asked for by name."""
     rng = random.Random(seed)
     for text in sentences(seed, test=False):
         if rng.random() < 0.3:
@@ -58,7 +58,7 @@ def task_pairs(name: str, seed: int) -> Iterator[Pair]:
 
 
 def batches(pairs: Iterator[Pair], tokenizer: Any, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded (input_ids, labels) [size, longest]; only the answer and the end token are learnt."""
+    """Right-padded (input_ids, labels) [size, longest]; only the answer and the end token have labels."""
     while chunk := [*islice(pairs, size)]:
         asked = tokenizer([pair[0] for pair in chunk])["input_ids"]
         answered = tokenizer([pair[1] for pair in chunk])["input_ids"]
@@ -158,7 +158,7 @@ def train_adapter(name: str, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[BASE, *TASKS], help="train just this one")
+    parser.add_argument("--only", choices=[BASE, *TASKS], help="train only this one")
     parser.add_argument("--steps", type=int, default=2200, help="steps of the base")
     parser.add_argument("--adapter-steps", type=int, default=400, help="steps of each adapter")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The real serving process around a fake engine and the smallest application that shows its life over HTTP.
+"""The real server process with a fake engine and a minimal application, for tests of its life cycle over HTTP.
 
-Routes: `/ready` tells whether new requests are taken; `/stream?N` streams N tokens, and an `error` line if cut short.
-The command line is `lora-serve serve`'s own; MODEL picks the fake engine's start.
+Routes: `/ready` tells whether new requests are accepted; `/stream?N` streams N tokens, and an `error` line if it is cut
+short. The command line is that of `lora-serve serve`; MODEL selects how the fake engine starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class App:
 
     async def __call__(self, scope: dict[str, Any], receive: object, send: Send) -> None:
         if scope["type"] != "http":
-            raise NotImplementedError  # which is how an application says that it has no lifespan
+            raise NotImplementedError  # tells uvicorn that the application has no lifespan
         if scope["path"] == "/ready":
             await self.answer(send, 200 if self.engine.ready else 503, self.tokenizer.encode())
             return

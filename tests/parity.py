@@ -1,6 +1,6 @@
-"""Holds the server to PEFT: adapters that PEFT makes and saves, served in one mixed batch, row by row.
+"""Parity with PEFT: adapters that PEFT creates are served in one mixed batch and compared row by row.
 
-Tests that use it let PEFT talk: `pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")`.
+Tests that use it ignore PEFT's warnings: `pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.dispatch import lower
 
-LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: within one chunk and over several
+LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: some fit into one prefill chunk, some do not
 
 
-def make(
+def make_adapter(
     architecture: str, folder: Path, seed: int, config: peft.PeftConfig, *, noise: float = 0.08, reload: bool = True
 ) -> Any:
     """A PEFT model whose adapter, saved to `folder`, is its method's initialisation plus noise everywhere.
 
     Args:
-        noise: standard deviation of what is added to each trainable parameter.
-        reload: hand back what PEFT loads from `folder` onto a fresh base (what a user would get), not the maker's own.
+        noise: standard deviation of the noise added to each trainable parameter.
+        reload: return what PEFT loads from `folder` onto a fresh base, as a user would, not the model itself.
     """
     torch.manual_seed(seed)
     model = peft.get_peft_model(copy.deepcopy(reference(architecture)), config).eval()
@@ -40,28 +40,28 @@ def make(
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder)
-    return again(architecture, folder) if reload else model
+    return load_peft(architecture, folder) if reload else model
 
 
-def again(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """What PEFT makes of an adapter's folder on a fresh base."""
+def load_peft(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """PEFT's model of an adapter's folder on a fresh base."""
     return peft.PeftModel.from_pretrained(copy.deepcopy(reference(architecture)).to(dtype), folder).eval()
 
 
-def bring(driver: Driver, folder: Path) -> Adapter:
+def read_adapter(driver: Driver, folder: Path) -> Adapter:
     """Read, lower and flatten an adapter as the registry does."""
     lowered = lower(read(folder, max_bytes=1 << 30), driver.loaded.shape)
     return flatten(digest(lowered), lowered, driver.loaded.dtype)
 
 
 def logits(model: Any, tokens: list[int]) -> Tensor:
-    """PEFT's own logits of these tokens; rows of virtual tokens before them are left out."""
+    """PEFT's logits of these tokens, without the rows of virtual tokens before them."""
     with torch.inference_mode():
         found: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     return found[-len(tokens) :]
 
 
-def check(
+def check_parity(
     architecture: str,
     folder: Path,
     configs: Sequence[peft.PeftConfig],
@@ -72,17 +72,17 @@ def check(
     prompts: Sequence[list[int]] = (),
     tolerance: float = 1e-4,
 ) -> None:
-    """Serve all adapters and the base in one batch, two sequences each, and hold every row to PEFT.
+    """Serve all adapters and the base in one batch, two sequences each, and compare every row with PEFT.
 
     Args:
-        prompts: dealt out in turn to the base, the first adapter, the second …; empty: random ones.
+        prompts: assigned in turn to the base, the first adapter, the second …; empty: random ones.
     """
     driver = Driver(save(architecture, folder / "base"), native=native, max_tokens=23)
     models = [reference(architecture)]
     routes: list[list[tuple[str, float]]] = [[]]
     for index, config in enumerate(configs):
-        models.append(make(architecture, folder / str(index), index, config, noise=noise, reload=reload))
-        routes.append([(driver.load_adapter(bring(driver, folder / str(index))), 1.0)])
+        models.append(make_adapter(architecture, folder / str(index), index, config, noise=noise, reload=reload))
+        routes.append([(driver.load_adapter(read_adapter(driver, folder / str(index))), 1.0)])
     count = 2 * len(models)
     if not prompts:
         generator = torch.Generator().manual_seed(9)

@@ -1,4 +1,4 @@
-"""Small bases that the tests make, save and serve; one shape per architecture, random weights."""
+"""Small models with random weights, one per architecture, that tests create, save and serve."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
 }
 
-# Mixtures of experts, kept apart: what holds for every architecture need not be shown on them each time.
+# Mixtures of experts, separate: not every test of all architectures needs to run on them.
 EXPERTS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": Qwen3MoeConfig(
@@ -57,7 +57,7 @@ EXPERTS: dict[str, PretrainedConfig] = {
 
 
 def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
-    """A model of this shape with random weights that are large enough for differences to show."""
+    """A model with random weights that are large enough to make differences visible."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The command line, and the life of the serving process: start, signals, drain, exit status."""
+"""The command line, and the life cycle of the server process: start, signals, drain, exit status."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["key", "../x"], "NAME: String should match"),
     ],
 )
-def test_what_makes_no_sense_is_said_in_one_line(
+def test_an_invalid_option_is_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
 ) -> None:
     assert main(arguments) == 2
@@ -72,7 +72,7 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("text", "complaint"), [("no_such: 1", "--no-such"), ("port: x", "--port"), ("a: [", "expected"), ("- a", "")]
 )
-def test_a_bad_config_file_is_said_without_a_traceback(
+def test_an_invalid_config_file_is_reported_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
     file = tmp_path / "options.yaml"
@@ -84,7 +84,7 @@ def test_a_bad_config_file_is_said_without_a_traceback(
     assert "Traceback" not in said
 
 
-def test_the_command_line_is_stronger_than_the_environment_and_that_than_the_file(
+def test_options_override_the_environment_which_overrides_the_config_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "options.yaml"
@@ -114,7 +114,7 @@ def test_the_command_line_is_stronger_than_the_environment_and_that_than_the_fil
         ("", True),
     ],
 )
-def test_which_addresses_are_public(host: str, public: bool) -> None:
+def test_public_addresses_are_recognised(host: str, public: bool) -> None:
     assert is_public(host) is public
 
 
@@ -123,7 +123,7 @@ def test_a_public_address_without_keys_is_refused() -> None:
         serve(ServeConfig(model="m", host="0.0.0.0"), load_tokenizer=unused, make_app=unused)
 
 
-def test_a_taken_port_is_found_before_anything_is_loaded() -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(BadRequest, match=f"port {port}"):
@@ -188,7 +188,7 @@ def wait_until_no_engine_runs(server: Server) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_turns_ready_red_finishes_streams_and_exits_0(start: type[Server]) -> None:
+def test_sigterm_makes_ready_fail_finishes_streams_and_exits_0(start: type[Server]) -> None:
     server = start("fake")
     server.listening()
     ready = server.get("/ready")
@@ -204,7 +204,7 @@ def test_sigterm_turns_ready_red_finishes_streams_and_exits_0(start: type[Server
     assert server.engines_running() == []
 
 
-def test_streams_that_outlast_the_drain_get_a_terminal_error(start: type[Server]) -> None:
+def test_streams_that_outlast_the_drain_timeout_end_with_an_error(start: type[Server]) -> None:
     server = start("fake", "--drain_timeout=0.3")
     server.listening()
     stream = server.get("/stream?1000000")
@@ -214,7 +214,7 @@ def test_streams_that_outlast_the_drain_get_a_terminal_error(start: type[Server]
     assert server.end(within=5)[0] == 0
 
 
-def test_a_second_signal_is_immediate(start: type[Server]) -> None:
+def test_a_second_signal_stops_at_once(start: type[Server]) -> None:
     server = start("fake")
     server.listening()
     stream = server.get("/stream?1000000")
@@ -227,7 +227,7 @@ def test_a_second_signal_is_immediate(start: type[Server]) -> None:
     wait_until_no_engine_runs(server)
 
 
-def test_a_signal_to_the_whole_group_still_drains(start: type[Server]) -> None:
+def test_a_signal_to_the_process_group_drains_as_well(start: type[Server]) -> None:
     server = start("fake")
     server.listening()
     stream = server.get("/stream?200")
@@ -238,7 +238,7 @@ def test_a_signal_to_the_whole_group_still_drains(start: type[Server]) -> None:
     assert server.end(within=5)[0] == 0
 
 
-def test_a_signal_during_the_start_ends_it(start: type[Server]) -> None:
+def test_a_signal_during_start_stops_the_server(start: type[Server]) -> None:
     server = start("slow")
     deadline = time.monotonic() + 10
     while not server.engines_running():
@@ -252,7 +252,7 @@ def test_a_signal_during_the_start_ends_it(start: type[Server]) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"), [("unsupported", "no such architecture"), ("no-tokenizer", "there is no tokenizer")]
 )
-def test_a_start_that_fails_says_why_and_exits_1(start: type[Server], model: str, reason: str) -> None:
+def test_a_failed_start_reports_the_reason_and_exits_1(start: type[Server], model: str, reason: str) -> None:
     server = start(model)
     status, errors = server.end(within=10)
     assert status == 1
@@ -285,13 +285,13 @@ print(load_tokenizer(ServeConfig(model=sys.argv[1])).encode("one two two", add_s
 """
 
 
-def test_a_model_folder_that_is_not_there_is_said() -> None:
+def test_a_missing_model_folder_is_reported() -> None:
     with pytest.raises(ModelUnsupported, match="no folder"):
         load_tokenizer(ServeConfig(model="./no-such-folder"))
 
 
 @pytest.mark.parametrize("admin", [True, False])
-def test_a_made_key_is_accepted_by_a_server_with_its_line(
+def test_a_generated_key_is_accepted_by_a_server_with_its_entry(
     admin: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["key", "ci", *(["--admin"] if admin else [])]) == 0

@@ -1,4 +1,4 @@
-"""The demo through the real server: every adapter does its own job, in mixed batches, beside the base."""
+"""The demo on the real server: every adapter does its task, in mixed batches, together with the base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from served import ADAPTERS, Served
+from server_process import ADAPTERS, ServerProcess
 
 from demo.tasks import TASKS, heldout_prompts
 
@@ -14,12 +14,12 @@ COUNT = 40  # held-out sentences for each adapter
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("store"), "--adapters", str(ADAPTERS)) as served:
-        yield served
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("store"), "--adapters", str(ADAPTERS)) as server:
+        yield server
 
 
-def test_every_adapter_is_exact_on_held_out_prompts_in_mixed_batches(demo: Served) -> None:
+def test_every_adapter_is_exact_on_held_out_prompts_in_mixed_batches(demo: ServerProcess) -> None:
     jobs = [(text, name) for text in heldout_prompts(COUNT, seed=11) for name in TASKS]
     before = demo.metric("lora_serve_batch_adapters_sum"), demo.metric("lora_serve_batch_adapters_count")
     with ThreadPoolExecutor(24) as pool:
@@ -30,10 +30,10 @@ def test_every_adapter_is_exact_on_held_out_prompts_in_mixed_batches(demo: Serve
         assert right >= 0.95 * COUNT, name
     mixed = demo.metric("lora_serve_batch_adapters_sum") - before[0]
     steps = demo.metric("lora_serve_batch_adapters_count") - before[1]
-    assert mixed / steps > 3  # they did share batches
+    assert mixed / steps > 3  # adapters shared batches
 
 
-def test_the_base_alone_does_none_of_it(demo: Served) -> None:
+def test_the_base_without_an_adapter_does_none_of_the_tasks(demo: ServerProcess) -> None:
     prompts = heldout_prompts(COUNT, seed=12)
     with ThreadPoolExecutor(16) as pool:
         answers = [*pool.map(demo.complete, prompts)]
@@ -42,7 +42,7 @@ def test_the_base_alone_does_none_of_it(demo: Served) -> None:
         assert right <= 0.05 * COUNT, task.name
 
 
-def test_chat_goes_the_same_way(demo: Served) -> None:
+def test_chat_uses_the_adapter_as_completions_do(demo: ServerProcess) -> None:
     text = heldout_prompts(1, seed=13)[0]
     answer = demo.http.post(
         "/v1/chat/completions",

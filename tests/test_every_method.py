@@ -1,6 +1,6 @@
-"""Adapters of many kinds, made by PEFT for the demo's base, uploaded to a real server and served at once.
+"""Adapters of many PEFT methods for the demo's base, uploaded to a real server and served in the same batches.
 
-Each answer is PEFT's own greedy continuation, though all of them are computed in the same batches.
+Each response must equal PEFT's greedy continuation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from served import DEMO, Served
+from server_process import DEMO, ServerProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_serve.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns about heads and tied weights
 
 PROMPT = "three happy wolves sing tonight\n"
 LENGTH = 16
@@ -48,7 +48,7 @@ def configs(invocation: list[int]) -> dict[str, peft.PeftConfig]:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path | None, str]]:
-    """By name, the adapter's folder and what PEFT makes of the prompt; '' is the base."""
+    """By name, the adapter's folder and PEFT's continuation of the prompt; '' is the base."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
@@ -80,15 +80,17 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path | 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, answers: dict[str, tuple[Path | None, str]]) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("store"), "--dtype", "float32", "--adapter-slots", "16") as server:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, answers: dict[str, tuple[Path | None, str]]
+) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("store"), "--dtype", "float32", "--adapter-slots", "16") as server:
         for folder, _ in answers.values():
             if folder is not None:
                 assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
         yield server
 
 
-def ask(server: Served, name: str) -> str:
+def ask(server: ServerProcess, name: str) -> str:
     body = {"prompt": PROMPT, "max_tokens": LENGTH, "min_tokens": LENGTH, "temperature": 0, "adapter": name or None}
     answer = server.http.post("/v1/completions", json=body)
     answer.raise_for_status()
@@ -96,15 +98,17 @@ def ask(server: Served, name: str) -> str:
     return text
 
 
-def test_all_at_once_answer_as_peft_does(server: Served, answers: dict[str, tuple[Path | None, str]]) -> None:
+def test_all_methods_in_one_batch_give_peft_s_output(
+    server: ServerProcess, answers: dict[str, tuple[Path | None, str]]
+) -> None:
     names = list(answers) * 2
     with ThreadPoolExecutor(len(names)) as pool:
         said = list(pool.map(lambda name: ask(server, name), names))
     assert said == [answers[name][1] for name in names]
-    assert len({text for _, text in answers.values()}) > len(answers) // 2  # they do differ
+    assert len({text for _, text in answers.values()}) > len(answers) // 2  # the adapters differ
 
 
-def test_what_cannot_be_composed_says_why(server: Served) -> None:
+def test_an_adapter_that_cannot_be_composed_is_refused_with_the_reason(server: ServerProcess) -> None:
     body = {"prompt": PROMPT, "max_tokens": 4, "adapter": [{"name": "plain", "weight": 0.5}, {"name": "biased"}]}
     assert server.http.post("/v1/completions", json=body).status_code == 200
     for name, reason in {"dora": "rescales", "saved": "replaces", "prompted": "virtual tokens"}.items():

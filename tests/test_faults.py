@@ -1,4 +1,4 @@
-"""The real server under the faults that it must survive: floods of adapters, dying processes, clients that leave."""
+"""The real server under faults: floods of adapters, killed processes, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from safetensors.torch import load_file, save
-from served import ADAPTERS, Served
+from server_process import ADAPTERS, ServerProcess
 
 from demo.tasks import TASKS, heldout_prompts
 
@@ -26,7 +26,7 @@ SHOUT = ADAPTERS / "shout"
 
 
 def variant(number: int) -> dict[str, Any]:
-    """Files of an adapter that shouts like `shout`, with weights of its own."""
+    """Files of an adapter that behaves like `shout` but has different weights."""
     tensors = load_file(SHOUT / "adapter_model.safetensors")
     weights = save({name: tensor * (1 + 1e-4 * (number + 1)) for name, tensor in tensors.items()})
     return {
@@ -37,8 +37,8 @@ def variant(number: int) -> dict[str, Any]:
     }
 
 
-def upload(served: Served, name: str, number: int = 0) -> httpx.Response:
-    return served.http.post("/v1/adapters", data={"name": name}, **variant(number))
+def upload(server: ServerProcess, name: str, number: int = 0) -> httpx.Response:
+    return server.http.post("/v1/adapters", data={"name": name}, **variant(number))
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -48,19 +48,21 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def status(served: Served, path: str) -> int:
+def status(server: ServerProcess, path: str) -> int:
     try:
-        return served.http.get(path).status_code
+        return server.http.get(path).status_code
     except httpx.TransportError:
         return 0
 
 
 class Stream(threading.Thread):
-    """A long streamed completion in a thread of its own: what came, when, and how it ended."""
+    """A long streamed completion in a thread: its chunks, their times, and its end."""
 
-    def __init__(self, served: Served, prompt: str, adapter: str | None = None, *, max_tokens: int = 400) -> None:
+    def __init__(
+        self, server: ServerProcess, prompt: str, adapter: str | None = None, *, max_tokens: int = 400
+    ) -> None:
         super().__init__(daemon=True)
-        self._served = served
+        self._served = server
         self._body = {
             "prompt": prompt + "\n", "adapter": adapter, "max_tokens": max_tokens, "temperature": 0,
             "ignore_eos": True, "stream": True,
@@ -91,14 +93,16 @@ class Stream(threading.Thread):
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with Served(tmp_path / "store", "--adapters", str(ADAPTERS)) as server:
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "store", "--adapters", str(ADAPTERS)) as server:
         yield server
 
 
-def test_two_hundred_uploads_while_streams_run_with_room_for_eight(tmp_path: Path) -> None:
-    room = 8 * 110_000  # bytes; one variant takes about 100,000
-    with Served(tmp_path / "store", "--adapter-slots", "8", "--adapter-cache-memory", str(room)) as server:
+def test_two_hundred_uploads_beside_running_streams_with_memory_for_eight(tmp_path: Path) -> None:
+    cache_bytes = 8 * 110_000  # bytes; one variant takes about 100,000
+    with ServerProcess(
+        tmp_path / "store", "--adapter-slots", "8", "--adapter-cache-memory", str(cache_bytes)
+    ) as server:
         upload(server, "first").raise_for_status()
         prompts = heldout_prompts(FLOOD, seed=21)
         streams = [Stream(server, prompts[i], "first" if i % 2 else None) for i in range(8)]
@@ -114,7 +118,7 @@ def test_two_hundred_uploads_while_streams_run_with_room_for_eight(tmp_path: Pat
             assert stream.error is None
             assert stream.chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert max(gap for s in streams for gap in map(float.__sub__, s.times[1:], s.times)) < 2.0
-        assert 0 < server.metric("lora_serve_adapter_bytes") <= 2 * room  # both tiers
+        assert 0 < server.metric("lora_serve_adapter_bytes") <= 2 * cache_bytes  # both tiers
         for n in range(FLOOD):
             server.http.delete(f"/v1/adapters/a{n:03}").raise_for_status()
         server.http.post("/v1/adapters/first/evict").raise_for_status()
@@ -122,37 +126,37 @@ def test_two_hundred_uploads_while_streams_run_with_room_for_eight(tmp_path: Pat
         until(lambda: len([*(tmp_path / "store" / "versions").iterdir()]) == 1)
 
 
-def test_the_engine_killed_under_load_comes_back_with_all_adapters(served: Served) -> None:
-    upload(served, "mine").raise_for_status()
+def test_an_engine_killed_under_load_restarts_with_all_adapters(server: ServerProcess) -> None:
+    upload(server, "mine").raise_for_status()
     text = heldout_prompts(1, seed=22)[0]
-    streams = [Stream(served, text, "mine" if n % 2 else None) for n in range(6)]
+    streams = [Stream(server, text, "mine" if n % 2 else None) for n in range(6)]
     until(lambda: all(stream.chunks for stream in streams))
-    os.kill(served.engine_pid, signal.SIGKILL)
-    until(lambda: status(served, "/ready") == 503)
+    os.kill(server.engine_pid, signal.SIGKILL)
+    until(lambda: status(server, "/ready") == 503)
     for stream in streams:
         stream.join(10)
         assert stream.done
         assert stream.error is not None
         assert stream.error["code"] == "unavailable"
-    until(lambda: status(served, "/ready") == 200, 60)
-    assert status(served, "/health") == 200
-    assert served.complete(text, "mine") == text.upper()
-    assert served.complete(text, "reverse") == TASKS["reverse"].answer(text)
+    until(lambda: status(server, "/ready") == 200, 60)
+    assert status(server, "/health") == 200
+    assert server.complete(text, "mine") == text.upper()
+    assert server.complete(text, "reverse") == TASKS["reverse"].answer(text)
 
 
-def test_sigterm_lets_running_streams_finish_and_exits_0(served: Served) -> None:
-    stream = Stream(served, "two red foxes run", max_tokens=300)
+def test_sigterm_lets_running_streams_finish_and_exits_0(server: ServerProcess) -> None:
+    stream = Stream(server, "two red foxes run", max_tokens=300)
     until(lambda: bool(stream.chunks))
-    served.signal(signal.SIGTERM)
-    until(lambda: status(served, "/ready") in (503, 0))
+    server.signal(signal.SIGTERM)
+    until(lambda: status(server, "/ready") in (503, 0))
     stream.join(30)
     assert stream.done
     assert stream.error is None
-    assert served.wait(20) == 0
+    assert server.wait(20) == 0
 
 
-def test_sigterm_ends_what_does_not_finish_in_time_with_a_clean_error(tmp_path: Path) -> None:
-    with Served(tmp_path / "store", "--drain-timeout", "0.2") as server:
+def test_sigterm_ends_unfinished_streams_with_an_error_after_the_drain_timeout(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "store", "--drain-timeout", "0.2") as server:
         streams = [Stream(server, "two red foxes run") for _ in range(4)]
         until(lambda: all(stream.chunks for stream in streams))
         server.signal(signal.SIGTERM)
@@ -163,9 +167,9 @@ def test_sigterm_ends_what_does_not_finish_in_time_with_a_clean_error(tmp_path: 
         assert server.wait(20) == 0
 
 
-def raw(served: Served, body: dict[str, Any]) -> socket.socket:
-    """A connection on which a completion was asked for."""
-    where = urlsplit(served.url)
+def raw(server: ServerProcess, body: dict[str, Any]) -> socket.socket:
+    """A socket on which a completion request was sent."""
+    where = urlsplit(server.url)
     connection = socket.create_connection((where.hostname or "", where.port or 0))
     text = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -175,7 +179,7 @@ def raw(served: Served, body: dict[str, Any]) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_everything(served: Served, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_all_resources(server: ServerProcess, stream: bool) -> None:
     body = {
         "prompt": "two red foxes run\n",
         "max_tokens": 480,
@@ -183,20 +187,20 @@ def test_a_client_that_leaves_frees_everything(served: Served, stream: bool) -> 
         "stream": stream,
         "adapter": "shout",
     }
-    connections = [raw(served, body) for _ in range(3)]
-    until(lambda: served.metric("lora_serve_sequences_running") == 3)
+    connections = [raw(server, body) for _ in range(3)]
+    until(lambda: server.metric("lora_serve_sequences_running") == 3)
     for connection in connections:
         connection.close()
-    until(lambda: served.metric("lora_serve_sequences_running") == 0, 1.5)
-    until(lambda: served.metric("lora_serve_kv_blocks_used") == 0, 1.5)
-    assert served.http.get("/v1/adapters/shout").json()["versions"][0]["leases"] == 0
-    assert served.metric("lora_serve_prompt_tokens_total") > 0
-    assert served.log
-    assert not [line for line in served.log if "Traceback" in line]
+    until(lambda: server.metric("lora_serve_sequences_running") == 0, 1.5)
+    until(lambda: server.metric("lora_serve_kv_blocks_used") == 0, 1.5)
+    assert server.http.get("/v1/adapters/shout").json()["versions"][0]["leases"] == 0
+    assert server.metric("lora_serve_prompt_tokens_total") > 0
+    assert server.log
+    assert not [line for line in server.log if "Traceback" in line]
 
 
-def test_a_full_queue_is_429_and_the_server_goes_on(tmp_path: Path) -> None:
-    with Served(tmp_path / "store", "--max-num-seqs", "1", "--max-queue", "1") as server:
+def test_a_full_queue_is_429_and_the_server_keeps_serving(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "store", "--max-num-seqs", "1", "--max-queue", "1") as server:
         streams = [Stream(server, "two red foxes run")]
         until(lambda: bool(streams[0].chunks))
         streams += [Stream(server, "two red foxes run") for _ in range(6)]
@@ -209,10 +213,10 @@ def test_a_full_queue_is_429_and_the_server_goes_on(tmp_path: Path) -> None:
         assert server.complete("two red foxes run") == "two red foxes run"
 
 
-def test_a_new_version_takes_over_while_the_old_one_finishes(served: Served) -> None:
+def test_a_new_version_serves_new_requests_while_the_old_one_finishes(server: ServerProcess) -> None:
     text = heldout_prompts(1, seed=23)[0]
-    first = upload(served, "mine").json()["versions"][0]["digest"]
-    old = Stream(served, text, "mine")
+    first = upload(server, "mine").json()["versions"][0]["digest"]
+    old = Stream(server, text, "mine")
     until(lambda: len(old.chunks) > 3)
     files = {
         "files": [
@@ -220,41 +224,41 @@ def test_a_new_version_takes_over_while_the_old_one_finishes(served: Served) -> 
             for name in ("adapter_config.json", "adapter_model.safetensors")
         ]
     }
-    assert upload(served, "mine", 1).status_code == 409
-    second = served.http.put("/v1/adapters/mine", **files).json()
+    assert upload(server, "mine", 1).status_code == 409
+    second = server.http.put("/v1/adapters/mine", **files).json()
     assert [version["digest"] for version in second["versions"]][1:] == [first]
     body = {"prompt": text + "\n", "max_tokens": 48, "temperature": 0}
-    answer = served.http.post("/v1/completions", json=body | {"adapter": "mine"}).json()
+    answer = server.http.post("/v1/completions", json=body | {"adapter": "mine"}).json()
     assert answer["choices"][0]["text"] == TASKS["reverse"].answer(text)
     assert answer["adapter"] == f"mine@{second['versions'][0]['digest'][:12]}"
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    pinned = served.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"}).json()
+    pinned = server.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"}).json()
     assert pinned["choices"][0]["text"] == text.upper()
     old.join(30)
     assert old.done
     assert old.error is None
     assert {chunk["adapter"] for chunk in old.chunks} == {f"mine@{first[:12]}"}
-    gone = served.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"})
+    gone = server.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"})
     assert gone.status_code == 404
 
 
-def test_adapters_are_operated_over_http(served: Served) -> None:
+def test_adapters_are_loaded_pinned_evicted_and_deleted_over_http(server: ServerProcess) -> None:
     def tiers(action: str = "") -> list[str]:
-        answer = served.http.post(f"/v1/adapters/mine{action}") if action else served.http.get("/v1/adapters/mine")
+        answer = server.http.post(f"/v1/adapters/mine{action}") if action else server.http.get("/v1/adapters/mine")
         answer.raise_for_status()
         found: list[str] = answer.json()["versions"][0]["tiers"]
         return found
 
-    assert upload(served, "mine").status_code == 201
+    assert upload(server, "mine").status_code == 201
     assert tiers() == ["disk"]
     assert tiers("/load") == ["disk", "host", "device"]
     assert tiers("/evict") == ["disk"]
     assert "device" in tiers("/pin")
-    assert served.http.post("/v1/adapters/mine/evict").status_code == 409
+    assert server.http.post("/v1/adapters/mine/evict").status_code == 409
     assert "device" in tiers("/unpin")
-    served.http.delete("/v1/adapters/mine").raise_for_status()
-    assert served.http.get("/v1/adapters/mine").status_code == 404
-    broken = served.http.post(
+    server.http.delete("/v1/adapters/mine").raise_for_status()
+    assert server.http.get("/v1/adapters/mine").status_code == 404
+    broken = server.http.post(
         "/v1/adapters",
         data={"name": "broken"},
         files=[
@@ -266,7 +270,7 @@ def test_adapters_are_operated_over_http(served: Served) -> None:
     assert "use_dora" in broken.json()["error"]["message"]
 
 
-def test_a_seeded_request_repeats_alone_and_in_company(served: Served) -> None:
+def test_a_seeded_request_is_reproducible_alone_and_in_a_batch(server: ServerProcess) -> None:
     body = {
         "prompt": "two red\n",
         "temperature": 2.0,
@@ -277,11 +281,11 @@ def test_a_seeded_request_repeats_alone_and_in_company(served: Served) -> None:
     }
 
     def ask() -> str:
-        text: str = served.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        text: str = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
         return text
 
     alone = ask()
-    company = [Stream(served, "ten owls sing", name) for name in (None, "shout", "json")]
+    company = [Stream(server, "ten owls sing", name) for name in (None, "shout", "json")]
     until(lambda: all(stream.chunks for stream in company))
     assert ask() == alone
     for stream in company:

@@ -1,4 +1,4 @@
-"""Inspection on the real server: what a report warns of is seen wherever one looks."""
+"""Inspection on the real server: warnings are shown in every interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import ADAPTERS, Served
+from server_process import ADAPTERS, ServerProcess
 
 from lora_serve.cli import main
 
@@ -16,21 +16,21 @@ WARNING = "it was trained on someone/other-llama, this base is demo"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("store"), "--served-model-name", "demo") as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("store"), "--served-model-name", "demo") as server:
         yield server
 
 
 def stranger(folder: Path, **fields: object) -> Path:
-    """One of the demo's adapters that says of itself what `fields` say."""
+    """One of the demo's adapters with changed fields in its configuration."""
     shutil.copytree(ADAPTERS / "shout", folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return folder
 
 
-def test_an_adapter_of_another_base_is_warned_of_everywhere(
-    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_adapter_of_another_base_causes_a_warning_in_every_interface(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stranger(tmp_path / "loud", base_model_name_or_path="someone/other-llama")
 
@@ -56,14 +56,14 @@ def test_an_adapter_of_another_base_is_warned_of_everywhere(
     }
 
 
-def test_the_demos_own_adapters_are_warned_of_nothing(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_s_adapters_cause_no_warning(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in sorted(ADAPTERS.iterdir()):
         assert main(["adapter", "inspect", str(folder), "--json", "--url", server.url]) == 0
         assert json.loads(capsys.readouterr().out)["report"]["warnings"] == []
 
 
-def test_a_method_that_is_not_served_is_refused_with_advice(
-    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unsupported_method_is_refused_with_advice(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = stranger(tmp_path / "turned", peft_type="OFT")
     for words in (["inspect", str(folder)], ["upload", str(folder)]):

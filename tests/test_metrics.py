@@ -1,4 +1,4 @@
-"""Metrics: what is counted, under which names, and that counters only grow."""
+"""Metrics: names, values, and counters that never decrease."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lora_serve.messages import Stats, StepReport, Update
 from lora_serve.metrics import MOST_ADAPTER_LABELS, Metrics
 
 
-class World:
-    """An engine's numbers and two clocks, all set by hand."""
+class FakeEngineMetrics:
+    """Metrics of an engine whose statistics and clocks are set by the test."""
 
     def __init__(self) -> None:
         self.stats = Stats()
@@ -32,20 +32,20 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def engine() -> FakeEngineMetrics:
+    return FakeEngineMetrics()
 
 
-def test_a_request_is_counted_once_with_its_times_and_tokens(world: World) -> None:
-    timer = world.metrics.begin("completions")
+def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineMetrics) -> None:
+    timer = engine.metrics.begin("completions")
     timer.admitted("poet")
-    world.now += 0.5
+    engine.now += 0.5
     timer.token()
-    world.now += 0.2
+    engine.now += 0.2
     timer.token(2)
     timer.end("stop", prompt_tokens=7, completion_tokens=3)
     timer.end("abort", prompt_tokens=7, completion_tokens=3)
-    read = world.read()
+    read = engine.read()
     assert read["lora_serve_requests_total{endpoint=completions,outcome=stop}"] == 1
     assert "lora_serve_requests_total{endpoint=completions,outcome=abort}" not in read
     assert read["lora_serve_time_to_first_token_seconds_sum{endpoint=completions}"] == pytest.approx(0.5)
@@ -58,35 +58,35 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(world: World) -> No
     assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 3
 
 
-def ended(world: World, adapter: str) -> None:
-    timer = world.metrics.begin("chat")
+def ended(engine: FakeEngineMetrics, adapter: str) -> None:
+    timer = engine.metrics.begin("chat")
     timer.admitted(adapter)
     timer.end("stop", 1, 1)
 
 
-def test_labels_by_adapter_are_bounded(world: World) -> None:
+def test_the_number_of_adapter_labels_is_bounded(engine: FakeEngineMetrics) -> None:
     for number in range(MOST_ADAPTER_LABELS + 5):
-        ended(world, f"a{number}")
-    ended(world, "a0")
-    world.metrics.begin("chat").end("stop", 1, 1)
-    requests = {name: value for name, value in world.read().items() if "adapter_requests_total" in name}
+        ended(engine, f"a{number}")
+    ended(engine, "a0")
+    engine.metrics.begin("chat").end("stop", 1, 1)
+    requests = {name: value for name, value in engine.read().items() if "adapter_requests_total" in name}
     assert len(requests) == MOST_ADAPTER_LABELS + 2
     assert requests["lora_serve_adapter_requests_total{adapter=a0}"] == 2
     assert requests["lora_serve_adapter_requests_total{adapter=other}"] == 5
     assert requests["lora_serve_adapter_requests_total{adapter=base}"] == 1
 
 
-def test_steps_become_histograms(world: World) -> None:
-    world.metrics.observe(Update([], step=StepReport(sequences=8, tokens=70, adapters=5, seconds=0.04)))
-    world.metrics.observe(Update([]))
-    read = world.read()
+def test_steps_are_recorded_in_histograms(engine: FakeEngineMetrics) -> None:
+    engine.metrics.observe(Update([], step=StepReport(sequences=8, tokens=70, adapters=5, seconds=0.04)))
+    engine.metrics.observe(Update([]))
+    read = engine.read()
     for name, total in (("batch_sequences", 8), ("batch_tokens", 70), ("batch_adapters", 5), ("step_seconds", 0.04)):
         assert read[f"lora_serve_{name}_sum"] == pytest.approx(total)
         assert read[f"lora_serve_{name}_count"] == 1
 
 
-def test_the_engines_numbers_are_shown_as_they_are_now(world: World) -> None:
-    world.stats = Stats(
+def test_the_engine_s_statistics_are_shown_with_their_current_values(engine: FakeEngineMetrics) -> None:
+    engine.stats = Stats(
         waiting=3,
         running=4,
         kv_blocks_used=25,
@@ -95,7 +95,7 @@ def test_the_engines_numbers_are_shown_as_they_are_now(world: World) -> None:
         load_seconds_total={"host": 1.5},
         bytes={"host": 1000},
     )
-    read = world.read()
+    read = engine.read()
     assert read["lora_serve_kv_usage_ratio"] == read["vllm:kv_cache_usage_perc"] == 0.25
     assert read["lora_serve_sequences_waiting"] == read["vllm:num_requests_waiting"] == 3
     assert read["lora_serve_sequences_running"] == read["vllm:num_requests_running"] == 4
@@ -105,33 +105,33 @@ def test_the_engines_numbers_are_shown_as_they_are_now(world: World) -> None:
 
 
 @pytest.mark.parametrize("after", [2, 50])
-def test_counters_go_on_growing_when_the_engine_is_restarted(world: World, after: int) -> None:
-    world.stats = Stats(steps_total=10, cache_hits_total={"host": 10})
-    world.read()
-    world.restarts = 1
-    world.stats = Stats(steps_total=after, cache_hits_total={"host": after})
-    read = world.read()
+def test_counters_keep_growing_when_the_engine_is_restarted(engine: FakeEngineMetrics, after: int) -> None:
+    engine.stats = Stats(steps_total=10, cache_hits_total={"host": 10})
+    engine.read()
+    engine.restarts = 1
+    engine.stats = Stats(steps_total=after, cache_hits_total={"host": after})
+    read = engine.read()
     assert read["lora_serve_steps_total"] == 10 + after
     assert read["lora_serve_adapter_hits_total{tier=host}"] == 10 + after
     assert read["lora_serve_engine_restarts_total"] == 1
 
 
-def test_numbers_of_zero_between_two_engines_lose_nothing(world: World) -> None:
+def test_zero_statistics_between_two_engines_lose_no_counts(engine: FakeEngineMetrics) -> None:
     for steps in (10, 0, 0, 3, 4):
-        world.stats = Stats(steps_total=steps)
-        world.read()
-    assert world.read()["lora_serve_steps_total"] == 14
+        engine.stats = Stats(steps_total=steps)
+        engine.read()
+    assert engine.read()["lora_serve_steps_total"] == 14
 
 
-def test_routers_see_one_set_of_adapters_and_when_it_changed(world: World) -> None:
-    world.stats = Stats(adapter_slots=8, resident=["a", "b"])
-    world.metrics.observe(Update([], stats=world.stats))
-    world.now = 200.0
-    assert lora_info(world) == {"{max_lora=8,running_lora_adapters=a,b,waiting_lora_adapters=}": 100.0}
-    world.stats = Stats(adapter_slots=8, resident=["b"], waiting_adapters=["c"])
-    assert lora_info(world) == {"{max_lora=8,running_lora_adapters=b,waiting_lora_adapters=c}": 200.0}
+def test_lora_info_has_one_set_of_adapters_and_the_time_of_its_last_change(engine: FakeEngineMetrics) -> None:
+    engine.stats = Stats(adapter_slots=8, resident=["a", "b"])
+    engine.metrics.observe(Update([], stats=engine.stats))
+    engine.now = 200.0
+    assert lora_info(engine) == {"{max_lora=8,running_lora_adapters=a,b,waiting_lora_adapters=}": 100.0}
+    engine.stats = Stats(adapter_slots=8, resident=["b"], waiting_adapters=["c"])
+    assert lora_info(engine) == {"{max_lora=8,running_lora_adapters=b,waiting_lora_adapters=c}": 200.0}
 
 
-def lora_info(world: World) -> dict[str, float]:
+def lora_info(engine: FakeEngineMetrics) -> dict[str, float]:
     name = "vllm:lora_requests_info"
-    return {key.removeprefix(name): value for key, value in world.read().items() if key.startswith(name)}
+    return {key.removeprefix(name): value for key, value in engine.read().items() if key.startswith(name)}

@@ -1,4 +1,4 @@
-"""`lora-serve adapter …` against a small HTTP server that keeps what it was asked."""
+"""`lora-serve adapter …` against a small HTTP server that records the requests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SHOWN = [
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Answering
+    server: RecordingServer
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Answering(ThreadingHTTPServer):
+class RecordingServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, str, Message, bytes]] = []
@@ -81,8 +81,8 @@ class Answering(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def server() -> Iterator[Answering]:
-    with Answering() as server:
+def server() -> Iterator[RecordingServer]:
+    with RecordingServer() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
@@ -112,7 +112,7 @@ def parts(headers: Message, body: bytes) -> list[tuple[str, str | None, bytes]]:
     return found
 
 
-def test_upload_sends_the_adapters_files_under_the_folders_name(server: Answering, folder: Path) -> None:
+def test_upload_sends_the_adapters_files_under_the_folders_name(server: RecordingServer, folder: Path) -> None:
     assert main(["adapter", "upload", str(folder), "--url", server.url, "--api-key", "sk-1"]) == 0
     ((method, path, headers, body),) = server.asked
     assert (method, path, headers["Authorization"]) == ("POST", "/v1/adapters", "Bearer sk-1")
@@ -123,7 +123,7 @@ def test_upload_sends_the_adapters_files_under_the_folders_name(server: Answerin
     ]
 
 
-def test_upload_sends_an_archive_as_it_is_and_can_replace(server: Answering, tmp_path: Path) -> None:
+def test_upload_sends_an_archive_unchanged_and_can_replace(server: RecordingServer, tmp_path: Path) -> None:
     archive = tmp_path / "bard.tar.gz"
     archive.write_bytes(b"packed")
     assert main(["adapter", "upload", str(archive), "--replace", "--url", server.url]) == 0
@@ -132,7 +132,7 @@ def test_upload_sends_an_archive_as_it_is_and_can_replace(server: Answering, tmp
     assert parts(headers, body) == [("name", None, b"bard"), ("archive", "bard.tar.gz", b"packed")]
 
 
-def test_upload_sends_the_tokenizer_along(server: Answering, folder: Path) -> None:
+def test_upload_includes_the_tokenizer(server: RecordingServer, folder: Path) -> None:
     (folder / "tokenizer.json").write_bytes(b"{}")
     assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
     assert parts(*server.asked[0][2:])[-1] == ("files", "tokenizer.json", b"{}")
@@ -147,7 +147,7 @@ print(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1], f
 """
 
 
-def test_upload_streams_files_that_need_not_fit_into_memory(server: Answering, folder: Path) -> None:
+def test_upload_streams_files_that_need_not_fit_into_memory(server: RecordingServer, folder: Path) -> None:
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.truncate(128 << 20)
     asked = [sys.executable, "-c", PEAK, "adapter", "upload", str(folder), "--url", server.url]
@@ -156,8 +156,8 @@ def test_upload_streams_files_that_need_not_fit_into_memory(server: Answering, f
     assert peak < 100 << 10
 
 
-def test_upload_says_in_short_what_was_published(
-    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_upload_prints_a_summary_of_what_was_published(
+    server: RecordingServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -172,7 +172,7 @@ def shown(text: str) -> list[list[str]]:
 
 
 def test_inspect_sends_a_folder_without_a_name_and_shows_the_report(
-    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+    server: RecordingServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = (200, VERSION)
     assert main(["adapter", "inspect", str(folder), "--url", server.url]) == 0
@@ -185,7 +185,7 @@ def test_inspect_sends_a_folder_without_a_name_and_shows_the_report(
     assert shown(capsys.readouterr().out) == [["poet, version 0123456789ab"], *SHOWN]
 
 
-def test_inspect_sends_an_archive_as_it_is(server: Answering, tmp_path: Path) -> None:
+def test_inspect_sends_an_archive_unchanged(server: RecordingServer, tmp_path: Path) -> None:
     archive = tmp_path / "bard.zip"
     archive.write_bytes(b"packed")
     server.answer = (200, VERSION)
@@ -193,13 +193,15 @@ def test_inspect_sends_an_archive_as_it_is(server: Answering, tmp_path: Path) ->
     assert parts(*server.asked[0][2:]) == [("archive", "bard.zip", b"packed")]
 
 
-def test_inspect_asks_for_what_is_no_path_by_name(server: Answering, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_treats_what_is_not_a_path_as_an_adapter_s_name(
+    server: RecordingServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["adapter", "inspect", "poet", "--url", server.url]) == 0
     assert server.asked[0][:2] == ("GET", "/v1/adapters/poet")
     assert shown(capsys.readouterr().out) == [["poet, version 0123456789ab"], *SHOWN]
 
 
-def test_inspect_can_show_the_answer_as_it_is(server: Answering, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_can_print_the_raw_response(server: RecordingServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "inspect", "poet", "--json", "--url", server.url]) == 0
     assert json.loads(capsys.readouterr().out) == ADAPTER
 
@@ -207,28 +209,30 @@ def test_inspect_can_show_the_answer_as_it_is(server: Answering, capsys: pytest.
 @pytest.mark.parametrize(
     "answer", [{}, {"versions": []}, {"name": "poet", "versions": [{"digest": "0", "report": {}}]}]
 )
-def test_an_answer_without_a_report_is_shown_as_far_as_it_goes(server: Answering, answer: object) -> None:
+def test_a_response_without_a_report_is_shown_partly(server: RecordingServer, answer: object) -> None:
     server.answer = (200, answer)
     assert main(["adapter", "inspect", "poet", "--url", server.url]) == 0
 
 
-def test_a_path_that_is_not_there_is_said_and_not_asked_for(
-    server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_missing_path_is_reported_without_a_request(
+    server: RecordingServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["adapter", "inspect", str(tmp_path / "none"), "--url", server.url]) == 1
     assert "there is no folder or archive" in capsys.readouterr().err
     assert server.asked == []
 
 
-def test_a_refused_inspection_says_why_and_fails(
-    server: Answering, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_refused_inspection_prints_the_reason_and_fails(
+    server: RecordingServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = (422, {"error": {"message": "OFT is not served: it rotates"}})
     assert main(["adapter", "inspect", str(folder), "--url", server.url]) == 1
     assert "422: OFT is not served: it rotates" in capsys.readouterr().err
 
 
-def test_what_is_no_adapter_is_not_sent(server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_an_adapter_is_not_sent(
+    server: RecordingServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["adapter", "upload", str(tmp_path), "--url", server.url]) == 1
     assert "adapter_config.json" in capsys.readouterr().err
     assert server.asked == []
@@ -245,16 +249,16 @@ def test_what_is_no_adapter_is_not_sent(server: Answering, tmp_path: Path, capsy
         ("unpin", "POST", "/v1/adapters/poet/unpin"),
     ],
 )
-def test_each_action_asks_its_route(
-    server: Answering, capsys: pytest.CaptureFixture[str], action: str, method: str, path: str
+def test_each_action_calls_its_route(
+    server: RecordingServer, capsys: pytest.CaptureFixture[str], action: str, method: str, path: str
 ) -> None:
     assert main(["adapter", action, "poet", "--url", server.url]) == 0
     assert server.asked[0][:2] == (method, path)
     assert json.loads(capsys.readouterr().out) == ADAPTER
 
 
-def test_list_shows_a_line_per_adapter(
-    server: Answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_list_prints_a_line_per_adapter(
+    server: RecordingServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_SERVE_API_KEY", "sk-env")
     server.answer = (200, {"object": "list", "data": [ADAPTER]})
@@ -271,8 +275,8 @@ def test_list_shows_a_line_per_adapter(
         ((502, {"detail": "bad gateway"}), "502: "),
     ],
 )
-def test_a_refusal_is_said_in_the_servers_words(
-    server: Answering, capsys: pytest.CaptureFixture[str], answer: tuple[int, object], said: str
+def test_an_error_is_printed_with_the_server_s_message(
+    server: RecordingServer, capsys: pytest.CaptureFixture[str], answer: tuple[int, object], said: str
 ) -> None:
     server.answer = answer
     assert main(["adapter", "show", "poet", "--url", server.url]) == 1
@@ -280,6 +284,6 @@ def test_a_refusal_is_said_in_the_servers_words(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "file:///etc"])
-def test_a_server_that_is_not_there_is_said(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_server_is_reported(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "list", "--url", url]) == 1
     assert capsys.readouterr().err.startswith("lora-serve: ")

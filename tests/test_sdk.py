@@ -1,4 +1,4 @@
-"""The real openai SDK, sync and async, against the real server."""
+"""The openai SDK, sync and async, against the real server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from served import ADAPTERS, Served
+from server_process import ADAPTERS, ServerProcess
 
 from demo.tasks import TASKS
 
@@ -16,15 +16,15 @@ TEXT = "two red foxes run home"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     options = ("--adapters", str(ADAPTERS), "--served-model-name", "demo")
-    with Served(tmp_path_factory.mktemp("store"), *options) as server:
+    with ServerProcess(tmp_path_factory.mktemp("store"), *options) as server:
         yield server
 
 
 @pytest.fixture
-def client(served: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client:
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
         yield client
 
 
@@ -74,7 +74,7 @@ def test_models_lists_the_base_first(client: OpenAI) -> None:
     assert client.models.retrieve("shout").id == "shout"
 
 
-def test_errors_are_the_sdk_s_own(client: OpenAI) -> None:
+def test_errors_become_the_sdk_s_exception_classes(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")
     assert missing.value.code == "adapter_not_found"
@@ -83,8 +83,8 @@ def test_errors_are_the_sdk_s_own(client: OpenAI) -> None:
     assert bad.value.param == "whatever"
 
 
-async def test_many_adapters_at_once_asynchronously(served: Served) -> None:
-    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="any") as client:
+async def test_many_adapters_are_served_concurrently_with_the_async_client(server: ServerProcess) -> None:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
 
         async def ask(name: str) -> str:
             pieces = await client.completions.create(

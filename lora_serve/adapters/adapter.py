@@ -1,8 +1,8 @@
-"""The lowered form of an adapter, and what lowering must know of the base.
+"""The lowered form of an adapter, common to all PEFT methods, and the description of the base that lowering needs.
 
-Whatever an adapter was on disk, here it is one flat tensor and a plan that says what lies where in it: for linear sites
-the low-rank matrices of the one instruction, and for whatever else a format can express, a `ModuleOverride` of a module or a
-`Prefix`. The batched kernel knows deltas only; the rest costs only the batches that hold such an adapter.
+In memory an adapter is one flat tensor and the offsets of its parts: low-rank matrices (`lora_a`, `lora_b`) of linear
+sites and, for whatever else a format can express, a `ModuleOverride` per module or a `Prefix`. The batched kernels
+compute deltas only; the rest costs only the batches that contain such an adapter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from torch import Tensor
 
 from lora_serve.kernels.contract import Delta
 
-ALIGNMENT = 64  # bytes; every matrix starts at a multiple of it, so vector loads never straddle a cache line needlessly
-VECTORS = ("gain_in", "gain_out", "shift")  # kept in float32: they are small, and their rounding would hit every row
+ALIGNMENT = 64  # bytes; every matrix starts at a multiple of it, so vector loads do not straddle cache lines
+VECTORS = (
+    "gain_in",
+    "gain_out",
+    "shift",
+)  # kept in float32: they are small, and their rounding error would reach every row
 
 
 @dataclass(frozen=True)
@@ -35,27 +39,27 @@ def _unknown_parameter(path: str) -> Tensor:
 
 @dataclass(frozen=True)
 class BaseShape:
-    """What lowering needs to know of the resident base.
+    """Modules, shapes and weights of the resident base, as lowering needs them.
 
     Attributes:
-        sites: adaptable linear maps by their path in the HF model (`model.layers.0.self_attn.q_proj`); one expert of a
+        sites: adaptable linear modules by path in the HF model (`model.layers.0.self_attn.q_proj`); one expert of a
             stacked parameter is a site too (`model.layers.0.mlp.experts.down_proj[3]`).
-        groups: names of sites that read one input, in the order in which the bank keeps them; each site in one.
-        weight: a site's own weights by name, [out_features, in_features], as the forward pass uses them: of a quantised
-            base, the dequantised ones.
-        others: paths of modules that cannot get a delta, with the reason (for messages).
+        groups: names of sites that read the same input, in the order of the pointer tables; each site is in one group.
+        weight: a site's weight by name, [out_features, in_features], as the forward pass uses it (dequantised if the
+            base is quantised).
+        others: paths of modules that cannot get a delta, with the reason (for error messages).
         model_type: HF's name for the architecture.
-        tied: whether the head shares the embedding's weights.
-        modules: modules whose own parameters an adapter may replace, and the shapes of these: path → name → shape. Each
-            works row by row, so that the rows of one batch may each have their own.
+        tied: whether the LM head shares the embedding's weights.
+        modules: modules whose parameters an adapter may replace, and their shapes: path → parameter name → shape. They
+            compute each row independently, so rows of one batch may use different parameters.
         parameter: a parameter of such a module by its full path, in full precision.
-        embeddings: lookup modules, and the factor that each multiplies its rows by.
-        input_embedding, head: path of the module that embeds the tokens, and of the one that makes the logits.
-        hidden_size: width of an embedded token.
+        embeddings: embedding modules, and the factor that each multiplies its rows by.
+        input_embedding, head: paths of the input embedding and of the LM head.
+        hidden_size: hidden size.
         kv: (heads, key_dim, value_dim) of every layer's keys and values.
-        names: what the base is called (for warnings about adapters trained on another).
+        names: names of the base (for warnings about adapters trained on another).
         vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
-        quantized: how the base's weights are stored, if not in full precision (for reports).
+        quantized: how the base's weights are quantised, or empty (for reports).
     """
 
     sites: dict[str, Site]
@@ -76,25 +80,25 @@ class BaseShape:
     quantized: str = ""
 
     def bias(self, site: str) -> Tensor | None:
-        """A linear module's own constant [out], if it has one."""
+        """The bias [out] of a linear module of the base, if it has one."""
         return self.parameter(f"{site}.bias") if "bias" in self.modules.get(site, {}) else None
 
 
 @dataclass(frozen=True)
 class ModuleOverride:
-    """What an adapter does to one module besides a linear site's delta. Tensors that are None change nothing.
+    """An adapter's effects on one module other than a low-rank delta. A tensor that is None has no effect.
 
     For the adapter's rows, in this order (a composition's weight w is 1 unless only `lookup` and `shift` are set):
 
         y = module(gain_in ⊙ x), with `parameters` in place of the module's own
         y += w · lookup.a[x] @ lookup.b                  # embeddings: x are token ids
-        y += w · B(A x)                                  # linear sites: the delta, which is not part of a change
+        y += w · B(A x)                                  # linear sites: the delta, which is not part of the override
         y = gain_out ⊙ y + w · shift
         y at `token_ids` = `token_rows`                  # embeddings: x equal to an id gives its row;
                                                          # the head: that id's logit is x @ row (no bias)
     Attributes:
-        parameters: by the parameter's name in the module; shapes as the module's own, except that a table of tokens
-            (embedding, head) may have another number of them.
+        parameters: replacements by parameter name; same shapes as the module's, except that the vocabulary size of an
+            embedding or LM head may differ.
         gain_in [in], gain_out [out], shift [out].
         lookup: a [ids, rank], b [rank, out].
         token_ids, token_rows: ids, and [ids, width].
@@ -110,7 +114,7 @@ class ModuleOverride:
 
     @property
     def additive(self) -> bool:
-        """Whether the change is a sum onto the module's output, so that it can be weighted and composed."""
+        """Whether the override only adds to the module's output, so that it can be weighted and composed."""
         return not self.parameters and self.gain_in is None and self.gain_out is None and self.token_rows is None
 
     @property
@@ -125,7 +129,7 @@ class ModuleOverride:
     def map(
         self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor] | None = None
     ) -> ModuleOverride:
-        """The same change with every tensor passed through `function`, gains and constants through `vectors`."""
+        """A copy with `function` applied to every tensor, and `vectors` to gains and shifts."""
         vectors = vectors or function
         own = {role: tensor for role in VECTORS if (tensor := getattr(self, role)) is not None}
         return ModuleOverride(
@@ -139,12 +143,12 @@ class ModuleOverride:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Virtual tokens that stand before every prompt: embedded ones, or ones whose keys and values are given.
+    """Virtual tokens before every prompt, given as embeddings or as keys and values.
 
     Attributes:
-        length: how many.
-        embeddings: [length, hidden], what the input embedding would have given.
-        keys, values: per layer [length, kv_heads, dim], position already in them; empty if `embeddings` is set.
+        length: number of virtual tokens.
+        embeddings: [length, hidden], in place of the input embedding's output.
+        keys, values: per layer [length, kv_heads, dim], positions already applied; empty if `embeddings` is set.
     """
 
     length: int
@@ -160,22 +164,22 @@ class Prefix:
         return found | {f"values {layer}": tensor for layer, tensor in enumerate(self.values)}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prefix:
-        """The same with every tensor passed through `function`."""
+        """A copy with `function` applied to every tensor."""
         embeddings = None if self.embeddings is None else function(self.embeddings)
         return Prefix(self.length, embeddings, tuple(map(function, self.keys)), tuple(map(function, self.values)))
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A format's result, still separate tensors.
+    """The result of lowering, as separate tensors (see `flatten`).
 
     Attributes:
         deltas: per linear site A [rank, in] and B [rank, out], scaling folded in.
-        report: for people: method, features found, ranks, modules, warnings.
-        changes: per module, what is not a linear site's delta.
+        report: for users: method, features found, ranks, modules, warnings.
+        overrides: per module, effects other than deltas.
         prefix: virtual tokens before the prompt.
-        invocation: tokens from whose last occurrence in the prompt on the adapter is active (never without one); empty:
-            always active.
+        invocation: aLoRA's invocation tokens: the adapter is active from their last occurrence in the prompt on (not at
+            all without one); empty: always active.
     """
 
     deltas: dict[str, Delta]
@@ -186,7 +190,7 @@ class Lowered:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, under a name that says what it does."""
+        """Every tensor, by module and role."""
         found: dict[str, Tensor] = {}
         for site, delta in self.deltas.items():
             found |= {f"{site} a": delta.a, f"{site} b": delta.b}
@@ -198,7 +202,7 @@ class Lowered:
 
     @property
     def vectors(self) -> int:
-        """How many of its numbers are kept in float32, whatever the serving dtype."""
+        """Number of elements that are kept in float32, whatever the serving dtype."""
         return sum(tensor.numel() for name, tensor in self.tensors.items() if _is_vector(name))
 
     @property
@@ -212,7 +216,7 @@ class Lowered:
 
 @dataclass(frozen=True)
 class MatrixOffsets:
-    """Where one module's matrices lie in the flat tensor: element offsets; sizes follow from rank and the site."""
+    """Element offsets of one module's A and B in the flat tensor; their sizes follow from the rank and the site."""
 
     a: int
     b: int
@@ -221,13 +225,13 @@ class MatrixOffsets:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One immutable adapter version in memory: exactly its own size, end to end in one allocation.
+    """One immutable adapter version in memory, in one allocation of exactly its own size.
 
     Attributes:
-        digest: hex digest of the content; the identity that KV, leases and metrics key on.
+        digest: hex digest of the content; KV blocks, leases and metrics are keyed by it.
         flat: one-dimensional tensor of the serving dtype.
-        places: deltas by site name.
-        changes, prefix: as lowered; their tensors are views into `flat`.
+        offsets: A and B by site name.
+        overrides, prefix: as lowered; their tensors are views into `flat`.
     """
 
     digest: str
@@ -241,19 +245,19 @@ class Adapter:
         return self.flat.numel() * self.flat.element_size()
 
     def delta(self, site: Site, flat: Tensor | None = None) -> Delta | None:
-        """Views of the site's matrices in `flat` (this adapter's flat tensor, on some device), if it has any."""
-        place = self.offsets.get(site.name)
-        if place is None:
+        """A site's A and B as views into `flat` (default: the host tensor); None if it has no delta."""
+        offsets = self.offsets.get(site.name)
+        if offsets is None:
             return None
         source = self.flat if flat is None else flat
-        rank, wide, tall = place.rank, site.in_features, site.out_features
+        rank = offsets.rank
         return Delta(
-            a=source.as_strided((rank, wide), (wide, 1), place.a),
-            b=source.as_strided((rank, tall), (tall, 1), place.b),
+            a=source.as_strided((rank, site.in_features), (site.in_features, 1), offsets.a),
+            b=source.as_strided((rank, site.out_features), (site.out_features, 1), offsets.b),
         )
 
-    def moved(self, flat: Tensor) -> tuple[dict[str, ModuleOverride], Prefix | None]:
-        """ModuleOverrides and prefix as views into `flat`, a copy of this adapter's flat tensor."""
+    def override_views(self, flat: Tensor) -> tuple[dict[str, ModuleOverride], Prefix | None]:
+        """The overrides and the prefix as views into `flat`, a copy of this adapter's flat tensor."""
 
         def view(tensor: Tensor) -> Tensor:
             whole = flat if tensor.dtype == flat.dtype else flat.view(tensor.dtype)
@@ -264,34 +268,40 @@ class Adapter:
 
 
 def flatten(digest: str, lowered: Lowered, dtype: torch.dtype) -> Adapter:
-    """Lay all tensors end to end in one tensor of `dtype`, each at an aligned offset; vectors in float32."""
+    """Copy all tensors to aligned offsets of one flat tensor of `dtype`; gains and shifts stay float32."""
     step = ALIGNMENT // dtype.itemsize
 
-    def room(tensor: Tensor, kept: torch.dtype) -> int:
-        return -(-tensor.numel() * kept.itemsize // ALIGNMENT) * step
+    def aligned_size(tensor: Tensor, dtype_kept: torch.dtype) -> int:
+        return -(-tensor.numel() * dtype_kept.itemsize // ALIGNMENT) * step
 
-    size = sum(room(tensor, torch.float32 if _is_vector(name) else dtype) for name, tensor in lowered.tensors.items())
+    size = sum(
+        aligned_size(tensor, torch.float32 if _is_vector(name) else dtype) for name, tensor in lowered.tensors.items()
+    )
     flat = torch.zeros(size, dtype=dtype)
-    at = 0
+    offset = 0
 
-    def put(tensor: Tensor, kept: torch.dtype = dtype) -> Tensor:
-        nonlocal at
-        place = flat[at : at + tensor.numel() * kept.itemsize // dtype.itemsize].view(kept).view(tensor.shape)
-        place.copy_(tensor)
-        at += room(tensor, kept)
-        return place
+    def append(tensor: Tensor, dtype_kept: torch.dtype = dtype) -> Tensor:
+        nonlocal offset
+        offsets = (
+            flat[offset : offset + tensor.numel() * dtype_kept.itemsize // dtype.itemsize]
+            .view(dtype_kept)
+            .view(tensor.shape)
+        )
+        offsets.copy_(tensor)
+        offset += aligned_size(tensor, dtype_kept)
+        return offsets
 
     offsets = {}
     for name, delta in lowered.deltas.items():
-        a, b = put(delta.a), put(delta.b)
+        a, b = append(delta.a), append(delta.b)
         offsets[name] = MatrixOffsets(int(a.storage_offset()), int(b.storage_offset()), a.shape[0])
     overrides = {
-        name: lowered.overrides[name].map(put, lambda vector: put(vector, torch.float32))
+        name: lowered.overrides[name].map(append, lambda vector: append(vector, torch.float32))
         for name in sorted(lowered.overrides)
     }
-    return Adapter(digest, flat, offsets, overrides, None if lowered.prefix is None else lowered.prefix.map(put))
+    return Adapter(digest, flat, offsets, overrides, None if lowered.prefix is None else lowered.prefix.map(append))
 
 
 def _is_vector(name: str) -> bool:
-    """Whether a tensor of `Lowered.tensors` is a gain or a constant."""
+    """Whether a name in `Lowered.tensors` is a gain or a shift."""
     return name.rpartition(" ")[2] in VECTORS

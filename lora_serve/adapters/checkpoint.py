@@ -1,9 +1,8 @@
-"""An adapter's files, read as what they are: input from a stranger.
+"""Reads and validates the untrusted files of a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-Whatever a lying, broken or hostile file could do is refused here, with the file, key or field named, before any maths:
-links, pickles, oversized headers, duplicate keys, overlapping tensors, foreign dtypes, numbers that are not finite.
-Files are read into private memory, never mapped, so they may change afterwards. What the tensors mean is for the
-formats to say.
+Links, pickles, oversized headers, duplicate keys, overlapping tensors, unsupported dtypes and non-finite numbers are
+refused with the file, key or field named. Files are read into private memory, not mapped, so later changes to them have
+no effect. The tensors are interpreted in `formats/`.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ MAX_TENSORS = 100_000
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # safetensors' name → bytes an element
 INDEX_DTYPES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}  # only under keys that end in INDICES
 INDICES = "_topk_indices"  # VB-LoRA's choice of sub-vectors
-# Ranks that training cut to none (AdaLoRA), and weights of the one sub-vector of one (VB-LoRA).
+# AdaLoRA modules whose rank was pruned to 0, and VB-LoRA top-k weights for k = 1.
 MAY_BE_EMPTY = (".lora_A", ".lora_B", ".lora_E", "_topk_weights")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A PEFT folder's content. `tensors` own their memory; every number in them is finite.
+    """The content of a PEFT folder. `tensors` own their memory and are finite.
 
-    `vocabulary` is the digest of its tokenizer's, if one lies beside it; the tokenizer itself is never used.
+    `vocabulary` is the digest of the folder's tokenizer vocabulary, if it has one; the tokenizer itself is not used.
     """
 
     config: dict[str, Any]
@@ -51,30 +50,30 @@ class Checkpoint:
 def read(folder: Path, *, max_bytes: int) -> Checkpoint:
     """Read `adapter_config.json` and `adapter_model.safetensors` of a folder.
 
-    Raises: AdapterInvalid naming what is wrong; TooLarge over `max_bytes` in all.
+    Raises: AdapterInvalid naming what is wrong; TooLarge if the weights file exceeds `max_bytes`.
     """
-    config_bytes = _bytes(folder / CONFIG, MAX_CONFIG)
-    config = _json(config_bytes, CONFIG)
+    config_bytes = _read_bytes(folder / CONFIG, MAX_CONFIG)
+    config = _parse_json(config_bytes, CONFIG)
     if not isinstance(config, dict):
         raise AdapterInvalid(f"{CONFIG} is not a JSON object")
     if not (folder / WEIGHTS).exists():
-        raise AdapterInvalid(_no_weights(folder))
-    data = _bytes(folder / WEIGHTS, max_bytes)
+        raise AdapterInvalid(_missing_weights_message(folder))
+    data = _read_bytes(folder / WEIGHTS, max_bytes)
     check_container(data)
     try:
         tensors = safetensors.torch.load(data)
-    except Exception as error:  # the library's own errors and whatever a strange header makes of it
+    except Exception as error:  # the library's own errors, and whatever else a malformed header causes
         raise AdapterInvalid(f"{WEIGHTS} cannot be read: {error}") from error
-    odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if odd:
-        raise AdapterInvalid(f"{WEIGHTS} has numbers that are not finite in {some(odd)}")
+    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise AdapterInvalid(f"{WEIGHTS} has numbers that are not finite in {shorten(not_finite)}")
     return Checkpoint(config, tensors, len(config_bytes) + len(data), vocabulary_digest(folder))
 
 
 def check_container(data: bytes) -> None:
-    """Hold a safetensors file to its format: header, dtypes, and tensors that tile the data without gap or overlap.
+    """Check a safetensors file: header, dtypes, and tensors that tile the data without gap or overlap.
 
-    Source: the format description of safetensors; the library itself lets some of this through.
+    Raises AdapterInvalid. Stricter than the safetensors library, after the description of the format.
     """
     if len(data) < 8:
         raise AdapterInvalid(f"{WEIGHTS} is truncated: no header")
@@ -83,14 +82,14 @@ def check_container(data: bytes) -> None:
         raise AdapterInvalid(f"{WEIGHTS} has a header of {length} bytes; at most {MAX_HEADER} are read")
     if len(data) < 8 + length:
         raise AdapterInvalid(f"{WEIGHTS} is truncated: its header says {length} bytes")
-    header = _json(data[8 : 8 + length], WEIGHTS)
+    header = _parse_json(data[8 : 8 + length], WEIGHTS)
     if not isinstance(header, dict):
         raise AdapterInvalid(f"{WEIGHTS} has a header that is not a JSON object")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise AdapterInvalid(f"{WEIGHTS} has {len(header)} tensors; at most {MAX_TENSORS} are read")
-    spans = sorted(_span(name, entry) for name, entry in header.items())
-    ends = [(0, 0), *spans, (len(data) - 8 - length,) * 2]
+    ranges = sorted(_byte_range(name, entry) for name, entry in header.items())
+    ends = [(0, 0), *ranges, (len(data) - 8 - length,) * 2]
     for (_, end), (start, _) in pairwise(ends):
         if start != end:
             raise AdapterInvalid(
@@ -98,36 +97,36 @@ def check_container(data: bytes) -> None:
             )
 
 
-def some(names: Iterable[str], most: int = 8) -> str:
-    """The first few of a list, and how many more there are: messages stay bounded."""
+def shorten(names: Iterable[str], most: int = 8) -> str:
+    """The first few names and the number of the others, for messages of bounded length."""
     names = [name if len(name) <= 120 else name[:117] + "..." for name in names]
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor says it lies, if it says so consistently."""
+def _byte_range(name: str, entry: Any) -> tuple[int, int]:
+    """A tensor's byte range in the data, from its header entry. Raises AdapterInvalid if the entry is inconsistent."""
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
             pass
         case _:
-            raise AdapterInvalid(f"{WEIGHTS} describes {some([name])} in a way that is not safetensors'")
-    chooses = name.endswith(INDICES)
-    dtypes, served = (INDEX_DTYPES, "integers") if chooses else (DTYPES, "float32, float16 and bfloat16")
+            raise AdapterInvalid(f"{WEIGHTS} describes {shorten([name])} in a way that is not safetensors'")
+    is_index = name.endswith(INDICES)
+    dtypes, served = (INDEX_DTYPES, "integers") if is_index else (DTYPES, "float32, float16 and bfloat16")
     if dtype not in dtypes:
-        raise AdapterInvalid(f"{WEIGHTS} has {some([name])} as {dtype[:20]}; {served} are served")
+        raise AdapterInvalid(f"{WEIGHTS} has {shorten([name])} as {dtype[:20]}; {served} are served")
     size, least = dtypes[dtype], 0 if name.endswith(MAY_BE_EMPTY) else 1
     for dimension in shape:
         if not isinstance(dimension, int) or isinstance(dimension, bool) or dimension < least:
-            raise AdapterInvalid(f"{WEIGHTS} has {some([name])} with an empty or impossible shape")
+            raise AdapterInvalid(f"{WEIGHTS} has {shorten([name])} with an empty or impossible shape")
         size *= dimension
     if start < 0 or end - start != size:
-        raise AdapterInvalid(f"{WEIGHTS}: the place of {some([name])} does not fit its shape and dtype")
+        raise AdapterInvalid(f"{WEIGHTS}: the place of {shorten([name])} does not fit its shape and dtype")
     return start, end
 
 
-def _bytes(path: Path, most: int) -> bytes:
-    """A regular file's content in private memory; links are not followed."""
+def _read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file. Raises AdapterInvalid for links and other files, TooLarge over `most` bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -143,34 +142,34 @@ def _bytes(path: Path, most: int) -> bytes:
         return file.read(most + 1)
 
 
-def _json(data: bytes, name: str) -> Any:
+def _parse_json(data: bytes, name: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-            raise AdapterInvalid(f"{name} has keys twice: {some(twice)}")
+            raise AdapterInvalid(f"{name} has keys twice: {shorten(twice)}")
         return found
 
     def number(text: str) -> None:
         raise AdapterInvalid(f"{name} has a number that is not finite ({text})")
 
-    def whole(text: str) -> int:
-        if len(text) > 19:  # 64 bits are what messages carry
+    def integer(text: str) -> int:
+        if len(text) > 19:  # messages carry 64-bit integers
             raise AdapterInvalid(f"{name} has a number of {len(text)} digits")
         return int(text)
 
     try:
-        found = json.loads(data, object_pairs_hook=unique, parse_constant=number, parse_int=whole)
-        json.dumps(found, ensure_ascii=False).encode()  # escapes can spell halves of characters
+        found = json.loads(data, object_pairs_hook=unique, parse_constant=number, parse_int=integer)
+        json.dumps(found, ensure_ascii=False).encode()  # escapes can produce lone surrogates
         return found
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested beyond reason
         raise AdapterInvalid(f"{name} is not valid JSON") from None
 
 
-def _no_weights(folder: Path) -> str:
+def _missing_weights_message(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickles:
-        return f"{some(pickles)} would run code when read; save the adapter again with safe_serialization=True"
+        return f"{shorten(pickles)} would run code when read; save the adapter again with safe_serialization=True"
     return f"{WEIGHTS} is missing"

@@ -1,8 +1,8 @@
-"""Adapters on the device: a slot is a row of pointers, an adapter one flat tensor of exactly its own size.
+"""Adapter slots on the device: pointer tables, slot assignment and eviction (least recently used first, LRU).
 
-Seating an adapter writes one column of the bank's tables, of which every group has some rows; nothing is copied into a
-stack and nothing padded. On a CPU the device's memory is the host's, so the flat tensor itself is used, without a copy;
-elsewhere it is on its way for a while (`upload.py`), in which steps go on without it.
+A slot is one column of the pointer tables that the delta kernels read; a resident adapter is one flat tensor of exactly
+its own size. There is no padding and no maximum rank. On a CPU the host tensor is used without a copy; on a GPU it is
+copied beside running steps (`device_copy.py`).
 """
 
 from __future__ import annotations
@@ -15,55 +15,55 @@ import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
-from lora_serve.adapters.device_copy import PendingCopy, Upload
+from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
 def slots_to_free(
     sizes: Mapping[str, int], needed: int, slots: int, capacity: int | None, keep: Set[str]
 ) -> list[str] | None:
-    """Who gives up its seat for an adapter of `needed` bytes: the first of `sizes` that are not in `keep`.
+    """Adapters to evict so that one of `needed` bytes gets a slot: least recently used first, none of `keep`.
 
-    None if even all of those would not make room.
+    None if evicting all of the others would not be enough.
 
     Args:
-        sizes: bytes by seated adapter, least recently used first.
-        slots, capacity: how many adapters, and bytes of them, there may be at once.
+        sizes: bytes by resident adapter, least recently used first.
+        slots, capacity: maximum number and bytes of resident adapters.
     """
     bytes_over = 0 if capacity is None else sum(sizes.values()) + needed - capacity
     slots_over = len(sizes) + 1 - slots
-    gone = []
+    evicted = []
     for digest, size in sizes.items():
         if bytes_over <= 0 and slots_over <= 0:
             break
         if digest not in keep:
-            gone.append(digest)
+            evicted.append(digest)
             bytes_over, slots_over = bytes_over - size, slots_over - 1
-    return None if bytes_over > 0 or slots_over > 0 else gone
+    return None if bytes_over > 0 or slots_over > 0 else evicted
 
 
-class Seat(NamedTuple):
-    """What an adapter has on the device: slot, tensor, the sites it is in; its arrival, if that may lie ahead."""
+class ResidentAdapter(NamedTuple):
+    """A resident adapter: its slot, device tensor and sites, and its copy while that may be running."""
 
     slot: int
     flat: Tensor
     sites: list[str]
-    arrival: PendingCopy | None
+    copy: PendingCopy | None
 
 
 class DeviceSlots:
-    """Slots of the device; slot 0 is the base.
+    """The adapter slots of a device; slot 0 is the base.
 
     Attributes:
         groups: pointer tables by group of sites.
-        changes, prefixes: what else the seated adapters do, by slot; only those that do.
-        ranks: the highest rank of each seated adapter's deltas, by slot.
-        upload: how adapters come to the device.
+        overrides, prefixes: module overrides and virtual tokens by slot, of the resident adapters that have any.
+        ranks: the highest rank of each resident adapter's deltas, by slot.
+        copier: copies adapters to the device.
 
     Args:
         base: sites and groups of the resident base.
-        slots: adapters at once.
-        capacity: bytes that they may take together; None: slots alone limit them.
+        slots: maximum number of resident adapters.
+        capacity: maximum bytes of resident adapters; None: no limit.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DeviceSlots:
     ) -> None:
         self.slots = slots
         self.capacity = capacity
-        self.upload = Upload(device)
+        self.copier = DeviceCopier(device)
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
         self.overrides: dict[int, dict[str, ModuleOverride]] = {}
         self.prefixes: dict[int, Prefix] = {}
@@ -94,7 +94,7 @@ class DeviceSlots:
         self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
-        self._resident: OrderedDict[str, Seat] = OrderedDict()  # least recently used first
+        self._resident: OrderedDict[str, ResidentAdapter] = OrderedDict()  # least recently used first
         self.evictions = 0
 
     def __repr__(self) -> str:
@@ -105,59 +105,64 @@ class DeviceSlots:
         """Digests on the device, least recently used first."""
         return list(self._resident)
 
-    def room(self, needed: int, keep: Set[str]) -> bool:
-        """Make room for an adapter of `needed` bytes; False, and nobody leaves, if those in `keep` leave none."""
-        sizes = {digest: seat.flat.nbytes for digest, seat in self._resident.items()}
-        gone = slots_to_free(sizes, needed, self.slots, self.capacity, keep)
-        for digest in gone or []:
+    def free_up(self, needed: int, keep: Set[str]) -> bool:
+        """Evict (LRU) until an adapter of `needed` bytes fits; False, evicting none, if it cannot fit beside `keep`."""
+        sizes = {digest: resident.flat.nbytes for digest, resident in self._resident.items()}
+        evicted = slots_to_free(sizes, needed, self.slots, self.capacity, keep)
+        for digest in evicted or []:
             self.evict(digest)
-        return gone is not None
+        return evicted is not None
 
     @property
     def bytes(self) -> int:
-        return sum(seat.flat.nbytes for seat in self._resident.values())
+        return sum(resident.flat.nbytes for resident in self._resident.values())
 
     def holds(self, digest: str) -> bool:
         return digest in self._resident
 
     def slot(self, digest: str) -> int | None:
-        """The adapter's slot, if it has one; it is now the most recently used."""
-        seat = self._resident.get(digest)
-        if seat is None:
+        """The adapter's slot, if it has one; marks it as most recently used."""
+        resident = self._resident.get(digest)
+        if resident is None:
             return None
         self._resident.move_to_end(digest)
-        return seat.slot
+        return resident.slot
 
     def copied(self, digest: str) -> bool:
-        """Whether a step may use a seated adapter without waiting for it."""
-        arrival = self._resident[digest].arrival
-        return arrival is None or arrival.there
+        """Whether a resident adapter's copy is complete, so that a step can use it without waiting."""
+        copy = self._resident[digest].copy
+        return copy is None or copy.complete
 
     def wait_for_copies(self, digests: Sequence[str]) -> None:
-        """Have the next step wait for these."""
+        """Make the next step wait for the copies of these adapters."""
         for digest in digests:
-            arrival = self._resident[digest].arrival
-            if arrival is not None:
-                arrival.wait_for_copies()
+            copy = self._resident[digest].copy
+            if copy is not None:
+                copy.make_stream_wait()
 
     def load(self, adapter: Adapter) -> int:
-        """Give an adapter a free slot (it must fit); returns it. OutOfMemoryError leaves all as it was."""
-        flat, arrival = self.upload.send(adapter.flat)
+        """Assign a free slot to an adapter (it must fit) and start its copy; returns the slot.
+
+        Raises torch.OutOfMemoryError, without effect.
+        """
+        flat, copy = self.copier.copy(adapter.flat)
         slot = self._free.pop()
-        self._resident[adapter.digest] = Seat(slot, flat, list(adapter.offsets), arrival)
+        self._resident[adapter.digest] = ResidentAdapter(slot, flat, list(adapter.offsets), copy)
         start, step = flat.data_ptr(), flat.element_size()
-        pinned = self._device.type == "cuda"
-        columns = [torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pinned) for table in self._tables]
-        entries = [column.numpy() for column in columns]  # sharing memory: setting single numbers of a tensor is slow
-        for name, place in adapter.offsets.items():
+        pin_memory = self._device.type == "cuda"
+        columns = [torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pin_memory) for table in self._tables]
+        entries = [column.numpy() for column in columns]  # a shared view: setting single elements of a tensor is slow
+        for name, offsets in adapter.offsets.items():
             row, group, module = self._rows[name]
             group.deltas[module][slot] = adapter.delta(self._base.sites[name], flat)
-            for entry, value in zip(entries, (start + step * place.a, start + step * place.b, place.rank), strict=True):
+            for entry, value in zip(
+                entries, (start + step * offsets.a, start + step * offsets.b, offsets.rank), strict=True
+            ):
                 entry[row] = value
         for table, column in zip(self._tables, columns, strict=True):
-            table[:, slot].copy_(column, non_blocking=True)  # one copy a table, not one a module
-        self.ranks[slot] = max((place.rank for place in adapter.offsets.values()), default=0)
-        overrides, prefix = adapter.moved(flat)
+            table[:, slot].copy_(column, non_blocking=True)  # one copy per table, not per module
+        self.ranks[slot] = max((offsets.rank for offsets in adapter.offsets.values()), default=0)
+        overrides, prefix = adapter.override_views(flat)
         if overrides:
             self.overrides[slot] = overrides
         if prefix is not None:
@@ -165,11 +170,11 @@ class DeviceSlots:
         return slot
 
     def evict(self, digest: str) -> None:
-        """Take an adapter off the device, if it is there; its memory returns."""
-        seat = self._resident.pop(digest, None)
-        if seat is None:
+        """Zero an adapter's slot and free its device memory; does nothing if it is not resident."""
+        resident = self._resident.pop(digest, None)
+        if resident is None:
             return
-        slot, _, names, _ = seat
+        slot, _, names, _ = resident
         for table in self._tables:
             table[:, slot] = 0
         for name in names:

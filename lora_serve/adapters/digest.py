@@ -1,4 +1,4 @@
-"""The identity of an adapter version: a hash of what it does, not of how it was written down."""
+"""The identity of an adapter version: a SHA-256 of its lowered content, independent of how it was saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_serve.adapters.adapter import Lowered
 def digest(lowered: Lowered) -> str:
     """Hex SHA-256 over the lowered content in the precision it was saved in.
 
-    The serving dtype and the order of keys in the file do not matter: the same content has the same digest.
+    Independent of the serving dtype, the order of keys in the file and configuration fields without effect.
     """
     found = sha256()
     for name, tensor in sorted(lowered.tensors.items()):

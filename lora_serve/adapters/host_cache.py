@@ -1,4 +1,4 @@
-"""Adapters in host memory: least recently used go first, by bytes. Bookkeeping only; one thread."""
+"""LRU cache of adapters in host memory, bounded by bytes. Not thread-safe."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from lora_serve.errors import TooLarge
 def adapters_to_evict(
     sizes: Mapping[str, int], needed: int, capacity: int, keep: Callable[[str], bool]
 ) -> list[str] | None:
-    """Who goes so that `needed` more bytes fit: the first of `sizes` (least recently used first) that may go.
+    """Adapters to evict so that `needed` more bytes fit: the first of `sizes` (least recently used first) not kept.
 
-    None if even all of those would not make room.
+    None if evicting all of them would not be enough.
     """
     excess = sum(sizes.values()) + needed - capacity
-    gone = []
+    evicted = []
     for digest, size in sizes.items():
         if excess <= 0:
             break
         if not keep(digest):
-            gone.append(digest)
+            evicted.append(digest)
             excess -= size
-    return gone if excess <= 0 else None
+    return evicted if excess <= 0 else None
 
 
 class HostCache:
     """Adapters by digest, most recently used last.
 
     Args:
-        capacity: bytes. It is exceeded only by adapters that may not leave (leased to running sequences, or pinned).
+        capacity: bytes; exceeded only by adapters that must not be evicted.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -50,26 +50,29 @@ class HostCache:
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
     def get(self, digest: str) -> Adapter | None:
-        """The adapter, which is now the most recently used."""
+        """The adapter, if cached; marks it as most recently used."""
         adapter = self._adapters.get(digest)
         if adapter is not None:
             self._adapters.move_to_end(digest)
         return adapter
 
     def put(self, adapter: Adapter, keep: Callable[[str], bool]) -> None:
-        """Add an adapter; others leave for it, but none that `keep` says must stay. TooLarge if it never fits."""
+        """Add an adapter and evict others for it (LRU), except those that `keep` names.
+
+        Raises TooLarge if the adapter alone exceeds the capacity.
+        """
         if adapter.nbytes > self.capacity:
             raise TooLarge(f"the adapter takes {adapter.nbytes} bytes; --adapter-cache-memory is {self.capacity}")
         sizes = {digest: other.nbytes for digest, other in self._adapters.items() if digest != adapter.digest}
-        gone = adapters_to_evict(sizes, adapter.nbytes, self.capacity, keep)
-        if gone is None:  # all that stays is in use: better over the budget for a while than a request that fails
-            gone = [digest for digest in sizes if not keep(digest)]
-        for digest in gone:
+        evicted = adapters_to_evict(sizes, adapter.nbytes, self.capacity, keep)
+        if evicted is None:  # exceeding the budget for a while is better than failing a request
+            evicted = [digest for digest in sizes if not keep(digest)]
+        for digest in evicted:
             self.evict(digest)
         self._adapters[adapter.digest] = adapter
         self._adapters.move_to_end(adapter.digest)
 
     def evict(self, digest: str) -> None:
-        """Drop an adapter, if it is there."""
+        """Drop an adapter, if it is cached."""
         if self._adapters.pop(digest, None) is not None:
             self.evictions += 1

@@ -1,4 +1,4 @@
-"""Slow work beside the engine's loop: threads do it, their results wait until the loop picks them up."""
+"""Threads that load and publish adapters beside the engine's loop, which collects their results in `poll`."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ T = TypeVar("T")
 
 
 class Loader:
-    """Two threads: one reads adapters for waiting requests, the other publishes, so that uploads never delay a load.
+    """Two threads: one loads adapters for waiting requests, one publishes, so that publishing never delays a load.
 
     Args:
-        wake: called from a thread when a result is there to be picked up.
+        wake: called from a thread when a result is ready for `poll`.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        # One compute thread each: casting an adapter must not take the cores from a running step.
+        # One compute thread each: casting an adapter must not take cores from a running step.
         self._loads = ThreadPoolExecutor(1, "adapter-load", initializer=torch.set_num_threads, initargs=(1,))
         self._publishes = ThreadPoolExecutor(1, "adapter-publish", initializer=torch.set_num_threads, initargs=(1,))
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
 
     def load(self, work: Callable[[], T], done: Callable[[T | ServeError], None]) -> None:
-        """Have the reading thread do `work`; `done` gets its result in the loop's thread."""
+        """Run `work` in the loading thread; `poll` passes its result, or error, to `done`."""
         self._submit(self._loads, work, done)
 
     def publish(self, work: Callable[[], T], done: Callable[[T | ServeError], None]) -> None:
-        """The same in the publishing thread, in the order of calls."""
+        """Run `work` in the publishing thread, in the order of calls; `done` as in `load`."""
         self._submit(self._publishes, work, done)
 
     def poll(self) -> bool:
-        """Run what waits to be run in the loop's thread; whether there was anything."""
+        """Run the callbacks of finished work, in the calling thread; returns whether there were any."""
         any_ = False
         while True:
             try:
@@ -48,7 +48,7 @@ class Loader:
             any_ = True
 
     def close(self) -> None:
-        """Let what runs finish, drop what waits."""
+        """Wait for running work and drop queued work."""
         for executor in (self._loads, self._publishes):
             executor.shutdown(wait=True, cancel_futures=True)
 
@@ -61,7 +61,7 @@ class Loader:
                 result = work()
             except ServeError as error:
                 result = error
-            except Exception as error:  # a fault of ours or the disk's: the caller learns of it, the thread lives
+            except Exception as error:  # a bug or a disk fault: report it, keep the thread alive
                 result = EngineFault(f"the adapter could not be read or stored ({type(error).__name__})")
             self._finished.put(lambda: done(result))
             self._wake()

@@ -1,7 +1,7 @@
-"""Which versions are in host or device memory, on their way there, or failed to come.
+"""Moves adapter versions between disk, host cache and device slots, and counts loads, hits and evictions.
 
-Names are not known here, only digests: the registry says who has claims (leases and pins), this room moves adapters
-between the tiers accordingly and counts what that took. Belongs to the engine's loop; reading happens in the `Loader`.
+Versions are known by digest only; names, leases and pins are the registry's. Used by the engine's loop alone; files are
+read in the `Loader`'s thread.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from lora_serve.messages import Stats
 
 @dataclass(frozen=True)
 class InMemory:
-    """In memory: it can be seated at once."""
+    """In memory: a slot can be assigned at once."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """On its way, or not asked for yet."""
+    """Not in memory: being loaded, or not requested yet."""
 
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """The load that was asked for last did not succeed."""
+    """The last load failed."""
 
     error: ServeError
 
 
-class Claims(Protocol):
-    """Who must not lose what."""
+class Retention(Protocol):
+    """Versions that are in use or pinned; consulted for eviction."""
 
     @property
     def leased(self) -> Sequence[str]:
-        """Digests that sequences hold, the one held longest first."""
+        """Digests leased by sequences, oldest lease first."""
         ...
 
     @property
-    def kept(self) -> Set[str]:
-        """Digests that never leave by LRU, whether or not they are in memory yet."""
+    def unevictable(self) -> Set[str]:
+        """Digests of pinned versions, which LRU never evicts, whether or not they are in memory yet."""
         ...
 
 
-class Memory:
-    """The two memory tiers.
+class AdapterMemory:
+    """The two memory tiers: host cache and device slots.
 
     Args:
-        fetch: reads, lowers and flattens a version; called in the reading thread.
-        claims: consulted whenever something has to leave.
-        landed: called after each load, in the loop's thread, before those who waited are told.
+        fetch: reads, lowers and flattens a version; called in the loading thread.
+        retention: consulted on eviction.
+        on_loaded: called after each load, in the loop's thread, before the callbacks of those who wait for it.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Memory:
         device_slots: DeviceSlots,
         loader: Loader,
         fetch: Callable[[str], Adapter],
-        claims: Claims,
-        landed: Callable[[str], None],
+        retention: Retention,
+        on_loaded: Callable[[str], None],
     ) -> None:
         self._cache, self._device_slots, self._loader = cache, device_slots, loader
-        self._fetch, self._claims, self._landed = fetch, claims, landed
-        self._loading: dict[str, list[Callable[[ServeError | None], None]]] = {}  # digest → who waits
+        self._fetch, self._retention, self._on_loaded = fetch, retention, on_loaded
+        self._loading: dict[str, list[Callable[[ServeError | None], None]]] = {}  # digest → callbacks
         self._failed: dict[str, ServeError] = {}
         self._hits: Counter[str] = Counter(host=0, device=0)
         self._misses: Counter[str] = Counter(host=0, device=0)
@@ -93,31 +93,31 @@ class Memory:
         return self._device_slots.resident
 
     def tiers(self, digest: str) -> list[str]:
-        """The memory tiers that hold a version: of 'host' and 'device'."""
-        there = {"host": digest in self._cache, "device": self._device_slots.holds(digest)}
-        return [tier for tier, holds in there.items() if holds]
+        """The memory tiers that hold a version: a subset of 'host' and 'device'."""
+        present = {"host": digest in self._cache, "device": self._device_slots.holds(digest)}
+        return [tier for tier, holds in present.items() if holds]
 
     def is_loading(self, digest: str) -> bool:
         return digest in self._loading
 
     def state(self, digest: str) -> InMemory | Loading | LoadFailed:
-        """How far a leased version is."""
+        """Whether a leased version is in memory, loading, or failed to load."""
         if digest in self._failed:
             return LoadFailed(self._failed[digest])
         return InMemory() if digest in self else Loading()
 
-    def touch(self, digest: str) -> None:
-        """A request begins to use a version: it is recently used, and the counters learn where it was found."""
-        for tier, there in (
+    def record_use(self, digest: str) -> None:
+        """Mark a version as most recently used and count a hit or miss per tier."""
+        for tier, present in (
             ("device", self._device_slots.slot(digest) is not None),
             ("host", self._cache.get(digest) is not None),
         ):
-            (self._hits if there else self._misses)[tier] += 1
-            if there:
+            (self._hits if present else self._misses)[tier] += 1
+            if present:
                 break
 
-    def want(self, digest: str, done: Callable[[ServeError | None], None] | None = None) -> None:
-        """Have a version brought into host memory, unless it is there or on its way; one load serves all who wait."""
+    def request_load(self, digest: str, done: Callable[[ServeError | None], None] | None = None) -> None:
+        """Load a version into host memory unless it is in memory or loading; `done` gets None or the error."""
         waiters = [] if done is None else [done]
         if digest in self:
             for waiter in waiters:
@@ -130,40 +130,40 @@ class Memory:
             self._load(digest)
 
     def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
-        """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
-        keep = {*digests, *self._claims.kept}
+        """Slots of these versions, assigned where needed. All are in memory, and they fit beside the pinned ones."""
+        keep = {*digests, *self._retention.unevictable}
         slots: dict[str, int] = {}
         for digest in digests:
             slot = self._device_slots.slot(digest)
-            slots[digest] = self._seat(digest, keep) if slot is None else slot
+            slots[digest] = self._assign_slot(digest, keep) if slot is None else slot
         return slots
 
     def copied(self, digests: Iterable[str]) -> bool:
-        """Whether seated versions can be used without waiting."""
+        """Whether the copies of resident versions are complete, so that a step can use them without waiting."""
         return all(map(self._device_slots.copied, digests))
 
     def wait_for_copies(self, digests: Sequence[str]) -> None:
-        """Have the next step wait for seated versions."""
+        """Make the next step wait for the copies of resident versions."""
         self._device_slots.wait_for_copies(digests)
 
-    def warm(self, digest: str) -> None:
-        """Seat a version ahead of its use, if that takes nobody's seat who is in use."""
+    def prefetch(self, digest: str) -> None:
+        """Assign a slot to a version before it is used, if that evicts none that is leased or pinned."""
         if digest not in self or self._device_slots.holds(digest):
             return
         with suppress(ServeError):
-            self._seat(digest, {*self._claims.leased, *self._claims.kept})
+            self._assign_slot(digest, {*self._retention.leased, *self._retention.unevictable})
 
     def evict(self, digest: str) -> None:
-        """Out of both tiers; what it took returns."""
+        """Free a version in both tiers."""
         self._device_slots.evict(digest)
         self._cache.evict(digest)
 
     def forget_failure(self, digest: str) -> None:
-        """Everyone who waited for a failed load has been told; the next who wants it tries again."""
+        """Forget a failed load, so that the next request tries again."""
         self._failed.pop(digest, None)
 
-    def fill(self, stats: Stats) -> None:
-        """Write the tiers' share of the numbers."""
+    def fill_stats(self, stats: Stats) -> None:
+        """Fill in the statistics of the memory tiers."""
         stats.adapter_slots = self._device_slots.slots
         stats.bytes = {"host": self._cache.bytes, "device": self._device_slots.bytes}
         stats.evictions_total = {"host": self._cache.evictions, "device": self._device_slots.evictions}
@@ -172,12 +172,12 @@ class Memory:
         stats.loads_total = dict(self._loads)
         stats.load_seconds_total = dict(self._seconds)
 
-    def _seat(self, digest: str, keep: Set[str]) -> int:
+    def _assign_slot(self, digest: str, keep: Set[str]) -> int:
         started = time.perf_counter()
         adapter = self._cache.get(digest)
         if adapter is None:
             raise EngineFault("an adapter was scheduled that is not in memory")
-        if not self._device_slots.room(adapter.nbytes, keep):
+        if not self._device_slots.free_up(adapter.nbytes, keep):
             raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
         try:
             slot = self._device_slots.load(adapter)
@@ -191,28 +191,30 @@ class Memory:
         def work() -> tuple[Adapter, float]:
             started = time.perf_counter()
             adapter = self._fetch(digest)
-            self._device_slots.upload.pin(adapter.flat)
+            self._device_slots.copier.pin_memory(adapter.flat)
             return adapter, time.perf_counter() - started
 
-        def copied(result: tuple[Adapter, float] | ServeError) -> None:
-            failure = result if isinstance(result, ServeError) else self._keep(*result)
-            if failure is not None and digest in self._claims.leased:
+        def on_finished(result: tuple[Adapter, float] | ServeError) -> None:
+            failure = result if isinstance(result, ServeError) else self._add_to_cache(*result)
+            if failure is not None and digest in self._retention.leased:
                 self._failed[digest] = failure
             waiters = self._loading.pop(digest)
-            self._landed(digest)
+            self._on_loaded(digest)
             for waiter in waiters:
                 waiter(failure)
 
-        self._loader.load(work, copied)
+        self._loader.load(work, on_finished)
 
-    def _keep(self, adapter: Adapter, seconds: float) -> ServeError | None:
-        """Put a loaded adapter into the cache; the error if it does not fit."""
+    def _add_to_cache(self, adapter: Adapter, seconds: float) -> ServeError | None:
+        """Put a loaded adapter into the host cache; returns the error if it does not fit."""
         self._loads["host"] += 1
         self._seconds["host"] += seconds
-        for digest in reversed(self._claims.leased):  # what is leased leaves last, the longest held last of all
+        for digest in reversed(
+            self._retention.leased
+        ):  # leased versions are evicted last, the oldest lease last of all
             self._cache.get(digest)
         try:
-            self._cache.put(adapter, self._claims.kept.__contains__)
+            self._cache.put(adapter, self._retention.unevictable.__contains__)
         except ServeError as error:
             return error
         return None

@@ -1,4 +1,7 @@
-"""From a folder of PEFT files to a stored, named version. Blocking: for the publishing thread, or before the loop."""
+"""Publishes adapters: reads, checks and lowers a folder of PEFT files and stores it as a version of a name.
+
+Blocking: called in the publishing thread, or before the engine's loop starts.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from lora_serve.names import CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True)
-class Published:
-    """A name that means a version, on disk."""
+class PublishedVersion:
+    """A stored version and the name that refers to it."""
 
     name: str
     record: Record
@@ -29,11 +32,11 @@ class Published:
 
 
 class Publisher:
-    """Checks and stores.
+    """Checks folders of PEFT files and publishes them to the store.
 
     Args:
         max_bytes: largest weights file.
-        most_elements: numbers that fit into host memory at all; a larger adapter could never be served.
+        most_elements: elements that fit into the host cache; a larger adapter could never be served.
     """
 
     def __init__(self, store: Store, base: BaseShape, *, max_bytes: int, most_elements: int) -> None:
@@ -41,29 +44,29 @@ class Publisher:
         self._base = base
         self._max_bytes = max_bytes
         self._most_elements = most_elements
-        self._named = {name: record.digest for name, record in store.names().items()}  # as it is on disk
+        self._named = {name: record.digest for name, record in store.names().items()}  # name → digest, as on disk
 
-    def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> Published:
-        """Read, lower, identify and store a folder below the store's staging, which is used up; or one elsewhere."""
+    def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> PublishedVersion:
+        """Check and store a folder as a version of `name`; a folder in the store's staging is removed."""
         try:
-            found, meta = self._check(folder)
+            version, meta = self._check(folder)
             if name in self._named and not replace:
                 raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
-            record = self._store.publish(name, folder, found, meta, source)
-            self._named[name] = found
-            return Published(name, record, self._store.meta(found))
+            record = self._store.publish(name, folder, version, meta, source)
+            self._named[name] = version
+            return PublishedVersion(name, record, self._store.meta(version))
         finally:
-            self._use_up(folder)
+            self._remove_if_staged(folder)
 
     def inspect(self, folder: Path) -> tuple[str, Meta]:
-        """Digest and description of what publishing the folder would make; nothing is stored, a staged one used up."""
+        """Digest and metadata of the version that publishing would create; a folder in staging is removed."""
         try:
             return self._check(folder)
         finally:
-            self._use_up(folder)
+            self._remove_if_staged(folder)
 
-    def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> Published | None:
-        """Publish a folder of the operator's; None if `record` was published from the very same files."""
+    def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> PublishedVersion | None:
+        """Publish one of the operator's folders; None if `record` was published from the same, unmodified files."""
         signature = sha256()
         for path in (folder / CONFIG, folder / WEIGHTS):
             if path.exists():
@@ -78,7 +81,7 @@ class Publisher:
         self._named.pop(name, None)
 
     def drop(self, version: str) -> None:
-        """Delete a version that no name means any more (a publish may have named it again meanwhile)."""
+        """Delete a version, unless a name refers to it (again, by a later publish)."""
         if version not in self._named.values():
             self._store.drop(version)
 
@@ -100,6 +103,6 @@ class Publisher:
         )
         return digest(lowered), meta
 
-    def _use_up(self, folder: Path) -> None:
+    def _remove_if_staged(self, folder: Path) -> None:
         if self._store.is_staged(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The engine's one door to adapters: names become leases on exact versions, which move between disk, host and device.
+"""The engine's interface to adapters: names, leases on exact versions, pins, and the admin operations on them.
 
-Everything here belongs to the engine's loop and never waits; slow work goes to the `Loader`, whose results arrive in
-`poll`. Because one thread owns names and leases, "publish, then ask" and "ask, then delete" mean what their order says.
+Used by the engine's loop alone, and never blocks: slow work goes to the `Loader`, whose results are handled in `poll`.
+Since one thread owns names and leases, requests and operations take effect in the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.host_cache import HostCache
 from lora_serve.adapters.loader import Loader
-from lora_serve.adapters.memory import InMemory, LoadFailed, Loading, Memory
-from lora_serve.adapters.publisher import Published, Publisher
+from lora_serve.adapters.memory import AdapterMemory, InMemory, LoadFailed, Loading
+from lora_serve.adapters.publisher import PublishedVersion, Publisher
 from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.adapters.traits import Traits, traits
 from lora_serve.errors import (
@@ -37,15 +37,15 @@ from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection
 from lora_serve.names import adapter_not_found, check_name
 from lora_serve.request import AdapterUse
 
-__all__ = ["InMemory", "Lease", "LoadFailed", "Loading", "Registry"]  # `state` answers with the first ones
+__all__ = ["InMemory", "Lease", "LoadFailed", "Loading", "Registry"]  # the classes are what `state` returns
 
 Done = Callable[[Any], None]
-ROUNDING = 8 * ALIGNMENT  # bytes a module: more than aligning all of its tensors takes
+MAX_ALIGNMENT = 8 * ALIGNMENT  # bytes per module: an upper bound of what aligning its tensors takes
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A sequence's claim on one exact version, what that does to sequences, and the bytes it takes on the device."""
+    """A sequence's claim on one exact version, with the version's traits and its size in bytes on the device."""
 
     name: str
     digest: str
@@ -55,10 +55,10 @@ class Lease:
 
 
 class Registry:
-    """Adapters of one resident base.
+    """The adapters of one resident base.
 
     Args:
-        wake: called from other threads when `poll` has something to do.
+        wake: called from other threads when `poll` has work to do.
         max_bytes: largest weights file.
     """
 
@@ -77,16 +77,16 @@ class Registry:
         self._dtype, self._max_bytes = dtype, max_bytes
         self._publisher = Publisher(store, base, max_bytes=max_bytes, most_elements=cache.capacity // dtype.itemsize)
         self._loader = Loader(wake)
-        self._memory = Memory(cache, device_slots, self._loader, self._fetch, self, self._tidy)
-        self._pins_at_most = device_slots.slots - 1  # one slot is left for everyone else,
-        self._pinned_bytes = (
+        self._memory = AdapterMemory(cache, device_slots, self._loader, self._fetch, self, self._free_if_unused)
+        self._max_pins = device_slots.slots - 1  # one slot is left for everyone else,
+        self._max_pinned_bytes = (
             None if device_slots.capacity is None else device_slots.capacity // 2
         )  # and half of the memory
         self._names: dict[str, Record] = dict(store.names())
         self._meta: dict[str, Meta] = {record.digest: store.meta(record.digest) for record in self._names.values()}
-        self._old: dict[str, list[str]] = {}  # name → earlier versions that are still leased
-        self._leases: Counter[str] = Counter()  # digest → claims; in the order in which they were first taken
-        self._used: dict[str, float] = {}
+        self._older_versions: dict[str, list[str]] = {}  # name → earlier versions that are still leased
+        self._leases: Counter[str] = Counter()  # digest → number of leases, oldest first
+        self._last_used: dict[str, float] = {}
         self._pins: set[str] = set()  # names
         self._evicting: set[str] = set()  # digests to be evicted when their last lease is released
 
@@ -96,9 +96,9 @@ class Registry:
     # --- requests ------------------------------------------------------------------------------------------------
 
     def acquire(self, use: AdapterUse) -> Lease:
-        """Claim the version that a request names. Raises AdapterNotFound, or BadRequest for an ambiguous version."""
+        """Lease the version that a request names. Raises AdapterNotFound, or BadRequest for an ambiguous version."""
         record = self._names.get(use.name)
-        digests = [] if record is None else [record.digest, *self._old.get(use.name, [])]
+        digests = [] if record is None else [record.digest, *self._older_versions.get(use.name, [])]
         if use.version is not None:
             digests = [digest for digest in digests if digest.startswith(use.version)]
             if len(digests) > 1:
@@ -107,65 +107,65 @@ class Registry:
             raise adapter_not_found(use.name if use.version is None else f"{use.name}@{use.version}")
         digest = digests[0]
         self._leases[digest] += 1
-        self._used[digest] = time.time()
-        self._memory.touch(digest)
+        self._last_used[digest] = time.time()
+        self._memory.record_use(digest)
         return Lease(use.name, digest, use.weight, self._meta[digest].traits, self.bytes(digest))
 
     def release(self, lease: Lease) -> None:
-        """Give a claim back. With the last one goes what was only kept for it."""
+        """Release a lease. After the last one, free what was kept for it: an unnamed version, or one to be evicted."""
         self._leases[lease.digest] -= 1
         if self._leases[lease.digest]:
             return
         del self._leases[lease.digest]
         self._memory.forget_failure(lease.digest)
-        for name, digests in list(self._old.items()):
-            self._old[name] = [digest for digest in digests if digest != lease.digest]
-            if not self._old[name]:
-                del self._old[name]
-        self._tidy(lease.digest)
+        for name, digests in list(self._older_versions.items()):
+            self._older_versions[name] = [digest for digest in digests if digest != lease.digest]
+            if not self._older_versions[name]:
+                del self._older_versions[name]
+        self._free_if_unused(lease.digest)
 
     def state(self, digest: str) -> InMemory | Loading | LoadFailed:
-        """How far a leased version is."""
+        """Whether a leased version is in memory, loading, or failed to load."""
         return self._memory.state(digest)
 
-    def want(self, digest: str) -> None:
-        """Have a version brought into host memory, unless it is there or on its way."""
-        self._memory.want(digest)
+    def request_load(self, digest: str) -> None:
+        """Load a version into host memory, unless it is in memory or loading."""
+        self._memory.request_load(digest)
 
     def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
-        """A slot for each of these; they are in memory, and no more than there are slots beside the pinned ones."""
+        """Slots of these versions, assigned where needed. All are in memory, and they fit beside the pinned ones."""
         return self._memory.assign_slots(digests)
 
     def bytes(self, digest: str) -> int:
-        """What a version takes in memory, alignment too: no less, and hardly more."""
+        """Size of a version in memory: an upper bound that includes alignment."""
         meta = self._meta[digest]
-        return meta.bytes(self._dtype.itemsize) + ROUNDING * meta.modules
+        return meta.bytes(self._dtype.itemsize) + MAX_ALIGNMENT * meta.modules
 
     def copied(self, digests: Iterable[str]) -> bool:
-        """Whether seated versions can be used without waiting for them to arrive on the device."""
+        """Whether the copies of resident versions are complete, so that a step can use them without waiting."""
         return self._memory.copied(digests)
 
     def wait_for_copies(self, digests: Sequence[str]) -> None:
-        """Have the next step wait for seated versions."""
+        """Make the next step wait for the copies of resident versions."""
         self._memory.wait_for_copies(digests)
 
     @property
     def leased(self) -> Sequence[str]:
-        """Versions that sequences hold, the one held longest first."""
+        """Digests leased by sequences, oldest lease first."""
         return list(self._leases)
 
     @property
-    def kept(self) -> Set[str]:
-        """Versions that never leave memory by LRU, whether or not they are there yet."""
+    def unevictable(self) -> Set[str]:
+        """Digests of pinned versions, which LRU never evicts, whether or not they are in memory yet."""
         return {self._names[name].digest for name in self._pins}
 
     @property
     def pinned(self) -> Set[str]:
-        """Versions on the device that never leave it."""
-        return self.kept & set(self._memory.resident)
+        """Digests of pinned versions that are on the device."""
+        return self.unevictable & set(self._memory.resident)
 
     def poll(self) -> bool:
-        """Take in what the threads finished; whether there was anything."""
+        """Handle the results of finished loads and publishes; returns whether there were any."""
         return self._loader.poll()
 
     def close(self) -> None:
@@ -180,25 +180,25 @@ class Registry:
         if name in self._names and not operation.replace:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
-        def work() -> Published:
+        def work() -> PublishedVersion:
             return self._publisher.publish(name, Path(operation.folder), replace=operation.replace)
 
-        def stored(result: Published | ServeError) -> None:
+        def on_published(result: PublishedVersion | ServeError) -> None:
             if isinstance(result, ServeError):
                 done(result)
                 return
-            self._take(result)
+            self._apply_published(result)
             done(self.describe(name))
 
-        self._loader.publish(work, stored)
+        self._loader.publish(work, on_published)
 
     def inspect(self, operation: Inspect, done: Done) -> None:
-        """Check a folder as publishing would, and keep nothing; `done` gets an `Inspection` or the error."""
+        """Check a folder as `publish` does, without storing it; `done` gets an `Inspection` or the error."""
 
-        def checked(result: tuple[str, Meta] | ServeError) -> None:
+        def on_inspected(result: tuple[str, Meta] | ServeError) -> None:
             done(result if isinstance(result, ServeError) else self._inspection(*result))
 
-        self._loader.publish(lambda: self._publisher.inspect(Path(operation.folder)), checked)
+        self._loader.publish(lambda: self._publisher.inspect(Path(operation.folder)), on_inspected)
 
     def publish_folder(self, folder: Path) -> list[tuple[str, ServeError]]:
         """At start: publish every PEFT folder in `folder` under its own name, unless unchanged. Returns what failed."""
@@ -209,10 +209,10 @@ class Registry:
             try:
                 published = self._publisher.publish_unchanged(check_name(path.name), path, self._names.get(path.name))
                 if published is not None:
-                    self._take(published)
+                    self._apply_published(published)
             except ServeError as error:
                 failed.append((path.name, error))
-            except Exception as error:  # a fault of ours or the disk's keeps no other adapter from being served
+            except Exception as error:  # a bug or a disk fault must not keep other adapters from being served
                 failed.append((path.name, EngineFault(f"it could not be read or stored ({type(error).__name__})")))
         self.poll()
         return failed
@@ -222,99 +222,99 @@ class Registry:
 
     def describe(self, name: str) -> AdapterInfo:
         record = self._record(name)
-        versions = [self._version(digest) for digest in (record.digest, *self._old.get(name, []))]
+        versions = [self._version(digest) for digest in (record.digest, *self._older_versions.get(name, []))]
         return AdapterInfo(name, name in self._pins, versions)
 
     def load(self, name: str, done: Done) -> None:
-        """Bring the newest version into memory, and onto the device if a slot is free."""
+        """Load the newest version into host memory, and onto the device if a slot is free."""
         digest = self._record(name).digest
         self._evicting.discard(digest)
 
-        def copied(error: ServeError | None) -> None:
+        def on_finished(error: ServeError | None) -> None:
             if error is None and name in self._names:
-                self._memory.warm(digest)
+                self._memory.prefetch(digest)
             done(error or (self.describe(name) if name in self._names else adapter_not_found(name)))
 
-        self._memory.want(digest, copied)
+        self._memory.request_load(digest, on_finished)
 
     def evict(self, name: str, done: Done) -> None:
-        """Out of host and device memory: now, or when the last request that uses it ends."""
+        """Free the newest version's host and device memory: now, or when its last lease is released."""
         digest = self._record(name).digest
         if name in self._pins:
             raise AdapterBusy(f"adapter {name} is pinned; unpin it first", param="name")
         self._evicting.add(digest)
-        self._tidy(digest)
+        self._free_if_unused(digest)
         done(self.describe(name))
 
     def pin(self, name: str, pinned: bool, done: Done) -> None:
-        """Load and never evict; or let go again."""
+        """Load an adapter and never evict it; or, with `pinned` False, unpin it."""
         self._record(name)
         if not pinned:
             self._pins.discard(name)
             done(self.describe(name))
             return
-        if len(self._pins | {name}) > self._pins_at_most:
+        if len(self._pins | {name}) > self._max_pins:
             raise AdapterBusy(f"pinning {name} would leave no slot for other adapters", param="name")
         digests = {self._names[pin].digest for pin in self._pins | {name}}
-        if self._pinned_bytes is not None and sum(map(self.bytes, digests)) > self._pinned_bytes:
+        if self._max_pinned_bytes is not None and sum(map(self.bytes, digests)) > self._max_pinned_bytes:
             raise AdapterBusy(
-                f"pinning {name} would take more than {self._pinned_bytes} bytes, which is half of the device's memory "
-                "for adapters",
+                f"pinning {name} would take more than {self._max_pinned_bytes} bytes, "
+                "which is half of the device's memory for adapters",
                 param="name",
             )
         self._pins.add(name)
 
-        def held(result: AdapterInfo | ServeError) -> None:
+        def on_loaded(result: AdapterInfo | ServeError) -> None:
             if isinstance(result, ServeError):
                 self._pins.discard(name)
             done(result)
 
-        self.load(name, held)
+        self.load(name, on_loaded)
 
     def delete(self, name: str, done: Done) -> None:
-        """Unlist at once; what it was disappears with its last lease."""
+        """Unlist an adapter at once; its memory and files are freed when its last lease is released."""
         info = self.describe(name)
         digest = self._names.pop(name).digest
         self._pins.discard(name)
-        self._old.pop(name, None)
+        self._older_versions.pop(name, None)
 
-        def unlisted(result: ServeError | None) -> None:
-            self._tidy(digest)
+        def on_unpublished(result: ServeError | None) -> None:
+            self._free_if_unused(digest)
             done(result or info)
 
-        self._loader.publish(lambda: self._publisher.unpublish(name), unlisted)
+        self._loader.publish(lambda: self._publisher.unpublish(name), on_unpublished)
 
-    def fill(self, stats: Stats) -> None:
-        """Write the adapters' share of the numbers."""
+    def fill_stats(self, stats: Stats) -> None:
+        """Fill in the statistics of adapters."""
         names = {record.digest: name for name, record in self._names.items()}
         stats.resident = sorted(names[digest] for digest in self._memory.resident if digest in names)
         stats.adapters = len(self._names)
-        self._memory.fill(stats)
+        self._memory.fill_stats(stats)
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- internals -----------------------------------------------------------------------------------------------
 
     def _record(self, name: str) -> Record:
         if name not in self._names:
             raise adapter_not_found(name)
         return self._names[name]
 
-    def _take(self, published: Published) -> None:
-        """A publish succeeded: the name means the new version from now on."""
+    def _apply_published(self, published: PublishedVersion) -> None:
+        """Let the name refer to the new version from now on."""
         before = self._names.get(published.name)
         self._names[published.name] = published.record
         self._meta[published.record.digest] = published.meta
         if before is None or before.digest == published.record.digest:
             return
-        older = [digest for digest in self._old.get(published.name, []) if digest != published.record.digest]
-        self._old[published.name] = [digest for digest in (before.digest, *older) if self._leases[digest]]
-        self._tidy(before.digest)
+        older = [digest for digest in self._older_versions.get(published.name, []) if digest != published.record.digest]
+        self._older_versions[published.name] = [digest for digest in (before.digest, *older) if self._leases[digest]]
+        self._free_if_unused(before.digest)
         if published.name in self._pins:
             self.load(published.name, lambda result: None)
 
-    def _tidy(self, digest: str) -> None:
-        """Free what nobody uses: memory of a version that is to be evicted, everything of one without a name."""
+    def _free_if_unused(self, digest: str) -> None:
+        """Free an unused version: its memory if it is to be evicted, and its files too if no name refers to it."""
         if self._leases[digest] or self._memory.is_loading(digest):
-            return  # `release`, or the end of the load, comes back here
+            return  # `release`, or the end of the load, calls this again
         named = any(record.digest == digest for record in self._names.values())
         if named and digest not in self._evicting:
             return
@@ -322,11 +322,11 @@ class Registry:
         self._memory.evict(digest)
         if not named:
             self._meta.pop(digest, None)
-            self._used.pop(digest, None)
+            self._last_used.pop(digest, None)
             self._loader.publish(lambda: self._publisher.drop(digest), lambda result: None)
 
     def _fetch(self, digest: str) -> Adapter:
-        """From disk to the flat form; in the reading thread."""
+        """Read, lower and flatten a stored version; called in the loading thread."""
         lowered = lower(read(self._store.folder(digest), max_bytes=self._max_bytes), self._base)
         if traits(lowered, self._base) != self._store.meta(digest).traits:
             raise AdapterInvalid("the base was loaded in another form when the adapter was published; publish it again")
@@ -347,6 +347,6 @@ class Registry:
             memory_bytes=meta.bytes(self._dtype.itemsize),
             tiers=["disk", *self._memory.tiers(digest)],
             leases=self._leases[digest],
-            last_used=self._used.get(digest),
+            last_used=self._last_used.get(digest),
             report=meta.report,
         )

@@ -1,11 +1,11 @@
-"""Adapters on disk: immutable versions in folders named by digest, and small records that give them names.
+"""The adapter store on disk: immutable versions in folders named by digest, and records that map names to versions.
 
     versions/<digest>/   the PEFT files as they came, and meta.json
-    names/<name>.json    which digest a name means; replaced atomically
-    staging/             uploads and publishes under way; swept when the store is opened
+    names/<name>.json    the digest that a name refers to; replaced atomically
+    staging/             unfinished uploads and publishes; emptied when the store is opened
 
-A version is moved into place whole, by one rename, after it was written and synced; a name changes by one rename. So
-`kill -9` at any moment leaves the old state or the new one. All methods may block and belong to one thread at a time.
+A version is written and synced in staging, then moved into place by one rename; a name changes by one rename. So
+`kill -9` at any moment leaves the old state or the new one. Methods may block, and are not thread-safe.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lora_serve.names import CARD, CONFIG, WEIGHTS
 
 
 class Meta(msgspec.Struct, frozen=True):
-    """What is known of a version without reading its weights.
+    """Metadata of a version, known without reading its weights.
 
-    `created` in seconds since the epoch, `rank` the largest, `modules` how many it touches, `elements` how many numbers
-    it has in memory, `vectors` how many of these are in float32 whatever the serving dtype.
+    `created` in seconds since the epoch, `rank` the largest, `modules` the number of adapted modules, `elements` the
+    number of elements in memory, `vectors` how many of these are in float32 whatever the serving dtype.
     """
 
     created: float
@@ -45,12 +45,12 @@ class Meta(msgspec.Struct, frozen=True):
     vectors: int = 0
 
     def bytes(self, itemsize: int) -> int:
-        """What it takes in memory at a serving dtype of `itemsize` bytes, but for alignment."""
+        """Bytes in memory at a serving dtype of `itemsize` bytes, without alignment."""
         return (self.elements - self.vectors) * itemsize + 4 * self.vectors
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What a name means. `source` is the signature of the folder it was published from at start, if any."""
+    """The version that a name refers to. `source` is the signature of the folder it was published from at start."""
 
     digest: str
     created: float
@@ -95,54 +95,54 @@ class Store:
         return msgspec.json.decode((self._versions / digest / "meta.json").read_bytes(), type=Meta)
 
     def folder(self, digest: str) -> Path:
-        """The version's PEFT files; they never change."""
+        """The folder of a version's PEFT files, which never change."""
         return self._versions / digest
 
     def is_staged(self, folder: Path) -> bool:
-        """Whether a folder lies in the store's staging, so that publishing may use it up."""
+        """Whether a folder is in the store's staging, so that publishing may move its files."""
         return folder.resolve().is_relative_to(self._staging.resolve())
 
     def publish(self, name: str, folder: Path, digest: str, meta: Meta, source: str = "") -> Record:
-        """Keep the PEFT files of `folder` as version `digest`, and let `name` mean it.
+        """Store the PEFT files of `folder` as version `digest`, and let `name` refer to it.
 
-        Files are moved where they lie in the store's staging, else copied. Raises StorageFull; then nothing changed.
+        Files in the store's staging are moved, others copied. Raises StorageFull, without effect.
         """
         record = Record(digest, time.time(), source)
-        with _room():
+        with _report_full_disk():
             if not (self._versions / digest).exists():
-                self._keep(folder, digest, meta)
-            else:  # the same content, said of itself anew
+                self._add_version(folder, digest, meta)
+            else:  # the same content, perhaps with another configuration
                 meta = msgspec.structs.replace(meta, created=self.meta(digest).created)
                 self._write(self._versions / digest / "meta.json", msgspec.json.encode(meta))
             self._write(self._names / f"{name}.json", msgspec.json.encode(record))
         return record
 
     def unpublish(self, name: str) -> None:
-        """Forget a name; its version stays until `drop`."""
+        """Remove a name; its version stays until `drop`."""
         (self._names / f"{name}.json").unlink(missing_ok=True)
         _sync(self._names)
 
     def drop(self, digest: str) -> None:
-        """Delete a version: renamed away first, so that it is never half there."""
-        gone = self._staging / f"{digest}.{time.monotonic_ns()}"
+        """Delete a version; it is renamed into staging first, so that a partly deleted one is never seen."""
+        trash = self._staging / f"{digest}.{time.monotonic_ns()}"
         with suppress(FileNotFoundError):
-            (self._versions / digest).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            (self._versions / digest).rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
-    def _keep(self, folder: Path, digest: str, meta: Meta) -> None:
-        fresh = Path(tempfile.mkdtemp(dir=self._staging))
+    def _add_version(self, folder: Path, digest: str, meta: Meta) -> None:
+        staged = Path(tempfile.mkdtemp(dir=self._staging))
         try:
             for name in (CONFIG, WEIGHTS, CARD):
                 if (folder / name).is_file():
-                    _bring(folder / name, fresh / name, move=self.is_staged(folder))
-            (fresh / "meta.json").write_bytes(msgspec.json.encode(meta))
-            for path in fresh.iterdir():
+                    _copy_or_move(folder / name, staged / name, move=self.is_staged(folder))
+            (staged / "meta.json").write_bytes(msgspec.json.encode(meta))
+            for path in staged.iterdir():
                 _sync(path)
-            _sync(fresh)
-            fresh.rename(self._versions / digest)
+            _sync(staged)
+            staged.rename(self._versions / digest)
             _sync(self._versions)
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _write(self, path: Path, data: bytes) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=self._staging)
@@ -158,7 +158,7 @@ class Store:
         _sync(path.parent)
 
 
-def _bring(source: Path, target: Path, *, move: bool) -> None:
+def _copy_or_move(source: Path, target: Path, *, move: bool) -> None:
     if source.is_symlink():
         raise AdapterInvalid(f"{source.name} is a link")
     if move:
@@ -168,7 +168,7 @@ def _bring(source: Path, target: Path, *, move: bool) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A folder with all in it, or a file (half-written names are files)."""
+    """Remove a folder and its content, or a file (an unfinished name is a file)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -176,7 +176,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _report_full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:

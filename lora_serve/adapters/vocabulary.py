@@ -1,6 +1,6 @@
-"""Whether two tokenizers call their tokens the same: a digest of a `tokenizer.json`'s vocabulary.
+"""Digest of the vocabulary in a `tokenizer.json`, to detect adapters made for a base with another vocabulary.
 
-Only ever compared: the base's own tokenizer is the one that is used. A file that cannot be read is as good as none.
+Digests are only compared; requests are always tokenized with the base's tokenizer. An unreadable file counts as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_FILE = 48 << 20  # bytes; the largest vocabularies in use take about 35 MB
 
 
 class _Model(msgspec.Struct):
-    """Of the model, the tokens: by name, or (Unigram) in the order of their ids with a score each."""
+    """The vocabulary: ids by token, or (Unigram) tokens with scores in the order of their ids."""
 
     vocab: dict[str, int] | list[tuple[str, float]]
 
@@ -34,13 +34,13 @@ class _Tokenizer(msgspec.Struct):
 
 
 def vocabulary_digest(path: Path) -> str:
-    """Digest of the token → id map, added tokens included; empty if there is none that can be read.
+    """Digest of the token → id map, added tokens included; empty if there is no readable file.
 
     Args:
-        path: a `tokenizer.json`, or the folder that has one.
+        path: a `tokenizer.json`, or the folder that contains it.
     """
     try:
-        tokenizer = msgspec.json.decode(_bytes(path / TOKENIZER if path.is_dir() else path), type=_Tokenizer)
+        tokenizer = msgspec.json.decode(_read_bytes(path / TOKENIZER if path.is_dir() else path), type=_Tokenizer)
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError):  # absent, too large, or not of this form
         return ""
     vocab = tokenizer.model.vocab
@@ -52,8 +52,8 @@ def vocabulary_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _bytes(path: Path) -> bytes:
-    """A regular file's content. Raises ValueError if it is something else or too large, OSError if it is not there."""
+def _read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises OSError if it is missing, ValueError if it is not regular or too large."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:

@@ -197,7 +197,7 @@ class Engine:
             for seq in self._scheduler.users(adapter_set):
                 self._requests.finish(seq, "error", failed.error)
         for digest in list(wanted)[: self._scheduler.rotation.slots]:
-            self._registry.want(digest)
+            self._registry.request_load(digest)
 
     def _call(self, call: Call) -> None:
         """Start an admin operation; its result is among the `replies` when it is ready."""
@@ -260,7 +260,7 @@ class Engine:
             steps_total=self._steps,
             waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
         )
-        self._registry.fill(stats)
+        self._registry.fill_stats(stats)
         return stats
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def last_token_in_flight(self) -> bool:
-        """Whether the token in flight is its last because of the length limit."""
+        """Whether its in-flight token is its last because of the length limit."""
         return self.tokens[-1] == IN_FLIGHT_TOKEN and len(self.tokens) >= self.limit
 
     @property

@@ -1,8 +1,8 @@
-"""Which KV block belongs to whom: reference counts, a free list in LRU order, and the prefix index over full blocks.
+"""Pool of paged KV blocks: reference counts, a free list in LRU order, and the prefix cache's index of full blocks.
 
-Plain bookkeeping, no tensors. A block that nobody holds any more keeps its content and its place in the prefix index
-until it is handed out again, so a prefix stays reusable for as long as memory allows. Block 0 is never handed out: it
-is the scratch block that unused block-table entries point to.
+Bookkeeping only, no tensors. A free block keeps its content and stays in the prefix index until it is allocated again,
+so a prefix can be reused for as long as memory allows. Block 0 is never allocated: it is the scratch block that unused
+block-table entries point to.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 def chain(parent: bytes, content: Sequence[int | float | str]) -> bytes:
-    """Key of what comes after `parent`: a full block's tokens, or a name of what its KV depends on. 16 bytes.
+    """Prefix-cache key, 16 bytes: a hash of the parent's key and of a full block's tokens, or of a name.
 
-    The first parent is empty. Names (a tenant, an adapter) join before the first block that they matter to, so KV is
-    only ever found by a request that would compute the very same values. They begin with a text, which no block does.
+    The first parent is empty. Names of what KV depends on (a tenant, an adapter) are hashed before the first block that
+    depends on them, so a block is found only by requests that would compute the same KV. A name's content begins with a
+    string, a block's with a token id.
     """
     return blake2b(_pack(content), digest_size=16, key=parent[:64]).digest()
 
@@ -29,8 +30,8 @@ class BlockPool:
     """All KV blocks of the device.
 
     Args:
-        blocks: how many may be handed out (block ids 1..blocks).
-        block_size: tokens in one.
+        blocks: number of blocks that can be allocated (ids 1..blocks).
+        block_size: tokens per block.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -55,7 +56,7 @@ class BlockPool:
         return self.blocks - self.free
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest indexed beginning of `keys`; they are not held yet."""
+        """Blocks of the longest cached prefix of `keys`; call `hold` to use them."""
         found = []
         for key in keys:
             block = self._index.get(key)
@@ -65,18 +66,18 @@ class BlockPool:
         return found
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Claim blocks that `find` returned."""
+        """Take a reference to each of the blocks that `find` returned."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._free[block]
             self._holders[block] += 1
 
     def free_after_holding(self, blocks: Iterable[int]) -> int:
-        """How many blocks would be free once `blocks` were held."""
+        """Number of free blocks if `blocks` were held as well."""
         return self.free - sum(self._holders[block] == 0 for block in blocks)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks of undefined content, least recently used first; None, and nothing taken, if too few."""
+        """Allocate `count` blocks, least recently used first, content undefined; None if too few are free."""
         if count > len(self._free):
             return None
         taken = []
@@ -88,14 +89,14 @@ class BlockPool:
         return taken
 
     def index(self, block: int, key: bytes) -> None:
-        """Make a full, written block findable. The first block under a key stays the one that is found."""
+        """Add a full, written block to the prefix index; no effect if the key has a block already."""
         if key not in self._index and block not in self._key:
             self._index[key] = block
             self._key[block] = key
 
     def release(self, blocks: Sequence[int], *, forget: bool = False) -> None:
-        """Give up one hold on each; with `forget` their content is never found again (it may be wrong)."""
-        for block in reversed(blocks):  # the end of a prefix goes first: its beginning serves more requests
+        """Drop one reference to each block; with `forget`, also remove them from the prefix index (invalid content)."""
+        for block in reversed(blocks):  # the end of a prefix is reused first: its beginning serves more requests
             if forget:
                 self._unindex(block)
             self._holders[block] -= 1

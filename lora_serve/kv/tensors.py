@@ -1,4 +1,4 @@
-"""The memory behind the KV blocks: per layer one tensor of keys and one of values."""
+"""KV cache tensors: one tensor of keys and one of values per layer, divided into blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one attention layer stores per token."""
+    """Shape of the keys and values that one attention layer stores per token."""
 
     kv_heads: int
     key_dim: int
@@ -30,7 +30,7 @@ class KVTensors:
         self.resize(blocks)
 
     def resize(self, blocks: int) -> None:
-        """Have another number of blocks, all of them empty; the tensors are new ones."""
+        """Replace the tensors by new, zeroed ones with another number of blocks."""
 
         def make(heads: int, dim: int) -> Tensor:
             return torch.zeros(blocks + 1, self._block_size, heads, dim, dtype=self._dtype, device=self._device)
@@ -42,5 +42,5 @@ class KVTensors:
 
 
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
-    """KV bytes that one token takes over all layers."""
+    """KV cache bytes per token, over all layers."""
     return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""A registry on a small base, closed when the test is over."""
+"""Fixture: a registry on a small base, closed after the test."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registry_house import House
+from registry_harness import RegistryHarness
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path)
-    yield house
-    house.registry.close()
+def harness(tmp_path: Path) -> Iterator[RegistryHarness]:
+    harness = RegistryHarness(tmp_path)
+    yield harness
+    harness.registry.close()

@@ -1,4 +1,4 @@
-"""Adapters of the methods beside LoRA, in tensors and fields, for a base of a few small modules."""
+"""Valid adapters of methods other than LoRA, as tensors and configuration fields, for a small base."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def bring(method: str, tensors: dict[str, Tensor], base: BaseShape = BASE, **fields: Any) -> Lowered:
+def lower_tensors(method: str, tensors: dict[str, Tensor], base: BaseShape = BASE, **fields: Any) -> Lowered:
     keyed = {key if key.startswith("base_model.") else X + key: tensor for key, tensor in tensors.items()}
     return lower(Checkpoint({"peft_type": method, **fields}, keyed, 0), base)
 

@@ -1,4 +1,4 @@
-"""PEFT folders written by hand, right or wrong in one chosen way, for a base of two small layers."""
+"""Writes PEFT folders, valid or with a chosen fault, for a base of two small layers."""
 
 from __future__ import annotations
 

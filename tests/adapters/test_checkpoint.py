@@ -1,4 +1,4 @@
-"""Files from strangers: what is right is read exactly, everything else is refused with the reason."""
+"""Reading untrusted adapter files: valid ones are read exactly, all others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_a_folder_is_read_exactly(tmp_path: Path) -> None:
     assert checkpoint.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+def test_tensors_do_not_change_when_the_file_changes_after_reading(tmp_path: Path) -> None:
     checkpoint = read(write(tmp_path), max_bytes=1 << 20)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     name = next(iter(tensors()))
     torch.testing.assert_close(checkpoint.tensors[name], tensors()[name], rtol=0, atol=0)
 
 
-LYING = {
+INVALID_FILES = {
     "no header": b"abc",
     "a header longer than the file": (1 << 20).to_bytes(8, "little") + b"{}",
     "a huge header": (MAX_HEADER + 1).to_bytes(8, "little") + b"{}",
@@ -66,15 +66,15 @@ LYING = {
 }
 
 
-@pytest.mark.parametrize("what", LYING)
-def test_a_container_that_lies_is_refused(what: str) -> None:
+@pytest.mark.parametrize("what", INVALID_FILES)
+def test_an_invalid_safetensors_file_is_refused(what: str) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        check_container(LYING[what])
+        check_container(INVALID_FILES[what])
     assert len(caught.value.message) < 400
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused_by_key(value: float, tmp_path: Path) -> None:
+def test_non_finite_numbers_are_refused_naming_the_key(value: float, tmp_path: Path) -> None:
     weights = tensors()
     name = [*weights][1]
     weights[name][3, 2] = value
@@ -93,7 +93,7 @@ def test_a_broken_configuration_is_refused(text: str, tmp_path: Path) -> None:
         read(tmp_path, max_bytes=1 << 20)
 
 
-def test_pickles_are_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
+def test_pickles_are_refused_by_name_with_advice(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterInvalid, match=r"adapter_model\.bin.*safe_serialization=True"):
@@ -117,18 +117,18 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read(tmp_path, max_bytes=1 << 20)
 
 
-def test_a_file_over_the_cap_is_refused_unread(tmp_path: Path) -> None:
+def test_a_file_over_the_size_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TooLarge):
         read(write(tmp_path), max_bytes=100)
 
 
 @pytest.mark.parametrize("text", ['{"r": 1000000000000000000000000000000}', '{"a\\ud800b": 1}', '{"r": "\\udfff"}'])
-def test_what_no_message_could_carry_is_refused(text: str, tmp_path: Path) -> None:
+def test_values_that_no_message_can_carry_are_refused(text: str, tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(AdapterInvalid):
         read(tmp_path, max_bytes=1 << 20)
 
 
-def test_a_refusal_holds_nothing_that_a_terminal_would_act_on() -> None:
+def test_error_messages_contain_no_control_characters() -> None:
     assert AdapterInvalid("key \x1b]0;evil\x07 \u202e").message == "key \ufffd]0;evil\ufffd \ufffd"

@@ -1,4 +1,4 @@
-"""Host and device memory: least recently used goes, what is kept stays, bytes freed are bytes taken."""
+"""Host cache and device slots: LRU eviction, adapters that must stay, and exact accounting of bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapter(name: str, rank: int = 4) -> Adapter:
     return flatten(name, Lowered(deltas, {}), torch.float32)
 
 
-def nobody(digest: str) -> bool:
+def keep_none(digest: str) -> bool:
     return False
 
 
@@ -35,8 +35,8 @@ def nobody(digest: str) -> bool:
     needed=st.integers(1, 100),
     capacity=st.integers(1, 200),
 )
-def test_just_enough_leave_in_order(sizes: dict[str, int], needed: int, capacity: int) -> None:
-    gone = adapters_to_evict(sizes, needed, capacity, nobody)
+def test_only_as_many_as_needed_are_evicted_in_lru_order(sizes: dict[str, int], needed: int, capacity: int) -> None:
+    gone = adapters_to_evict(sizes, needed, capacity, keep_none)
     if gone is None:
         assert needed > capacity
         return
@@ -46,21 +46,21 @@ def test_just_enough_leave_in_order(sizes: dict[str, int], needed: int, capacity
     assert not gone or left + sizes[gone[-1]] + needed > capacity
 
 
-def test_the_least_recently_used_adapter_leaves_the_cache() -> None:
+def test_the_least_recently_used_adapter_is_evicted_from_the_cache() -> None:
     size = adapter("a").nbytes
     cache = HostCache(2 * size)
-    cache.put(adapter("a"), nobody)
-    cache.put(adapter("b"), nobody)
+    cache.put(adapter("a"), keep_none)
+    cache.put(adapter("b"), keep_none)
     cache.get("a")
-    cache.put(adapter("c"), nobody)
+    cache.put(adapter("c"), keep_none)
     assert ("a" in cache, "b" in cache, "c" in cache) == (True, False, True)
     assert repr(cache) == f"<HostCache 2 adapters, {2 * size} of {2 * size} bytes>"
     assert cache.evictions == 1
 
 
-def test_what_is_kept_stays_even_over_the_budget() -> None:
+def test_kept_adapters_stay_even_over_the_capacity() -> None:
     cache = HostCache(adapter("a").nbytes)
-    cache.put(adapter("a"), nobody)
+    cache.put(adapter("a"), keep_none)
     cache.put(adapter("b"), lambda digest: digest == "a")
     assert "a" in cache
     assert "b" in cache
@@ -68,10 +68,10 @@ def test_what_is_kept_stays_even_over_the_budget() -> None:
 
 def test_an_adapter_larger_than_the_cache_is_refused() -> None:
     with pytest.raises(TooLarge):
-        HostCache(10).put(adapter("a"), nobody)
+        HostCache(10).put(adapter("a"), keep_none)
 
 
-def test_vacating_takes_the_oldest_that_may_go() -> None:
+def test_slots_to_free_are_the_least_recently_used_that_are_not_kept() -> None:
     sizes = {"a": 10, "b": 20, "c": 30}
     assert slots_to_free(sizes, 5, 4, None, set()) == []
     assert slots_to_free(sizes, 5, 3, None, {"a"}) == ["b"]
@@ -82,7 +82,7 @@ def test_vacating_takes_the_oldest_that_may_go() -> None:
     assert slots_to_free(sizes, 65, 9, 70, {"a", "b"}) is None
 
 
-def test_a_slot_is_a_column_of_pointers_to_the_adapter_s_own_tensor() -> None:
+def test_a_slot_is_a_column_of_pointers_into_the_adapter_s_flat_tensor() -> None:
     device_slots = DeviceSlots(BASE, 2, torch.float32, CPU)
     found = adapter("a", rank=3)
     slot = device_slots.load(found)
@@ -95,7 +95,7 @@ def test_a_slot_is_a_column_of_pointers_to_the_adapter_s_own_tensor() -> None:
     assert device_slots.bytes == found.nbytes
 
 
-def test_eviction_zeroes_the_column_and_returns_exactly_what_was_taken() -> None:
+def test_eviction_zeroes_the_column_and_frees_exactly_what_was_allocated() -> None:
     device_slots = DeviceSlots(BASE, 2, torch.float32, CPU)
     before = {names: (group.a.clone(), group.a.data_ptr()) for names, group in device_slots.groups.items()}
     for digest in ("a", "b"):
@@ -113,7 +113,7 @@ def test_eviction_zeroes_the_column_and_returns_exactly_what_was_taken() -> None
         assert all(delta is None for row in group.deltas for delta in row)
 
 
-def test_looking_a_slot_up_makes_it_recent() -> None:
+def test_looking_up_a_slot_marks_it_as_recently_used() -> None:
     device_slots = DeviceSlots(BASE, 2, torch.float32, CPU)
     device_slots.load(adapter("a"))
     device_slots.load(adapter("b"))

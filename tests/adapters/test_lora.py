@@ -1,4 +1,4 @@
-"""Lowering: exactly PEFT's scaling, every key has a home, and nothing that matters is ignored."""
+"""Lowering of LoRA: PEFT's scaling exactly, every key assigned or refused, no relevant field ignored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_serve.adapters.formats.dispatch import FORMATS, lower
 from lora_serve.errors import AdapterInvalid
 
 
-def bring(folder: Path, weights: Any = None, **fields: Any) -> Lowered:
+def lower_folder(folder: Path, weights: Any = None, **fields: Any) -> Lowered:
     return lower(read(write(folder, weights, **fields), max_bytes=1 << 20), BASE)
 
 
@@ -27,13 +27,13 @@ def scale(lowered: Lowered, name: str) -> float:
 
 
 def test_scaling_is_alpha_over_rank(tmp_path: Path) -> None:
-    lowered = bring(tmp_path, lora_alpha=6)
+    lowered = lower_folder(tmp_path, lora_alpha=6)
     assert scale(lowered, "layers.0.q_proj") == pytest.approx(6 / 4)
     assert [*lowered.deltas] == [*BASE.sites]
 
 
-def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
-    assert scale(bring(tmp_path, use_rslora=True), "layers.0.q_proj") == pytest.approx(8 / math.sqrt(4))
+def test_rslora_divides_by_the_square_root_of_the_rank(tmp_path: Path) -> None:
+    assert scale(lower_folder(tmp_path, use_rslora=True), "layers.0.q_proj") == pytest.approx(8 / math.sqrt(4))
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
     ],
 )
 def test_patterns_match_as_peft_matches_them(pattern: str, hit: str | None, missed: str, tmp_path: Path) -> None:
-    lowered = bring(tmp_path, alpha_pattern={pattern: 20})
+    lowered = lower_folder(tmp_path, alpha_pattern={pattern: 20})
     assert scale(lowered, missed) == pytest.approx(2)
     if hit is not None:
         assert scale(lowered, hit) == pytest.approx(5)
 
 
 def test_the_first_pattern_that_matches_decides(tmp_path: Path) -> None:
-    lowered = bring(tmp_path, alpha_pattern={"layers.0.q_proj": 4, "q_proj": 20})
+    lowered = lower_folder(tmp_path, alpha_pattern={"layers.0.q_proj": 4, "q_proj": 20})
     assert scale(lowered, "layers.0.q_proj") == pytest.approx(1)
     assert scale(lowered, "layers.1.q_proj") == pytest.approx(5)
 
 
-def test_a_pattern_that_would_take_forever_takes_no_time(tmp_path: Path) -> None:
-    assert scale(bring(tmp_path, alpha_pattern={"(a|a)*" * 20 + "(.*)*" * 10 + "!": 3}), "layers.0.q_proj") == 2
+def test_a_pattern_with_exponential_backtracking_is_matched_quickly(tmp_path: Path) -> None:
+    assert scale(lower_folder(tmp_path, alpha_pattern={"(a|a)*" * 20 + "(.*)*" * 10 + "!": 3}), "layers.0.q_proj") == 2
 
 
 REFUSED: dict[str, Any] = {
@@ -72,7 +72,7 @@ REFUSED: dict[str, Any] = {
     "bias": "some",
     "something_new": 3,
 }
-PROMISED: dict[str, Any] = {
+WITHOUT_WEIGHTS: dict[str, Any] = {
     "use_dora": True,
     "lora_bias": True,
     "kasa_config": {"x": 1},
@@ -84,72 +84,72 @@ PROMISED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_a_field_that_would_change_the_maths_is_refused_by_name(field: str, tmp_path: Path) -> None:
+def test_an_unsupported_field_is_refused_by_name(field: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match=field):
-        bring(tmp_path, **{field: REFUSED[field]})
+        lower_folder(tmp_path, **{field: REFUSED[field]})
 
 
-@pytest.mark.parametrize("field", PROMISED)
-def test_a_field_that_promises_what_the_weights_do_not_have_is_refused_by_name(field: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", WITHOUT_WEIGHTS)
+def test_a_field_whose_weights_are_missing_is_refused_by_name(field: str, tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in tensors().items() if ".1." not in name}
     with pytest.raises(AdapterInvalid, match=field):
-        bring(tmp_path, weights, **{field: PROMISED[field]})
+        lower_folder(tmp_path, weights, **{field: WITHOUT_WEIGHTS[field]})
 
 
 @pytest.mark.parametrize("tail", ["lora_magnitude_vector", "lora_B.bias", "lora_diag"])
-def test_weights_that_the_configuration_does_not_speak_of_are_refused(tail: str, tmp_path: Path) -> None:
+def test_weights_that_the_configuration_does_not_declare_are_refused(tail: str, tmp_path: Path) -> None:
     weights = tensors() | {f"{PREFIX}layers.0.q_proj.{tail}": torch.ones(4 if tail == "lora_diag" else 12)}
     with pytest.raises(AdapterInvalid, match="is off, but there is"):
-        bring(tmp_path, weights)
+        lower_folder(tmp_path, weights)
 
 
-def test_unknown_fields_at_nothing_and_training_fields_are_ignored(tmp_path: Path) -> None:
-    bring(tmp_path, something_new=None, lora_dropout=0.3, layers_to_transform=[0], task_type="CAUSAL_LM")
+def test_unknown_null_fields_and_training_fields_are_ignored(tmp_path: Path) -> None:
+    lower_folder(tmp_path, something_new=None, lora_dropout=0.3, layers_to_transform=[0], task_type="CAUSAL_LM")
 
 
-def test_a_key_without_a_home_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_key_without_a_module_is_refused_with_the_reason(tmp_path: Path) -> None:
     weights = tensors() | {
         f"{PREFIX}norm.lora_A.weight": torch.ones(4, 8),
         f"{PREFIX}ghost.lora_A.weight": torch.ones(4, 8),
     }
     with pytest.raises(AdapterInvalid, match=r"2 tensors.*ghost.*norm.*RMSNorm"):
-        bring(tmp_path, weights)
+        lower_folder(tmp_path, weights)
 
 
-def test_half_a_pair_is_refused(tmp_path: Path) -> None:
+def test_lora_a_without_lora_b_is_refused(tmp_path: Path) -> None:
     weights = tensors()
     del weights[f"{PREFIX}layers.1.q_proj.lora_B.weight"]
     with pytest.raises(AdapterInvalid, match=r"layers\.1\.q_proj"):
-        bring(tmp_path, weights)
+        lower_folder(tmp_path, weights)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 8)])
 def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, int], tmp_path: Path) -> None:
     weights = tensors() | {f"{PREFIX}layers.0.q_proj.lora_A.weight": torch.ones(shape)}
     with pytest.raises(AdapterInvalid, match=r"layers\.0\.q_proj"):
-        bring(tmp_path, weights)
+        lower_folder(tmp_path, weights)
 
 
-def test_a_rank_that_is_not_the_configuration_s_is_refused(tmp_path: Path) -> None:
+def test_a_rank_other_than_the_configured_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="rank 4 in the weights and 16"):
-        bring(tmp_path, r=16)
+        lower_folder(tmp_path, r=16)
 
 
-def test_an_adapter_that_touches_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_without_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="changes nothing"):
-        bring(tmp_path, {})
+        lower_folder(tmp_path, {})
 
 
 def test_zero_weights_are_served_with_a_warning(tmp_path: Path) -> None:
     weights = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in tensors().items()}
-    assert "zero" in bring(tmp_path, weights).report["warnings"][0]
+    assert "zero" in lower_folder(tmp_path, weights).report["warnings"][0]
 
 
-def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_takes_its_place(tmp_path: Path) -> None:
+def test_saved_base_weights_are_ignored_if_equal_and_replace_the_base_s_if_changed(tmp_path: Path) -> None:
     key = f"{PREFIX}layers.0.q_proj.base_layer.weight"
-    same = bring(tmp_path / "same", tensors() | {key: HEAD.clone()})
+    same = lower_folder(tmp_path / "same", tensors() | {key: HEAD.clone()})
     assert not same.overrides
-    changed = bring(tmp_path / "changed", tensors() | {key: HEAD + 1})
+    changed = lower_folder(tmp_path / "changed", tensors() | {key: HEAD + 1})
     delta = same.deltas["layers.0.q_proj"]
     torch.testing.assert_close(
         changed.overrides["layers.0.q_proj"].parameters["weight"], HEAD + 1 + delta.b.T @ delta.a
@@ -160,10 +160,10 @@ def test_a_saved_copy_of_the_base_s_own_weights_is_harmless_and_a_changed_one_ta
 
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="BOFT"):
-        bring(tmp_path, peft_type="BOFT")
+        lower_folder(tmp_path, peft_type="BOFT")
 
 
-def test_a_family_is_added_by_registering_it(tmp_path: Path) -> None:
+def test_a_method_is_added_by_registering_it(tmp_path: Path) -> None:
     def toy(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         lowered = FORMATS["LORA"](checkpoint, base)
         return Lowered(lowered.deltas, {"method": "toy"})
@@ -173,16 +173,16 @@ def test_a_family_is_added_by_registering_it(tmp_path: Path) -> None:
     assert lower(checkpoint, BASE, {"TOY": toy}).report == {"method": "toy"}
 
 
-def test_the_digest_is_of_what_it_does(tmp_path: Path) -> None:
-    first = digest(bring(tmp_path / "a"))
+def test_the_digest_depends_on_the_lowered_content_only(tmp_path: Path) -> None:
+    first = digest(lower_folder(tmp_path / "a"))
     shuffled = dict(reversed(tensors().items()))
-    assert digest(bring(tmp_path / "b", shuffled, lora_dropout=0.5)) == first
-    assert digest(bring(tmp_path / "c", lora_alpha=9)) != first
-    assert digest(bring(tmp_path / "d", tensors(seed=1))) != first
+    assert digest(lower_folder(tmp_path / "b", shuffled, lora_dropout=0.5)) == first
+    assert digest(lower_folder(tmp_path / "c", lora_alpha=9)) != first
+    assert digest(lower_folder(tmp_path / "d", tensors(seed=1))) != first
 
 
-def test_the_flat_tensor_holds_exactly_the_matrices_at_aligned_places(tmp_path: Path) -> None:
-    lowered = bring(tmp_path)
+def test_the_flat_tensor_contains_exactly_the_matrices_at_aligned_offsets(tmp_path: Path) -> None:
+    lowered = lower_folder(tmp_path)
     adapter = flatten("d", lowered, torch.bfloat16)
     for name, site in BASE.sites.items():
         delta = adapter.delta(site)
@@ -195,12 +195,12 @@ def test_the_flat_tensor_holds_exactly_the_matrices_at_aligned_places(tmp_path: 
 
 @pytest.mark.parametrize("matrix", ["lora_A.weight", "lora_B.weight"])
 @pytest.mark.parametrize("shape", [(), (4,), (4, 8, 1)])
-def test_matrices_of_no_two_dimensions_are_refused(matrix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_matrices_that_are_not_two_dimensional_are_refused(matrix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     weights = tensors() | {f"{PREFIX}layers.0.q_proj.{matrix}": torch.ones(shape)}
     with pytest.raises(AdapterInvalid, match=r"layers\.0\.q_proj"):
-        bring(tmp_path, weights)
+        lower_folder(tmp_path, weights)
 
 
-def test_an_invocation_longer_than_any_is_refused(tmp_path: Path) -> None:
+def test_too_long_an_invocation_sequence_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match="alora_invocation_tokens"):
-        bring(tmp_path, alora_invocation_tokens=[1] * 5000)
+        lower_folder(tmp_path, alora_invocation_tokens=[1] * 5000)

@@ -1,4 +1,4 @@
-"""Methods beside LoRA: what cannot be served exactly is refused, naming the field or key."""
+"""Methods other than LoRA: unsupported fields, keys and shapes are refused by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from method_cases import (
     VBLORA_FIELDS,
     VERA,
     WIDE,
-    bring,
+    lower_tensors,
     normal,
 )
 from torch import Tensor
@@ -71,21 +71,21 @@ def test_every_field_of_peft_s_configuration_is_classified(method: str) -> None:
 @pytest.mark.parametrize("method", GOOD)
 def test_an_unknown_field_is_refused_by_name(method: str) -> None:
     tensors, fields = GOOD[method]
-    assert bring(method, tensors, **fields).report["method"]
+    assert lower_tensors(method, tensors, **fields).report["method"]
     with pytest.raises(AdapterInvalid, match="something_new"):
-        bring(method, tensors, **fields, something_new=3)
+        lower_tensors(method, tensors, **fields, something_new=3)
 
 
 @pytest.mark.parametrize("method", GOOD)
-def test_a_key_without_a_home_is_refused_with_the_reason(method: str) -> None:
+def test_a_key_without_a_module_is_refused_with_the_reason(method: str) -> None:
     tensors, fields = GOOD[method]
     stray = next(iter(tensors)).rpartition(".")[2]
     stray = "vblora_logits_A" if method == "VBLORA" else stray
     with pytest.raises(AdapterInvalid, match="ghost"):
-        bring(method, tensors | {f"ghost.{stray}": normal(2, WIDE)}, **fields)
+        lower_tensors(method, tensors | {f"ghost.{stray}": normal(2, WIDE)}, **fields)
     if method not in ("LN_TUNING", "TRAINABLE_TOKENS"):
         with pytest.raises(AdapterInvalid, match=r"embed.*an Embedding, not a linear module"):
-            bring(method, tensors | {f"embed.{stray}": normal(2, WIDE)}, **fields)
+            lower_tensors(method, tensors | {f"embed.{stray}": normal(2, WIDE)}, **fields)
 
 
 @pytest.mark.parametrize("method", GOOD)
@@ -95,7 +95,7 @@ def test_a_wrong_shape_is_refused_by_key(method: str, shape: tuple[int, ...]) ->
     for key in tensors:
         if (method, shape) != ("DELORA", (1,)):
             with pytest.raises(AdapterInvalid, match=key.removeprefix("base_model.").split(".")[0]):
-                bring(method, tensors | {key: torch.ones(shape)}, **fields)
+                lower_tensors(method, tensors | {key: torch.ones(shape)}, **fields)
 
 
 @pytest.mark.parametrize("method", [name for name, (tensors, _) in GOOD.items() if len(tensors) > 1])
@@ -103,7 +103,7 @@ def test_a_missing_matrix_is_refused(method: str) -> None:
     tensors, fields = GOOD[method]
     for key in tensors:
         with pytest.raises(AdapterInvalid, match=r"q|bank"):
-            bring(method, {name: tensor for name, tensor in tensors.items() if name != key}, **fields)
+            lower_tensors(method, {name: tensor for name, tensor in tensors.items() if name != key}, **fields)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Tensor], dict[str, Any], str]] = {
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[str, dict[str, Tensor], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_served_is_refused_by_field_or_key(what: str) -> None:
+def test_unsupported_adapters_are_refused_by_field_or_key(what: str) -> None:
     method, tensors, fields, match = REFUSED[what]
     with pytest.raises(AdapterInvalid, match=match):
-        bring(method, tensors, **fields)
+        lower_tensors(method, tensors, **fields)

@@ -1,4 +1,4 @@
-"""What is not served is refused by name, with the reason and with advice that works."""
+"""Unsupported methods and options are refused by name, with the reason and with advice that works."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from lora_serve.errors import AdapterInvalid
 
 
 @pytest.fixture(autouse=True)
-def _peft_may_warn() -> Iterator[None]:
-    """PEFT warns of much that these small models do on purpose."""
+def _ignore_peft_warnings() -> Iterator[None]:
+    """PEFT warns about properties that these small models have on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -54,7 +54,7 @@ def test_every_method_of_peft_is_served_or_refused_with_reason_and_advice(peft_t
     assert len(caught.value.message) < 500
 
 
-def test_a_method_that_nobody_knows_is_told_what_is_served(tmp_path: Path) -> None:
+def test_an_unknown_method_is_refused_listing_the_supported_ones(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match=r"peft_type NOPE is no method that is known here; served are: .*LORA"):
         lower(read(write(tmp_path, peft_type="NOPE"), max_bytes=1 << 20), BASE)
 
@@ -86,12 +86,12 @@ MERGED = [name for name, refusal in METHODS.items() if "merge_and_unload" in ref
 CONVERTED = [name for name, refusal in METHODS.items() if "save_as_lora" in refusal.advice]
 
 
-def made(config: peft.PeftConfig) -> Any:
-    """A model with an adapter whose weights are not what they were at the beginning."""
-    return trained(get_peft_model(copy.deepcopy(reference("llama")), config))
+def make_model(config: peft.PeftConfig) -> Any:
+    """A model with an adapter whose weights differ from their initialisation."""
+    return add_noise(get_peft_model(copy.deepcopy(reference("llama")), config))
 
 
-def trained(model: Any) -> Any:
+def add_noise(model: Any) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -112,13 +112,13 @@ def logits(model: Any, **more: Any) -> Tensor:
     return found
 
 
-def loaded(folder: str | Path) -> Any:
+def load_peft(folder: str | Path) -> Any:
     return PeftModel.from_pretrained(copy.deepcopy(reference("llama")), str(folder)).eval()
 
 
 @pytest.mark.parametrize("peft_type", sorted({*MERGED, *CONVERTED} - {"ADAMSS"}))
-def test_peft_merges_and_converts_what_it_is_said_to(peft_type: str, tmp_path: Path) -> None:
-    model = made(config_of(peft_type))
+def test_peft_can_merge_and_convert_as_the_advice_says(peft_type: str, tmp_path: Path) -> None:
+    model = make_model(config_of(peft_type))
     before = logits(model)
     assert model.supports_lora_conversion() == (peft_type in CONVERTED)
     if found := re.search(r"rank=([\w *+]+)\)", METHODS[peft_type].advice):
@@ -126,14 +126,14 @@ def test_peft_merges_and_converts_what_it_is_said_to(peft_type: str, tmp_path: P
         peft.save_as_lora(tmp_path, model, rank=rank)
         written = read(tmp_path, max_bytes=1 << 30)
         assert written.config["peft_type"] == "LORA"
-        torch.testing.assert_close(logits(loaded(tmp_path)), before, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits(load_peft(tmp_path)), before, rtol=0, atol=1e-4)
     if peft_type in MERGED:
         torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("peft_type", ["ADAPTION_PROMPT", "LILY", "SHADOW", "POLY"])
-def test_peft_cannot_merge_what_it_is_said_it_cannot(peft_type: str) -> None:
-    model = made(config_of(peft_type))
+def test_peft_cannot_merge_where_the_advice_says_so(peft_type: str) -> None:
+    model = make_model(config_of(peft_type))
     with pytest.raises((NotImplementedError, AttributeError)):
         model.merge_and_unload()
 
@@ -142,7 +142,7 @@ def test_peft_cannot_merge_what_it_is_said_it_cannot(peft_type: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["corda", "loftq", "lora_ga", "pissa_niter_16", "PISSA_NITER_4"])
-def test_an_initialisation_that_cannot_be_repeated_is_refused_with_the_call_that_converts_it(value: str) -> None:
+def test_an_unrepeatable_initialisation_is_refused_with_the_call_that_converts_it(value: str) -> None:
     with pytest.raises(AdapterInvalid) as caught:
         refuse_initialisation(value)
     assert value in caught.value.message
@@ -152,26 +152,26 @@ def test_an_initialisation_that_cannot_be_repeated_is_refused_with_the_call_that
 
 
 @pytest.mark.parametrize("value", SERVED_INITIALISATIONS)
-def test_other_initialisations_pass(value: Any) -> None:
+def test_supported_initialisations_are_accepted(value: Any) -> None:
     refuse_initialisation(value)
 
 
 @pytest.mark.parametrize("value", ["brand_new", 7, ["pissa"], "pissa_n"])
-def test_an_initialisation_that_nobody_knows_is_refused(value: Any) -> None:
+def test_an_unknown_initialisation_is_refused(value: Any) -> None:
     with pytest.raises(AdapterInvalid, match=r"init_lora_weights = .* is no initialisation that is known here"):
         refuse_initialisation(value)
 
 
-def test_peft_converts_them_to_the_same_plain_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_advised_conversion_gives_an_equivalent_plain_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa_niter_4")
     model = get_peft_model(copy.deepcopy(reference("llama")), config)
     model.save_pretrained("init")
-    trained(model)
+    add_noise(model)
     model.save_pretrained("lora", path_initial_model_for_weight_conversion="init")
     converted = json.loads(Path("lora/adapter_config.json").read_text())
     assert (converted["r"], converted["init_lora_weights"]) == (8, True)
-    torch.testing.assert_close(logits(loaded("lora")), logits(model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(load_peft("lora")), logits(model), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_peft_converts_them_to_the_same_plain_lora(tmp_path: Path, monkeypatch: 
         ("use_qalora", True),
     ],
 )
-def test_an_option_without_a_lowering_is_refused_with_reason_and_advice(field: str, value: Any) -> None:
+def test_an_unsupported_option_is_refused_with_reason_and_advice(field: str, value: Any) -> None:
     refusal = FIELDS[field]
     with pytest.raises(AdapterInvalid) as caught:
         refuse_fields({field: value})
@@ -191,11 +191,11 @@ def test_an_option_without_a_lowering_is_refused_with_reason_and_advice(field: s
         assert part in caught.value.message
 
 
-def test_options_that_are_off_pass() -> None:
+def test_options_that_are_off_are_accepted() -> None:
     refuse_fields({"layer_replication": [], "arrow_config": None, "use_qalora": False, "r": 8})
 
 
-def test_no_refusal_lacks_a_word() -> None:
+def test_every_refusal_has_a_name_a_reason_and_advice() -> None:
     for refusal in (*METHODS.values(), *INITIALISATIONS.values(), *FIELDS.values()):
         assert isinstance(refusal, Refusal)
         assert all(len(text) > 2 and text == text.strip(" .") for text in vars(refusal).values())

@@ -1,4 +1,4 @@
-"""The inspection report: what an adapter is, what it touches, and what a person should be warned of."""
+"""The inspection report: method, adapted modules, size, and warnings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft_folders import BASE, PREFIX, tensors, write
-from registry_house import House
+from registry_harness import RegistryHarness
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Prefix, Site
 from lora_serve.adapters.checkpoint import Checkpoint, read
 from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.formats.report import complete, model_name, report, shown
+from lora_serve.adapters.formats.report import complete, display_name, model_name, report
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 from lora_serve.messages import Inspect, Inspection
@@ -41,7 +41,7 @@ def delta(value: float = 1.0) -> Delta:
     return Delta(torch.ones(4, 8), torch.full((4, 12), value))
 
 
-def test_a_report_says_what_a_lora_is(tmp_path: Path) -> None:
+def test_the_complete_report_of_a_lora(tmp_path: Path) -> None:
     names = (Q, K)
     found = inspected(tmp_path, weights=tensors(names=names), use_rslora=True, base_model_name_or_path="qwen2.5-0.5b")
     size = (tmp_path / "adapter_config.json").stat().st_size + (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -75,7 +75,7 @@ def test_modules_are_counted_by_kind() -> None:
     assert made["modules"] == "3 of 5"
 
 
-def test_it_says_what_became_of_the_adapter_and_how_it_can_be_used() -> None:
+def test_the_report_describes_the_lowered_adapter_and_whether_it_can_be_composed() -> None:
     overrides = {
         Q: ModuleOverride(gain_out=torch.full((12,), 2.0), shift=torch.ones(12)),
         "embed": ModuleOverride(lookup=delta()),
@@ -124,34 +124,34 @@ def test_it_says_what_became_of_the_adapter_and_how_it_can_be_used() -> None:
         ("/home/someone/llama", True),
     ],
 )
-def test_another_base_is_warned_of_by_name(name: Any, warned: bool, tmp_path: Path) -> None:
+def test_a_base_of_another_name_causes_a_warning(name: Any, warned: bool, tmp_path: Path) -> None:
     warnings = inspected(tmp_path, base_model_name_or_path=name)["warnings"]
     assert bool(warnings) == warned
     if warned:
-        assert warnings == [f"it was trained on {shown(name)}, this base is Qwen/Qwen2.5-0.5B (qwen2)"]
+        assert warnings == [f"it was trained on {display_name(name)}, this base is Qwen/Qwen2.5-0.5B (qwen2)"]
 
 
 @pytest.mark.parametrize("names", [(), ("/models/base",), ("/tmp/x",)])
-def test_a_base_without_a_name_of_its_own_is_compared_with_nothing(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_base_without_a_meaningful_name_causes_no_warning(names: tuple[str, ...], tmp_path: Path) -> None:
     base = replace(BASE, names=names)
     assert inspected(tmp_path, base, base_model_name_or_path="meta-llama/Llama-3.1-8B")["warnings"] == []
 
 
-def test_any_of_the_bases_names_will_do(tmp_path: Path) -> None:
+def test_any_name_of_the_base_may_match(tmp_path: Path) -> None:
     base = replace(BASE, names=("/srv/weights/v7", "company/writer"))
     assert inspected(tmp_path, base, base_model_name_or_path="writer")["warnings"] == []
 
 
-def test_folders_of_this_machine_are_not_told() -> None:
-    assert shown("/srv/secret/customer/llama") == "llama"
-    assert shown("../secret/llama/checkpoint-7") == "llama"
-    assert shown("/tmp/x") == "an unnamed folder"
-    assert shown("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    assert len(shown("x" * 1000)) == 100
+def test_warnings_do_not_reveal_folders_of_the_server() -> None:
+    assert display_name("/srv/secret/customer/llama") == "llama"
+    assert display_name("../secret/llama/checkpoint-7") == "llama"
+    assert display_name("/tmp/x") == "an unnamed folder"
+    assert display_name("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert len(display_name("x" * 1000)) == 100
     assert model_name("x/final/step_100") == "x"
 
 
-def test_another_vocabulary_is_warned_of_when_both_are_known(tmp_path: Path) -> None:
+def test_another_vocabulary_causes_a_warning_if_both_are_known(tmp_path: Path) -> None:
     words = {"model": {"vocab": {"a": 0, "b": 1}}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     own = read(write(tmp_path), max_bytes=1 << 20).vocabulary
@@ -178,12 +178,12 @@ ZERO = torch.zeros(12)
         ({Q: delta(0)}, {"norm": ModuleOverride(parameters={"weight": torch.zeros(8)})}, False),
     ],
 )
-def test_an_adapter_that_changes_nothing_is_warned_of(deltas: Any, overrides: Any, warned: bool) -> None:
+def test_an_adapter_without_effect_causes_a_warning(deltas: Any, overrides: Any, warned: bool) -> None:
     warnings = report({}, RICH, method="any", deltas=deltas, overrides=overrides)["warnings"]
     assert warnings == (["all of its weights are zero: the adapter changes nothing"] if warned else [])
 
 
-def test_weights_of_the_base_that_it_brings_along_are_warned_of() -> None:
+def test_replaced_base_weights_cause_a_warning() -> None:
     overrides = {"norm": ModuleOverride(parameters={"weight": torch.zeros(8)})}
     features = ["replaced base weights"]
     made = report(
@@ -205,7 +205,7 @@ def misfit(folder: Path, base: BaseShape, name: str | None, weights: Any) -> str
 
 
 @pytest.mark.parametrize("what", ["shape", "module"])
-def test_a_refusal_by_shape_names_both_bases(what: str, tmp_path: Path) -> None:
+def test_an_error_about_shapes_names_both_bases(what: str, tmp_path: Path) -> None:
     weights = tensors()
     if what == "shape":
         weights[f"{PREFIX}{Q}.lora_A.weight"] = torch.ones(4, 16)
@@ -221,7 +221,7 @@ def test_a_refusal_by_shape_names_both_bases(what: str, tmp_path: Path) -> None:
     assert "another base" not in misfit(tmp_path, SERVED, "Qwen/Qwen2.5-0.5B", weights)
 
 
-def test_a_refused_field_says_nothing_of_bases(tmp_path: Path) -> None:
+def test_an_error_about_a_field_does_not_mention_bases(tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid) as caught:
         inspected(tmp_path, base_model_name_or_path="meta-llama/Llama-3.1-8B", layer_replication=[[0, 2]])
     assert "another base" not in caught.value.message
@@ -230,18 +230,18 @@ def test_a_refused_field_says_nothing_of_bases(tmp_path: Path) -> None:
 # --- in the registry -------------------------------------------------------------------------------------------------
 
 
-def inspect(house: House, folder: Path) -> Inspection:
-    found: Inspection = house.answer(lambda done: house.registry.inspect(Inspect(str(folder)), done))
+def inspect(harness: RegistryHarness, folder: Path) -> Inspection:
+    found: Inspection = harness.run(lambda done: harness.registry.inspect(Inspect(str(folder)), done))
     return found
 
 
-def test_inspecting_tells_what_publishing_would_make_and_keeps_nothing(house: House) -> None:
-    staged = write(house.folder / "store" / "staging" / "x", House.tensors(1))
-    found = inspect(house, staged)
+def test_inspecting_describes_what_publishing_would_create_and_stores_nothing(harness: RegistryHarness) -> None:
+    staged = write(harness.folder / "store" / "staging" / "x", RegistryHarness.tensors(1))
+    found = inspect(harness, staged)
     assert not staged.exists()
-    assert house.registry.describe_all() == []
-    assert list((house.folder / "store" / "versions").iterdir()) == []
-    (version,) = house.publish("x", 1).versions
+    assert harness.registry.describe_all() == []
+    assert list((harness.folder / "store" / "versions").iterdir()) == []
+    (version,) = harness.publish("x", 1).versions
     assert found == Inspection(
         digest=version.digest,
         rank=version.rank,
@@ -252,24 +252,24 @@ def test_inspecting_tells_what_publishing_would_make_and_keeps_nothing(house: Ho
     )
 
 
-def test_a_folder_that_is_not_staged_is_inspected_and_left_as_it_is(house: House) -> None:
-    folder = write(house.folder / "mine")
-    inspect(house, folder)
+def test_inspecting_a_folder_outside_staging_leaves_it_unchanged(harness: RegistryHarness) -> None:
+    folder = write(harness.folder / "mine")
+    inspect(harness, folder)
     assert len(list(folder.iterdir())) == 2
 
 
-def test_what_cannot_be_served_is_refused_by_inspecting_too(house: House) -> None:
-    staged = write(house.folder / "store" / "staging" / "x", peft_type="OFT")
+def test_inspecting_an_unsupported_adapter_is_refused(harness: RegistryHarness) -> None:
+    staged = write(harness.folder / "store" / "staging" / "x", peft_type="OFT")
     with pytest.raises(AdapterInvalid, match="OFT"):
-        inspect(house, staged)
+        inspect(harness, staged)
     assert not staged.exists()
 
 
-def test_a_report_outlives_a_restart_and_the_tokenizer_it_came_from(tmp_path: Path) -> None:
-    house = House(tmp_path)
-    before = house.publish("x").versions[0].report
+def test_a_report_is_unchanged_after_a_restart(tmp_path: Path) -> None:
+    harness = RegistryHarness(tmp_path)
+    before = harness.publish("x").versions[0].report
     assert before["size"]["elements"]
-    house.registry.close()
-    again = House(tmp_path)
+    harness.registry.close()
+    again = RegistryHarness(tmp_path)
     assert again.registry.describe("x").versions[0].report == before
     again.registry.close()

@@ -1,4 +1,4 @@
-"""The store: a version is there whole or not at all, whatever happens."""
+"""The adapter store: a version is complete or absent, whatever happens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_published_folder_survives_a_restart(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_staged_folder_is_used_up_and_one_elsewhere_left_alone(tmp_path: Path) -> None:
+def test_publishing_removes_a_staged_folder_and_keeps_one_elsewhere(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     staged = write(tmp_path / "store" / "staging" / "x")
     publisher(store).publish("a", staged, replace=False)
@@ -59,7 +59,7 @@ def test_the_same_content_is_one_version(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_taken_name_is_refused_unless_a_new_version_is_meant(tmp_path: Path) -> None:
+def test_a_taken_name_is_refused_unless_replace_is_set(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     shared = publisher(store)
     shared.publish("a", write(tmp_path / "a"), replace=False)
@@ -69,7 +69,7 @@ def test_a_taken_name_is_refused_unless_a_new_version_is_meant(tmp_path: Path) -
     store.close()
 
 
-def test_an_adapter_that_could_never_be_held_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_larger_than_the_host_cache_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(TooLarge):
         publisher(store, most=10).publish("a", write(tmp_path / "a"), replace=False)
@@ -77,7 +77,7 @@ def test_an_adapter_that_could_never_be_held_is_refused(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_version_with_a_name_again_is_not_dropped(tmp_path: Path) -> None:
+def test_a_version_that_got_a_name_again_is_not_deleted(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     shared = publisher(store)
     version = shared.publish("a", write(tmp_path / "a"), replace=False).record.digest
@@ -91,7 +91,7 @@ def test_a_version_with_a_name_again_is_not_dropped(tmp_path: Path) -> None:
     store.close()
 
 
-def test_two_servers_do_not_share_a_store(tmp_path: Path) -> None:
+def test_a_store_can_be_opened_by_one_server_only(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(Unavailable, match="another server"):
         Store(tmp_path)
@@ -105,7 +105,7 @@ class FullStore(Store):
         raise OSError(errno.ENOSPC, "no space")
 
 
-def test_a_full_disk_leaves_the_old_version_served(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_version_in_place(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     before = publisher(store).publish("a", write(tmp_path / "a"), replace=False)
     store.close()
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_version_served(tmp_path: Path) -> None:
     full.close()
 
 
-def test_opening_sweeps_what_was_half_done_and_nothing_else(tmp_path: Path) -> None:
+def test_opening_the_store_removes_unfinished_work_only(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     kept = publisher(store).publish("a", write(tmp_path / "a"), replace=False).record.digest
     store.close()
@@ -148,7 +148,7 @@ WRITER = """
 """
 
 
-def test_kill_9_at_any_moment_leaves_a_whole_version(tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_leaves_a_complete_version(tmp_path: Path) -> None:
     seen = set()
     for moment in range(6):
         process = subprocess.Popen(

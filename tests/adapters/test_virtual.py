@@ -1,4 +1,4 @@
-"""Methods with virtual tokens: what is lowered to a prefix, what is refused, and the traits of a stored version."""
+"""Methods with virtual tokens: lowering to a prefix, refusals, and the traits of a stored version."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def prefix(folder: Path, *, table: Tensor = KV_TABLE, base: BaseShape = SHAPE, *
     return lowered(folder, {"prompt_embeddings": table}, base, **{"peft_type": "PREFIX_TUNING", **fields})
 
 
-def test_prefix_tuning_is_read_token_by_token_layer_by_layer(tmp_path: Path) -> None:
+def test_prefix_tuning_is_split_into_keys_and_values_per_layer(tmp_path: Path) -> None:
     found = prefix(
         tmp_path, num_virtual_tokens=5, num_layers=3, num_attention_heads=HEADS, token_dim=HEADS * DIM
     ).prefix
@@ -69,7 +69,7 @@ def test_prefix_tuning_is_read_token_by_token_layer_by_layer(tmp_path: Path) -> 
         assert torch.equal(found.values[layer], whole[:, layer, 1])
 
 
-def test_the_prompt_of_a_single_task_is_the_product(tmp_path: Path) -> None:
+def test_single_task_multitask_prompt_tuning_is_multiplied_out(tmp_path: Path) -> None:
     columns, rows = torch.randn(1, 5, 2), torch.randn(1, 2, HIDDEN)
     more = {"prefix_task_cols": columns, "prefix_task_rows": rows}
     found = prompt(tmp_path, peft_type="MULTITASK_PROMPT_TUNING", num_tasks=1, num_ranks=2, more=more).prefix
@@ -78,7 +78,7 @@ def test_the_prompt_of_a_single_task_is_the_product(tmp_path: Path) -> None:
     torch.testing.assert_close(found.embeddings, TABLE * (columns[0] @ rows[0]))
 
 
-def test_modules_of_the_base_are_named_as_peft_names_them_here(tmp_path: Path) -> None:
+def test_modules_to_save_are_found_under_the_keys_that_peft_uses_here(tmp_path: Path) -> None:
     norm = {"base_model.model.norm.weight": torch.full((HIDDEN,), 2.0)}
     found = prompt(tmp_path, more=norm, modules_to_save=["norm"])
     assert list(found.overrides) == ["model.norm"]
@@ -100,7 +100,7 @@ def test_modules_of_the_base_are_named_as_peft_names_them_here(tmp_path: Path) -
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "prefix_task_cols and prefix_task_rows"),
     ],
 )
-def test_prompts_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_prompt_tuning_is_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match=said):
         prompt(tmp_path, **fields)
 
@@ -114,18 +114,18 @@ def test_prompts_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], sai
         ({"token_dim": HIDDEN * 2}, "token_dim = 16"),
     ],
 )
-def test_prefixes_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_prefix_tuning_is_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid, match=said):
         prefix(tmp_path, **fields)
 
 
-def test_a_prefix_needs_layers_of_one_shape(tmp_path: Path) -> None:
+def test_prefix_tuning_needs_layers_of_one_kv_shape(tmp_path: Path) -> None:
     uneven = BaseShape(BASE.sites, BASE.groups, BASE.weight, kv=((HEADS, DIM, DIM), (1, DIM, DIM)))
     with pytest.raises(AdapterInvalid, match="prefix tuning needs layers"):
         prefix(tmp_path, base=uneven)
 
 
-def test_a_stored_version_tells_its_traits_and_its_whole_size(tmp_path: Path) -> None:
+def test_a_stored_version_has_its_traits_and_its_total_size(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     folder = write(tmp_path / "a", {"prompt_embeddings": TABLE}, **PLAIN, peft_type="PROMPT_TUNING")
     meta = Publisher(store, SHAPE, max_bytes=1 << 20, most_elements=100).publish("a", folder, replace=False).meta
@@ -136,7 +136,7 @@ def test_a_stored_version_tells_its_traits_and_its_whole_size(tmp_path: Path) ->
     store.close()
 
 
-def test_a_version_from_before_there_were_traits_has_those_of_a_plain_adapter(tmp_path: Path) -> None:
+def test_a_version_stored_without_traits_has_those_of_a_plain_adapter(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     publisher = Publisher(store, BASE, max_bytes=1 << 20, most_elements=1 << 20)
     digest = publisher.publish("a", write(tmp_path / "a"), replace=False).record.digest
@@ -152,7 +152,7 @@ def table(rows: int) -> ModuleOverride:
     return ModuleOverride(parameters={"weight": torch.zeros(rows, HIDDEN)})
 
 
-def test_traits_say_how_many_tokens_a_replaced_vocabulary_has() -> None:
+def test_traits_have_the_size_of_a_replaced_vocabulary() -> None:
     both = Lowered({}, {}, {"model.embed": table(15), "head": table(15)})
     assert traits(both, SHAPE).vocabulary == 15
     assert traits(Lowered({}, {}, {"head": table(10)}), SHAPE).vocabulary == 10
@@ -162,7 +162,7 @@ def test_traits_say_how_many_tokens_a_replaced_vocabulary_has() -> None:
         traits(Lowered({}, {}, {"head": table(15)}), SHAPE)
 
 
-def test_traits_of_an_additive_adapter_let_it_be_composed() -> None:
+def test_an_additive_adapter_can_be_composed() -> None:
     delta = Delta(torch.zeros(1, 8), torch.zeros(1, 12))
     assert traits(Lowered({"layers.0.q_proj": delta}, {}, invocation=(3, 4)), SHAPE) == Traits(invocation=(3, 4))
     assert traits(Lowered({}, {}, prefix=Prefix(2, TABLE[:2])), SHAPE).virtual == 2

@@ -1,4 +1,4 @@
-"""Tokenizers are compared by what they call their tokens; what cannot be read says nothing."""
+"""Digests of tokenizer vocabularies: equal for equal tokens and ids, empty for unreadable files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digest(folder: Path, text: str) -> str:
     return vocabulary_digest(folder)
 
 
-def test_only_tokens_and_their_ids_count(tmp_path: Path) -> None:
+def test_the_digest_depends_on_tokens_and_their_ids_only(tmp_path: Path) -> None:
     plain = digest(tmp_path, tokenizer(WORDS))
     assert len(plain) == 64
     assert digest(tmp_path, tokenizer(dict(reversed(WORDS.items())), truncation=None)) == plain
@@ -40,11 +40,11 @@ def test_only_tokens_and_their_ids_count(tmp_path: Path) -> None:
     ["", "x", "[]", "{}", '{"model": {}}', '{"model": {"vocab": {"a": "0"}}}', '{"model": {"vocab": ' + "[" * 100_000],
     ids=["empty", "no json", "list", "no model", "no vocabulary", "ids as text", "deep"],
 )
-def test_what_is_no_tokenizer_has_no_digest(tmp_path: Path, text: str) -> None:
+def test_an_invalid_tokenizer_file_has_no_digest(tmp_path: Path, text: str) -> None:
     assert digest(tmp_path, text) == ""
 
 
-def test_what_is_not_a_file_of_sensible_size_is_not_read(tmp_path: Path) -> None:
+def test_missing_special_and_oversized_files_are_not_read(tmp_path: Path) -> None:
     assert vocabulary_digest(tmp_path) == ""
     os.mkfifo(tmp_path / "tokenizer.json")
     assert vocabulary_digest(tmp_path) == ""

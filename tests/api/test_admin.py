@@ -1,4 +1,4 @@
-"""The operator's routes: what they ask of the engine and what they answer."""
+"""Admin routes: the operations they call and the responses they give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import uvicorn
-from operated import FILES, REPORT, Operated, refusal, tar
+from stub_admin import FILES, REPORT, StubAdminApp, refusal, tar
 
 from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.cli import main
@@ -28,18 +28,18 @@ from lora_serve.messages import (
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Operated:
-    return Operated(tmp_path / "store", adapter_roots=[tmp_path / "roots", tmp_path / "more"])
+def server(tmp_path: Path) -> StubAdminApp:
+    return StubAdminApp(tmp_path / "store", adapter_roots=[tmp_path / "roots", tmp_path / "more"])
 
 
-async def test_a_new_name_is_201_and_a_taken_one_409(server: Operated) -> None:
+async def test_publishing_a_new_name_is_201_and_a_taken_one_409(server: StubAdminApp) -> None:
     assert (await server.upload()).status_code == 201
     assert refusal(await server.upload())[0] == 409
     assert [operation.replace for operation in server.engine.operations if isinstance(operation, Publish)] == [0, 0]
 
 
 @pytest.mark.parametrize("name", [None, "poet"])
-async def test_put_publishes_the_first_version_and_the_next(server: Operated, name: str | None) -> None:
+async def test_put_publishes_the_first_version_and_the_next(server: StubAdminApp, name: str | None) -> None:
     for versions in (1, 2):
         answer = await server.upload(name=name, path="/v1/adapters/poet")
         assert answer.status_code == 201
@@ -48,12 +48,12 @@ async def test_put_publishes_the_first_version_and_the_next(server: Operated, na
         assert len(info.versions) == versions
 
 
-async def test_put_with_two_names_is_refused(server: Operated) -> None:
+async def test_put_with_two_names_is_refused(server: StubAdminApp) -> None:
     assert refusal(await server.upload(name="other", path="/v1/adapters/poet"))[:2] == (400, "name")
     assert refusal(await server.upload(name=None, path="/v1/adapters/.poet"))[:2] == (400, "name")
 
 
-async def test_adapters_are_listed_and_shown(server: Operated) -> None:
+async def test_adapters_are_listed_and_shown(server: StubAdminApp) -> None:
     for name in ("b", "a"):
         await server.upload(name=name)
     listed = (await server.ask("GET", "/v1/adapters")).json()
@@ -74,7 +74,9 @@ async def test_adapters_are_listed_and_shown(server: Operated) -> None:
         ("DELETE", "", DeleteAdapter("poet")),
     ],
 )
-async def test_each_route_asks_for_one_operation(server: Operated, method: str, action: str, operation: object) -> None:
+async def test_each_route_calls_one_operation(
+    server: StubAdminApp, method: str, action: str, operation: object
+) -> None:
     await server.upload()
     answer = await server.ask(method, f"/v1/adapters/poet{action}")
     assert answer.status_code == 200
@@ -88,7 +90,7 @@ async def test_each_route_asks_for_one_operation(server: Operated, method: str, 
 INSPECT = "/v1/adapters/inspect"
 
 
-async def test_an_upload_can_be_inspected_and_leaves_nothing(server: Operated) -> None:
+async def test_inspecting_an_upload_leaves_nothing_behind(server: StubAdminApp) -> None:
     files = FILES | {"tokenizer.json": b"{}"}
     answers = [
         await server.upload(files, name=None, path=INSPECT),
@@ -102,36 +104,36 @@ async def test_an_upload_can_be_inspected_and_leaves_nothing(server: Operated) -
     assert server.leftovers == []
 
 
-async def test_inspecting_takes_no_name(server: Operated) -> None:
+async def test_inspecting_takes_no_name(server: StubAdminApp) -> None:
     assert refusal(await server.upload(path=INSPECT))[:2] == (400, "name")
     assert server.engine.operations == []
 
 
-async def test_what_could_not_be_published_is_refused_by_inspecting_too(server: Operated) -> None:
+async def test_inspecting_an_unsupported_adapter_is_refused(server: StubAdminApp) -> None:
     server.engine.failure = AdapterInvalid("OFT is not served: it rotates")
     assert refusal(await server.upload(name=None, path=INSPECT)) == (422, None, "OFT is not served: it rotates")
     assert server.leftovers == []
 
 
-async def test_an_upload_to_be_inspected_has_the_cap_of_an_upload(tmp_path: Path) -> None:
+async def test_inspection_has_the_same_size_limit_as_publishing(tmp_path: Path) -> None:
     large = FILES | {"adapter_model.safetensors": bytes(3 << 20)}
-    small = Operated(tmp_path, max_adapter_size=1 << 20)
+    small = StubAdminApp(tmp_path, max_adapter_size=1 << 20)
     assert refusal(await small.upload(large, name=None, path=INSPECT))[0] == 413
-    assert (await Operated(tmp_path, max_body=1000).upload(large, name=None, path=INSPECT)).status_code == 200
+    assert (await StubAdminApp(tmp_path, max_body=1000).upload(large, name=None, path=INSPECT)).status_code == 200
 
 
 async def test_inspecting_needs_an_admin_key(tmp_path: Path) -> None:
-    server = Operated(tmp_path, Keys({hash_key("sk-user"): Caller("user")}))
+    server = StubAdminApp(tmp_path, Keys({hash_key("sk-user"): Caller("user")}))
     assert refusal(await server.ask("POST", INSPECT))[0] == 401
     assert refusal(await server.ask("POST", INSPECT, key="sk-user"))[0] == 403
 
 
-async def test_an_upload_and_a_look_answer_with_the_report(server: Operated) -> None:
+async def test_publishing_and_describing_return_the_report(server: StubAdminApp) -> None:
     assert (await server.upload()).json()["versions"][0]["report"] == REPORT
     assert (await server.ask("GET", "/v1/adapters/poet")).json()["versions"][0]["report"] == REPORT
 
 
-async def test_the_schema_lists_inspection_and_what_it_answers(server: Operated) -> None:
+async def test_the_schema_lists_inspection_and_its_response(server: StubAdminApp) -> None:
     paths = (await server.ask("GET", "/openapi.json")).json()["paths"]
     inspect = paths[INSPECT]["post"]
     form = inspect["requestBody"]["content"]["multipart/form-data"]["schema"]
@@ -153,11 +155,11 @@ def folder(path: Path, **more: bytes) -> Path:
     return path
 
 
-async def load(server: Operated, path: Path | str, name: str = "poet", **more: Any) -> Any:
+async def load(server: StubAdminApp, path: Path | str, name: str = "poet", **more: Any) -> Any:
     return await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
 
 
-async def test_a_folder_below_a_root_is_published_and_stays_as_it_was(server: Operated, tmp_path: Path) -> None:
+async def test_a_folder_below_a_root_is_published_and_left_unchanged(server: StubAdminApp, tmp_path: Path) -> None:
     source = folder(tmp_path / "more" / "poet", **{"tokenizer_config.json": b"x", "training_args.bin": b"x"})
     answer = await load(server, source)
     assert answer.status_code == 200
@@ -169,7 +171,7 @@ async def test_a_folder_below_a_root_is_published_and_stays_as_it_was(server: Op
     assert (await load(server, source, load_inplace=True)).status_code == 200
 
 
-async def test_unloading_deletes(server: Operated) -> None:
+async def test_unloading_deletes(server: StubAdminApp) -> None:
     await server.upload()
     answer = await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"})
     assert answer.text == "Success: LoRA adapter 'poet' removed successfully."
@@ -178,7 +180,7 @@ async def test_unloading_deletes(server: Operated) -> None:
 
 
 @pytest.mark.parametrize("path", ["outside", "roots/../outside", "roots/link", "roots/none", "roots/file", "", "\0"])
-async def test_only_folders_below_a_root_can_be_named(server: Operated, tmp_path: Path, path: str) -> None:
+async def test_only_folders_below_a_root_are_accepted(server: StubAdminApp, tmp_path: Path, path: str) -> None:
     folder(tmp_path / "outside")
     folder(tmp_path / "roots" / "poet")
     (tmp_path / "roots" / "link").symlink_to(tmp_path / "outside")
@@ -189,12 +191,12 @@ async def test_only_folders_below_a_root_can_be_named(server: Operated, tmp_path
     assert server.engine.operations == []
 
 
-async def test_without_roots_no_folder_can_be_named(tmp_path: Path) -> None:
-    server = Operated(tmp_path / "store")
+async def test_without_roots_no_folder_is_accepted(tmp_path: Path) -> None:
+    server = StubAdminApp(tmp_path / "store")
     assert refusal(await load(server, folder(tmp_path / "poet")))[:2] == (400, "lora_path")
 
 
-async def test_a_file_may_be_a_link_within_the_roots_but_not_out_of_them(server: Operated, tmp_path: Path) -> None:
+async def test_links_are_followed_within_the_roots_only(server: StubAdminApp, tmp_path: Path) -> None:
     source = folder(tmp_path / "roots" / "poet")
     weights = source / "adapter_model.safetensors"
     blob = weights.rename(tmp_path / "roots" / "blob")
@@ -208,7 +210,7 @@ async def test_a_file_may_be_a_link_within_the_roots_but_not_out_of_them(server:
     assert server.leftovers == []
 
 
-async def test_a_folder_of_pickles_gets_advice(server: Operated, tmp_path: Path) -> None:
+async def test_a_folder_of_pickles_is_refused_with_advice(server: StubAdminApp, tmp_path: Path) -> None:
     source = folder(tmp_path / "roots" / "poet")
     (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
     status, _, message = refusal(await load(server, source))
@@ -216,13 +218,13 @@ async def test_a_folder_of_pickles_gets_advice(server: Operated, tmp_path: Path)
     assert "save the adapter as adapter_model.safetensors" in message
 
 
-async def test_a_folder_over_the_cap_is_413(tmp_path: Path) -> None:
-    server = Operated(tmp_path / "store", adapter_roots=[tmp_path], max_adapter_size=1000)
+async def test_a_folder_over_the_size_limit_is_413(tmp_path: Path) -> None:
+    server = StubAdminApp(tmp_path / "store", adapter_roots=[tmp_path], max_adapter_size=1000)
     assert refusal(await load(server, folder(tmp_path / "poet")))[0] == 413
 
 
 @pytest.mark.parametrize("more", [{"lora_path": 5}, {"path": "x"}, {"load_inplace": "yes"}])
-async def test_bodies_are_strict(server: Operated, more: dict[str, Any]) -> None:
+async def test_unknown_and_invalid_fields_are_refused(server: StubAdminApp, more: dict[str, Any]) -> None:
     answer = await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "x"} | more)
     assert refusal(answer)[:2] == (400, next(iter(more)))
 
@@ -230,8 +232,8 @@ async def test_bodies_are_strict(server: Operated, more: dict[str, Any]) -> None
 # --- with the command line -------------------------------------------------------------------------------------------
 
 
-async def test_the_command_line_speaks_these_routes(
-    server: Operated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+async def test_the_command_line_works_against_these_routes(
+    server: StubAdminApp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folder(tmp_path / "poet")
     http = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None, lifespan="off"))

@@ -1,11 +1,11 @@
-"""Keys: who gets in, who may do what, and what a key file may look like."""
+"""API keys: authentication, permissions, and the format of key files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from operated import Operated, refusal
+from stub_admin import StubAdminApp, refusal
 
 from lora_serve.api.auth import Caller, Keys, hash_key, load_keys
 from lora_serve.errors import BadRequest
@@ -28,14 +28,14 @@ def keys(tmp_path: Path) -> Keys:
 
 
 @pytest.fixture
-def server(tmp_path: Path, keys: Keys) -> Operated:
-    server = Operated(tmp_path / "store", keys)
+def server(tmp_path: Path, keys: Keys) -> StubAdminApp:
+    server = StubAdminApp(tmp_path / "store", keys)
     for name in ("poet", "poet-2", "coder"):
         server.engine.adapters[name] = AdapterInfo(name, False, [])
     return server
 
 
-def test_keys_are_found_by_their_text_only(keys: Keys) -> None:
+def test_keys_are_looked_up_by_their_full_text(keys: Keys) -> None:
     assert repr(keys) == "<Keys 3 keys, 1 of admins>"
     assert keys.find("sk-user") == Caller("user")
     assert keys.find("sk-poets") == Caller("poets", adapters=("poet", "poet-*"))
@@ -60,7 +60,7 @@ def test_without_a_key_file_there_are_no_keys() -> None:
         (f"a: {hash_key('x')}\nb: {hash_key('x')}", "b and a have the same key"),
     ],
 )
-def test_a_key_file_that_makes_no_sense_names_the_entry(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_key_file_is_refused_naming_the_entry(tmp_path: Path, text: str, complaint: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(BadRequest, match=complaint) as refused:
@@ -69,7 +69,7 @@ def test_a_key_file_that_makes_no_sense_names_the_entry(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer ", "Bearer sk-wrong", "Basic sk-user", "sk-user"])
-async def test_no_key_or_a_wrong_one_is_401(server: Operated, header: str | None) -> None:
+async def test_no_key_or_a_wrong_one_is_401(server: StubAdminApp, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     answer = await server.client.get("/v1/adapters", headers=headers)
     assert refusal(answer)[0] == 401
@@ -78,7 +78,7 @@ async def test_no_key_or_a_wrong_one_is_401(server: Operated, header: str | None
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-async def test_every_route_but_health_wants_a_key(server: Operated) -> None:
+async def test_every_route_but_health_needs_a_key(server: StubAdminApp) -> None:
     routes = server.app.openapi()["paths"]
     assert routes.keys() >= {"/v1/adapters", "/metrics", *OPEN}
     for path, methods in routes.items():
@@ -87,7 +87,7 @@ async def test_every_route_but_health_wants_a_key(server: Operated) -> None:
             assert (answer.status_code == 401) == (path not in OPEN), f"{method} {path}"
 
 
-async def test_the_schema_is_not_served_to_everybody(server: Operated) -> None:
+async def test_the_schema_needs_a_key(server: StubAdminApp) -> None:
     for path in ("/openapi.json", "/docs", "/redoc"):
         assert (await server.ask("GET", path)).status_code == 404
 
@@ -106,7 +106,7 @@ async def test_the_schema_is_not_served_to_everybody(server: Operated) -> None:
         ("POST", "/v1/unload_lora_adapter"),
     ],
 )
-async def test_changing_needs_an_admin_key(server: Operated, method: str, path: str) -> None:
+async def test_changing_adapters_needs_an_admin_key(server: StubAdminApp, method: str, path: str) -> None:
     assert (
         refusal(await server.ask(method, path, key="sk-user", json={"lora_name": "poet", "lora_path": "/"}))[0] == 403
     )
@@ -115,7 +115,7 @@ async def test_changing_needs_an_admin_key(server: Operated, method: str, path: 
     assert answer.status_code in (200, 400)
 
 
-async def test_a_limited_key_sees_its_adapters_only(server: Operated) -> None:
+async def test_a_limited_key_sees_only_its_adapters(server: StubAdminApp) -> None:
     listed = (await server.ask("GET", "/v1/adapters", key="sk-poets")).json()["data"]
     assert [info["name"] for info in listed] == ["poet", "poet-2"]
     assert (await server.ask("GET", "/v1/adapters/poet-2", key="sk-poets")).status_code == 200

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`, `/v1/models`, `/tokenize`: the base's own template and tokenizer, and who is there."""
+"""`/v1/chat/completions`, `/v1/models`, `/tokenize`: the base's template and tokenizer, and the list of models."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import CONTEXT, Answering, byte_tokenizer, events
+from stub_completions import CONTEXT, StubCompletionApp, byte_tokenizer, events
 
 from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.messages import AdapterInfo, AdapterVersion
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Answering:
-    return Answering(tmp_path)
+def server(tmp_path: Path) -> StubCompletionApp:
+    return StubCompletionApp(tmp_path)
 
 
-async def test_a_chat_completion_has_openai_s_shape(world: Answering) -> None:
-    answer = (await world.chat(adapter="poet")).json()
+async def test_a_chat_completion_has_openai_s_shape(server: StubCompletionApp) -> None:
+    answer = (await server.chat(adapter="poet")).json()
     assert answer["object"] == "chat.completion"
     assert (answer["model"], answer["adapter"]) == ("poet", "poet@" + "d" * 12)
     message = {"role": "assistant", "content": "hello", "refusal": None}
     assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
-    prompt = world.engine.requests[0].prompt
+    prompt = server.engine.requests[0].prompt
     assert bytes(prompt) == b"user:hi|assistant:"
-    assert world.engine.requests[0].sampling.max_tokens == CONTEXT - len(prompt)
+    assert server.engine.requests[0].sampling.max_tokens == CONTEXT - len(prompt)
 
 
-async def test_text_parts_are_joined_and_a_last_message_continued(world: Answering) -> None:
+async def test_text_parts_are_joined_and_the_last_message_can_be_continued(server: StubCompletionApp) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    await world.chat(messages=[{"role": "user", "content": parts}])
-    assert bytes(world.engine.requests[0].prompt) == b"user:ab|assistant:"
-    await world.chat(messages=[{"role": "user", "content": "a"}], add_generation_prompt=False)
-    assert bytes(world.engine.requests[1].prompt) == b"user:a|"
+    await server.chat(messages=[{"role": "user", "content": parts}])
+    assert bytes(server.engine.requests[0].prompt) == b"user:ab|assistant:"
+    await server.chat(messages=[{"role": "user", "content": "a"}], add_generation_prompt=False)
+    assert bytes(server.engine.requests[1].prompt) == b"user:a|"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Once"}]
-    await world.chat(messages=turns, continue_final_message=True)
-    assert bytes(world.engine.requests[2].prompt) == b"user:a|assistant:Once"
+    await server.chat(messages=turns, continue_final_message=True)
+    assert bytes(server.engine.requests[2].prompt) == b"user:a|assistant:Once"
 
 
 @pytest.mark.parametrize(
@@ -58,38 +58,38 @@ async def test_text_parts_are_joined_and_a_last_message_continued(world: Answeri
         ("n", 99),
     ],
 )
-async def test_a_bad_field_is_400_and_named(world: Answering, field: str, value: Any) -> None:
-    answer = await world.chat(**{field: value})
+async def test_a_bad_field_is_400_and_named(server: StubCompletionApp, field: str, value: Any) -> None:
+    answer = await server.chat(**{field: value})
     assert answer.status_code == 400, answer.text
     param = (answer.json()["error"]["param"] or "").split(".")[0]
     assert param == field
 
 
-async def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
-    world = Answering(tmp_path, tokenizer=byte_tokenizer(template=None))
-    answer = await world.chat()
+async def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, tokenizer=byte_tokenizer(template=None))
+    answer = await server.chat()
     assert answer.status_code == 400
     assert "no chat template" in answer.json()["error"]["message"]
 
 
-async def test_messages_that_the_template_refuses_are_400(tmp_path: Path) -> None:
-    world = Answering(tmp_path, tokenizer=byte_tokenizer(template="{{ raise_exception('users first') }}"))
-    answer = await world.chat()
+async def test_messages_that_the_template_rejects_are_400(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, tokenizer=byte_tokenizer(template="{{ raise_exception('users first') }}"))
+    answer = await server.chat()
     assert answer.status_code == 400
     assert "users first" in answer.json()["error"]["message"]
 
 
-async def test_logprobs_name_tokens_and_bytes(world: Answering) -> None:
-    world.engine.reply = "é".encode()
-    answer = (await world.chat(logprobs=True, top_logprobs=1)).json()
+async def test_logprobs_contain_tokens_and_bytes(server: StubCompletionApp) -> None:
+    server.engine.reply = "é".encode()
+    answer = (await server.chat(logprobs=True, top_logprobs=1)).json()
     content = answer["choices"][0]["logprobs"]["content"]
     assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9]]
     assert content[0]["logprob"] == -0.1 * 0xC3
     assert len(content[0]["top_logprobs"]) == 1
 
 
-async def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(world: Answering) -> None:
-    chunks = events(await world.chat(stream=True, n=2, stream_options={"include_usage": True}))
+async def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(server: StubCompletionApp) -> None:
+    chunks = events(await server.chat(stream=True, n=2, stream_options={"include_usage": True}))
     assert [chunk["choices"][0]["delta"] for chunk in chunks[:2]] == [{"role": "assistant", "content": ""}] * 2
     texts = ["", ""]
     for chunk in chunks[2:-1]:
@@ -105,39 +105,39 @@ async def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(world: 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def published(world: Answering, *names: str) -> None:
+def published(server: StubCompletionApp, *names: str) -> None:
     version = AdapterVersion("d" * 64, 5.5, 8, 2, 10, 10, ["disk"], 0)
-    world.engine.adapters = {name: AdapterInfo(name, False, [version]) for name in names}
+    server.engine.adapters = {name: AdapterInfo(name, False, [version]) for name in names}
 
 
-async def test_the_base_is_listed_first_then_its_adapters(world: Answering) -> None:
-    published(world, "poet", "clerk")
-    found = (await world.client.get("/v1/models")).json()["data"]
+async def test_the_base_is_listed_first_then_its_adapters(server: StubCompletionApp) -> None:
+    published(server, "poet", "clerk")
+    found = (await server.client.get("/v1/models")).json()["data"]
     assert [(model["id"], model["parent"]) for model in found] == [("base", None), ("clerk", "base"), ("poet", "base")]
     assert found[0] | {"created": 7, "root": "root", "max_model_len": CONTEXT} == found[0]
-    assert (await world.client.get("/v1/models/poet")).json() == found[2]
-    missing = await world.client.get("/v1/models/nobody")
+    assert (await server.client.get("/v1/models/poet")).json() == found[2]
+    missing = await server.client.get("/v1/models/nobody")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
-async def test_models_that_a_key_may_not_use_are_not_shown(tmp_path: Path) -> None:
-    world = Answering(tmp_path, Keys({hash_key("k"): Caller("alice", adapters=("cl*",))}))
-    published(world, "poet", "clerk")
+async def test_models_that_a_key_may_not_use_are_not_listed(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, Keys({hash_key("k"): Caller("alice", adapters=("cl*",))}))
+    published(server, "poet", "clerk")
     headers = {"Authorization": "Bearer k"}
-    found = (await world.client.get("/v1/models", headers=headers)).json()["data"]
+    found = (await server.client.get("/v1/models", headers=headers)).json()["data"]
     assert [model["id"] for model in found] == ["base", "clerk"]
-    assert (await world.client.get("/v1/models/poet", headers=headers)).status_code == 404
+    assert (await server.client.get("/v1/models/poet", headers=headers)).status_code == 404
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-async def test_text_and_messages_become_tokens_and_text_again(world: Answering) -> None:
-    text = (await world.post("/tokenize", {"prompt": "hé"})).json()
+async def test_text_and_messages_are_tokenized_and_detokenized(server: StubCompletionApp) -> None:
+    text = (await server.post("/tokenize", {"prompt": "hé"})).json()
     assert text == {"count": 3, "max_model_len": CONTEXT, "tokens": [*"hé".encode()]}
-    turns = (await world.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]})).json()
+    turns = (await server.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]})).json()
     assert bytes(turns["tokens"]) == b"user:a|assistant:"
-    assert (await world.post("/detokenize", {"tokens": text["tokens"]})).json() == {"prompt": "hé"}
-    assert (await world.post("/detokenize", {"tokens": [999]})).status_code == 400
-    assert (await world.post("/tokenize", {})).status_code == 400
-    assert (await world.client.get("/tokenizer_info")).json()["eos_token"] == "</s>"
+    assert (await server.post("/detokenize", {"tokens": text["tokens"]})).json() == {"prompt": "hé"}
+    assert (await server.post("/detokenize", {"tokens": [999]})).status_code == 400
+    assert (await server.post("/tokenize", {})).status_code == 400
+    assert (await server.client.get("/tokenizer_info")).json()["eos_token"] == "</s>"

@@ -1,4 +1,4 @@
-"""`/v1/completions`: what is accepted, what is refused and how, and exactly what comes back."""
+"""`/v1/completions`: accepted requests, refused ones, and the exact responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import CONTEXT, EOS, Answering, byte_tokenizer, events
+from stub_completions import CONTEXT, EOS, StubCompletionApp, byte_tokenizer, events
 
 from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.errors import AdapterNotFound, Overloaded, Unavailable
@@ -15,13 +15,13 @@ from lora_serve.request import AdapterUse
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Answering:
-    return Answering(tmp_path)
+def server(tmp_path: Path) -> StubCompletionApp:
+    return StubCompletionApp(tmp_path)
 
 
-async def test_a_completion_has_openai_s_shape(world: Answering) -> None:
-    world.engine.cached = 1
-    answer = (await world.complete()).json()
+async def test_a_completion_has_openai_s_shape(server: StubCompletionApp) -> None:
+    server.engine.cached = 1
+    answer = (await server.complete()).json()
     assert answer.pop("id").startswith("cmpl-")
     assert answer.pop("created") > 0
     assert answer == {
@@ -33,8 +33,8 @@ async def test_a_completion_has_openai_s_shape(world: Answering) -> None:
             "prompt_tokens_details": {"cached_tokens": 1},
         },
     }  # fmt: skip
-    assert world.engine.requests[0].prompt == [*b"hi"]
-    assert world.engine.requests[0].sampling.max_tokens == 16
+    assert server.engine.requests[0].prompt == [*b"hi"]
+    assert server.engine.requests[0].sampling.max_tokens == 16
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -66,79 +66,81 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
-async def test_a_bad_field_is_400_and_named(world: Answering, field: str, value: Any) -> None:
-    answer = await world.complete(**{field: value})
+async def test_a_bad_field_is_400_and_named(server: StubCompletionApp, field: str, value: Any) -> None:
+    answer = await server.complete(**{field: value})
     error = answer.json()["error"]
     assert answer.status_code == 400, answer.text
     assert (error["param"] or "").split(".")[0] == field
     assert error["type"] == "invalid_request_error"
-    assert world.engine.requests == []
+    assert server.engine.requests == []
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "x", "temperature": NaN}', b""])
-async def test_a_body_that_is_no_json_object_is_400(world: Answering, body: bytes) -> None:
-    answer = await world.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+async def test_a_body_that_is_not_a_json_object_is_400(server: StubCompletionApp, body: bytes) -> None:
+    answer = await server.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_every_optional_field_may_be_null(world: Answering) -> None:
+async def test_every_optional_field_may_be_null(server: StubCompletionApp) -> None:
     fields = [
         "model", "adapter", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stop_token_ids",
         "include_stop_str_in_output", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "logit_bias", "stream", "stream_options", "response_format", "user", "max_tokens",
         "echo", "logprobs", "best_of", "add_special_tokens",
     ]  # fmt: skip
-    assert (await world.complete(**dict.fromkeys(fields))).status_code == 200
+    assert (await server.complete(**dict.fromkeys(fields))).status_code == 200
 
 
-async def test_sampling_arrives_at_the_engine_as_it_was_sent(world: Answering) -> None:
-    await world.complete(
+async def test_sampling_parameters_are_passed_to_the_engine(server: StubCompletionApp) -> None:
+    await server.complete(
         temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=3, max_tokens=4, min_tokens=2, logit_bias={"7": -2},
         presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, stop_token_ids=[9], ignore_eos=True,
     )  # fmt: skip
-    params = world.engine.requests[0].sampling
+    params = server.engine.requests[0].sampling
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 5, 0.1)
     assert (params.seed, params.max_tokens, params.min_tokens) == (3, 4, 2)
     assert (params.logit_bias, params.stop_token_ids, params.ignore_eos) == ({7: -2.0}, (9,), True)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.5)
 
 
-async def test_tokens_of_an_adapter_are_the_engine_s_to_check(world: Answering) -> None:
+async def test_token_ids_of_an_adapter_s_vocabulary_are_checked_by_the_engine(server: StubCompletionApp) -> None:
     asked = {"prompt": [300, 5], "logit_bias": {"301": 1}, "stop_token_ids": [302], "echo": True, "logprobs": 1}
     for named in ({"adapter": "poet"}, {"model": "poet"}, {"adapter": [{"name": "poet", "weight": 0.5}]}):
-        assert (await world.complete(**asked, **named)).status_code == 200
-        assert world.engine.requests[-1].prompt == [300, 5]
-    answer = await world.complete(prompt=[1 << 31], adapter="poet")
+        assert (await server.complete(**asked, **named)).status_code == 200
+        assert server.engine.requests[-1].prompt == [300, 5]
+    answer = await server.complete(prompt=[1 << 31], adapter="poet")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
 
 
-async def test_prompts_and_copies_are_numbered_prompt_by_prompt_with_seeds_of_their_own(world: Answering) -> None:
-    answer = (await world.complete(prompt=["a", "bb"], n=2, seed=10)).json()
+async def test_choices_are_numbered_prompt_by_prompt_and_each_has_its_own_seed(
+    server: StubCompletionApp,
+) -> None:
+    answer = (await server.complete(prompt=["a", "bb"], n=2, seed=10)).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    asked = [(bytes(request.prompt), request.sampling.seed) for request in world.engine.requests]
+    asked = [(bytes(request.prompt), request.sampling.seed) for request in server.engine.requests]
     assert asked == [(b"a", 10), (b"a", 11), (b"bb", 10), (b"bb", 11)]
     assert answer["usage"]["prompt_tokens"] == 3
     assert answer["usage"]["completion_tokens"] == 4 * 6
 
 
 @pytest.mark.parametrize(("prompt", "count"), [([104, 105], 1), ([[104], [105, 106]], 2)])
-async def test_token_ids_are_taken_as_they_are(tmp_path: Path, prompt: Any, count: int) -> None:
-    world = Answering(tmp_path, tokenizer=byte_tokenizer(bos=True))
-    await world.complete(prompt=prompt)
-    assert [request.prompt for request in world.engine.requests] == (prompt if count == 2 else [prompt])
-    await world.complete(prompt="h")
-    assert world.engine.requests[-1].prompt == [256, 104]
-    await world.complete(prompt="h", add_special_tokens=False)
-    assert world.engine.requests[-1].prompt == [104]
-    await world.complete(prompt="", add_special_tokens=False)
-    assert world.engine.requests[-1].prompt == [256]
+async def test_token_ids_are_passed_unchanged(tmp_path: Path, prompt: Any, count: int) -> None:
+    server = StubCompletionApp(tmp_path, tokenizer=byte_tokenizer(bos=True))
+    await server.complete(prompt=prompt)
+    assert [request.prompt for request in server.engine.requests] == (prompt if count == 2 else [prompt])
+    await server.complete(prompt="h")
+    assert server.engine.requests[-1].prompt == [256, 104]
+    await server.complete(prompt="h", add_special_tokens=False)
+    assert server.engine.requests[-1].prompt == [104]
+    await server.complete(prompt="", add_special_tokens=False)
+    assert server.engine.requests[-1].prompt == [256]
 
 
-async def test_echo_and_logprobs_are_what_evaluation_harnesses_read(world: Answering) -> None:
+async def test_echo_with_logprobs_has_the_form_that_evaluation_harnesses_read(server: StubCompletionApp) -> None:
     body = {"prompt": [[104, 105]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-    choice = (await world.complete(**body)).json()["choices"][0]
+    choice = (await server.complete(**body)).json()["choices"][0]
     logprobs = choice["logprobs"]
     assert choice["text"] == "hih"
     assert logprobs["tokens"] == ["h", "i", "h"]
@@ -152,26 +154,28 @@ async def test_echo_and_logprobs_are_what_evaluation_harnesses_read(world: Answe
         assert len(top) == 2
 
 
-async def test_only_reading_a_prompt_gives_its_logprobs(world: Answering) -> None:
-    choice = (await world.complete(prompt="hi", echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
+async def test_max_tokens_0_with_echo_returns_the_prompt_s_logprobs(server: StubCompletionApp) -> None:
+    choice = (await server.complete(prompt="hi", echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
     assert choice["text"] == "hi"
     assert choice["logprobs"]["token_logprobs"] == [None, -0.1 * 105]
 
 
-async def test_bytes_that_are_no_character_are_told_apart(world: Answering) -> None:
-    world.engine.reply = "é".encode()
-    choice = (await world.complete(logprobs=0)).json()["choices"][0]
+async def test_tokens_that_are_incomplete_characters_are_distinguished_by_their_bytes(
+    server: StubCompletionApp,
+) -> None:
+    server.engine.reply = "é".encode()
+    choice = (await server.complete(logprobs=0)).json()["choices"][0]
     assert choice["text"] == "é"
     assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
 
 
-async def test_a_stop_string_cuts_the_text_and_aborts_the_rest(world: Answering) -> None:
-    world.engine.reply = b"one two three"
-    answer = (await world.complete(stop=["tw", "zzz"], max_tokens=30)).json()
+async def test_a_stop_string_truncates_the_text_and_aborts_the_request(server: StubCompletionApp) -> None:
+    server.engine.reply = b"one two three"
+    answer = (await server.complete(stop=["tw", "zzz"], max_tokens=30)).json()
     assert answer["choices"][0]["text"] == "one "
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert len(world.engine.closed) == 1
-    kept = (await world.complete(stop="tw", include_stop_str_in_output=True)).json()
+    assert len(server.engine.closed) == 1
+    kept = (await server.complete(stop="tw", include_stop_str_in_output=True)).json()
     assert kept["choices"][0]["text"] == "one tw"
 
 
@@ -196,34 +200,34 @@ async def test_a_stop_string_cuts_the_text_and_aborts_the_rest(world: Answering)
         ({}, (), "base"),
     ],
 )
-async def test_adapters_are_named_in_many_ways(
-    world: Answering, fields: dict[str, Any], uses: tuple[AdapterUse, ...], model: str
+async def test_adapters_can_be_given_in_several_forms(
+    server: StubCompletionApp, fields: dict[str, Any], uses: tuple[AdapterUse, ...], model: str
 ) -> None:
-    answer = (await world.complete(**fields)).json()
-    assert world.engine.requests[0].adapters == uses
+    answer = (await server.complete(**fields)).json()
+    assert server.engine.requests[0].adapters == uses
     assert answer["model"] == model
     shown = [f"{use.name}@{'d' * 12}" for use in uses]
     assert answer.get("adapter") == (shown[0] if len(shown) == 1 else shown or None)
 
 
-async def test_model_and_adapter_must_not_disagree(world: Answering) -> None:
-    answer = await world.complete(model="clerk", adapter="poet")
+async def test_contradictory_model_and_adapter_are_refused(server: StubCompletionApp) -> None:
+    answer = await server.complete(model="clerk", adapter="poet")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "adapter"
 
 
-async def test_an_adapter_that_a_key_may_not_use_is_as_unknown_as_one_that_is_not_there(tmp_path: Path) -> None:
+async def test_an_adapter_that_a_key_may_not_use_looks_like_one_that_does_not_exist(tmp_path: Path) -> None:
     keys = Keys({hash_key("k"): Caller("alice", adapters=("clerk",))})
-    world = Answering(tmp_path, keys)
-    hidden = await world.complete("k", adapter="poet")
-    absent = await world.complete("k", adapter="clerk2")
+    server = StubCompletionApp(tmp_path, keys)
+    hidden = await server.complete("k", adapter="poet")
+    absent = await server.complete("k", adapter="clerk2")
     assert (hidden.status_code, absent.status_code) == (404, 404)
     assert hidden.json()["error"] == {
         "message": "adapter poet does not exist", "type": "not_found_error", "param": "adapter",
         "code": "adapter_not_found",
     }  # fmt: skip
-    assert (await world.complete("k", adapter="clerk")).status_code == 200
-    assert world.engine.requests[-1].tenant == "alice"
+    assert (await server.complete("k", adapter="clerk")).status_code == 200
+    assert server.engine.requests[-1].tenant == "alice"
 
 
 # --- refusals by the engine ------------------------------------------------------------------------------------------
@@ -238,48 +242,50 @@ async def test_an_adapter_that_a_key_may_not_use_is_as_unknown_as_one_that_is_no
         (AdapterNotFound("no"), 404, None),
     ],
 )
-async def test_a_refusal_comes_before_any_header(
-    world: Answering, error: Any, status: int, retry: str | None, stream: bool
+async def test_a_refusal_by_the_engine_sets_the_http_status(
+    server: StubCompletionApp, error: Any, status: int, retry: str | None, stream: bool
 ) -> None:
-    world.engine.refusals = {0: error}
-    answer = await world.complete(stream=stream)
+    server.engine.refusals = {0: error}
+    answer = await server.complete(stream=stream)
     assert answer.status_code == status
     assert answer.headers.get("Retry-After") == retry
     assert answer.json()["error"]["message"] == error.message
 
 
-async def test_one_refused_choice_ends_the_others(world: Answering) -> None:
-    world.engine.refusals = {1: Overloaded("full")}
-    world.engine.forever = True
-    assert (await world.complete(n=3)).status_code == 429
-    assert sorted(world.engine.closed) == sorted(request.id for request in world.engine.requests)
+async def test_one_refused_choice_ends_the_others(server: StubCompletionApp) -> None:
+    server.engine.refusals = {1: Overloaded("full")}
+    server.engine.forever = True
+    assert (await server.complete(n=3)).status_code == 429
+    assert sorted(server.engine.closed) == sorted(request.id for request in server.engine.requests)
 
 
 @pytest.mark.parametrize("body", [{"prompt": "x" * CONTEXT}, {"prompt": "x" * 10, "max_tokens": CONTEXT}])
-async def test_what_does_not_fit_the_context_is_refused_unasked(world: Answering, body: dict[str, Any]) -> None:
-    answer = await world.complete(**body)
+async def test_a_request_beyond_the_context_length_is_refused_before_the_engine_sees_it(
+    server: StubCompletionApp, body: dict[str, Any]
+) -> None:
+    answer = await server.complete(**body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
-    assert world.engine.requests == []
+    assert server.engine.requests == []
 
 
-async def test_the_default_length_gives_way_to_the_context(world: Answering) -> None:
-    assert (await world.complete(prompt="x" * (CONTEXT - 3))).status_code == 200
-    assert world.engine.requests[0].sampling.max_tokens == 3
+async def test_the_default_max_tokens_is_limited_by_the_context_length(server: StubCompletionApp) -> None:
+    assert (await server.complete(prompt="x" * (CONTEXT - 3))).status_code == 200
+    assert server.engine.requests[0].sampling.max_tokens == 3
 
 
-async def test_a_choice_that_stopped_is_aborted_while_others_go_on(world: Answering) -> None:
-    world.engine.reply = b"ab"
-    world.engine.forever = True
+async def test_a_stopped_choice_is_aborted_while_others_continue(server: StubCompletionApp) -> None:
+    server.engine.reply = b"ab"
+    server.engine.forever = True
     async with asyncio.timeout(5):
-        asking = asyncio.ensure_future(world.complete(prompt=["x", "y"], stop="ab"))
+        asking = asyncio.ensure_future(server.complete(prompt=["x", "y"], stop="ab"))
         await asking
-    assert len(world.engine.closed) == 2
+    assert len(server.engine.closed) == 2
 
 
-async def test_an_error_on_the_way_is_the_answer(world: Answering) -> None:
-    world.engine.breaks = 2
-    answer = await world.complete()
+async def test_an_error_during_generation_is_the_response(server: StubCompletionApp) -> None:
+    server.engine.breaks = 2
+    answer = await server.complete()
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "it broke"
 
@@ -287,8 +293,8 @@ async def test_an_error_on_the_way_is_the_answer(world: Answering) -> None:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stream_is_the_text_in_pieces_then_usage_then_done(world: Answering) -> None:
-    chunks = events(await world.complete(stream=True, stream_options={"include_usage": True}))
+async def test_a_stream_has_text_chunks_then_usage_then_done(server: StubCompletionApp) -> None:
+    chunks = events(await server.complete(stream=True, stream_options={"include_usage": True}))
     *pieces, last = chunks
     assert "".join(chunk["choices"][0]["text"] for chunk in pieces) == "hello"
     assert [chunk["choices"][0]["finish_reason"] for chunk in pieces] == [None] * 5 + ["stop"]
@@ -297,45 +303,45 @@ async def test_a_stream_is_the_text_in_pieces_then_usage_then_done(world: Answer
     assert last["usage"]["completion_tokens"] == 6
 
 
-async def test_usage_can_come_with_every_piece(world: Answering) -> None:
-    chunks = events(await world.complete(stream=True, stream_options={"continuous_usage_stats": True}))
+async def test_usage_can_be_included_in_every_chunk(server: StubCompletionApp) -> None:
+    chunks = events(await server.complete(stream=True, stream_options={"continuous_usage_stats": True}))
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6]
 
 
-async def test_a_plain_stream_has_no_usage(world: Answering) -> None:
-    assert all("usage" not in chunk for chunk in events(await world.complete(stream=True)))
+async def test_a_plain_stream_has_no_usage(server: StubCompletionApp) -> None:
+    assert all("usage" not in chunk for chunk in events(await server.complete(stream=True)))
 
 
-async def test_several_choices_stream_side_by_side_with_an_echo_each(world: Answering) -> None:
+async def test_several_choices_are_streamed_concurrently_each_with_its_echo(server: StubCompletionApp) -> None:
     texts: dict[int, str] = {}
-    for chunk in events(await world.complete(prompt=["a", "b"], n=2, echo=True, stream=True)):
+    for chunk in events(await server.complete(prompt=["a", "b"], n=2, echo=True, stream=True)):
         choice = chunk["choices"][0]
         texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
     assert texts == {0: "ahello", 1: "ahello", 2: "bhello", 3: "bhello"}
 
 
-async def test_a_character_split_over_tokens_is_streamed_whole(world: Answering) -> None:
-    world.engine.reply = "a漢b".encode()
-    pieces = [chunk["choices"][0]["text"] for chunk in events(await world.complete(stream=True))]
+async def test_a_character_split_over_tokens_is_streamed_in_one_chunk(server: StubCompletionApp) -> None:
+    server.engine.reply = "a漢b".encode()
+    pieces = [chunk["choices"][0]["text"] for chunk in events(await server.complete(stream=True))]
     assert pieces == ["a", "", "", "漢", "b", ""]
 
 
-async def test_a_possible_stop_string_is_held_back_and_flushed(world: Answering) -> None:
-    world.engine.reply = b"a STO b"
-    pieces = [chunk["choices"][0]["text"] for chunk in events(await world.complete(stream=True, stop="STOP"))]
+async def test_a_possible_stop_string_is_held_back_and_flushed(server: StubCompletionApp) -> None:
+    server.engine.reply = b"a STO b"
+    pieces = [chunk["choices"][0]["text"] for chunk in events(await server.complete(stream=True, stop="STOP"))]
     assert "".join(pieces) == "a STO b"
     assert "S" not in pieces
 
 
-async def test_an_error_in_a_stream_is_an_event_of_its_own(world: Answering) -> None:
-    world.engine.breaks = 2
-    chunks = events(await world.complete(stream=True))
+async def test_an_error_in_a_stream_is_sent_as_an_event(server: StubCompletionApp) -> None:
+    server.engine.breaks = 2
+    chunks = events(await server.complete(stream=True))
     assert chunks[-1]["error"]["message"] == "it broke"
     assert "choices" not in chunks[-1]
 
 
-async def test_the_end_token_counts_but_is_not_shown(world: Answering) -> None:
-    answer = (await world.complete(max_tokens=5)).json()
+async def test_the_end_token_is_counted_but_not_in_the_text(server: StubCompletionApp) -> None:
+    answer = (await server.complete(max_tokens=5)).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 5
-    assert EOS not in world.engine.requests[0].prompt
+    assert EOS not in server.engine.requests[0].prompt

@@ -1,4 +1,4 @@
-"""Errors as clients see them: OpenAI's shape everywhere, statuses, and words that name the field at fault."""
+"""Errors in HTTP responses: OpenAI's shape, the right status, and a message that names the invalid field."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import Body
-from operated import Operated, refusal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from stub_admin import StubAdminApp, refusal
 
 from lora_serve import errors as tree
 from lora_serve.api import error_handlers
@@ -33,21 +33,21 @@ from lora_serve.api import error_handlers
         (tree.StorageFull, 507, "server_error"),
     ],
 )
-def test_every_kind_has_a_status_and_a_type(error: type[tree.ServeError], status: int, type: str) -> None:
+def test_every_error_class_has_a_status_and_a_type(error: type[tree.ServeError], status: int, type: str) -> None:
     raised = error("words", param="field")
     assert error_handlers.status(raised) == status
     shown = {"message": "words", "type": type, "param": "field", "code": error.kind}
     assert error_handlers.body(raised) == {"error": shown}
 
 
-def test_no_kind_of_the_tree_is_left_out() -> None:
+def test_all_error_classes_are_covered() -> None:
     def kinds(cls: type[tree.ServeError]) -> set[str]:
         return {cls.kind}.union(*map(kinds, cls.__subclasses__()))
 
     assert kinds(tree.ServeError) == error_handlers.STATUS.keys()
 
 
-def test_overload_and_unavailability_say_when_to_come_back() -> None:
+def test_overload_and_unavailability_send_retry_after() -> None:
     assert error_handlers.headers(tree.Overloaded("full")) == {"Retry-After": "1"}
     assert error_handlers.headers(tree.Unavailable("later", retry_after=2.1)) == {"Retry-After": "3"}
     assert error_handlers.headers(tree.Unavailable("soon", retry_after=0.01)) == {"Retry-After": "1"}
@@ -105,13 +105,13 @@ def test_a_failed_validation_names_the_field(sent: Any, param: str | None, messa
     assert explained(sent) == (message, param)
 
 
-def test_alternatives_of_a_union_are_told_together() -> None:
+def test_alternatives_of_a_union_are_reported_together() -> None:
     message, param = explained({"prompt": 5})
     assert param == "prompt"
     assert message == "prompt: Input should be a valid string; or Input should be a valid list"
 
 
-def test_what_was_sent_is_not_repeated_beyond_a_bound() -> None:
+def test_error_messages_quote_a_bounded_part_of_the_input() -> None:
     message, param = explained({"prompt": "x", "y" * 10_000: 1})
     assert param == "y" * error_handlers.LONGEST_NAME
     assert len(message) < 2 * error_handlers.LONGEST_NAME
@@ -124,8 +124,8 @@ def test_what_was_sent_is_not_repeated_beyond_a_bound() -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Operated:
-    server = Operated(tmp_path)
+def server(tmp_path: Path) -> StubAdminApp:
+    server = StubAdminApp(tmp_path)
 
     @server.app.post("/ask")
     async def ask(asked: Annotated[Asked, Body()]) -> None:
@@ -134,7 +134,7 @@ def server(tmp_path: Path) -> Operated:
     return server
 
 
-async def test_a_route_or_method_that_is_not_there_has_the_same_shape(server: Operated) -> None:
+async def test_unknown_routes_and_methods_have_the_same_error_shape(server: StubAdminApp) -> None:
     assert refusal(await server.ask("GET", "/no/such")) == (404, None, "no such route")
     answer = await server.ask("DELETE", "/v1/adapters")
     assert refusal(answer)[0] == 405
@@ -142,14 +142,14 @@ async def test_a_route_or_method_that_is_not_there_has_the_same_shape(server: Op
 
 
 @pytest.mark.parametrize("content", ["{", '{"prompt": "x"} y', "", "null", "5", "[" * 100_000, '{"prompt": "\\ud800'])
-async def test_bodies_that_are_no_json_object_are_400(server: Operated, content: str) -> None:
+async def test_bodies_that_are_not_json_objects_are_400(server: StubAdminApp, content: str) -> None:
     answer = await server.ask("POST", "/ask", content=content, headers={"Content-Type": "application/json"})
     status, param, message = refusal(answer)
     assert (status, param) == (400, None)
     assert len(message) < 200
 
 
-async def test_a_body_that_is_not_sent_as_json_is_said(server: Operated) -> None:
+async def test_a_wrong_content_type_is_named_in_the_error(server: StubAdminApp) -> None:
     assert refusal(await server.ask("POST", "/ask", content='{"prompt": "x"}')) == (
         400,
         None,
@@ -157,14 +157,14 @@ async def test_a_body_that_is_not_sent_as_json_is_said(server: Operated) -> None
     )
 
 
-async def test_an_error_of_the_tree_keeps_its_words_and_headers(server: Operated) -> None:
+async def test_our_errors_keep_their_message_and_headers(server: StubAdminApp) -> None:
     server.engine.failure = tree.Unavailable("restarting", retry_after=4.0)
     answer = await server.ask("GET", "/v1/adapters")
     assert refusal(answer) == (503, None, "restarting")
     assert answer.headers["Retry-After"] == "4"
 
 
-async def test_a_bug_tells_the_client_nothing(server: Operated) -> None:
+async def test_an_internal_error_reveals_nothing(server: StubAdminApp) -> None:
     answer = await server.ask("POST", "/ask", json={"prompt": "secret words"})
     assert refusal(answer) == (500, None, "the server failed on this request")
     assert "secret" not in answer.text

@@ -1,4 +1,4 @@
-"""How the server says how it is, and what it refuses to read."""
+"""Health, readiness, metrics, and limits on the size of bodies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from operated import Operated, refusal
+from stub_admin import StubAdminApp, refusal
 
 from lora_serve.messages import StepReport, Update
 
@@ -14,16 +14,16 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Operated:
-    return Operated(tmp_path, max_body=1000)
+def server(tmp_path: Path) -> StubAdminApp:
+    return StubAdminApp(tmp_path, max_body=1000)
 
 
 @pytest.mark.parametrize(
     ("alive", "ready", "health", "readiness"),
     [(True, True, 200, 200), (True, False, 200, 503), (False, False, 503, 503)],
 )
-async def test_health_is_the_heartbeat_and_ready_is_taking_requests(
-    server: Operated, alive: bool, ready: bool, health: int, readiness: int
+async def test_health_reports_the_heartbeat_and_ready_whether_requests_are_accepted(
+    server: StubAdminApp, alive: bool, ready: bool, health: int, readiness: int
 ) -> None:
     server.engine.alive, server.engine.ready = alive, ready
     assert (await server.ask("GET", "/health")).status_code == health
@@ -32,7 +32,7 @@ async def test_health_is_the_heartbeat_and_ready_is_taking_requests(
     assert ("Retry-After" in answer.headers) == (readiness == 503)
 
 
-async def test_metrics_show_what_the_engine_told(server: Operated) -> None:
+async def test_metrics_show_the_engine_s_statistics(server: StubAdminApp) -> None:
     for observer in server.engine.observers:
         observer(Update([], step=StepReport(3, 30, 2, 0.1)))
     answer = await server.ask("GET", "/metrics")
@@ -41,8 +41,8 @@ async def test_metrics_show_what_the_engine_told(server: Operated) -> None:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-async def test_a_body_over_the_cap_is_refused_whether_its_length_is_announced_or_not(
-    server: Operated, announced: bool
+async def test_a_body_over_the_size_limit_is_refused_with_or_without_content_length(
+    server: StubAdminApp, announced: bool
 ) -> None:
     sent = 0
 
@@ -60,12 +60,12 @@ async def test_a_body_over_the_cap_is_refused_whether_its_length_is_announced_or
     assert sent <= 1100, "it must stop reading at the cap"
 
 
-async def test_a_body_within_the_cap_arrives_whole(server: Operated) -> None:
+async def test_a_body_within_the_size_limit_arrives_complete(server: StubAdminApp) -> None:
     content = b'{"lora_name": "poet"}' + b" " * 970
     assert refusal(await server.ask("POST", "/v1/unload_lora_adapter", content=content, headers=JSON))[0] == 404
 
 
-async def test_the_schema_lists_every_route(server: Operated) -> None:
+async def test_the_schema_lists_every_route(server: StubAdminApp) -> None:
     schema = (await server.ask("GET", "/openapi.json")).json()
     for path in ("/health", "/ready", "/metrics", "/v1/adapters", "/v1/adapters/{name}", "/v1/load_lora_adapter"):
         assert path in schema["paths"]

@@ -1,4 +1,4 @@
-"""Uploads: what is taken, what is refused and in which words, and that nothing is left behind."""
+"""Uploads: accepted and refused forms and archives, and nothing left in staging."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operated import CONFIG, FILES, WEIGHTS, Operated, packed_zip, refusal, tar
 from starlette.types import Message
+from stub_admin import CONFIG, FILES, WEIGHTS, StubAdminApp, packed_zip, refusal, tar
 
 from lora_serve.api.archive import unpack
 from lora_serve.errors import AdapterInvalid
@@ -24,8 +24,8 @@ MOST = 1 << 20
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Operated:
-    return Operated(tmp_path, max_adapter_size=MOST)
+def server(tmp_path: Path) -> StubAdminApp:
+    return StubAdminApp(tmp_path, max_adapter_size=MOST)
 
 
 def archive(content: bytes, name: str = "a.tar.gz") -> list[tuple[str, Any]]:
@@ -35,7 +35,7 @@ def archive(content: bytes, name: str = "a.tar.gz") -> list[tuple[str, Any]]:
 # --- what is taken ---------------------------------------------------------------------------------------------------
 
 
-async def test_single_files_are_published_and_staging_is_empty_afterwards(server: Operated) -> None:
+async def test_single_files_are_published_and_staging_is_empty_afterwards(server: StubAdminApp) -> None:
     answer = await server.upload(FILES | {"README.md": b"words"})
     assert answer.status_code == 201
     assert answer.json()["versions"][0]["digest"] == "digest0"
@@ -45,7 +45,7 @@ async def test_single_files_are_published_and_staging_is_empty_afterwards(server
 
 @pytest.mark.parametrize("top", ["", "./", "poet/", "./poet/"])
 @pytest.mark.parametrize("mode", ["w:gz", "w:"])
-async def test_a_tar_of_the_files_or_of_their_folder_is_taken(server: Operated, top: str, mode: str) -> None:
+async def test_a_tar_of_the_files_or_of_their_folder_is_accepted(server: StubAdminApp, top: str, mode: str) -> None:
     packed = tar({top + name: content for name, content in FILES.items()}, mode)
     assert (await server.send(archive(packed))).status_code == 201
     assert server.engine.published == [FILES]
@@ -53,13 +53,13 @@ async def test_a_tar_of_the_files_or_of_their_folder_is_taken(server: Operated, 
 
 
 @pytest.mark.parametrize("top", ["", "poet/"])
-async def test_a_zip_is_taken(server: Operated, top: str) -> None:
+async def test_a_zip_is_accepted(server: StubAdminApp, top: str) -> None:
     packed = packed_zip({top + name: content for name, content in FILES.items()})
     assert (await server.send(archive(packed, "a.zip"))).status_code == 201
     assert server.engine.published == [FILES]
 
 
-async def test_what_lies_beside_an_adapter_is_left_out(server: Operated) -> None:
+async def test_other_files_are_left_out(server: StubAdminApp) -> None:
     beside = dict.fromkeys(
         [
             "tokenizer_config.json",
@@ -78,7 +78,7 @@ async def test_what_lies_beside_an_adapter_is_left_out(server: Operated) -> None
     assert server.engine.published == [FILES, FILES]
 
 
-async def test_a_tokenizer_is_handed_on_to_be_compared(server: Operated) -> None:
+async def test_a_tokenizer_is_kept_for_comparison(server: StubAdminApp) -> None:
     files = FILES | {"tokenizer.json": b"{}"}
     await server.upload(files, "one")
     await server.send(archive(tar(files)), "two")
@@ -86,7 +86,7 @@ async def test_a_tokenizer_is_handed_on_to_be_compared(server: Operated) -> None
     assert server.engine.published == [files] * 3
 
 
-async def test_a_part_may_come_in_any_pieces(server: Operated) -> None:
+async def test_a_form_can_arrive_in_chunks_of_any_size(server: StubAdminApp) -> None:
     whole = server.client.build_request("POST", "/v1/adapters", data={"name": "poet"}, files=form(FILES))
     body = whole.read()
     for size in (1, 7, 1000):
@@ -110,7 +110,7 @@ def form(files: dict[str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "a" * 65, "ü", "a\n", "-x", "a@b"])
-async def test_names_are_checked(server: Operated, name: str) -> None:
+async def test_invalid_names_are_refused(server: StubAdminApp, name: str) -> None:
     assert refusal(await server.upload(name=name))[:2] == (400, "name")
     assert server.engine.operations == []
 
@@ -130,8 +130,8 @@ async def test_names_are_checked(server: Operated, name: str) -> None:
         (form({f"{number}.txt": b"" for number in range(65)}), "poet", "files", "more than 64"),
     ],
 )
-async def test_a_form_that_makes_no_sense_names_the_field(
-    server: Operated, parts: list[tuple[str, Any]], name: str | None, param: str, message: str
+async def test_an_invalid_form_is_refused_naming_the_field(
+    server: StubAdminApp, parts: list[tuple[str, Any]], name: str | None, param: str, message: str
 ) -> None:
     parts = [(field, (None, b"x") if part is None else part) for field, part in parts]
     answer = refusal(await server.send(parts, name))
@@ -140,7 +140,7 @@ async def test_a_form_that_makes_no_sense_names_the_field(
     assert server.leftovers == []
 
 
-async def test_a_form_without_an_adapter_is_said(server: Operated) -> None:
+async def test_a_form_without_files_is_refused(server: StubAdminApp) -> None:
     assert refusal(await server.send([]))[:2] == (400, "files")
 
 
@@ -154,7 +154,7 @@ async def test_a_form_without_an_adapter_is_said(server: Operated) -> None:
         (b"--b\r\n" + b"X" * 10_000, "multipart/form-data; boundary=b"),
     ],
 )
-async def test_what_is_no_whole_form_is_400(server: Operated, content: bytes, kind: str) -> None:
+async def test_an_incomplete_form_is_400(server: StubAdminApp, content: bytes, kind: str) -> None:
     answer = await server.ask("POST", "/v1/adapters", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 400
     assert server.leftovers == []
@@ -173,7 +173,7 @@ async def test_what_is_no_whole_form_is_400(server: Operated, content: bytes, ki
         ("model.safetensors", "no part of a PEFT adapter"),
     ],
 )
-async def test_files_that_could_matter_are_refused_by_name(server: Operated, name: str, message: str) -> None:
+async def test_unsupported_files_are_refused_by_name(server: StubAdminApp, name: str, message: str) -> None:
     for answer in (
         await server.upload(FILES | {name: b"x"}),
         await server.send(archive(tar(FILES | {name: b"x"}))),
@@ -186,7 +186,7 @@ async def test_files_that_could_matter_are_refused_by_name(server: Operated, nam
     assert server.leftovers == []
 
 
-async def test_a_path_in_a_file_name_leads_nowhere(server: Operated, tmp_path: Path) -> None:
+async def test_a_path_in_a_file_name_cannot_escape_staging(server: StubAdminApp, tmp_path: Path) -> None:
     parts = [("files", (f"../../{name}", content)) for name, content in FILES.items()]
     assert (await server.send(parts)).status_code == 201
     assert server.engine.published == [FILES]
@@ -196,7 +196,7 @@ async def test_a_path_in_a_file_name_leads_nowhere(server: Operated, tmp_path: P
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_upload_over_the_cap_is_413_and_read_no_further(server: Operated) -> None:
+async def test_an_upload_over_the_size_limit_is_413_and_not_read_further(server: StubAdminApp) -> None:
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -212,12 +212,12 @@ async def test_an_upload_over_the_cap_is_413_and_read_no_further(server: Operate
     assert server.leftovers == []
 
 
-async def test_an_announced_length_over_the_cap_is_413_at_once(server: Operated) -> None:
+async def test_a_content_length_over_the_limit_is_413_at_once(server: StubAdminApp) -> None:
     assert refusal(await server.upload(FILES | {"adapter_model.safetensors": b"\0" * (3 * MOST)}))[0] == 413
 
 
 @pytest.mark.parametrize("pack", [tar, packed_zip])
-async def test_an_archive_that_unpacks_beyond_the_cap_is_413(server: Operated, pack: Any) -> None:
+async def test_an_archive_that_unpacks_beyond_the_limit_is_413(server: StubAdminApp, pack: Any) -> None:
     packed = pack(FILES | {"adapter_model.safetensors": b"\0" * (3 * MOST)})
     assert len(packed) < MOST
     assert refusal(await server.send(archive(packed)))[0] == 413
@@ -225,15 +225,15 @@ async def test_an_archive_that_unpacks_beyond_the_cap_is_413(server: Operated, p
 
 
 @pytest.mark.parametrize("pack", [tar, packed_zip])
-async def test_a_bomb_below_the_cap_is_told_by_its_ratio(tmp_path: Path, pack: Any) -> None:
-    server = Operated(tmp_path)
+async def test_an_archive_bomb_below_the_limit_is_detected_by_its_ratio(tmp_path: Path, pack: Any) -> None:
+    server = StubAdminApp(tmp_path)
     packed = pack(FILES | {"adapter_model.safetensors": bytes(20 << 20)})
     status, _, message = refusal(await server.send(archive(packed)))
     assert status == 422
     assert "100 times" in message
 
 
-async def test_a_full_disk_is_507(server: Operated) -> None:
+async def test_a_full_disk_is_507(server: StubAdminApp) -> None:
     server.engine.failure = OSError(errno.ENOSPC, "No space left on device", "/secret/path")
     answer = await server.upload()
     assert refusal(answer)[0] == 507
@@ -324,8 +324,10 @@ def tar_with_a_negative_size() -> bytes:
         (b"\x1f\x8b" + b"\0" * 100, "cannot be read"),
     ],
 )
-async def test_hostile_archives_are_refused_and_leave_nothing(tmp_path: Path, packed: bytes, message: str) -> None:
-    server = Operated(tmp_path / "store")
+async def test_hostile_archives_are_refused_and_leave_nothing_behind(
+    tmp_path: Path, packed: bytes, message: str
+) -> None:
+    server = StubAdminApp(tmp_path / "store")
     status, _, said = refusal(await server.send(archive(packed)))
     assert status == 422
     assert message in said
@@ -346,8 +348,8 @@ async def test_hostile_archives_are_refused_and_leave_nothing(tmp_path: Path, pa
         (tar({"a/README.md": b"x", "b/README.md": b"x"}), "b/README.md"),
     ],
 )
-async def test_a_refusal_names_the_member_and_no_path_of_the_server(
-    server: Operated, tmp_path: Path, packed: bytes, name: str
+async def test_an_error_names_the_member_and_no_path_on_the_server(
+    server: StubAdminApp, tmp_path: Path, packed: bytes, name: str
 ) -> None:
     message = refusal(await server.send(archive(packed)))[2]
     assert name in message
@@ -368,11 +370,11 @@ def test_extracted_files_get_the_servers_permissions_and_times(tmp_path: Path) -
         assert abs((tmp_path / name).stat().st_mtime - time.time()) < 60
 
 
-async def test_a_member_that_is_skipped_is_read_no_further_than_the_cap(server: Operated) -> None:
+async def test_a_skipped_member_is_not_read_beyond_the_limit(server: StubAdminApp) -> None:
     assert refusal(await server.send(archive(skip_without_end())))[0] == 413
 
 
-async def test_an_encrypted_or_exotic_zip_is_refused(server: Operated) -> None:
+async def test_an_encrypted_or_exotic_zip_is_refused(server: StubAdminApp) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as file:
         file.writestr("adapter_config.json", CONFIG)
@@ -385,7 +387,7 @@ async def test_an_encrypted_or_exotic_zip_is_refused(server: Operated) -> None:
 # --- leaving ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: Operated) -> None:
+async def test_a_client_that_disconnects_leaves_nothing_behind(server: StubAdminApp) -> None:
     head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="adapter_model.safetensors"\r\n\r\n'
     messages: list[Message] = [
         {"type": "http.request", "body": head + bytes(MOST), "more_body": True},
@@ -409,7 +411,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(server: 
     assert server.engine.operations == []
 
 
-async def test_an_upload_that_the_engine_refuses_leaves_nothing_behind(server: Operated) -> None:
+async def test_an_upload_refused_by_the_engine_leaves_nothing_behind(server: StubAdminApp) -> None:
     server.engine.failure = AdapterInvalid("unknown module q_prok")
     assert refusal(await server.upload()) == (422, None, "unknown module q_prok")
     assert len(server.engine.published) == 1

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from engine_session import Session
-from parity import logits, make
+from parity import logits, make_adapter
 from support import reference
 
 from lora_serve.messages import Call, ListAdapters
@@ -35,8 +35,10 @@ PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 30)), [5, 11, 12, 9]]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Adapters saved by PEFT, and the PEFT models."""
     folder = tmp_path_factory.mktemp("adapters")
-    models = {name: make("llama", folder / name, seed, config) for seed, (name, config) in enumerate(CONFIGS.items())}
-    make("llama", folder / "again", 2, CONFIGS["plain"])  # another name of one content
+    models = {
+        name: make_adapter("llama", folder / name, seed, config) for seed, (name, config) in enumerate(CONFIGS.items())
+    }
+    make_adapter("llama", folder / "again", 2, CONFIGS["plain"])  # another name of one content
     resized = copy.deepcopy(reference("llama"))
     resized.resize_token_embeddings(103, mean_resizing=False)
     torch.manual_seed(9)

@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from engine_session import Session
-from parity import make
+from parity import make_adapter
 from torch import Tensor
 
-from lora_serve.adapters.device_copy import PendingCopy, Upload
+from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.messages import Call, PinAdapter
 from lora_serve.request import Tokens
@@ -29,16 +29,16 @@ class Later:
         return self.come
 
 
-class SlowArrival(PendingCopy):
+class SlowCopy(PendingCopy):
     def __init__(self, source: Tensor, event: Later) -> None:
         super().__init__(source, event)  # type: ignore[arg-type]
         self._later = event
 
-    def wait_for_copies(self) -> None:
+    def make_stream_wait(self) -> None:
         self._later.awaited += 1
 
 
-class SlowUpload(Upload):
+class SlowCopier(DeviceCopier):
     """Copies that stay pending until the test completes them."""
 
     def __init__(self) -> None:
@@ -46,19 +46,21 @@ class SlowUpload(Upload):
         self.events: list[Later] = []
         self.pinned = 0
 
-    def pin(self, flat: Tensor) -> None:
+    def pin_memory(self, flat: Tensor) -> None:
         self.pinned += 1
 
-    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+    def copy(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
         self.events.append(Later())
-        return flat.clone(), SlowArrival(flat, self.events[-1])
+        return flat.clone(), SlowCopy(flat, self.events[-1])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
-        make("llama", folder / name, seed, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        make_adapter(
+            "llama", folder / name, seed, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
     return folder
 
 
@@ -69,7 +71,7 @@ def device_slots(session: Session) -> DeviceSlots:
 @pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
 def session(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
     session = Session(tmp_path, overlap=request.param, adapters=folder)
-    device_slots(session).upload = SlowUpload()
+    device_slots(session).copier = SlowCopier()
     yield session
     session.engine.close()
 
@@ -90,8 +92,8 @@ def load(session: Session, name: str) -> None:
 
 
 def test_other_streams_continue_while_an_adapter_is_copied(session: Session) -> None:
-    upload = device_slots(session).upload
-    assert isinstance(upload, SlowUpload)
+    copier = device_slots(session).copier
+    assert isinstance(copier, SlowCopier)
     load(session, "two")
     device_slots(session).evict(device_slots(session).resident[0])
     session.send("base", [5, 9, 33], max_tokens=40)
@@ -101,19 +103,19 @@ def test_other_streams_continue_while_an_adapter_is_copied(session: Session) -> 
     steps(session, 10)
     assert count(session, "base") - before >= 9
     assert count(session, "waits") == 0
-    upload.events[-1].come = True
+    copier.events[-1].come = True
     session.run()
     assert (count(session, "base"), count(session, "waits")) == (40, 4)
-    assert upload.pinned == 1
+    assert copier.pinned == 1
 
 
 def test_if_nothing_else_can_run_the_step_waits_for_the_copy(session: Session) -> None:
-    upload = device_slots(session).upload
-    assert isinstance(upload, SlowUpload)
+    copier = device_slots(session).copier
+    assert isinstance(copier, SlowCopier)
     session.send("alone", [5, 9, 33], adapter="one", max_tokens=3)
     session.run()
     assert count(session, "alone") == 3
-    assert upload.events[-1].awaited >= 3
+    assert copier.events[-1].awaited >= 3
 
 
 def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: Path) -> None:
@@ -148,28 +150,28 @@ def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Pa
     session.engine.close()
 
 
-class ShortUpload(Upload):
+class SmallDeviceCopier(DeviceCopier):
     """A device without memory for large copies."""
 
     def __init__(self, most: int) -> None:
         super().__init__(torch.device("cpu"))
         self._most = most
 
-    def send(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
+    def copy(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
         if flat.nbytes > self._most:
             raise torch.OutOfMemoryError("no memory")
-        return super().send(flat)
+        return super().copy(flat)
 
 
 def test_if_the_device_is_out_of_memory_for_an_adapter_only_its_requests_fail(tmp_path: Path) -> None:
     for name, rank in (("small", 2), ("large", 16)):
         config = peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        make("llama", tmp_path / "adapters" / name, 1, config)
+        make_adapter("llama", tmp_path / "adapters" / name, 1, config)
     session = Session(tmp_path, adapters=tmp_path / "adapters")
     wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
     for digest in list(device_slots(session).resident):
         device_slots(session).evict(digest)
-    device_slots(session).upload = ShortUpload(8000)
+    device_slots(session).copier = SmallDeviceCopier(8000)
     for name in ("small", "large"):
         session.send(name, [5, 9], adapter=name)
     session.send("base", [5, 9])

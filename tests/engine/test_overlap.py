@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 from engine_session import Session
-from parity import make
+from parity import make_adapter
 
 from lora_serve.messages import Abort
 from lora_serve.request import Finished, Tokens
@@ -44,7 +44,7 @@ def outputs(session: Session, id: str) -> list[Any]:
 def test_every_request_gets_the_same_output(tmp_path: Path, options: list[dict[str, Any]]) -> None:
     for seed, name in enumerate(("one", "two")):
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        make("llama", tmp_path / "adapters" / name, seed, config)
+        make_adapter("llama", tmp_path / "adapters" / name, seed, config)
     rng = random.Random(5)
     requests = [asked(rng, rng.choice(options) | {"seed": i}) for i in range(24)]
     results = []

@@ -12,8 +12,8 @@ import pytest
 import torch
 from engine.engine_session import Session
 from gpu_device import DEVICE, ON_GPU, here
-from parity import again, make
-from served import ADAPTERS, Served
+from parity import load_peft, make_adapter
+from server_process import ADAPTERS, ServerProcess
 from support import reference
 
 from demo.tasks import TASKS, heldout_prompts
@@ -51,7 +51,7 @@ def test_greedy_batches_equal_transformers_generate(session: Session) -> None:
 def test_adapters_that_are_loaded_and_evicted_equal_peft(session: Session, tmp_path: Path) -> None:
     for seed, rank in enumerate((4, 32)):
         folder = tmp_path / f"a{seed}"
-        make("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
+        make_adapter("llama", folder, seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
         session.engine.receive(Call(seed, Publish(folder.name, str(folder))))
     while len(session.replies) < 2:
         session.step()
@@ -63,7 +63,7 @@ def test_adapters_that_are_loaded_and_evicted_equal_peft(session: Session, tmp_p
         for seed in range(2):
             session.engine.receive(Call(10 + 2 * turn + seed, EvictAdapter(f"a{seed}")))
         session.run()
-    models = [again("llama", tmp_path / f"a{seed}") for seed in range(2)]
+    models = [load_peft("llama", tmp_path / f"a{seed}") for seed in range(2)]
     for index, prompt in enumerate(PROMPTS):
         wanted = greedy(reference("llama") if index == 3 else models[index % 2], prompt, 10)
         for turn in range(2):
@@ -99,8 +99,8 @@ def test_a_server_on_the_gpu_answers_as_one_on_the_cpu(tmp_path: Path) -> None:
 
     def answers(device: str) -> list[str]:
         options = ("--adapters", str(ADAPTERS), "--device", device, "--dtype", "float32", "--max-num-seqs", "16")
-        with Served(tmp_path / f"store-{device}", *options) as served, ThreadPoolExecutor(8) as pool:
-            return [*pool.map(lambda job: served.complete(*job), jobs)]
+        with ServerProcess(tmp_path / f"store-{device}", *options) as server, ThreadPoolExecutor(8) as pool:
+            return [*pool.map(lambda job: server.complete(*job), jobs)]
 
     found = answers(DEVICE.type)
     assert found == answers("cpu")

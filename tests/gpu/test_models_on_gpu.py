@@ -12,7 +12,7 @@ import pytest
 import torch
 from driver import Driver
 from gpu_device import DEVICE, ON_GPU, gpu_only, here, sized
-from parity import again, bring, logits, make
+from parity import load_peft, logits, make_adapter, read_adapter
 from support import ARCHITECTURES, reference, save
 from torch import Tensor
 
@@ -74,10 +74,10 @@ def test_a_mixed_batch_equals_peft(architecture: str, dtype: str, tmp_path: Path
     served = driver(save(architecture, tmp_path / "base"), dtype=dtype)
     routes: list[list[tuple[str, float]]] = [[]]
     for seed, rank in enumerate((4, 16, 40)):
-        make(architecture, tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH))
-        routes.append([(served.load_adapter(bring(served, tmp_path / str(seed))), 1.0)])
+        make_adapter(architecture, tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH))
+        routes.append([(served.load_adapter(read_adapter(served, tmp_path / str(seed))), 1.0)])
     models: list[Any] = [copy.deepcopy(reference(architecture)).to(kind)]
-    models += [again(architecture, tmp_path / str(seed), kind) for seed in range(3)]
+    models += [load_peft(architecture, tmp_path / str(seed), kind) for seed in range(3)]
     rows = served.teach(PROMPTS, DECODE, routes)
     for model, tokens, got in zip(models, served.sequences, rows, strict=True):
         wanted, base = logits(model, tokens).float(), logits(models[0], tokens).float()
@@ -91,11 +91,11 @@ def test_adapters_are_loaded_and_evicted_between_replays_of_the_same_graphs(tmp_
     folder = save("llama", tmp_path / "base")
     served, plain = driver(folder), Driver(folder, native=False, max_tokens=23)
     for seed, rank in enumerate((8, 64, 2)):
-        make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH[seed:]))
+        make_adapter("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=BOTH[seed:]))
     graphs = recordings(served)
     slots = []
     for seed in range(3 if ON_GPU else 2):
-        names = [each.load_adapter(bring(each, tmp_path / str(seed))) for each in (served, plain)]
+        names = [each.load_adapter(read_adapter(each, tmp_path / str(seed))) for each in (served, plain)]
         slots.append(served.slots[names[0]])
         results = [
             each.teach(PROMPTS[:3], DECODE, [[(name, 1.0)], [], [(name, 0.5)]])
@@ -119,10 +119,10 @@ def test_a_model_whose_pass_depends_on_values_is_served_without_graphs(tmp_path:
 @gpu_only
 def test_memory_of_an_evicted_adapter_is_freed(tmp_path: Path) -> None:
     served = driver(save("llama", tmp_path / "base"))
-    make("llama", tmp_path / "a", 0, peft.LoraConfig(r=64, target_modules=BOTH))
+    make_adapter("llama", tmp_path / "a", 0, peft.LoraConfig(r=64, target_modules=BOTH))
     taken = []
     for _ in range(3):
-        adapter = bring(served, tmp_path / "a")
+        adapter = read_adapter(served, tmp_path / "a")
         name = served.load_adapter(adapter)
         torch.cuda.synchronize()
         resident = torch.cuda.memory_allocated()

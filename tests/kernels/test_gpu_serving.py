@@ -11,7 +11,7 @@ import pytest
 import torch
 from driver import Driver
 from memory_recording import MemoryRecording
-from parity import bring, logits, make
+from parity import logits, make_adapter, read_adapter
 from support import reference, save
 
 from lora_serve.kernels.contract import GraphBuckets
@@ -48,8 +48,8 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     routes: list[list[tuple[str, float]]] = [[]]
     for seed, rank in enumerate((3, 20)):
         config = peft.LoraConfig(r=rank, target_modules=targets)
-        models.append(make(architecture, tmp_path / str(seed), seed, config))
-        routes.append([(driver.load_adapter(bring(driver, tmp_path / str(seed))), 1.0)])
+        models.append(make_adapter(architecture, tmp_path / str(seed), seed, config))
+        routes.append([(driver.load_adapter(read_adapter(driver, tmp_path / str(seed))), 1.0)])
     which = [1, 0, 2, 1]
     rows = driver.teach(PROMPTS, decode=3, adapters=[routes[index] for index in which])
     for index, tokens, got in zip(which, driver.sequences, rows, strict=True):

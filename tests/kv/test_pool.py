@@ -1,4 +1,4 @@
-"""The block pool: nothing is lost, nothing is found that is not the very same prefix."""
+"""The KV block pool: no block is leaked, and the prefix cache finds identical prefixes only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def keys(tokens: list[int], size: int, root: bytes = b"root") -> list[bytes]:
     return found
 
 
-def test_blocks_are_handed_out_once_and_scratch_never() -> None:
+def test_each_block_is_allocated_once_and_the_scratch_block_never() -> None:
     pool = BlockPool(4, 16)
     blocks = pool.allocate(4)
     assert blocks is not None
@@ -26,13 +26,13 @@ def test_blocks_are_handed_out_once_and_scratch_never() -> None:
     assert pool.free == 4
 
 
-def test_a_refused_allocation_takes_nothing() -> None:
+def test_a_failed_allocation_has_no_effect() -> None:
     pool = BlockPool(3, 16)
     assert pool.allocate(5) is None
     assert pool.free == 3
 
 
-def test_a_prefix_is_found_after_its_owner_left() -> None:
+def test_a_prefix_is_found_after_its_blocks_were_released() -> None:
     pool = BlockPool(4, 2)
     prefix = keys([1, 2, 3, 4], 2)
     blocks = pool.allocate(2) or []
@@ -44,7 +44,7 @@ def test_a_prefix_is_found_after_its_owner_left() -> None:
     assert pool.find(keys([1, 2, 3, 4], 2, root=b"another adapter")) == []
 
 
-def test_the_end_of_a_prefix_is_overwritten_before_its_beginning() -> None:
+def test_the_end_of_a_prefix_is_reused_before_its_beginning() -> None:
     pool = BlockPool(3, 2)
     prefix = keys([1, 2, 3, 4, 5, 6], 2)
     blocks = pool.allocate(3) or []
@@ -64,7 +64,7 @@ def test_forgotten_content_is_never_found() -> None:
     assert pool.find(prefix) == []
 
 
-def test_shared_blocks_return_when_the_last_holder_leaves() -> None:
+def test_shared_blocks_are_freed_by_their_last_holder() -> None:
     pool = BlockPool(2, 2)
     prefix = keys([1, 2], 2)
     blocks = pool.allocate(1) or []
@@ -77,7 +77,7 @@ def test_shared_blocks_return_when_the_last_holder_leaves() -> None:
     assert pool.used == 0
 
 
-def test_random_use_never_loses_a_block() -> None:
+def test_random_operations_never_leak_a_block() -> None:
     rng = random.Random(1)
     pool = BlockPool(20, 2)
     held: list[list[int]] = []

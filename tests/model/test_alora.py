@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, logits, make
+from parity import logits, make_adapter, read_adapter
 from peft.tuners.lora.variants import calculate_alora_offsets
 from support import reference, save
 from torch import Tensor
@@ -41,10 +41,12 @@ class Invoked:
         self.base = reference(architecture)
         conv = architecture == "gpt2"
         config = {"r": 4, "target_modules": targets, "fan_in_fan_out": conv, "task_type": "CAUSAL_LM"}
-        self.model = make(architecture, folder / "a", 1, peft.LoraConfig(**config, alora_invocation_tokens=INVOCATION))
-        self.plain = make(architecture, folder / "b", 2, peft.LoraConfig(**config))
-        self.digest = self.driver.load_adapter(bring(self.driver, folder / "a"), tuple(INVOCATION))
-        self.other = self.driver.load_adapter(bring(self.driver, folder / "b"))
+        self.model = make_adapter(
+            architecture, folder / "a", 1, peft.LoraConfig(**config, alora_invocation_tokens=INVOCATION)
+        )
+        self.plain = make_adapter(architecture, folder / "b", 2, peft.LoraConfig(**config))
+        self.digest = self.driver.load_adapter(read_adapter(self.driver, folder / "a"), tuple(INVOCATION))
+        self.other = self.driver.load_adapter(read_adapter(self.driver, folder / "b"))
 
 
 PROMPTS = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from driver import CPU, Driver
 from memory_recording import MemoryRecording
-from parity import bring, make
+from parity import make_adapter, read_adapter
 from support import save
 
 from lora_serve.kernels.contract import GraphBuckets
@@ -84,8 +84,10 @@ def test_graphs_stay_valid_while_adapters_of_all_ranks_are_loaded_and_evicted(
 ) -> None:
     replayed = pair[0]
     for seed, rank in enumerate((2, 8, 5, 9)):
-        make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
-    names = [[driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(4)] for driver in pair]
+        make_adapter(
+            "llama", tmp_path / str(seed), seed, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"])
+        )
+    names = [[driver.load_adapter(read_adapter(driver, tmp_path / str(seed))) for seed in range(4)] for driver in pair]
     seen = replays(replayed)
     for first, second, third in ([0], [1], [2]), ([1], [1], [1]), ([], [0], []), ([], [], []), ([3], [1], []):
         before = len(seen)
@@ -114,8 +116,8 @@ def test_if_passes_with_adapters_cannot_be_captured_the_base_alone_is_replayed(t
     driver.base.prepare(3, 64, BLOCKS)
     assert graphs.disabled == "it branches on values"
     assert len(kernels.made) == 3 + 1
-    make("llama", tmp_path / "0", 0, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    name = driver.load_adapter(bring(driver, tmp_path / "0"))
+    make_adapter("llama", tmp_path / "0", 0, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    name = driver.load_adapter(read_adapter(driver, tmp_path / "0"))
     seen = replays(driver)
     driver.teach(PROMPTS[:2], 4)
     assert seen
@@ -138,8 +140,8 @@ def test_padding_rows_belong_to_no_sequence_whatever_the_memory_held_before() ->
 
 def test_a_composition_uses_a_bucket_that_holds_all_its_segments(pair: tuple[Driver, Driver], tmp_path: Path) -> None:
     for seed in range(3):
-        make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
-    names = [[driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(3)] for driver in pair]
+        make_adapter("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    names = [[driver.load_adapter(read_adapter(driver, tmp_path / str(seed))) for seed in range(3)] for driver in pair]
     seen = replays(pair[0])
     results = [
         driver.teach(PROMPTS[:1], 6, [[(name, 0.5) for name in own]]) for driver, own in zip(pair, names, strict=True)

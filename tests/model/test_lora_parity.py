@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import again, bring, check, logits, make
+from parity import check_parity, load_peft, logits, make_adapter, read_adapter
 from peft import LoraConfig
 from safetensors.torch import save_file
 from support import ARCHITECTURES, EXPERTS, VOCABULARY, reference, save
@@ -85,9 +85,9 @@ LINEAR_ONLY: dict[str, Callable[[str], dict[str, Any]]] = {  # PEFT has them for
 def test_every_feature_equals_peft(architecture: str, tmp_path: Path) -> None:
     """A dozen adapters with a feature each in one batch, on each architecture."""
     features = FEATURES if architecture == "gpt2" else FEATURES | LINEAR_ONLY
-    configs = [config(architecture, **make(architecture)) for make in features.values()]
+    configs = [config(architecture, **make_adapter(architecture)) for make_adapter in features.values()]
     for first in range(0, len(configs), 12):
-        check(architecture, tmp_path / str(first), configs[first : first + 12])
+        check_parity(architecture, tmp_path / str(first), configs[first : first + 12])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
@@ -100,11 +100,13 @@ def test_tied_weights_stay_tied_where_peft_ties_them(architecture: str, tmp_path
         {"trainable_token_indices": [4, 90]},
         {"trainable_token_indices": {"embed_tokens": [7], "lm_head": [7]}},
     ]
-    check(architecture, tmp_path, [config(architecture, ensure_weight_tying=True, **each) for each in features])
+    check_parity(architecture, tmp_path, [config(architecture, ensure_weight_tying=True, **each) for each in features])
 
 
 def test_a_tied_head_s_delta_is_added_to_replaced_rows(tmp_path: Path) -> None:
-    check("qwen2", tmp_path, [config("qwen2", trainable_token_indices=[4, 90], target_modules=["lm_head", "q_proj"])])
+    check_parity(
+        "qwen2", tmp_path, [config("qwen2", trainable_token_indices=[4, 90], target_modules=["lm_head", "q_proj"])]
+    )
 
 
 EXPERT_PARAMETERS: list[dict[str, Any]] = [
@@ -124,17 +126,21 @@ EXPERT_PARAMETERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("architecture", EXPERTS)
 def test_experts_and_routers_equal_peft(architecture: str, native: bool, tmp_path: Path) -> None:
     configs = [config(architecture, **each) for each in EXPERT_PARAMETERS]
-    check(architecture, tmp_path, [*configs, config(architecture, target_modules=["q_proj", "v_proj"])], native=native)
+    check_parity(
+        architecture, tmp_path, [*configs, config(architecture, target_modules=["q_proj", "v_proj"])], native=native
+    )
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)
 def test_a_one_row_batch_uses_the_adapter_s_router(architecture: str, tmp_path: Path) -> None:
     """A step of one token: nothing in its shapes tells a row of the batch from a number of the row."""
-    model = make(
+    model = make_adapter(
         architecture, tmp_path / "a", 0, config(architecture, target_modules=[], target_parameters=["gate.weight"])
     )
     driver = Driver(save(architecture, tmp_path / "base"))
-    rows = driver.teach([[5, 9, 33]], decode=3, adapters=[[(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]])
+    rows = driver.teach(
+        [[5, 9, 33]], decode=3, adapters=[[(driver.load_adapter(read_adapter(driver, tmp_path / "a")), 1.0)]]
+    )
     torch.testing.assert_close(rows[0], logits(model, driver.sequences[0]), atol=1e-4, rtol=1e-4)
 
 
@@ -168,9 +174,9 @@ def test_adapters_from_before_experts_were_stacked_equal_peft(architecture: str,
     (folder / "adapter_config.json").write_text(json.dumps(saved | {"target_modules": ["gate", gate, up, down]}))
     save_file(weights, folder / "adapter_model.safetensors")
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.load_adapter(bring(driver, folder))
+    adapter = driver.load_adapter(read_adapter(driver, folder))
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40, 41]] * 2, decode=3, adapters=[[(adapter, 1.0)], []])
-    for got, model in zip(rows, (again(architecture, folder), reference(architecture)), strict=True):
+    for got, model in zip(rows, (load_peft(architecture, folder), reference(architecture)), strict=True):
         tokens = driver.sequences[0 if model is not reference(architecture) else 1]
         torch.testing.assert_close(got, logits(model, tokens), atol=1e-4, rtol=1e-4)
 
@@ -201,7 +207,7 @@ def test_a_resized_vocabulary_applies_to_its_adapter_only(
                 parameter.add_(torch.randn_like(parameter) * 0.08)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.load_adapter(bring(driver, tmp_path / "a"))
+    adapter = driver.load_adapter(read_adapter(driver, tmp_path / "a"))
     prompt = [5, 9, 33, 60, 21, 7, 8, 40, min(size - 1, 101)]
     rows = driver.teach([prompt, prompt[:-1]], decode=3, adapters=[[(adapter, 1.0)], []])
     expected = [
@@ -216,8 +222,8 @@ def test_a_resized_vocabulary_applies_to_its_adapter_only(
 def test_saved_copies_of_the_base_s_weights_are_dropped(tmp_path: Path) -> None:
     """PEFT saves the head beside its LoRA; that is no reason to hold a second one."""
     driver = Driver(save("llama", tmp_path / "base"))
-    make("llama", tmp_path / "a", 0, config("llama", target_modules=["lm_head", "q_proj"]))
-    assert bring(driver, tmp_path / "a").overrides == {}
+    make_adapter("llama", tmp_path / "a", 0, config("llama", target_modules=["lm_head", "q_proj"]))
+    assert read_adapter(driver, tmp_path / "a").overrides == {}
 
 
 def test_shifts_and_embedding_deltas_compose_like_deltas(tmp_path: Path) -> None:
@@ -226,8 +232,8 @@ def test_shifts_and_embedding_deltas_compose_like_deltas(tmp_path: Path) -> None
     driver = Driver(save("llama", tmp_path / "base"))
     digests = []
     for seed, each in enumerate(options):
-        make("llama", tmp_path / str(seed), seed, config("llama", **each))
-        digests.append(driver.load_adapter(bring(driver, tmp_path / str(seed))))
+        make_adapter("llama", tmp_path / str(seed), seed, config("llama", **each))
+        digests.append(driver.load_adapter(read_adapter(driver, tmp_path / str(seed))))
     model = peft.PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "0", adapter_name="0")
     model.load_adapter(tmp_path / "1", adapter_name="1")
     model.base_model.set_adapter(["0", "1"])

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, check, logits
+from parity import check_parity, logits, read_adapter
 from support import VOCABULARY, reference, save
 
 pytestmark = [
@@ -190,7 +190,7 @@ METHODS: list[Configs] = [
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_a_mixed_batch_of_a_method_equals_peft_row_by_row(method: Configs, architecture: str, tmp_path: Path) -> None:
-    check(architecture, tmp_path, method(architecture))
+    check_parity(architecture, tmp_path, method(architecture))
 
 
 RESIZED: dict[str, tuple[int, Callable[[], peft.PeftConfig]]] = {
@@ -216,7 +216,7 @@ def test_a_resized_vocabulary_combines_with_every_method(method: str, architectu
                 parameter.add_(torch.randn_like(parameter) * 0.08)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     driver = Driver(save(architecture, tmp_path / "base"), max_tokens=7)
-    adapter = driver.load_adapter(bring(driver, tmp_path / "a"))
+    adapter = driver.load_adapter(read_adapter(driver, tmp_path / "a"))
     prompt = [5, 9, min(97, size - 1), 60, 21, min(101, size - 1), 8, 40, 5]
     [got] = driver.teach([prompt], decode=3, adapters=[[(adapter, 1.0)]])
     want = logits(model, driver.sequences[0])

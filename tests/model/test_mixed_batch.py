@@ -12,7 +12,7 @@ import torch
 from driver import Driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import again, bring, check, logits, make
+from parity import check_parity, load_peft, logits, make_adapter, read_adapter
 from support import ARCHITECTURES, reference, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT talks about heads and ties
@@ -41,7 +41,7 @@ def test_a_mixed_batch_equals_peft_row_by_row(architecture: str, native: bool, t
             "rank_pattern": {targets[0]: 13}, "alpha_pattern": {targets[1]: 5},
         },
     ]  # fmt: skip
-    check(architecture, tmp_path, [lora(architecture, **each) for each in options], native=native)
+    check_parity(architecture, tmp_path, [lora(architecture, **each) for each in options], native=native)
 
 
 @st.composite
@@ -83,16 +83,16 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_lora_config_equals_peft(
     architecture: str, adapters: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    check(architecture, tmp_path_factory.mktemp("any"), [lora(architecture, **each) for each in adapters])
+    check_parity(architecture, tmp_path_factory.mktemp("any"), [lora(architecture, **each) for each in adapters])
 
 
 def test_bf16_is_as_close_to_exact_as_peft_in_bf16(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
-    exact = make("llama", tmp_path / "a", 0, lora("llama", r=16, lora_alpha=32, target_modules=ALL))
-    digest_ = driver.load_adapter(bring(driver, tmp_path / "a"))
+    exact = make_adapter("llama", tmp_path / "a", 0, lora("llama", r=16, lora_alpha=32, target_modules=ALL))
+    digest_ = driver.load_adapter(read_adapter(driver, tmp_path / "a"))
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[[(digest_, 1.0)], []])[0].float()
     truth = logits(exact, driver.sequences[0])
-    theirs = logits(again("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
+    theirs = logits(load_peft("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
     assert (rows - truth).norm() <= 1.25 * (theirs - truth).norm()
 
 
@@ -100,8 +100,8 @@ def test_a_composition_adds_weighted_deltas(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
     digests = []
     for seed in range(2):
-        make("llama", tmp_path / str(seed), seed, lora("llama", r=4 + seed, lora_alpha=8, target_modules=ALL))
-        digests.append(driver.load_adapter(bring(driver, tmp_path / str(seed))))
+        make_adapter("llama", tmp_path / str(seed), seed, lora("llama", r=4 + seed, lora_alpha=8, target_modules=ALL))
+        digests.append(driver.load_adapter(read_adapter(driver, tmp_path / str(seed))))
     weights = (0.7, -0.3)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "0", adapter_name="a")
     model.load_adapter(tmp_path / "1", adapter_name="b")

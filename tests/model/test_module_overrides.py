@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, make
+from parity import make_adapter, read_adapter
 from support import reference, save
 from torch import nn
 
@@ -46,8 +46,8 @@ def test_a_batch_without_overrides_runs_no_hooks(tmp_path: Path) -> None:
     }
     resident = {}
     for seed, (name, each) in enumerate(options.items()):
-        make("llama", tmp_path / name, seed, peft.LoraConfig(r=4, lora_alpha=8, **each))
-        resident[name] = driver.load_adapter(bring(driver, tmp_path / name))
+        make_adapter("llama", tmp_path / name, seed, peft.LoraConfig(r=4, lora_alpha=8, **each))
+        resident[name] = driver.load_adapter(read_adapter(driver, tmp_path / name))
     hooks = Hooks(driver)
     driver.teach([PROMPT] * 2, decode=2, adapters=[[], [(resident["plain"], 1.0)]])
     assert hooks.most == 0
@@ -63,7 +63,7 @@ def test_gains_and_shifts_are_kept_in_float32_in_the_flat_tensor() -> None:
     adapter = flatten(
         "d", Lowered({"q": Delta(torch.ones(1, 2), torch.ones(1, 3))}, {}, {"q": override}), torch.bfloat16
     )
-    overrides, _ = adapter.moved(adapter.flat.clone())
+    overrides, _ = adapter.override_views(adapter.flat.clone())
     assert overrides["q"].gain_out is not None
     assert overrides["q"].gain_out.equal(gain)
     assert overrides["q"].shift is not None
@@ -75,9 +75,11 @@ def test_gains_and_shifts_are_kept_in_float32_in_the_flat_tensor() -> None:
 
 def test_overrides_leave_other_rows_bit_identical(tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"))
-    make("llama", tmp_path / "a", 0, peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    make("llama", tmp_path / "b", 1, peft.LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["mlp", "norm"]))
-    plain, changed = (driver.load_adapter(bring(driver, tmp_path / name)) for name in "ab")
+    make_adapter("llama", tmp_path / "a", 0, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    make_adapter(
+        "llama", tmp_path / "b", 1, peft.LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["mlp", "norm"])
+    )
+    plain, changed = (driver.load_adapter(read_adapter(driver, tmp_path / name)) for name in "ab")
     routes: list[list[tuple[str, float]]] = [[], [(plain, 1.0)], [(plain, 0.5)]]
     alone = driver.teach([PROMPT] * 3, decode=2, adapters=routes)
     beside = driver.teach([PROMPT] * 3, decode=2, adapters=[routes[0], routes[1], [(changed, 1.0)]])

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import again, bring, check, logits, make
+from parity import check_parity, load_peft, logits, make_adapter, read_adapter
 from peft import PeftConfig, PeftModel
 from support import reference, save
 
@@ -36,21 +36,21 @@ def methods(architecture: str) -> list[PeftConfig]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2", "phi3", "mistral"])
 def test_virtual_tokens_of_every_method_equal_peft_row_by_row(architecture: str, tmp_path: Path) -> None:
-    check(architecture, tmp_path, methods(architecture))
+    check_parity(architecture, tmp_path, methods(architecture))
 
 
 def test_virtual_tokens_equal_peft_on_the_reference_kernels(tmp_path: Path) -> None:
-    check("llama", tmp_path, methods("llama"), native=False)
+    check_parity("llama", tmp_path, methods("llama"), native=False)
 
 
 @pytest.mark.parametrize("method", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 def test_in_bf16_virtual_tokens_are_as_close_to_exact_as_peft_in_bf16(method: type[PeftConfig], tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
-    exact = make("llama", tmp_path / "a", 0, method(num_virtual_tokens=5, **TASK))
-    route = [(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]
+    exact = make_adapter("llama", tmp_path / "a", 0, method(num_virtual_tokens=5, **TASK))
+    route = [(driver.load_adapter(read_adapter(driver, tmp_path / "a")), 1.0)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[route, []])[0].float()
     truth = logits(exact, driver.sequences[0])
-    theirs = logits(again("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
+    theirs = logits(load_peft("llama", tmp_path / "a", torch.bfloat16), driver.sequences[0]).float()
     assert (rows - truth).norm() <= 1.25 * (theirs - truth).norm()
 
 
@@ -60,8 +60,10 @@ def test_cartridges_and_prompts_of_a_single_task_are_served(tmp_path: Path) -> N
         peft.MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=1, num_ranks=2, **TASK),
     ]
     driver = Driver(save("llama", tmp_path / "base"))
-    models = [make("llama", tmp_path / str(seed), seed, config, noise=0.3) for seed, config in enumerate(configs)]
-    digests = [driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(2)]
+    models = [
+        make_adapter("llama", tmp_path / str(seed), seed, config, noise=0.3) for seed, config in enumerate(configs)
+    ]
+    digests = [driver.load_adapter(read_adapter(driver, tmp_path / str(seed))) for seed in range(2)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8]] * 2, decode=3, adapters=[[(digest, 1.0)] for digest in digests])
     cartridge, multitask = (torch.tensor([tokens]) for tokens in driver.sequences)
     with torch.inference_mode():
@@ -79,8 +81,8 @@ def test_greedy_decoding_gives_what_peft_generates(architecture: str, tmp_path: 
     configs = [config for config in methods(architecture) if config.is_prompt_learning]
     prompt = [5, 9, 33, 60, 21]
     for seed, config in enumerate(configs):
-        model = make(architecture, tmp_path / str(seed), seed, config)
-        digest = driver.load_adapter(bring(driver, tmp_path / str(seed)))
+        model = make_adapter(architecture, tmp_path / str(seed), seed, config)
+        digest = driver.load_adapter(read_adapter(driver, tmp_path / str(seed)))
         driver.teach([prompt], decode=8, adapters=[[(digest, 1.0)]])
         assert driver.sequences[0] == generated(model, prompt, 8), config.peft_type
 
@@ -106,7 +108,7 @@ def test_modules_to_save_beside_virtual_tokens_are_applied_to_all_rows(
         method(num_virtual_tokens=5, modules_to_save=["lm_head"], **TASK),
         method(num_virtual_tokens=5, modules_to_save=["norm"], **TASK),
     ]
-    check("llama", tmp_path, configs)
+    check_parity("llama", tmp_path, configs)
 
 
 class Shared:
@@ -121,8 +123,8 @@ class Shared:
                 peft.PrefixTuningConfig(num_virtual_tokens=9, **TASK),
             ]
         ):
-            self.models.append(make("llama", folder / str(seed), seed, config))
-            self.routes.append([(self.driver.load_adapter(bring(self.driver, folder / str(seed))), 1.0)])
+            self.models.append(make_adapter("llama", folder / str(seed), seed, config))
+            self.routes.append([(self.driver.load_adapter(read_adapter(self.driver, folder / str(seed))), 1.0)])
 
     def rows(self, prompt: list[int], which: int, *, look_up: bool = True) -> int:
         """Serve a prompt, compare it with PEFT, and return how many rows were computed for it."""

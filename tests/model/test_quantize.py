@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, logits
+from parity import logits, read_adapter
 from support import reference, save
 
 from lora_serve.adapters.checkpoint import read
@@ -53,7 +53,7 @@ def test_adapters_over_a_quantised_base_equal_peft_over_the_dequantised_one(
                     parameter.add_(torch.randn_like(parameter) * 0.08)
         model.save_pretrained(tmp_path / name)
         models.append(peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / name).eval())
-        routes.append([(driver.load_adapter(bring(driver, tmp_path / name)), 1.0)])
+        routes.append([(driver.load_adapter(read_adapter(driver, tmp_path / name)), 1.0)])
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40, 41, 50]] * len(models), decode=3, adapters=routes)
     for tokens, got, model in zip(driver.sequences, rows, models, strict=True):
         wanted = logits(model, tokens)
@@ -78,7 +78,7 @@ def test_a_bf16_base_is_as_close_to_exact_as_peft_in_bf16(feature: str, tmp_path
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     exact.save_pretrained(tmp_path / "a")
-    route = [(driver.load_adapter(bring(driver, tmp_path / "a")), 1.0)]
+    route = [(driver.load_adapter(read_adapter(driver, tmp_path / "a")), 1.0)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[route, []])[0].float()
     truth = logits(exact, driver.sequences[0])
     theirs = logits(peft.PeftModel.from_pretrained(rounded, tmp_path / "a").eval(), driver.sequences[0]).float()

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from driver import CPU, Driver
-from parity import bring, logits
+from parity import logits, read_adapter
 from safetensors.torch import save_file
 from support import reference, save
 from torch import nn
@@ -153,8 +153,8 @@ def adapted(folder: Path, base: Any, index: int, options: dict[str, Any]) -> Any
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mixed_batch_equals_peft_over_the_same_checkpoint(case: str, tmp_path: Path) -> None:
-    make, label, tolerance = CASES[case]
-    make(tmp_path)
+    make_adapter, label, tolerance = CASES[case]
+    make_adapter(tmp_path)
     driver = Driver(tmp_path / "base", max_tokens=23)
     assert driver.loaded.shape.quantized == label
     assert any(label in note for note in driver.loaded.notes)
@@ -163,7 +163,7 @@ def test_a_mixed_batch_equals_peft_over_the_same_checkpoint(case: str, tmp_path:
     models, routes = [plain], [[]]
     for index, options in enumerate(ADAPTERS):
         models.append(adapted(tmp_path, copy.deepcopy(plain), index, options))
-        routes.append([(driver.load_adapter(bring(driver, tmp_path / str(index))), 1.0)])
+        routes.append([(driver.load_adapter(read_adapter(driver, tmp_path / str(index))), 1.0)])
     rows = driver.teach(PROMPTS, decode=4, adapters=routes)
     for tokens, got, model in zip(driver.sequences, rows, models, strict=True):
         wanted = logits(model, tokens)
@@ -196,7 +196,7 @@ def test_heads_and_some_of_the_modules_that_share_an_input_may_be_quantised(tmp_
     model = theirs(tmp_path)
     plain = logits(model, PROMPTS[0])
     model = adapted(tmp_path, model, 0, {"target_modules": [*LINEAR, "lm_head"]})
-    route = [(driver.load_adapter(bring(driver, tmp_path / "0")), 1.0)]
+    route = [(driver.load_adapter(read_adapter(driver, tmp_path / "0")), 1.0)]
     rows = driver.teach(PROMPTS[:1] * 2, decode=0, adapters=[route, []])
     torch.testing.assert_close(rows[0], logits(model, PROMPTS[0]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rows[1], plain, atol=1e-4, rtol=1e-4)
@@ -212,7 +212,7 @@ def test_module_overrides_equal_peft_over_the_dequantised_checkpoint(options: di
             base.get_submodule(name).weight.copy_(driver.loaded.shape.weight(name))
     plain = logits(base, PROMPTS[0])
     adapted(tmp_path, copy.deepcopy(base), 0, {"target_modules": LINEAR[:3]} | options)
-    driver.load_adapter(bring(driver, tmp_path / "0"))
+    driver.load_adapter(read_adapter(driver, tmp_path / "0"))
     rows = driver.teach(PROMPTS[:2], decode=0, adapters=[[(next(iter(driver.slots)), 1.0)], []])
     model = peft.PeftModel.from_pretrained(base, tmp_path / "0").eval()
     torch.testing.assert_close(rows[0], logits(model, PROMPTS[0]), atol=1e-4, rtol=1e-4)

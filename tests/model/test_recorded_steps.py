@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import bring, make
+from parity import make_adapter, read_adapter
 from support import ARCHITECTURES, save
 from torch import Tensor
 
@@ -59,9 +59,12 @@ def test_a_recording_stays_valid_while_adapters_are_loaded_and_evicted(tmp_path:
     replayed, eager = Driver(folder), Driver(folder)
     eager.base._steps.disabled = "a test wants eager steps"
     for seed in range(3):
-        make("llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2 + seed, target_modules=["q_proj", "down_proj"]))
+        make_adapter(
+            "llama", tmp_path / str(seed), seed, peft.LoraConfig(r=2 + seed, target_modules=["q_proj", "down_proj"])
+        )
     names = [
-        [driver.load_adapter(bring(driver, tmp_path / str(seed))) for seed in range(3)] for driver in (replayed, eager)
+        [driver.load_adapter(read_adapter(driver, tmp_path / str(seed))) for seed in range(3)]
+        for driver in (replayed, eager)
     ]
     count = counted(replayed)
     for first, second, third in ([0], [1], [2]), ([], [0], [0, 1]), ([2], [2], []), ([], [], []):

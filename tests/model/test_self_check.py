@@ -54,8 +54,8 @@ class Windowless(ReferenceKernels):
     """Sees beyond the sliding window."""
 
     def attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None,
-        *args: object,
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float,
+        window: int | None = None, *args: object,
     ) -> Tensor:  # fmt: skip
         return super().attention(q, keys, values, metadata, scale, None, *args)  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""AdaLoRA: y = W x + s · B((A ⊙ E) x), a truncated SVD whose ranks training has chosen.
+"""AdaLoRA: y = W x + s · B((A ⊙ E) x), a truncated SVD whose ranks were pruned in training.
 
-    s = α / (init_r + 1e-5), whatever rank was left; where α ≤ 0, the rank stands for it
+    s = α / (init_r + 1e-5), whatever the remaining rank; where α ≤ 0, the rank takes its place
     keys: X.lora_A [r, in], X.lora_E [r, 1], X.lora_B [out, r]
-    rank_pattern: "X.lora_E" → which of the init_r rows were kept; a module that it does not list has all of them
+    rank_pattern: "X.lora_E" → which of the init_r rows were kept; a module that is not listed has all of them
 
-A module whose rank was cut to none is unchanged. Of the LoRA fields that its configuration inherits, it uses none but
-α. Source: PEFT 0.21, `peft/tuners/adalora`.
+A module whose rank was pruned to 0 is unchanged. Of the LoRA fields in its configuration only α is used. Source: PEFT
+0.21, `peft/tuners/adalora`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.factors import cheaper, check_rank, settled, site_of
+from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, make_delta
 from lora_serve.adapters.formats.fields import check_fields, number
-from lora_serve.adapters.formats.keys import by_site, check_delta, check_shape, need
+from lora_serve.adapters.formats.keys import check_delta, check_shape, group_by_site, require_matrices
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 from lora_serve.errors import AdapterInvalid
 
 READ = {"init_r", "lora_alpha", "rank_pattern", "bias", "trainable_token_indices"}
@@ -44,29 +44,29 @@ TAILS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to deltas, E in A and the scaling in B. Raises AdapterInvalid naming keys and fields."""
+    """Lower to deltas, with E folded into A and the scaling into B. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT, MUST_BE_OFF)
-    saved = take(config, checkpoint.tensors, base)
-    found = by_site(saved.rest, base, TAILS)
-    need(found, {*TAILS})
-    first, kept = number(config, "init_r", 12), _kept(config)
+    saved = split_saved(config, checkpoint.tensors, base)
+    found = group_by_site(saved.rest, base, TAILS)
+    require_matrices(found, {*TAILS})
+    init_r, kept_ranks = number(config, "init_r", 12), _kept_ranks(config)
     alpha = number(config, "lora_alpha", 8) if config.get("lora_alpha") != 0 else 0.0
-    deltas, cut = {}, 0
+    deltas, unranked = {}, 0
     for name, group in found.items():
         a, b = group["lora_A"].float(), group["lora_B"].float()
-        check_delta(site_of(name, saved.overrides, base), a, b)
+        check_delta(effective_site(name, saved.overrides, base), a, b)
         rank = a.shape[0]
         check_shape(f"{name}.lora_E", group["lora_E"], (rank, 1))
-        check_rank(name, rank, kept.get(name, first))
+        check_rank(name, rank, kept_ranks.get(name, init_r))
         if rank:
-            scaling = (alpha if alpha > 0 else rank) / (first + 1e-5)
-            deltas[name] = cheaper(a * group["lora_E"].float(), b.T * scaling)
+            scaling = (alpha if alpha > 0 else rank) / (init_r + 1e-5)
+            deltas[name] = make_delta(a * group["lora_E"].float(), b.T * scaling)
         else:
-            cut += 1
-    features = (["rank_pattern"] if kept else []) + saved.features
-    lowered = [f"{cut} modules were left no rank and are the base's"] if cut else []
-    deltas, overrides = settled(deltas, saved.overrides, base)
+            unranked += 1
+    features = (["rank_pattern"] if kept_ranks else []) + saved.features
+    lowered = [f"{unranked} modules were left no rank and are the base's"] if unranked else []
+    deltas, overrides = fold_head_delta(deltas, saved.overrides, base)
     return Lowered(
         deltas,
         report(config, base, method="AdaLoRA", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
@@ -74,14 +74,14 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     )
 
 
-def _kept(config: dict[str, Any]) -> dict[str, int]:
-    """How many rows `rank_pattern` has kept, by module."""
+def _kept_ranks(config: dict[str, Any]) -> dict[str, int]:
+    """Number of rows that `rank_pattern` keeps, by module."""
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict):
         raise AdapterInvalid("rank_pattern in adapter_config.json is not an object")
-    kept = {}
+    kept_ranks = {}
     for key, rows in pattern.items():
         if not isinstance(rows, list) or not all(isinstance(row, bool) for row in rows):
             raise AdapterInvalid(f"rank_pattern.{key[:100]} in adapter_config.json is not a list of true and false")
-        kept[key.removesuffix(".lora_E")] = sum(rows)
-    return kept
+        kept_ranks[key.removesuffix(".lora_E")] = sum(rows)
+    return kept_ranks

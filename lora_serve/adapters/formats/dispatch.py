@@ -1,6 +1,6 @@
-"""Which format compiles what: PEFT's `peft_type` → the function that lowers it.
+"""Dispatch by PEFT's `peft_type` to the format that lowers it.
 
-A new family is one new file beside this one and one line here.
+A new method needs one new file beside this one and one line here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lora_serve.adapters.formats import (
     vblora,
     vera,
 )
-from lora_serve.adapters.formats.keys import Misfit
+from lora_serve.adapters.formats.keys import BaseMismatch
 from lora_serve.adapters.formats.refusals import refuse_method
-from lora_serve.adapters.formats.report import made_for_another
+from lora_serve.adapters.formats.report import other_base_hint
 from lora_serve.errors import AdapterInvalid
 
 Lower = Callable[[Checkpoint, BaseShape], Lowered]
@@ -55,7 +55,7 @@ FORMATS: Mapping[str, Lower] = {
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] = FORMATS) -> Lowered:
-    """Compile a checkpoint to deltas on the base's sites; AdapterInvalid names what stands in the way."""
+    """Lower a checkpoint of any supported method. Raises AdapterInvalid naming what is not supported."""
     method = checkpoint.config.get("peft_type")
     if not isinstance(method, str):
         raise AdapterInvalid("adapter_config.json does not say its peft_type")
@@ -63,8 +63,8 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
         raise refuse_method(method, formats)
     try:
         lowered = formats[method](checkpoint, base)
-    except Misfit as error:
-        raise AdapterInvalid(error.message + made_for_another(checkpoint.config, base)) from error
+    except BaseMismatch as error:
+        raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
     if not (lowered.deltas or lowered.overrides or lowered.prefix):
         raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
     return lowered

@@ -1,9 +1,9 @@
-"""LoRA on an embedding: e' = e + s · B A[:, id], times the factor that the model multiplies its embeddings by.
+"""LoRA on an embedding: e' = e + s · B A[:, id], before the factor that the model multiplies its embeddings by.
 
     keys: X.lora_embedding_A [r, ids], X.lora_embedding_B [dim, r], X.lora_magnitude_vector [dim] with DoRA
     `target_parameters` on X.weight: X.lora_A.weight [r, dim], X.lora_B.weight [ids, r], e' = e + s · B[id] A
 
-With tied weights the head does not follow, unless `ensure_weight_tying`, for which PEFT saves the head's LoRA too.
+With tied weights the head is unchanged, unless `ensure_weight_tying` is set; PEFT then saves the head's LoRA too.
 Source: PEFT 0.21, `peft/tuners/lora/layer.py` (Embedding, ParamWrapper).
 """
 
@@ -28,22 +28,22 @@ def lower(
     scaling: Callable[[str, int], float],
     base: BaseShape,
 ) -> ModuleOverride:
-    """The change of an embedding, added to what is known of it. Raises AdapterInvalid naming keys."""
+    """Add an embedding's LoRA to its override. Raises AdapterInvalid naming keys."""
     table = override.parameters.get("weight")
     ids, width = tuple(base.modules[name]["weight"] if table is None else table.shape)
     match matrices:
-        case {"embedding_A": narrow, "embedding_B": wide}:
-            rank = narrow.shape[0]
-            check_shape(f"{name}.lora_embedding_A", narrow, (rank, ids))
-            check_shape(f"{name}.lora_embedding_B", wide, (width, rank))
+        case {"embedding_A": ids_matrix, "embedding_B": width_matrix}:
+            rank = ids_matrix.shape[0]
+            check_shape(f"{name}.lora_embedding_A", ids_matrix, (rank, ids))
+            check_shape(f"{name}.lora_embedding_B", width_matrix, (width, rank))
             factor = scaling(name, rank)
-            rows, columns = narrow.T.contiguous(), wide.T.float().contiguous() * factor
-        case {"A": wide, "B": narrow}:
-            rank = wide.shape[0]
-            check_shape(f"{name}.lora_A", wide, (rank, width))
-            check_shape(f"{name}.lora_B", narrow, (ids, rank))
+            rows, columns = ids_matrix.T.contiguous(), width_matrix.T.float().contiguous() * factor
+        case {"A": width_matrix, "B": ids_matrix}:
+            rank = width_matrix.shape[0]
+            check_shape(f"{name}.lora_A", width_matrix, (rank, width))
+            check_shape(f"{name}.lora_B", ids_matrix, (ids, rank))
             factor = scaling(f"{name}.weight", rank)
-            rows, columns = narrow.contiguous(), wide.float() * factor
+            rows, columns = ids_matrix.contiguous(), width_matrix.float() * factor
         case _:
             raise AdapterInvalid(f"only one of A and B is there for {name}")
     if (magnitude := matrices.get("magnitude")) is not None:

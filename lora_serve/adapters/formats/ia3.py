@@ -1,9 +1,9 @@
-"""(IA)³: a gain for every channel, on a module's output or, of feed-forward modules, on its input.
+"""(IA)³: a gain per channel, on a module's output or, for feed-forward modules, on its input.
 
     y = l ⊙ (W x + b), or W(l ⊙ x) + b
     keys: X.ia3_l, [out, 1] on the output, [1, in] on the input
 
-The shape says which of the two it is; `feedforward_modules` said so when the adapter was made. Source: PEFT 0.21,
+The shape tells which of the two it is, so `feedforward_modules` is not needed. Source: PEFT 0.21,
 `peft/tuners/ia3`.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import replace
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.fields import check_fields
-from lora_serve.adapters.formats.keys import by_site
+from lora_serve.adapters.formats.keys import group_by_site
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 from lora_serve.errors import AdapterInvalid
 
 WITHOUT_EFFECT = {"feedforward_modules", "init_ia3_weights"}
@@ -24,11 +24,11 @@ TAILS = {"ia3_l": "ia3_l"}
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to gains. Raises AdapterInvalid naming keys and fields."""
+    """Lower to gains. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, set(), WITHOUT_EFFECT)
-    saved = take(config, checkpoint.tensors, base)
-    overrides, found = dict(saved.overrides), by_site(saved.rest, base, TAILS)
+    saved = split_saved(config, checkpoint.tensors, base)
+    overrides, found = dict(saved.overrides), group_by_site(saved.rest, base, TAILS)
     inputs = 0
     for name, group in found.items():
         gain, site = group["ia3_l"], base.sites[name]

@@ -1,7 +1,7 @@
-"""The keys of `adapter_model.safetensors`: which module of the base each names, and what of it.
+"""Assigns the keys of `adapter_model.safetensors` to modules of the base.
 
-A key is `base_model.model.<module>.<tail>`; the module is the longest path that the base knows. Every key must have a
-home, or the adapter is refused with the list of those that have none.
+A key is `base_model.model.<module>.<tail>`; the module is the longest path that exists in the base. An adapter with
+keys that belong to no module is refused with the list of them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Site
-from lora_serve.adapters.checkpoint import some
+from lora_serve.adapters.checkpoint import shorten
 from lora_serve.errors import AdapterInvalid
 
 PREFIX = "base_model.model."
 
 
-class Misfit(AdapterInvalid):
-    """Keys or shapes for which the base has no place, as they are when an adapter was made for another base."""
+class BaseMismatch(AdapterInvalid):
+    """Keys or shapes that do not fit the base, as in adapters made for another base."""
 
 
-def home(key: str, base: BaseShape) -> tuple[str, str]:
-    """(module, tail) that a key names; an empty module if the base has none of that path."""
+def split_key(key: str, base: BaseShape) -> tuple[str, str]:
+    """A key's module and the rest of the key; the module is empty if the base has none of that path."""
     path = key.removeprefix(PREFIX).split(".")
     for length in range(len(path) - 1, 0, -1):
         module = ".".join(path[:length])
@@ -31,56 +31,58 @@ def home(key: str, base: BaseShape) -> tuple[str, str]:
     return "", key
 
 
-def by_module(
-    tensors: Mapping[str, Tensor], base: BaseShape, tails: Mapping[str, str], wanted: Callable[[str], bool]
+def group_by_module(
+    tensors: Mapping[str, Tensor], base: BaseShape, tails: Mapping[str, str], accepts: Callable[[str], bool]
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module, then by matrix.
+    """Tensors by module, then by matrix. Raises BaseMismatch listing keys that do not fit.
 
     Args:
-        tails: what may follow the module in a key → the name of the matrix it is.
-        wanted: whether the format can change this module of the base.
+        tails: tail of a key → name of the matrix.
+        accepts: whether the format can adapt a module.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    strays = []
+    unknown = []
     for key, tensor in sorted(tensors.items()):
-        module, tail = home(key, base)
-        if tail in tails and module and wanted(module):
+        module, tail = split_key(key, base)
+        if tail in tails and module and accepts(module):
             found.setdefault(module, {})[tails[tail]] = tensor
         else:
-            strays.append(f"{key} ({base.others[module]})" if module in base.others else key)
-    refuse_strays(strays)
+            unknown.append(f"{key} ({base.others[module]})" if module in base.others else key)
+    refuse_unknown_keys(unknown)
     return found
 
 
-def by_site(tensors: Mapping[str, Tensor], base: BaseShape, tails: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
-    """The same for a format that changes linear sites only, in the base's own order."""
-    found = by_module(tensors, base, tails, base.sites.__contains__)
+def group_by_site(
+    tensors: Mapping[str, Tensor], base: BaseShape, tails: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
+    """`group_by_module` for formats that adapt linear sites only, in the order of the base's sites."""
+    found = group_by_module(tensors, base, tails, base.sites.__contains__)
     return {name: found[name] for name in base.sites if name in found}
 
 
-def refuse_strays(strays: list[str]) -> None:
-    if strays:
-        raise Misfit(f"{len(strays)} tensors of the adapter have no place in this base: {some(strays)}")
+def refuse_unknown_keys(unknown: list[str]) -> None:
+    if unknown:
+        raise BaseMismatch(f"{len(unknown)} tensors of the adapter have no place in this base: {shorten(unknown)}")
 
 
-def need(found: Mapping[str, Mapping[str, Tensor]], matrices: set[str]) -> None:
-    """Refuse modules that lack one of these matrices."""
-    halves = [name for name, group in found.items() if not matrices <= group.keys()]
-    if halves:
-        raise AdapterInvalid(f"not all of {', '.join(sorted(matrices))} are there for {some(halves)}")
+def require_matrices(found: Mapping[str, Mapping[str, Tensor]], matrices: set[str]) -> None:
+    """Raise AdapterInvalid for modules that lack one of these matrices."""
+    incomplete = [name for name, group in found.items() if not matrices <= group.keys()]
+    if incomplete:
+        raise AdapterInvalid(f"not all of {', '.join(sorted(matrices))} are there for {shorten(incomplete)}")
 
 
 def check_delta(site: Site, a: Tensor, b: Tensor) -> None:
-    """Hold A [r, in] and B [out, r], as PEFT saves them, to a site."""
+    """Raise BaseMismatch if A [r, in] and B [out, r], as PEFT saves them, do not fit a site."""
     rank = a.shape[0] if a.ndim else 0
     if tuple(a.shape) != (rank, site.in_features) or tuple(b.shape) != (site.out_features, rank):
-        raise Misfit(
+        raise BaseMismatch(
             f"{site.name} takes A [r, {site.in_features}] and B [{site.out_features}, r]; "
             f"the adapter has {list(a.shape)} and {list(b.shape)}"
         )
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Hold a tensor to the shape that its place has."""
+    """Raise BaseMismatch if a tensor has another shape."""
     if tuple(tensor.shape) != shape:
-        raise Misfit(f"{name} takes {list(shape)}; the adapter has {list(tensor.shape)}")
+        raise BaseMismatch(f"{name} takes {list(shape)}; the adapter has {list(tensor.shape)}")

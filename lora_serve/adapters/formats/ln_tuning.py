@@ -1,11 +1,11 @@
-"""LN-tuning: chosen modules, norms as a rule, are replaced by trained copies of themselves.
+"""LN-tuning: the parameters of chosen modules, usually norms, are replaced by trained ones.
 
     y = module(x) with its parameters = the trained ones
     keys: X.ln_tuning_layers.weight, X.ln_tuning_layers.bias
           X.ln_tuning_layers.default.Y.weight, … where X has modules Y of its own; "default" is the adapter's name
 
-Any module can be chosen, not only norms; a copied embedding is not the head's, tied or not. Source: PEFT 0.21,
-`peft/tuners/ln_tuning`.
+Any module can be chosen, not only norms; a replaced embedding does not change the head, even if tied. Source: PEFT
+0.21, `peft/tuners/ln_tuning`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import replace
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.fields import check_fields
-from lora_serve.adapters.formats.keys import PREFIX, home, refuse_strays
+from lora_serve.adapters.formats.keys import PREFIX, refuse_unknown_keys, split_key
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 from lora_serve.errors import AdapterInvalid
 
 COPY = ".ln_tuning_layers."
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to replaced parameters. Raises AdapterInvalid naming keys and fields."""
+    """Lower to replaced parameters. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, set())
     copies = {_original(key, base): tensor for key, tensor in checkpoint.tensors.items() if COPY in key}
-    saved = take(config, {key: tensor for key, tensor in checkpoint.tensors.items() if COPY not in key}, base)
+    saved = split_saved(config, {key: tensor for key, tensor in checkpoint.tensors.items() if COPY not in key}, base)
     chosen = {key.removeprefix(PREFIX).partition(COPY)[0] for key in checkpoint.tensors if COPY in key}
-    trained = take({"modules_to_save": sorted(chosen)}, copies, base)
-    refuse_strays([*saved.rest, *trained.rest])
+    trained = split_saved({"modules_to_save": sorted(chosen)}, copies, base)
+    refuse_unknown_keys([*saved.rest, *trained.rest])
     overrides = dict(saved.overrides)
     for module, override in trained.overrides.items():
         below = overrides.get(module, ModuleOverride())
@@ -47,7 +47,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
 
 
 def _original(key: str, base: BaseShape) -> str:
-    """The key of the base's own parameter that a trained one replaces."""
+    """The key of the base's parameter that a trained one replaces."""
     module, _, own = key.partition(COPY)
     plain = f"{module}.{own}"
-    return plain if home(plain, base)[0] == module.removeprefix(PREFIX) else f"{module}.{own.partition('.')[2]}"
+    return plain if split_key(plain, base)[0] == module.removeprefix(PREFIX) else f"{module}.{own.partition('.')[2]}"

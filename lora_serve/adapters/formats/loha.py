@@ -3,9 +3,9 @@
     s = α/r; `rank_pattern` and `alpha_pattern` override r and α by module name
     keys: X.hada_w1_a, X.hada_w2_a [out, r]; X.hada_w1_b, X.hada_w2_b [r, in]
 
-The product of two rank r matrices, entry by entry, is one of rank r²: its factors are the products, entry by entry, of
-every row of W1b with every row of W2b, and of the columns of W1a and W2a alike (Khatri–Rao). Only nn.Linear can have
-it; `hada_t1` and `hada_t2` belong to convolutions. Source: PEFT 0.21, `peft/tuners/loha`.
+The entrywise product of two rank r matrices has rank r²: its factors are the entrywise products of every row of W1b
+with every row of W2b, and of every column of W1a with every column of W2a (Khatri–Rao). Only for nn.Linear; `hada_t1`
+and `hada_t2` belong to convolutions. Source: PEFT 0.21, `peft/tuners/loha`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.factors import cheaper, check_rank, settled, site_of, whole
+from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, full_rank_delta, make_delta
 from lora_serve.adapters.formats.fields import Patterns, check_fields, number
-from lora_serve.adapters.formats.keys import by_site, check_delta, need
+from lora_serve.adapters.formats.keys import check_delta, group_by_site, require_matrices
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 
 READ = {"r", "alpha", "rank_pattern", "alpha_pattern"}
 WITHOUT_EFFECT = {"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}
@@ -26,31 +26,31 @@ TAILS = {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to deltas of rank r², or min(in, out) if that is less. Raises AdapterInvalid naming keys and fields."""
+    """Lower to deltas of rank r², or min(in, out) if that is less. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT)
     ranks, alphas = Patterns(config, "rank_pattern"), Patterns(config, "alpha_pattern")
-    saved = take(config, checkpoint.tensors, base)
-    found = by_site(saved.rest, base, TAILS)
-    need(found, {*TAILS})
+    saved = split_saved(config, checkpoint.tensors, base)
+    found = group_by_site(saved.rest, base, TAILS)
+    require_matrices(found, {*TAILS})
     deltas, full = {}, 0
     for name, group in found.items():
         w1a, w1b, w2a, w2b = (group[tail].float() for tail in TAILS)
         rank = ranks.get(name, number(config, "r", 8))
         for a, b in ((w1b, w1a), (w2b, w2a)):
-            check_delta(site_of(name, saved.overrides, base), a, b)
+            check_delta(effective_site(name, saved.overrides, base), a, b)
             check_rank(name, a.shape[0], rank)
         scaling = alphas.get(name, number(config, "alpha", 8)) / rank
         if rank * rank > min(w1a.shape[0], w1b.shape[1]):
-            deltas[name] = whole((w1a @ w1b) * (w2a @ w2b) * scaling)
+            deltas[name] = full_rank_delta((w1a @ w1b) * (w2a @ w2b) * scaling)
             full += 1
         else:
-            deltas[name] = cheaper(_rows(w1b, w2b), _rows(w1a.T, w2a.T) * scaling)
+            deltas[name] = make_delta(_row_products(w1b, w2b), _row_products(w1a.T, w2a.T) * scaling)
     features = [field for field in ("rank_pattern", "alpha_pattern") if config.get(field)] + saved.features
     lowered = ["the entrywise product of two low-rank matrices became one low-rank matrix of the squared rank"]
     if full:
         lowered.append(f"for {full} modules the squared rank is above the module's own: their whole change is kept")
-    deltas, overrides = settled(deltas, saved.overrides, base)
+    deltas, overrides = fold_head_delta(deltas, saved.overrides, base)
     return Lowered(
         deltas,
         report(config, base, method="LoHa", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
@@ -58,6 +58,6 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     )
 
 
-def _rows(first: Tensor, second: Tensor) -> Tensor:
-    """Every row of one [r, n] times every row of the other, entry by entry: [r², n]."""
+def _row_products(first: Tensor, second: Tensor) -> Tensor:
+    """Entrywise products of every row of one matrix [r, n] with every row of another: [r², n]."""
     return (first[:, None] * second[None]).flatten(end_dim=1)

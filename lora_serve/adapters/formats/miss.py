@@ -1,12 +1,12 @@
-"""MiSS: one block of weights, shared by all shards of r input channels. `init_weights` says which kind.
+"""MiSS: y = W x + Mᵀ S x, a block of weights M that is shared by all shards of r input channels.
 
-    default   y = W x + Mᵀ S x            S [r, in] sums the channels j, j + r, j + 2r, … ; M [r, out]
-    "mini"    the same with M = [N N …]   N [r, mini_r]
-    "bat"     ΔW[p, q] = W[p, q] M[p] + M[p]   for each r × r block at row p and column q of W; M [out/r, r, r]
-    keys: X.miss_block
+    default   S [r, in] sums the channels j, j + r, j + 2r, … ; M [r, out]
+    "mini"    M = [N N …], N [r, mini_r]
+    "bat"     ΔW[p, q] = W[p, q] M[p] + M[p] for each r × r block at row p and column q of W; M [out/r, r, r]
+    keys: X.miss_block; `init_weights` tells which of the three it is
 
-"mini" has rank min(r, mini_r). "bat" depends on the base's weights and has full rank, so its ΔW is kept whole. Only
-nn.Linear can have it. Source: PEFT 0.21, `peft/tuners/miss`.
+"mini" has rank min(r, mini_r). "bat" depends on the base's weights and has full rank, so its ΔW is kept as a full
+matrix. Only for nn.Linear. Source: PEFT 0.21, `peft/tuners/miss`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.factors import cheaper, count, dequantised, own_weight, settled, site_of, whole
+from lora_serve.adapters.formats.factors import (
+    dequantisation_note,
+    effective_site,
+    effective_weight,
+    fold_head_delta,
+    full_rank_delta,
+    make_delta,
+    positive_int,
+)
 from lora_serve.adapters.formats.fields import check_fields
-from lora_serve.adapters.formats.keys import by_site, check_shape
+from lora_serve.adapters.formats.keys import check_shape, group_by_site
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 
@@ -30,25 +38,25 @@ TAILS = {"miss_block": "miss_block"}
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to deltas. Raises AdapterInvalid naming keys and fields."""
+    """Lower to deltas. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT)
-    rank, repeated = count(config, "r", 64), count(config, "mini_r", 1)
-    saved = take(config, checkpoint.tensors, base)
+    rank, mini_r = positive_int(config, "r", 64), positive_int(config, "mini_r", 1)
+    saved = split_saved(config, checkpoint.tensors, base)
     kind = config.get("init_weights")
     deltas = {}
-    for name, group in by_site(saved.rest, base, TAILS).items():
-        site, block = site_of(name, saved.overrides, base), group["miss_block"].float()
+    for name, group in group_by_site(saved.rest, base, TAILS).items():
+        site, block = effective_site(name, saved.overrides, base), group["miss_block"].float()
         if kind == "bat":
-            deltas[name] = _bat(site, block, rank, own_weight(name, saved.overrides, base))
+            deltas[name] = _bat(site, block, rank, effective_weight(name, saved.overrides, base))
         elif kind == "mini":
-            deltas[name] = _mini(site, block, rank, repeated)
+            deltas[name] = _mini(site, block, rank, mini_r)
         else:
             deltas[name] = _shared(site, block, rank)
     features = ([f"init_weights {kind}"] if kind in ("bat", "mini") else []) + saved.features
     full = "its blocks depend on the base's weights: the whole change of every module is kept, at full rank"
-    lowered = [full, *dequantised(base)] if kind == "bat" else []
-    deltas, overrides = settled(deltas, saved.overrides, base)
+    lowered = [full, *dequantisation_note(base)] if kind == "bat" else []
+    deltas, overrides = fold_head_delta(deltas, saved.overrides, base)
     return Lowered(
         deltas,
         report(config, base, method="MiSS", deltas=deltas, overrides=overrides, features=features, lowered=lowered),
@@ -58,16 +66,16 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
 
 def _shared(site: Site, block: Tensor, rank: int) -> Delta:
     check_shape(f"{site.name}.miss_block", block, (rank, site.out_features))
-    return cheaper(_sums(rank, site.in_features), block)
+    return make_delta(_shard_sums(rank, site.in_features), block)
 
 
-def _mini(site: Site, block: Tensor, rank: int, repeated: int) -> Delta:
-    check_shape(f"{site.name}.miss_block", block, (rank, repeated))
-    if site.out_features % repeated:
-        raise AdapterInvalid(f"mini_r {repeated} in adapter_config.json does not divide the width of {site.name}")
-    copies = torch.eye(repeated).repeat(1, site.out_features // repeated)  # [mini_r, out]
-    sums = _sums(rank, site.in_features)
-    return cheaper(block.T @ sums, copies) if repeated < rank else cheaper(sums, block @ copies)
+def _mini(site: Site, block: Tensor, rank: int, mini_r: int) -> Delta:
+    check_shape(f"{site.name}.miss_block", block, (rank, mini_r))
+    if site.out_features % mini_r:
+        raise AdapterInvalid(f"mini_r {mini_r} in adapter_config.json does not divide the width of {site.name}")
+    repeat_matrix = torch.eye(mini_r).repeat(1, site.out_features // mini_r)  # [mini_r, out]
+    sums = _shard_sums(rank, site.in_features)
+    return make_delta(block.T @ sums, repeat_matrix) if mini_r < rank else make_delta(sums, block @ repeat_matrix)
 
 
 def _bat(site: Site, block: Tensor, rank: int, weight: Tensor) -> Delta:
@@ -76,9 +84,9 @@ def _bat(site: Site, block: Tensor, rank: int, weight: Tensor) -> Delta:
     check_shape(f"{site.name}.miss_block", block, (site.out_features // rank, rank, rank))
     blocks = weight.reshape(-1, rank, site.in_features // rank, rank).transpose(1, 2)  # [p, q, r, r]
     changed = blocks @ block[:, None] + block[:, None]
-    return whole(changed.transpose(1, 2).reshape(site.out_features, site.in_features))
+    return full_rank_delta(changed.transpose(1, 2).reshape(site.out_features, site.in_features))
 
 
-def _sums(rank: int, width: int) -> Tensor:
-    """S [r, in]: row j picks the channels whose place in their shard is j; the last shard may be short."""
+def _shard_sums(rank: int, width: int) -> Tensor:
+    """S [r, in]: row j sums the channels at position j of every shard; the last shard may be shorter."""
     return torch.eye(rank).repeat(1, -(-width // rank))[:, :width]

@@ -1,8 +1,8 @@
-"""What is not served, by name: why, and what to do instead.
+"""PEFT methods and options that are not supported: the reason, and what to do instead.
 
-Every PEFT method is either in `registry.FORMATS` or here; so is every option of LoRA that changes the maths and has no
-lowering. The calls in the advice are PEFT's own (0.21), and the tests run them. Source of the reasons:
-`peft/tuners/*/layer.py` and `model.py`.
+Every PEFT method is either in `dispatch.FORMATS` or here, as is every LoRA option that changes the result and cannot be
+lowered. The calls in the advice are PEFT's (0.21), and tests run them. Source of the reasons: `peft/tuners/*/layer.py`
+and `model.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CONVERT = (
 )
 
 
-def _same(rank: str) -> str:
-    """A LoRA without loss; `rank` in terms of the adapter's configuration."""
+def _lossless(rank: str) -> str:
+    """Advice to convert to LoRA without loss; `rank` is a formula over the adapter's configuration."""
     return (
         f'make a LoRA of it, which loses nothing: peft.save_as_lora("lora", {MODEL}, rank={rank}) with the numbers of '
         "adapter_config.json, and upload that folder"
@@ -37,11 +37,11 @@ def _same(rank: str) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something of PEFT's that is not served.
+    """An unsupported method or option.
 
     Attributes:
-        name: as people know it.
-        reason: what it does for which there is no lowering.
+        name: its common name.
+        reason: why it cannot be lowered.
         advice: what to do instead.
     """
 
@@ -49,13 +49,13 @@ class Refusal:
     reason: str
     advice: str
 
-    def error(self, spelt: str) -> AdapterInvalid:
-        """The refusal of an adapter; `spelt` is how its configuration says it."""
-        return AdapterInvalid(f"{self.name} ({spelt}) is not served: {self.reason}. Instead: {self.advice}.")
+    def error(self, wording: str) -> AdapterInvalid:
+        """The error for an adapter; `wording` is how its configuration names the method or option."""
+        return AdapterInvalid(f"{self.name} ({wording}) is not served: {self.reason}. Instead: {self.advice}.")
 
 
 METHODS: Mapping[str, Refusal] = {
-    # ModuleOverrides of the weights as large as the weights themselves.
+    # Updates as large as the weights themselves.
     "OFT": Refusal("OFT", "it rotates each module's input, W·R, which changes all of W at full rank", MERGE),
     "BOFT": Refusal("BOFT", "it rotates each module by butterfly factors, which changes all of W at full rank", MERGE),
     "HRA": Refusal("HRA", "it multiplies the base's weights by reflections, W·H₁…Hᵣ", MERGE),
@@ -69,11 +69,11 @@ METHODS: Mapping[str, Refusal] = {
     "FOURIERFT": Refusal("FourierFT", "its change is a dense matrix, made of Fourier coefficients", APPROXIMATE),
     "WAVEFT": Refusal("WaveFT", "its change is a dense matrix, made of wavelet coefficients", APPROXIMATE),
     "C3A": Refusal("C³A", "its change is a block-circulant matrix, of full rank", APPROXIMATE),
-    # Low-rank, but written in a way that no format here reads.
-    "GRALORA": Refusal("GraLoRA", "it has factors per block of W", _same("r * gralora_k + hybrid_r")),
-    "UNILORA": Refusal("Uni-LoRA", "its factors are looked up in one vector that all modules share", _same("r")),
-    "TINYLORA": Refusal("TinyLoRA", "its factors come from an SVD of the base's weights", _same("r")),
-    "PSOFT": Refusal("PSOFT", "it rotates within the base's largest singular directions", _same("r")),
+    # Low-rank, but in a form that no format here reads.
+    "GRALORA": Refusal("GraLoRA", "it has factors per block of W", _lossless("r * gralora_k + hybrid_r")),
+    "UNILORA": Refusal("Uni-LoRA", "its factors are looked up in one vector that all modules share", _lossless("r")),
+    "TINYLORA": Refusal("TinyLoRA", "its factors come from an SVD of the base's weights", _lossless("r")),
+    "PSOFT": Refusal("PSOFT", "it rotates within the base's largest singular directions", _lossless("r")),
     "ADAMSS": Refusal("AdaMSS", "it works in clusters of the base's singular directions", MERGE),
     "OSF": Refusal("OSF", "it trains the lower singular directions of W, usually half of them", MERGE),
     "DEFT": Refusal("DEFT", "it projects directions out of the base's weights before it adds its own", MERGE),
@@ -83,7 +83,7 @@ METHODS: Mapping[str, Refusal] = {
         "it adds a bias to modules, in keys that no format here reads",
         f"where those modules have a bias in the base, {MERGE}; else train with LoRA's lora_bias=True",
     ),
-    # Not a change of weights at all.
+    # Not updates of weights.
     "LILY": Refusal("Lily", "it mixes its factors by an average over all tokens of a batch, strangers' too", TRAIN),
     "POLY": Refusal("Poly", "it mixes its factors by a task id, which a request here does not have", TRAIN),
     "SHADOW": Refusal("ShadowPEFT", "it runs a second network beside the base's layers", TRAIN),
@@ -116,7 +116,7 @@ INITIALISATIONS: Mapping[str, Refusal] = {
     ),
 }
 
-# Fields of LoRA that are refused when they are set.
+# LoRA options that are refused when set.
 FIELDS: Mapping[str, Refusal] = {
     "layer_replication": Refusal("Layer replication", "it builds a deeper model than the base", MERGE),
     "arrow_config": Refusal(
@@ -134,7 +134,7 @@ FIELDS: Mapping[str, Refusal] = {
     ),
 }
 
-# Classes of modules that a LoRA can have been put on, and that no language model served here has.
+# Classes of modules that PEFT can put a LoRA on, but not this server.
 MODULES: Mapping[str, str] = {
     "Conv1d": "a convolution; only linear modules and embeddings get deltas",
     "Conv2d": "a convolution; only linear modules and embeddings get deltas",
@@ -144,29 +144,29 @@ MODULES: Mapping[str, str] = {
 
 
 def refuse_method(peft_type: str, served: Mapping[str, object]) -> AdapterInvalid:
-    """The refusal of a method that no format reads."""
-    spelt = f"peft_type {peft_type[:40]}"
+    """The error for a method that no format reads."""
+    wording = f"peft_type {peft_type[:40]}"
     known = METHODS.get(peft_type.upper())
     if known is not None:
-        return known.error(spelt)
-    return AdapterInvalid(f"{spelt} is no method that is known here; served are: {', '.join(sorted(served))}")
+        return known.error(wording)
+    return AdapterInvalid(f"{wording} is no method that is known here; served are: {', '.join(sorted(served))}")
 
 
 def refuse_initialisation(value: Any) -> None:
-    """Raise AdapterInvalid for a value of `init_lora_weights` that is not served, or not known; let others pass."""
+    """Raise AdapterInvalid for a value of `init_lora_weights` that is unsupported or unknown."""
     if value is None or isinstance(value, bool):
         return
-    spelt = f"init_lora_weights = {str(value)[:40]!r}"
+    wording = f"init_lora_weights = {str(value)[:40]!r}"
     name = value.lower() if isinstance(value, str) else ""
     refused = INITIALISATIONS.get("pissa_niter" if name.startswith("pissa_niter") else name)
     if refused is not None:
-        raise refused.error(spelt)
+        raise refused.error(wording)
     if name not in SERVED_INITIALISATIONS:
-        raise AdapterInvalid(f"{spelt} is no initialisation that is known here; it may change the base's own weights")
+        raise AdapterInvalid(f"{wording} is no initialisation that is known here; it may change the base's own weights")
 
 
 def refuse_fields(config: Mapping[str, Any]) -> None:
-    """Raise AdapterInvalid for a LoRA option that is set and has no lowering."""
+    """Raise AdapterInvalid for a LoRA option that is set and unsupported."""
     for field, refusal in FIELDS.items():
         if config.get(field):
             raise refusal.error(f"{field} in adapter_config.json")

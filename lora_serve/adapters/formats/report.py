@@ -1,7 +1,7 @@
-"""The inspection report of a lowered adapter: what it is, what it touches, what a person should know of it.
+"""The inspection report of an adapter: method, features, adapted modules, size, and warnings.
 
-A format makes its part with `report`; `complete` adds what holds for every method. All of it is plain data for JSON,
-made once, when an adapter is published or inspected.
+A format creates its part with `report`; `complete` adds what is common to all methods. The report is plain data for
+JSON, created once, when an adapter is published or inspected.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
-from lora_serve.adapters.checkpoint import Checkpoint, some
+from lora_serve.adapters.checkpoint import Checkpoint, shorten
 from lora_serve.kernels.contract import Delta
 
-# Last parts of a path that do not say which model lies there.
+# Last parts of a path that do not name a model.
 _NAMELESS = re.compile(
     r"(tmp.*|(base|hf)?[-_]?models?|base|(checkpoint|ckpt|step|epoch)s?[-_]?\d*|outputs?|out|final|merged|latest|weights"
     r"|snapshots|[0-9a-f]{40})",
@@ -34,13 +34,13 @@ def report(
     lowered: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A format's part.
+    """A format's part of the report.
 
     Args:
         method: the method's common name.
-        features: of the method, those that this adapter uses.
-        lowered: sentences on what became what, beyond the method's usual way.
-        warnings: beside those that hold for every method.
+        features: the method's features that this adapter uses.
+        lowered: sentences on how it was lowered, where that is not obvious.
+        warnings: in addition to those common to all methods.
     """
     deltas, overrides = deltas or {}, overrides or {}
     touched = deltas.keys() | overrides.keys()
@@ -49,7 +49,9 @@ def report(
         found.append("all of its weights are zero: the adapter changes nothing")
     if "replaced base weights" in features:
         replaced = sorted(module for module, override in overrides.items() if override.parameters)
-        found.append(f"it brings weights of the base that differ from this base's, and uses them: {some(replaced, 4)}")
+        found.append(
+            f"it brings weights of the base that differ from this base's, and uses them: {shorten(replaced, 4)}"
+        )
     return {
         "method": method,
         "features": list(features),
@@ -63,56 +65,57 @@ def report(
 
 
 def complete(lowered: Lowered, checkpoint: Checkpoint, base: BaseShape) -> dict[str, Any]:
-    """The whole report: a format's part, size, what it became, how it may be used, and whether it is of this base."""
-    made = dict(lowered.report)
+    """The complete report: a format's part, size, result of lowering, composability and warnings."""
+    summary = dict(lowered.report)
     trained_on = checkpoint.config.get("base_model_name_or_path")
-    warnings = list(made.get("warnings", ()))
-    if is_another(trained_on, base):
-        warnings.append(f"it was trained on {shown(trained_on)}, this base is {_served(base)}")
+    warnings = list(summary.get("warnings", ()))
+    if is_other_base(trained_on, base):
+        warnings.append(f"it was trained on {display_name(trained_on)}, this base is {_base_name(base)}")
     if checkpoint.vocabulary and base.vocabulary and checkpoint.vocabulary != base.vocabulary:
         warnings.append(
             "its tokenizer.json has another vocabulary than the base's: requests are tokenized with the base's own"
         )
-    made["lowered"] = [*_became(lowered), *made.get("lowered", ())]
-    made["size"] = {
+    summary["lowered"] = [*_describe(lowered), *summary.get("lowered", ())]
+    summary["size"] = {
         "elements": sum(tensor.numel() for tensor in lowered.tensors.values()),
         "file_bytes": checkpoint.file_bytes,
         "file_elements": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
     }
-    made["composable"] = not lowered.not_additive
+    summary["composable"] = not lowered.not_additive
     if lowered.not_additive:
-        made["not_composable"] = lowered.not_additive
+        summary["not_composable"] = lowered.not_additive
     if lowered.prefix is not None:
-        made["virtual_tokens"] = lowered.prefix.length
+        summary["virtual_tokens"] = lowered.prefix.length
     if lowered.invocation:
-        made["invocation_tokens"] = list(lowered.invocation)
-    made["warnings"] = warnings
-    return made
+        summary["invocation_tokens"] = list(lowered.invocation)
+    summary["warnings"] = warnings
+    return summary
 
 
-def made_for_another(config: Mapping[str, Any], base: BaseShape) -> str:
-    """What a refusal adds when keys or shapes do not fit: the base that the adapter names, and the one that is here.
+def other_base_hint(config: Mapping[str, Any], base: BaseShape) -> str:
+    """Addition to an error about keys or shapes that do not fit: the base that the adapter names, and the served one.
 
-    Empty if the two have one name: then it is something else.
+    Empty if the two have the same name.
     """
     name = config.get("base_model_name_or_path")
-    if is_another(name, base):
-        return f". It seems to be made for another base: it was trained on {shown(name)}, this is {_served(base)}"
+    if is_other_base(name, base):
+        trained_on = f"it was trained on {display_name(name)}"
+        return f". It seems to be made for another base: {trained_on}, this is {_base_name(base)}"
     if model_name(name) and any(map(model_name, base.names)):
         return ""
-    trained_on = f"it was trained on {shown(name)}" if name else "it does not say on which it was trained"
-    return f". It may be made for another base: {trained_on}, this is {_served(base)}"
+    trained_on = f"it was trained on {display_name(name)}" if name else "it does not say on which it was trained"
+    return f". It may be made for another base: {trained_on}, this is {_base_name(base)}"
 
 
-def is_another(trained_on: Any, base: BaseShape) -> bool:
-    """Whether a base's name is none of this base's; False where one of the two does not say enough to tell."""
+def is_other_base(trained_on: Any, base: BaseShape) -> bool:
+    """Whether an adapter's base has another name than this base; False if either has no meaningful name."""
     given = model_name(trained_on)
     ours = {name for name in map(model_name, base.names) if name}
     return bool(given and ours) and given not in ours
 
 
 def model_name(path: Any) -> str:
-    """What a folder or hub id calls a model: its last part that says something, in lower case; empty if none does."""
+    """The model's name in a folder or hub id: its last meaningful part in lower case; empty if it has none."""
     if not isinstance(path, str) or path.startswith(_TEMPORARY):
         return ""
     for part in reversed(re.split(r"[/\\]", path.strip())):
@@ -123,21 +126,21 @@ def model_name(path: Any) -> str:
     return ""
 
 
-def shown(path: Any) -> str:
-    """A base's name for people: a hub id as it is, of a folder only what it is called."""
+def display_name(path: Any) -> str:
+    """A base's name for users: a hub id in full, of a folder only its name."""
     text = str(path)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith("."):
         return text[:100]
     return (model_name(path) or "an unnamed folder")[:100]
 
 
-def _served(base: BaseShape) -> str:
+def _base_name(base: BaseShape) -> str:
     named = next((name for name in base.names if model_name(name)), "")
-    return f"{shown(named)} ({base.model_type})" if named else f"a {base.model_type or 'nameless'} model"
+    return f"{display_name(named)} ({base.model_type})" if named else f"a {base.model_type or 'nameless'} model"
 
 
 def _by_kind(touched: Collection[str], base: BaseShape) -> dict[str, str]:
-    """'N of M' for every kind of module that the adapter changes; an expert is a module of its own."""
+    """'N of M' for every kind of module that the adapter changes; each expert counts as a module."""
     counts: dict[str, tuple[int, int]] = {}
     for module in dict.fromkeys([*base.sites, *base.modules]):
         if module == base.head:
@@ -146,13 +149,13 @@ def _by_kind(touched: Collection[str], base: BaseShape) -> dict[str, str]:
             kind = "expert" if module.endswith("]") else "linear"
         else:
             kind = "embedding" if module in base.embeddings else "other"
-        hit, all_ = counts.get(kind, (0, 0))
-        counts[kind] = (hit + (module in touched), all_ + 1)
-    return {kind: f"{hit} of {all_}" for kind, (hit, all_) in counts.items() if hit}
+        touched_count, total = counts.get(kind, (0, 0))
+        counts[kind] = (touched_count + (module in touched), total + 1)
+    return {kind: f"{touched_count} of {total}" for kind, (touched_count, total) in counts.items() if touched_count}
 
 
-def _became(lowered: Lowered) -> list[str]:
-    """What the adapter is here, in the words of the lowered form."""
+def _describe(lowered: Lowered) -> list[str]:
+    """Counts of the lowered adapter's parts, as sentences."""
     overrides = lowered.overrides.values()
     counts = {
         "low-rank updates": len(lowered.deltas),

@@ -1,9 +1,9 @@
-"""VB-LoRA: y = W x + B(A x), where A and B are put together from sub-vectors of one shared bank.
+"""VB-LoRA: y = W x + B(A x), where A and B are composed of sub-vectors from one shared vector bank.
 
-    each piece of v numbers of a row of A, and of a column of B, is Σ_k softmax(top-k logits) · bank[indices]
+    each sub-vector of length v of a row of A, and of a column of B, is Σ_k softmax(top-k logits) · bank[indices]
     keys: base_model.vblora_vector_bank [vectors, v]; X.vblora_logits_A [r, in/v, vectors], _B [out/v, r, vectors]
     with `save_only_topk_weights`, instead: X.vblora_logits_A_topk_indices [r, in/v, k] (integers) and _topk_weights
-    [..., k - 1], what the softmax gives but for the last, which is what is missing to one
+    [..., k - 1], the softmax without its last weight, which is 1 minus the others
 
 Source: PEFT 0.21, `peft/tuners/vblora`.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.factors import cheaper, check_rank, count, settled, site_of
+from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, make_delta, positive_int
 from lora_serve.adapters.formats.fields import check_fields
-from lora_serve.adapters.formats.keys import by_site, check_shape, need
+from lora_serve.adapters.formats.keys import check_shape, group_by_site, require_matrices
 from lora_serve.adapters.formats.report import report
-from lora_serve.adapters.formats.saved import take
+from lora_serve.adapters.formats.saved import split_saved
 from lora_serve.errors import AdapterInvalid
 
 READ = {"r", "topk", "num_vectors", "vector_length", "save_only_topk_weights", "bias"}
@@ -33,31 +33,31 @@ CHOSEN = {f"{name}_topk_{part}": f"{name}_topk_{part}" for name in LOGITS for pa
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
-    """Compile to deltas, A and B put together. Raises AdapterInvalid naming keys and fields."""
+    """Lower to deltas, with A and B composed. Raises AdapterInvalid naming keys and fields."""
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT)
-    saved = take(config, checkpoint.tensors, base)
-    device_slots = saved.rest.pop(BANK, None)
-    if device_slots is None:
+    saved = split_saved(config, checkpoint.tensors, base)
+    bank = saved.rest.pop(BANK, None)
+    if bank is None:
         raise AdapterInvalid(f"{BANK} is missing: the sub-vectors that all modules are put together from")
-    device_slots, length, rank = device_slots.float(), count(config, "vector_length", 256), count(config, "r", 4)
-    check_shape(BANK, device_slots, (count(config, "num_vectors", 256), length))
+    bank, length, rank = bank.float(), positive_int(config, "vector_length", 256), positive_int(config, "r", 4)
+    check_shape(BANK, bank, (positive_int(config, "num_vectors", 256), length))
     tails = CHOSEN if config.get("save_only_topk_weights") else LOGITS
-    found = by_site(saved.rest, base, tails)
-    need(found, {*tails})
+    found = group_by_site(saved.rest, base, tails)
+    require_matrices(found, {*tails})
     deltas = {}
     for name, group in found.items():
-        site = site_of(name, saved.overrides, base)
-        a = _pieces(config, name, group, "vblora_logits_A", device_slots)  # [r, in/v, v]
-        b = _pieces(config, name, group, "vblora_logits_B", device_slots)  # [out/v, r, v]
+        site = effective_site(name, saved.overrides, base)
+        a = _combine(config, name, group, "vblora_logits_A", bank)  # [r, in/v, v]
+        b = _combine(config, name, group, "vblora_logits_B", bank)  # [out/v, r, v]
         check_rank(name, a.shape[0], rank)
         check_shape(f"{name}.vblora_logits_A, put together,", a, (rank, site.in_features // length, length))
         check_shape(f"{name}.vblora_logits_B, put together,", b, (site.out_features // length, rank, length))
         if site.in_features % length or site.out_features % length:
             raise AdapterInvalid(f"vector_length {length} in adapter_config.json does not divide the widths of {name}")
-        deltas[name] = cheaper(a.flatten(1), b.transpose(0, 1).flatten(1))
+        deltas[name] = make_delta(a.flatten(1), b.transpose(0, 1).flatten(1))
     features = (["save_only_topk_weights"] if tails is CHOSEN else []) + saved.features
-    deltas, overrides = settled(deltas, saved.overrides, base)
+    deltas, overrides = fold_head_delta(deltas, saved.overrides, base)
     return Lowered(
         deltas,
         report(config, base, method="VB-LoRA", deltas=deltas, overrides=overrides, features=features),
@@ -65,22 +65,22 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     )
 
 
-def _pieces(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key: str, device_slots: Tensor) -> Tensor:
-    """Σ weight · sub-vector, [..., v]."""
-    most, vectors = count(config, "topk", 2), device_slots.shape[0]
+def _combine(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key: str, bank: Tensor) -> Tensor:
+    """The weighted sums of the top-k sub-vectors, [..., v]."""
+    topk, vectors = positive_int(config, "topk", 2), bank.shape[0]
     if key in group:
         logits = group[key].float()
-        if logits.ndim != 3 or logits.shape[-1] != vectors or most > vectors:
+        if logits.ndim != 3 or logits.shape[-1] != vectors or topk > vectors:
             raise AdapterInvalid(
-                f"{name}.{key} takes logits of {vectors} vectors, of which topk = {most} are used; "
+                f"{name}.{key} takes logits of {vectors} vectors, of which topk = {topk} are used; "
                 f"the adapter has {list(logits.shape)}"
             )
-        best, indices = logits.topk(most, dim=-1)
-        weights = best.softmax(-1)
+        top, indices = logits.topk(topk, dim=-1)
+        weights = top.softmax(-1)
     else:
         indices, first = group[f"{key}_topk_indices"].long(), group[f"{key}_topk_weights"].float()
-        check_shape(f"{name}.{key}_topk_weights", first, (*indices.shape[:-1], most - 1))
-        if indices.ndim != 3 or indices.shape[-1] != most or indices.min() < 0 or indices.max() >= vectors:
-            raise AdapterInvalid(f"{name}.{key}_topk_indices does not choose {most} of {vectors} vectors")
+        check_shape(f"{name}.{key}_topk_weights", first, (*indices.shape[:-1], topk - 1))
+        if indices.ndim != 3 or indices.shape[-1] != topk or indices.min() < 0 or indices.max() >= vectors:
+            raise AdapterInvalid(f"{name}.{key}_topk_indices does not choose {topk} of {vectors} vectors")
         weights = torch.cat([first, (1 - first.sum(-1, keepdim=True)).clamp(min=0)], -1)
-    return (weights[..., None] * device_slots[indices]).sum(-2)
+    return (weights[..., None] * bank[indices]).sum(-2)

@@ -1,4 +1,4 @@
-"""What all methods with virtual tokens have in common: one table of them, and perhaps replaced modules of the base.
+"""Reading of methods with virtual tokens: one table of virtual tokens, and optionally `modules_to_save`.
 
     keys: prompt_embeddings [tokens, …]; modules_to_save as base_model.<module>.… (PEFT wraps no model around the base)
 
@@ -22,17 +22,17 @@ TABLE = "prompt_embeddings"
 SIZES = {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules"}
 
 
-def take(
+def read_tensors(
     checkpoint: Checkpoint, base: BaseShape, *, read: Set[str] = frozenset(), without_effect: Set[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict[str, ModuleOverride], list[str]]:
-    """The method's own tensors (the table among them), replaced modules by path, and features found.
+    """The method's own tensors (with the table), overrides by module, and features found. Raises AdapterInvalid.
 
     Args:
-        read, without_effect: configuration fields beside those of every such method.
+        read, without_effect: configuration fields in addition to those of every such method.
     """
     config = checkpoint.config
     check_fields(config, SIZES | read, without_effect)
-    found = saved.take(config, {_key(key): tensor for key, tensor in checkpoint.tensors.items()}, base)
+    found = saved.split_saved(config, {_key(key): tensor for key, tensor in checkpoint.tensors.items()}, base)
     table = found.rest.get(TABLE)
     if table is None or table.ndim != 2:
         raise AdapterInvalid(f"{TABLE} [virtual tokens, width] is missing")
@@ -41,24 +41,24 @@ def take(
     return found.rest, found.overrides, found.features
 
 
-def refuse_others(tensors: dict[str, Tensor], known: Set[str]) -> None:
-    """Refuse tensors that the method does not have."""
-    keys.refuse_strays([key for key in tensors if key not in known])
+def refuse_unknown_tensors(tensors: dict[str, Tensor], known: Set[str]) -> None:
+    """Raise AdapterInvalid for tensors other than `known`."""
+    keys.refuse_unknown_keys([key for key in tensors if key not in known])
 
 
 def check_size(config: Config, field: str, size: int) -> None:
-    """Hold a number that the configuration may give to what it is."""
+    """Raise AdapterInvalid if a configured size differs from the actual one."""
     given: Any = config.get(field)
     if given is not None and (isinstance(given, bool) or given != size):
         raise AdapterInvalid(f"{field} = {str(given)[:20]} in adapter_config.json; here it is {size}")
 
 
-def shared(length: int) -> str:
-    """For reports."""
+def sharing_note(length: int) -> str:
+    """The report's sentence on virtual tokens."""
     return f"{length} virtual tokens: computed once, their KV shared by requests, part of the context length"
 
 
 def _key(key: str) -> str:
-    """The key as other methods would have it: these name the base's modules without PEFT's own in between."""
+    """The key with the prefix of other methods; these save modules of the base without PEFT's wrapper in the path."""
     before = "base_model."
     return keys.PREFIX + key.removeprefix(before) if key.startswith(before) else key

@@ -1,4 +1,4 @@
-"""A real server process over the bundled demo, for tests that look at the whole from outside."""
+"""A real server process on the bundled demo model, for end-to-end tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO = ROOT / "demo" / "model"
 ADAPTERS = ROOT / "adapters"
 
 
-class Served:
+class ServerProcess:
     """`lora-serve serve` on a free port; use as a context manager."""
 
     def __init__(self, store: Path, *options: str, model: Path = DEMO) -> None:
@@ -47,7 +47,7 @@ class Served:
         self.url = self._await_url()
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""An engine that answers as it is told, an app over it, and a tokenizer whose tokens are bytes."""
+"""A stub engine that generates a fixed reply, an app on top of it, and a tokenizer with one token per byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from operated import OperatedEngine
+from stub_admin import StubAdminEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(*, bos: bool = False, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Token id = byte; 256 begins a text (put there if `bos`), 257 ends it."""
+    """Token id = byte; 256 is BOS (added if `bos`), 257 is EOS."""
     vocabulary = {**_alphabet(), "<s>": BOS, "</s>": EOS}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -43,10 +43,10 @@ def byte_tokenizer(*, bos: bool = False, template: str | None = TEMPLATE) -> Pre
     )
 
 
-class AnsweringEngine(OperatedEngine):
-    """Says `reply`, a token a step, to every request; what was asked, and which generators were closed, is kept.
+class StubCompletionEngine(StubAdminEngine):
+    """Generates `reply` for every request, token by token; records requests and closed generators.
 
-    `refusals` maps the number of a request to the error it is refused with, `breaks` after how many tokens one fails.
+    `refusals`: error by number of the request; `breaks`: number of tokens after which a request fails.
     """
 
     def __init__(self) -> None:
@@ -108,11 +108,11 @@ class AnsweringEngine(OperatedEngine):
         return Logprob(token, -0.1 * token, [(BOS, -0.01), (EOS, -0.02)])
 
 
-class Answering:
-    """An app over an `AnsweringEngine`, and a client of it."""
+class StubCompletionApp:
+    """An app on a `StubCompletionEngine`, and a client."""
 
     def __init__(self, store: Path, keys: Keys | None = None, tokenizer: Any = None, **options: Any) -> None:
-        self.engine = AnsweringEngine()
+        self.engine = StubCompletionEngine()
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)
@@ -129,7 +129,7 @@ class Answering:
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
-    """Data events of a stream, which must end with exactly one `[DONE]` line."""
+    """The data events of a stream; asserts that it ends with one `[DONE]` line."""
     assert answer.headers["content-type"].startswith("text/event-stream")
     lines = [line for line in answer.text.split("\n") if line]
     assert lines[-1] == "data: [DONE]"

@@ -1,4 +1,4 @@
-"""A registry on a small base, driven as the engine's loop drives it."""
+"""A registry on a small base, polled by the test as the engine's loop polls it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_serve.errors import ServeError
 from lora_serve.messages import AdapterInfo, Publish, Stats
 
 
-class House:
-    """A registry on a small base, and what an engine's loop does with it."""
+class RegistryHarness:
+    """A registry on a small base, with blocking versions of its operations."""
 
     def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
         self.folder = folder
@@ -29,25 +29,25 @@ class House:
             Store(folder / "store"), self.cache, self.device_slots, BASE, torch.float32, lambda: None, max_bytes=1 << 20
         )
 
-    def until(self, condition: Any) -> None:
+    def wait_until(self, condition: Any) -> None:
         deadline = time.monotonic() + 10
         while not condition():
             self.registry.poll()
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
-    def answer(self, start: Any) -> Any:
-        """Result of an operation that takes a callback; ServeErrors are raised."""
-        answers: list[Any] = []
-        start(answers.append)
-        self.until(lambda: answers)
-        if isinstance(answers[0], ServeError):
-            raise answers[0]
-        return answers[0]
+    def run(self, start: Any) -> Any:
+        """Run an operation that takes a callback; returns its result, or raises its ServeError."""
+        results: list[Any] = []
+        start(results.append)
+        self.wait_until(lambda: results)
+        if isinstance(results[0], ServeError):
+            raise results[0]
+        return results[0]
 
     def publish(self, name: str, seed: int = 0, *, replace: bool = False) -> AdapterInfo:
         folder = write(self.folder / "store" / "staging" / f"{name}-{seed}", self.tensors(seed))
-        info: AdapterInfo = self.answer(lambda done: self.start_publish(name, folder, done, replace=replace))
+        info: AdapterInfo = self.run(lambda done: self.start_publish(name, folder, done, replace=replace))
         return info
 
     def start_publish(self, name: str, folder: Path, done: Any, *, replace: bool = False) -> None:
@@ -57,11 +57,11 @@ class House:
     def tensors(seed: int) -> dict[str, Tensor]:
         return tensors(seed)
 
-    def bring(self, digest: str) -> None:
-        self.registry.want(digest)
-        self.until(lambda: not isinstance(self.registry.state(digest), Loading))
+    def load(self, digest: str) -> None:
+        self.registry.request_load(digest)
+        self.wait_until(lambda: not isinstance(self.registry.state(digest), Loading))
 
     def stats(self) -> Stats:
         stats = Stats()
-        self.registry.fill(stats)
+        self.registry.fill_stats(stats)
         return stats

@@ -1,4 +1,4 @@
-"""An engine that only keeps adapters, and an app over it: what the tests of the operator's routes talk to."""
+"""A stub engine that keeps adapters in a dict, and an app on top of it, for tests of the admin routes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ REPORT = {"method": "LoRA", "modules": "2 of 7", "touched": {"linear": "2 of 7"}
 FILES = {"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}
 
 
-class OperatedEngine:
-    """Keeps what is published by name, and the files that each publish or inspection found.
+class StubAdminEngine:
+    """Keeps published adapters by name, and the files of each publish and inspection.
 
-    `failure` is raised by the next call.
+    `failure`: raised by the next call.
     """
 
     def __init__(self) -> None:
@@ -108,11 +108,11 @@ class OperatedEngine:
         return self.adapters[name]
 
 
-class Operated:
-    """An app over an `OperatedEngine`, and a client of it."""
+class StubAdminApp:
+    """An app on a `StubAdminEngine`, and a client."""
 
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
-        self.engine = OperatedEngine()
+        self.engine = StubAdminEngine()
         self.config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, None, self.config, keys)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -139,20 +139,20 @@ class Operated:
 
     @property
     def leftovers(self) -> list[Path]:
-        """What lies in staging; empty whenever no upload is under way."""
+        """Files in staging; empty unless an upload is running."""
         staging = self.config.store_folder() / "staging"
         return sorted(staging.iterdir()) if staging.exists() else []
 
 
 def refusal(answer: httpx.Response) -> tuple[int, str | None, str]:
-    """Status, field and message of an error; fails if it has another shape than OpenAI's."""
+    """Status, field and message of an error; asserts that it has OpenAI's shape."""
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return answer.status_code, error["param"], error["message"]
 
 
 def tar(files: Mapping[str, bytes | tarfile.TarInfo], mode: str = "w:gz") -> bytes:
-    """A tar of files; a `TarInfo` is added as it is, without content."""
+    """A tar of files; a `TarInfo` is added unchanged, without content."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode=mode) as archive:  # type: ignore[call-overload]
         for name, content in files.items():
