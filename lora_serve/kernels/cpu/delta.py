@@ -1,0 +1,73 @@
+"""LoRA deltas of a mixed batch on the CPU: arguments of the kernel in `delta.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels.checks import check_delta
+from lora_serve.kernels.contract import DeltaGroup, Segments
+from lora_serve.kernels.cpu.calls import CALLS
+from lora_serve.kernels.cpu.library import Library, type_number
+
+
+class _PackedGroup:
+    """What C++ reads of a group, at an address that stays."""
+
+    def __init__(self, group: DeltaGroup) -> None:
+        modules, slots = group.rank.shape
+        packed = CALLS["Group"].pack(
+            a=group.a.data_ptr(),
+            b=group.b.data_ptr(),
+            rank=group.rank.data_ptr(),
+            modules=modules,
+            slots=slots,
+            in_=group.in_features,
+            type=type_number(group.dtype),
+            out=group.out_features,
+        )
+        self._memory = ctypes.create_string_buffer(packed, len(packed))
+        self.address = ctypes.addressof(self._memory)
+
+
+class NativeDelta:
+    """`Kernels.delta`. What never changes about a group is packed once."""
+
+    def __init__(self, library: Library) -> None:
+        self._delta = library.call("lora_delta")
+        self._groups: WeakKeyDictionary[DeltaGroup, _PackedGroup] = WeakKeyDictionary()
+
+    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+        count = segments.count
+        if count == 0:
+            return
+        packed = self._groups.get(group)
+        if packed is None:
+            packed = self._groups[group] = _PackedGroup(group)
+        check_delta(x, outputs, group)
+        pointers: list[int] = []
+        for output in outputs:
+            pointers += (output.data_ptr(), output.stride(0))
+        start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
+        if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
+            raise TypeError("segments are int32, their weights float32")
+        call = CALLS["DeltaCall"].pack(
+            group=packed.address,
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            tokens=x.shape[0],
+            type=type_number(x.dtype),
+            threads=torch.get_num_threads(),
+            segments=count,
+            start=start.data_ptr(),
+            end=end.data_ptr(),
+            slot=slot.data_ptr(),
+            weight=weight.data_ptr(),
+            output=pointers,
+        )
+        wrong = self._delta(call)
+        if wrong:
+            raise ValueError(f"segment {wrong - 1} lies outside the batch or the slots")
