@@ -18,12 +18,15 @@ from torch import Tensor
 
 from lora_serve.kernels.checks import check_delta, check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation, AttentionMetadata, DeltaGroup, GraphBuckets, Segments
+from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.kernels.cpu.library import TYPES, Library, type_number
 from lora_serve.kernels.cpu.matmul import NativeLinear
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
 from lora_serve.kernels.packed_weight import PackedWeight
 
-ARENA = 1 << 28  # bytes that the results of a noted pass may take
+# Bytes that the results of a noted pass may take. A checked build gives each result memory of its own, between whose
+# ends the sanitizer sees.
+ARENA = 0 if CHECKED else 1 << 28
 
 _WRITE = Struct("6q6q 3q3q q5q")
 _ATTENTION = Struct("6q6q 4q q3q 9q q2d")

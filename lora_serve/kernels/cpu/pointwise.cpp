@@ -72,6 +72,11 @@ template <class F> void over_rows(int64_t rows, int64_t width, int64_t threads, 
 }  // namespace
 
 extern "C" int64_t lora_rms_norm(const NormCall* call) {
+    int64_t each = bytes_of(call->type);
+    check_memory(call, sizeof *call);
+    check_memory(call->weight, call->width * bytes_of(call->weight_type));
+    check_rows(call->x, call->rows, call->x_stride * each, call->width * each);
+    check_memory(call->y, call->rows * call->width * each);
     size_t n = (size_t)call->width;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -99,6 +104,11 @@ extern "C" int64_t lora_rms_norm(const NormCall* call) {
 }
 
 extern "C" int64_t lora_gated(const GatedCall* call) {
+    int64_t each = bytes_of(call->type);
+    check_memory(call, sizeof *call);
+    check_rows(call->gate, call->rows, call->gate_stride * each, call->width * each);
+    check_rows(call->up, call->rows, call->up_stride * each, call->width * each);
+    check_memory(call->y, call->rows * call->width * each);
     size_t n = (size_t)call->width;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -117,6 +127,15 @@ extern "C" int64_t lora_gated(const GatedCall* call) {
 
 // Each head's halves turned against each other: (a, b) -> (a cos - b sin, b cos' + a sin').
 extern "C" int64_t lora_rope(const RopeCall* call) {
+    check_memory(call, sizeof *call);
+    int64_t each = bytes_of(call->type), turn = bytes_of(call->turn_type), row = call->dim * each;
+    for (const Heads& from : {call->q, call->k})
+        for (int64_t h = 0; h < from.heads; h++)
+            check_rows((const char*)from.data + h * from.head * each, call->tokens, from.token * each, row);
+    check_memory(call->q_out, call->tokens * call->q.heads * row);
+    check_memory(call->k_out, call->tokens * call->k.heads * row);
+    for (const char* table : {call->cosine, call->sine})
+        check_rows(table, call->tokens, call->turn * turn, call->dim * turn);
     size_t half = (size_t)call->dim / 2;
     int64_t heads = call->q.heads + call->k.heads;
     with_type(call->type, [&](auto* type) {
@@ -147,6 +166,9 @@ extern "C" int64_t lora_rope(const RopeCall* call) {
 }
 
 extern "C" int64_t lora_add(const AddCall* call) {
+    check_memory(call, sizeof *call);
+    for (const char* each : {call->x, call->y, (const char*)call->sum})
+        check_memory(each, call->count * bytes_of(call->type));
     constexpr int64_t EACH = 4096;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -163,6 +185,7 @@ extern "C" int64_t lora_add(const AddCall* call) {
 
 // Makes calls one after the other; 0, or 1 + index of the first that fails (then those after it are not made).
 extern "C" int64_t lora_play(const int64_t* pairs, int64_t count) {
+    check_memory(pairs, count * 16);
     for (int64_t i = 0; i < count; i++) {
         auto function = (int64_t(*)(const void*))pairs[2 * i];
         if (function((const void*)pairs[2 * i + 1])) return i + 1;
