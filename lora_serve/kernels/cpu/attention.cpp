@@ -30,7 +30,11 @@ constexpr bool DOTS = false;
 
 struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
 
-size_t bytes_of(int64_t type) { return type == FP32 ? 4 : 2; }
+void check_pool([[maybe_unused]] const Pool& pool, [[maybe_unused]] int64_t blocks) {
+#ifdef LORA_CHECKED
+    check_memory(pool.data, blocks * pool.block);  // blocks are contiguous
+#endif
+}
 
 INLINE V tangent(V x) {  // hyperbolic tangent
     V positive = x < 0 ? -x : x;
@@ -52,8 +56,8 @@ struct Room {
     float *q, *out, *score, *keys, *values, *top, *sum;  // top: largest score; sum: of probabilities, W parts of it
     Room(std::vector<float>& memory, size_t rows, size_t key_dim, size_t value_dim)
         : kd((key_dim + 2 * W - 1) / (2 * W) * 2 * W), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
-        float* p = scratch(memory, rows * (kd + vd + KEYS + W + 1) + TILE + KEYS * (kd + vd));
-        auto take = [&](size_t n) { return (p += n) - n; };
+        float* p = scratch(memory, rows * (kd + vd + KEYS + W + 1) + TILE + KEYS * (kd + vd) + gaps(7));
+        auto take = [&](size_t n) { return part_of(p, n); };
         keys = take(KEYS * kd);
         values = take(KEYS * vd);
         score = take(rows * KEYS);
@@ -414,10 +418,19 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
 
 // Returns 0, or 1 + index of the first token whose KV index is not in the pool (then nothing was written).
 extern "C" int64_t lora_write_kv(const WriteCall* call) {
+    check_memory(call, sizeof *call);
+    check_memory(call->index, call->tokens * 8);
+    check_pool(call->keys, call->blocks);
+    check_pool(call->values, call->blocks);
+    for (int64_t h = 0; h < call->kv_heads; h++) {
+        check_rows(call->k + h * call->k_head, call->tokens, call->k_token, call->keys.dim * bytes_of(call->keys.type));
+        check_rows(call->v + h * call->v_head, call->tokens, call->v_token, call->values.dim * bytes_of(call->values.type));
+    }
     int64_t places = call->blocks * call->block_size;
     for (int64_t t = 0; t < call->tokens; t++)
         if (call->index[t] < 0 || call->index[t] >= places) return t + 1;
-    size_t key = call->keys.dim * bytes_of(call->keys.type), value = call->values.dim * bytes_of(call->values.type);
+    size_t key = (size_t)(call->keys.dim * bytes_of(call->keys.type));
+    size_t value = (size_t)(call->values.dim * bytes_of(call->values.type));
     parallel(call->tokens < 64 ? 1 : (int)call->threads, [&](int thread, int threads) {
         int64_t from = call->tokens * thread / threads, to = call->tokens * (thread + 1) / threads;
         for (int64_t t = from; t < to; t++) {
@@ -436,6 +449,16 @@ extern "C" int64_t lora_write_kv(const WriteCall* call) {
 
 // Returns 0, or 1 + index of the first sequence whose rows, context or blocks are invalid (then `out` is undefined).
 extern "C" int64_t lora_attention(const AttentionCall* call) {
+    check_memory(call, sizeof *call);
+    check_pool(call->keys, call->blocks);
+    check_pool(call->values, call->blocks);
+    check_memory(call->query_start, (call->sequences + 1) * 4);
+    check_memory(call->context, call->sequences * 4);
+    check_memory(call->block_table, call->sequences * call->table_width * 4);
+    if (call->sinks) check_memory(call->sinks, call->heads * 4);
+    check_memory(call->out, call->tokens * call->heads * call->values.dim * bytes_of(call->q_type));
+    for (int64_t h = 0; h < call->heads; h++)
+        check_rows(call->q + h * call->q_head, call->tokens, call->q_token, call->keys.dim * bytes_of(call->q_type));
     static thread_local std::vector<Unit> memory;
     std::vector<Unit>& units = memory;
     units.clear();

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_serve.kernels.contract import GraphBuckets, ReplaySupport
 from lora_serve.kernels.cpu.attention import NativeAttention
+from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.kernels.cpu.delta import NativeDelta
 from lora_serve.kernels.cpu.library import Library
 from lora_serve.kernels.cpu.matmul import NativeLinear
@@ -21,7 +22,9 @@ from lora_serve.kernels.cpu.pointwise import NativePointwise
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
 from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
-ARENA = 1 << 28  # bytes that the results of a recorded pass may take
+# Bytes that the results of a recorded pass may take. A checked build gives each result an allocation of its own, so that
+# the sanitizer sees its ends.
+ARENA = 0 if CHECKED else 1 << 28
 
 
 class NativeKernels:

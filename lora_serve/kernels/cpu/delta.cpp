@@ -218,6 +218,31 @@ struct Work {
     }
 };
 
+void check_call([[maybe_unused]] const DeltaCall& call) {
+#ifdef LORA_CHECKED
+    const Group& group = *call.group;
+    int64_t entries = group.modules * group.slots, each = bytes_of(call.type), weights = bytes_of(group.type);
+    check_memory(&group, (int64_t)sizeof group);
+    check_memory(&group, (int64_t)sizeof group + group.modules * 8);
+    check_memory(&call, (int64_t)sizeof call + group.modules * (int64_t)sizeof(DeltaOutput));
+    check_memory(group.a, entries * 8);
+    check_memory(group.b, entries * 8);
+    check_memory(group.rank, entries * 4);
+    for (const void* part : {(const void*)call.start, (const void*)call.end, (const void*)call.slot, (const void*)call.weight})
+        check_memory(part, call.segments * 4);
+    check_rows(call.x, call.tokens, call.x_stride * each, group.in * each);
+    for (int64_t m = 0; m < group.modules; m++) {
+        check_rows(call.output[m].data, call.tokens, call.output[m].stride * each, group.out[m] * each);
+        for (int64_t i = 0; i < call.segments; i++) {
+            int64_t entry = m * group.slots + call.slot[i];
+            if (call.slot[i] < 0 || call.slot[i] >= group.slots) continue;  // the call says so itself
+            check_memory((const void*)group.a[entry], group.rank[entry] * group.in * weights);
+            check_memory((const void*)group.b[entry], group.rank[entry] * group.out[m] * weights);
+        }
+    }
+#endif
+}
+
 }  // namespace
 
 // Returns 0, or 1 + index of the first segment that lies outside the batch or the tables (then nothing was written).
@@ -225,6 +250,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     static thread_local std::vector<Segment> segments;
     static thread_local std::vector<float> memory;
     const Group& group = *call->group;
+    check_call(*call);
     segments.clear();
     Work work{*call, group, segments, nullptr, 0, 0, std::vector<int64_t>(group.modules)};
     size_t floats = 0, weights = 0, most = 0;

@@ -276,6 +276,17 @@ extern "C" int64_t lora_has_dot() {
 }
 
 extern "C" int64_t lora_linear(const LinearCall* call) {
+    check_memory(call, (int64_t)sizeof *call);
+    check_memory(call, (int64_t)sizeof *call + call->outputs * (int64_t)sizeof(LinearOutput));
+    int64_t each = bytes_of(call->type);
+    check_rows(call->x, call->rows, call->stride * each, call->in * each);
+    for (int64_t i = 0; i < call->outputs; i++) {
+        const LinearOutput& o = call->output[i];
+        check_memory(o.weight, packed_bytes(call->kind, o.out, call->in));
+        if (call->kind == INT8) check_memory(o.scale, scales_bytes(o.out));
+        if (o.bias) check_memory(o.bias, o.out * each);
+        check_rows(o.y, call->rows, o.stride * each, o.out * each);
+    }
     static thread_local std::vector<float> shared;
     int64_t all = 0;
     for (int64_t i = 0; i < call->outputs; i++) all += (int64_t)panels_of(call->output[i].out);

@@ -128,27 +128,42 @@ struct Packing {
     }
 };
 
+void check_packed(const PackCall& call) {
+    check_memory(&call, sizeof call);
+    check_memory(call.packed, packed_bytes(call.kind, call.out, call.in));
+    if (call.kind == INT8) check_memory(call.scale, scales_bytes(call.out));
+}
+
 }  // namespace
 
 // How many bytes a weight takes in panels.
 extern "C" int64_t lora_packed_bytes(const PackCall* call) {
-    return (int64_t)(panels_of(call->out) * lane_at(call->kind, lanes_of(call->kind, call->in)));
+    return packed_bytes(call->kind, call->out, call->in);
 }
 
 // Packs a weight [out, in] into panels.
 extern "C" int64_t lora_pack(const PackCall* call) {
+    check_memory(call->weight, call->out * call->in * bytes_of(call->type));
+    check_packed(*call);
     Packing(*call).pack();
     return 0;
 }
 
 // The inverse: the weights themselves, or those that quantised ones stand for, in float32.
 extern "C" int64_t lora_unpack(const PackCall* call) {
+    bool small = call->kind == INT8 || call->kind == INT4;
+    check_memory(call->weight, call->out * call->in * (small ? 4 : bytes_of(call->type)));
+    check_packed(*call);
     Packing(*call).unpack();
     return 0;
 }
 
 // Copies rows of a weight in full precision. Returns 0, or 1 + index of the first id that is not a row.
 extern "C" int64_t lora_rows(const RowsCall* call) {
+    check_memory(call, sizeof *call);
+    check_memory(call->packed, packed_bytes(call->kind, call->out, call->in));
+    check_memory(call->ids, call->count * 8);
+    check_memory(call->rows, call->count * call->in * call->size);
     for (int64_t i = 0; i < call->count; i++)
         if (call->ids[i] < 0 || call->ids[i] >= call->out) return i + 1;
     size_t lanes = lanes_of(call->kind, call->in), size = (size_t)(call->in * call->size);

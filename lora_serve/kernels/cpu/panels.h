@@ -41,6 +41,10 @@ inline size_t panels_of(int64_t out) { return ((size_t)out + COLUMNS - 1) / COLU
 constexpr size_t lane_at(int64_t kind, size_t lane) {  // offset in a panel, bytes; given all lanes, the panel's size
     return kind == INT4 ? lane / GROUP_LANES * GROUP_BYTES + lane % GROUP_LANES * COLUMNS * 4 : lane * COLUMNS * 4;
 }
+inline int64_t packed_bytes(int64_t kind, int64_t out, int64_t in) {
+    return (int64_t)(panels_of(out) * lane_at(kind, lanes_of(kind, in)));
+}
+inline int64_t scales_bytes(int64_t out) { return (int64_t)(panels_of(out) * COLUMNS * 4); }  // of INT8
 
 // --- integers ---------------------------------------------------------------------------------------------------
 

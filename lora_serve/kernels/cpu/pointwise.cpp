@@ -39,6 +39,11 @@ template <class F> void over_rows(int64_t rows, int64_t width, int64_t threads, 
 }  // namespace
 
 extern "C" int64_t lora_rms_norm(const NormCall* call) {
+    int64_t each = bytes_of(call->type);
+    check_memory(call, sizeof *call);
+    check_memory(call->weight, call->width * bytes_of(call->weight_type));
+    check_rows(call->x, call->rows, call->x_stride * each, call->width * each);
+    check_memory(call->y, call->rows * call->width * each);
     size_t n = (size_t)call->width;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -66,6 +71,11 @@ extern "C" int64_t lora_rms_norm(const NormCall* call) {
 }
 
 extern "C" int64_t lora_gated(const GatedCall* call) {
+    int64_t each = bytes_of(call->type);
+    check_memory(call, sizeof *call);
+    check_rows(call->gate, call->rows, call->gate_stride * each, call->width * each);
+    check_rows(call->up, call->rows, call->up_stride * each, call->width * each);
+    check_memory(call->y, call->rows * call->width * each);
     size_t n = (size_t)call->width;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -84,6 +94,15 @@ extern "C" int64_t lora_gated(const GatedCall* call) {
 
 // Rotates the halves a and b of each head: (a, b) -> (a cos - b sin, b cos' + a sin').
 extern "C" int64_t lora_rope(const RopeCall* call) {
+    check_memory(call, sizeof *call);
+    int64_t each = bytes_of(call->type), entry = bytes_of(call->table_type), row = call->dim * each;
+    for (const Heads& from : {call->q, call->k})
+        for (int64_t h = 0; h < from.heads; h++)
+            check_rows((const char*)from.data + h * from.head * each, call->tokens, from.token * each, row);
+    check_memory(call->q_out, call->tokens * call->q.heads * row);
+    check_memory(call->k_out, call->tokens * call->k.heads * row);
+    for (const char* table : {call->cosine, call->sine})
+        check_rows(table, call->tokens, call->table_stride * entry, call->dim * entry);
     size_t half = (size_t)call->dim / 2;
     int64_t heads = call->q.heads + call->k.heads;
     with_type(call->type, [&](auto* type) {
@@ -114,6 +133,9 @@ extern "C" int64_t lora_rope(const RopeCall* call) {
 }
 
 extern "C" int64_t lora_add(const AddCall* call) {
+    check_memory(call, sizeof *call);
+    for (const char* each : {call->x, call->y, (const char*)call->sum})
+        check_memory(each, call->count * bytes_of(call->type));
     constexpr int64_t EACH = 4096;
     with_type(call->type, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -131,6 +153,7 @@ extern "C" int64_t lora_add(const AddCall* call) {
 // Calls functions one after the other, given as pairs of (function, its arguments). Returns 0, or 1 + index of the
 // first that fails (the ones after it are not called).
 extern "C" int64_t lora_replay(const int64_t* pairs, int64_t count) {
+    check_memory(pairs, count * 16);
     for (int64_t i = 0; i < count; i++) {
         auto function = (int64_t(*)(const void*))pairs[2 * i];
         if (function((const void*)pairs[2 * i + 1])) return i + 1;

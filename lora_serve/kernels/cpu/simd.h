@@ -18,6 +18,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef LORA_CHECKED
+#include <sanitizer/asan_interface.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -44,6 +47,7 @@ struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 enum Type : int64_t { FP32, BF16, FP16 };
 
+constexpr int64_t bytes_of(int64_t type) { return type == FP32 ? 4 : 2; }
 constexpr size_t padded(size_t n) { return (n + W - 1) / W * W; }
 
 // --- load widens to float, store rounds to nearest even ---------------------------------------------------------
@@ -333,10 +337,52 @@ template <class F> void parallel([[maybe_unused]] int threads, F body) {
     body(0, 1);
 }
 
-// Memory of the calling thread, which grows and is kept; its contents are undefined.
+// Memory of the calling thread, which grows and is kept; its contents are undefined. A checked build allocates it anew
+// every time, no larger than asked for.
 template <class T> T* scratch(std::vector<T>& memory, size_t n) {
+#ifdef LORA_CHECKED
+    std::vector<T>(n).swap(memory);
+#endif
     if (memory.size() < n) memory.resize(n + n / 4);
     return memory.data();
+}
+
+// --- checks of a debug build (build.py) -------------------------------------------------------------------------
+
+// Ends the process with the sanitizer's report unless [p, p + bytes) lies in one live allocation. Every call asks this
+// for all memory that it was given, before it uses any.
+inline void check_memory([[maybe_unused]] const void* p, [[maybe_unused]] int64_t bytes) {
+#ifdef LORA_CHECKED
+    if (bytes > 0)
+        if (void* bad = __asan_region_is_poisoned((void*)p, (size_t)bytes)) (void)*(volatile char*)bad;
+#endif
+}
+// The same for rows that begin `stride` bytes apart.
+inline void check_rows([[maybe_unused]] const void* p, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t stride,
+                       [[maybe_unused]] int64_t bytes) {
+#ifdef LORA_CHECKED
+    for (int64_t row = 0; row < rows; row++) check_memory((const char*)p + row * stride, bytes);
+#endif
+}
+
+constexpr size_t GAP = 16;  // floats between parts of a thread's memory, which only a checked build leaves
+// The next n floats of memory that is taken apart; a checked build puts a gap behind them that nobody may touch.
+inline float* part_of(float*& memory, size_t n) {
+    float* part = memory;
+    memory += n;
+#ifdef LORA_CHECKED
+    __asan_poison_memory_region(memory, GAP * sizeof(float));
+    memory += GAP;
+#endif
+    return part;
+}
+// Floats that so many parts take beside their own.
+constexpr size_t gaps(size_t parts) {
+#ifdef LORA_CHECKED
+    return parts * GAP;
+#else
+    return 0 * parts;
+#endif
 }
 
 }  // namespace
