@@ -24,7 +24,7 @@ check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layers.py
+	$(BIN)/pytest tests/test_layers.py tests/test_names.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

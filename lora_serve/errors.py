@@ -55,7 +55,7 @@ class AdapterExists(ServeError):
 
 
 class AdapterInvalid(ServeError):
-    """The adapter's files are invalid or not supported; the message names keys and fields.
+    """The adapter's files are invalid or unsupported; the message names keys and fields.
 
     Those come from untrusted files, so unprintable characters are replaced.
     """

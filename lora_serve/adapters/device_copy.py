@@ -1,4 +1,4 @@
-"""Host-to-device copies of adapters, on a CUDA stream of their own, beside running steps.
+"""Host-to-device copies of adapters on a separate CUDA stream, overlapping with steps.
 
 Source memory is pinned, so that a copy does not block the host. On a CPU nothing is copied: the host tensor is used.
 """
@@ -54,7 +54,7 @@ class DeviceCopier:
         if not failed:
             weakref.finalize(flat, runtime.cudaHostUnregister, address)
         else:
-            log.warning("an adapter's memory cannot be pinned; its copy to the device will hold steps up")
+            log.warning("cannot pin host memory of an adapter; its copy to the device will block steps")
 
     def copy(self, flat: Tensor) -> tuple[Tensor, PendingCopy | None]:
         """Start copying a tensor; returns the device tensor, and the copy if it may not be complete yet."""

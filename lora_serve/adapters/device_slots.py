@@ -19,10 +19,10 @@ from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
-def slots_to_free(
+def residents_to_evict(
     sizes: Mapping[str, int], needed: int, slots: int, capacity: int | None, keep: Set[str]
 ) -> list[str] | None:
-    """Adapters to evict so that one of `needed` bytes gets a slot: least recently used first, none of `keep`.
+    """Resident adapters to evict so that one of `needed` bytes gets a slot: least recently used first, none of `keep`.
 
     None if evicting all of the others would not be enough.
 
@@ -105,10 +105,10 @@ class DeviceSlots:
         """Digests on the device, least recently used first."""
         return list(self._resident)
 
-    def free_up(self, needed: int, keep: Set[str]) -> bool:
-        """Evict (LRU) until an adapter of `needed` bytes fits; False, evicting none, if it cannot fit beside `keep`."""
+    def evict_to_fit(self, needed: int, keep: Set[str]) -> bool:
+        """Evict least recently used adapters to free a slot and `needed` bytes; False, evicting none, if that fails."""
         sizes = {digest: resident.flat.nbytes for digest, resident in self._resident.items()}
-        evicted = slots_to_free(sizes, needed, self.slots, self.capacity, keep)
+        evicted = residents_to_evict(sizes, needed, self.slots, self.capacity, keep)
         for digest in evicted or []:
             self.evict(digest)
         return evicted is not None
@@ -129,7 +129,7 @@ class DeviceSlots:
         return resident.slot
 
     def copied(self, digest: str) -> bool:
-        """Whether a resident adapter's copy is complete, so that a step can use it without waiting."""
+        """Whether the adapter's host-to-device copy is complete."""
         copy = self._resident[digest].copy
         return copy is None or copy.complete
 

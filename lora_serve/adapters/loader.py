@@ -1,4 +1,4 @@
-"""Threads that load and publish adapters beside the engine's loop, which collects their results in `poll`."""
+"""Background threads that load and publish adapters; the engine loop collects their results with `poll`."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Loading:
-    """Not in memory: being loaded, or not requested yet."""
+    """Not in memory: loading, or not requested yet."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoadFailed:
 
 
 class Retention(Protocol):
-    """Versions that are in use or pinned; consulted for eviction."""
+    """Which versions must not be evicted, or should be last."""
 
     @property
     def leased(self) -> Sequence[str]:
@@ -107,7 +107,7 @@ class AdapterMemory:
         return InMemory() if digest in self else Loading()
 
     def record_use(self, digest: str) -> None:
-        """Mark a version as most recently used and count a hit or miss per tier."""
+        """Touch a version in the LRU order and count a hit or miss per tier."""
         for tier, present in (
             ("device", self._device_slots.slot(digest) is not None),
             ("host", self._cache.get(digest) is not None),
@@ -139,7 +139,7 @@ class AdapterMemory:
         return slots
 
     def copied(self, digests: Iterable[str]) -> bool:
-        """Whether the copies of resident versions are complete, so that a step can use them without waiting."""
+        """Whether the host-to-device copies are complete."""
         return all(map(self._device_slots.copied, digests))
 
     def wait_for_copies(self, digests: Sequence[str]) -> None:
@@ -177,7 +177,7 @@ class AdapterMemory:
         adapter = self._cache.get(digest)
         if adapter is None:
             raise EngineFault("an adapter was scheduled that is not in memory")
-        if not self._device_slots.free_up(adapter.nbytes, keep):
+        if not self._device_slots.evict_to_fit(adapter.nbytes, keep):
             raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
         try:
             slot = self._device_slots.load(adapter)

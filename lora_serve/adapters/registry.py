@@ -112,7 +112,7 @@ class Registry:
         return Lease(use.name, digest, use.weight, self._meta[digest].traits, self.bytes(digest))
 
     def release(self, lease: Lease) -> None:
-        """Release a lease. After the last one, free what was kept for it: an unnamed version, or one to be evicted."""
+        """Release a lease; after the last one, free a version that is unnamed or marked for eviction."""
         self._leases[lease.digest] -= 1
         if self._leases[lease.digest]:
             return
@@ -142,7 +142,7 @@ class Registry:
         return meta.bytes(self._dtype.itemsize) + MAX_ALIGNMENT * meta.modules
 
     def copied(self, digests: Iterable[str]) -> bool:
-        """Whether the copies of resident versions are complete, so that a step can use them without waiting."""
+        """Whether the host-to-device copies are complete."""
         return self._memory.copied(digests)
 
     def wait_for_copies(self, digests: Sequence[str]) -> None:
@@ -247,7 +247,7 @@ class Registry:
         done(self.describe(name))
 
     def pin(self, name: str, pinned: bool, done: Done) -> None:
-        """Load an adapter and never evict it; or, with `pinned` False, unpin it."""
+        """Pin an adapter (load it and never evict it), or unpin it."""
         self._record(name)
         if not pinned:
             self._pins.discard(name)

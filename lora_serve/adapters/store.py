@@ -123,7 +123,7 @@ class Store:
         _sync(self._names)
 
     def drop(self, digest: str) -> None:
-        """Delete a version; it is renamed into staging first, so that a partly deleted one is never seen."""
+        """Delete a version: rename it into staging, then remove it, so that a half-deleted version is never visible."""
         trash = self._staging / f"{digest}.{time.monotonic_ns()}"
         with suppress(FileNotFoundError):
             (self._versions / digest).rename(trash)

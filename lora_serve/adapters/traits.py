@@ -1,4 +1,4 @@
-"""Properties of an adapter that affect whole sequences and must be known before its weights are loaded."""
+"""Adapter metadata needed before its weights are loaded: virtual tokens, invocation, vocabulary, composability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The requests being served: admission, processing of each step's outputs, and their end.
+"""The requests being served: admission, processing of step outputs, and completion.
 
 Every request ends in `finish`, on every path; its KV blocks and adapter leases are released there.
 """

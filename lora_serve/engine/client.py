@@ -1,4 +1,4 @@
-"""Asyncio client of the engine process: token streams and admin calls, kept alive across engine restarts.
+"""Asyncio client of the engine process: token streams and admin calls; survives engine restarts.
 
 The only part of the engine that the API uses. When the engine dies, running requests get an error at once, a new
 process is started (`engine/supervisor.py`), and `ready` is False until it serves. Knows neither HTTP nor text, only
@@ -206,7 +206,7 @@ class EngineClient:
                 else:
                     answer.set_exception(failure.error())
             case _:
-                log.warning("the engine sent a %s out of turn", type(message).__name__)
+                log.warning("unexpected %s from the engine", type(message).__name__)
 
     def _deliver(self, event: Event) -> None:
         stream = self._streams.get(event.request_id)

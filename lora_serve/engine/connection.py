@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Waker:
-    """Lets any thread end the wait of the engine's loop."""
+    """Wakes the engine loop from any thread."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -64,7 +64,7 @@ class Connection:
         except (ValueError, OverflowError):
             if not isinstance(message, Reply):
                 raise
-            log.exception("an answer cannot be sent")
+            log.exception("a reply could not be encoded")
             self._unsent.append(encode(Reply(message.id, failure=Failure.of(EngineFault("the answer cannot be sent")))))
         self.flush()
 

@@ -178,7 +178,7 @@ class Engine:
         if self._runner.out_of_memory:
             self._runner.out_of_memory = False
             self._scheduler.max_tokens = max(MIN_STEP_TOKENS, self._scheduler.max_tokens // 2)
-            log.warning("a step ran out of memory; steps take %d tokens at most now", self._scheduler.max_tokens)
+            log.warning("out of memory in a step; token budget lowered to %d", self._scheduler.max_tokens)
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class EngineProcess:
                 case Refused(failure):
                     raise failure.error()
                 case _:
-                    log.warning("the engine sent a %s before it was ready", type(message).__name__)
+                    log.warning("unexpected %s from the engine before it was ready", type(message).__name__)
         raise EngineFault(f"the engine process ended while it started ({self._exit_cause()})")
 
     def send(self, message: ToEngine) -> None:
@@ -143,7 +143,7 @@ class EngineProcess:
         """Kill the process if it still runs, wait for it, and remove its socket."""
         self.destroy()
         if not await self.wait_for_exit(KILL_TIMEOUT):  # e.g. stuck in a device driver, where it cannot be killed
-            log.error("engine process %d cannot be ended", self.pid)
+            log.error("engine process %d did not exit after SIGKILL", self.pid)
             self._exit.cancel()
 
     def destroy(self) -> None:

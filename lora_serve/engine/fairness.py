@@ -14,7 +14,7 @@ AdapterSet = tuple[str, ...]
 
 
 class SlotRotation:
-    """Which adapters are resident on the device, step by step.
+    """Round-robin assignment of device slots to adapter sets.
 
     Args:
         slots: maximum number of adapters on the device.

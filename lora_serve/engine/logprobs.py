@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens and of each row's top-k tokens, with a normaliser that is summed exactly.
+"""Log-probabilities of given tokens and of each row's top-k, with an exactly summed normaliser.
 
 Unnormalised probabilities are fixed-point integers (`exp` scaled by 2^40, in int64). Their sums are exact in any order,
 so a result does not depend on a row's neighbours or on the device.

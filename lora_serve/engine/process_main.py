@@ -119,7 +119,7 @@ def run(build: Build, address: str, config: ServeConfig) -> int:
             connection.send(Refused(Failure.of(error)))
             return 3
         except Exception as error:
-            log.exception("the engine could not be built")
+            log.exception("engine start failed")
             message = f"the engine could not start ({type(error).__name__}); its log says why"
             connection.send(Refused(Failure(EngineFault.kind, message)))
             return 1
@@ -127,7 +127,7 @@ def run(build: Build, address: str, config: ServeConfig) -> int:
         try:
             serve(engine, connection)
         except Exception:
-            log.exception("the engine's loop ended by an error")
+            log.exception("engine loop failed")
             return 1
         return 0
     finally:

@@ -107,7 +107,7 @@ class Runner:
             raise  # the device is unusable from now on
         except Exception as error:
             if len(scheduled) == 1:
-                log.exception("a sequence failed in the forward pass")
+                log.exception("the forward pass failed for one sequence")
             caught = error.with_traceback(None)  # a traceback would keep the failed pass's memory alive
         if _out_of_memory(caught):
             self.out_of_memory = True

@@ -1,4 +1,4 @@
-"""One request's state inside the engine: its tokens, its KV blocks, and its claims on adapters."""
+"""State of one sequence in the engine: tokens, KV blocks, active adapters."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ from lora_serve.messages import EngineInfo
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import LoadedModel, load
 from lora_serve.model.self_check import blocks_needed, refusing
-
-log = logging.getLogger(__name__)
 
 MIN_KV_BLOCKS = 2  # for the check of replayed steps
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device

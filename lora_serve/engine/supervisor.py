@@ -74,7 +74,7 @@ class Supervisor:
         if child is not None:
             child.send(Exit())
             if not await child.wait_for_exit(EXIT_GRACE):
-                log.warning("the engine did not end by itself and is killed")
+                log.warning("the engine did not exit within %g s and is killed", EXIT_GRACE)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -111,7 +111,7 @@ class Supervisor:
             if self._stopping:
                 return
             failures = failures_after(failures, time.monotonic() - born)
-            log.error("the engine is gone: %s; it is started again", cause)
+            log.error("engine lost: %s; restarting", cause)
             child, failures = await self._relaunch(failures)
             self.restarts += 1
 
@@ -122,9 +122,9 @@ class Supervisor:
             try:
                 return await self._launch(lambda stage, fraction: None), failures
             except ServeError as error:
-                log.error("the engine could not be started again: %s", error.message)
+                log.error("engine restart failed: %s", error.message)
             except OSError:
-                log.exception("the engine could not be started again")
+                log.exception("engine restart failed")
             failures = failures_after(failures, lived=0.0)
 
     async def _wait_until_gone(self, child: EngineProcess) -> str:
@@ -135,7 +135,7 @@ class Supervisor:
             done, _ = await asyncio.wait({listener, watcher}, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
         except Exception as error:  # supervision must survive a bug in the handling of a message
-            log.exception("a message of the engine could not be handled")
+            log.exception("error while handling a message of the engine")
             return f"its messages could not be handled ({type(error).__name__})"
         finally:
             for task in (listener, watcher):

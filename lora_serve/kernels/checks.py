@@ -1,4 +1,4 @@
-"""Checks of shapes, strides and types that every backend makes before it reads addresses.
+"""Argument checks shared by the CPU and GPU backends.
 
 Values are not read. Each check raises ValueError or TypeError with what does not fit.
 """

@@ -1,4 +1,4 @@
-"""The kernel backend interface: the operations of adapters, paged KV and the base's layers, and their semantics.
+"""The kernel backend interface: LoRA delta, paged attention, and the base's layers, with exact semantics.
 
 Imports torch only. Backends (`reference`, `cpu`, `gpu`) implement `Kernels` and declare what they support; callers
 never check which one they have. All tensors of one call are on one device. Nothing is allocated for a maximum: rows

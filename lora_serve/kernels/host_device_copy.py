@@ -1,4 +1,4 @@
-"""Asynchronous copies of small tensors between host and device: they do not wait for the kernels that are running.
+"""Non-blocking copies of small tensors between host and device.
 
 On a CPU, device memory is host memory and nothing is copied.
 """

@@ -24,12 +24,12 @@ def select(device: torch.device, native: bool = True) -> Kernels:
     if device.type == "cuda":
         return _triton()
     if device.type != "cpu":
-        log.warning("no kernels for %s; plain torch serves adapters and attention, slower", device.type)
+        log.warning("no kernels for %s; using the slower plain torch kernels", device.type)
         return ReferenceKernels()
     try:
         return NativeKernels(library())
     except (BuildError, OSError) as error:
-        log.warning("no native CPU kernels (%s); plain torch serves adapters and attention, slower", error)
+        log.warning("no native CPU kernels (%s); using the slower plain torch kernels", error)
         return ReferenceKernels()
 
 
@@ -37,6 +37,6 @@ def _triton() -> Kernels:
     try:
         from lora_serve.kernels.gpu.backend import GpuKernels  # only torch's CUDA builds bring Triton
     except ImportError as error:
-        log.warning("no GPU kernels (%s); plain torch serves adapters and attention, slower", error)
+        log.warning("no GPU kernels (%s); using the slower plain torch kernels", error)
         return ReferenceKernels()
     return GpuKernels()

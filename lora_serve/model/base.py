@@ -22,7 +22,15 @@ from lora_serve.model.install import install, pack_linears
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.recorded_steps import RecordedSteps
-from lora_serve.model.self_check import QUANTIZED_TOLERANCE, InFloat32, blocks_needed, check, eager_experts, refusing
+from lora_serve.model.self_check import (
+    QUANTIZED_TOLERANCE,
+    InFloat32,
+    blocks_needed,
+    check,
+    eager_experts,
+    refusing,
+    relative_error,
+)
 from lora_serve.model.step_executor import EagerSteps, StepExecutor
 
 
@@ -115,7 +123,7 @@ class ResidentBase:
         self._steps.check(
             _sequences_batch([own[:1] for own in reversed(ids)], last, size),
             _sequences_batch([own[-1:] for own in ids], last, size),
-            lambda x, y: _relative_error(x, y) <= self._rounding,
+            lambda x, y: relative_error(x, y) <= self._rounding,
         )
 
     def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
@@ -162,10 +170,6 @@ class ResidentBase:
         with refusing(oracle.kind):
             self.pack()
         check(self._eager, oracle, size, oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE)
-
-
-def _relative_error(x: Tensor, y: Tensor) -> float:
-    return float((x.float() - y.float()).norm() / y.float().norm())
 
 
 def _sequences_batch(ids: list[list[int]], positions: list[range], block_size: int) -> Batch:

@@ -1,4 +1,4 @@
-"""One step's batch as plain numbers on the host: token ids, positions, KV slots and adapters of every row.
+"""One step's batch on the host: token ids, positions, KV indices and adapters of every row.
 
 The engine builds it (`engine/batch_builder.py`); `model/input_buffers.py` copies it to the device.
 """

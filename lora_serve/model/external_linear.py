@@ -1,4 +1,4 @@
-"""Externally quantised linear modules: the library's module computes its output, to which deltas are added."""
+"""Wrapper of externally quantised linear modules: the library computes the output, deltas are added to it."""
 
 from __future__ import annotations
 

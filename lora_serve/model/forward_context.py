@@ -1,4 +1,4 @@
-"""State that the resident base's modules read besides their inputs: kernels, KV cache, the step's batch."""
+"""State that adapted modules and attention read in a forward pass: kernels, KV cache, the step's input buffers."""
 
 from __future__ import annotations
 

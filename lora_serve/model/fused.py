@@ -63,7 +63,7 @@ class FusedGatedMLP(nn.Module):
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Replace what can be replaced, in place; modules keep their paths and parameters theirs."""
+    """Fuse all norms, MLPs and RoPE that match a kernel, in place; module and parameter paths are unchanged."""
     for path, module in list(model.named_modules()):
         _fuse_rope(module, dtype, kernels)
         fused = _fused_norm(module, dtype, kernels) or _fused_mlp(module, dtype, kernels)

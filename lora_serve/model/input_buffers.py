@@ -68,7 +68,7 @@ def max_rank_of(segments: Sequence[AdapterRows], ranks: Mapping[int, int]) -> in
 
 
 def split_segments(segments: Sequence[AdapterRows], max_rows: int) -> list[AdapterRows]:
-    """Split segments into ones of at most `max_rows`; those of a composition stay adjacent."""
+    """Split segments to at most `max_rows` rows; segments of a composition stay adjacent."""
     parts = [
         each._replace(start=start, end=min(start + max_rows, each.end))
         for each in segments

@@ -73,7 +73,7 @@ AttentionInterface.register(OBSERVE_ATTENTION, observe_attention)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing else; a subclass may also choose experts, for example."""
+    """Whether a module is a plain linear layer (not a subclass with other behaviour, such as a router)."""
     return is_externally_quantized(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 

@@ -16,7 +16,6 @@ from lora_serve.model.forward_context import ForwardContext
 PAGED_ATTENTION = (
     "lora_serve_blocks"  # transformers makes no mask for an attention function whose name it does not know
 )
-OBSERVE = "lora_serve_observe"
 
 
 def paged_attention(

@@ -44,7 +44,7 @@ OWN_ERROR_FACTOR = 3.0  # over the error of the model's own modules in its dtype
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # added to that: a small model may happen to be nearly exact
 ROUTED_FLOAT32_TOLERANCE, ROUTED_TOLERANCE = 2e-2, 0.5  # see `Oracle`
 UNMEASURED_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # where the model's own error is not known
-FOREIGN_TOLERANCE = 1e-1  # of a base that another library quantised
+EXTERNAL_TOLERANCE = 1e-1  # of a base that another library quantised
 QUANTIZED_TOLERANCE = 1.0  # logits that have nothing to do with the oracle's are as far from them as zeros, or further
 LOOKUPS = {torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 HALF = (torch.float16, torch.bfloat16)
@@ -58,7 +58,7 @@ ROUTERS = {
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the untouched model computes, and how far off a right base may be.
+    """Reference logits of the unmodified model, and tolerances for the served one.
 
     A model that routes tokens by values (to experts, by their scores) may route one otherwise where two scores are
     nearly equal, and then gives other logits without being wrong. Such models have wider tolerances.
@@ -79,7 +79,7 @@ class Oracle:
 
 
 class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Run every operation on tensors in half precision in float32 instead; parameters are cast for one operation each.
+    """Dispatch mode that runs half-precision operations in float32.
 
     Attributes:
         routed: whether an operation chose among values, as routers of experts do.
@@ -116,7 +116,7 @@ def _widened(value: Any) -> Any:
 
 @contextmanager
 def eager_experts(model: Any) -> Iterator[None]:
-    """Let a model compute its experts one by one meanwhile: other implementations cast the weights of all at once."""
+    """Use eager expert computation in this context; other implementations cast all experts' weights at once."""
     before = model.config._experts_implementation
     model.set_experts_implementation("eager")
     try:
@@ -127,7 +127,7 @@ def eager_experts(model: Any) -> Iterator[None]:
 
 @contextmanager
 def refusing(kind: str) -> Iterator[None]:
-    """Make whatever error a model of the type `kind` ends in a ModelUnsupported, but for those that say enough."""
+    """Turn unexpected errors of the model's code into ModelUnsupported."""
     try:
         yield
     except (ServeError, torch.OutOfMemoryError):
@@ -142,7 +142,7 @@ def compute_oracle(model: Any, device: torch.device, *, external: bool) -> Oracl
     """Compute the oracle with the untouched model, which must be under eager attention.
 
     Args:
-        foreign: another library quantised it, and its modules compute in no other dtype.
+        external: whether another library quantised it; its modules then compute in no other dtype.
     Raises ModelUnsupported if its logits are not finite.
     """
     kind, dtype = model.config.model_type, model.dtype
@@ -159,13 +159,13 @@ def compute_oracle(model: Any, device: torch.device, *, external: bool) -> Oracl
             f"{kind} gives logits in {str(dtype).removeprefix('torch.')} that are not finite; try another --dtype"
         )
     if external:
-        return Oracle(kind, tokens.tolist(), own, None, FOREIGN_TOLERANCE)
+        return Oracle(kind, tokens.tolist(), own, None, EXTERNAL_TOLERANCE)
     mode = InFloat32()
     try:
         with mode:
             exact = logits()
     except Exception as error:  # some operation has no float32, or the memory is short
-        log.info("%s is not checked in float32: %s", kind, str(error).partition("\n")[0])
+        log.info("%s: float32 self-check skipped: %s", kind, str(error).partition("\n")[0])
         return Oracle(kind, tokens.tolist(), own, None, UNMEASURED_TOLERANCE.get(dtype, FLOAT32_TOLERANCE))
     if mode.routed:
         return Oracle(kind, tokens.tolist(), exact, ROUTED_FLOAT32_TOLERANCE, ROUTED_TOLERANCE)
@@ -174,7 +174,7 @@ def compute_oracle(model: Any, device: torch.device, *, external: bool) -> Oracl
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Of logits [..., vocab], up to a constant for each row, which a softmax does not see."""
+    """Relative error of logits, ignoring a constant per row, to which softmax is invariant."""
     got, wanted = (each.double() - each.double().mean(-1, keepdim=True) for each in (got, wanted))
     return float((got - wanted).norm() / wanted.norm())
 

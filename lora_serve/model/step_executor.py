@@ -103,7 +103,7 @@ def replays_right(
     batches: tuple[Batch, Batch],
     same: Callable[[Tensor, Tensor], bool],
 ) -> bool:
-    """Whether, after it ran the first of two batches of one shape, `executor` gives the second its eager logits."""
+    """Whether the executor replays the second of two same-shaped batches with the eager logits."""
     first, second = batches
     wanted = eager(second).clone()
     for _ in range(2):  # a shape is recorded the second time it occurs

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_folders import BASE, PREFIX, tensors
 
 from lora_serve.adapters.adapter import Adapter, Lowered, flatten
-from lora_serve.adapters.device_slots import DeviceSlots, slots_to_free
+from lora_serve.adapters.device_slots import DeviceSlots, residents_to_evict
 from lora_serve.adapters.host_cache import HostCache, adapters_to_evict
 from lora_serve.errors import TooLarge
 from lora_serve.kernels.contract import Delta
@@ -73,13 +73,13 @@ def test_an_adapter_larger_than_the_cache_is_refused() -> None:
 
 def test_slots_to_free_are_the_least_recently_used_that_are_not_kept() -> None:
     sizes = {"a": 10, "b": 20, "c": 30}
-    assert slots_to_free(sizes, 5, 4, None, set()) == []
-    assert slots_to_free(sizes, 5, 3, None, {"a"}) == ["b"]
-    assert slots_to_free({"a": 1, "b": 1}, 1, 1, None, {"a"}) is None
-    assert slots_to_free(sizes, 40, 9, 100, set()) == []
-    assert slots_to_free(sizes, 45, 9, 100, set()) == ["a"]
-    assert slots_to_free(sizes, 65, 9, 100, {"a"}) == ["b", "c"]
-    assert slots_to_free(sizes, 65, 9, 70, {"a", "b"}) is None
+    assert residents_to_evict(sizes, 5, 4, None, set()) == []
+    assert residents_to_evict(sizes, 5, 3, None, {"a"}) == ["b"]
+    assert residents_to_evict({"a": 1, "b": 1}, 1, 1, None, {"a"}) is None
+    assert residents_to_evict(sizes, 40, 9, 100, set()) == []
+    assert residents_to_evict(sizes, 45, 9, 100, set()) == ["a"]
+    assert residents_to_evict(sizes, 65, 9, 100, {"a"}) == ["b", "c"]
+    assert residents_to_evict(sizes, 65, 9, 70, {"a", "b"}) is None
 
 
 def test_a_slot_is_a_column_of_pointers_into_the_adapter_s_flat_tensor() -> None:

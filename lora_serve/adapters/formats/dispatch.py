@@ -1,6 +1,6 @@
 """Dispatch by PEFT's `peft_type` to the format that lowers it.
 
-A new method needs one new file beside this one and one line here.
+A new method needs one new file beside this one, and its import and `FORMATS` entry here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LoRA on an embedding: e' = e + s · B A[:, id], before the factor that the model multiplies its embeddings by.
+"""LoRA on an embedding: e' = e + s · B A[:, id], added before the model scales its embeddings.
 
     keys: X.lora_embedding_A [r, ids], X.lora_embedding_B [dim, r], X.lora_magnitude_vector [dim] with DoRA
     `target_parameters` on X.weight: X.lora_A.weight [r, dim], X.lora_B.weight [ids, r], e' = e + s · B[id] A

@@ -1,4 +1,4 @@
-"""Helpers of formats: exact low-rank factors of ΔW, checks of ranks and sizes, and deltas on replaced heads.
+"""Shared helpers of formats: factorising ΔW, checks of ranks and sizes, deltas on replaced heads.
 
 A delta is stored as A [r, in] and B [r, out] (transposed), ΔW = Bᵀ A. Where r exceeds min(in, out), or where ΔW is a
 full matrix, ΔW is one factor and an identity the other.

@@ -1,4 +1,4 @@
-"""Assigns the keys of `adapter_model.safetensors` to modules of the base.
+"""Map the keys of `adapter_model.safetensors` to modules of the base.
 
 A key is `base_model.model.<module>.<tail>`; the module is the longest path that exists in the base. An adapter with
 keys that belong to no module is refused with the list of them.

@@ -1,4 +1,4 @@
-"""PiSSA, OLoRA and KaSA: y = W' x + s · B A x, LoRAs on a base W' that their initialisation changed.
+"""PiSSA, OLoRA and KaSA: y = W' x + s · B A x, where initialisation changed the base weight W to W'.
 
     PiSSA   W' = W − U_r S_r V_rᵀ,  the r largest singular components
     OLoRA   W' = W − s · Q_r R_r,   the first r rows of R in W = Q R

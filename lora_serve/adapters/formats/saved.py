@@ -1,4 +1,4 @@
-"""Parameters of the base that any PEFT method may save and replace: `modules_to_save`, bias, embeddings, token rows.
+"""Base parameters that any PEFT method may save and replace: `modules_to_save`, biases, embeddings, token rows.
 
     modules_to_save                      X.weight, X.bias, and the same below X     parameters of X, replaced
     bias: lora_only, all                 X.base_layer.bias, X.bias                  the bias, replaced

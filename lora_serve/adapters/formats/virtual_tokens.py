@@ -1,4 +1,4 @@
-"""Reading of methods with virtual tokens: one table of virtual tokens, and optionally `modules_to_save`.
+"""Shared reader of the virtual-token methods: their table of virtual tokens, and optional `modules_to_save`.
 
     keys: prompt_embeddings [tokens, …]; modules_to_save as base_model.<module>.… (PEFT wraps no model around the base)
 

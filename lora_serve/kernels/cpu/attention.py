@@ -1,4 +1,4 @@
-"""Paged attention and KV writes on the CPU: arguments of the kernels in `attention.cpp`."""
+"""Paged attention and KV writes on the CPU: argument packing for `attention.cpp`."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from lora_serve.kernels.cpu.pointwise import NativePointwise
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
 from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
-# Bytes that the results of a recorded pass may take. A checked build gives each result an allocation of its own, so that
-# the sanitizer sees its ends.
+# Bytes that the results of a recorded pass may take. A checked build gives each result an allocation of its own, whose
+# ends the sanitizer sees.
 ARENA = 0 if CHECKED else 1 << 28
 
 

@@ -1,4 +1,4 @@
-"""Packers of the structs that the native functions take, read from the C++ header that describes them (`calls.h`).
+"""Struct packers for native calls, generated from `calls.h`.
 
 A packer takes exactly the struct's members, by name, so that the two languages cannot disagree about what lies where;
 `Library` compares the sizes with those that the compiler saw. A member whose name is a Python keyword gets an

@@ -1,4 +1,4 @@
-"""LoRA deltas of a mixed batch on the CPU: arguments of the kernel in `delta.cpp`."""
+"""LoRA deltas of a mixed batch on the CPU (shrink and expand): argument packing for `delta.cpp`."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Library:
                 raise BuildError(f"the library's struct {name} has {theirs} bytes, not {struct.size}")
 
     def call(self, name: str) -> Callable[[bytes], int]:
-        """A function of one packed struct; a recording on this thread keeps the struct and calls again with it."""
+        """A native function of one packed struct; a recording active on this thread also records the call."""
         function = self._loaded[name]
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64

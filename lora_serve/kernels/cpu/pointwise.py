@@ -1,4 +1,4 @@
-"""Norms, gated activations, RoPE and sums on the CPU: arguments of the kernels in `pointwise.cpp`."""
+"""Norms, gated activations, RoPE and sums on the CPU: argument packing for `pointwise.cpp`."""
 
 from __future__ import annotations
 

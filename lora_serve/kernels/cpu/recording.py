@@ -34,7 +34,7 @@ Replay = Callable[[Any, int], int]  # pairs (function, arguments), their number 
 
 
 class Arena:
-    """Memory that every pass allocates from its beginning. Pages that were never used take no memory."""
+    """Bump allocator that all recorded passes share, reset before each; untouched pages take no memory."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8)
@@ -56,7 +56,7 @@ class Arena:
 
 
 class CallRecording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records while it is entered; replays afterwards, on one thread, as often as wanted.
+    """Recording of one pass: records inside its context, replays afterwards.
 
     Args:
         arena: where results are allocated.

@@ -31,7 +31,7 @@ LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """One program's query rows, the tokens of an iteration of its loop over the context, and its warps."""
+    """Tile sizes of one program: query rows, context tokens per iteration, warps."""
 
     rows: int
     tokens: int

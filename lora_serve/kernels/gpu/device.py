@@ -1,4 +1,4 @@
-"""Properties of the GPU that launches depend on, and Triton's names of the types."""
+"""GPU properties that kernel launches depend on, and Triton dtypes."""
 
 from __future__ import annotations
 
