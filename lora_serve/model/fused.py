@@ -144,22 +144,23 @@ def _fuse_rope(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     if not isinstance(forward, FunctionType) or ROPE not in forward.__code__.co_names:
         return
     own = forward.__globals__.get(ROPE)
-    if own is None or hasattr(forward, "__wrapped__"):
+    parameter = next(module.parameters(), None)
+    if own is None or parameter is None or hasattr(forward, "__wrapped__"):
         return
-    device = next(module.parameters()).device
-    dim = 64
-    q, k = (_rows(dim * heads).view(1, -1, heads, dim).transpose(1, 2).to(device, dtype) for heads in (4, 2))
+    device, dim = parameter.device, 64
+    heads = [_rows(dim * count).view(1, -1, count, dim).transpose(1, 2).to(device, dtype) for count in (4, 2)]
     angles = torch.randn(2, 1, len(ROWS), dim, generator=_random()).to(device, dtype)  # cosines and sines, so to speak
+    # Dtypes of heads and of cosines; in float32 the self-check runs the model.
     kinds = {
-        kind
-        for kind in (dtype, torch.float32)
-        if _agree(kernels.rope, own, [q, k, *(each.to(kind) for each in angles)])
+        (kind, turned)
+        for kind, turned in {(dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)}
+        if _agree(kernels.rope, own, [*(each.to(kind) for each in heads), *(each.to(turned) for each in angles)])
     }
     if not kinds:
         return
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1 and cos.dtype in kinds
+        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1 and (q.dtype, cos.dtype) in kinds
         if args or kwargs or not fits:
             rotated: tuple[Tensor, Tensor] = own(q, k, cos, sin, *args, **kwargs)
             return rotated
