@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib import parse
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import BaseModel, Field
 from pydantic_settings import CliPositionalArg, CliSubCommand
@@ -50,9 +52,13 @@ class RemoteCommand(BaseModel, ABC):
             raise BadRequest("--url must begin with http:// or https://", param="url")
         trusted = ssl.create_default_context()  # the system's certificates; httpx brings its own list
         try:
-            with httpx.Client(headers=headers, timeout=TIMEOUT, follow_redirects=True, verify=trusted) as client:
+            # httpx itself would also read ALL_PROXY, and fail on a SOCKS proxy that is not even used for this host.
+            with httpx.Client(
+                headers=headers, timeout=TIMEOUT, follow_redirects=True, verify=trusted, trust_env=False,
+                proxy=_proxy(self.url),
+            ) as client:  # fmt: skip
                 answer = client.request(method, self.url.rstrip("/") + path, **body)
-        except (httpx.HTTPError, httpx.InvalidURL) as failure:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as failure:
             raise Unavailable(f"no answer from {self.url} ({failure})") from failure
         if not answer.is_success:
             raise ServeError(f"{answer.status_code}: {_reason(answer.content)}")
@@ -182,6 +188,15 @@ def adapter_files(folder: Path) -> list[Path]:
     if not all(path.is_file() for path in files):
         raise BadRequest(f"{folder} is neither an archive nor a folder with {CONFIG} and {WEIGHTS}")
     return files + [path for path in [folder / TOKENIZER] if path.is_file()]
+
+
+def _proxy(url: str) -> str | None:
+    """The HTTP proxy that the environment names for a URL, if any."""
+    target = urlsplit(url)
+    proxy = getproxies().get(target.scheme)
+    if not proxy or proxy_bypass(target.netloc.rpartition("@")[2]):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _reason(body: bytes) -> str:

@@ -74,6 +74,7 @@ class Engine:
         self._pacer = PrefillPacer()
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
+        self._loads_finished = True  # since the last step was scheduled
 
     @classmethod
     def build(
@@ -121,10 +122,12 @@ class Engine:
     def step(self) -> Update:
         """Run a step if anything can run; returns all events since the last call."""
         if self._registry.poll():
-            self._stalled = False
+            self._loads_finished, self._stalled = True, False
+        active = len(self._requests)
         report = self._step_overlapped() if self._runner.overlaps else self._step()
         self._shrink_after_out_of_memory()
-        self._stalled = report is None and not self.step_in_flight  # finished sequences may have freed blocks
+        # Sequences that finished, or whose load failed, may have freed blocks for others.
+        self._stalled = report is None and not self.step_in_flight and len(self._requests) == active
         if self._draining is not None and not self._requests:
             self._replies += [Reply(call) for call in self._draining]
             self._draining = []
@@ -144,8 +147,11 @@ class Engine:
         return self._process_in_flight() or report if self._runner.out_of_memory else report
 
     def _schedule(self) -> list[ScheduledSequence]:
-        scheduled = self._scheduler.schedule(self._is_loaded, self._registry.pinned, self._pacer.budget)
-        self._request_loads()
+        finished, self._loads_finished = self._loads_finished, False
+        scheduled = self._scheduler.schedule(
+            self._is_loaded, self._registry.pinned, self._pacer.budget, loads_finished=finished
+        )
+        self._request_loads(every_set=finished)
         return scheduled
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> InFlightStep | None:
@@ -185,10 +191,17 @@ class Engine:
     def _is_loaded(self, digest: str) -> bool:
         return isinstance(self._registry.state(digest), InMemory)
 
-    def _request_loads(self) -> None:
-        """Load the adapters that the oldest sequences lack, at most one per slot; end requests whose load failed."""
+    def _request_loads(self, *, every_set: bool) -> None:
+        """Load the adapters that the oldest sequences lack, at most one per slot; end requests whose load failed.
+
+        Args:
+            every_set: look at every set that is not in memory, as loads may have failed.
+        """
         wanted: dict[str, None] = {}
-        for adapter_set in self._scheduler.unloaded():
+        slots = self._scheduler.rotation.slots
+        for adapter_set in list(self._scheduler.unloaded()):
+            if len(wanted) >= slots and not every_set:
+                break
             states = {digest: self._registry.state(digest) for digest in adapter_set}
             failed = next((state for state in states.values() if isinstance(state, LoadFailed)), None)
             if failed is None:
@@ -196,7 +209,7 @@ class Engine:
                 continue
             for seq in self._scheduler.users(adapter_set):
                 self._requests.finish(seq, "error", failed.error)
-        for digest in list(wanted)[: self._scheduler.rotation.slots]:
+        for digest in list(wanted)[:slots]:
             self._registry.request_load(digest)
 
     def _call(self, call: Call) -> None:

@@ -77,6 +77,9 @@ class SlotRotation:
             first = next(iter(self._queue))
             if not is_loaded(first):
                 continue  # it was removed
+            if not self.fits(set(first), self._pinned):  # until something is unpinned; it must not block the others
+                self._queue[first] = self._queue.pop(first)
+                continue
             # Strictly in order: if the first set does not fit, no later one may take the slots that it waits for.
             if not self._is_resident(first) and not self._admit(step, first):
                 break

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from itertools import islice
 from operator import attrgetter
 
 from lora_serve.engine.fairness import AdapterSet, SlotRotation
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
-from lora_serve.engine.waiting import WaitingQueue
+from lora_serve.engine.waiting import AgedSets, WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
 PrefillBudget = Callable[[int, int], int]  # sequences that decode, sequences to prefill → prompt tokens of this step
@@ -75,7 +74,7 @@ class Scheduler:
         self.prefix_tokens = 0
         self.prefix_hits = 0
         self._users: Counter[AdapterSet] = Counter()  # sequences by adapter set
-        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in host memory; oldest first
+        self._unloaded = AgedSets()  # not known to be in host memory
         self._new: list[AdapterSet] = []  # those of `_unloaded` that were not looked up yet
 
     def __repr__(self) -> str:
@@ -86,7 +85,7 @@ class Scheduler:
         self.waiting.add(seq)
         self._users[seq.digests] += 1
         if self._users[seq.digests] == 1 and seq.digests:
-            self._unloaded[seq.digests] = None
+            self._unloaded.put(seq.digests, seq.order)
             self._new.append(seq.digests)
 
     def schedule(
@@ -94,6 +93,8 @@ class Scheduler:
         is_loaded: Callable[[str], bool],
         pinned: Set[str] = frozenset(),
         prefill_budget: PrefillBudget | None = None,
+        *,
+        loads_finished: bool = True,
     ) -> list[ScheduledSequence]:
         """Schedule one step and allocate its KV blocks.
 
@@ -101,14 +102,15 @@ class Scheduler:
             is_loaded: whether an adapter (by digest) is in host memory, so that it can get a slot at once.
             pinned: adapters that always keep their slot.
             prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
+            loads_finished: whether adapters may have come into host memory since the last step.
         """
         self.step += 1
         new, self._new = self._new, []
-        self._check_loaded([*self.unloaded(), *new], is_loaded)
+        self._check_loaded(list(self._unloaded) if loads_finished else new, is_loaded)
         resident = self.rotation.assign(self.step, pinned, lambda each: self._check_loaded([each], is_loaded))
         running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
-        self._check_loaded({*ready, *(seq.digests for seq in running)}, is_loaded)  # may be evicted
+        self._check_loaded(dict.fromkeys([*ready, *(seq.digests for seq in running)]), is_loaded)  # may be evicted
         running = [seq for seq in running if seq.digests not in self._unloaded]
         scheduled = self._fill(
             [seq for seq in running if resident.issuperset(seq.digests)],
@@ -120,9 +122,13 @@ class Scheduler:
             scheduled = self._fill(self._resumable(running, pinned), [], prefill_budget)
         return scheduled
 
-    def unloaded(self) -> list[AdapterSet]:
-        """Adapter sets to load next, oldest first; at most as many as there are slots."""
-        return list(islice(self._unloaded, self.rotation.slots))
+    def unloaded(self) -> Iterator[AdapterSet]:
+        """Adapter sets that are not in host memory, that of the oldest sequence first.
+
+        Loading in this order matters: host memory keeps the adapters that were leased first, so that the oldest
+        sequence's adapters come together, and something can always run.
+        """
+        return iter(self._unloaded)
 
     def users(self, adapter_set: AdapterSet) -> list[Sequence]:
         """All sequences that need exactly these adapters."""
@@ -150,12 +156,18 @@ class Scheduler:
         self._free(seq, forget=forget)
         self._users[seq.digests] -= 1
         if self._users[seq.digests]:
+            if seq.digests in self._unloaded:
+                self._unloaded.put(seq.digests, self._age(seq.digests))
             return
         del self._users[seq.digests]
         if seq.digests in self._unloaded:
-            del self._unloaded[seq.digests]
+            self._unloaded.discard(seq.digests)
         elif seq.digests:
             self.rotation.remove(seq.digests)
+
+    def _age(self, adapter_set: AdapterSet) -> int:
+        """Order of the oldest sequence that needs exactly these adapters."""
+        return min(seq.order for seq in self.users(adapter_set))
 
     def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
         """Update which adapter sets are in host memory, so that they can get slots; whether all of these are."""
@@ -164,12 +176,12 @@ class Scheduler:
                 continue
             loaded, was_unloaded = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
             if loaded and was_unloaded:
-                del self._unloaded[adapter_set]
+                self._unloaded.discard(adapter_set)
                 self.rotation.add(adapter_set)
             elif not loaded and not was_unloaded:
-                self._unloaded[adapter_set] = None
+                self._unloaded.put(adapter_set, self._age(adapter_set))
                 self.rotation.remove(adapter_set)
-        return self._unloaded.keys().isdisjoint(adapter_sets)
+        return not any(adapter_set in self._unloaded for adapter_set in adapter_sets)
 
     def _fill(
         self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None
@@ -177,8 +189,9 @@ class Scheduler:
         """Fill a step with running sequences, oldest first, then with waiting ones of the `ready` adapter sets."""
         before = set(self.running)
         scheduled: list[ScheduledSequence] = []
+        queued = self.waiting.count(ready)
         budget = self._continue([seq for seq in running if seq.pending == 1], scheduled, self.max_tokens)
-        prefills = len(running) - len(scheduled) + self.waiting.count(ready)
+        prefills = len(running) - len(scheduled) + queued
         if prefill_budget is not None and scheduled and prefills:
             budget = min(budget, prefill_budget(len(scheduled), prefills))
         budget = self._continue([seq for seq in running if seq.pending > 1], scheduled, budget)

@@ -242,6 +242,42 @@ def test_an_invoked_adapter_finds_the_base_s_prompt_up_to_its_invocation() -> No
     assert shape(run(s))[-1] == (2, 12, 4)
 
 
+def composed(order: int, adapters: tuple[str, ...]) -> Sequence:
+    return Sequence(
+        request=Request(str(order), [order, 1, 2], Sampling(max_tokens=8)),
+        order=order, adapters=tuple(Served(name, name, 1.0) for name in adapters), seed=0, stop_ids=frozenset(),
+        limit=11,
+    )  # fmt: skip
+
+
+def test_compositions_that_exceed_host_memory_together_all_finish() -> None:
+    """Host memory holds three adapters and, as the real one, lets the most recently leased one go first."""
+    rng = random.Random(0)
+    assert all(all_finish(rng) for _ in range(200))
+
+
+def all_finish(rng: random.Random) -> bool:
+    """Whether seven requests end, one adapter being loaded a step."""
+    s = scheduler(slots=2, tokens=64)
+    for order in range(7):
+        s.add(composed(order, tuple(rng.sample("abcdefg", rng.choice((1, 2, 2))))))
+    host: list[str] = []
+
+    def is_loaded(digest: str) -> bool:
+        return digest in host or digest in s.rotation._since
+
+    for _ in range(600):
+        run(s, is_loaded)
+        left = sorted([*s.running, *s.waiting], key=lambda seq: seq.order)
+        leased = list(dict.fromkeys(digest for seq in left for digest in seq.digests))
+        missing = (digest for needed in s.unloaded() for digest in needed if not is_loaded(digest))
+        if (wanted := next(missing, None)) is not None:
+            if len(host) == 3:
+                host.remove(max(host, key=lambda each: leased.index(each) if each in leased else 99))
+            host.append(wanted)
+    return not s.running and not s.waiting
+
+
 def test_random_load_always_ends_with_every_block_back() -> None:
     rng = random.Random(3)
     for trial in range(30):
