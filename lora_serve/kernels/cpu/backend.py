@@ -93,8 +93,10 @@ class NativeKernels:
         for output in outputs:
             places += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
-        if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
+        if not start.dtype is end.dtype is slot.dtype is torch.int32 or weight.dtype is not torch.float32:
             raise TypeError("segments are int32, their weights float32")
+        if not all(part.shape == (count,) and part.is_contiguous() for part in (start, end, slot, weight)):
+            raise ValueError("a segment has a start, an end, a slot and a weight")
         call = packed.call.pack(
             packed.address,
             x.data_ptr(),
@@ -243,6 +245,11 @@ class NativeKernels:
         for part in (spans.query_start, spans.context, table):
             if part.dtype is not torch.int32:
                 raise TypeError("spans are int32")
+        sequences = spans.context.shape[0]
+        if spans.query_start.shape[0] != sequences + 1 or table.shape[0] != sequences:
+            raise ValueError(f"spans of {sequences} sequences have as many rows of blocks, and an end for each")
+        if sinks is not None and sinks.shape != (heads,):
+            raise ValueError(f"sinks {tuple(sinks.shape)} do not fit {heads} heads")
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
         out = torch.empty(tokens, heads, value_dim, dtype=q.dtype)
