@@ -12,13 +12,26 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test check format gpu-check gpu-wheels clean
+.PHONY: serve test asan check format gpu-check gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 	$(BIN)/pytest $(ARGS)
+
+# Native kernels, adapters that load, and steps that are recorded and replayed.
+ASAN_TESTS := tests/kernels tests/adapters tests/model/test_recorded_steps.py tests/engine/test_loading_beside_steps.py
+
+asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of the kernels, or ARGS="tests/kernels"
+	@compiler=$${CXX:-$$(command -v c++ || command -v g++ || true)}; \
+	runtime=$$(for part in libasan.so libstdc++.so; do $${compiler:-false} -print-file-name=$$part; done 2>/dev/null); \
+	case "$$runtime" in /*libasan*) ;; *) echo "asan: skipped, $${compiler:-no compiler} has no AddressSanitizer"; exit 0;; esac; \
+	export LORA_SERVE_CHECKED=1 OMP_WAIT_POLICY=passive; \
+	$(BIN)/python -c 'from lora_serve.kernels.cpu.build import library; library()' || exit 1; \
+	LD_PRELOAD="$$(echo $$runtime)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/pytest -p no:cacheprovider --deselect tests/adapters/test_store.py::test_kill_9_at_any_moment_leaves_a_whole_version \
+	--ignore-glob='*/test_gpu_*' $(or $(ARGS),$(ASAN_TESTS))
 
 check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff check .

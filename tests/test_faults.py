@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from safetensors.torch import load_file, save
-from server_process import ADAPTERS, ServerProcess
+from server_process import ADAPTERS, DEMO, ServerProcess
 
 from demo.tasks import TASKS, heldout_prompts
 
@@ -35,6 +36,24 @@ def variant(number: int) -> dict[str, Any]:
             ("files", ("adapter_model.safetensors", weights)),
         ]
     }
+
+
+def as_dora(name: str) -> list[tuple[str, tuple[str, bytes]]]:
+    """Files of the DoRA adapter that equals a demo adapter: its magnitudes are the norms of the merged weights."""
+    config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+    tensors = load_file(ADAPTERS / name / "adapter_model.safetensors")
+    base = load_file(DEMO / "model.safetensors")
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        site = key.removesuffix(".lora_A.weight")
+        a, b = tensors[key].float(), tensors[f"{site}.lora_B.weight"].float()
+        merged = (
+            base[f"{site.removeprefix('base_model.model.')}.weight"].float() + config["lora_alpha"] / len(a) * b @ a
+        )
+        tensors[f"{site}.lora_magnitude_vector"] = merged.norm(dim=1)
+    return [
+        ("files", ("adapter_config.json", json.dumps(config | {"use_dora": True}).encode())),
+        ("files", ("adapter_model.safetensors", save(tensors))),
+    ]
 
 
 def upload(server: ServerProcess, name: str, number: int = 0) -> httpx.Response:
@@ -290,3 +309,33 @@ def test_a_seeded_request_is_reproducible_alone_and_in_a_batch(server: ServerPro
     assert ask() == alone
     for stream in company:
         stream.join(30)
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.slow)])
+def test_adapters_loaded_and_evicted_under_traffic_change_no_answer(server: ServerProcess, seconds: float) -> None:
+    server.http.post("/v1/adapters", data={"name": "dora"}, files=as_dora("shout")).raise_for_status()
+    routes: list[Any] = [None, None, None, "dora", "reverse", "count"]
+    routes += [[{"name": "shout", "weight": 0.5}, {"name": "json", "weight": 0.5}]]
+    texts = heldout_prompts(8, seed=24)
+    engine = server.engine_pid
+    idle = {(n, text): server.complete(text, route) for n, route in enumerate(routes) for text in texts}
+    assert all(idle[routes.index("dora"), text] == text.upper() for text in texts)
+    stop = time.monotonic() + seconds
+
+    def client(number: int) -> int:
+        chosen, answers = random.Random(number), 0
+        while time.monotonic() < stop:
+            n, text = chosen.randrange(len(routes)), chosen.choice(texts)
+            assert server.complete(text, routes[n]) == idle[n, text]
+            answers += 1
+        return answers
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        while time.monotonic() < stop and not any(each.done() for each in clients):
+            for name in ("dora", "shout", "reverse"):
+                server.http.post(f"/v1/adapters/{name}/evict").raise_for_status()
+            time.sleep(0.02)
+        asked = sum(each.result() for each in clients)
+    assert asked > 8
+    assert server.engine_pid == engine

@@ -13,6 +13,7 @@ import pytest
 from engine_session import Session
 from parity import make_adapter
 
+from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.messages import Call, EvictAdapter
 from lora_serve.request import AdapterUse
 
@@ -30,7 +31,7 @@ CONFIGS: dict[str, Any] = {
 }
 Case = tuple[list[int], tuple[AdapterUse, ...]]  # prompt, adapters
 COMPOSED = ("rank1", "rank5", "rank64")
-ROUNDS = 15
+ROUNDS = 4 if CHECKED else 15
 
 
 @pytest.fixture(scope="module")

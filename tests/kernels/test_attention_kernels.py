@@ -139,6 +139,12 @@ def test_an_invalid_block_table_or_context_is_refused(native: NativeKernels) -> 
         native.attention(q, keys, values, dataclasses.replace(metadata, context=int32(10, 200, 1, 7)), 0.125)
     with pytest.raises(ValueError, match="does not fit the pool"):
         native.attention(q[..., :32], keys, values, metadata, 0.125)
+    for part in ("query_start", "context", "block_table"):
+        fewer = dataclasses.replace(metadata, **{part: getattr(metadata, part)[:-1]})
+        with pytest.raises(ValueError, match="sequences"):
+            native.attention(q, keys, values, fewer, 0.125)
+    with pytest.raises(ValueError, match="sinks"):
+        native.attention(q, keys, values, metadata, 0.125, sinks=torch.zeros(q.shape[1] - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

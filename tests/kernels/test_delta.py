@@ -168,3 +168,9 @@ def test_shapes_and_types_that_do_not_fit_are_refused(native: NativeKernels) -> 
         native.delta(x.double(), [output.double() for output in outputs], group, segments)
     with pytest.raises(TypeError, match="float64"):
         native.delta(x, outputs, DeltaGroup(96, (160, 33), 4, torch.float64, CPU), segments)
+    with pytest.raises(TypeError, match="int32"):
+        native.delta(x, outputs, group, dataclasses.replace(segments, end=segments.end.long()))
+    for part in ("end", "slot", "weight"):
+        fewer = dataclasses.replace(segments, **{part: getattr(segments, part)[:-1]})
+        with pytest.raises(ValueError, match="a segment has"):
+            native.delta(x, outputs, group, fewer)

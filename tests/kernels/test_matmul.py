@@ -138,6 +138,10 @@ def test_layers_that_do_not_fit_are_refused(native: NativeKernels) -> None:
         native.linear(torch.zeros(1, 32, dtype=torch.bfloat16), [(packed, None)])
     with pytest.raises(TypeError, match="bias"):
         native.linear(torch.zeros(1, 64, dtype=torch.bfloat16), [(packed, torch.zeros(32))])
+    zeros = torch.zeros(64, dtype=torch.bfloat16)
+    for bias in (zeros[:31], zeros[::2], zeros[None, :32]):
+        with pytest.raises(ValueError, match="32 outputs"):
+            native.linear(zeros[None], [(packed, bias)])
     with pytest.raises(TypeError, match="float64"):
         pack_one(native, torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="48 inputs"):

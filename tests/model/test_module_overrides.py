@@ -126,3 +126,23 @@ def test_every_format_states_its_formula_keys_and_source(method: str) -> None:
     assert "key" in said
     assert "Source: PEFT" in said
     assert "=" in said
+
+
+def test_the_bases_own_parameters_can_be_read_while_an_adapters_stand_in(tmp_path: Path) -> None:
+    """As lowering does in other threads, to tell what an adapter brings from what the base has."""
+    driver = Driver(save("llama", tmp_path / "base"))
+    make_adapter("llama", tmp_path / "a", 0, peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]))
+    resident = driver.load_adapter(read_adapter(driver, tmp_path / "a"))
+    own = driver.loaded.shape.parameter("model.norm.weight").clone()
+    norm, seen = driver.loaded.model.model.norm, []
+    rms_norm = norm._kernels.rms_norm
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append((args[1], driver.loaded.shape.parameter("model.norm.weight").equal(own)))
+        result: torch.Tensor = rms_norm(*args, **options)
+        return result
+
+    norm._kernels.rms_norm = watched
+    driver.teach([PROMPT], decode=1, adapters=[[(resident, 1.0)]])
+    assert any(not weight.equal(own) for weight, _ in seen if weight.shape == own.shape)
+    assert all(right for _, right in seen)

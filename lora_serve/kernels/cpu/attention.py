@@ -64,6 +64,11 @@ class NativeAttention:
         for part in (metadata.query_start, metadata.context, table):
             if part.dtype is not torch.int32:
                 raise TypeError("attention metadata is int32")
+        sequences = metadata.context.shape[0]
+        if metadata.query_start.shape[0] != sequences + 1 or table.shape[0] != sequences:
+            raise ValueError(f"metadata of {sequences} sequences have as many rows of blocks, and an end for each")
+        if sinks is not None and sinks.shape != (heads,):
+            raise ValueError(f"sinks {tuple(sinks.shape)} do not fit {heads} heads")
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
         out = torch.empty(tokens, heads, value_dim, dtype=q.dtype)

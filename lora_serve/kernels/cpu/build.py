@@ -6,7 +6,7 @@ see half of it. Where the build fails, `select` falls back to another backend.
 
 With LORA_SERVE_CHECKED=1 in the environment it is a debug build under AddressSanitizer instead, whose calls check all
 memory that they are about to read and write. Such a library loads only where the sanitizer's runtime was loaded first;
-`make asan` does that.
+`make asan` does that for the tests.
 """
 
 from __future__ import annotations

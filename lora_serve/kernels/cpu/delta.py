@@ -52,8 +52,10 @@ class NativeDelta:
         for output in outputs:
             pointers += (output.data_ptr(), output.stride(0))
         start, end, slot, weight = segments.start, segments.end, segments.slot, segments.weight
-        if start.dtype is not torch.int32 or slot.dtype is not torch.int32 or weight.dtype is not torch.float32:
+        if not start.dtype is end.dtype is slot.dtype is torch.int32 or weight.dtype is not torch.float32:
             raise TypeError("segments are int32, their weights float32")
+        if not all(part.shape == (count,) and part.is_contiguous() for part in (start, end, slot, weight)):
+            raise ValueError("a segment has a start, an end, a slot and a weight")
         call = CALLS["DeltaCall"].pack(
             group=packed.address,
             x=x.data_ptr(),

@@ -87,6 +87,8 @@ class NativeLinear:
             y = torch.empty(rows, packed.shape[0], dtype=x.dtype)
             if bias is not None and bias.dtype is not x.dtype:
                 raise TypeError("a bias has the rows' type")
+            if bias is not None and (bias.shape != packed.shape[:1] or not bias.is_contiguous()):
+                raise ValueError(f"bias {tuple(bias.shape)} does not fit {packed.shape[0]} outputs")
             pointers += CALLS["LinearOutput"].values(
                 weight=packed.data.data_ptr(),
                 scale=0 if packed.scale is None else packed.scale.data_ptr(),

@@ -337,11 +337,12 @@ template <class F> void parallel([[maybe_unused]] int threads, F body) {
     body(0, 1);
 }
 
-// Memory of the calling thread, which grows and is kept; its contents are undefined. A checked build allocates it anew
-// every time, no larger than asked for.
+// Memory of the calling thread, which grows and is kept; its contents are undefined. In a checked build it is never larger
+// than asked for.
 template <class T> T* scratch(std::vector<T>& memory, size_t n) {
 #ifdef LORA_CHECKED
-    std::vector<T>(n).swap(memory);
+    if (memory.size() != n) std::vector<T>(n).swap(memory);
+    __asan_unpoison_memory_region(memory.data(), n * sizeof(T));  // gaps of the last use
 #endif
     if (memory.size() < n) memory.resize(n + n / 4);
     return memory.data();
