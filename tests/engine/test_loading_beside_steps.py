@@ -24,13 +24,14 @@ CONFIGS: dict[str, Any] = {
     "rank1": peft.LoraConfig(r=1, target_modules=EVERYWHERE),
     "rank5": peft.LoraConfig(r=5, target_modules=["q_proj", "down_proj"]),
     "rank64": peft.LoraConfig(r=64, target_modules=EVERYWHERE),
-    # Lowering these reads the base's weights, which the kernels unpack for it.
+    # Lowering the others reads the base's weights, which the kernels unpack for it.
     "dora": peft.LoraConfig(r=4, target_modules=EVERYWHERE, use_dora=True),
     "pissa": peft.LoraConfig(r=4, target_modules=["v_proj", "up_proj"], init_lora_weights="pissa"),
+    "head": peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]),  # PEFT saves the head's own weights beside it
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"]),
 }
 Case = tuple[list[int], tuple[AdapterUse, ...]]  # prompt, adapters
-COMPOSED = ("rank1", "rank5", "rank64")
+COMPOSED = ("rank1", "rank5", "rank64", "head")
 ROUNDS = 4 if CHECKED else 15
 
 
