@@ -20,7 +20,8 @@ serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [P
 test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 	$(BIN)/pytest $(ARGS)
 
-# Native kernels, adapters that load, and steps that are recorded and replayed.
+# Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
+# (the GPU's, in the interpreter), and what starts twenty processes, each slow under the sanitizer.
 ASAN_TESTS := tests/kernels tests/adapters tests/model/test_recorded_steps.py tests/engine/test_loading_beside_steps.py
 
 asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of the kernels, or ARGS="tests/kernels"
