@@ -111,13 +111,14 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Last event of every request.
 
-    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent), 'length', 'abort' or
-    'error' (with `failure`). A refused request gets this event only.
+    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent, and its log-probability
+    if requested), 'length', 'abort' or 'error' (with `failure`). A refused request gets this event only.
     """
 
     request_id: str
     reason: str
     stop_token: int | None = None
+    stop_logprob: Logprob | None = None
     failure: Failure | None = None
 
 

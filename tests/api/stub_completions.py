@@ -58,6 +58,7 @@ class StubCompletionEngine(StubAdminEngine):
         self.reply = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
+        self.most_at_once = 0
         self.refusals: dict[int, ServeError] = {}
         self.breaks: int | None = None
         self.forever = False
@@ -66,6 +67,7 @@ class StubCompletionEngine(StubAdminEngine):
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         number = len(self.requests)
         self.requests.append(request)
+        self.most_at_once = max(self.most_at_once, len(self.requests) - len(self.closed))
         try:
             if number in self.refusals:
                 yield Finished(request.id, "error", failure=Failure.of(self.refusals[number]))
@@ -100,7 +102,8 @@ class StubCompletionEngine(StubAdminEngine):
         if prompt_logprobs is not None:
             yield Tokens(request.id, [], None, prompt_logprobs)
         if count < params.max_tokens:
-            yield Finished(request.id, "stop", stop_token=EOS)
+            logprob = None if params.logprobs is None else self._logprob(EOS)
+            yield Finished(request.id, "stop", stop_token=EOS, stop_logprob=logprob)
         else:
             yield Finished(request.id, "length")
 

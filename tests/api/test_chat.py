@@ -83,7 +83,7 @@ async def test_logprobs_contain_tokens_and_bytes(server: StubCompletionApp) -> N
     server.engine.reply = "é".encode()
     answer = (await server.chat(logprobs=True, top_logprobs=1)).json()
     content = answer["choices"][0]["logprobs"]["content"]
-    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9]]
+    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], [*b"</s>"]]
     assert content[0]["logprob"] == -0.1 * 0xC3
     assert len(content[0]["top_logprobs"]) == 1
 

@@ -14,10 +14,9 @@ from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
-    RunningChoice,
+    RunningCall,
     add_usage,
     make_choices,
-    merge_outputs,
     model_fields,
     respond,
     usage,
@@ -34,7 +33,7 @@ router = APIRouter(tags=["openai"])
 @router.post("/v1/chat/completions")
 async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete a conversation; streamed if requested."""
-    return await respond(request, body, services, "chat", await _prepare(body, services, caller))
+    return await respond(request, body, services, caller, "chat", _prepare(body, services, caller))
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ChatCall:
     choices: list[Choice]
     texts: TokenTexts
 
-    def full_response(self, running: list[RunningChoice], outputs: list[ChoiceOutput]) -> dict[str, Any]:
+    def full_response(self, running: RunningCall, outputs: list[ChoiceOutput]) -> dict[str, Any]:
         """The response body without streaming."""
         shown = [
             {
@@ -62,7 +61,7 @@ class ChatCall:
         total = self.usage(sum(output.generated for output in outputs), outputs[0].cached)
         return self.frame(running, "chat.completion") | {"choices": shown, "usage": total}
 
-    async def chunks(self, running: list[RunningChoice]) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, running: RunningCall) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed response."""
         options = self.body.stream_options
         frame = self.frame(running, "chat.completion.chunk")
@@ -78,7 +77,7 @@ class ChatCall:
         for index in generated:
             delta: dict[str, Any] = {"role": "assistant", "content": ""}
             yield chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-        async for output in merge_outputs(running):
+        async for output in running.outputs():
             generated[output.index] = output.generated
             cached = max(cached, output.cached)
             if not (output.text or output.logprobs or output.finish_reason):
@@ -95,8 +94,8 @@ class ChatCall:
         if options is not None and options.include_usage:
             yield frame | {"choices": [], "usage": usage_so_far()}
 
-    def frame(self, running: list[RunningChoice], kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created} | model_fields(running, self.model)
+    def frame(self, running: RunningCall, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created} | model_fields(running.adapters, self.model)
 
     def logprobs(self, output: ChoiceOutput) -> dict[str, Any] | None:
         return chat_logprobs(self.texts, output.logprobs, self.body.top_logprobs or 0) if self.body.logprobs else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,13 +12,14 @@ from jinja2 import TemplateError
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
 from lora_serve.api.services import Services
-from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import EngineInfo
+from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
+from lora_serve.messages import EngineInfo, ListAdapters
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
 LONG = 2000  # characters; longer texts are tokenized in a thread
 LARGEST_VOCABULARY = 1 << 31
+MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
 
 
 class ModelNotFound(ServeError):
@@ -63,7 +65,7 @@ def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tu
     else:
         uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
     if body.model and body.model not in base_names(services):
-        named = _parse_adapter(WeightedAdapter(name=body.model))
+        named = _parse_adapter(WeightedAdapter(name=_without_base(body.model, services)))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -76,10 +78,32 @@ def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tu
     return uses
 
 
+async def explain_not_found(error: AdapterNotFound, body: Generation, services: Services, caller: Caller) -> ServeError:
+    """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
+    names: list[str] = [info["name"] for info in await services.engine.call(ListAdapters())]
+    usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
+    if body.adapter is not None or not body.model:
+        given = error.message.removeprefix("adapter ").partition(" ")[0]
+        return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
+    resembled = _resembles(_without_base(body.model, services), [engine_info(services).model, *usable])
+    return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
+
+
+def _resembles(name: str, names: Sequence[str]) -> str:
+    found = get_close_matches(name[:200], names)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def check_n(body: Generation, services: Services) -> None:
     """Raise `BadRequest` if `n` is over the configured limit."""
     if (body.n or 1) > services.config.max_n:
         raise BadRequest(f"n is more than {services.config.max_n}", param="n")
+
+
+def _without_base(model: str, services: Services) -> str:
+    """The adapter that `model` names, as `adapter` or as `base:adapter` (SGLang's form)."""
+    base = next((name for name in base_names(services) if model.startswith(f"{name}:")), None)
+    return model if base is None else model[len(base) + 1 :]
 
 
 def _parse_adapter(given: WeightedAdapter) -> AdapterUse:
