@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_serve.api.auth import Caller
-from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
+from lora_serve.api.openai.chat_schemas import Message
+from lora_serve.api.openai.schemas import Generation, WeightedAdapter
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo, ListAdapters
@@ -123,12 +124,14 @@ def sampling_params(
     field: str,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    clamp: bool = False,
 ) -> Sampling:
     """The body's sampling parameters, with defaults from the model's generation config.
 
     Args:
-        max_tokens: as requested; an error if the remaining context is shorter.
+        max_tokens: as requested.
         default_max_tokens: if none was requested, at most the remaining context; None is the whole remaining context.
+        clamp: reduce `max_tokens` to the remaining context, instead of refusing it.
         field: named if the prompt is too long.
 
     Raises: `BadRequest`, `ContextExceeded`.
@@ -136,13 +139,9 @@ def sampling_params(
     info = engine_info(services)
     defaults = info.generation_defaults
     remaining = info.max_model_len - prompt_tokens
-    needed = 1 if max_tokens is None else max_tokens
+    needed = 1 if max_tokens is None else min(max_tokens, 1) if clamp else max_tokens
     if needed > remaining:
-        raise ContextExceeded(
-            f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens}, "
-            f"and {needed} more are asked for",
-            param="max_tokens" if needed > 1 else field,
-        )
+        raise context_exceeded(info, prompt_tokens, needed, field)
     default = remaining if default_max_tokens is None else min(default_max_tokens, remaining)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     check_tokens(bias, vocabulary_size(body, services), "logit_bias")
@@ -153,7 +152,7 @@ def sampling_params(
         return defaults.get(field, otherwise) if value is None else value
 
     return Sampling(
-        max_tokens=default if max_tokens is None else max_tokens,
+        max_tokens=default if max_tokens is None else min(max_tokens, remaining),
         min_tokens=body.min_tokens or 0,
         temperature=float(chosen("temperature", 1.0)),
         top_k=max(0, int(chosen("top_k", 0))),
@@ -168,6 +167,22 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+    )
+
+
+def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field: str) -> ContextExceeded:
+    """The error for a prompt and requested tokens beyond the context, in the sentences by which clients know it."""
+    limit = f"This model's maximum context length is {info.max_model_len} tokens. "
+    if prompt_tokens >= info.max_model_len or requested <= 1:
+        return ContextExceeded(
+            f"{limit}However, your {field} resulted in {prompt_tokens} tokens. "
+            f"Please reduce the length of the {field}.",
+            param=field,
+        )
+    return ContextExceeded(
+        f"{limit}However, you requested {prompt_tokens + requested} tokens ({prompt_tokens} in the {field}, "
+        f"{requested} in the completion). Please reduce the length of the {field} or completion.",
+        param="max_tokens",
     )
 
 
@@ -194,11 +209,7 @@ async def encode_chat(
     """Token ids of messages in the base's chat template. Raises `BadRequest` if it has none or rejects them."""
     if not services.tokenizer.chat_template:
         raise BadRequest("the base model has no chat template; use /v1/completions", param="messages")
-    turns = []
-    for message in messages:
-        content = message.content
-        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        turns.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
+    turns = [message.for_template() for message in messages]
 
     def work() -> list[int]:
         text = services.tokenizer.apply_chat_template(

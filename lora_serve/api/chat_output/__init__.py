@@ -1,0 +1,1 @@
+"""From a chat model's generated text to text, reasoning and tool calls."""
