@@ -22,7 +22,7 @@ from lora_serve.api.auth import Caller
 from lora_serve.api.openai.preprocess import explain_not_found
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.services import Services
-from lora_serve.api.sse import FastJSONResponse, SSEResponse, cancel_on_disconnect
+from lora_serve.api.sse import CHUNKS, FastJSONResponse, SSEResponse, StreamFormat, cancel_on_disconnect
 from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import AdapterNotFound, EngineFault, ServeError
 from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
@@ -86,7 +86,13 @@ def make_choices(
 
 
 async def respond(
-    http: HttpRequest, body: Generation, services: Services, caller: Caller, endpoint: str, prepare: Awaitable[ApiCall]
+    http: HttpRequest,
+    body: Generation,
+    services: Services,
+    caller: Caller,
+    endpoint: str,
+    prepare: Awaitable[ApiCall],
+    format: StreamFormat = CHUNKS,
 ) -> Response:
     """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
     async with AsyncExitStack() as stack:
@@ -101,7 +107,7 @@ async def respond(
             return FastJSONResponse(
                 call.full_response(running, await cancel_on_disconnect(http, collect_outputs(running)))
             )
-        return SSEResponse(call.chunks(running), stack.pop_all())
+        return SSEResponse(call.chunks(running), stack.pop_all(), format)
 
 
 class RunningChoice:
