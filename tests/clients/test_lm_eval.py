@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: through the server it scores an adapter as it does with transformers and PEFT in its process."""
+"""lm-evaluation-harness scores an adapter through the server as it does with transformers and PEFT by itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def tasks(folder: Path) -> list[dict[str, Any]]:
         | {"task": "choices", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": 1,
            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
         common
-        | {"task": "rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}{{right}}",
+        | {"task": "rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "",
+           "doc_to_target": "{{text}}{{right}}",
            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
         common
         | {"task": "generation", "output_type": "generate_until", "doc_to_target": "{{right}}",
