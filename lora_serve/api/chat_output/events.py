@@ -1,4 +1,4 @@
-"""What a chat model's output consists of, in order, piece by piece."""
+"""What a chat model's reply consists of, in order: pieces of text and reasoning, and tool calls."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the answer's text."""
+    """The next piece of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """More of the reasoning before the answer."""
+    """The next piece of the reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCallBegin:
-    """A tool call begins; calls are numbered from 0."""
+    """A tool call begins; calls are numbered from 0, and one ends where the next begins."""
 
     index: int
     name: str
@@ -29,7 +29,7 @@ class ToolCallBegin:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """More of the JSON text of a tool call's arguments."""
+    """The next piece of a call's arguments, as JSON text."""
 
     index: int
     text: str
