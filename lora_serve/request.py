@@ -36,6 +36,7 @@ class Sampling(msgspec.Struct, frozen=True):
         stop_token_ids: token ids that end the sequence; the model's EOS tokens are added unless `ignore_eos`.
         logprobs: number of alternatives besides the chosen token; None is no log-probabilities at all.
         prompt_logprobs: the same for the tokens of the prompt (`echo` with `logprobs`).
+        grammar: llguidance grammar that the output must follow.
     """
 
     max_tokens: int
@@ -53,6 +54,7 @@ class Sampling(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -49,10 +49,10 @@ class StubCompletionEngine(StubAdminEngine):
     `refusals`: error by number of the request; `breaks`: number of tokens after which a request fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = CONTEXT) -> None:
         super().__init__()
         self.info = EngineInfo(
-            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=CONTEXT,
+            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=context,
             vocab_size=258, eos_token_ids=(EOS,), kv_tokens=1000, adapter_slots=4, adapters=0, parameters=1, created=7,
         )  # fmt: skip
         self.reply = b"hello"
@@ -114,8 +114,10 @@ class StubCompletionEngine(StubAdminEngine):
 class StubCompletionApp:
     """An app on a `StubCompletionEngine`, and a client."""
 
-    def __init__(self, store: Path, keys: Keys | None = None, tokenizer: Any = None, **options: Any) -> None:
-        self.engine = StubCompletionEngine()
+    def __init__(
+        self, store: Path, keys: Keys | None = None, tokenizer: Any = None, context: int = CONTEXT, **options: Any
+    ) -> None:
+        self.engine = StubCompletionEngine(context)
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)

@@ -10,13 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.chat_output.events import (
-    OutputEvent,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallArguments,
-    ToolCallBegin,
-)
+from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from lora_serve.api.openai.chat_call import ChatCall, ChatMessage, MadeToolCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.generate import (
@@ -57,7 +51,8 @@ class ChatCompletionCall:
         """The response body without streaming."""
         shown = []
         for output in outputs:
-            message, reason = self.call.message(output)
+            events, reason = self.call.parse(output)
+            message = ChatMessage.of(self.shown(events))
             shown.append(
                 {
                     "index": output.index,
@@ -91,7 +86,7 @@ class ChatCompletionCall:
                 if output.index not in begun:
                     begun.add(output.index)
                     yield chunk(output.index, {"role": "assistant", "content": ""})
-                deltas = _deltas(output.events)
+                deltas = _deltas(self.shown(output.events))
                 if not (deltas or output.logprobs or output.finish_reason):
                     continue
                 for delta in deltas[:-1]:
@@ -100,6 +95,10 @@ class ChatCompletionCall:
                 yield chunk(output.index, last, self.logprobs(output.logprobs), output.finish_reason)
         if options is not None and options.include_usage:
             yield frame | {"choices": [], "usage": usage_so_far()}
+
+    def shown(self, events: Sequence[OutputEvent]) -> list[OutputEvent]:
+        hide = self.body.include_reasoning is False
+        return [event for event in events if not (hide and isinstance(event, ReasoningDelta))]
 
     def frame(self, running: RunningCall, kind: str) -> dict[str, Any]:
         frame = {"id": self.call.id, "object": kind, "created": self.call.created}

@@ -132,20 +132,16 @@ class Message(Strict):
         return self.content or self.refusal or ""
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it."""
-        shown: dict[str, Any] = {"role": "tool" if self.role == "function" else self.role, "content": self.text}
-        if self.name:
-            shown["name"] = self.name
-        if self.tool_call_id:
-            shown["tool_call_id"] = self.tool_call_id
+        """The message as a dict, of what can change the prompt."""
+        shown = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True) | {"content": self.text}
+        if self.role == "function":  # what `tool` was called before functions had ids
+            shown["role"] = "tool"
         if reasoning := self.reasoning_content or self.reasoning:
             shown["reasoning_content"] = reasoning
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or []]
-        if self.function_call:  # before tools, functions had no ids
-            calls.append({"id": "call_0", "type": "function", "function": self.function_call.model_dump()})
-        if calls:
-            shown["tool_calls"] = calls
-        return shown
+        if self.function_call:
+            calls.append({"id": "", "type": "function", "function": self.function_call.model_dump()})
+        return shown | ({"tool_calls": calls} if calls else {})
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]

@@ -32,12 +32,13 @@ CHOICES_AT_ONCE = 256  # of one call on the engine
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the choices to generate (`n` per prompt)."""
+    """One of the choices to generate (`n` per prompt); `hidden`: see `Detokenizer`."""
 
     index: int
     request: Request
     stop: tuple[str, ...]
     include_stop: bool
+    hidden: frozenset[int] | None = None
 
 
 @dataclass
@@ -75,13 +76,15 @@ def make_choices(
     params: Sampling,
     uses: tuple[AdapterUse, ...],
     tenant: str,
+    hidden: frozenset[int] | None = None,
 ) -> list[Choice]:
     """The `n` choices of one prompt, with indices from `first`; if seeded, each has its own seed."""
     choices = []
     for copy in range(body.n or 1):
         own = params if body.seed is None else msgspec.structs.replace(params, seed=body.seed + copy)
         request = Request(f"{id_}-{first + copy}", prompt, own, uses, tenant)
-        choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output)))
+        shown = frozenset() if body.skip_special_tokens is False else hidden
+        choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output), shown))
     return choices
 
 
@@ -119,7 +122,11 @@ class RunningChoice:
         self._timer = services.metrics.begin(endpoint)
         self._events = services.engine.generate(choice.request)
         self._text = Detokenizer(
-            services.tokenizer, choice.request.prompt, choice.stop, include_stop=choice.include_stop
+            services.tokenizer,
+            choice.request.prompt,
+            choice.stop,
+            include_stop=choice.include_stop,
+            hidden=choice.hidden,
         )
         self._generated = 0
 

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from jinja2 import TemplateError
-
 from lora_serve.api.auth import Caller
-from lora_serve.api.openai.chat_schemas import Message
 from lora_serve.api.openai.schemas import Generation, WeightedAdapter
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
@@ -196,33 +193,3 @@ async def encode(services: Services, text: str, *, add_special_tokens: bool) -> 
         return ids
 
     return await asyncio.to_thread(work) if len(text) > LONG else work()
-
-
-async def encode_chat(
-    services: Services,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    continue_final_message: bool = False,
-    arguments: dict[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of messages in the base's chat template. Raises `BadRequest` if it has none or rejects them."""
-    if not services.tokenizer.chat_template:
-        raise BadRequest("the base model has no chat template; use /v1/completions", param="messages")
-    turns = [message.for_template() for message in messages]
-
-    def work() -> list[int]:
-        text = services.tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **(arguments or {}),
-        )
-        ids: list[int] = services.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    try:
-        return await asyncio.to_thread(work)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error

@@ -54,7 +54,6 @@ class NoEffect(Strict):
     use_beam_search: Literal[False] | None = None
     early_stopping: Literal[False] | None = None
     length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    skip_special_tokens: Literal[True] | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     return_tokens_as_token_ids: Literal[False] | None = None
     return_token_ids: Literal[False] | None = None
@@ -82,6 +81,7 @@ class Generation(NoEffect):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_BIASES)] | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

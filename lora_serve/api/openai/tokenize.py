@@ -8,8 +8,9 @@ from fastapi import APIRouter
 from pydantic import model_validator
 
 from lora_serve.api.auth import Authorized
+from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import Messages
-from lora_serve.api.openai.preprocess import check_tokens, encode, encode_chat, engine_info
+from lora_serve.api.openai.preprocess import check_tokens, encode, engine_info
 from lora_serve.api.openai.schemas import Strict, Text, TokenIds
 from lora_serve.api.services import ServicesDep
 
@@ -43,9 +44,8 @@ class Detokenize(Strict):
 async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Token ids of a text or of messages."""
     if body.messages is not None:
-        tokens = await encode_chat(
-            services, body.messages, add_generation_prompt=body.add_generation_prompt is not False
-        )
+        chat = await encode_chat(services, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+        tokens = chat.tokens
     else:
         special = body.add_special_tokens is not False
         tokens = await encode(services, body.prompt or "", add_special_tokens=special)
