@@ -22,15 +22,15 @@ from lora_serve.api.chat_output import (
     ReasoningDelta,
     ReasoningFormat,
     TextDelta,
+    Tool,
     ToolCallArguments,
     ToolCallBegin,
     ToolFormat,
     tool_grammar,
 )
-from lora_serve.api.chat_output import Tool as OfferedTool
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_prompt import ChatPrompt, chat_format, encode_chat, reasoning_arguments
-from lora_serve.api.openai.chat_schemas import ChatCompletion, NamedToolChoice, Tool
+from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.preprocess import check_n, engine_info, resolve_adapters, sampling_params
 from lora_serve.api.services import Services
@@ -213,15 +213,15 @@ async def encode_conversation(body: ChatCompletion, services: Services) -> ChatP
     )
 
 
-def _offered(body: ChatCompletion) -> list[Tool]:
+def _offered(body: ChatCompletion) -> list[FunctionTool]:
     """The functions that the model may call."""
     return [] if body.tool_choice == "none" else body.tools or []
 
 
-def _grammar(body: ChatCompletion, tools: Sequence[Tool], chat: ChatFormat, reasoning_open: bool) -> str | None:
+def _grammar(body: ChatCompletion, tools: Sequence[FunctionTool], chat: ChatFormat, reasoning_open: bool) -> str | None:
     """The grammar of a reply that must call functions, or whose calls must be valid; None if it is free."""
     offered = {
-        tool.function.name: OfferedTool(tool.function.name, tool.function.parameters, bool(tool.function.strict))
+        tool.function.name: Tool(tool.function.name, tool.function.parameters, bool(tool.function.strict))
         for tool in tools
     }
     choice = body.tool_choice

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from lora_serve.api.chat_output import ends_in_open_reasoning
 from lora_serve.api.chat_template import template_messages, template_tools
 from lora_serve.api.openai.chat_format import ChatFormat
-from lora_serve.api.openai.chat_schemas import Message, Tool
+from lora_serve.api.openai.chat_schemas import FunctionTool, Message
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
 
@@ -39,7 +39,7 @@ async def encode_chat(
     services: Services,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Tool] = (),
+    tools: Sequence[FunctionTool] = (),
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     arguments: dict[str, Any] | None = None,

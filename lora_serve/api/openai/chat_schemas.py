@@ -156,7 +156,7 @@ class Function(Strict):
     strict: bool | None = None
 
 
-class Tool(Strict):
+class FunctionTool(Strict):
     type: Literal["function"]
     function: Function
     cache_control: CacheControl | None = None
@@ -171,7 +171,7 @@ class NamedToolChoice(Strict):
     function: NamedFunction
 
 
-Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)]
+Tools = Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)]
 ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
 
 
