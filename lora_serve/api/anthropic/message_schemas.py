@@ -301,3 +301,22 @@ class MessageReply(Strict):
 
 class MessageTokenCount(Strict):
     input_tokens: int
+
+
+class ErrorDetails(Strict):
+    """The error's code, and the parameter at fault, as this server's other routes name them."""
+
+    error_code: str | None
+    param: str | None
+
+
+class ErrorDescription(Strict):
+    type: str
+    message: str
+    details: ErrorDetails
+
+
+class AnthropicError(Strict):
+    type: Literal["error"]
+    error: ErrorDescription
+    request_id: str | None

@@ -13,7 +13,13 @@ from lora_serve.api import error_handlers
 from lora_serve.api.anthropic.anthropic_errors import anthropic_error
 from lora_serve.api.anthropic.chat_translation import to_chat_completion
 from lora_serve.api.anthropic.message_content import ContentStream, content_blocks
-from lora_serve.api.anthropic.message_schemas import CountMessageTokens, CreateMessage, MessageReply, MessageTokenCount
+from lora_serve.api.anthropic.message_schemas import (
+    AnthropicError,
+    CountMessageTokens,
+    CreateMessage,
+    MessageReply,
+    MessageTokenCount,
+)
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepare_chat
 from lora_serve.api.openai.chat_prompt import chat_format
@@ -25,6 +31,7 @@ from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import AdapterNotFound, ServeError
 from lora_serve.messages import DescribeAdapter
 
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 router = APIRouter(tags=["anthropic"])
@@ -45,7 +52,8 @@ EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
             "description": "The message, or its stream events",
             "model": MessageReply,
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        }
+        },
+        **ERRORS,
     },
 )
 async def create_message(body: CreateMessage, request: Request, services: ServicesDep, caller: Authorized) -> Response:
@@ -56,7 +64,7 @@ async def create_message(body: CreateMessage, request: Request, services: Servic
     return await respond(request, chat, services, caller, "messages", prepare, EVENTS)
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post("/v1/messages/count_tokens", responses=ERRORS)
 async def count_message_tokens(
     body: CountMessageTokens, services: ServicesDep, caller: Authorized
 ) -> MessageTokenCount:
