@@ -29,6 +29,7 @@ from lora_serve.api.chat_output import (
     ToolCallArguments,
     ToolCallBegin,
     ToolFormat,
+    answer_grammar,
     detect_reasoning_format,
     detect_tool_format,
     special_token_ids,
@@ -256,6 +257,50 @@ def test_auto_replies_may_be_text_and_calls_of_strict_functions_are_valid(name: 
         calls = read(name, sampler.sample())[2]
         assert calls[0][0] == "get_weather"
         jsonschema.validate(calls[0][1], WEATHER.parameters)
+
+
+ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+ANSWERS = {
+    "json": LLMatcher.grammar_from_json_schema(ANSWER_SCHEMA | {"additionalProperties": False}),
+    "regex": LLMatcher.grammar_from_regex("[0-9]{2}"),
+    "lark": 'start: "yes" | no\nno: "no"',
+}
+
+
+@pytest.mark.parametrize(("name", "special"), list(product(BEGINS, [False, True])))
+def test_a_reply_is_either_calls_or_an_answer_in_the_form_asked_for(name: str, special: bool) -> None:
+    made = grammar(name, "auto", "bytes", special, answer=ANSWERS["json"])
+    answer = Sampler("bytes", special, made, 0)
+    answer.write('{"n": 12}')
+    assert answer.matcher.is_accepting()
+    assert not Sampler("bytes", special, made, 0).allows(answer.encode("It is"))
+    calling = Sampler("bytes", special, made, 1)
+    calling.write(f"<|python_tag|>{BEGINS[name]}" if name == "llama3" else BEGINS[name])
+    check(read(name, calling.sample())[2])
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_reasoning_may_come_before_an_answer(kind: str, special: bool, is_open: bool) -> None:
+    reasoning = detect_reasoning_format(TEMPLATES["qwen3"])
+    assert reasoning is not None
+    ids = special_token_ids(tokenizer("bytes", special)[0])
+    options: Any = {"reasoning": reasoning, "reasoning_open": is_open, "special_tokens": ids}
+    made = answer_grammar(ANSWERS[kind], **options)
+    right = {"json": '{"n": 1}', "regex": "42", "lark": "no"}[kind]
+    sampler = Sampler("bytes", special, made, 0)
+    sampler.write(f"hm</think>\n\n{right}" if is_open else f"<think>hm</think>\n\n{right}")
+    assert sampler.matcher.is_accepting()
+    if not is_open:
+        sampler = Sampler("bytes", special, made, 0)
+        sampler.write(right)
+        assert sampler.matcher.is_accepting()
+        assert not Sampler("bytes", special, made, 0).allows(sampler.encode("maybe"))
+
+
+def test_without_reasoning_an_answer_s_grammar_stays_as_it_is() -> None:
+    assert answer_grammar(ANSWERS["json"]) == ANSWERS["json"]
 
 
 @pytest.mark.parametrize(("name", "special"), list(product(BEGINS, [False, True])))
