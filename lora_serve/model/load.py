@@ -22,6 +22,7 @@ from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.base_pooling import read_pooling
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -53,6 +54,7 @@ class LoadedModel:
         notes: remarks for the operator, in the start-up summary.
         replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
         oracle: the untouched model's logits, for the self-check.
+        not_embedding: why the base alone makes no embeddings; empty if it does.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class LoadedModel:
     scheme: Scheme | None
     replayable: bool
     oracle: Oracle
+    not_embedding: str = ""
 
 
 def load(
@@ -152,6 +155,7 @@ def _load(
     _remove_step_dependent_branches(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    pooling, not_embedding = read_pooling(name, revision, notes)
     return LoadedModel(
         model=model,
         shape=build_base_shape(
@@ -160,6 +164,7 @@ def _load(
             names=(name, str(getattr(config, "_name_or_path", "")), *names),
             vocabulary=vocabulary_digest(Path(name)),
             quantized=scheme or (quantized.label if quantized else ""),
+            pooling=pooling,
         ),
         layers=observed.layers,
         windows=_windows(config, len(observed.layers)),
@@ -180,6 +185,7 @@ def _load(
         scheme=scheme,
         replayable=quantized is None or quantized.replayable,
         oracle=oracle,
+        not_embedding=not_embedding,
     )
 
 

@@ -88,6 +88,8 @@ def complete(lowered: Lowered, checkpoint: Checkpoint, base: BaseShape) -> dict[
         summary["virtual_tokens"] = lowered.prefix.length
     if lowered.invocation:
         summary["invocation_tokens"] = list(lowered.invocation)
+    if lowered.pooling is not None:
+        summary["embeddings"] = f"{lowered.pooling.mode} token{', normalised' if lowered.pooling.normalize else ''}"
     summary["warnings"] = warnings
     return summary
 
