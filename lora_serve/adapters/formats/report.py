@@ -89,7 +89,8 @@ def complete(lowered: Lowered, checkpoint: Checkpoint, base: BaseShape) -> dict[
     if lowered.invocation:
         summary["invocation_tokens"] = list(lowered.invocation)
     if lowered.pooling is not None:
-        summary["embeddings"] = f"{lowered.pooling.mode} token{', normalised' if lowered.pooling.normalize else ''}"
+        many = "mean of all tokens" if lowered.pooling.mode == "mean" else f"{lowered.pooling.mode} token"
+        summary["embeddings"] = many + (", normalised" if lowered.pooling.normalize else "")
     summary["warnings"] = warnings
     return summary
 

@@ -233,7 +233,11 @@ async def collect_outputs(running: Sequence[RunningChoice]) -> list[ChoiceOutput
 
 def model_fields(running: Sequence[RunningChoice], base: str) -> dict[str, Any]:
     """The response fields `model`, and `adapter` with the exact version; no `adapter` for the base."""
-    adapters = running[0].adapters
+    return served_fields(running[0].adapters, base)
+
+
+def served_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:
+    """`model_fields` of the adapters that a request was served with."""
     if not adapters:
         return {"model": base}
     versions = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]

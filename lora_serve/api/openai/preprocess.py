@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_serve.api.auth import Caller
-from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
+from lora_serve.api.openai.schemas import Generation, Message, ModelSelection, WeightedAdapter
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo
@@ -39,7 +39,7 @@ def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
         raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
-def vocabulary_size(body: Generation, services: Services) -> int:
+def vocabulary_size(body: ModelSelection, services: Services) -> int:
     """Upper bound of token ids; none with an adapter, which may have its own vocabulary: the engine checks it."""
     named = body.adapter or (body.model and body.model not in base_names(services))
     return LARGEST_VOCABULARY if named else engine_info(services).vocab_size
@@ -50,7 +50,7 @@ def base_names(services: Services) -> set[str]:
     return {engine_info(services).model, services.config.served_name(), services.config.model}
 
 
-def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
+def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
     """The adapters that `adapter` and `model` name together; none for the base.
 
     Raises: `BadRequest`; `AdapterNotFound` for an adapter that the caller may not use, as for one that does not exist.
