@@ -154,7 +154,8 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 class EngineInfo(msgspec.Struct, frozen=True):
     """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
 
-    `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not.
+    `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
+    generates no text.
     """
 
     model: str
@@ -175,6 +176,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     hidden_size: int = 0
     pooling: Pooling | None = None
     not_embedding: str = ""
+    headless: bool = False
 
 
 class Stats(msgspec.Struct):

@@ -9,7 +9,7 @@ from lora_serve.engine.fairness import SlotRotation
 from lora_serve.errors import BadRequest, ContextExceeded
 from lora_serve.messages import EngineInfo
 from lora_serve.names import MODULES, POOLING
-from lora_serve.request import MOST_ADAPTERS, Pooling, Request
+from lora_serve.request import MOST_ADAPTERS, EmbeddingParams, Pooling, Request
 
 
 def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
@@ -18,7 +18,10 @@ def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
     if not request.prompt:
         raise BadRequest(f"the {field} has no tokens", param=field)
     _check_composition(leases)
-    _check_embedding(request, leases, info)
+    if request.embedding is not None:
+        _check_embedding(request.embedding, leases, info)
+    elif info.headless:
+        raise BadRequest("the base model has no LM head: it makes embeddings, no text", param="model")
     vocabulary = next((lease.traits.vocabulary for lease in leases if lease.traits.vocabulary), info.vocab_size)
     _check_tokens(request.prompt, vocabulary, f"the {field}", field)
     _check_tokens(request.sampling.stop_token_ids, vocabulary, "stop_token_ids", "stop_token_ids")
@@ -63,9 +66,7 @@ def _check_composition(leases: Sequence[Lease]) -> None:
             )
 
 
-def _check_embedding(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
-    if request.embedding is None:
-        return
+def _check_embedding(params: EmbeddingParams, leases: Sequence[Lease], info: EngineInfo) -> None:
     if not leases and info.pooling is None:
         raise BadRequest(
             f"the base model makes no embeddings: {info.not_embedding}. It would with {MODULES} and {POOLING}; so do "
@@ -81,7 +82,7 @@ def _check_embedding(request: Request, leases: Sequence[Lease], info: EngineInfo
             )
         if lease.traits.pooling != leases[0].traits.pooling:
             raise BadRequest(f"adapters {leases[0].name} and {lease.name} pool differently", param="adapter")
-    if (request.embedding.dimensions or 0) > info.hidden_size:
+    if (params.dimensions or 0) > info.hidden_size:
         raise BadRequest(f"an embedding has {info.hidden_size} dimensions", param="dimensions")
 
 

@@ -13,6 +13,7 @@ from lora_serve.names import MODULES, POOLING
 from lora_serve.request import Pooling
 
 PROMPTS = "config_sentence_transformers.json"
+TEXTS = "sentence_bert_config.json"
 
 
 def read_pooling(name: str, revision: str | None, notes: list[str]) -> tuple[Pooling | None, str]:
@@ -26,13 +27,25 @@ def read_pooling(name: str, revision: str | None, notes: list[str]) -> tuple[Poo
         if modules is None:
             return None, f"it has no {MODULES} of sentence-transformers"
         pooling = parse_pooling(modules, _read_json(name, POOLING, revision))
-        prompts = _read_json(name, PROMPTS, revision)
+        left_out = _text_preparation(_read_json(name, PROMPTS, revision), _read_json(name, TEXTS, revision))
     except ValueError as error:
         notes.append(f"the base alone makes no embeddings: {error}")
         return None, str(error)
-    if isinstance(prompts, dict) and prompts.get("default_prompt_name"):
-        notes.append(f"the default prompt in {PROMPTS} is not put before texts to embed: clients send it with the text")
+    if left_out:
+        notes.append(f"texts are embedded as clients send them, without {left_out} of sentence-transformers' files")
     return pooling, ""
+
+
+def _text_preparation(prompts: Any, texts: Any) -> str:
+    """What sentence-transformers would do to a text before it is tokenized; empty if nothing."""
+    found = []
+    if isinstance(prompts, dict) and prompts.get("default_prompt_name"):
+        found.append("the default prompt")
+    if isinstance(texts, dict) and "message" in (texts.get("modality_config") or {}):
+        found.append("the chat template")
+    if isinstance(texts, dict) and texts.get("do_lower_case"):
+        found.append("the lower-casing")
+    return " and ".join(found)
 
 
 def _read_json(name: str, file: str, revision: str | None) -> Any:

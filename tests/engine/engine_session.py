@@ -20,9 +20,14 @@ class Session:
 
     def __init__(self, folder: Path, *, overlap: bool = False, architecture: str = "llama", **options: Any) -> None:
         config = ServeConfig(
-            model=str(save(architecture, folder / "base")),
             store=folder / "store",
-            **{"kv_cache_memory": 1 << 20, "kv_block_size": 4, "max_num_batched_tokens": 16, **options},
+            **{
+                "model": str(save(architecture, folder / "base")),
+                "kv_cache_memory": 1 << 20,
+                "kv_block_size": 4,
+                "max_num_batched_tokens": 16,
+                **options,
+            },
         )
         self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None, overlap=overlap)
         self.events: dict[str, list[Event]] = {}

@@ -263,6 +263,39 @@ def test_an_aborted_embedding_leaves_nothing_behind(start: Start, models: dict[s
     torch.testing.assert_close(embedding(session, "leaves"), want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_base_saved_without_its_head_embeds_and_generates_no_text(tmp_path: Path) -> None:
+    reference("llama").model.save_pretrained(tmp_path / "bare")
+    describe_pooling(tmp_path / "bare", "mean", normalize=False)
+    session = Session(tmp_path, model=str(tmp_path / "bare"))
+    embed(session, "a", prompts()[4])
+    session.send("text", prompts()[4])
+    session.run()
+    want = hidden_states(reference("llama").model, prompts()[4]).mean(0)
+    torch.testing.assert_close(embedding(session, "a"), want, atol=1e-5, rtol=1e-5)
+    assert (session.refusal("text").kind, session.refusal("text").param) == ("bad_request", "model")
+    assert any("no LM head" in note for note in session.engine.info.notes)
+    session.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "left_out"),
+    [
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "the default prompt"),
+        ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "the chat template"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "the lower-casing"),
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling mode max"),
+    ],
+)
+def test_what_sentence_transformers_would_do_beyond_pooling_is_in_the_start_up_notes(
+    tmp_path: Path, file: str, content: Any, left_out: str
+) -> None:
+    describe_pooling(tmp_path / "base", "mean", normalize=False)
+    (tmp_path / "base" / file).write_text(json.dumps(content))
+    session = Session(tmp_path)
+    assert any(left_out in note for note in session.engine.info.notes)
+    session.engine.close()
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_embeds_its_head_s_input(architecture: str, tmp_path: Path) -> None:
     describe_pooling(tmp_path / "base", "mean", normalize=False)
