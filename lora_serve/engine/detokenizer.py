@@ -42,7 +42,12 @@ class Detokenizer:
         self._window = self._visible(prompt[-CONTEXT:])
         self._known = len(self._window)  # tokens of the window whose text was returned
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None  # the one that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop_string is not None
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the text that can be sent now, which is empty after a stop string."""
@@ -87,7 +92,7 @@ class Detokenizer:
         found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             place, stop = min(found, key=lambda match: (match[0], len(match[1])))
-            self.stopped = True
+            self.stop_string = stop
             self._held = ""
             return text[: place + len(stop)] if self._include_stop else text[:place]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)

@@ -29,7 +29,7 @@ from lora_serve.api.chat_output import (
     tool_grammar,
 )
 from lora_serve.api.openai.chat_format import ChatFormat
-from lora_serve.api.openai.chat_prompt import chat_format, encode_chat, reasoning_arguments
+from lora_serve.api.openai.chat_prompt import ChatPrompt, chat_format, encode_chat, reasoning_arguments
 from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.preprocess import check_n, engine_info, resolve_adapters, sampling_params
@@ -40,7 +40,10 @@ from lora_serve.request import Logprob
 
 @dataclass(frozen=True)
 class ChatOutput:
-    """New output of a choice; the last one has the finish reason: stop, length or tool_calls."""
+    """New output of a choice; the last one has the finish reason: stop, length or tool_calls.
+
+    `stop_string` is the stop string that ended it, if one did.
+    """
 
     index: int
     events: list[OutputEvent]
@@ -48,6 +51,7 @@ class ChatOutput:
     finish_reason: str | None
     generated: int
     cached: int
+    stop_string: str | None
 
 
 @dataclass
@@ -143,7 +147,9 @@ class ChatCall:
                 if reason is not None:
                     events += parser.flush()
                     reason = finish_reason(reason, parser)
-                yield ChatOutput(output.index, events, output.logprobs, reason, output.generated, output.cached)
+                yield ChatOutput(
+                    output.index, events, output.logprobs, reason, output.generated, output.cached, output.stop_string
+                )
 
 
 def finish_reason(reason: str, parser: OutputParser) -> str:
@@ -155,21 +161,8 @@ async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller,
     """Check a conversation and encode it. Raises the `BadRequest` that names the field at fault."""
     uses = resolve_adapters(body, services, caller)
     check_n(body, services)
-    _check_together(body)
     chat, tools = chat_format(services), _offered(body)
-    if tools and chat.tools is None:
-        raise BadRequest("the base model's chat template has no format of tool calls that is known here", param="tools")
-    arguments = reasoning_arguments(body.reasoning_effort, chat.template)
-    if body.chat_template_kwargs is not None:
-        arguments |= body.chat_template_kwargs.model_dump(exclude_none=True)
-    encoded = await encode_chat(
-        services,
-        body.messages,
-        tools=tools,
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        arguments=arguments,
-    )
+    encoded = await encode_conversation(body, services)
     prompt = encoded.tokens
     if not prompt:
         raise BadRequest("the messages have no tokens", param="messages")
@@ -199,6 +192,25 @@ async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller,
     )
     choices = make_choices(body, id_, 0, prompt, params, uses, caller.name, hidden=chat.hidden)
     return ChatCall(id_, int(time.time()), engine_info(services).model, choices, format)
+
+
+async def encode_conversation(body: ChatCompletion, services: Services) -> ChatPrompt:
+    """The prompt of a conversation and its tools. Raises the `BadRequest` that names the field at fault."""
+    _check_together(body)
+    chat, tools = chat_format(services), _offered(body)
+    if tools and chat.tools is None:
+        raise BadRequest("the base model's chat template has no format of tool calls that is known here", param="tools")
+    arguments = reasoning_arguments(body.reasoning_effort, chat.template)
+    if body.chat_template_kwargs is not None:
+        arguments |= body.chat_template_kwargs.model_dump(exclude_none=True)
+    return await encode_chat(
+        services,
+        body.messages,
+        tools=tools,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+        arguments=arguments,
+    )
 
 
 def _offered(body: ChatCompletion) -> list[FunctionTool]:

@@ -17,6 +17,7 @@ from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
 
 NO_EFFORT = ("none", "minimal")
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # arguments of chat templates
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,19 @@ async def encode_chat(
         raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error
 
 
+def thinking_switch(template: str) -> str | None:
+    """The argument that switches a chat template's reasoning on and off; None if it has none."""
+    return next((switch for switch in THINKING_SWITCHES if switch in template), None)
+
+
 def reasoning_arguments(effort: str | None, template: str) -> dict[str, Any]:
     """Template arguments for a reasoning effort. Raises `BadRequest` if the template knows none."""
     if effort is None:
         return {}
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort}
-    for switch in ("enable_thinking", "thinking"):
-        if switch in template:
-            return {switch: effort not in NO_EFFORT}
+    if (switch := thinking_switch(template)) is not None:
+        return {switch: effort not in NO_EFFORT}
     if effort in NO_EFFORT:
         return {}
     raise BadRequest("the base model's chat template does not know reasoning_effort", param="reasoning_effort")

@@ -22,7 +22,7 @@ NOT_TEXT = {
 }
 
 Name = Annotated[str, Field(max_length=200)]
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]  # OpenAI's limit is 64, Anthropic's 128
 Identifier = Annotated[str, Field(max_length=200)]
 
 

@@ -43,7 +43,10 @@ class Choice:
 
 @dataclass
 class ChoiceOutput:
-    """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason."""
+    """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason.
+
+    `stop_string` is the stop string that ended it, if one did.
+    """
 
     index: int
     text: str = ""
@@ -53,6 +56,7 @@ class ChoiceOutput:
     finish_reason: str | None = None
     generated: int = 0
     cached: int = 0
+    stop_string: str | None = None
 
 
 class ApiCall(Protocol):
@@ -180,6 +184,7 @@ class RunningChoice:
                 "stop" if self._text.stopped else None,
                 self._generated,
                 event.cached,
+                self._text.stop_string,
             )
         if isinstance(event, Finished):
             if event.failure is not None:
@@ -298,6 +303,7 @@ async def collect_outputs(running: RunningCall) -> list[ChoiceOutput]:
             result.logprobs += output.logprobs
             result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
             result.finish_reason = output.finish_reason
+            result.stop_string = output.stop_string
             result.generated = output.generated
             result.cached = max(result.cached, output.cached)
     return [results[index] for index in sorted(results)]

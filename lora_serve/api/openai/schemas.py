@@ -33,6 +33,13 @@ class WeightedAdapter(Strict):
     weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
 
 
+AdapterChoice = (
+    Annotated[str, Field(min_length=1, max_length=200)]
+    | WeightedAdapter
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS)]
+)
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -66,12 +73,7 @@ class ModelSelection(Strict):
     """The base, or the adapters to run it with."""
 
     model: Annotated[str, Field(max_length=400)] | None = None
-    adapter: (
-        Annotated[str, Field(min_length=1, max_length=200)]
-        | WeightedAdapter
-        | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS)]
-        | None
-    ) = None
+    adapter: AdapterChoice | None = None
 
 
 class Generation(ModelSelection, NoEffect):
