@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from lora_serve.errors import Failure
-from lora_serve.request import Event, Request
+from lora_serve.request import Event, Pooling, Request
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -152,7 +152,11 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch."""
+    """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
+
+    `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
+    generates no text.
+    """
 
     model: str
     root: str
@@ -169,6 +173,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     created: int
     generation_defaults: dict[str, Any] = {}
     notes: list[str] = []
+    hidden_size: int = 0
+    pooling: Pooling | None = None
+    not_embedding: str = ""
+    headless: bool = False
 
 
 class Stats(msgspec.Struct):

@@ -42,7 +42,7 @@ class EngineProtocol(Protocol):
         """Number of engine restarts."""
 
     def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Run one request: yields `Admitted`, `Tokens`…, `Finished`; if refused, only `Finished`.
+        """Run one request: yields `Admitted`, `Tokens`… or `Embedded`, `Finished`; if refused, only `Finished`.
 
         Closing the generator aborts the request. Raises `Unavailable` if the engine accepts no requests.
         """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_serve.engine.batch_builder import LogitsRows, build_batch
 from lora_serve.engine.logprobs import PendingLogprobs, logprobs
+from lora_serve.engine.pooling import PendingSums, sum_hidden
 from lora_serve.engine.sampler import PendingSamples, SamplingRow, sample
 from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.errors import EngineFault, ServeError, Unavailable
@@ -30,6 +31,7 @@ class SequenceOutput:
     """A step's output for one sequence: its sampled token, if one was sampled, or the failure that ends it.
 
     `prompt_logprobs`: of the prompt tokens that this step's rows predict, in order; None if not requested.
+    `hidden_sum`: float32 [hidden], the sum of the step's hidden states that are pooled; None if there are none.
     """
 
     part: ScheduledSequence
@@ -37,6 +39,7 @@ class SequenceOutput:
     logprob: Logprob | None = None
     prompt_logprobs: list[Logprob] | None = None
     failure: ServeError | None = None
+    hidden_sum: Tensor | None = None
 
 
 Outputs = Callable[[], list[SequenceOutput]]  # waits for a launched step and returns its outputs
@@ -123,7 +126,12 @@ class Runner:
 
     def _attempt(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> Outputs:
         batch, owners = build_batch(scheduled, slots, self._block_size)
-        logits = self._base.forward(batch)
+        sums: PendingSums | None = None
+        if batch.hidden_rows:
+            logits, hidden = self._base.forward_with_hidden(batch)
+            sums = sum_hidden(hidden, [part for part, _ in owners])
+        else:
+            logits = self._base.forward(batch)
         prompts = {
             id(part): self._prompt_logprobs(part, logits[rows]) for part, rows in owners if part.seq.wants_prompt_logits
         }
@@ -135,11 +143,13 @@ class Runner:
 
         def outputs() -> list[SequenceOutput]:
             sampled = {key: value for read in samples for key, value in read().items()}
+            pooled = {} if sums is None else sums.wait()
             found = []
             for part, _ in owners:
                 token, logprob, failure = sampled.get(id(part), (None, None, None))
                 listed = prompts.get(id(part))
-                found.append(SequenceOutput(part, token, logprob, None if listed is None else listed.wait(), failure))
+                prompt_logprobs = None if listed is None else listed.wait()
+                found.append(SequenceOutput(part, token, logprob, prompt_logprobs, failure, pooled.get(id(part))))
             return found
 
         return outputs

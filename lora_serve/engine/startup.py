@@ -133,6 +133,10 @@ def _build_parts(
         created=loaded.created,
         generation_defaults=loaded.generation_defaults,
         notes=notes,
+        hidden_size=loaded.shape.modules[loaded.shape.head]["weight"][1],
+        pooling=loaded.shape.pooling,
+        not_embedding=loaded.not_embedding,
+        headless=loaded.headless,
     )
     return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
 

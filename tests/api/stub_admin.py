@@ -74,7 +74,8 @@ class StubAdminEngine:
         self.operations.append(operation)
         if isinstance(operation, Publish | Inspect):
             found = self.published if isinstance(operation, Publish) else self.inspected
-            found.append({path.name: path.read_bytes() for path in Path(operation.folder).iterdir()})
+            root = Path(operation.folder)
+            found.append({str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()})
         if self.failure is not None:
             raise self.failure
         return msgspec.to_builtins(self._do(operation))

@@ -151,6 +151,7 @@ async def test_the_schema_lists_inspection_and_its_response(server: StubAdminApp
 def folder(path: Path, **more: bytes) -> Path:
     path.mkdir(parents=True)
     for name, content in (FILES | more).items():
+        (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(content)
     return path
 
@@ -208,6 +209,14 @@ async def test_links_are_followed_within_the_roots_only(server: StubAdminApp, tm
     assert refusal(await load(server, source, "other"))[0] == 422
     assert len(server.engine.published) == 1
     assert server.leftovers == []
+
+
+async def test_the_pooling_of_an_adapter_for_embeddings_is_read_from_its_folder(
+    server: StubAdminApp, tmp_path: Path
+) -> None:
+    more = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+    assert (await load(server, folder(tmp_path / "roots" / "poet", **more))).status_code == 200
+    assert server.engine.published == [FILES | more]
 
 
 async def test_a_folder_of_pickles_is_refused_with_advice(server: StubAdminApp, tmp_path: Path) -> None:

@@ -304,6 +304,13 @@ async def test_a_call_with_more_choices_than_the_queue_takes_is_served_in_turns(
     assert len(server.engine.closed) == 60
 
 
+async def test_all_choices_of_a_call_are_served_by_one_version(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, max_queue=2)
+    await server.complete(n=6, adapter="poet")
+    versions = [request.adapters[0].version for request in server.engine.requests]
+    assert versions == [None, None, *["d" * 64] * 4]
+
+
 async def test_a_choice_refused_in_its_turn_ends_the_call(tmp_path: Path) -> None:
     server = StubCompletionApp(tmp_path, max_queue=2)
     server.engine.refusals = {7: Overloaded("full")}

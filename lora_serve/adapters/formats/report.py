@@ -88,6 +88,9 @@ def complete(lowered: Lowered, checkpoint: Checkpoint, base: BaseShape) -> dict[
         summary["virtual_tokens"] = lowered.prefix.length
     if lowered.invocation:
         summary["invocation_tokens"] = list(lowered.invocation)
+    if lowered.pooling is not None:
+        many = "mean of all tokens" if lowered.pooling.mode == "mean" else f"{lowered.pooling.mode} token"
+        summary["embeddings"] = many + (", normalised" if lowered.pooling.normalize else "")
     summary["warnings"] = warnings
     return summary
 

@@ -6,7 +6,7 @@ from lora_serve.api.chat_output.lark import Tool
 from lora_serve.api.chat_output.parser import OutputParser
 from lora_serve.api.chat_output.reasoning import ReasoningFormat, detect_reasoning_format, ends_in_open_reasoning
 from lora_serve.api.chat_output.tool_format import ToolFormat
-from lora_serve.api.chat_output.tool_grammar import special_token_ids, tool_grammar
+from lora_serve.api.chat_output.tool_grammar import answer_grammar, special_token_ids, tool_grammar
 
 __all__ = [
     "OutputEvent",
@@ -18,6 +18,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallBegin",
     "ToolFormat",
+    "answer_grammar",
     "detect_reasoning_format",
     "detect_tool_format",
     "ends_in_open_reasoning",

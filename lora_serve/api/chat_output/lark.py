@@ -34,12 +34,15 @@ class CallRules:
         required: the reply consists of calls; otherwise there may be text, and arguments have to be valid for the
             schema if the function is strict.
         parallel: there may be several calls.
+        announced: calls begin with a marker, even where the format does not insist on it: something else may begin as
+            they do.
     """
 
     tools: Sequence[Tool]
     special_tokens: Mapping[str, int]
     required: bool
     parallel: bool
+    announced: bool = False
 
     def special(self, text: str) -> str:
         """A marker as a special token; empty if it is none."""

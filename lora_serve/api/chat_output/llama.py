@@ -48,11 +48,11 @@ class LlamaFormat(ToolFormat):
     def grammar(self, rules: CallRules) -> str:
         """Lark rule `calls`: a reply's calls, and for `auto` its text.
 
-        For `auto`, a reply that begins with a brace is a call.
+        For `auto`, a reply that begins with a brace is a call, unless calls are announced.
         """
         body = rules.bodies(lambda name: f'{{"name": {json.dumps(name)}, "parameters": ', "}")
         marker = rules.special(MARKERS[0])
-        begin = f"{marker}?" if marker else ""
+        begin = rules.marker(MARKERS[0]) if rules.announced else f"{marker}?" if marker else ""
         more = f'("; " {body})*' if rules.parallel else ""
         forced = f"{begin} {body} {more}"
         if rules.required:

@@ -54,7 +54,7 @@ class QwenCoderFormat(ToolFormat):
         """Lark rule `calls`: a reply's calls, and for `auto` its text."""
         functions = " | ".join(_function(rules, tool) for tool in rules.tools)
         body = f'"\\n" ({functions}) "\\n" {rules.marker(END)}'
-        values = 'xml_text[lazy]: XML_TEXT? "\\n</parameter>\\n"\nXML_TEXT: /(.|\\n)+/'
+        values = f"xml_text[lazy]: XML_TEXT? {literal(PARAMETER_END)}\nXML_TEXT: /(.|\\n)+/"
         return rules.marked_calls(BEGIN, body, separator='"\\n"') + f"\n{values}"
 
 
@@ -168,9 +168,9 @@ def _function(rules: CallRules, tool: Tool) -> str:
         elif "enum" in declared:
             value = f"({' | '.join(map(literal, declared['enum']))}) {end}"
         else:
-            value = "xml_text"
+            value = 'xml_text "\\n"'
         parameter = f"{literal(f'{PARAMETER}{key}>{chr(10)}')} {value}"
         parts.append(parameter if key in (schema.get("required") or ()) else f"({parameter})?")
     if not properties and schema.get("additionalProperties") is not False:
-        parts.append(f"({literal(PARAMETER)} /[^<>\\s]+/ {literal(f'>{chr(10)}')} xml_text)*")
+        parts.append(f"({literal(PARAMETER)} /[^<>\\s]+/ {literal(f'>{chr(10)}')} xml_text {literal(chr(10))})*")
     return " ".join([*parts, literal(FUNCTION_END)])

@@ -1,7 +1,8 @@
-"""Grammars for `tool_choice`: a reply that has to call functions, or whose calls have to be valid."""
+"""Grammars of replies: calls that must come or must be valid, an answer in a given form, and reasoning before them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,23 +12,27 @@ from lora_serve.api.chat_output.lark import CallRules, Tool
 from lora_serve.api.chat_output.reasoning import ReasoningFormat
 from lora_serve.api.chat_output.tool_format import ToolFormat
 
+ANSWER = "@answer"  # how Lark rules refer to the answer's grammar
+
 
 def tool_grammar(
     tool_format: ToolFormat,
     tools: Sequence[Tool],
     choice: Literal["auto", "required"] | Tool,
     *,
+    answer: str | None = None,
     parallel: bool = True,
     reasoning: ReasoningFormat | None = None,
     reasoning_open: bool = False,
     special_tokens: Mapping[str, int] | None = None,
 ) -> str:
-    """An llguidance grammar for replies with tool calls, as `LLMatcher.grammar_from_lark` returns it.
+    """An llguidance grammar for replies with tool calls.
 
     Args:
         tools: functions that may be called; at least one.
         choice: "required": one or more calls, with arguments that are valid for the functions' schemas. A tool: one
             call of it. "auto": text, and calls of these functions; arguments of strict ones are valid.
+        answer: grammar of the text instead of calls, for "auto"; None is any text, also between calls.
         parallel: there may be several calls.
         reasoning: tags between which the model may reason first.
         reasoning_open: the prompt ends with the opening tag, so that the reply begins inside the reasoning.
@@ -40,19 +45,46 @@ def tool_grammar(
     rules = CallRules(
         tools=[choice] if isinstance(choice, Tool) else tools,
         special_tokens=special_tokens or {},
-        required=named or choice == "required",
+        required=named or choice == "required" or answer is not None,
         parallel=parallel and not named,
+        announced=answer is not None and choice == "auto",
     )
     lark = tool_format.grammar(rules)
+    if choice == "auto" and answer is not None:
+        return _with_answer(_reply(f"(calls | {ANSWER})", rules, reasoning, is_open=reasoning_open) + lark, answer)
+    return LLMatcher.grammar_from_lark(_reply("calls", rules, reasoning, is_open=reasoning_open) + lark)
+
+
+def answer_grammar(
+    answer: str,
+    *,
+    reasoning: ReasoningFormat | None = None,
+    reasoning_open: bool = False,
+    special_tokens: Mapping[str, int] | None = None,
+) -> str:
+    """An llguidance grammar for replies whose text, after the reasoning, follows the grammar `answer`."""
     if reasoning is None:
-        lark = f"start: calls\n{lark}"
-    else:
-        lark = f"{_reasoning_rules(reasoning, rules, is_open=reasoning_open)}\n{lark}"
-    return LLMatcher.grammar_from_lark(lark)
+        return answer
+    rules = CallRules([], special_tokens or {}, required=True, parallel=False)
+    return _with_answer(_reply(ANSWER, rules, reasoning, is_open=reasoning_open), answer)
 
 
-def _reasoning_rules(reasoning: ReasoningFormat, rules: CallRules, *, is_open: bool) -> str:
-    """Rule `start`: the reasoning, which may be missing if it has not begun yet, and `calls`.
+def _with_answer(lark: str, answer: str) -> str:
+    """A grammar whose Lark rules refer to another grammar, in Lark or llguidance's JSON, as `ANSWER`."""
+    grammars = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else [{"lark_grammar": answer}]
+    named = [{**grammars[0], "name": ANSWER.removeprefix("@")}, *grammars[1:]]
+    return json.dumps({"grammars": [{"lark_grammar": lark}, *named]})
+
+
+def _reply(reply: str, rules: CallRules, reasoning: ReasoningFormat | None, *, is_open: bool) -> str:
+    """Rule `start`: a reply, given as Lark, with the reasoning before it."""
+    if reasoning is None:
+        return f"start: {reply}\n"
+    return _reasoning_rules(reply, reasoning, rules, is_open=is_open) + "\n"
+
+
+def _reasoning_rules(reply: str, reasoning: ReasoningFormat, rules: CallRules, *, is_open: bool) -> str:
+    """Rule `start`: the reasoning, which may be missing if it has not begun yet, and the reply.
 
     For "auto", reasoning between tags that are no special tokens is text like any other.
     """
@@ -66,10 +98,10 @@ def _reasoning_rules(reasoning: ReasoningFormat, rules: CallRules, *, is_open: b
     if not end:
         rest += f"reasoning_end[lazy]: REASONING? {rules.marker(reasoning.end)}\n"
     if is_open:
-        return f"start: reasoning calls\n{rest}"
+        return f"start: reasoning {reply}\n{rest}"
     if not rules.required and not end:
-        return "start: calls"
-    return f"start: ({begin} reasoning)? calls\n{rest}"
+        return f"start: {reply}"
+    return f"start: ({begin} reasoning)? {reply}\n{rest}"
 
 
 def special_token_ids(tokenizer: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -272,7 +272,11 @@ class RunningCall:
             await each.close()
 
     def _open(self) -> RunningChoice:
-        opened = RunningChoice(self._later.popleft(), self._services, self._endpoint)
+        choice = self._later.popleft()
+        if self._opened and (served := self.adapters):  # the same versions, even if there are new ones by now
+            uses = tuple(AdapterUse(each.name, each.digest, each.weight) for each in served)
+            choice = replace(choice, request=msgspec.structs.replace(choice.request, adapters=uses))
+        opened = RunningChoice(choice, self._services, self._endpoint)
         self._opened.append(opened)
         return opened
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lora_serve.api.auth import Caller
-from lora_serve.api.openai.schemas import Generation, WeightedAdapter
+from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo, ListAdapters
@@ -39,7 +39,7 @@ def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
         raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
-def vocabulary_size(body: Generation, services: Services) -> int:
+def vocabulary_size(body: ModelSelection, services: Services) -> int:
     """Upper bound of token ids; none with an adapter, which may have its own vocabulary: the engine checks it."""
     named = body.adapter or (body.model and body.model not in base_names(services))
     return LARGEST_VOCABULARY if named else engine_info(services).vocab_size
@@ -50,7 +50,7 @@ def base_names(services: Services) -> set[str]:
     return {engine_info(services).model, services.config.served_name(), services.config.model}
 
 
-def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
+def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
     """The adapters that `adapter` and `model` name together; none for the base.
 
     Raises: `BadRequest`; `AdapterNotFound` for an adapter that the caller may not use, as for one that does not exist.
@@ -76,7 +76,9 @@ def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tu
     return uses
 
 
-async def explain_not_found(error: AdapterNotFound, body: Generation, services: Services, caller: Caller) -> ServeError:
+async def explain_not_found(
+    error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
+) -> ServeError:
     """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
     names: list[str] = [info["name"] for info in await services.engine.call(ListAdapters())]
     usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]

@@ -69,11 +69,16 @@ class NoEffect(Strict):
     priority: Literal[0] | None = None
 
 
-class Generation(NoEffect):
-    """Common fields of completions and chat completions. None means the default."""
+class ModelSelection(Strict):
+    """The base, or the adapters to run it with."""
 
     model: Annotated[str, Field(max_length=400)] | None = None
     adapter: AdapterChoice | None = None
+
+
+class Generation(ModelSelection, NoEffect):
+    """Common fields of completions and chat completions. None means the default."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -131,4 +136,32 @@ class Completion(Generation):
     def _something_to_complete(cls, value: Any) -> Any:
         if isinstance(value, list) and not value:
             raise ValueError("the prompt is empty")
+        return value
+
+
+class EmbeddingBody(ModelSelection):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Text | TokenIds | list[Text] | list[TokenIds]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    priority: Literal[0] | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _something_to_embed(cls, value: Any) -> Any:
+        if not value or (isinstance(value, list) and not isinstance(value[0], int) and not all(value)):
+            raise ValueError("it is empty, or has an empty item")
+        if isinstance(value, list) and not isinstance(value[0], int) and len(value) > MOST_PROMPTS:
+            raise ValueError(f"it has more than {MOST_PROMPTS} items")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _something_is_left(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("it must be -1 (the context length) or at least 1")
         return value
