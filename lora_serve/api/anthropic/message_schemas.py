@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from lora_serve.api.openai.chat_schemas import MOST_TOOLS, CacheControl, FunctionName, Identifier
-from lora_serve.api.openai.schemas import MOST_STOPS, AdapterChoice, Stop, Strict, Text
+from lora_serve.api.openai.schemas import MOST_STOPS, ModelSelection, Stop, Strict, Text
 
 NOT_TEXT = ("image", "document", "audio", "video")
 LONGEST_KIND = 50  # characters of a type in a message
@@ -228,11 +228,9 @@ class MessageMetadata(Strict):
     user_id: Annotated[str, Field(max_length=1000)] | None = None
 
 
-class MessagesPrompt(Strict):
+class MessagesPrompt(ModelSelection):
     """What both routes take. None means the default."""
 
-    model: Annotated[str, Field(max_length=400)] | None = None
-    adapter: AdapterChoice | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
     system: Text | TextBlocks | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
