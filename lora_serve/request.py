@@ -36,6 +36,7 @@ class Sampling(msgspec.Struct, frozen=True):
         stop_token_ids: token ids that end the sequence; the model's EOS tokens are added unless `ignore_eos`.
         logprobs: number of alternatives besides the chosen token; None is no log-probabilities at all.
         prompt_logprobs: the same for the tokens of the prompt (`echo` with `logprobs`).
+        grammar: llguidance grammar that the output must follow.
     """
 
     max_tokens: int
@@ -53,6 +54,7 @@ class Sampling(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -111,13 +113,14 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Last event of every request.
 
-    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent), 'length', 'abort' or
-    'error' (with `failure`). A refused request gets this event only.
+    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent, and its log-probability
+    if requested), 'length', 'abort' or 'error' (with `failure`). A refused request gets this event only.
     """
 
     request_id: str
     reason: str
     stop_token: int | None = None
+    stop_logprob: Logprob | None = None
     failure: Failure | None = None
 
 

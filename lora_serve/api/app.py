@@ -11,6 +11,7 @@ from lora_serve.api import admin, error_handlers
 from lora_serve.api.auth import Authorized, Keys
 from lora_serve.api.limits import BodyLimit
 from lora_serve.api.openai import chat, completions, models, tokenize
+from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
 from lora_serve.config import ServeConfig
@@ -33,7 +34,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     )
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
-    app.state.services = Services(engine, tokenizer, config, keys, metrics, config.store_folder() / "staging")
+    staging = config.store_folder() / "staging"
+    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
