@@ -124,6 +124,8 @@ def test_a_prompt_that_ends_in_open_reasoning_is_recognised() -> None:
     closed = render("qwen3", CONVERSATION, add_generation_prompt=True, enable_thinking=False)
     assert closed.rstrip().endswith("</think>")
     assert not ends_in_open_reasoning(closed, THINK)
+    assert ends_in_open_reasoning("assistant: <think>\nhm, so", THINK, "<think>\nhm, so")
+    assert not ends_in_open_reasoning("assistant: <think>hm</think>It", THINK, "<think>hm</think>It")
     quoted = [{"role": "user", "content": "What does <think> do?"}]
     assert not ends_in_open_reasoning(render("qwen3", quoted, add_generation_prompt=True), THINK)
 
