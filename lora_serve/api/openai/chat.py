@@ -25,6 +25,7 @@ from lora_serve.api.openai.generate import (
 from lora_serve.api.openai.preprocess import check_n, encode_chat, engine_info, resolve_adapters, sampling_params
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
 from lora_serve.api.openai.schemas import ChatCompletion
+from lora_serve.api.openai.structured_output import structured_output
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 
@@ -108,6 +109,7 @@ class ChatCall:
 async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> ChatCall:
     uses = resolve_adapters(body, services, caller)
     check_n(body, services)
+    grammar = await structured_output(body)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens differ", param="max_tokens")
     arguments = body.chat_template_kwargs
@@ -128,6 +130,7 @@ async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> 
         default_max_tokens=None,
         field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
     )
     id_ = f"chatcmpl-{uuid.uuid4().hex}"
     choices = make_choices(body, id_, 0, prompt, params, uses, caller.name)

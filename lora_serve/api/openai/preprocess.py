@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
+from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo
@@ -99,6 +100,7 @@ def sampling_params(
     field: str,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """The body's sampling parameters, with defaults from the model's generation config.
 
@@ -106,6 +108,7 @@ def sampling_params(
         max_tokens: as requested; an error if the remaining context is shorter.
         default_max_tokens: if none was requested, at most the remaining context; None is the whole remaining context.
         field: named if the prompt is too long.
+        grammar: what the output must match.
 
     Raises: `BadRequest`, `ContextExceeded`.
     """
@@ -144,6 +147,8 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=None if grammar is None else grammar.text,
+        grammar_field="" if grammar is None else grammar.field,
     )
 
 
