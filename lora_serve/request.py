@@ -38,7 +38,8 @@ class Sampling(msgspec.Struct, frozen=True):
         stop_token_ids: token ids that end the sequence; the model's EOS tokens are added unless `ignore_eos`.
         logprobs: number of alternatives besides the chosen token; None is no log-probabilities at all.
         prompt_logprobs: the same for the tokens of the prompt (`echo` with `logprobs`).
-        grammar: llguidance grammar that the output must follow.
+        grammar: what the output must match, in llguidance's text form.
+        grammar_field: the request field that the grammar comes from, for errors.
     """
 
     max_tokens: int
@@ -57,6 +58,7 @@ class Sampling(msgspec.Struct, frozen=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    grammar_field: str = ""
 
 
 class Pooling(msgspec.Struct, frozen=True):

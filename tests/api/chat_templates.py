@@ -1,4 +1,4 @@
-"""Real chat templates and small ones of the same formats, rendered by transformers."""
+"""Small chat templates in the formats of several families, rendered by transformers."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ async def test_text_parts_are_joined_and_the_last_message_can_be_continued(serve
         ("messages", [{"role": "user", "content": "x" * 100}]),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "yaml"}),
         ("functions", [{"name": "f"}]),
         ("store", True),
         ("modalities", ["audio"]),

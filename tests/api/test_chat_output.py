@@ -124,6 +124,8 @@ def test_a_prompt_that_ends_in_open_reasoning_is_recognised() -> None:
     closed = render("qwen3", CONVERSATION, add_generation_prompt=True, enable_thinking=False)
     assert closed.rstrip().endswith("</think>")
     assert not ends_in_open_reasoning(closed, THINK)
+    assert ends_in_open_reasoning("assistant: <think>\nhm, so", THINK, "<think>\nhm, so")
+    assert not ends_in_open_reasoning("assistant: <think>hm</think>It", THINK, "<think>hm</think>It")
     quoted = [{"role": "user", "content": "What does <think> do?"}]
     assert not ends_in_open_reasoning(render("qwen3", quoted, add_generation_prompt=True), THINK)
 
@@ -340,14 +342,15 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=15).map("".join)
     reasoning=st.sampled_from([None, THINK]),
     is_open=st.booleans(),
     most=st.sampled_from([None, 1]),
+    known=st.sampled_from([(), ["g"], {"f": {"properties": {"a": {"type": "string"}}}}]),
     text=TEXTS,
     cuts=st.lists(st.integers(0, 200), max_size=8),
 )
-@example(QWEN, THINK, True, None, f"hm</think>\n\nok\n{CALL}\n{CALL} x", [])
+@example(QWEN, THINK, True, None, (), f"hm</think>\n\nok\n{CALL}\n{CALL} x", [])
 def test_events_do_not_depend_on_how_the_text_is_cut(
-    tools: Any, reasoning: Any, is_open: bool, most: int | None, text: str, cuts: list[int]
+    tools: Any, reasoning: Any, is_open: bool, most: int | None, known: Any, text: str, cuts: list[int]
 ) -> None:
-    options = {"reasoning_open": is_open, "most_calls": most}
+    options = {"reasoning_open": is_open, "most_calls": most, "known": known}
     whole = parse(text, tools, reasoning, **options)
     assert parse(text, tools, reasoning, pieces=list(text), **options) == whole
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})

@@ -323,6 +323,19 @@ def test_what_a_schema_asks_for_and_llguidance_cannot_hold_is_an_error_only_if_s
         assert matcher.is_error() is strict
 
 
+@pytest.mark.parametrize(
+    "schema", [{}, {"type": ["object", "null"]}, {"type": "string"}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}]
+)
+def test_arguments_are_an_object_whatever_the_schema_allows(schema: dict[str, Any]) -> None:
+    found = detect_tool_format(TEMPLATES["mistral_args"])
+    assert found is not None
+    sampler = Sampler("bytes", False, tool_grammar(found, [Tool("f", schema)], "required"), 0)
+    sampler.write("[TOOL_CALLS]f[ARGS]")
+    assert not sampler.allows(sampler.encode("n"))
+    assert not sampler.allows(sampler.encode('"'))
+    assert sampler.allows(sampler.encode("{"))
+
+
 def test_a_function_s_schema_may_not_change_how_json_is_written() -> None:
     schema = {"type": "object", "properties": {}, "x-guidance": {"whitespace_flexible": True}}
     found = detect_tool_format(TEMPLATES["qwen3"])

@@ -1,4 +1,4 @@
-"""Messages and tools as chat templates expect them; the templates are real ones where their licence allows it."""
+"""Messages and tools as chat templates expect them."""
 
 from __future__ import annotations
 

@@ -17,9 +17,15 @@ TEMPLATE = (
     "|{%- endfor -%}{%- if add_generation_prompt -%}assistant:{%- endif -%}"
     "{%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif -%}"
 )
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 TIME = {"type": "function", "function": {"name": "time", "description": "now"}}
+LOOSE = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object"}}}
 CALL = b'<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 
 
@@ -113,6 +119,7 @@ async def test_parallel_calls_can_be_switched_off(server: StubCompletionApp) -> 
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [LOOSE]}, "tools.0.function.parameters"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
     ],

@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (0,),
     "adapter": (5, "", [], {"name": "poet", "weight": 1000}, [{"name": "poet"}] * 2, "poet@"),
     "best_of": (2,),
-    "response_format": ({"type": "json_object"},),
+    "response_format": ({"type": "yaml"}, {"type": "json_schema"}, "json"),
     "stream": ("yes",),
     "echo": (1,),
     "prompt": ([], [[]], "", [258], [-1], 5, [1, "a"], None),

@@ -99,9 +99,10 @@ class CallWriter:
 
 
 def _joined(events: list[OutputEvent]) -> Iterator[OutputEvent]:
-    for (kind, _), group in groupby(events, key=lambda event: (type(event), getattr(event, "index", 0))):
+    for _, group in groupby(events, key=lambda event: (type(event), getattr(event, "index", 0))):
         first, *rest = group
         if isinstance(first, ToolCallBegin):
             yield from (first, *rest)
         else:
-            yield replace(first, text=first.text + "".join(event.text for event in rest if isinstance(event, kind)))
+            texts = [first.text, *(event.text for event in rest if not isinstance(event, ToolCallBegin))]
+            yield replace(first, text="".join(texts))

@@ -56,7 +56,7 @@ class CallRules:
         """JSON schema that the arguments of a call have to be valid for."""
         if tool.parameters is None:
             return NO_PARAMETERS
-        return ANY_OBJECT | dict(tool.parameters) if self.required or tool.strict else ANY_OBJECT
+        return dict(tool.parameters) | ANY_OBJECT if self.required or tool.strict else ANY_OBJECT
 
     def json(self, schema: Mapping[str, Any], *, strict: bool) -> str:
         """A value that is valid for a JSON schema; keywords that llguidance can't hold are left out unless strict."""

@@ -1,4 +1,4 @@
-"""Llama 3.1 to 4: the reply is `{"name": …, "parameters": {…}}`, several separated by `;`.
+"""Llama 3.1 to 4: the reply is `{"name": …, "parameters": {…}}`, several separated by `;` or nothing.
 
 Llama 3 may write `<|python_tag|>` before it, Llama 4 `<|python_start|>` and `<|python_end|>`. Without a marker only an
 object at the start of a reply can be a call, and only with both a name and parameters: it may be an answer in JSON.
@@ -53,7 +53,7 @@ class LlamaFormat(ToolFormat):
         body = rules.bodies(lambda name: f'{{"name": {json.dumps(name)}, "parameters": ', "}")
         marker = rules.special(MARKERS[0])
         begin = rules.marker(MARKERS[0]) if rules.announced else f"{marker}?" if marker else ""
-        more = f'("; " {body})*' if rules.parallel else ""
+        more = f'("; "? {body})*' if rules.parallel else ""
         forced = f"{begin} {body} {more}"
         if rules.required:
             return f"calls: {forced}"

@@ -172,5 +172,5 @@ def _function(rules: CallRules, tool: Tool) -> str:
         parameter = f"{literal(f'{PARAMETER}{key}>{chr(10)}')} {value}"
         parts.append(parameter if key in (schema.get("required") or ()) else f"({parameter})?")
     if not properties and schema.get("additionalProperties") is not False:
-        parts.append(f"({literal(PARAMETER)} /[^<>\\s]+/ {literal(f'>{chr(10)}')} xml_text {literal(chr(10))})*")
+        parts.append(f"({literal(PARAMETER)} /[^<>\\s]{{1,64}}/ {literal(f'>{chr(10)}')} xml_text {literal(chr(10))})*")
     return " ".join([*parts, literal(FUNCTION_END)])

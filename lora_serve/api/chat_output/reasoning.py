@@ -34,12 +34,14 @@ def detect_reasoning_format(chat_template: str) -> ReasoningFormat | None:
     return next((form for form in FORMATS if form.end in chat_template), None)
 
 
-def ends_in_open_reasoning(prompt: str, form: ReasoningFormat) -> bool:
-    """Whether a rendered prompt ends with the opening tag, so that the reply begins inside the reasoning.
+def ends_in_open_reasoning(prompt: str, form: ReasoningFormat, continued: str = "") -> bool:
+    """Whether a reply begins inside the reasoning, because the rendered prompt ends there.
 
-    Only the end counts: messages may talk about the tags.
+    Only the prompt's end counts, as messages may talk about the tags, and the message that the reply continues.
     """
-    return prompt.rstrip().endswith(form.begin)
+    if prompt.rstrip().endswith(form.begin):
+        return True
+    return continued.lstrip().startswith(form.begin) and form.end not in continued
 
 
 def read_reasoning(reader: TextReader, calls: CallWriter, form: ReasoningFormat, *, is_open: bool) -> Step[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,17 +22,15 @@ from lora_serve.api.chat_output import (
     ReasoningDelta,
     ReasoningFormat,
     TextDelta,
-    Tool,
     ToolCallArguments,
     ToolCallBegin,
     ToolFormat,
-    tool_grammar,
 )
-from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_prompt import ChatPrompt, chat_format, encode_chat, reasoning_arguments
 from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.preprocess import check_n, engine_info, resolve_adapters, sampling_params
+from lora_serve.api.openai.reply_grammar import reply_grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
@@ -175,14 +173,11 @@ async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller,
         clamp=True,
         field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await reply_grammar(body, tools, chat, reasoning_open=encoded.reasoning_open),
     )
     id_ = f"{prefix}{uuid.uuid4().hex}"
     if tools:
-        params = msgspec.structs.replace(
-            params,
-            stop_token_ids=(*params.stop_token_ids, *chat.stop_token_ids()),
-            grammar=_grammar(body, tools, chat, encoded.reasoning_open),
-        )
+        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *chat.stop_token_ids()))
     format = ReplyFormat(
         chat.tools if tools else None,
         chat.reasoning,
@@ -216,31 +211,6 @@ async def encode_conversation(body: ChatCompletion, services: Services) -> ChatP
 def _offered(body: ChatCompletion) -> list[FunctionTool]:
     """The functions that the model may call."""
     return [] if body.tool_choice == "none" else body.tools or []
-
-
-def _grammar(body: ChatCompletion, tools: Sequence[FunctionTool], chat: ChatFormat, reasoning_open: bool) -> str | None:
-    """The grammar of a reply that must call functions, or whose calls must be valid; None if it is free."""
-    offered = {
-        tool.function.name: Tool(tool.function.name, tool.function.parameters, bool(tool.function.strict))
-        for tool in tools
-    }
-    choice = body.tool_choice
-    free = choice in (None, "auto") and not any(tool.strict for tool in offered.values())
-    if chat.tools is None or free:
-        return None
-    return tool_grammar(
-        chat.tools,
-        [*offered.values()],
-        offered[choice.function.name]
-        if isinstance(choice, NamedToolChoice)
-        else "required"
-        if choice == "required"
-        else "auto",
-        parallel=body.parallel_tool_calls is not False,
-        reasoning=chat.reasoning,
-        reasoning_open=reasoning_open,
-        special_tokens=chat.special_tokens,
-    )
 
 
 def _check_together(body: ChatCompletion) -> None:

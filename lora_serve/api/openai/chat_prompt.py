@@ -64,7 +64,9 @@ async def encode_chat(
             **(arguments or {}),
         )
         tokens: list[int] = services.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ChatPrompt(tokens, chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning))
+        continued = turns[-1]["content"] if continue_final_message else ""
+        is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
+        return ChatPrompt(tokens, is_open)
 
     try:
         return await asyncio.to_thread(work)

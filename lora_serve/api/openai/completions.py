@@ -32,6 +32,7 @@ from lora_serve.api.openai.preprocess import (
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
 from lora_serve.api.openai.schemas import Completion
+from lora_serve.api.openai.structured_output import structured_output
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
@@ -122,6 +123,7 @@ class CompletionCall:
 async def _prepare(body: Completion, services: Services, caller: Caller) -> CompletionCall:
     uses = resolve_adapters(body, services, caller)
     check_n(body, services)
+    grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)
     logprobs = body.logprobs
     id_ = f"cmpl-{uuid.uuid4().hex}"
@@ -138,6 +140,7 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
             field="prompt",
             logprobs=logprobs,
             prompt_logprobs=logprobs if body.echo else None,
+            grammar=grammar,
         )
         choices += make_choices(body, id_, len(choices), prompt, params, uses, caller.name)
     model = engine_info(services).model

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
+from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import EngineInfo, ListAdapters
@@ -124,6 +125,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     clamp: bool = False,
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """The body's sampling parameters, with defaults from the model's generation config.
 
@@ -132,6 +134,7 @@ def sampling_params(
         default_max_tokens: if none was requested, at most the remaining context; None is the whole remaining context.
         clamp: reduce `max_tokens` to the remaining context, instead of refusing it.
         field: named if the prompt is too long.
+        grammar: what the output must match.
 
     Raises: `BadRequest`, `ContextExceeded`.
     """
@@ -166,6 +169,8 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=None if grammar is None else grammar.text,
+        grammar_field="" if grammar is None else grammar.field,
     )
 
 

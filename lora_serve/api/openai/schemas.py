@@ -16,6 +16,8 @@ LONGEST_STOP = 256  # characters
 MOST_BIASES = 1024
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
+MOST_CHOICES = 10_000
+LONGEST_CHOICE = 10_000  # characters
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000)]
@@ -45,8 +47,51 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
-class ResponseFormat(Strict):
+class TextFormat(Strict):
     type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """A named JSON Schema. `strict`: refuse schemas outside of OpenAI's strict subset."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    description: Annotated[str, Field(max_length=10_000)] | None = None
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+Choices = Annotated[
+    list[Annotated[str, Field(max_length=LONGEST_CHOICE)]], Field(min_length=1, max_length=MOST_CHOICES)
+]
+
+
+class StructuredOutputs(Strict):
+    """What the output must match, in vLLM's form; exactly one of the first six.
+
+    `json_`: a JSON Schema, or its text. `grammar`: in Lark's syntax. Whitespace options apply to JSON.
+    """
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: Annotated[str, Field(max_length=LONGEST_STOP)] | None = None
+    disable_any_whitespace: bool | None = None
+
+    def requested(self, kind: str) -> Any:
+        return self.json_ if kind == "json" else getattr(self, kind)
 
 
 class NoEffect(Strict):
@@ -107,6 +152,12 @@ class Generation(ModelSelection, NoEffect):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: Annotated[str, Field(max_length=LONGEST_STOP)] | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
 
     @model_validator(mode="after")
