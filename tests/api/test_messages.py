@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from anthropic import AsyncAnthropic, beta_async_tool
 from anthropic.types import Message, RawMessageStreamEvent
+from pydantic import BaseModel
 from stub_completions import CONTEXT, StubCompletionApp, byte_tokenizer
 
 from lora_serve import errors as tree
@@ -246,6 +247,18 @@ async def test_the_choice_of_tools(server: Server, choice: dict[str, Any] | None
     assert message.stop_reason == ("tool_use" if calls else "end_turn")
 
 
+async def test_an_answer_with_a_schema_is_forced_by_a_grammar(server: Server) -> None:
+    server.engine.reply = b'{"city": "Ulm"}'
+
+    class City(BaseModel):
+        city: str
+
+    parsed = await server.sdk.messages.parse(model="base", max_tokens=100, messages=HI, output_format=City)
+    assert parsed.parsed_output == City(city="Ulm")
+    assert (await server.post_message(output_format={"type": "json_schema", "schema": SCHEMA})).status_code == 200
+    assert all(request.sampling.grammar is not None for request in server.engine.requests)
+
+
 async def test_an_input_that_was_cut_off_is_not_taken_for_a_complete_one(server: Server) -> None:
     server.engine.reply = CALL
     message = await server.message(tools=[WEATHER], max_tokens=CALL.index(b"Ulm") + 1)
@@ -383,6 +396,14 @@ def block(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [fields]}]}
 
 
+def output(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
 
 
@@ -442,6 +463,13 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
         ({"n": 2}, "unknown parameter: n"),
         ({"adapter": []}, "adapter"),
         ({"model": "poet", "adapter": "clerk"}, "different adapters"),
+        (output({"type": "object", "if": {}}), "output_config.format.schema"),
+        ({**output({}), "output_format": {"type": "json_schema", "schema": {}}}, "exclude each other"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "missing parameter: output_config.format.schema"),
+        ({"output_config": {"effort": "none"}}, "output_config.effort"),
+        ({"tools": [WEATHER | {"strict": True}]}, "tools.0.input_schema"),
+        ({"tools": [WEATHER | {"input_schema": nested(600)}]}, "refuses these messages"),
+        ({"response_format": {"type": "text"}}, "unknown parameter: response_format"),
         ({"thread": {"type": "create"}}, "holds no conversations"),
     ],
 )

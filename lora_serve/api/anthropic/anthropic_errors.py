@@ -15,6 +15,10 @@ TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+FIELDS = {  # that bodies are translated to → that the client sent
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "function.parameters": "input_schema",
+}
 
 
 class ThreadsUnsupported(BadRequest):
@@ -30,6 +34,9 @@ def is_anthropic(path: str) -> bool:
 
 def anthropic_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     """The JSON object of an error; also the event for one in the middle of a stream."""
+    for field, sent in FIELDS.items():
+        message = message.replace(field, sent)
+        param = param and param.replace(field, sent)
     kind = TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     error = {"type": kind, "message": message, "details": {"error_code": code, "param": param}}
     return {"type": "error", "error": error, "request_id": None}

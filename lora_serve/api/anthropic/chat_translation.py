@@ -180,7 +180,10 @@ def _reasoning_effort(body: MessagesPrompt, chat: ChatFormat) -> str | None:
 
 
 def _response_format(body: MessagesPrompt) -> dict[str, Any] | None:
-    schema = body.output_schema
-    if schema is None:
+    in_config = body.output_config.format if body.output_config else None
+    if in_config is not None and body.output_format is not None:
+        raise BadRequest("output_config.format and output_format exclude each other", param="output_format")
+    format = in_config or body.output_format
+    if format is None:
         return None
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": True}}
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": format.schema_}}

@@ -255,12 +255,6 @@ class MessagesPrompt(ModelSelection):
     diagnostics: None = None
     thread: dict[str, Any] | None = None  # refused in a way that makes the SDK go on without
 
-    @property
-    def output_schema(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer, if it must have one."""
-        format = (self.output_config.format if self.output_config else None) or self.output_format
-        return None if format is None else format.schema_
-
 
 class CreateMessage(MessagesPrompt):
     """Body of `POST /v1/messages`."""

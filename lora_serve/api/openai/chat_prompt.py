@@ -70,7 +70,7 @@ async def encode_chat(
 
     try:
         return await asyncio.to_thread(work)
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error
 
 
