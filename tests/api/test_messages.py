@@ -360,7 +360,7 @@ async def test_a_template_without_thinking_or_tools(tmp_path: Path) -> None:
 
 
 async def test_fields_without_effect_are_accepted_as_coding_agents_send_them(server: Server) -> None:
-    cached = {"type": "ephemeral", "ttl": "1h"}
+    cached = {"type": "ephemeral", "ttl": "1h", "scope": "global"}
     answer = await server.client.post(
         "/v1/messages?beta=true",
         headers={
@@ -435,7 +435,10 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
             },
             "no tool_result",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 5000}]}, "maximum context length is 4096 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 5000}]},
+            "prompt is too long: This model's maximum context length is 4096 tokens",
+        ),
         ({"system": [IMAGE]}, "system.0: this server does not support image input"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),

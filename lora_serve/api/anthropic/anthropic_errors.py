@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_serve.errors import BadRequest
+from lora_serve.errors import BadRequest, ContextExceeded
 
 PREFIX = "/v1/messages"
+TOO_LONG = "prompt is too long: "  # by which coding agents know that they must shorten the conversation
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -34,6 +35,8 @@ def is_anthropic(path: str) -> bool:
 
 def anthropic_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     """The JSON object of an error; also the event for one in the middle of a stream."""
+    if code == ContextExceeded.kind:
+        message = TOO_LONG + message
     for field, sent in FIELDS.items():
         message = message.replace(field, sent)
         param = param and param.replace(field, sent)

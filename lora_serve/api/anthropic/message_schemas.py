@@ -118,7 +118,11 @@ BLOCKS_OF_ROLE: dict[str, tuple[type[Strict], ...]] = {
 
 
 class Turn(Strict):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    The texts of its text blocks are joined by line breaks, and so are messages of one role in a row. A last message of
+    the assistant is continued.
+    """
 
     role: Literal["user", "assistant", "system"]
     content: Text | Annotated[list[Block], Field(max_length=10_000, fail_fast=True)]
@@ -213,11 +217,15 @@ class OutputConfig(Strict):
     format: JSONOutput | None = None
 
 
+class AllTurns(Strict):
+    type: Literal["all"]
+
+
 class KeepThinking(Strict):
     """Keeps all thinking blocks in the context, as without it."""
 
     type: Literal["clear_thinking_20251015"]
-    keep: Literal["all"]
+    keep: Literal["all"] | AllTurns
 
 
 class ContextManagement(Strict):

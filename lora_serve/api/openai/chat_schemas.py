@@ -31,6 +31,7 @@ class CacheControl(Strict):
 
     type: Literal["ephemeral"]
     ttl: Annotated[str, Field(max_length=20)] | None = None
+    scope: Annotated[str, Field(max_length=20)] | None = None
 
 
 class TextPart(Strict):
