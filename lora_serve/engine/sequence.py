@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lora_serve.adapters.traits import Traits
+from lora_serve.engine.grammar import GrammarMatcher
 from lora_serve.kv.pool import chain
 from lora_serve.request import Pooling, Request, Served
 
@@ -46,6 +47,7 @@ class Sequence:
         keys: prefix-cache keys of the full blocks, as far as they were needed.
         indexed: how many of `blocks` are in the prefix index (or were found there).
         cached: prompt tokens found in the prefix cache when it first ran; None before that.
+        matcher: state of its grammar, advanced by every token of the output; None if it has none.
         sampled_row: row of its last sampled token in `SampledTokens`, on the device.
         virtual: number of virtual tokens; an adapter that has them is the sequence's only one.
         active: each of its adapters once, ordered by digest.
@@ -65,6 +67,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
     cached: int | None = None
+    matcher: GrammarMatcher | None = None
     sampled_row: int = 0
 
     def __post_init__(self) -> None:
@@ -100,12 +103,6 @@ class Sequence:
     def last_token_in_flight(self) -> bool:
         """Whether its in-flight token is its last because of the length limit."""
         return self.tokens[-1] == IN_FLIGHT_TOKEN and len(self.tokens) >= self.limit
-
-    @property
-    def needs_previous_tokens(self) -> bool:
-        """Whether sampling depends on its earlier tokens (penalties), so that the host must have read them."""
-        sampling = self.request.sampling
-        return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def wants_prompt_logits(self) -> bool:
