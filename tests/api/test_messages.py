@@ -187,6 +187,14 @@ async def test_why_a_message_stopped(
     assert (ended.delta.stop_reason, ended.delta.stop_sequence) == (reason, sequence)
 
 
+async def test_adapters_are_composed_as_on_every_route(server: Server) -> None:
+    weighted = [{"name": "poet", "weight": 0.5}, {"name": "clerk@dd", "weight": 2.0}]
+    answer = (await server.post_message(adapter=weighted)).json()
+    assert answer["adapter"] == ["poet@" + "d" * 12, "clerk@" + "d" * 12]
+    uses = server.engine.requests[0].adapters
+    assert [(use.name, use.version, use.weight) for use in uses] == [("poet", None, 0.5), ("clerk", "dd", 2.0)]
+
+
 async def test_max_tokens_is_clamped_to_the_remaining_context(server: Server) -> None:
     assert (await server.post_message(max_tokens=1_000_000)).status_code == 200
     request = server.engine.requests[0]
@@ -573,4 +581,6 @@ async def test_the_schema_describes_bodies_and_responses(server: Server) -> None
         assert shown == {"$ref": f"#/components/schemas/{reply}"}
         error = route["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert error == {"$ref": "#/components/schemas/AnthropicError"}
-    assert schema["components"]["schemas"]["CreateMessage"]["required"] == ["messages", "max_tokens"]
+    parts = schema["components"]["schemas"]
+    assert parts["CreateMessage"]["required"] == ["messages", "max_tokens"]
+    assert parts["UnsupportedBlock"]["not"] == parts["ServerTool"]["not"] == {}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from lora_serve.api.openai.chat_schemas import MOST_TOOLS, CacheControl, FunctionName, Identifier
 from lora_serve.api.openai.schemas import MOST_STOPS, ModelSelection, Stop, Strict, Text
 
 NOT_TEXT = ("image", "document", "audio", "video")
 LONGEST_KIND = 50  # characters of a type in a message
+NEVER_VALID = ConfigDict(json_schema_extra={"not": {}})
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
@@ -61,6 +62,8 @@ class RedactedThinkingBlock(Strict):
 
 class UnsupportedBlock(Strict):
     """A content block that is not served; its validation always fails, with the reason."""
+
+    model_config = NEVER_VALID
 
     type: str
 
@@ -152,6 +155,8 @@ class CustomTool(Strict):
 
 class ServerTool(Strict):
     """A tool that Anthropic's servers define or run; its validation always fails, with the reason."""
+
+    model_config = NEVER_VALID
 
     type: str
 
