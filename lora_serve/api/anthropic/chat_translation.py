@@ -9,17 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_serve.api.anthropic.anthropic_errors import ThreadsUnsupported
-from lora_serve.api.anthropic.message_schemas import (
-    Block,
-    CustomTool,
-    MessagesPrompt,
-    MessageToolChoice,
-    TextBlock,
-    Thinking,
-    ThinkingBlock,
-    ToolResultBlock,
-    ToolUseBlock,
-)
+from lora_serve.api.anthropic.message_blocks import Block, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
+from lora_serve.api.anthropic.message_schemas import CustomTool, MessagesPrompt, MessageToolChoice, Thinking
 from lora_serve.api.error_handlers import describe_validation_error
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_prompt import thinking_switch
