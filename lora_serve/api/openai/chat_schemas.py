@@ -73,14 +73,15 @@ class UnsupportedPart(Strict):
 
 
 def _part_kind(value: Any) -> str:
+    """The union's member. Tags are not names of fields, which errors would mistake them for."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("text", "refusal") else "unsupported"
+    return f"{kind} part" if kind in ("text", "refusal") else "unsupported part"
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")]
-    | Annotated[RefusalPart, Tag("refusal")]
-    | Annotated[UnsupportedPart, Tag("unsupported")],
+    Annotated[TextPart, Tag("text part")]
+    | Annotated[RefusalPart, Tag("refusal part")]
+    | Annotated[UnsupportedPart, Tag("unsupported part")],
     Discriminator(_part_kind),
 ]
 Parts = Annotated[list[Part], Field(max_length=10_000, fail_fast=True)]
