@@ -143,6 +143,11 @@ def load_tokenizer(config: ServeConfig) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
     tokenizer.model_max_length = sys.maxsize  # the engine checks the context length; here it would only warn
+    if config.chat_template is not None:
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {error}") from error
     return tokenizer
 
 

@@ -43,6 +43,7 @@ class ServeConfig(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
     served_model_name: str | None = Field(None, description="name of the base in the API (default: as given in MODEL)")
+    chat_template: Path | None = Field(None, description="Jinja file of the chat template (default: the model's)")
 
     adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
     store: Path | None = Field(

@@ -38,6 +38,8 @@ class Sampling(msgspec.Struct, frozen=True):
         stop_token_ids: token ids that end the sequence; the model's EOS tokens are added unless `ignore_eos`.
         logprobs: number of alternatives besides the chosen token; None is no log-probabilities at all.
         prompt_logprobs: the same for the tokens of the prompt (`echo` with `logprobs`).
+        grammar: what the output must match, in llguidance's text form.
+        grammar_field: the request field that the grammar comes from, for errors.
     """
 
     max_tokens: int
@@ -55,6 +57,8 @@ class Sampling(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
+    grammar_field: str = ""
 
 
 class Pooling(msgspec.Struct, frozen=True):
@@ -139,13 +143,15 @@ class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Last event of every request.
 
-    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent; or an embedding is
-    complete), 'length', 'abort' or 'error' (with `failure`). A refused request gets this event only.
+    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent, and its log-probability
+    if requested; or an embedding is complete), 'length', 'abort' or 'error' (with `failure`). A refused request gets
+    this event only.
     """
 
     request_id: str
     reason: str
     stop_token: int | None = None
+    stop_logprob: Logprob | None = None
     failure: Failure | None = None
 
 

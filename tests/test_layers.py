@@ -45,6 +45,7 @@ ALLOWED_IN = {
     "rich": ("command line",),
     "httpx": ("command line",),
     "psutil": ("engine inside",),
+    "llguidance": ("api", "engine inside"),
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),

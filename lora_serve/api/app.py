@@ -8,9 +8,11 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from lora_serve.api import admin, error_handlers
+from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, Keys
 from lora_serve.api.limits import BodyLimit
 from lora_serve.api.openai import chat, completions, embeddings, models, tokenize
+from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
 from lora_serve.config import ServeConfig
@@ -33,11 +35,12 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     )
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
-    app.state.services = Services(engine, tokenizer, config, keys, metrics, config.store_folder() / "staging")
+    staging = config.store_folder() / "staging"
+    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, embeddings, models, tokenize, admin):
+    for routes in (completions, chat, messages_api, embeddings, models, tokenize, admin):
         app.include_router(routes.router)
     app.include_router(router)
     return app

@@ -110,11 +110,15 @@ def load_keys(path: Path | None) -> Keys | None:
 
 
 def authorize(request: Request) -> Caller:
-    """The caller of a request, by its bearer token. Raises `Unauthenticated`."""
+    """The caller of a request, by its bearer token or, as Anthropic's clients send it, `x-api-key`.
+
+    Raises: `Unauthenticated`.
+    """
     keys: Keys | None = request.app.state.services.keys
     if keys is None:
         return EVERYBODY
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    bearer = f"Bearer {request.headers.get('x-api-key', '')}"
+    scheme, _, key = request.headers.get("Authorization", bearer).partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthenticated("an API key is needed: Authorization: Bearer <key>")
     if (caller := keys.find(key.strip())) is None:

@@ -1,6 +1,6 @@
-"""Exception handlers: every error becomes an HTTP status and OpenAI's error JSON.
+"""Exception handlers: every error becomes an HTTP status and OpenAI's error JSON, or Anthropic's on its routes.
 
-All errors are sent as `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
+OpenAI's is `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
 a truncated field name. Internal errors are logged, not shown.
 """
 
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthropic
 from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field name in a message
@@ -25,6 +26,7 @@ MOST_REASONS = 4  # alternatives of a union in a message
 STATUS = {
     "bad_request": 400,
     "context_length_exceeded": 400,
+    "thread_unsupported_request": 400,
     "invalid_api_key": 401,
     "forbidden": 403,
     "adapter_not_found": 404,
@@ -69,7 +71,7 @@ def status(error: ServeError) -> int:
 
 def body(error: ServeError) -> dict[str, Any]:
     """The error as OpenAI's JSON object; also sent as an event when a stream has already started."""
-    return _shape(status(error), error.message, error.param, error.kind)
+    return _shape("", status(error), error.message, error.param, error.kind)
 
 
 def headers(error: ServeError) -> dict[str, str]:
@@ -82,9 +84,10 @@ def headers(error: ServeError) -> dict[str, str]:
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-def response(error: ServeError) -> JSONResponse:
-    """The complete HTTP response for an error raised before the response started."""
-    return JSONResponse(body(error), status(error), headers(error))
+def response(error: ServeError, path: str) -> JSONResponse:
+    """The complete HTTP response for an error raised before the response started, to a request of this path."""
+    shown = _shape(path, status(error), error.message, error.param, error.kind)
+    return JSONResponse(shown, status(error), headers(error))
 
 
 def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
@@ -123,7 +126,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected_error)
 
 
-def _shape(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+def _shape(path: str, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """The error JSON of the API that a path belongs to."""
+    if is_anthropic(path):
+        return anthropic_error(status, message, param, code)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -145,13 +151,13 @@ def _field_path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
 
 def _serve_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServeError)
-    return response(error)
+    return response(error, request.url.path)
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message, param = describe_validation_error(error.errors(), error.body)
-    return JSONResponse(_shape(400, message, param, "bad_request"), 400)
+    return JSONResponse(_shape(request.url.path, 400, message, param, "bad_request"), 400)
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -161,9 +167,10 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
     )
     code = HTTPStatus(error.status_code).name.lower()
-    return JSONResponse(_shape(error.status_code, message, None, code), error.status_code, error.headers)
+    shown = _shape(request.url.path, error.status_code, message, None, code)
+    return JSONResponse(shown, error.status_code, error.headers)
 
 
 def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
     """A bug: the HTTP server logs the traceback; the client gets a plain 500."""
-    return response(EngineFault("the server failed on this request"))
+    return response(EngineFault("the server failed on this request"), request.url.path)

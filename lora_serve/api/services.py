@@ -11,6 +11,7 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from lora_serve.api.auth import Keys
+from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.config import ServeConfig
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
@@ -59,12 +60,14 @@ class Services:
 
     Attributes:
         tokenizer: the base's Hugging Face tokenizer.
+        chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
         staging: folder for uploads, on the store's file system.
     """
 
     engine: EngineProtocol
     tokenizer: Any
+    chat: ChatFormat | None
     config: ServeConfig
     keys: Keys | None
     metrics: Metrics

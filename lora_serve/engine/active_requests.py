@@ -101,7 +101,7 @@ class ActiveRequests:
         if part.end >= seq.limit:
             self.finish(seq, "length")
         else:
-            self.finish(seq, "stop", stop_token=output.token)
+            self.finish(seq, "stop", stop_token=output.token, stop_logprob=output.logprob)
 
     def finish(
         self,
@@ -110,6 +110,7 @@ class ActiveRequests:
         error: ServeError | None = None,
         *,
         stop_token: int | None = None,
+        stop_logprob: Logprob | None = None,
         forget: bool = False,
     ) -> None:
         """End a request: free its KV blocks, leases and state (`forget`: drop its blocks from the prefix index)."""
@@ -119,7 +120,8 @@ class ActiveRequests:
         self._embedding_sums.discard(seq)
         for lease in self._leases.pop(seq.request.id):
             self._registry.release(lease)
-        self._events.append(Finished(seq.request.id, reason, stop_token, None if error is None else Failure.of(error)))
+        failure = None if error is None else Failure.of(error)
+        self._events.append(Finished(seq.request.id, reason, stop_token, stop_logprob, failure))
 
     def _admit(self, request: Request) -> None:
         """Admit a request, or raise the ServeError that refuses it."""

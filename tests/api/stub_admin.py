@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -115,7 +116,7 @@ class StubAdminApp:
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
         self.engine = StubAdminEngine()
         self.config = ServeConfig(model="base", store=store, **options)
-        self.app: FastAPI = create_app(self.engine, None, self.config, keys)
+        self.app: FastAPI = create_app(self.engine, SimpleNamespace(chat_template=None), self.config, keys)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 

@@ -50,16 +50,17 @@ class StubCompletionEngine(StubAdminEngine):
     `refusals`: error by number of the request; `breaks`: number of tokens after which a request fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = CONTEXT) -> None:
         super().__init__()
         self.info = EngineInfo(
-            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=CONTEXT,
+            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=context,
             vocab_size=258, eos_token_ids=(EOS,), kv_tokens=1000, adapter_slots=4, adapters=0, parameters=1, created=7,
             hidden_size=4,
         )  # fmt: skip
         self.reply = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
+        self.most_at_once = 0
         self.refusals: dict[int, ServeError] = {}
         self.breaks: int | None = None
         self.forever = False
@@ -70,6 +71,7 @@ class StubCompletionEngine(StubAdminEngine):
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         number = len(self.requests)
         self.requests.append(request)
+        self.most_at_once = max(self.most_at_once, len(self.requests) - len(self.closed))
         try:
             if number in self.refusals:
                 yield Finished(request.id, "error", failure=Failure.of(self.refusals[number]))
@@ -123,7 +125,8 @@ class StubCompletionEngine(StubAdminEngine):
         if prompt_logprobs is not None:
             yield Tokens(request.id, [], None, prompt_logprobs)
         if count < params.max_tokens:
-            yield Finished(request.id, "stop", stop_token=EOS)
+            logprob = None if params.logprobs is None else self._logprob(EOS)
+            yield Finished(request.id, "stop", stop_token=EOS, stop_logprob=logprob)
         else:
             yield Finished(request.id, "length")
 
@@ -134,8 +137,10 @@ class StubCompletionEngine(StubAdminEngine):
 class StubCompletionApp:
     """An app on a `StubCompletionEngine`, and a client."""
 
-    def __init__(self, store: Path, keys: Keys | None = None, tokenizer: Any = None, **options: Any) -> None:
-        self.engine = StubCompletionEngine()
+    def __init__(
+        self, store: Path, keys: Keys | None = None, tokenizer: Any = None, context: int = CONTEXT, **options: Any
+    ) -> None:
+        self.engine = StubCompletionEngine(context)
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)

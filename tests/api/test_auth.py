@@ -68,6 +68,17 @@ def test_an_invalid_key_file_is_refused_naming_the_entry(tmp_path: Path, text: s
     assert "sk-plain" not in refused.value.message
 
 
+async def test_a_key_may_come_in_anthropic_s_header(server: StubAdminApp) -> None:
+    for headers, status in (
+        ({"x-api-key": "sk-user"}, 200),
+        ({"X-Api-Key": "sk-wrong"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"x-api-key": "sk-user", "Authorization": "Bearer sk-wrong"}, 401),
+        ({"x-api-key": "sk-wrong", "Authorization": "Bearer sk-user"}, 200),
+    ):
+        assert (await server.client.get("/v1/adapters", headers=headers)).status_code == status, headers
+
+
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer ", "Bearer sk-wrong", "Basic sk-user", "sk-user"])
 async def test_no_key_or_a_wrong_one_is_401(server: StubAdminApp, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}

@@ -47,9 +47,10 @@ async def test_text_parts_are_joined_and_the_last_message_can_be_continued(serve
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         ("messages", [{"role": "user", "content": "x" * 100}]),
         ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
-        ("response_format", {"type": "json_object"}),
-        ("functions", []),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "yaml"}),
+        ("functions", [{"name": "f"}]),
+        ("store", True),
         ("modalities", ["audio"]),
         ("max_completion_tokens", 0),
         ("top_logprobs", 21),
@@ -83,19 +84,18 @@ async def test_logprobs_contain_tokens_and_bytes(server: StubCompletionApp) -> N
     server.engine.reply = "é".encode()
     answer = (await server.chat(logprobs=True, top_logprobs=1)).json()
     content = answer["choices"][0]["logprobs"]["content"]
-    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9]]
+    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA9], [*b"</s>"]]
     assert content[0]["logprob"] == -0.1 * 0xC3
     assert len(content[0]["top_logprobs"]) == 1
 
 
 async def test_a_chat_stream_begins_with_the_role_and_ends_with_a_reason(server: StubCompletionApp) -> None:
     chunks = events(await server.chat(stream=True, n=2, stream_options={"include_usage": True}))
-    assert [chunk["choices"][0]["delta"] for chunk in chunks[:2]] == [{"role": "assistant", "content": ""}] * 2
-    texts = ["", ""]
-    for chunk in chunks[2:-1]:
-        choice = chunk["choices"][0]
-        texts[choice["index"]] += choice["delta"].get("content", "")
-    assert texts == ["hello", "hello"]
+    deltas: list[list[dict[str, Any]]] = [[], []]
+    for chunk in chunks[:-1]:
+        deltas[chunk["choices"][0]["index"]].append(chunk["choices"][0]["delta"])
+    assert [each[0] for each in deltas] == [{"role": "assistant", "content": ""}] * 2
+    assert ["".join(delta.get("content", "") for delta in each) for each in deltas] == ["hello", "hello"]
     assert sum(chunk["choices"][0]["finish_reason"] == "stop" for chunk in chunks[:-1]) == 2
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 12

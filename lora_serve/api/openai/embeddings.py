@@ -17,12 +17,19 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.openai.generate import served_fields
-from lora_serve.api.openai.preprocess import check_tokens, engine_info, resolve_adapters, vocabulary_size
+from lora_serve.api.openai.generate import model_fields
+from lora_serve.api.openai.preprocess import (
+    check_tokens,
+    context_exceeded,
+    engine_info,
+    explain_not_found,
+    resolve_adapters,
+    vocabulary_size,
+)
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
-from lora_serve.errors import BadRequest, ContextExceeded, EngineFault, ServeError, Unavailable
+from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
 from lora_serve.metrics import Timer
 from lora_serve.request import Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
 from lora_serve.request import Request as EngineRequest
@@ -36,6 +43,13 @@ Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapter
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
+    try:
+        return await _respond(body, request, services, caller)
+    except AdapterNotFound as error:
+        raise await explain_not_found(error, body, services, caller) from None
+
+
+async def _respond(body: EmbeddingBody, request: Request, services: Services, caller: Caller) -> Response:
     requests = await _prepare(body, services, caller)
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
@@ -54,7 +68,7 @@ async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, ca
     ]
     return FastJSONResponse(
         {"object": "list", "data": data}
-        | served_fields(embeddings[0][1], engine_info(services).model)
+        | model_fields(embeddings[0][1], engine_info(services).model)
         | {"usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     )
 
@@ -68,10 +82,7 @@ async def _prepare(body: EmbeddingBody, services: Services, caller: Caller) -> l
     prompts = await _prompts(body, services)
     for prompt in prompts:
         if len(prompt) > info.max_model_len:
-            raise ContextExceeded(
-                f"This model's maximum context length is {info.max_model_len} tokens; an input has {len(prompt)}",
-                param="input",
-            )
+            raise context_exceeded(info, len(prompt), 0, "input")
     id_, params = f"embd-{uuid.uuid4().hex}", EmbeddingParams(body.dimensions)
     return [
         EngineRequest(f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params)

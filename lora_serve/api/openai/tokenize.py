@@ -5,22 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import model_validator
 
 from lora_serve.api.auth import Authorized
-from lora_serve.api.openai.preprocess import check_tokens, encode, encode_chat, engine_info
-from lora_serve.api.openai.schemas import Detokenize, Tokenize
+from lora_serve.api.openai.chat_prompt import encode_chat
+from lora_serve.api.openai.chat_schemas import Messages
+from lora_serve.api.openai.preprocess import check_tokens, encode, engine_info
+from lora_serve.api.openai.schemas import Strict, Text, TokenIds
 from lora_serve.api.services import ServicesDep
 
 router = APIRouter(tags=["tokenizer"])
+
+
+class Tokenize(Strict):
+    """Body of `POST /tokenize`: a prompt, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Tokenize:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class Detokenize(Strict):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: TokenIds
 
 
 @router.post("/tokenize")
 async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Token ids of a text or of messages."""
     if body.messages is not None:
-        tokens = await encode_chat(
-            services, body.messages, add_generation_prompt=body.add_generation_prompt is not False
-        )
+        chat = await encode_chat(services, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+        tokens = chat.tokens
     else:
         special = body.add_special_tokens is not False
         tokens = await encode(services, body.prompt or "", add_special_tokens=special)
