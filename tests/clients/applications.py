@@ -196,11 +196,7 @@ def pydantic_ai(url: str, model: str) -> None:
 
     provider = OpenAIProvider(base_url=f"{url}/v1", api_key="x")
     settings: Any = {"max_tokens": 100}
-    for served in (
-        OpenAIChatModel(model, provider=provider),
-        OpenAIResponsesModel(model, provider=provider),
-        anthropic,
-    ):
+    for served in (OpenAIChatModel(model, provider=provider), OpenAIResponsesModel(model, provider=provider)):
         assert Agent(served, model_settings=settings).run_sync(QUESTION).output
         typed = Agent(served, output_type=ToolOutput(Place), model_settings=settings, retries=0)
         assert isinstance(typed.run_sync(QUESTION).output, Place)
