@@ -93,3 +93,10 @@ class ResponseObject(Strict):
     previous_response_id: None
     conversation: None
     prompt: None
+    access_programs: None
+    image: None
+    input_transformations: None
+    moderation: None
+    prompt_cache_diagnostics: None
+    prompt_cache_options: None
+    tool_usage: None

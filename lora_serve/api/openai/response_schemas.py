@@ -32,11 +32,11 @@ def _tag(what: str, *supported: str) -> Discriminator:
     return Discriminator(lambda value: f"{kind} {what}" if (kind := _kind(value)) in supported else f"other {what}")
 
 
-def _refused(reason: str) -> BeforeValidator:
-    """Accepts only null and false, and gives the reason for anything else."""
+def _refused(reason: str, *accepted: Any) -> BeforeValidator:
+    """Gives the reason for any value but null and those accepted."""
 
     def check(value: Any) -> Any:
-        if value is None or value is False:
+        if value is None or value in accepted:
             return value
         raise ValueError(reason)
 
@@ -247,7 +247,7 @@ class JsonSchemaText(Strict):
 
 class TextConfig(Strict):
     format: Annotated[PlainTextFormat | JsonObjectText | JsonSchemaText, Field(discriminator="type")] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Annotated[Literal["medium"] | None, _refused("the base model knows no verbosity", "medium")] = None
 
 
 class ReasoningConfig(Strict):
@@ -259,7 +259,7 @@ class ReasoningConfig(Strict):
 
 
 class ResponseStreamOptions(Strict):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[Literal[False] | None, _refused("this server does not pad events", False)] = None
 
 
 Includable = Literal[
@@ -298,12 +298,16 @@ class CreateResponse(Strict):
 
     store: bool | None = None  # nothing is stored
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that a server runs: there are none
-    truncation: Literal["disabled"] | None = None
+    truncation: Annotated[
+        Literal["disabled"] | None, _refused("this server leaves nothing out of a long conversation", "disabled")
+    ] = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None  # prompts are always cached
     prompt_cache_retention: Annotated[str, Field(max_length=100)] | None = None
-    background: Annotated[Literal[False] | None, _refused("this server runs no responses in the background")] = None
+    background: Annotated[Literal[False] | None, _refused("this server runs no responses in the background", False)] = (
+        None
+    )
     previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
     conversation: Annotated[None, _refused(NOTHING_STORED)] = None
     prompt: Annotated[None, _refused("this server stores no prompts; send it as instructions and input")] = None

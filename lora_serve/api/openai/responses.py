@@ -25,6 +25,12 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
 
+# Fields of a response about what only OpenAI's servers do; always null.
+OPENAI_ONLY = (
+    "access_programs", "image", "input_transformations", "moderation", "prompt_cache_diagnostics",
+    "prompt_cache_options", "tool_usage",
+)  # fmt: skip
+
 router = APIRouter(tags=["openai"])
 
 
@@ -198,7 +204,7 @@ def echoed(body: CreateResponse) -> dict[str, Any]:
         "previous_response_id": None,
         "conversation": None,
         "prompt": None,
-    }
+    } | dict.fromkeys(OPENAI_ONLY)
 
 
 async def _prepare(body: CreateResponse, chat: ChatCompletion, services: Services, caller: Caller) -> ResponseCall:
