@@ -287,7 +287,15 @@ async def test_an_error_in_the_middle_of_a_stream_is_a_failed_response(server: S
     assert failed.error is not None
     assert (failed.error.code, failed.error.message) == ("server_error", "it broke")
     assert failed.output[0].content[0].text == "hel"  # type: ignore[union-attr, index]
-    ResponseObject.model_validate(failed.to_dict())
+
+
+async def test_the_objects_in_a_stream_have_the_documented_form(server: Server) -> None:
+    for breaks, last in ((None, "completed"), (3, "failed")):
+        server.engine.breaks = breaks
+        lines = (await server.send(stream=True)).text.split("\n")
+        sent = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        shown = [ResponseObject.model_validate(event["response"]) for event in sent if "response" in event]
+        assert [each.status for each in shown] == ["in_progress", "in_progress", last]
 
 
 async def test_an_error_before_the_first_token_of_a_stream_is_a_failed_response(server: Server) -> None:
@@ -478,7 +486,8 @@ async def test_fields_without_effect_are_accepted(server: Server, fields: dict[s
         ({"background": True}, "background", "background"),
         ({"truncation": "auto"}, "truncation", "leaves nothing out"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "knows no verbosity"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "pad"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}},
+         "stream_options.include_obfuscation", "pad"),
         ({"stream_options": {}}, "stream_options", "needs stream: true"),
         ({"top_logprobs": 2}, "top_logprobs", "include"),
         ({"whatever": 1}, "whatever", "unknown parameter"),
@@ -490,10 +499,12 @@ async def test_fields_without_effect_are_accepted(server: Server, fields: dict[s
         ({"tools": [{"type": "x" * 10_000}]}, "tools.0", "does not support the tool xxx"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name", "missing parameter"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name", "pattern"),
-        ({"tools": [NOW, WEATHER | {"strict": True, "parameters": {"type": "object"}}]}, "tools.1.parameters", "strict"),
+        ({"tools": [NOW, WEATHER | {"strict": True, "parameters": {"type": "object"}}]},
+         "tools.1.parameters", "strict"),
         ({"tools": [WEATHER, WEATHER]}, "tools", "same name"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
-        ({"tools": [NOW], "tool_choice": {"type": "function", "name": "weather"}}, "tool_choice", "no function weather"),
+        ({"tools": [NOW], "tool_choice": {"type": "function", "name": "weather"}},
+         "tool_choice", "no function weather"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "function"),
         (
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}}},

@@ -62,6 +62,7 @@ class OutputTextPart(Strict):
     text: Text
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = None  # added by the SDK
 
     @property
     def shown(self) -> str:
@@ -128,6 +129,7 @@ class FunctionCallItem(Strict):
     id: Identifier | None = None
     status: Status | None = None
     namespace: None = None
+    parsed_arguments: Any = None  # added by the SDK
 
 
 class FunctionCallOutputItem(Strict):
