@@ -11,7 +11,7 @@ from lora_serve.api import admin, error_handlers
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, Keys
 from lora_serve.api.limits import BodyLimit
-from lora_serve.api.openai import chat, completions, embeddings, models, tokenize
+from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
@@ -40,7 +40,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, messages_api, embeddings, models, tokenize, admin):
+    for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin):
         app.include_router(routes.router)
     app.include_router(router)
     return app

@@ -31,6 +31,7 @@ STATUS = {
     "forbidden": 403,
     "adapter_not_found": 404,
     "model_not_found": 404,
+    "response_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "too_large": 413,
