@@ -212,7 +212,7 @@ class ChatCompletion(Generation):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     prediction: None = None
     audio: None = None
     web_search_options: None = None
