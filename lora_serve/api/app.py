@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 
 from lora_serve.api import admin, error_handlers
 from lora_serve.api.anthropic import messages_api
-from lora_serve.api.auth import Authorized, Keys
+from lora_serve.api.auth import Keys, MetricsReader
 from lora_serve.api.limits import BodyLimit
 from lora_serve.api.openai import chat, completions, embeddings, models, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
@@ -68,6 +68,6 @@ async def ready(services: ServicesDep) -> dict[str, str]:
 
 
 @router.get("/metrics")
-async def metrics(services: ServicesDep, caller: Authorized) -> Response:
+async def metrics(services: ServicesDep, caller: MetricsReader) -> Response:
     """Metrics in Prometheus text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)
