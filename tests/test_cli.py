@@ -19,9 +19,9 @@ import tokenizers.pre_tokenizers
 
 from lora_serve.api.auth import Caller, KeyFile
 from lora_serve.cli import load_tokenizer, main
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import BadRequest, ModelUnsupported
-from lora_serve.server import is_public, serve
+from lora_serve.server import serve
 
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
 
@@ -280,7 +280,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 from lora_serve.cli import load_tokenizer
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 print(load_tokenizer(ServeConfig(model=sys.argv[1])).encode("one two two", add_special_tokens=False))
 """
 

@@ -58,4 +58,4 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = TooLarge(f"the body is larger than {self._most:,} bytes")
-        await error_handlers.response(error, scope["path"])(scope, receive, send)
+        await error_handlers.response(error, scope)(scope, receive, send)

@@ -118,7 +118,7 @@ class StubAdminApp:
         self.config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, SimpleNamespace(chat_template=None), self.config, keys)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def ask(self, method: str, path: str, key: str | None = None, **given: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -26,6 +26,7 @@ from lora_serve.api.openai.chat_prompt import chat_format
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
 from lora_serve.api.openai.preprocess import explain_not_found, resolve_adapters
+from lora_serve.api.request_id import request_id
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import AdapterNotFound, ServeError
@@ -37,11 +38,12 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 router = APIRouter(tags=["anthropic"])
 
 
-def _stream_error(error: ServeError) -> dict[str, Any]:
-    return anthropic_error(error_handlers.status(error), error.message, error.param, error.kind)
+def _stream_format(request: Request) -> StreamFormat:
+    def stream_error(error: ServeError) -> dict[str, Any]:
+        status = error_handlers.status(error)
+        return anthropic_error(status, error.message, error.param, error.kind, request_id(request.scope))
 
-
-EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
+    return StreamFormat(named=True, done=None, error=stream_error)
 
 
 @router.post(
@@ -61,7 +63,7 @@ async def create_message(body: CreateMessage, request: Request, services: Servic
     chat = to_chat_completion(body, body.max_tokens, chat_format(services))
     show_thinking = body.thinking is None or body.thinking.display != "omitted"
     prepare = _prepare(chat, services, caller, show_thinking)
-    return await respond(request, chat, services, caller, "messages", prepare, EVENTS)
+    return await respond(request, chat, services, caller, "messages", prepare, _stream_format(request))
 
 
 @router.post("/v1/messages/count_tokens", responses=ERRORS)
