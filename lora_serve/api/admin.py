@@ -7,19 +7,15 @@ engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict
 
-from lora_serve.api import archive
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.api.upload import receive_upload, staging_folder
+from lora_serve.api.upload import receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
     AdapterInfo,
@@ -145,55 +141,6 @@ async def delete(name: AdministeredAdapter, services: ServicesDep) -> dict[str, 
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     await services.engine.call(DeleteAdapter(name))
     return {"name": name, "deleted": True}
-
-
-# --- vLLM's routes, for sidecars that call them -----------------------------------------------------------------------
-
-
-class LoadLora(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-
-
-class UnloadLora(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    lora_name: str
-    lora_int_id: int | None = None
-
-
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Administrator) -> str:
-    """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
-    name = caller.check_may_publish(check_name(body.lora_name, "lora_name"), "lora_name")
-    roots = [root.resolve() for root in services.config.adapter_roots]
-    source = await asyncio.to_thread(_resolve_below_roots, body.lora_path, roots)
-    async with staging_folder(services.staging) as folder:
-        await asyncio.to_thread(archive.copy, source, folder, roots, services.config.max_adapter_size)
-        await _publish(services, name, folder, replace=body.load_inplace)
-    return f"Success: LoRA adapter '{name}' added successfully."
-
-
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
-    """Delete an adapter by name."""
-    await services.engine.call(DeleteAdapter(caller.check_may_use(body.lora_name)))
-    return f"Success: LoRA adapter '{body.lora_name[:100]}' removed successfully."
-
-
-def _resolve_below_roots(path: str, roots: list[Path]) -> Path:
-    """The folder `path` with links resolved, if it is below one of the roots. Raises `BadRequest`."""
-    problem = BadRequest("lora_path must be a folder below one of the server's --adapter-roots", param="lora_path")
-    try:
-        source = Path(path).resolve()
-        if not any(source.is_relative_to(root) for root in roots) or not source.is_dir():
-            raise problem
-    except (OSError, ValueError):
-        raise problem from None
-    return source
 
 
 async def _publish(services: Services, name: str, folder: Path, *, replace: bool) -> Info:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
-from lora_serve.api import admin, error_handlers
+from lora_serve.api import admin, error_handlers, lora_routes
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Keys, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
@@ -62,7 +62,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, messages_api, embeddings, models, tokenize, admin):
+    for routes in (completions, chat, messages_api, embeddings, models, tokenize, admin, lora_routes):
         app.include_router(routes.router)
     app.include_router(router)
     return app

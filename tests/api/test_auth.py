@@ -121,14 +121,15 @@ async def test_the_schema_needs_a_key(server: StubAdminApp) -> None:
         ("POST", "/v1/adapters/poet/unpin"),
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/v1/unload_lora_adapter"),
+        ("POST", "/load_lora_adapter"),
+        ("POST", "/unload_lora_adapter"),
     ],
 )
 async def test_changing_adapters_needs_an_admin_key(server: StubAdminApp, method: str, path: str) -> None:
-    assert (
-        refusal(await server.ask(method, path, key="sk-user", json={"lora_name": "poet", "lora_path": "/"}))[0] == 403
-    )
+    sent = {"lora_name": "poet"} | ({} if "unload" in path else {"lora_path": "/"})
+    assert refusal(await server.ask(method, path, key="sk-user", json=sent))[0] == 403
     assert server.engine.operations == []
-    answer = await server.ask(method, path, key="sk-boss", json={"lora_name": "poet", "lora_path": "/"})
+    answer = await server.ask(method, path, key="sk-boss", json=sent)
     assert answer.status_code in (200, 400)
 
 
@@ -157,6 +158,7 @@ UPLOAD = {"files": [("name", (None, b"coder")), *[("files", item) for item in FI
         ("POST", "/v1/adapters/{}/unpin", {}),
         ("DELETE", "/v1/adapters/{}", {}),
         ("POST", "/v1/unload_lora_adapter", {"lora_name": "{}"}),
+        ("POST", "/unload_lora_adapter", {"lora_name": "{}"}),
     ],
 )
 async def test_an_admin_key_of_some_adapters_does_not_reach_others(
@@ -179,6 +181,7 @@ async def test_an_admin_key_of_some_adapters_does_not_reach_others(
         ("POST", "/v1/adapters", UPLOAD),
         ("PUT", "/v1/adapters/coder", UPLOAD),
         ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "coder", "lora_path": "/x", "load_inplace": True}}),
+        ("POST", "/load_lora_adapter", {"json": {"lora_name": "coder", "lora_path": "/x"}}),
     ],
 )
 async def test_an_admin_key_of_some_adapters_publishes_no_others(
