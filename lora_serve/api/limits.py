@@ -109,6 +109,6 @@ class BodyLimit:
 
 async def _refuse(error: ServeError, scope: Scope, receive: Receive, send: Send) -> None:
     """Respond and close the connection: the rest of the body is not read."""
-    response = error_handlers.response(error, scope["path"])
+    response = error_handlers.response(error, scope)
     response.headers["Connection"] = "close"
     await response(scope, receive, send)

@@ -144,7 +144,7 @@ class StubCompletionApp:
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def post(self, path: str, body: dict[str, Any], key: str = "any") -> httpx.Response:
         return await self.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from stub_completions import StubCompletionApp
 
 from lora_serve.api import json_body
-from lora_serve.api.admin import LoadLora, UnloadLora
 from lora_serve.api.anthropic.message_schemas import CountMessageTokens, CreateMessage
+from lora_serve.api.lora_routes import LoadLora, UnloadLora
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.schemas import Completion, EmbeddingBody
 from lora_serve.api.openai.tokenize import Detokenize, Tokenize

@@ -59,7 +59,7 @@ class Server(StubCompletionApp):
             self.engine.adapters[name] = AdapterInfo(name, False, [])
         transport = httpx2.ASGITransport(self.app)
         self.sdk = AsyncOpenAI(
-            base_url="http://server/v1",
+            base_url="http://localhost/v1",
             api_key="sk-any",
             max_retries=0,
             http_client=httpx2.AsyncClient(transport=transport),

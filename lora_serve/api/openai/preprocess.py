@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import msgspec
+
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import EngineInfo, ListAdapters
+from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
@@ -64,7 +66,7 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
     else:
         uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
     if body.model and body.model not in base_names(services):
-        named = _parse_adapter(WeightedAdapter(name=_without_base(body.model, services)))
+        named = _parse_adapter(WeightedAdapter(name=without_base(body.model, services)))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -77,6 +79,20 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
     return uses
 
 
+async def existing_adapters(body: ModelSelection, services: Services, caller: Caller) -> list[AdapterInfo]:
+    """The adapters that `adapter` and `model` name. Raises as a generating route would, if one does not exist."""
+    found = []
+    try:
+        for use in resolve_adapters(body, services, caller):
+            info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
+            if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
+                raise adapter_not_found(f"{use.name}@{use.version}")
+            found.append(info)
+    except AdapterNotFound as error:
+        raise await explain_not_found(error, body, services, caller) from None
+    return found
+
+
 async def explain_not_found(
     error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
 ) -> ServeError:
@@ -86,7 +102,7 @@ async def explain_not_found(
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
         return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
-    resembled = _resembles(_without_base(body.model, services), [engine_info(services).model, *usable])
+    resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
     return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
 
 
@@ -101,7 +117,7 @@ def check_n(body: Generation, services: Services) -> None:
         raise BadRequest(f"n is more than {services.config.max_n}", param="n")
 
 
-def _without_base(model: str, services: Services) -> str:
+def without_base(model: str, services: Services) -> str:
     """The adapter that `model` names, as `adapter` or as `base:adapter` (SGLang's form)."""
     base = next((name for name in base_names(services) if model.startswith(f"{name}:")), None)
     return model if base is None else model[len(base) + 1 :]
