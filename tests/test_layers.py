@@ -32,7 +32,7 @@ PACKAGES = (
     Package(2, "adapters", ("adapters",)),
     Package(2, "kv", ("kv",)),
     Package(1, "kernels", ("kernels",)),
-    Package(1, "shared types", ("request", "messages", "config", "errors", "names")),
+    Package(1, "shared types", ("request", "messages", "config", "errors", "names", "malloc")),
 )
 
 # Libraries that only some packages may import; any other may be imported anywhere.

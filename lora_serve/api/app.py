@@ -13,6 +13,7 @@ from lora_serve.api.auth import Authorized, Keys
 from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.openai import chat, completions, embeddings, models, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
+from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
 from lora_serve.config import ServeConfig
@@ -38,7 +39,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
     staging = config.store_folder() / "staging"
-    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    encoder = TextEncoder(tokenizer)
+    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(RequireKey, open_paths=OPEN_PATHS)
     error_handlers.install(app)
