@@ -20,11 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lora_serve import malloc
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.engine.client import COMMAND, EngineClient
 from lora_serve.errors import BadRequest
+from lora_serve.http_protocol import ConnectionLimits, connection_limit, limited_protocol
 from lora_serve.messages import EngineInfo
 
+MALLOC_ARENAS = 2  # the memory of a thread that tokenizes is then used again by others
 LAST_RESPONSES = 5  # seconds for open responses to send their last bytes
 
 log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ def serve(
             "give --api-key-file, or --insecure to serve everybody",
             param="host",
         )
+    malloc.limit_arenas(MALLOC_ARENAS)
     listener = bind(config.host, config.port)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(
@@ -89,6 +93,7 @@ class _ServerProcess:
     def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
         self._config = config
         self._engine = engine
+        self._limits = ConnectionLimits(connection_limit())
         self._stop_requested = asyncio.Event()
 
     async def run(self, listener: socket.socket, load_tokenizer: Callable[[], Any], make_app: MakeApp) -> int:
@@ -123,7 +128,7 @@ class _ServerProcess:
         server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=limited_protocol(self._limits),  # type: ignore[arg-type]  # a factory will do
                 log_config=None,
                 log_level="warning",
                 access_log=False,

@@ -17,6 +17,7 @@ from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
 from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
+from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
@@ -45,7 +46,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
     staging = config.store_folder() / "staging"
-    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    encoder = TextEncoder(tokenizer)
+    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(ContentEncoding)

@@ -69,7 +69,7 @@ async def test_a_body_of_many_mistakes_is_refused_at_once(
 ) -> None:
     began = time.process_time()
     status, _, message = await post(server, path, start + many(item, megabytes) + end)
-    assert time.process_time() - began < 0.5  # 13 s for the smallest, when every mistake was collected
+    assert time.process_time() - began < 2  # 13 s for the smallest, when every mistake was collected
     assert status == 400
     assert len(message) < 500
 

@@ -25,6 +25,7 @@ from lora_serve.api.openai.generate import (
 from lora_serve.api.openai.preprocess import (
     check_n,
     check_tokens,
+    context_exceeded,
     encode,
     engine_info,
     resolve_adapters,
@@ -150,17 +151,19 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
 
 async def _prompts(body: Completion, services: Services) -> tuple[list[str], list[list[int]]]:
     """Text (for echo) and token ids of every prompt."""
+    info = engine_info(services)
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: list[Any] = [body.prompt] if one else [*body.prompt]
-    texts: list[str] = []
-    tokens: list[list[int]] = []
+    if isinstance(given[0], str):
+        return given, await encode(services, given, "prompt", add_special_tokens=body.add_special_tokens is not False)
     for prompt in given:
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            texts.append(prompt)
-            tokens.append(await encode(services, prompt, add_special_tokens=special))
-        else:
-            tokens.append(prompt)
-            check_tokens(prompt, vocabulary_size(body, services), "prompt")
-            texts.append(services.tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else "")
-    return texts, tokens
+        if len(prompt) > info.max_model_len:
+            raise context_exceeded(info, len(prompt), 0, "prompt")
+        check_tokens(prompt, vocabulary_size(body, services), "prompt")
+    if not body.echo:
+        return [""] * len(given), given
+
+    def decode() -> list[str]:
+        return [services.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in given]
+
+    return await services.encoder.run(decode, sum(map(len, given))), given
