@@ -14,10 +14,11 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict
 
 from lora_serve.api import archive
 from lora_serve.api.auth import Administrator, Authorized
+from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.schemas import Strict
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import receive_upload, staging_folder
 from lora_serve.errors import BadRequest
@@ -35,7 +36,7 @@ from lora_serve.messages import (
 )
 from lora_serve.names import adapter_not_found, check_name
 
-router = APIRouter(prefix="/v1", tags=["adapters"])
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JSONRoute)
 
 Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
 Name = Annotated[str, InPath(description="the adapter's published name")]
@@ -152,17 +153,13 @@ async def delete(name: Name, services: ServicesDep, caller: Administrator) -> di
 # --- vLLM's routes, for sidecars that call them -----------------------------------------------------------------------
 
 
-class LoadLora(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class LoadLora(Strict):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadLora(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class UnloadLora(Strict):
     lora_name: str
     lora_int_id: int | None = None
 

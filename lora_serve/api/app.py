@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from lora_serve.api import admin, error_handlers
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, Keys
-from lora_serve.api.limits import BodyLimit
+from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
@@ -18,6 +18,8 @@ from lora_serve.api.sse import ClientDisconnected
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
+
+OPEN_PATHS = ("/health", "/ready")  # without a key
 
 router = APIRouter(tags=["server"])
 
@@ -38,6 +40,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     staging = config.store_folder() / "staging"
     app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
+    app.add_middleware(RequireKey, open_paths=OPEN_PATHS)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
     for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin):

@@ -22,6 +22,7 @@ from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
 LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
 MOST_REASONS = 4  # alternatives of a union in a message
+MOST_PROBLEMS = 20  # of a body that are looked at
 
 STATUS = {
     "bad_request": 400,
@@ -94,15 +95,13 @@ def response(error: ServeError, path: str) -> JSONResponse:
 def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
     """Error message and field (a dotted path) of a failed validation.
 
-    Only pydantic's problems with the first field are described; of a union's alternatives, the one that got deepest, as
-    it is most likely the one meant. `sent` is the decoded body: its keys tell field names from names of union members,
-    which pydantic also puts into a location.
+    Only the first of pydantic's problems are looked at, and those with the first field described; of a union's
+    alternatives, the one that got deepest, as it is most likely the one meant. `sent` is the decoded body: its keys
+    tell field names from names of union members, which pydantic also puts into a location.
     """
     if not problems:
         return "the request is not valid", None
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
+    problems = problems[:MOST_PROBLEMS]
     paths = [_field_path(problem, sent) for problem in problems]
     related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)

@@ -142,7 +142,7 @@ def _build_parts(
         generation_defaults=loaded.generation_defaults,
         notes=notes,
         hidden_size=loaded.shape.modules[loaded.shape.head]["weight"][1],
-        pooling=loaded.shape.pooling,
+        pooling=loaded.pooling,
         not_embedding=loaded.not_embedding,
         headless=loaded.headless,
     )

@@ -31,7 +31,7 @@ async def test_the_server_s_own_message_is_accepted_back_as_the_sdk_sends_it(ser
     [
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "function_call": None,
          "tool_calls": None, "reasoning_content": None},
-        {"role": "assistant", "content": "x", "tool_calls": [], "reasoning": ""},
+        {"role": "assistant", "content": "x", "tool_calls": [], "reasoning": "", "parsed": {"a": 1}},
         {"role": "assistant", "content": None, "refusal": "x"},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "x"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},

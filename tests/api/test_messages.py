@@ -479,7 +479,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
         ({"output_config": {"format": {"type": "json_schema"}}}, "missing parameter: output_config.format.schema"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
         ({"tools": [WEATHER | {"strict": True}]}, "tools.0.input_schema"),
-        ({"tools": [WEATHER | {"input_schema": nested(600)}]}, "refuses these messages"),
+        ({"tools": [WEATHER | {"input_schema": nested(600)}]}, "recursion limit"),
         ({"response_format": {"type": "text"}}, "unknown parameter: response_format"),
         ({"thread": {"type": "create"}}, "holds no conversations"),
     ],
@@ -525,7 +525,7 @@ async def test_errors_outside_a_message_have_the_same_shape(tmp_path: Path) -> N
         assert refused(await server.post(path, {}, key="k"))[:2] == (400, "invalid_request_error")
         large = await server.post(path, {"messages": "x" * 2000}, key="k")
         assert refused(large)[:2] == (413, "request_too_large")
-        wrong_method = await server.client.get(path)
+        wrong_method = await server.client.get(path, headers={"x-api-key": "k"})
         assert refused(wrong_method)[0] == 405
         hidden = await server.post(path, {"model": "poet", "max_tokens": 5, "messages": HI}, key="k")
         assert refused(hidden)[:2] == (404, "not_found_error")
@@ -533,7 +533,8 @@ async def test_errors_outside_a_message_have_the_same_shape(tmp_path: Path) -> N
             path, content="{", headers={"x-api-key": "k", "content-type": "application/json"}
         )
         assert refused(broken)[:2] == (400, "invalid_request_error")
-    assert refused(await server.client.get("/v1/messages/batches"))[:2] == (404, "not_found_error")
+    absent = await server.client.get("/v1/messages/batches", headers={"x-api-key": "k"})
+    assert refused(absent)[:2] == (404, "not_found_error")
     assert "error" in (await server.client.get("/v1/messagesx")).json()  # not of this API: OpenAI's shape
 
 

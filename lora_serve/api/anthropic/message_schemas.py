@@ -37,7 +37,7 @@ class CustomTool(Strict):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None  # input is always streamed as it is generated
     defer_loading: Literal[False] | None = None
-    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1, fail_fast=True)] | None = None
     input_examples: Nothing = None
 
 
@@ -122,7 +122,7 @@ class KeepThinking(Strict):
 
 
 class ContextManagement(Strict):
-    edits: Annotated[list[KeepThinking], Field(max_length=1)] | None = None
+    edits: Annotated[list[KeepThinking], Field(max_length=1, fail_fast=True)] | None = None
 
 
 class MessageMetadata(Strict):
@@ -142,7 +142,7 @@ class MessagesPrompt(ModelSelection):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     metadata: MessageMetadata | None = None
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -37,7 +38,7 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.generate import model_fields
 from lora_serve.api.openai.preprocess import (
     check_tokens,
@@ -34,7 +35,7 @@ from lora_serve.metrics import Timer
 from lora_serve.request import Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
 from lora_serve.request import Request as EngineRequest
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 MOST_RUNNING = 256  # inputs of one call in the engine at the same time
 
 Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapters that made it

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from lora_serve.api.openai.chat_schemas import MOST_TOOLS, FunctionName
 from lora_serve.api.openai.response_input import LONGEST_KIND, NEVER_VALID, InputItems, by_kind, kind_of
-from lora_serve.api.openai.schemas import MOST_LOGPROBS, ModelSelection, Strict, Text
+from lora_serve.api.openai.schemas import MOST_LOGPROBS, Few, ModelSelection, Strict, Text
 
 NOTHING_STORED = "this server stores no responses; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
@@ -127,12 +127,12 @@ class CreateResponse(ModelSelection):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    include: Annotated[list[Includable], Field(max_length=100)] | None = None
+    include: Annotated[list[Includable], Field(max_length=100, fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)] | None = None
 
     store: bool | None = None  # nothing is stored
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that a server runs: there are none

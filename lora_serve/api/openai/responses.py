@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api import error_handlers
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
@@ -31,7 +32,7 @@ OPENAI_ONLY = (
     "prompt_cache_options", "tool_usage",
 )  # fmt: skip
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 
 
 class ResponseNotFound(ServeError):

@@ -8,13 +8,14 @@ from fastapi import APIRouter
 from pydantic import model_validator
 
 from lora_serve.api.auth import Authorized
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import Messages
 from lora_serve.api.openai.preprocess import check_tokens, encode, engine_info
 from lora_serve.api.openai.schemas import Strict, Text, TokenIds
 from lora_serve.api.services import ServicesDep
 
-router = APIRouter(tags=["tokenizer"])
+router = APIRouter(tags=["tokenizer"], route_class=JSONRoute)
 
 
 class Tokenize(Strict):
