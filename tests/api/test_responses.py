@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,31 @@ async def test_an_error_before_the_first_token_of_a_stream_is_a_failed_response(
         "response.in_progress",
         "response.failed",
     ]
+    assert len(server.engine.closed) == 1
+
+
+async def test_a_client_that_leaves_ends_the_generation(server: Server) -> None:
+    server.engine.forever = True
+    sent: list[bytes] = []
+
+    async def receive() -> dict[str, Any]:
+        if not sent:
+            sent.append(b"")
+            return {"type": "http.request", "body": b'{"input": "hi", "stream": true}'}
+        while len(sent) < 10:
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/responses", "headers": headers, "query_string": b""}
+    async with asyncio.timeout(5):
+        await server.app(scope, receive, send)
+    assert len(server.engine.closed) == 1
+    assert b"response.output_text.delta" in b"".join(sent)
+    assert b"response.failed" not in b"".join(sent)
 
 
 async def test_a_refused_stream_is_an_error_and_no_stream(server: Server) -> None:

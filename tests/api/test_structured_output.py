@@ -48,6 +48,7 @@ ACCEPTED: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_object"}}, '{"a": [1]}', "[1]"),
     (strict(PERSON, description="a person"), GOOD, BAD),
     (strict(PERSON, strict=False), GOOD, BAD),
+    (strict(PERSON | {"$schema": "http://json-schema.org/draft-07/schema#"}), GOOD, BAD),  # as zod writes it
     (strict({"type": "string", "minLength": 2, "default": "xx"}, strict=None), '"xx"', '"x"'),
     ({"structured_outputs": {"json": PERSON}}, GOOD, BAD),
     ({"structured_outputs": {"json": json.dumps(PERSON)}}, GOOD, BAD),

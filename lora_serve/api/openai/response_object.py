@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lora_serve.api.openai.response_schemas import (
-    FunctionCallItem,
-    MessageItem,
-    NamedFunctionChoice,
-    OutputTextPart,
-    ReasoningConfig,
-    ReasoningItem,
-    ResponseFunction,
-    TextConfig,
-)
+from lora_serve.api.openai.response_input import FunctionCallItem, MessageItem, OutputTextPart, ReasoningItem
+from lora_serve.api.openai.response_schemas import NamedFunctionChoice, ReasoningConfig, ResponseFunction, TextConfig
 from lora_serve.api.openai.schemas import Strict
 
 

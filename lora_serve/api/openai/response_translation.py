@@ -9,17 +9,19 @@ from pydantic import ValidationError
 
 from lora_serve.api.error_handlers import describe_validation_error
 from lora_serve.api.openai.chat_schemas import ChatCompletion
-from lora_serve.api.openai.response_schemas import (
-    LOGPROBS,
-    CreateResponse,
+from lora_serve.api.openai.response_input import (
     FunctionCallItem,
     FunctionCallOutputItem,
     InputItem,
     InputPart,
-    JsonSchemaText,
     MessageItem,
-    NamedFunctionChoice,
     ReasoningItem,
+)
+from lora_serve.api.openai.response_schemas import (
+    LOGPROBS,
+    CreateResponse,
+    JsonSchemaText,
+    NamedFunctionChoice,
     ResponseFunction,
 )
 from lora_serve.errors import BadRequest, ServeError

@@ -56,7 +56,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 STRICT_KEYWORDS = ANNOTATIONS | {
     "type", "enum", "const", "anyOf", "$ref", "$defs", "definitions", "properties", "required",
     "additionalProperties", "items", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format",
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$schema",
 }  # fmt: skip
 STRICT_DEPTH = 10  # nested objects
 STRICT_PROPERTIES = 5000
