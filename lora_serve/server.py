@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ from lora_serve.http_protocol import ConnectionLimits, connection_limit, limited
 from lora_serve.messages import EngineInfo
 
 MALLOC_ARENAS = 2  # the memory of a thread that tokenizes is then used again by others
-LAST_RESPONSES = 5  # seconds for open responses to send their last bytes
+LAST_RESPONSES = 3  # seconds for open responses to send their last bytes
+LAST_THREADS = 1.0  # seconds for threads to end, e.g. one that tokenizes for a client that has left
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +76,11 @@ def serve(
     malloc.limit_arenas(MALLOC_ARENAS)
     listener = bind(config.host, config.port)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(
+        status = runner.run(
             _ServerProcess(config, EngineClient(config, command=engine)).run(listener, load_tokenizer, make_app)
         )
+        _end_within(LAST_THREADS, status)
+        return status
 
 
 class _Server(uvicorn.Server):
@@ -144,9 +148,8 @@ class _ServerProcess:
         # HTTP stays open during the drain: /ready answers 503, and streams get their final events.
         log.info("draining: running requests have %g s to finish", self._config.drain_timeout)
         await self._engine.drain(self._config.drain_timeout)
-        await self._engine.stop()
         server.should_exit = True
-        await serving
+        await asyncio.gather(self._engine.stop(), serving)
         return 0 if server.started else 1
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -155,6 +158,13 @@ class _ServerProcess:
             return
         self._engine.abandon()
         os._exit(128 + number)
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process if it has not ended by then, as Python waits for all threads."""
+    timer = threading.Timer(seconds, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
