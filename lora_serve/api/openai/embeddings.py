@@ -26,7 +26,9 @@ from lora_serve.api.openai.preprocess import (
     resolve_adapters,
     vocabulary_size,
 )
+from lora_serve.api.openai.response_schemas import EmbeddingReply
 from lora_serve.api.openai.schemas import EmbeddingBody
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
@@ -40,7 +42,9 @@ MOST_RUNNING = 256  # inputs of one call in the engine at the same time
 Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapters that made it
 
 
-@router.post("/v1/embeddings")
+@router.post(
+    "/v1/embeddings", response_class=Response, responses={200: {"model": EmbeddingReply}, **errors(404, 422, 429)}
+)
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
     try:

@@ -14,7 +14,9 @@ from lora_serve.api.auth import Authorized
 from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import Messages
 from lora_serve.api.openai.preprocess import check_tokens, encode, engine_info, existing_adapters
+from lora_serve.api.openai.response_schemas import DetokenizeReply, TokenizeReply, TokenizerInfo
 from lora_serve.api.openai.schemas import ModelSelection, Text, TokenIds
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import ServicesDep
 
 router = APIRouter(tags=["tokenizer"])
@@ -41,7 +43,7 @@ class Detokenize(ModelSelection):
     tokens: TokenIds
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=TokenizeReply, responses=errors(404))
 async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Token ids of a text or of messages."""
     await existing_adapters(body, services, caller)
@@ -54,7 +56,7 @@ async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) ->
     return {"count": len(tokens), "max_model_len": engine_info(services).max_model_len, "tokens": tokens}
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=DetokenizeReply, responses=errors(404))
 async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Text of token ids."""
     adapters = await existing_adapters(body, services, caller)
@@ -63,7 +65,7 @@ async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized
     return {"prompt": services.tokenizer.decode(body.tokens)}
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", response_model=TokenizerInfo)
 async def tokenizer_info(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Vocabulary size, special tokens and chat template."""
     tokenizer = services.tokenizer
