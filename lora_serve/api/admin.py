@@ -8,13 +8,14 @@ engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import receive_upload
 from lora_serve.errors import BadRequest
@@ -46,8 +47,22 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def _response_schema(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI schema of a response that is a msgspec struct, with references resolved."""
+class AdapterList(msgspec.Struct, frozen=True):
+    """All adapters that a key may use, by name."""
+
+    object: Literal["list"]
+    data: list[AdapterInfo]
+
+
+class DeletedAdapter(msgspec.Struct, frozen=True):
+    """The name that was deleted."""
+
+    name: str
+    deleted: Literal[True]
+
+
+def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a route: a msgspec struct, with references resolved, and errors."""
     (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
 
     def whole(node: Any) -> Any:
@@ -57,7 +72,8 @@ def _response_schema(struct: type[msgspec.Struct], status: int = 200) -> dict[in
             return node
         return whole(parts[node["$ref"]]) if "$ref" in node else {key: whole(value) for key, value in node.items()}
 
-    return {status: {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}}
+    done = {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}
+    return {success: done, **errors(*statuses)}
 
 
 def is_upload(method: str, path: str) -> bool:
@@ -68,7 +84,10 @@ def is_upload(method: str, path: str) -> bool:
 
 
 @router.post(
-    "/adapters", status_code=201, openapi_extra=_upload_schema("name"), responses=_response_schema(AdapterInfo, 201)
+    "/adapters",
+    status_code=201,
+    openapi_extra=_upload_schema("name"),
+    responses=_responses(AdapterInfo, 409, 422, 507, success=201),
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
@@ -79,7 +98,7 @@ async def publish(request: Request, services: ServicesDep, caller: Administrator
         return await _publish(services, name, upload.folder, replace=False)
 
 
-@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_response_schema(Inspection))
+@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
     async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
@@ -89,7 +108,10 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 
 
 @router.put(
-    "/adapters/{name}", status_code=201, openapi_extra=_upload_schema(), responses=_response_schema(AdapterInfo, 201)
+    "/adapters/{name}",
+    status_code=201,
+    openapi_extra=_upload_schema(),
+    responses=_responses(AdapterInfo, 422, 507, success=201),
 )
 async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
@@ -100,44 +122,44 @@ async def publish_version(name: AdapterName, request: Request, services: Service
         return await _publish(services, name, upload.folder, replace=True)
 
 
-@router.get("/adapters")
+@router.get("/adapters", responses=_responses(AdapterList))
 async def list_adapters(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """All adapters that this key may use, sorted by name."""
     found = await services.engine.call(ListAdapters())
     return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
 
 
-@router.get("/adapters/{name}", responses=_response_schema(AdapterInfo))
+@router.get("/adapters/{name}", responses=_responses(AdapterInfo, 404))
 async def show(name: AdapterName, services: ServicesDep, caller: Authorized) -> Info:
     """One adapter: its versions, the tiers they are in, their sizes, and the report on each."""
     return await _call(services, DescribeAdapter(caller.check_may_use(name)))
 
 
-@router.post("/adapters/{name}/load")
+@router.post("/adapters/{name}/load", responses=_responses(AdapterInfo, 404, 422))
 async def load(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Load an adapter into memory ahead of the first request."""
     return await _call(services, LoadAdapter(name))
 
 
-@router.post("/adapters/{name}/evict")
+@router.post("/adapters/{name}/evict", responses=_responses(AdapterInfo, 404, 409))
 async def evict(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Evict an adapter from memory once no request uses it; it stays published."""
     return await _call(services, EvictAdapter(name))
 
 
-@router.post("/adapters/{name}/pin")
+@router.post("/adapters/{name}/pin", responses=_responses(AdapterInfo, 404, 409, 422))
 async def pin(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Load an adapter and exclude it from LRU eviction."""
     return await _call(services, PinAdapter(name, pinned=True))
 
 
-@router.post("/adapters/{name}/unpin")
+@router.post("/adapters/{name}/unpin", responses=_responses(AdapterInfo, 404))
 async def unpin(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Allow an adapter to be evicted again."""
     return await _call(services, PinAdapter(name, pinned=False))
 
 
-@router.delete("/adapters/{name}")
+@router.delete("/adapters/{name}", responses=_responses(DeletedAdapter, 404))
 async def delete(name: AdministeredAdapter, services: ServicesDep) -> dict[str, Any]:
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     await services.engine.call(DeleteAdapter(name))

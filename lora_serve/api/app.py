@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from lora_serve.api import admin, error_handlers, lora_routes
@@ -18,6 +19,7 @@ from lora_serve.api.methods import HeadRequests
 from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
+from lora_serve.api.openapi import DocumentedAPI
 from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
@@ -37,7 +39,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     Args:
         keys: API keys; None allows every caller everything. With keys, the OpenAPI schema and its pages are not served.
     """
-    app = FastAPI(
+    app = DocumentedAPI(
         title="lora-serve",
         version=version("lora-serve"),
         openapi_url=None if keys else "/openapi.json",
@@ -94,7 +96,7 @@ async def ready(services: ServicesDep) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(services: ServicesDep, caller: MetricsReader) -> Response:
     """Metrics in Prometheus text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)

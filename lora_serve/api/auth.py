@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import yaml
 from fastapi import Depends, Request
 from fastapi import Path as InPath
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lora_serve.api.error_handlers import Forbidden, Unauthenticated
@@ -173,7 +174,20 @@ def authorize(request: Request) -> Caller:
     return caller
 
 
-Authorized = Annotated[Caller, Depends(authorize)]
+# The two schemes are for the OpenAPI schema; `authorize` reads the headers.
+BEARER = HTTPBearer(scheme_name="key", auto_error=False, description="an API key, sent as OpenAI's clients do")
+HEADER = APIKeyHeader(
+    name="x-api-key", scheme_name="header", auto_error=False, description="an API key, sent as Anthropic's clients do"
+)
+
+
+async def _authorized(
+    request: Request, bearer: Annotated[Any, Depends(BEARER)], header: Annotated[Any, Depends(HEADER)]
+) -> Caller:
+    return authorize(request)
+
+
+Authorized = Annotated[Caller, Depends(_authorized)]
 
 
 def administer(caller: Authorized) -> Caller:

@@ -18,6 +18,7 @@ from lora_serve.api.auth import Administrator, Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openai.schemas import Strict
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import BadRequest, ServeError
@@ -66,7 +67,7 @@ class SGLangLoras(Strict):
     loaded_adapters: dict[str, str]
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=errors(409, 422, 507))
 async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Administrator) -> str:
     """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
     base = body.base_model_name
@@ -76,14 +77,14 @@ async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Admin
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404))
 async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
     """Remove an adapter that was loaded from a folder; the folder stays. An adapter that was uploaded is refused."""
     await _unload(body.lora_name, services, caller)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", responses=errors(409, 422, 507))
 async def load_sglang_lora(body: LoadSGLangLora, services: ServicesDep, caller: Administrator) -> SGLangLoras:
     """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
     await _load(body.lora_name, body.lora_path, services, caller, replace=False)
@@ -96,7 +97,7 @@ async def load_sglang_lora(body: LoadSGLangLora, services: ServicesDep, caller: 
     return await _list(services, caller)
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", responses=errors(404))
 async def unload_sglang_lora(body: UnloadSGLangLora, services: ServicesDep, caller: Administrator) -> SGLangLoras:
     """Remove an adapter that was loaded from a folder; the folder stays. An adapter that was uploaded is refused."""
     await _unload(body.lora_name, services, caller)

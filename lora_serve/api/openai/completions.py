@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM, CompletionReply
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -35,6 +36,7 @@ from lora_serve.api.openai.preprocess import (
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
 from lora_serve.api.openai.schemas import Completion
 from lora_serve.api.openai.structured_output import structured_output
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
@@ -43,7 +45,11 @@ router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions",
+    response_class=Response,
+    responses={200: {"model": CompletionReply, "content": EVENT_STREAM}, **errors(404, 422, 429)},
+)
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
     return await respond(request, body, services, caller, "completions", _prepare(body, services, caller))

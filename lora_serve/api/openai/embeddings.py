@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.documented_bodies import EmbeddingReply
 from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.generate import model_fields
 from lora_serve.api.openai.preprocess import (
@@ -30,6 +31,7 @@ from lora_serve.api.openai.preprocess import (
     vocabulary_size,
 )
 from lora_serve.api.openai.schemas import EmbeddingBody
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
@@ -43,7 +45,9 @@ MOST_RUNNING = 256  # inputs of one call in the engine at the same time
 Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapters that made it
 
 
-@router.post("/v1/embeddings")
+@router.post(
+    "/v1/embeddings", response_class=Response, responses={200: {"model": EmbeddingReply}, **errors(404, 422, 429)}
+)
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
     try:

@@ -14,8 +14,10 @@ from lora_serve.api.auth import Authorized
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import Messages
+from lora_serve.api.openai.documented_bodies import DetokenizeReply, TokenizeReply, TokenizerInfo
 from lora_serve.api.openai.preprocess import check_tokens, engine_info, existing_adapters
 from lora_serve.api.openai.schemas import ModelSelection, TokenIds
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse
 
@@ -46,7 +48,7 @@ class Detokenize(ModelSelection):
     tokens: Annotated[TokenIds, Field(max_length=MOST_TOKENS)]
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=TokenizeReply, responses=errors(404))
 async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> Response:
     """Token ids of a text, which may be longer than the context, or of messages, which may not."""
     await existing_adapters(body, services, caller)
@@ -61,7 +63,7 @@ async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) ->
     )
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=DetokenizeReply, responses=errors(404))
 async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized) -> Response:
     """Text of token ids."""
     adapters = await existing_adapters(body, services, caller)
@@ -71,7 +73,7 @@ async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized
     return FastJSONResponse({"prompt": text})
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", response_model=TokenizerInfo)
 async def tokenizer_info(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Vocabulary size, special tokens and chat template."""
     tokenizer = services.tokenizer
