@@ -41,7 +41,7 @@ class GrammarMatcher:
     def advance(self, token: int, generated: int) -> None:
         """Add a sampled token, the output's last of `generated`. Raises the `ServeError` that ends the sequence."""
         if not self.native.consume_token(token):
-            raise EngineFault("the output no longer matches the grammar")
+            raise self._failure()
         if self.complete and generated < self._min_tokens:
             raise self._ends_too_early()
 
@@ -53,7 +53,7 @@ class GrammarMatcher:
             generated: number of tokens generated so far.
         """
         if self.native.is_error():
-            return BadRequest("the grammar is too complex", param=self._field)
+            return self._failure()
         if self._ignore_eos or self._stops or generated < self._min_tokens:
             may_end = self.native.is_accepting()
             _set(mask, self._stops | self.eos_ids, False)
@@ -65,6 +65,12 @@ class GrammarMatcher:
         if not mask.any():
             return BadRequest("no token of this model can continue the output in this grammar", param=self._field)
         return None
+
+    def _failure(self) -> ServeError:
+        """Why llguidance's matcher failed: on a token that was not allowed, or on one of its limits."""
+        if "satisfy" in self.native.get_error():
+            return EngineFault("the output no longer matches the grammar")
+        return BadRequest("the grammar is too complex", param=self._field)
 
     def _ends_too_early(self) -> ServeError:
         return BadRequest("the output that the grammar allows ends before min_tokens", param="min_tokens")

@@ -126,10 +126,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     (strict(PERSON, name="no blanks"), "response_format.json_schema.name"),
     # too large, too deep
-    ({"guided_regex": "a" * 200_001}, "guided_regex"),
+    ({"guided_regex": "a" * 50_001}, "guided_regex"),
     ({"guided_choice": ["a" * 9000] * 30}, "guided_choice"),
     ({"guided_json": {"enum": ["a" * 1000] * 300}}, "guided_json"),
     (strict(nested(60), **LOOSE), SCHEMA),
+    ({"guided_json": {"properties": {f"p{i}": {} for i in range(2001)}}}, "guided_json.properties"),
     # keywords that would be ignored
     (strict({"type": "array", "uniqueItems": True}, **LOOSE), f"{SCHEMA}.uniqueItems"),
     (strict({"anyOf": [{"not": {}}]}, **LOOSE), f"{SCHEMA}.anyOf.0.not"),
