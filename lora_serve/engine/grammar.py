@@ -38,12 +38,21 @@ class GrammarMatcher:
         """Whether the output matches and nothing can follow it."""
         return self.native.is_stopped() and not self.native.is_error()
 
-    def advance(self, token: int, generated: int) -> None:
-        """Add a sampled token, the output's last of `generated`. Raises the `ServeError` that ends the sequence."""
+    def advance(self, token: int) -> None:
+        """Add a sampled token. Raises the `ServeError` that ends the sequence."""
         if not self.native.consume_token(token):
             raise self._failure()
+
+    def check_length(self, generated: int) -> None:
+        """Raise BadRequest if the output is complete with fewer than min_tokens tokens."""
         if self.complete and generated < self._min_tokens:
             raise self._ends_too_early()
+
+    def force_tokens(self, most: int, stop_ids: Set[int]) -> list[int]:
+        """Advance by the tokens that are the only continuation, at most `most` and up to a stop token; returns them."""
+        forced = self.native.compute_ff_tokens()[:most]
+        stop = next((i for i, token in enumerate(forced) if token in stop_ids), len(forced))
+        return forced[: self.native.try_consume_tokens(forced[:stop])]
 
     def finish_mask(self, mask: NDArray[int32], generated: int) -> ServeError | None:
         """Allow the sequence's stop tokens exactly where it may end; returns the error if no token is allowed.

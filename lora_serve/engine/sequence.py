@@ -107,6 +107,12 @@ class Sequence:
         """Whether prompt log-probabilities are still to be sent, so that the prompt must be computed, not looked up."""
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
+    def append_known(self, tokens: list[int]) -> None:
+        """Append tokens that need no sampling; they replace one that is in flight."""
+        if self.tokens[-1] == IN_FLIGHT_TOKEN:
+            self.tokens.pop()
+        self.tokens += tokens
+
     def prefix_key(self, block: int, size: int) -> bytes:
         """Prefix-cache key of full block number `block`; `size` is the block size."""
         while len(self.keys) <= block:

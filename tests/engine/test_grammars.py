@@ -46,8 +46,8 @@ def ids(text: str) -> list[int]:
     return found
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Session]]:
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
     """Starts engines whose base has a tokenizer."""
     started: list[Session] = []
 
@@ -61,14 +61,20 @@ def start() -> Iterator[Callable[..., Session]]:
         each.engine.close()
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "overlapped"])
+def shared(tmp_path_factory: pytest.TempPathFactory, start: Start, request: pytest.FixtureRequest) -> Session:
+    return start(tmp_path_factory.mktemp("engine"), overlap=request.param)
+
+
+@pytest.fixture
+def engine(shared: Session) -> Session:
+    shared.events.clear()
+    return shared
+
+
 def text(session: Session, id: str) -> str:
     found: str = TOKENIZER.decode(session.tokens(id))
     return found
-
-
-@pytest.fixture(params=[False, True], ids=["synchronous", "overlapped"])
-def engine(tmp_path: Path, start: Start, request: pytest.FixtureRequest) -> Session:
-    return start(tmp_path, overlap=request.param)
 
 
 def ask(engine: Session, id: str, grammar: str, **sampling: Any) -> str:
