@@ -1,4 +1,4 @@
-"""Names of adapters and of the files of a PEFT adapter; free of heavy imports, for both processes."""
+"""Names of adapters and of the files of an adapter; free of heavy imports, for both processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"  # only compared with the base's tokenizer
+MODULES = "modules.json"  # sentence-transformers' list of what follows the transformer
+POOLING = "1_Pooling/config.json"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of adapters and of API keys
 
 

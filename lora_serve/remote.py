@@ -18,7 +18,7 @@ from pydantic_settings import CliPositionalArg, CliSubCommand
 
 from lora_serve import reports
 from lora_serve.errors import BadRequest, ServeError, Unavailable
-from lora_serve.names import CONFIG, TOKENIZER, WEIGHTS
+from lora_serve.names import CONFIG, MODULES, POOLING, TOKENIZER, WEIGHTS
 
 TIMEOUT = 600.0  # seconds; validating and storing a large adapter takes a while
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -69,8 +69,8 @@ class RemoteCommand(BaseModel, ABC):
         archive = path.is_file() and path.name.endswith(ARCHIVES)
         with ExitStack() as stack:
             files = [
-                ("archive" if archive else "files", (file.name, stack.enter_context(file.open("rb")), BINARY))
-                for file in ([path] if archive else adapter_files(path))
+                ("archive" if archive else "files", (name_sent, stack.enter_context(file.open("rb")), BINARY))
+                for name_sent, file in ({path.name: path} if archive else adapter_files(path)).items()
             ]
             return self.ask(method, where, data={} if name is None else {"name": name}, files=files)
 
@@ -182,12 +182,12 @@ class AdapterCommand(BaseModel):
     unpin: CliSubCommand[UnpinCommand]
 
 
-def adapter_files(folder: Path) -> list[Path]:
-    """The files of a PEFT folder to upload. Raises `BadRequest` if it is not one."""
-    files = [folder / CONFIG, folder / WEIGHTS]
-    if not all(path.is_file() for path in files):
+def adapter_files(folder: Path) -> dict[str, Path]:
+    """The files of a PEFT folder to upload, by their path in it. Raises `BadRequest` if it is not one."""
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
         raise BadRequest(f"{folder} is neither an archive nor a folder with {CONFIG} and {WEIGHTS}")
-    return files + [path for path in [folder / TOKENIZER] if path.is_file()]
+    names = (CONFIG, WEIGHTS, TOKENIZER, MODULES, POOLING)
+    return {name: folder / name for name in names if (folder / name).is_file()}
 
 
 def _proxy(url: str) -> str | None:

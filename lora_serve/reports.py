@@ -67,6 +67,8 @@ def _report_rows(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
         yield "" if number else "became", str(sentence)
     if "composable" in report:
         yield "composable", "yes" if report["composable"] else f"no: {report.get('not_composable', '')}"
+    if embeddings := report.get("embeddings"):
+        yield "embeddings", str(embeddings)
     if tokens := report.get("invocation_tokens"):
         yield "active from", f"tokens {tokens}"
     if name := report.get("base_model_name_or_path"):

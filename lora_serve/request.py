@@ -1,6 +1,8 @@
-"""Generation requests and their events, as plain structs shared by the API process and the engine process."""
+"""Requests and their events, as plain structs shared by the API process and the engine process."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
@@ -59,8 +61,26 @@ class Sampling(msgspec.Struct, frozen=True):
     grammar_field: str = ""
 
 
+class Pooling(msgspec.Struct, frozen=True):
+    """How a model makes one embedding of a text from the final hidden states of its tokens.
+
+    Attributes:
+        mode: mean of all tokens, or the first or last token alone.
+        normalize: scale the embedding to length 1.
+    """
+
+    mode: Literal["mean", "first", "last"] = "last"
+    normalize: bool = True
+
+
+class EmbeddingParams(msgspec.Struct, frozen=True):
+    """Parameters of an embedding; `dimensions`: keep only this many, and normalise what is kept. None keeps all."""
+
+    dimensions: int | None = None
+
+
 class Request(msgspec.Struct, frozen=True):
-    """One sequence to generate.
+    """One sequence to generate, or to embed: then the prompt is only prefilled (`max_tokens` is 0).
 
     An API call with `n > 1` or several prompts becomes several of these. Prefix caches are separate for each `tenant`.
     """
@@ -70,6 +90,7 @@ class Request(msgspec.Struct, frozen=True):
     sampling: Sampling
     adapters: tuple[AdapterUse, ...] = ()
     tenant: str = ""
+    embedding: EmbeddingParams | None = None
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -112,17 +133,26 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     cached: int = 0
 
 
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """The embedding of a request's prompt: float32, little-endian."""
+
+    request_id: str
+    vector: bytes
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Last event of every request.
 
-    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent), 'length', 'abort' or
-    'error' (with `failure`). A refused request gets this event only.
+    `reason` is 'stop' (an EOS or stop token: `stop_token`, which is not among the tokens sent, and its log-probability
+    if requested; or an embedding is complete), 'length', 'abort' or 'error' (with `failure`). A refused request gets
+    this event only.
     """
 
     request_id: str
     reason: str
     stop_token: int | None = None
+    stop_logprob: Logprob | None = None
     failure: Failure | None = None
 
 
-Event = Admitted | Tokens | Finished
+Event = Admitted | Tokens | Embedded | Finished

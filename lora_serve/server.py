@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 from lora_serve.engine.client import COMMAND, EngineClient
 from lora_serve.errors import BadRequest
 from lora_serve.messages import EngineInfo
@@ -32,16 +31,6 @@ log = logging.getLogger(__name__)
 
 App = Callable[..., Any]  # ASGI
 MakeApp = Callable[[EngineClient, Any], App]
-
-
-def is_public(host: str) -> bool:
-    """Whether `host` is reachable from other machines; a host name that is not an address counts as public."""
-    if host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
 
 
 def bind(host: str, port: int) -> socket.socket:

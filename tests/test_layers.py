@@ -45,7 +45,7 @@ ALLOWED_IN = {
     "rich": ("command line",),
     "httpx": ("command line",),
     "psutil": ("engine inside",),
-    "llguidance": ("engine inside", "api"),
+    "llguidance": ("api", "engine inside"),
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),

@@ -138,6 +138,15 @@ def test_upload_includes_the_tokenizer(server: RecordingServer, folder: Path) ->
     assert parts(*server.asked[0][2:])[-1] == ("files", "tokenizer.json", b"{}")
 
 
+def test_upload_includes_the_pooling_of_an_adapter_for_embeddings(server: RecordingServer, folder: Path) -> None:
+    (folder / "modules.json").write_bytes(b"[]")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_bytes(b"{}")
+    assert main(["adapter", "upload", str(folder), "--url", server.url]) == 0
+    sent = parts(*server.asked[0][2:])
+    assert sent[-2:] == [("files", "modules.json", b"[]"), ("files", "1_Pooling/config.json", b"{}")]
+
+
 PEAK = """
 import re, sys
 from lora_serve.cli import main

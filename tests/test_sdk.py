@@ -1,12 +1,14 @@
-"""The openai SDK, sync and async, against the real server."""
+"""The openai and anthropic SDKs, sync and async, against the real server."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 
+import anthropic
 import openai
 import pytest
+from anthropic import Anthropic, AsyncAnthropic
 from openai import AsyncOpenAI, OpenAI
 from server_process import ADAPTERS, ServerProcess
 
@@ -74,13 +76,81 @@ def test_models_lists_the_base_first(client: OpenAI) -> None:
     assert client.models.retrieve("shout").id == "shout"
 
 
+def test_responses_whole_and_streamed(client: OpenAI) -> None:
+    for name, task in TASKS.items():
+        answer = client.responses.create(model=name, input=TEXT, temperature=0, max_output_tokens=48)
+        assert answer.output_text == task.answer(TEXT)
+        assert (answer.status, answer.model) == ("completed", name)
+    with client.responses.stream(model="shout", input=TEXT, temperature=0) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == TEXT.upper()
+    assert final.usage is not None
+    assert final.usage.total_tokens == final.usage.input_tokens + final.usage.output_tokens
+    short = client.responses.create(model="shout", input=TEXT, temperature=0, max_output_tokens=2)
+    assert short.status == "incomplete"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+
+
 def test_errors_become_the_sdk_s_exception_classes(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")
-    assert missing.value.code == "adapter_not_found"
+    assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="demo", prompt="x", extra_body={"whatever": 1})
     assert bad.value.param == "whatever"
+
+
+# --- Anthropic's -----------------------------------------------------------------------------------------------------
+
+GREEDY = {"temperature": 0}  # which the SDK has no argument for
+HI: list[anthropic.types.MessageParam] = [{"role": "user", "content": TEXT}]
+
+
+@pytest.fixture
+def messages(server: ServerProcess) -> Iterator[anthropic.resources.Messages]:
+    with Anthropic(base_url=server.url, api_key="any", max_retries=0) as client:
+        yield client.messages
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_messages_with_an_adapter_as_the_model(messages: anthropic.resources.Messages, name: str) -> None:
+    answer = messages.create(model=f"demo:{name}", max_tokens=48, extra_body=GREEDY, messages=HI)
+    assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": TASKS[name].answer(TEXT)}]
+    assert (answer.model, answer.stop_reason) == (name, "end_turn")
+    with messages.stream(model=name, max_tokens=48, extra_body=GREEDY, messages=HI) as stream:
+        assert "".join(stream.text_stream) == TASKS[name].answer(TEXT)
+        final = stream.get_final_message()
+    assert final.usage.output_tokens == answer.usage.output_tokens
+    counted = messages.count_tokens(model=name, messages=HI).input_tokens
+    assert counted == final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0)
+
+
+def test_a_message_stops_at_a_sequence(messages: anthropic.resources.Messages) -> None:
+    stopped = messages.create(
+        model="shout", max_tokens=48, extra_body=GREEDY, messages=HI, stop_sequences=["FOX", "RUN"]
+    )
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "FOX")
+
+
+def test_message_errors_become_the_sdk_s_exception_classes(messages: anthropic.resources.Messages) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="model nobody does not exist"):
+        messages.create(model="nobody", max_tokens=5, messages=HI)
+    with pytest.raises(anthropic.BadRequestError, match="unknown parameter: whatever"):
+        messages.create(model="demo", max_tokens=5, messages=HI, extra_body={"whatever": 1})
+
+
+async def test_message_streams_of_many_adapters_at_once(server: ServerProcess) -> None:
+    async with AsyncAnthropic(base_url=server.url, api_key="any", max_retries=0) as client:
+
+        async def ask(name: str) -> str:
+            async with client.messages.stream(model=name, max_tokens=48, extra_body=GREEDY, messages=HI) as stream:
+                return await stream.get_final_text()
+
+        names = [*TASKS] * 3
+        answers = await asyncio.gather(*map(ask, names))
+    assert answers == [TASKS[name].answer(TEXT) for name in names]
 
 
 async def test_many_adapters_are_served_concurrently_with_the_async_client(server: ServerProcess) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.contract import Delta
+from lora_serve.request import Pooling
 
 ALIGNMENT = 64  # bytes; every matrix starts at a multiple of it, so vector loads do not straddle cache lines
 VECTORS = (
@@ -60,6 +61,7 @@ class BaseShape:
         names: names of the base (for warnings about adapters trained on another).
         vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
         quantized: how the base's weights are quantised, or empty (for reports).
+        body: path of the model without its LM head, which adapters for embeddings are trained on.
     """
 
     sites: dict[str, Site]
@@ -78,6 +80,7 @@ class BaseShape:
     names: tuple[str, ...] = ()
     vocabulary: str = ""
     quantized: str = ""
+    body: str = ""
 
     def bias(self, site: str) -> Tensor | None:
         """The bias [out] of a linear module of the base, if it has one."""
@@ -180,6 +183,7 @@ class Lowered:
         prefix: virtual tokens before the prompt.
         invocation: aLoRA's invocation tokens: the adapter is active from their last occurrence in the prompt on (not at
             all without one); empty: always active.
+        embeds, pooling: whether the adapter is made for embeddings, and its own pooling; None: the base's.
     """
 
     deltas: dict[str, Delta]
@@ -187,6 +191,8 @@ class Lowered:
     overrides: dict[str, ModuleOverride] = field(default_factory=dict)
     prefix: Prefix | None = None
     invocation: tuple[int, ...] = ()
+    embeds: bool = False
+    pooling: Pooling | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Reads and validates the untrusted files of a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads and validates the untrusted files of a PEFT adapter: configuration, weights, and how it pools embeddings.
 
 Links, pickles, oversized headers, duplicate keys, overlapping tensors, unsupported dtypes and non-finite numbers are
 refused with the file, key or field named. Files are read into private memory, not mapped, so later changes to them have
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import AdapterInvalid, TooLarge
-from lora_serve.names import CONFIG, WEIGHTS
+from lora_serve.names import CONFIG, MODULES, POOLING, WEIGHTS
 
 MAX_CONFIG = 1 << 20  # bytes
 MAX_HEADER = 8 << 20  # bytes
@@ -39,16 +39,19 @@ class Checkpoint:
     """The content of a PEFT folder. `tensors` own their memory and are finite.
 
     `vocabulary` is the digest of the folder's tokenizer vocabulary, if it has one; the tokenizer itself is not used.
+    `modules` and `pooling` are what sentence-transformers' `modules.json` and `1_Pooling/config.json` hold, if there.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     file_bytes: int
     vocabulary: str = ""
+    modules: Any = None
+    pooling: Any = None
 
 
 def read(folder: Path, *, max_bytes: int) -> Checkpoint:
-    """Read `adapter_config.json` and `adapter_model.safetensors` of a folder.
+    """Read `adapter_config.json`, `adapter_model.safetensors` and sentence-transformers' files of a folder.
 
     Raises: AdapterInvalid naming what is wrong; TooLarge if the weights file exceeds `max_bytes`.
     """
@@ -67,7 +70,11 @@ def read(folder: Path, *, max_bytes: int) -> Checkpoint:
     not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise AdapterInvalid(f"{WEIGHTS} has numbers that are not finite in {shorten(not_finite)}")
-    return Checkpoint(config, tensors, len(config_bytes) + len(data), vocabulary_digest(folder))
+    modules, pooling = (
+        _parse_json(_read_bytes(folder / name, MAX_CONFIG), name) if (folder / name).exists() else None
+        for name in (MODULES, POOLING)
+    )
+    return Checkpoint(config, tensors, len(config_bytes) + len(data), vocabulary_digest(folder), modules, pooling)
 
 
 def check_container(data: bytes) -> None:

@@ -19,7 +19,7 @@ from lora_serve.adapters.formats.report import complete
 from lora_serve.adapters.store import Meta, Record, Store
 from lora_serve.adapters.traits import traits
 from lora_serve.errors import AdapterExists, TooLarge
-from lora_serve.names import CONFIG, WEIGHTS
+from lora_serve.names import CONFIG, MODULES, POOLING, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Publisher:
     def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> PublishedVersion | None:
         """Publish one of the operator's folders; None if `record` was published from the same, unmodified files."""
         signature = sha256()
-        for path in (folder / CONFIG, folder / WEIGHTS):
+        for path in (folder / name for name in (CONFIG, WEIGHTS, MODULES, POOLING)):
             if path.exists():
                 status = path.stat()
                 signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -25,7 +25,7 @@ import msgspec
 
 from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterInvalid, StorageFull, Unavailable
-from lora_serve.names import CARD, CONFIG, WEIGHTS
+from lora_serve.names import CARD, CONFIG, MODULES, POOLING, WEIGHTS
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -50,7 +50,10 @@ class Meta(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """The version that a name refers to. `source` is the signature of the folder it was published from at start."""
+    """The version that a name refers to.
+
+    `source`: the folder that it is a copy of; of one published at start, the folder's signature. Empty for an upload.
+    """
 
     digest: str
     created: float
@@ -132,13 +135,13 @@ class Store:
     def _add_version(self, folder: Path, digest: str, meta: Meta) -> None:
         staged = Path(tempfile.mkdtemp(dir=self._staging))
         try:
-            for name in (CONFIG, WEIGHTS, CARD):
+            for name in (CONFIG, WEIGHTS, CARD, MODULES, POOLING):
                 if (folder / name).is_file():
+                    (staged / name).parent.mkdir(exist_ok=True)
                     _copy_or_move(folder / name, staged / name, move=self.is_staged(folder))
             (staged / "meta.json").write_bytes(msgspec.json.encode(meta))
-            for path in staged.iterdir():
+            for path in (*staged.rglob("*"), staged):
                 _sync(path)
-            _sync(staged)
             staged.rename(self._versions / digest)
             _sync(self._versions)
         finally:

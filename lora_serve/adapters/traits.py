@@ -1,4 +1,4 @@
-"""Adapter metadata needed before its weights are loaded: virtual tokens, invocation, vocabulary, composability."""
+"""Adapter metadata needed before its weights are loaded: virtual tokens, vocabulary, composability, pooling."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import msgspec
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.errors import AdapterInvalid
+from lora_serve.request import Pooling
 
 
 class Traits(msgspec.Struct, frozen=True):
@@ -16,12 +17,15 @@ class Traits(msgspec.Struct, frozen=True):
         invocation: aLoRA's invocation tokens: active from their last occurrence in the prompt on; empty: always.
         not_additive: why it cannot be weighted or composed; empty if it can.
         vocabulary: vocabulary size of its sequences, if it differs from the base's; else 0.
+        embeds, pooling: whether it is made for embeddings, and its own pooling; None: the base's.
     """
 
     virtual: int = 0
     invocation: tuple[int, ...] = ()
     not_additive: str = ""
     vocabulary: int = 0
+    embeds: bool = False
+    pooling: Pooling | None = None
 
 
 def traits(lowered: Lowered, base: BaseShape) -> Traits:
@@ -31,6 +35,8 @@ def traits(lowered: Lowered, base: BaseShape) -> Traits:
         invocation=lowered.invocation,
         not_additive=lowered.not_additive,
         vocabulary=_vocabulary(lowered, base),
+        embeds=lowered.embeds,
+        pooling=lowered.pooling,
     )
 
 

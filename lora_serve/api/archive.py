@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import shutil
 import stat
 import struct
@@ -19,9 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from lora_serve.errors import AdapterInvalid, TooLarge
-from lora_serve.names import CARD, CONFIG, TOKENIZER, WEIGHTS
+from lora_serve.names import CARD, CONFIG, MODULES, POOLING, TOKENIZER, WEIGHTS
 
-ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER)  # the tokenizer is only compared with the base's, not stored
+# The tokenizer is only compared with the base's, not stored.
+ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER, MODULES, POOLING)
 
 MOST_MEMBERS = 64
 MOST_RATIO = 100  # of unpacked to packed size; weights hardly compress, zip bombs do
@@ -33,6 +35,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Written beside the adapter by trainers.
 TRAINER_FILES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")
 HARMLESS = (".json", ".txt", ".md", ".jinja", ".model", ".yaml", ".yml", ".toml", ".png", ".jsonl", ".tiktoken")
+# Folders in which sentence-transformers keeps the configuration of what follows the transformer.
+MODULE_FOLDERS = re.compile(r"[0-9]_(Pooling|Normalize|Dense|LayerNorm|Dropout)")
 HARMLESS_NAMES = ("LICENSE", "NOTICE", ".gitattributes", ".gitignore", ".DS_Store")
 
 _UNREADABLE = (
@@ -60,6 +64,17 @@ def is_adapter_file(name: str) -> bool:
     if name.lower().endswith(PICKLES):
         raise AdapterInvalid(f"{name[:100]} is a pickle, which can run code: save the adapter as {WEIGHTS}")
     raise AdapterInvalid(f"{name[:100]} is no part of a PEFT adapter; the files are {CONFIG} and {WEIGHTS}")
+
+
+def file_of(path: str) -> str:
+    """The name under which a file of an adapter's folder is kept: without folders, except for `1_Pooling/config.json`.
+
+    Empty for other files in folders of sentence-transformers' modules: what these do is in `modules.json`.
+    """
+    parts = PurePosixPath(path).parts
+    if len(parts) > 1 and MODULE_FOLDERS.fullmatch(parts[-2]):
+        return POOLING if "/".join(parts[-2:]) == POOLING else ""
+    return parts[-1] if parts else ""
 
 
 def unpack(archive: Path, folder: Path, most: int) -> None:
@@ -132,12 +147,15 @@ class _Members:
             raise AdapterInvalid(f"{shown} in the archive is a path that leads out of it")
         if parts[0] == "__MACOSX":
             return ""
+        name = file_of(path)
+        if not name:
+            return ""
+        parts = parts[: -name.count("/") or None]
         if len(parts) > 2:
             raise AdapterInvalid(f"the archive has folders in folders ({shown}); it must hold one PEFT folder")
         self._folders.add(parts[0] if len(parts) == 2 else "")
         if len(self._folders) > 1:
             raise AdapterInvalid(f"the archive holds more than one folder ({shown}); it must hold one PEFT folder")
-        name = parts[-1]
         if not is_adapter_file(name):
             return ""
         if name in self._names:
@@ -241,4 +259,5 @@ def copy(source: Path, folder: Path, roots: list[Path], most: int) -> None:
         total += path.stat().st_size
         if total > most:
             raise TooLarge(f"the adapter is larger than {most:,} bytes")
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)

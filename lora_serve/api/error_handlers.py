@@ -1,7 +1,7 @@
-"""Exception handlers: every error becomes an HTTP status and OpenAI's error JSON.
+"""Exception handlers: every error becomes an HTTP status and OpenAI's error JSON, or Anthropic's on its routes.
 
-All errors are sent as `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
-a truncated field name. Internal errors are logged, not shown.
+OpenAI's is `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
+a truncated field name. Internal errors are logged, not shown (`error_responses.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
+from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthropic
+from lora_serve.api.methods import allowed_methods
+from lora_serve.api.request_id import request_id
+from lora_serve.errors import Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
 MOST_REASONS = 4  # alternatives of a union in a message
+MOST_PROBLEMS = 20  # of a body that are looked at
 
 STATUS = {
     "bad_request": 400,
     "context_length_exceeded": 400,
+    "thread_unsupported_request": 400,
     "invalid_api_key": 401,
     "forbidden": 403,
     "adapter_not_found": 404,
     "model_not_found": 404,
+    "response_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "too_large": 413,
+    "unsupported_media_type": 415,
     "adapter_invalid": 422,
     "overloaded": 429,
     "engine_fault": 500,
@@ -62,6 +70,12 @@ class Forbidden(ServeError):
     kind = "forbidden"
 
 
+class UnsupportedMedia(ServeError):
+    """The body is in a format or encoding that is not read here."""
+
+    kind = "unsupported_media_type"
+
+
 def status(error: ServeError) -> int:
     """The HTTP status of an error."""
     return STATUS.get(error.kind, 500)
@@ -69,7 +83,7 @@ def status(error: ServeError) -> int:
 
 def body(error: ServeError) -> dict[str, Any]:
     """The error as OpenAI's JSON object; also sent as an event when a stream has already started."""
-    return _shape(status(error), error.message, error.param, error.kind)
+    return _openai_error(status(error), error.message, error.param, error.kind)
 
 
 def headers(error: ServeError) -> dict[str, str]:
@@ -82,23 +96,22 @@ def headers(error: ServeError) -> dict[str, str]:
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-def response(error: ServeError) -> JSONResponse:
-    """The complete HTTP response for an error raised before the response started."""
-    return JSONResponse(body(error), status(error), headers(error))
+def response(error: ServeError, scope: Scope) -> JSONResponse:
+    """The complete HTTP response for an error raised before the response to this request started."""
+    shown = _shape(scope, status(error), error.message, error.param, error.kind)
+    return JSONResponse(shown, status(error), headers(error))
 
 
 def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
     """Error message and field (a dotted path) of a failed validation.
 
-    Only pydantic's problems with the first field are described; of a union's alternatives, the one that got deepest, as
-    it is most likely the one meant. `sent` is the decoded body: its keys tell field names from names of union members,
-    which pydantic also puts into a location.
+    Only the first of pydantic's problems are looked at, and those with the first field described; of a union's
+    alternatives, the one that got deepest, as it is most likely the one meant. `sent` is the decoded body: its keys
+    tell field names from names of union members, which pydantic also puts into a location.
     """
     if not problems:
         return "the request is not valid", None
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
+    problems = problems[:MOST_PROBLEMS]
     paths = [_field_path(problem, sent) for problem in problems]
     related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)
@@ -120,10 +133,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
 
 
-def _shape(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+def _shape(scope: Scope, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """The error JSON of the API that a request's path belongs to."""
+    if is_anthropic(scope["path"]):
+        return anthropic_error(status, message, param, code, request_id(scope))
+    return _openai_error(status, message, param, code)
+
+
+def _openai_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -145,13 +164,13 @@ def _field_path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
 
 def _serve_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServeError)
-    return response(error)
+    return response(error, request.scope)
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message, param = describe_validation_error(error.errors(), error.body)
-    return JSONResponse(_shape(400, message, param, "bad_request"), 400)
+    return JSONResponse(_shape(request.scope, 400, message, param, "bad_request"), 400)
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -161,9 +180,8 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
     )
     code = HTTPStatus(error.status_code).name.lower()
-    return JSONResponse(_shape(error.status_code, message, None, code), error.status_code, error.headers)
-
-
-def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    """A bug: the HTTP server logs the traceback; the client gets a plain 500."""
-    return response(EngineFault("the server failed on this request"))
+    shown = _shape(request.scope, error.status_code, message, None, code)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the framework names the methods of one route only
+        headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
+    return JSONResponse(shown, error.status_code, headers)

@@ -11,6 +11,7 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from lora_serve.api.auth import Keys
+from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.config import ServeConfig
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
@@ -41,7 +42,7 @@ class EngineProtocol(Protocol):
         """Number of engine restarts."""
 
     def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Run one request: yields `Admitted`, `Tokens`…, `Finished`; if refused, only `Finished`.
+        """Run one request: yields `Admitted`, `Tokens`… or `Embedded`, `Finished`; if refused, only `Finished`.
 
         Closing the generator aborts the request. Raises `Unavailable` if the engine accepts no requests.
         """
@@ -59,12 +60,14 @@ class Services:
 
     Attributes:
         tokenizer: the base's Hugging Face tokenizer.
+        chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
         staging: folder for uploads, on the store's file system.
     """
 
     engine: EngineProtocol
     tokenizer: Any
+    chat: ChatFormat | None
     config: ServeConfig
     keys: Keys | None
     metrics: Metrics

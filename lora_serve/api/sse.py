@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,8 +17,30 @@ from lora_serve.errors import EngineFault, ServeError
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """How an API's streams are written.
+
+    Attributes:
+        named: whether each event has an `event:` line with its `type`.
+        done: the data of a last event, sent also after an error; None is none.
+        error: the event for an error in the middle of a stream.
+    """
+
+    named: bool
+    done: bytes | None
+    error: Callable[[ServeError], dict[str, Any]]
+
+    def encode(self, event: dict[str, Any]) -> bytes:
+        """The bytes of one event."""
+        name = f"event: {event['type']}\n".encode() if self.named else b""
+        return name + b"data: " + _encode(event) + b"\n\n"
+
+
+CHUNKS = StreamFormat(named=False, done=b"[DONE]", error=error_handlers.body)  # of completions and chat completions
 
 
 class ClientDisconnected(Exception):
@@ -34,19 +57,22 @@ class FastJSONResponse(Response):
 
 
 class SSEResponse(Response):
-    """An SSE stream of JSON events from an async generator, ended by `[DONE]`.
+    """An SSE stream of JSON events from an async generator.
 
     The generator and the exit stack `held` are closed as soon as the client disconnects, even before the first event.
     An error in the middle is sent as an event, as the status line has already been sent.
     """
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None], held: AsyncExitStack) -> None:
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any], None], held: AsyncExitStack, format: StreamFormat = CHUNKS
+    ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
         self._events = events
         self._held = held
+        self._format = format
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
@@ -64,15 +90,17 @@ class SSEResponse(Response):
         async with aclosing(self._events) as events:
             try:
                 async for event in events:
-                    await send(_chunk(b"data: " + _encode(event) + b"\n\n"))
+                    await send(_chunk(self._format.encode(event)))
             except ServeError as error:
-                await send(_chunk(b"data: " + _encode(error_handlers.body(error)) + b"\n\n"))
+                await send(_chunk(self._format.encode(self._format.error(error))))
             except Exception:
                 fault = EngineFault("the server failed on this request")
-                await send(_chunk(b"data: " + _encode(error_handlers.body(fault)) + b"\n\n"))
+                await send(_chunk(self._format.encode(self._format.error(fault))))
                 raise
             finally:
-                await send({"type": "http.response.body", "body": DONE, "more_body": False})
+                done = self._format.done
+                last = b"" if done is None else b"data: " + done + b"\n\n"
+                await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

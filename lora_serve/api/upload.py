@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
@@ -200,19 +200,22 @@ class _Form:
                     raise BadRequest("send one archive only", param="archive")
                 self._open = self._archive.open("xb")
             case "files":
-                self._begin_file(PurePosixPath(file.replace("\\", "/")).name)
+                self._begin_file(archive.file_of(file.replace("\\", "/")), file)
             case _:
                 raise BadRequest(f"unknown parameter: {self._field[:100]}", param=self._field[:100])
 
-    def _begin_file(self, name: str) -> None:
-        if not name:
+    def _begin_file(self, name: str, path: str) -> None:
+        if not path:
             raise BadRequest("every one of files needs a file name", param="files")
+        if not name:
+            return
         if name in self._files:
             raise BadRequest(f"{name[:100]} was sent twice", param="files")
         if len(self._files) >= archive.MOST_MEMBERS:
             raise BadRequest(f"more than {archive.MOST_MEMBERS} files", param="files")
         self._files.add(name)
         if archive.is_adapter_file(name):
+            (self._folder / name).parent.mkdir(exist_ok=True)
             self._open = (self._folder / name).open("xb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 
 from lora_serve.adapters.registry import Lease, Registry
-from lora_serve.engine.admission import check, check_adapters_fit
+from lora_serve.engine.admission import check, check_adapters_fit, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
+from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
 from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
 from lora_serve.engine.sequence import Sequence
-from lora_serve.errors import BadRequest, Failure, Overloaded, ServeError
+from lora_serve.errors import BadRequest, EngineFault, Failure, Overloaded, ServeError
 from lora_serve.messages import EngineInfo
-from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+from lora_serve.request import Admitted, Embedded, Event, Finished, Logprob, Request, Served, Tokens
 
 
 class ActiveRequests:
@@ -38,6 +39,7 @@ class ActiveRequests:
         self._compiling: set[Sequence] = set()  # admitted, not queued before their grammars are compiled
         self._leases: dict[str, list[Lease]] = {}
         self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
+        self._embedding_sums = EmbeddingSums()
         self._events: list[Event] = []
         self._admitted = 0
 
@@ -82,7 +84,7 @@ class ActiveRequests:
             self.finish(seq, "error", error)
 
     def process(self, output: SequenceOutput) -> None:
-        """Process a step's output for one sequence: emit its token as an event, or end the request."""
+        """Process a step's output for one sequence: emit its token or embedding as an event, or end the request."""
         part, seq = output.part, output.part.seq
         if self._sequences.get(seq.request.id) is not seq:
             return  # it ended while the step was in flight
@@ -90,6 +92,9 @@ class ActiveRequests:
             self.finish(seq, "error", output.failure, forget=True)
             return
         self._scheduler.mark_computed(part)
+        if seq.pooling is not None:
+            self._embed(output)
+            return
         prompt_logprobs = None if output.prompt_logprobs is None else self._collect(part, output.prompt_logprobs)
         if output.token is None:
             return
@@ -106,7 +111,7 @@ class ActiveRequests:
         if part.end >= seq.limit:
             self.finish(seq, "length")
         else:
-            self.finish(seq, "stop", stop_token=output.token)
+            self.finish(seq, "stop", stop_token=output.token, stop_logprob=output.logprob)
 
     def _continue(self, seq: Sequence, new: list[int], end: int) -> None:
         """Advance a sequence's grammar by a sampled token, the last before `end`; finish it if that is where it ends.
@@ -140,6 +145,7 @@ class ActiveRequests:
         error: ServeError | None = None,
         *,
         stop_token: int | None = None,
+        stop_logprob: Logprob | None = None,
         forget: bool = False,
     ) -> None:
         """End a request: free its KV blocks, leases and state (`forget`: drop its blocks from the prefix index)."""
@@ -149,9 +155,11 @@ class ActiveRequests:
             self._scheduler.remove(seq, forget=forget)
         del self._sequences[seq.request.id]
         self._prompt_logprobs.pop(seq.request.id, None)
+        self._embedding_sums.discard(seq)
         for lease in self._leases.pop(seq.request.id):
             self._registry.release(lease)
-        self._events.append(Finished(seq.request.id, reason, stop_token, None if error is None else Failure.of(error)))
+        failure = None if error is None else Failure.of(error)
+        self._events.append(Finished(seq.request.id, reason, stop_token, stop_logprob, failure))
 
     def _admit(self, request: Request) -> None:
         """Admit a request, or raise the ServeError that refuses it."""
@@ -210,7 +218,22 @@ class ActiveRequests:
             | (frozenset() if sampling.ignore_eos else frozenset(self._info.eos_token_ids)),
             limit=min(virtual + len(request.prompt) + sampling.max_tokens, self._info.max_model_len),
             traits={lease.digest: lease.traits for lease in leases},
+            pooling=pooling_of(request, leases, self._info),
         )
+
+    def _embed(self, output: SequenceOutput) -> None:
+        """Add a step's part of an embedding; once the whole prompt is in it, send it and end the request."""
+        part, seq = output.part, output.part.seq
+        self._embedding_sums.add(part, output.hidden_sum)
+        if part.end < len(seq.tokens):
+            return
+        vector = self._embedding_sums.embedding(seq)
+        if vector is None:
+            error = EngineFault("the model's output for this request is not finite")
+            self.finish(seq, "error", error, forget=True)
+            return
+        self._events.append(Embedded(seq.request.id, vector))
+        self.finish(seq, "stop")
 
     def _collect(self, part: ScheduledSequence, found: list[Logprob]) -> list[Logprob | None] | None:
         """Collect the log-probabilities of a chunked prompt; returns all of them once the prompt is computed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, pairwise
 
+from lora_serve.engine.pooling import pooled_positions
 from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.model.batch import AdapterRows, Batch
@@ -32,6 +33,7 @@ def build_batch(
     logits_rows: list[int] = []
     owners: LogitsRows = []
     virtual_rows: list[AdapterRows] = []
+    hidden_rows: list[int] = []
     ranges: list[tuple[Sequence, int, int]] = []
     logits_ranges: list[tuple[Sequence, int, int]] = []
     for part in parts:
@@ -49,6 +51,8 @@ def build_batch(
             kv_index += range(base + max(start - first, 0), base + min(end - first, block_size))
         query_start.append(len(tokens))
         wanted = max(0, end - max(start, seq.virtual)) if seq.wants_prompt_logits else int(part.samples)
+        if seq.pooling is not None:
+            hidden_rows += [len(tokens) - end + position for position in pooled_positions(part)]
         ranges.append((seq, start, end))
         logits_ranges.append((seq, end - wanted, end))
         owners.append((part, slice(len(logits_rows), len(logits_rows) + wanted)))
@@ -66,6 +70,7 @@ def build_batch(
         # Equal in every decode step.
         logits_adapter_rows=adapter_rows if logits_ranges == ranges else _adapter_rows(logits_ranges, slots),
         virtual_rows=virtual_rows,
+        hidden_rows=hidden_rows,
     )
     return batch, owners
 

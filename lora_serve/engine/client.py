@@ -101,7 +101,7 @@ class EngineClient:
     # --- work --------------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Serve `request`: yields `Admitted`, any number of `Tokens`, `Finished`. Closing it early aborts the request.
+        """Serve `request`: yields `Admitted`, `Tokens` or `Embedded`, `Finished`. Closing it early aborts the request.
 
         `request.id` must not be in use. A reader that falls too far behind gets `Finished` with an error.
 

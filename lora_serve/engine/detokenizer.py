@@ -23,24 +23,37 @@ class Detokenizer:
         prompt: the tokens before the text; only the last `CONTEXT` are used.
         stop: strings that end the text.
         include_stop: leave the stop string in the text.
+        hidden: tokens without text; None is all special tokens.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        hidden: frozenset[int] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
-        self._window = list(prompt[-CONTEXT:])
+        self._hidden = hidden
+        self._window = self._visible(prompt[-CONTEXT:])
         self._known = len(self._window)  # tokens of the window whose text was returned
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None  # the one that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop_string is not None
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the text that can be sent now, which is empty after a stop string."""
         if self.stopped:
             return ""
-        text = "".join(self._next(token) for token in token_ids)
+        text = "".join(self._next(token) for token in self._visible(token_ids))
         return self._release(self._held + text)
 
     def flush(self) -> str:
@@ -66,15 +79,20 @@ class Detokenizer:
         return self._decode(self._window)[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._hidden is None, clean_up_tokenization_spaces=False
+        )
         return text
+
+    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+        return [token for token in token_ids if self._hidden is None or token not in self._hidden]
 
     def _release(self, text: str) -> str:
         """Cut the text at the first stop string; hold back a suffix that could become one."""
         found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             place, stop = min(found, key=lambda match: (match[0], len(match[1])))
-            self.stopped = True
+            self.stop_string = stop
             self._held = ""
             return text[: place + len(stop)] if self._include_stop else text[:place]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_serve.engine.batch_builder import LogitsRows, build_batch
 from lora_serve.engine.logprobs import PendingLogprobs, logprobs
+from lora_serve.engine.pooling import PendingSums, sum_hidden
 from lora_serve.engine.sampler import PendingSamples, SamplingRow, sample
 from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.engine.token_masks import MaskOrError, TokenMasks
@@ -32,6 +33,7 @@ class SequenceOutput:
     """A step's output for one sequence: its sampled token, if one was sampled, or the failure that ends it.
 
     `prompt_logprobs`: of the prompt tokens that this step's rows predict, in order; None if not requested.
+    `hidden_sum`: float32 [hidden], the sum of the step's hidden states that are pooled; None if there are none.
     """
 
     part: ScheduledSequence
@@ -39,6 +41,7 @@ class SequenceOutput:
     logprob: Logprob | None = None
     prompt_logprobs: list[Logprob] | None = None
     failure: ServeError | None = None
+    hidden_sum: Tensor | None = None
 
 
 Outputs = Callable[[], list[SequenceOutput]]  # waits for a launched step and returns its outputs
@@ -138,7 +141,12 @@ class Runner:
         """Launch a forward pass (`keep_logits`: another one is launched before sampling)."""
         batch, owners = build_batch(scheduled, slots, self._block_size)
         masks = None if self.overlaps else self._start_masks(owners)
-        logits = self._base.forward(batch)
+        sums: PendingSums | None = None
+        if batch.hidden_rows:
+            logits, hidden = self._base.forward_with_hidden(batch)
+            sums = sum_hidden(hidden, [part for part, _ in owners])
+        else:
+            logits = self._base.forward(batch)
         prompts = {
             id(part): self._prompt_logprobs(part, logits[rows]) for part, rows in owners if part.seq.wants_prompt_logits
         }
@@ -147,13 +155,14 @@ class Runner:
             logits = logits.index_select(0, to_device(last, torch.int64, self._device))
         elif keep_logits:
             logits = logits.clone()
-        return lambda: self._launch_sampling(owners, logits, prompts, masks or self._start_masks(owners))
+        return lambda: self._launch_sampling(owners, logits, prompts, sums, masks or self._start_masks(owners))
 
     def _launch_sampling(
         self,
         owners: LogitsRows,
         logits: Tensor,
         prompts: Mapping[int, PendingLogprobs],
+        sums: PendingSums | None,
         masks: Callable[[], dict[int, MaskOrError]],
     ) -> Outputs:
         """Launch sampling. `logits`: [sequences that sample, vocab]; `prompts` and masks by id(scheduled sequence)."""
@@ -169,11 +178,13 @@ class Runner:
 
         def outputs() -> list[SequenceOutput]:
             sampled = refused | {key: value for read in samples for key, value in read().items()}
+            pooled = {} if sums is None else sums.wait()
             found = []
             for part, _ in owners:
                 token, logprob, failure = sampled.get(id(part), (None, None, None))
                 listed = prompts.get(id(part))
-                found.append(SequenceOutput(part, token, logprob, None if listed is None else listed.wait(), failure))
+                prompt_logprobs = None if listed is None else listed.wait()
+                found.append(SequenceOutput(part, token, logprob, prompt_logprobs, failure, pooled.get(id(part))))
             return found
 
         return outputs

@@ -28,7 +28,7 @@ _order = attrgetter("order")
 class ScheduledSequence:
     """One sequence's part of a step: its tokens `start` to `end` are computed.
 
-    `samples`: whether its next token is sampled, because this part includes the last of its tokens.
+    `samples`: whether its next token is sampled, because this part includes the last of its tokens, and it generates.
     """
 
     seq: Sequence
@@ -37,7 +37,8 @@ class ScheduledSequence:
     samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", self.end == len(self.seq.tokens))  # fixed now: the tokens grow later
+        samples = self.end == len(self.seq.tokens) and self.seq.pooling is None  # fixed now: the tokens grow later
+        object.__setattr__(self, "samples", samples)
 
     @property
     def end(self) -> int:
@@ -285,7 +286,7 @@ class Scheduler:
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
         """Indexed blocks that hold the sequence's prefix; at least its last token is always computed."""
-        use_cache = self.prefix_cache and not seq.wants_prompt_logits
+        use_cache = self.prefix_cache and not seq.needs_whole_prompt
         size = self.pool.block_size
         whole = (len(seq.tokens) - 1 if use_cache else seq.virtual) // size
         return self.pool.find(seq.prefix_key(block, size) for block in range(whole))

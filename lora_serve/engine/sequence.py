@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.grammar import GrammarMatcher
 from lora_serve.kv.pool import chain
-from lora_serve.request import Request, Served
+from lora_serve.request import Pooling, Request, Served
 
 VIRTUAL_TOKEN = -1  # a token whose embedding, or keys and values, the adapter provides
 IN_FLIGHT_TOKEN = -2  # the last token, sampled or being sampled on the device and not yet read by the host
@@ -40,6 +40,7 @@ class Sequence:
         stop_ids: token ids that end it.
         limit: maximum number of tokens, virtual ones and prompt included.
         traits: of its adapters, by digest; adapters without any may be left out.
+        pooling: how its prompt is embedded; None if it generates.
         tokens: virtual tokens, prompt, output.
         computed: how many tokens have their KV in `blocks`.
         blocks: KV blocks in order, covering at least `computed` tokens.
@@ -59,6 +60,7 @@ class Sequence:
     stop_ids: frozenset[int]
     limit: int
     traits: Mapping[str, Traits] = field(default_factory=dict)
+    pooling: Pooling | None = None
     tokens: list[int] = field(init=False)
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
@@ -104,7 +106,7 @@ class Sequence:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """Whether prompt log-probabilities are still to be sent, so that the prompt must be computed, not looked up."""
+        """Whether prompt log-probabilities are still to be sent."""
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
     def append_known(self, tokens: list[int]) -> None:
@@ -112,6 +114,11 @@ class Sequence:
         if self.tokens[-1] == IN_FLIGHT_TOKEN:
             self.tokens.pop()
         self.tokens += tokens
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether rows of the prompt other than the last are needed, so that it must be computed, not looked up."""
+        return self.wants_prompt_logits or (self.pooling is not None and self.pooling.mode != "last")
 
     def prefix_key(self, block: int, size: int) -> bytes:
         """Prefix-cache key of full block number `block`; `size` is the block size."""

@@ -141,6 +141,10 @@ def _build_parts(
         created=loaded.created,
         generation_defaults=loaded.generation_defaults,
         notes=notes,
+        hidden_size=loaded.shape.modules[loaded.shape.head]["weight"][1],
+        pooling=loaded.pooling,
+        not_embedding=loaded.not_embedding,
+        headless=loaded.headless,
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry, grammars)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import Prefix
 from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.errors import BadRequest
 from lora_serve.kernels.contract import Kernels
+from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.cuda_graphs import CudaGraphs
@@ -66,7 +68,7 @@ class ResidentBase:
         self._kv = kv
         self._sampled = sampled
         self._context = ForwardContext(kernels, kv, loaded.windows, device_slots.prefixes)
-        self._embedding = loaded.shape.input_embedding
+        self._embedding, self._body = loaded.shape.input_embedding, loaded.shape.body
         self._ids = loaded.shape.modules[self._embedding]["weight"][0]  # size of the vocabulary
         self._overrides = ModuleOverrides(
             self._model, loaded.shape, device_slots.overrides, head_sees_logits_rows=self._keeps_logits
@@ -82,7 +84,7 @@ class ResidentBase:
         `vocab` is the largest of the rows' vocabularies; tokens that are not in a row's own are -inf.
         """
         overrides = self._overrides.for_batch(batch)
-        if not overrides and not batch.virtual_rows:
+        if not overrides and not batch.virtual_rows and not batch.hidden_rows:
             return self._steps(batch)
         with ExitStack() as stack:
             if overrides:
@@ -93,6 +95,22 @@ class ResidentBase:
                 self._context.virtual_rows = batch.virtual_rows
                 stack.callback(setattr, self._context, "virtual_rows", ())
             return self._overrides.mask_logits(self._eager(batch), batch)
+
+    @torch.inference_mode()
+    def forward_with_hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits as from `forward`, and the final hidden states [hidden rows, hidden] that the head would get."""
+        if not self._body:
+            raise BadRequest(
+                f"a {self._model.config.model_type} base gives no hidden states to embed with", param="model"
+            )
+        kept: list[Tensor] = []
+        body = self._model.get_submodule(self._body)
+        handle = body.register_forward_hook(lambda module, args, output: kept.append(output[0][0]))
+        try:
+            logits = self.forward(batch)
+        finally:
+            handle.remove()
+        return logits, kept[0].index_select(0, to_device(batch.hidden_rows, torch.int64, self._device))
 
     def _forward(self, inputs: InputBuffers) -> Tensor:
         """Run the model eagerly, including any hooks on its modules."""

@@ -38,6 +38,7 @@ class Batch:
         adapter_rows: rows that get an adapter's delta; entries of a composition are adjacent and cover the same rows.
         logits_adapter_rows: the same as indices into `logits_rows`, for an adapted head.
         virtual_rows: rows that are an adapter's virtual tokens; their `token_ids` are 0.
+        hidden_rows: the rows whose final hidden states are wanted, ascending.
     """
 
     token_ids: Sequence[int]
@@ -50,6 +51,7 @@ class Batch:
     adapter_rows: list[AdapterRows] = field(default_factory=list)
     logits_adapter_rows: list[AdapterRows] = field(default_factory=list)
     virtual_rows: list[AdapterRows] = field(default_factory=list)
+    hidden_rows: Sequence[int] = ()
 
     @property
     def is_decode(self) -> bool:

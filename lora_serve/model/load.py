@@ -22,6 +22,7 @@ from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.base_pooling import read_pooling
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -33,6 +34,7 @@ from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
 from lora_serve.model.shape import build_base_shape
+from lora_serve.request import Pooling
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # RoPE types whose angles depend on the longest position in the batch once that exceeds the original context.
@@ -53,6 +55,8 @@ class LoadedModel:
         notes: remarks for the operator, in the start-up summary.
         replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
         oracle: the untouched model's logits, for the self-check.
+        headless: whether the checkpoint has no LM head, so that it can only embed.
+        pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
     """
 
     model: nn.Module
@@ -72,6 +76,9 @@ class LoadedModel:
     scheme: Scheme | None
     replayable: bool
     oracle: Oracle
+    headless: bool = False
+    pooling: Pooling | None = None
+    not_embedding: str = ""
 
 
 def load(
@@ -123,13 +130,14 @@ def _load(
     progress("loading weights", 0.05)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `progress` replaces it
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=PAGED_ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             # Other libraries create their weights on the device; that needs accelerate, so it is for these only.
             **({} if quantized is None else {"device_map": str(device)}),
         )
@@ -141,6 +149,7 @@ def _load(
         if quantized is None or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
+    model, loading_info = loaded
     if quantized is None:
         model = model.to(device)
     else:
@@ -152,15 +161,20 @@ def _load(
     _remove_step_dependent_branches(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    pooling, not_embedding = read_pooling(name, revision, notes)
+    shape = build_base_shape(
+        model,
+        observed,
+        names=(name, str(getattr(config, "_name_or_path", "")), *names),
+        vocabulary=vocabulary_digest(Path(name)),
+        quantized=scheme or (quantized.label if quantized else ""),
+    )
+    headless = f"{shape.head}.weight" in loading_info["missing_keys"]
+    if headless:
+        notes.append("the checkpoint has no LM head: it makes embeddings, no text")
     return LoadedModel(
         model=model,
-        shape=build_base_shape(
-            model,
-            observed,
-            names=(name, str(getattr(config, "_name_or_path", "")), *names),
-            vocabulary=vocabulary_digest(Path(name)),
-            quantized=scheme or (quantized.label if quantized else ""),
-        ),
+        shape=shape,
         layers=observed.layers,
         windows=_windows(config, len(observed.layers)),
         max_model_len=max_model_len,
@@ -180,6 +194,9 @@ def _load(
         scheme=scheme,
         replayable=quantized is None or quantized.replayable,
         oracle=oracle,
+        headless=headless,
+        pooling=pooling,
+        not_embedding=not_embedding,
     )
 
 

@@ -74,6 +74,7 @@ def build_base_shape(
         names=names,
         vocabulary=vocabulary,
         quantized=quantized,
+        body=paths.get(id(model.base_model), ""),
     )
 
 

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 from lora_serve.api.app import create_app
 from lora_serve.api.auth import Keys
 from lora_serve.config import ServeConfig
-from lora_serve.errors import AdapterExists, AdapterNotFound
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound, BadRequest
 from lora_serve.messages import (
     AdapterInfo,
     AdapterVersion,
@@ -57,6 +58,8 @@ class StubAdminEngine:
         self.stats = Stats()
         self.info: EngineInfo | None = None
         self.adapters: dict[str, AdapterInfo] = {}
+        self.sources: dict[str, str] = {}
+        self.may_pin = True
         self.published: list[dict[str, bytes]] = []
         self.inspected: list[dict[str, bytes]] = []
         self.operations: list[Operation] = []
@@ -73,7 +76,8 @@ class StubAdminEngine:
         self.operations.append(operation)
         if isinstance(operation, Publish | Inspect):
             found = self.published if isinstance(operation, Publish) else self.inspected
-            found.append({path.name: path.read_bytes() for path in Path(operation.folder).iterdir()})
+            root = Path(operation.folder)
+            found.append({str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()})
         if self.failure is not None:
             raise self.failure
         return msgspec.to_builtins(self._do(operation))
@@ -86,16 +90,21 @@ class StubAdminEngine:
                 versions = self.adapters[name].versions if name in self.adapters else []
                 fresh = AdapterVersion(f"digest{len(versions)}", 1.0, 8, 2, 10_240, 10_240, ["disk"], 0, report=REPORT)
                 self.adapters[name] = AdapterInfo(name, False, [fresh, *versions])
+                self.sources[name] = operation.source
                 return self.adapters[name]
             case Inspect():
                 return Inspection("digest", 8, 2, 10_240, 10_240, REPORT)
             case ListAdapters():
                 return [self.adapters[name] for name in sorted(self.adapters)]
             case PinAdapter(name=name):
+                if not self.may_pin:
+                    raise AdapterBusy("no slot would be left", param="name")
                 self.adapters[name] = msgspec.structs.replace(self._find(name), pinned=operation.pinned)
                 return self.adapters[name]
             case DeleteAdapter(name=name):
                 self._find(name)
+                if operation.keep_uploads and not self.sources.get(name):
+                    raise BadRequest("it was uploaded")
                 return self.adapters.pop(name)
             case DescribeAdapter(name=name) | LoadAdapter(name=name) | EvictAdapter(name=name):
                 return self._find(name)
@@ -114,9 +123,9 @@ class StubAdminApp:
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
         self.engine = StubAdminEngine()
         self.config = ServeConfig(model="base", store=store, **options)
-        self.app: FastAPI = create_app(self.engine, None, self.config, keys)
+        self.app: FastAPI = create_app(self.engine, SimpleNamespace(chat_template=None), self.config, keys)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def ask(self, method: str, path: str, key: str | None = None, **given: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -171,3 +180,12 @@ def packed_zip(files: Mapping[str, bytes]) -> bytes:
         for name, content in files.items():
             archive.writestr(name, content)
     return packed.getvalue()
+
+
+def adapter_folder(path: Path, **more: bytes) -> Path:
+    """A new folder with an adapter's files and some more."""
+    path.mkdir(parents=True)
+    for name, content in (FILES | more).items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+    return path

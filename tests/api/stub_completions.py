@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lora_serve.api.openai.response_logprobs import _alphabet
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterNotFound, Failure, ServeError
 from lora_serve.messages import EngineInfo
-from lora_serve.request import Admitted, Event, Finished, Logprob, Request, Served, Tokens
+from lora_serve.request import Admitted, Embedded, Event, Finished, Logprob, Request, Served, Tokens
 
 BOS, EOS = 256, 257
 CONTEXT = 64
@@ -49,23 +50,28 @@ class StubCompletionEngine(StubAdminEngine):
     `refusals`: error by number of the request; `breaks`: number of tokens after which a request fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, context: int = CONTEXT) -> None:
         super().__init__()
         self.info = EngineInfo(
-            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=CONTEXT,
+            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=context,
             vocab_size=258, eos_token_ids=(EOS,), kv_tokens=1000, adapter_slots=4, adapters=0, parameters=1, created=7,
+            hidden_size=4,
         )  # fmt: skip
         self.reply = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
+        self.most_at_once = 0
         self.refusals: dict[int, ServeError] = {}
         self.breaks: int | None = None
         self.forever = False
         self.cached = 0
+        self.embedding = self.most_embedding = 0  # requests for embeddings at the same time
+        self.digests = ["d" * 64]  # of the adapters, by number of the request; the last one is that of the others
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         number = len(self.requests)
         self.requests.append(request)
+        self.most_at_once = max(self.most_at_once, len(self.requests) - len(self.closed))
         try:
             if number in self.refusals:
                 yield Finished(request.id, "error", failure=Failure.of(self.refusals[number]))
@@ -75,11 +81,30 @@ class StubCompletionEngine(StubAdminEngine):
                 error = AdapterNotFound(f"adapter {unknown[0]} does not exist", param="adapter")
                 yield Finished(request.id, "error", failure=Failure.of(error))
                 return
-            yield Admitted(request.id, [Served(use.name, "d" * 64, use.weight) for use in request.adapters])
+            digest = self.digests[min(number, len(self.digests) - 1)]
+            yield Admitted(request.id, [Served(use.name, digest, use.weight) for use in request.adapters])
+            if request.embedding is not None:
+                async for event in self._embed(request):
+                    yield event
+                return
             async for event in self._say(request):
                 yield event
         finally:
             self.closed.append(request.id)
+
+    async def _embed(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Later requests are ready first; the first numbers are the sum and the number of the tokens."""
+        self.embedding += 1
+        self.most_embedding = max(self.embedding, self.most_embedding)
+        try:
+            await asyncio.sleep(60 if self.forever else 0.01 / len(self.requests))
+        finally:
+            self.embedding -= 1
+        if self.breaks is not None:
+            yield Finished(request.id, "error", failure=Failure("engine_fault", "it broke"))
+            return
+        yield Embedded(request.id, struct.pack("<4f", sum(request.prompt), len(request.prompt), 0.5, -0.25))
+        yield Finished(request.id, "stop")
 
     async def _say(self, request: Request) -> AsyncGenerator[Event, None]:
         params = request.sampling
@@ -100,7 +125,8 @@ class StubCompletionEngine(StubAdminEngine):
         if prompt_logprobs is not None:
             yield Tokens(request.id, [], None, prompt_logprobs)
         if count < params.max_tokens:
-            yield Finished(request.id, "stop", stop_token=EOS)
+            logprob = None if params.logprobs is None else self._logprob(EOS)
+            yield Finished(request.id, "stop", stop_token=EOS, stop_logprob=logprob)
         else:
             yield Finished(request.id, "length")
 
@@ -111,12 +137,14 @@ class StubCompletionEngine(StubAdminEngine):
 class StubCompletionApp:
     """An app on a `StubCompletionEngine`, and a client."""
 
-    def __init__(self, store: Path, keys: Keys | None = None, tokenizer: Any = None, **options: Any) -> None:
-        self.engine = StubCompletionEngine()
+    def __init__(
+        self, store: Path, keys: Keys | None = None, tokenizer: Any = None, context: int = CONTEXT, **options: Any
+    ) -> None:
+        self.engine = StubCompletionEngine(context)
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def post(self, path: str, body: dict[str, Any], key: str = "any") -> httpx.Response:
         return await self.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})

@@ -11,6 +11,7 @@ from stub_completions import CONTEXT, EOS, StubCompletionApp, byte_tokenizer, ev
 
 from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.errors import AdapterNotFound, Overloaded, Unavailable
+from lora_serve.messages import AdapterInfo, AdapterVersion
 from lora_serve.request import AdapterUse
 
 
@@ -154,6 +155,23 @@ async def test_echo_with_logprobs_has_the_form_that_evaluation_harnesses_read(se
         assert len(top) == 2
 
 
+async def test_a_generated_end_token_has_an_entry_so_that_entries_are_prompt_plus_generated(
+    server: StubCompletionApp,
+) -> None:
+    server.engine.reply = b""
+    body = {"prompt": [[104, 105]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    answer = (await server.complete(**body)).json()
+    assert answer["choices"][0]["text"] == "hi"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["h", "i", "</s>"]
+    assert logprobs["token_logprobs"] == [None, -0.1 * 105, -0.1 * EOS]
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert answer["usage"]["completion_tokens"] == 1
+    chunks = events(await server.complete(stream=True, logprobs=0, prompt="x"))
+    assert [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["tokens"]] == ["</s>"]
+
+
 async def test_max_tokens_0_with_echo_returns_the_prompt_s_logprobs(server: StubCompletionApp) -> None:
     choice = (await server.complete(prompt="hi", echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
     assert choice["text"] == "hi"
@@ -166,7 +184,7 @@ async def test_tokens_that_are_incomplete_characters_are_distinguished_by_their_
     server.engine.reply = "é".encode()
     choice = (await server.complete(logprobs=0)).json()["choices"][0]
     assert choice["text"] == "é"
-    assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "</s>"]
 
 
 async def test_a_stop_string_truncates_the_text_and_aborts_the_request(server: StubCompletionApp) -> None:
@@ -196,6 +214,7 @@ async def test_a_stop_string_truncates_the_text_and_aborts_the_request(server: S
             (AdapterUse("poet", None, 0.5), AdapterUse("clerk")),
             "poet+clerk",
         ),
+        ({"model": "base:poet@dd"}, (AdapterUse("poet", "dd"),), "poet"),
         ({"model": "base"}, (), "base"),
         ({}, (), "base"),
     ],
@@ -214,6 +233,19 @@ async def test_contradictory_model_and_adapter_are_refused(server: StubCompletio
     answer = await server.complete(model="clerk", adapter="poet")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "adapter"
+
+
+@pytest.mark.parametrize("model", ["poetry", "base:poetry"])
+async def test_an_unknown_model_is_named_with_what_it_resembles(server: StubCompletionApp, model: str) -> None:
+    version = AdapterVersion("d" * 64, 5.5, 8, 2, 10, 10, ["disk"], 0)
+    server.engine.adapters = {"poet": AdapterInfo("poet", False, [version])}
+    answer = await server.complete(model=model)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert error["message"] == f"model {model} does not exist; did you mean poet?"
+    error = (await server.complete(adapter="poetry")).json()["error"]
+    assert (error["code"], error["param"]) == ("adapter_not_found", "adapter")
+    assert "did you mean poet?" in error["message"]
 
 
 async def test_an_adapter_that_a_key_may_not_use_looks_like_one_that_does_not_exist(tmp_path: Path) -> None:
@@ -256,6 +288,33 @@ async def test_one_refused_choice_ends_the_others(server: StubCompletionApp) -> 
     server.engine.refusals = {1: Overloaded("full")}
     server.engine.forever = True
     assert (await server.complete(n=3)).status_code == 429
+    assert sorted(server.engine.closed) == sorted(request.id for request in server.engine.requests)
+
+
+async def test_a_call_with_more_choices_than_the_queue_takes_is_served_in_turns(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, max_queue=3)
+    answer = (await server.complete(prompt=[f"{n}" for n in range(20)], n=2)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(40))
+    assert {choice["text"] for choice in answer["choices"]} == {"hello"}
+    assert server.engine.most_at_once == 3
+    texts = [""] * 20
+    for chunk in events(await server.complete(prompt=[f"{n}" for n in range(20)], stream=True)):
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["hello"] * 20
+    assert len(server.engine.closed) == 60
+
+
+async def test_all_choices_of_a_call_are_served_by_one_version(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, max_queue=2)
+    await server.complete(n=6, adapter="poet")
+    versions = [request.adapters[0].version for request in server.engine.requests]
+    assert versions == [None, None, *["d" * 64] * 4]
+
+
+async def test_a_choice_refused_in_its_turn_ends_the_call(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, max_queue=2)
+    server.engine.refusals = {7: Overloaded("full")}
+    assert (await server.complete(n=16)).status_code == 429
     assert sorted(server.engine.closed) == sorted(request.id for request in server.engine.requests)
 
 

@@ -86,6 +86,17 @@ async def test_a_tokenizer_is_kept_for_comparison(server: StubAdminApp) -> None:
     assert server.engine.published == [files] * 3
 
 
+async def test_the_pooling_of_an_adapter_for_embeddings_is_kept(server: StubAdminApp) -> None:
+    """Beside it, sentence-transformers saves folders of other modules, which `modules.json` names."""
+    files = FILES | {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+    beside = {"2_Normalize/config.json": b"{}", "3_Dense/config.json": b"{}", "3_Dense/model.safetensors": b"x"}
+    await server.upload(files | beside, "one")
+    await server.send(archive(tar(files | beside)), "two")
+    await server.send(archive(packed_zip({f"top/{name}": each for name, each in (files | beside).items()})), "three")
+    assert server.engine.published == [files] * 3
+    assert server.leftovers == []
+
+
 async def test_a_form_can_arrive_in_chunks_of_any_size(server: StubAdminApp) -> None:
     whole = server.client.build_request("POST", "/v1/adapters", data={"name": "poet"}, files=form(FILES))
     body = whole.read()
@@ -304,6 +315,11 @@ def tar_with_a_negative_size() -> bytes:
         (tar({"a/adapter_config.json": b"x", "b/adapter_model.safetensors": b"x"}), "more than one folder"),
         (tar({"a/adapter_config.json": b"x", "adapter_config.json": b"x"}), "more than one folder"),
         (tar({"adapter_config.json": b"x", "./adapter_config.json": b"x"}), "two files"),
+        (tar({"1_Pooling/config.json": b"x", "./1_Pooling/config.json": b"x"}), "two files"),
+        (tar({"../1_Pooling/config.json": b"x"}), "leads out"),
+        (tar({"a/b/1_Pooling/config.json": b"x"}), "folders in folders"),
+        (tar({"a/adapter_config.json": b"x", "1_Pooling/config.json": b"x"}), "more than one folder"),
+        (tar({"1_Pooling/config.json": member(tarfile.SYMTYPE, "1_Pooling/config.json", "/etc/passwd")}), "links"),
         (tar({"link": member(tarfile.SYMTYPE, link="/etc/passwd")}), "links"),
         (tar({"link": member(tarfile.LNKTYPE, link="adapter_config.json")}), "links"),
         (tar({"device": member(tarfile.CHRTYPE)}), "links"),

@@ -12,17 +12,22 @@ from lora_serve.config import ServeConfig
 from lora_serve.engine.engine import Engine
 from lora_serve.errors import Failure
 from lora_serve.messages import Generate
-from lora_serve.request import AdapterUse, Event, Finished, Request, Sampling, Tokens
+from lora_serve.request import AdapterUse, EmbeddingParams, Event, Finished, Request, Sampling, Tokens
 
 
 class Session:
     """An engine with its events by request and its replies by call; `overlap` launches steps ahead, as on a GPU."""
 
-    def __init__(self, folder: Path, *, overlap: bool = False, **options: Any) -> None:
+    def __init__(self, folder: Path, *, overlap: bool = False, architecture: str = "llama", **options: Any) -> None:
         config = ServeConfig(
-            model=str(save("llama", folder / "base")),
             store=folder / "store",
-            **{"kv_cache_memory": 1 << 20, "kv_block_size": 4, "max_num_batched_tokens": 16, **options},
+            **{
+                "model": str(save(architecture, folder / "base")),
+                "kv_cache_memory": 1 << 20,
+                "kv_block_size": 4,
+                "max_num_batched_tokens": 16,
+                **options,
+            },
         )
         self.engine = Engine.build(config, wake=lambda: None, progress=lambda stage, done: None, overlap=overlap)
         self.events: dict[str, list[Event]] = {}
@@ -36,11 +41,12 @@ class Session:
         adapter: str | None = None,
         uses: tuple[AdapterUse, ...] = (),
         tenant: str = "",
+        embedding: EmbeddingParams | None = None,
         **sampling: Any,
     ) -> None:
         params = Sampling(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
         uses = uses if adapter is None else (AdapterUse(adapter),)
-        self.engine.receive(Generate(Request(id, prompt, params, uses, tenant)))
+        self.engine.receive(Generate(Request(id, prompt, params, uses, tenant, embedding)))
 
     def step(self) -> None:
         for event in self.engine.step().events:

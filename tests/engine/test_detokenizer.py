@@ -105,6 +105,8 @@ def test_a_stop_string_ends_the_text_at_any_token_boundary(text: str, stops: lis
     stop = next(s for s in sorted(stops, key=len, reverse=True) if text[: min(ends)].endswith(s))
     expected = {text[: min(ends) - len(s)] + (s if include else "") for s in stops if text[: min(ends)].endswith(s)}
     assert to_device in expected, (stop, to_device)
+    assert detokenizer.stop_string in stops
+    assert text[: min(ends)].endswith(detokenizer.stop_string)
 
 
 def test_nothing_that_could_become_a_stop_string_is_sent_early() -> None:

@@ -6,6 +6,7 @@ A new method needs one new file beside this one, and its import and `FORMATS` en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
@@ -25,9 +26,10 @@ from lora_serve.adapters.formats import (
     vblora,
     vera,
 )
-from lora_serve.adapters.formats.keys import BaseMismatch
+from lora_serve.adapters.formats.keys import BaseMismatch, complete_paths
 from lora_serve.adapters.formats.refusals import refuse_method
 from lora_serve.adapters.formats.report import other_base_hint
+from lora_serve.adapters.pooling_config import adapter_pooling
 from lora_serve.errors import AdapterInvalid
 
 Lower = Callable[[Checkpoint, BaseShape], Lowered]
@@ -61,10 +63,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
         raise AdapterInvalid("adapter_config.json does not say its peft_type")
     if method not in formats:
         raise refuse_method(method, formats)
+    embeds, pooling = adapter_pooling(checkpoint)
     try:
-        lowered = formats[method](checkpoint, base)
+        lowered = formats[method](replace(checkpoint, tensors=complete_paths(checkpoint.tensors, base)), base)
     except BaseMismatch as error:
         raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
     if not (lowered.deltas or lowered.overrides or lowered.prefix):
         raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
-    return lowered
+    return replace(lowered, embeds=embeds, pooling=pooling)

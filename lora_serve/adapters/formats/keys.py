@@ -1,7 +1,8 @@
 """Map the keys of `adapter_model.safetensors` to modules of the base.
 
 A key is `base_model.model.<module>.<tail>`; the module is the longest path that exists in the base. An adapter with
-keys that belong to no module is refused with the list of them.
+keys that belong to no module is refused with the list of them. Adapters trained on the model without its LM head
+(transformers' `AutoModel`, for embeddings) have shorter paths, which are completed first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ PREFIX = "base_model.model."
 
 class BaseMismatch(AdapterInvalid):
     """Keys or shapes that do not fit the base, as in adapters made for another base."""
+
+
+def complete_paths(tensors: Mapping[str, Tensor], base: BaseShape) -> dict[str, Tensor]:
+    """Tensors with keys that start at the model with its LM head, also if they start below it."""
+    paths = [*base.sites, *base.modules, *base.others]
+    tops = {path.partition(".")[0] for path in paths}
+    below = {path.removeprefix(f"{base.body}.").partition(".")[0] for path in paths if path.startswith(f"{base.body}.")}
+    found = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        first = path.partition(".")[0]
+        is_short = key.startswith(PREFIX) and first in below and first not in tops
+        found[f"{PREFIX}{base.body}.{path}" if is_short else key] = tensor
+    return found
 
 
 def split_key(key: str, base: BaseShape) -> tuple[str, str]:

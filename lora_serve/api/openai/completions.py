@@ -11,13 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
-    RunningChoice,
+    RunningCall,
     add_usage,
     make_choices,
-    merge_outputs,
     model_fields,
     respond,
     usage,
@@ -38,14 +38,14 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 @router.post("/v1/completions")
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
-    return await respond(request, body, services, "completions", await _prepare(body, services, caller))
+    return await respond(request, body, services, caller, "completions", _prepare(body, services, caller))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class CompletionCall:
     echoes: list[str]
     texts: TokenTexts
 
-    def full_response(self, running: list[RunningChoice], outputs: list[ChoiceOutput]) -> dict[str, Any]:
+    def full_response(self, running: RunningCall, outputs: list[ChoiceOutput]) -> dict[str, Any]:
         """The response body without streaming."""
         offsets = {output.index: 0 for output in outputs}
         shown = [self.choice(output, offsets, first=True) for output in outputs]
@@ -69,7 +69,7 @@ class CompletionCall:
         total = usage(sum(map(len, self.prompts)), sum(output.generated for output in outputs), cached)
         return self.frame(running) | {"choices": shown, "usage": total}
 
-    async def chunks(self, running: list[RunningChoice]) -> AsyncGenerator[dict[str, Any], None]:
+    async def chunks(self, running: RunningCall) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed response."""
         options = self.body.stream_options
         frame = self.frame(running)
@@ -83,7 +83,7 @@ class CompletionCall:
             found = sum(cached[index] for index in offsets if index % self.n == 0)
             return usage(prompt_tokens, sum(generated.values()), found)
 
-        async for output in merge_outputs(running):
+        async for output in running.outputs():
             generated[output.index] = output.generated
             cached[output.index] = max(cached[output.index], output.cached)
             first = output.index not in begun
@@ -95,9 +95,9 @@ class CompletionCall:
         if options is not None and options.include_usage:
             yield frame | {"choices": [], "usage": usage_so_far()}
 
-    def frame(self, running: list[RunningChoice]) -> dict[str, Any]:
+    def frame(self, running: RunningCall) -> dict[str, Any]:
         frame = {"id": self.id, "object": "text_completion", "created": self.created}
-        return frame | model_fields(running, self.model)
+        return frame | model_fields(running.adapters, self.model)
 
     def choice(self, output: ChoiceOutput, offsets: dict[int, int], *, first: bool) -> dict[str, Any]:
         """JSON of one output; with `first`, after the echoed prompt. `offsets`: length of the text sent so far."""

@@ -1,44 +1,52 @@
 """Run the choices of an API call on the engine and detokenize their outputs.
 
-A choice is one engine `Request`. The first event of every choice is awaited before anything is sent, because a refusal
-of any of them is the response to the whole call. However a call ends, all of its streams are closed, which aborts what
-is still running.
+A choice is one engine `Request`. The first event of the choices that start at once is awaited before anything is sent,
+because a refusal of any of them is the response to the whole call. However a call ends, all of its streams are closed,
+which aborts what is still running.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request as HttpRequest
 from fastapi import Response
 
+from lora_serve.api.auth import Caller
+from lora_serve.api.openai.preprocess import explain_not_found
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.services import Services
-from lora_serve.api.sse import FastJSONResponse, SSEResponse, cancel_on_disconnect
+from lora_serve.api.sse import CHUNKS, FastJSONResponse, SSEResponse, StreamFormat, cancel_on_disconnect
 from lora_serve.engine.detokenizer import Detokenizer
-from lora_serve.errors import EngineFault, ServeError
-from lora_serve.metrics import Timer
+from lora_serve.errors import AdapterNotFound, EngineFault, ServeError
 from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
+
+CHOICES_AT_ONCE = 256  # of one call on the engine
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the choices to generate (`n` per prompt)."""
+    """One of the choices to generate (`n` per prompt); `hidden`: see `Detokenizer`."""
 
     index: int
     request: Request
     stop: tuple[str, ...]
     include_stop: bool
+    hidden: frozenset[int] | None = None
 
 
 @dataclass
 class ChoiceOutput:
-    """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason."""
+    """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason.
+
+    `stop_string` is the stop string that ended it, if one did. A collected output has the `pieces` it consists of.
+    """
 
     index: int
     text: str = ""
@@ -48,6 +56,8 @@ class ChoiceOutput:
     finish_reason: str | None = None
     generated: int = 0
     cached: int = 0
+    stop_string: str | None = None
+    pieces: list[ChoiceOutput] = field(default_factory=list)
 
 
 class ApiCall(Protocol):
@@ -56,10 +66,10 @@ class ApiCall(Protocol):
     @property
     def choices(self) -> list[Choice]: ...
 
-    def full_response(self, running: list[RunningChoice], outputs: list[ChoiceOutput]) -> dict[str, Any]:
+    def full_response(self, running: RunningCall, outputs: list[ChoiceOutput]) -> dict[str, Any]:
         """The response body without streaming."""
 
-    def chunks(self, running: list[RunningChoice]) -> AsyncGenerator[dict[str, Any], None]:
+    def chunks(self, running: RunningCall) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed response."""
 
 
@@ -71,41 +81,73 @@ def make_choices(
     params: Sampling,
     uses: tuple[AdapterUse, ...],
     tenant: str,
+    hidden: frozenset[int] | None = None,
 ) -> list[Choice]:
     """The `n` choices of one prompt, with indices from `first`; if seeded, each has its own seed."""
     choices = []
     for copy in range(body.n or 1):
         own = params if body.seed is None else msgspec.structs.replace(params, seed=body.seed + copy)
         request = Request(f"{id_}-{first + copy}", prompt, own, uses, tenant)
-        choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output)))
+        shown = frozenset() if body.skip_special_tokens is False else hidden
+        choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output), shown))
     return choices
 
 
-async def respond(http: HttpRequest, body: Generation, services: Services, endpoint: str, call: ApiCall) -> Response:
+async def respond(
+    http: HttpRequest,
+    body: Generation,
+    services: Services,
+    caller: Caller,
+    endpoint: str,
+    prepare: Awaitable[ApiCall],
+    format: StreamFormat = CHUNKS,
+) -> Response:
     """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
     async with AsyncExitStack() as stack:
-        running = await cancel_on_disconnect(
-            http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
-        )
+        try:
+            call = await prepare
+            running = await cancel_on_disconnect(
+                http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
+            )
+        except AdapterNotFound as error:
+            raise await explain_not_found(error, body, services, caller) from None
         if not body.stream:
             return FastJSONResponse(
                 call.full_response(running, await cancel_on_disconnect(http, collect_outputs(running)))
             )
-        return SSEResponse(call.chunks(running), stack.pop_all())
+        return SSEResponse(call.chunks(running), stack.pop_all(), format)
 
 
 class RunningChoice:
-    """A choice that the engine has admitted."""
+    """A choice on the engine: `admit`, then `outputs`; `close` on every path."""
 
-    def __init__(
-        self, choice: Choice, events: AsyncGenerator[Event, None], admitted: Admitted, tokenizer: Any, timer: Timer
-    ) -> None:
+    def __init__(self, choice: Choice, services: Services, endpoint: str) -> None:
         self.choice = choice
-        self.adapters: list[Served] = admitted.adapters
-        self._events = events
-        self._timer = timer
-        self._text = Detokenizer(tokenizer, choice.request.prompt, choice.stop, include_stop=choice.include_stop)
+        self.adapters: list[Served] = []  # once admitted
+        self._timer = services.metrics.begin(endpoint)
+        self._events = services.engine.generate(choice.request)
+        self._text = Detokenizer(
+            services.tokenizer,
+            choice.request.prompt,
+            choice.stop,
+            include_stop=choice.include_stop,
+            hidden=choice.hidden,
+        )
         self._generated = 0
+
+    async def admit(self) -> None:
+        """Wait until the engine admits the choice. Raises the `ServeError` that refuses it."""
+        try:
+            first = await anext(self._events)
+            if isinstance(first, Finished):
+                raise first.failure.error() if first.failure else EngineFault("the request was ended by the server")
+        except ServeError as error:
+            self._timer.end(error.kind, 0, 0)
+            raise
+        assert isinstance(first, Admitted)
+        self.adapters = first.adapters
+        if first.adapters:
+            self._timer.admitted(first.adapters[0].name)
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield outputs as they come; the last has a finish reason. Raises the `ServeError` that ends it otherwise."""
@@ -124,6 +166,11 @@ class RunningChoice:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)
             await self._events.aclose()  # if a stop string ended it, this aborts the request in the engine
 
+    async def close(self) -> None:
+        """Abort the choice if it still runs."""
+        self._timer.end("abort", 0, 0)
+        await self._events.aclose()
+
     def _output(self, event: Event) -> ChoiceOutput:
         index = self.choice.index
         if isinstance(event, Tokens):
@@ -138,102 +185,134 @@ class RunningChoice:
                 "stop" if self._text.stopped else None,
                 self._generated,
                 event.cached,
+                self._text.stop_string,
             )
         if isinstance(event, Finished):
             if event.failure is not None:
                 raise event.failure.error()
             if event.reason not in ("stop", "length"):
                 raise EngineFault("the request was ended by the server")
-            if event.stop_token is not None:
-                self._generated += 1  # counts as generated, though it is not sent
-            return ChoiceOutput(index, self._text.flush(), finish_reason=event.reason, generated=self._generated)
+            ended = ChoiceOutput(index, self._text.flush(), finish_reason=event.reason)
+            if event.stop_token is not None:  # a generated token, though it has no text
+                self._generated += 1
+                ended.tokens = [event.stop_token]
+                ended.logprobs = [] if event.stop_logprob is None else [event.stop_logprob]
+            ended.generated = self._generated
+            return ended
         raise EngineFault("the engine admitted a request twice")
 
 
-@asynccontextmanager
-async def start_choices(
-    services: Services, endpoint: str, choices: Sequence[Choice]
-) -> AsyncIterator[list[RunningChoice]]:
-    """Start all choices and wait until each is admitted; closes all at the end. Raises the first refusal."""
-    opened: list[tuple[Choice, AsyncGenerator[Event, None], Timer]] = []
-    running: list[RunningChoice] = []
-    try:
-        for choice in choices:
-            opened.append((choice, services.engine.generate(choice.request), services.metrics.begin(endpoint)))
-        firsts = await asyncio.gather(*(anext(events) for _, events, _ in opened), return_exceptions=True)
-        for (choice, events, timer), first in zip(opened, firsts, strict=True):
-            if isinstance(first, BaseException):
-                raise first
-            if isinstance(first, Finished):
-                raise first.failure.error() if first.failure else EngineFault("the request was ended by the server")
-            assert isinstance(first, Admitted)
-            if first.adapters:
-                timer.admitted(first.adapters[0].name)
-            running.append(RunningChoice(choice, events, first, services.tokenizer, timer))
-        yield running
-    except ServeError as error:
-        for _, _, timer in opened:
-            timer.end(error.kind, 0, 0)
-        raise
-    finally:
-        for _, events, timer in opened:
-            timer.end("abort", 0, 0)
-            await events.aclose()
+class RunningCall:
+    """The choices of one API call on the engine: the first ones at once, each of the others when one ends.
 
+    So a call with more choices than the queue takes is served by an idle server, and never fills the queue alone.
+    """
 
-async def merge_outputs(running: Sequence[RunningChoice]) -> AsyncGenerator[ChoiceOutput, None]:
-    """Outputs of all choices in order of arrival."""
-    if len(running) == 1:
-        async with aclosing(running[0].outputs()) as outputs:
-            async for output in outputs:
-                yield output
-        return
-    ready: asyncio.Queue[ChoiceOutput | BaseException | None] = asyncio.Queue()
+    def __init__(self, services: Services, endpoint: str, choices: Sequence[Choice]) -> None:
+        self._services = services
+        self._endpoint = endpoint
+        self._later = deque(choices)
+        self._opened: list[RunningChoice] = []
 
-    async def pump(one: RunningChoice) -> None:
+    @property
+    def adapters(self) -> list[Served]:
+        """The adapter versions that serve the call."""
+        return self._opened[0].adapters
+
+    async def start(self) -> None:
+        """Start the first choices and wait until each is admitted. Raises the first refusal."""
+        count = min(len(self._later), CHOICES_AT_ONCE, self._services.config.max_queue)
+        first = [self._open() for _ in range(count)]
+        for refused in await asyncio.gather(*(each.admit() for each in first), return_exceptions=True):
+            if refused is not None:
+                raise refused
+
+    async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
+        """Outputs of all choices in order of arrival."""
+        if len(self._opened) == 1 and not self._later:
+            async with aclosing(self._opened[0].outputs()) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        # Bounded: while nobody reads, the choices' own buffers fill, and they are cut off as a single one would be.
+        ready: asyncio.Queue[ChoiceOutput | BaseException | None] = asyncio.Queue(len(self._opened))
+
+        async def pump(one: RunningChoice) -> None:
+            try:
+                while True:
+                    async with aclosing(one.outputs()) as outputs:
+                        async for output in outputs:
+                            await ready.put(output)
+                    if not self._later:
+                        break
+                    one = self._open()
+                    await one.admit()
+                await ready.put(None)
+            except Exception as error:
+                await ready.put(error)
+
+        pumps = [asyncio.ensure_future(pump(one)) for one in self._opened]
         try:
-            async for output in one.outputs():
-                ready.put_nowait(output)
-            ready.put_nowait(None)
-        except Exception as error:
-            ready.put_nowait(error)
+            left = len(pumps)
+            while left:
+                item = await ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
 
-    pumps = [asyncio.ensure_future(pump(one)) for one in running]
+    async def close(self) -> None:
+        """Abort every choice that still runs."""
+        for each in self._opened:
+            await each.close()
+
+    def _open(self) -> RunningChoice:
+        choice = self._later.popleft()
+        if self._opened and (served := self.adapters):  # the same versions, even if there are new ones by now
+            uses = tuple(AdapterUse(each.name, each.digest, each.weight) for each in served)
+            choice = replace(choice, request=msgspec.structs.replace(choice.request, adapters=uses))
+        opened = RunningChoice(choice, self._services, self._endpoint)
+        self._opened.append(opened)
+        return opened
+
+
+@asynccontextmanager
+async def start_choices(services: Services, endpoint: str, choices: Sequence[Choice]) -> AsyncIterator[RunningCall]:
+    """Start a call's choices; closes all at the end. Raises the first refusal."""
+    call = RunningCall(services, endpoint, choices)
     try:
-        left = len(pumps)
-        while left:
-            item = await ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
+        await call.start()
+        yield call
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await call.close()
 
 
-async def collect_outputs(running: Sequence[RunningChoice]) -> list[ChoiceOutput]:
+async def collect_outputs(running: RunningCall) -> list[ChoiceOutput]:
     """Run every choice to its end and return one output each, sorted by index."""
-    results = {one.choice.index: ChoiceOutput(one.choice.index) for one in running}
-    async with aclosing(merge_outputs(running)) as outputs:
+    results: dict[int, ChoiceOutput] = {}
+    async with aclosing(running.outputs()) as outputs:
         async for output in outputs:
-            result = results[output.index]
+            result = results.setdefault(output.index, ChoiceOutput(output.index))
             result.text += output.text
             result.tokens += output.tokens
             result.logprobs += output.logprobs
             result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
             result.finish_reason = output.finish_reason
+            result.stop_string = output.stop_string
             result.generated = output.generated
             result.cached = max(result.cached, output.cached)
+            result.pieces.append(output)
     return [results[index] for index in sorted(results)]
 
 
-def model_fields(running: Sequence[RunningChoice], base: str) -> dict[str, Any]:
+def model_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:
     """The response fields `model`, and `adapter` with the exact version; no `adapter` for the base."""
-    adapters = running[0].adapters
     if not adapters:
         return {"model": base}
     versions = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]

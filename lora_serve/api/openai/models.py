@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info
+from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
@@ -27,11 +27,11 @@ async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """Describe the base model or one adapter."""
+    """Describe the base model or one adapter, named as in the list or as base:adapter."""
     info = engine_info(services)
     if model in base_names(services):
         return _base(info)
-    return _adapter(info, await _find(model, services, caller))
+    return _adapter(info, await _find(without_base(model, services), services, caller))
 
 
 async def _find(name: str, services: Services, caller: Caller) -> AdapterInfo:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
-from jinja2 import TemplateError
+import msgspec
 
 from lora_serve.api.auth import Caller
-from lora_serve.api.openai.schemas import Generation, Message, WeightedAdapter
+from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
-from lora_serve.errors import BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import EngineInfo
+from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
+from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
 LONG = 2000  # characters; longer texts are tokenized in a thread
 LARGEST_VOCABULARY = 1 << 31
+MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
 
 
 class ModelNotFound(ServeError):
@@ -40,7 +42,7 @@ def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
         raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
-def vocabulary_size(body: Generation, services: Services) -> int:
+def vocabulary_size(body: ModelSelection, services: Services) -> int:
     """Upper bound of token ids; none with an adapter, which may have its own vocabulary: the engine checks it."""
     named = body.adapter or (body.model and body.model not in base_names(services))
     return LARGEST_VOCABULARY if named else engine_info(services).vocab_size
@@ -51,7 +53,7 @@ def base_names(services: Services) -> set[str]:
     return {engine_info(services).model, services.config.served_name(), services.config.model}
 
 
-def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
+def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
     """The adapters that `adapter` and `model` name together; none for the base.
 
     Raises: `BadRequest`; `AdapterNotFound` for an adapter that the caller may not use, as for one that does not exist.
@@ -64,7 +66,7 @@ def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tu
     else:
         uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
     if body.model and body.model not in base_names(services):
-        named = _parse_adapter(WeightedAdapter(name=body.model))
+        named = _parse_adapter(WeightedAdapter(name=without_base(body.model, services)))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -77,10 +79,48 @@ def resolve_adapters(body: Generation, services: Services, caller: Caller) -> tu
     return uses
 
 
+async def existing_adapters(body: ModelSelection, services: Services, caller: Caller) -> list[AdapterInfo]:
+    """The adapters that `adapter` and `model` name. Raises as a generating route would, if one does not exist."""
+    found = []
+    try:
+        for use in resolve_adapters(body, services, caller):
+            info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
+            if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
+                raise adapter_not_found(f"{use.name}@{use.version}")
+            found.append(info)
+    except AdapterNotFound as error:
+        raise await explain_not_found(error, body, services, caller) from None
+    return found
+
+
+async def explain_not_found(
+    error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
+) -> ServeError:
+    """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
+    names: list[str] = [info["name"] for info in await services.engine.call(ListAdapters())]
+    usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
+    if body.adapter is not None or not body.model:
+        given = error.message.removeprefix("adapter ").partition(" ")[0]
+        return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
+    resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
+    return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
+
+
+def _resembles(name: str, names: Sequence[str]) -> str:
+    found = get_close_matches(name[:200], names)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 def check_n(body: Generation, services: Services) -> None:
     """Raise `BadRequest` if `n` is over the configured limit."""
     if (body.n or 1) > services.config.max_n:
         raise BadRequest(f"n is more than {services.config.max_n}", param="n")
+
+
+def without_base(model: str, services: Services) -> str:
+    """The adapter that `model` names, as `adapter` or as `base:adapter` (SGLang's form)."""
+    base = next((name for name in base_names(services) if model.startswith(f"{name}:")), None)
+    return model if base is None else model[len(base) + 1 :]
 
 
 def _parse_adapter(given: WeightedAdapter) -> AdapterUse:
@@ -100,13 +140,15 @@ def sampling_params(
     field: str,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    clamp: bool = False,
     grammar: Grammar | None = None,
 ) -> Sampling:
     """The body's sampling parameters, with defaults from the model's generation config.
 
     Args:
-        max_tokens: as requested; an error if the remaining context is shorter.
+        max_tokens: as requested.
         default_max_tokens: if none was requested, at most the remaining context; None is the whole remaining context.
+        clamp: reduce `max_tokens` to the remaining context, instead of refusing it.
         field: named if the prompt is too long.
         grammar: what the output must match.
 
@@ -115,13 +157,9 @@ def sampling_params(
     info = engine_info(services)
     defaults = info.generation_defaults
     remaining = info.max_model_len - prompt_tokens
-    needed = 1 if max_tokens is None else max_tokens
+    needed = 1 if max_tokens is None else min(max_tokens, 1) if clamp else max_tokens
     if needed > remaining:
-        raise ContextExceeded(
-            f"the context has {info.max_model_len} tokens; the prompt has {prompt_tokens}, "
-            f"and {needed} more are asked for",
-            param="max_tokens" if needed > 1 else field,
-        )
+        raise context_exceeded(info, prompt_tokens, needed, field)
     default = remaining if default_max_tokens is None else min(default_max_tokens, remaining)
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     check_tokens(bias, vocabulary_size(body, services), "logit_bias")
@@ -132,7 +170,7 @@ def sampling_params(
         return defaults.get(field, otherwise) if value is None else value
 
     return Sampling(
-        max_tokens=default if max_tokens is None else max_tokens,
+        max_tokens=default if max_tokens is None else min(max_tokens, remaining),
         min_tokens=body.min_tokens or 0,
         temperature=float(chosen("temperature", 1.0)),
         top_k=max(0, int(chosen("top_k", 0))),
@@ -152,6 +190,22 @@ def sampling_params(
     )
 
 
+def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field: str) -> ContextExceeded:
+    """The error for a prompt and requested tokens beyond the context, in the sentences by which clients know it."""
+    limit = f"This model's maximum context length is {info.max_model_len} tokens. "
+    if prompt_tokens >= info.max_model_len or requested <= 1:
+        return ContextExceeded(
+            f"{limit}However, your {field} resulted in {prompt_tokens} tokens. "
+            f"Please reduce the length of the {field}.",
+            param=field,
+        )
+    return ContextExceeded(
+        f"{limit}However, you requested {prompt_tokens + requested} tokens ({prompt_tokens} in the {field}, "
+        f"{requested} in the completion). Please reduce the length of the {field} or completion.",
+        param="max_tokens",
+    )
+
+
 async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text; an empty text is the BOS token, if the tokenizer has one."""
 
@@ -162,37 +216,3 @@ async def encode(services: Services, text: str, *, add_special_tokens: bool) -> 
         return ids
 
     return await asyncio.to_thread(work) if len(text) > LONG else work()
-
-
-async def encode_chat(
-    services: Services,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    continue_final_message: bool = False,
-    arguments: dict[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of messages in the base's chat template. Raises `BadRequest` if it has none or rejects them."""
-    if not services.tokenizer.chat_template:
-        raise BadRequest("the base model has no chat template; use /v1/completions", param="messages")
-    turns = []
-    for message in messages:
-        content = message.content
-        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        turns.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
-
-    def work() -> list[int]:
-        text = services.tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **(arguments or {}),
-        )
-        ids: list[int] = services.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    try:
-        return await asyncio.to_thread(work)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error

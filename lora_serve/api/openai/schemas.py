@@ -7,25 +7,61 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from lora_serve.request import MOST_ADAPTERS
 
 MOST_STOPS = 4
+MOST_STOP_TOKENS = 1024
 LONGEST_STOP = 256  # characters
-MOST_BIASES = 1024
+MOST_KEYS = 1024  # of an object
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
 MOST_CHOICES = 10_000
 LONGEST_CHOICE = 10_000  # characters
 
 Text = Annotated[str, Field(max_length=4_000_000)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000, fail_fast=True)]
+Texts = Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str:
+    """Which alternative of `Prompts` a value is meant to be, by its first item."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else 0
+    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "token ids"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[Texts, Tag("texts")]
+    | Annotated[TokenLists, Tag("token lists")],
+    Discriminator(_prompt_kind),
+]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Strict(BaseModel):
+    """Base of all bodies. Lists in them are `fail_fast` and dicts `Few`, so that few mistakes are ever collected."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_KEYS:
+        raise ValueError(f"it has more than {MOST_KEYS} fields")
+    return value
+
+
+Few = BeforeValidator(_few)  # for a dict: checks its size before its items
 
 
 class WeightedAdapter(Strict):
@@ -33,6 +69,13 @@ class WeightedAdapter(Strict):
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
+
+
+AdapterChoice = (
+    Annotated[str, Field(min_length=1, max_length=200)]
+    | WeightedAdapter
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS, fail_fast=True)]
+)
 
 
 class StreamOptions(Strict):
@@ -64,7 +107,7 @@ class JsonSchemaFormat(Strict):
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 Choices = Annotated[
-    list[Annotated[str, Field(max_length=LONGEST_CHOICE)]], Field(min_length=1, max_length=MOST_CHOICES)
+    list[Annotated[str, Field(max_length=LONGEST_CHOICE)]], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)
 ]
 
 
@@ -87,37 +130,58 @@ class StructuredOutputs(Strict):
         return self.json_ if kind == "json" else getattr(self, kind)
 
 
-class Generation(Strict):
-    """Common fields of completions and chat completions. None means the default."""
+class NoEffect(Strict):
+    """Fields that clients send by default, accepted at the values at which they mean nothing here."""
+
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None  # prompts are always cached
+    prompt_cache_retention: Annotated[str, Field(max_length=100)] | None = None
+    use_beam_search: Literal[False] | None = None
+    early_stopping: Literal[False] | None = None
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    return_token_ids: Literal[False] | None = None
+    logits_processors: None = None
+    truncate_prompt_tokens: None = None
+    priority: Literal[0] | None = None
+
+
+class ModelSelection(Strict):
+    """The base, or the adapters to run it with."""
 
     model: Annotated[str, Field(max_length=400)] | None = None
-    adapter: (
-        Annotated[str, Field(min_length=1, max_length=200)]
-        | WeightedAdapter
-        | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS)]
-        | None
-    ) = None
+    adapter: AdapterChoice | None = None
+
+
+class Generation(ModelSelection, NoEffect):
+    """Common fields of completions and chat completions. None means the default."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_BIASES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: (
         Annotated[
             dict[
                 Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
                 Annotated[float, Field(ge=-100, le=100)],
             ],
-            Field(max_length=MOST_BIASES),
+            Few,
         ]
         | None
     ) = None
@@ -146,11 +210,12 @@ class Generation(Strict):
 class Completion(Generation):
     """Body of `POST /v1/completions`."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(max_length=MOST_PROMPTS)]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
     add_special_tokens: bool | None = None
 
     @field_validator("prompt")
@@ -161,66 +226,27 @@ class Completion(Generation):
         return value
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: Text
+class EmbeddingBody(ModelSelection):
+    """Body of `POST /v1/embeddings`."""
 
-
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None
-    name: Annotated[str, Field(max_length=200)] | None = None
-
-
-class TemplateArguments(Strict):
-    """Chat template arguments that callers may set."""
-
-    enable_thinking: bool | None = None
-    add_vision_id: bool | None = None
-
-
-class ChatCompletion(Generation):
-    """Body of `POST /v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: TemplateArguments | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="after")
-    def _fields_that_need_each_other(self) -> ChatCompletion:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        return self
-
-
-class Tokenize(Strict):
-    """Body of `POST /tokenize`: a prompt, or messages for the chat template."""
-
-    model: str | None = None
-    prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    priority: Literal[0] | None = None
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Tokenize:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
+    @field_validator("input")
+    @classmethod
+    def _something_to_embed(cls, value: Any) -> Any:
+        if not value or (isinstance(value, list) and not isinstance(value[0], int) and not all(value)):
+            raise ValueError("it is empty, or has an empty item")
+        return value
 
-
-class Detokenize(Strict):
-    """Body of `POST /detokenize`."""
-
-    model: str | None = None
-    tokens: TokenIds
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _something_is_left(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("it must be -1 (the context length) or at least 1")
+        return value
