@@ -99,6 +99,13 @@ async def test_all_choices_have_the_grammar_and_it_names_its_field(server: StubC
     assert {(each.grammar is not None, each.grammar_field) for each in sampling} == {(True, "guided_regex")}
 
 
+async def test_a_long_grammar_is_not_copied_for_thousands_of_sequences(server: StubCompletionApp) -> None:
+    answer = await server.complete(prompt=["a"] * 200, guided_regex="a" * 40_000)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "guided_regex"
+    assert (await server.complete(prompt=["a"] * 50, guided_regex="a" * 40_000)).status_code == 200
+
+
 def nested(depth: int) -> Any:
     schema: Any = {"type": "string"}
     for _ in range(depth):

@@ -53,7 +53,7 @@ def start() -> Iterator[Start]:
 
     def start(folder: Path, **options: Any) -> Session:
         TOKENIZER.save_pretrained(folder / "base")
-        started.append(Session(folder, **{"max_model_len": 96, **options}))
+        started.append(Session(folder, **{"max_model_len": 96, "threads": 1, **options}))
         return started[-1]
 
     yield start

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LONGEST_SCHEMA = 200_000  # characters; of choices, too
 LONGEST_GRAMMAR = 50_000  # characters of a regular expression or Lark grammar, which may hold schemas
+LARGEST_COPIES = 4_000_000  # characters of a grammar times the sequences that it is sent with
 MOST_PROPERTIES = 2000  # of one object; compiling takes a time that grows with their square
 DEEPEST_SCHEMA = 100  # nested objects and arrays
 LONG = 20_000  # characters; longer schemas are checked in a thread
@@ -104,6 +105,17 @@ async def structured_output(body: Generation) -> Grammar | None:
     if _size(only.value) > LONG:
         return Grammar(await asyncio.to_thread(_lower, only, options), only.field)
     return Grammar(_lower(only, options), only.field)
+
+
+def check_copies(grammar: Grammar | None, sequences: int) -> None:
+    """Raise `BadRequest` if a grammar is too long for so many sequences, each of which is sent with it."""
+    if grammar is not None and len(grammar.text) * sequences > LARGEST_COPIES:
+        most = LARGEST_COPIES // len(grammar.text)
+        raise BadRequest(
+            f"{grammar.field}: a grammar of {len(grammar.text):,} characters can be used for {most} choices at once, "
+            f"not for {sequences}",
+            param=grammar.field,
+        )
 
 
 def json_schema_grammar(schema: Any, field: str, options: JsonCompileOptions | None = None) -> str:
