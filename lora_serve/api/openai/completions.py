@@ -35,7 +35,7 @@ from lora_serve.api.openai.preprocess import (
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
 from lora_serve.api.openai.schemas import Completion
-from lora_serve.api.openai.structured_output import structured_output
+from lora_serve.api.openai.structured_output import check_copies, structured_output
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
@@ -133,6 +133,7 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
     check_n(body, services)
     grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)
+    check_copies(grammar, len(prompts) * (body.n or 1))
     logprobs = body.logprobs
     id_ = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
