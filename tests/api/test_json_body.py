@@ -16,6 +16,7 @@ from lora_serve.api import json_body
 from lora_serve.api.anthropic.message_schemas import CountMessageTokens, CreateMessage
 from lora_serve.api.lora_routes import LoadLora, UnloadLora
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.response_schemas import CreateResponse
 from lora_serve.api.openai.schemas import Completion, EmbeddingBody
 from lora_serve.api.openai.tokenize import Detokenize, Tokenize
 from lora_serve.errors import BadRequest
@@ -25,6 +26,7 @@ BODIES = (
     Completion,
     CountMessageTokens,
     CreateMessage,
+    CreateResponse,
     Detokenize,
     EmbeddingBody,
     LoadLora,
