@@ -31,7 +31,7 @@ from lora_serve.messages import (
     PinAdapter,
     Publish,
 )
-from lora_serve.names import check_name
+from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JSONRoute)
 
@@ -41,9 +41,10 @@ Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
 def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     """OpenAPI schema of an upload body, which is streamed instead of parsed by FastAPI."""
     binary = {"type": "string", "format": "binary"}
-    fields: dict[str, Any] = {"name": {"type": "string"}} if name else {}
+    fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
     fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
     schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

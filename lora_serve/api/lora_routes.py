@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
+from pydantic import Field
 
 from lora_serve.api import archive
 from lora_serve.api.auth import Administrator, Caller
@@ -23,15 +24,17 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import BadRequest, ServeError
 from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish
-from lora_serve.names import check_name
+from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(tags=["adapters"], route_class=JSONRoute)
+
+NewName = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]  # checked by `check_name`
 
 
 class LoadLora(Strict):
     """Body of vLLM's `load_lora_adapter`. `is_3d_lora_weight` has no effect: the format is read from the files."""
 
-    lora_name: str
+    lora_name: NewName
     lora_path: str
     load_inplace: bool = False
     base_model_name: str | None = None
@@ -48,7 +51,7 @@ class UnloadLora(Strict):
 class LoadSGLangLora(Strict):
     """Body of SGLang's `load_lora_adapter`."""
 
-    lora_name: str
+    lora_name: NewName
     lora_path: str
     pinned: bool = False
 

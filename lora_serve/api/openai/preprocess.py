@@ -61,11 +61,13 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
     if given is None:
         uses: tuple[AdapterUse, ...] = ()
     elif isinstance(given, list):
-        uses = tuple(_parse_adapter(entry) for entry in given)
+        uses = tuple(_parse_adapter(entry.name, entry.weight) for entry in given)
+    elif isinstance(given, WeightedAdapter):
+        uses = (_parse_adapter(given.name, given.weight),)
     else:
-        uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
+        uses = (_parse_adapter(given),)
     if body.model and body.model not in base_names(services):
-        named = _parse_adapter(WeightedAdapter(name=without_base(body.model, services)))
+        named = _parse_adapter(without_base(body.model, services))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -122,11 +124,11 @@ def without_base(model: str, services: Services) -> str:
     return model if base is None else model[len(base) + 1 :]
 
 
-def _parse_adapter(given: WeightedAdapter) -> AdapterUse:
-    name, at, version = given.name.partition("@")
+def _parse_adapter(given: str, weight: float = 1.0) -> AdapterUse:
+    name, at, version = given.partition("@")
     if at and not version:
         raise BadRequest("an adapter's name ends in @ without a version", param="adapter")
-    return AdapterUse(name, version or None, given.weight)
+    return AdapterUse(name, version or None, weight)
 
 
 def sampling_params(
