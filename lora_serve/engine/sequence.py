@@ -110,7 +110,7 @@ class Sequence:
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
     def append_known(self, tokens: list[int]) -> None:
-        """Append tokens that need no sampling; they replace one that is in flight."""
+        """Append tokens that need no sampling, instead of one in flight."""
         if self.tokens[-1] == IN_FLIGHT_TOKEN:
             self.tokens.pop()
         self.tokens += tokens
