@@ -110,7 +110,10 @@ class Sequence:
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
     def append_known(self, tokens: list[int]) -> None:
-        """Append tokens that need no sampling; they replace an in-flight one."""
+        """Append tokens that need no sampling.
+
+        If a token is being sampled in their stead, it is dropped.
+        """
         if self.tokens[-1] == IN_FLIGHT_TOKEN:
             self.tokens.pop()
         self.tokens += tokens

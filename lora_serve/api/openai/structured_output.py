@@ -127,6 +127,10 @@ def json_schema_grammar(schema: Any, field: str, options: JsonCompileOptions | N
 
     Raises: `BadRequest` for a schema that is too large, too deep, or has keywords that would be ignored.
     """
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{field} must be a JSON Schema that allows something: an object or true", param=field)
     _check_nesting(schema, field)
     effective = _without_effectless(schema, field)
     text = json.dumps(effective, ensure_ascii=False)
