@@ -76,6 +76,23 @@ def test_models_lists_the_base_first(client: OpenAI) -> None:
     assert client.models.retrieve("shout").id == "shout"
 
 
+def test_responses_whole_and_streamed(client: OpenAI) -> None:
+    for name, task in TASKS.items():
+        answer = client.responses.create(model=name, input=TEXT, temperature=0, max_output_tokens=48)
+        assert answer.output_text == task.answer(TEXT)
+        assert (answer.status, answer.model) == ("completed", name)
+    with client.responses.stream(model="shout", input=TEXT, temperature=0) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == TEXT.upper()
+    assert final.usage is not None
+    assert final.usage.total_tokens == final.usage.input_tokens + final.usage.output_tokens
+    short = client.responses.create(model="shout", input=TEXT, temperature=0, max_output_tokens=2)
+    assert short.status == "incomplete"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+
+
 def test_errors_become_the_sdk_s_exception_classes(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")

@@ -62,7 +62,6 @@ class BaseShape:
         vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
         quantized: how the base's weights are quantised, or empty (for reports).
         body: path of the model without its LM head, which adapters for embeddings are trained on.
-        pooling: how the base makes embeddings, if it says so.
     """
 
     sites: dict[str, Site]
@@ -82,7 +81,6 @@ class BaseShape:
     vocabulary: str = ""
     quantized: str = ""
     body: str = ""
-    pooling: Pooling | None = None
 
     def bias(self, site: str) -> Tensor | None:
         """The bias [out] of a linear module of the base, if it has one."""
@@ -185,7 +183,7 @@ class Lowered:
         prefix: virtual tokens before the prompt.
         invocation: aLoRA's invocation tokens: the adapter is active from their last occurrence in the prompt on (not at
             all without one); empty: always active.
-        pooling: how the adapter makes embeddings; None if it is not made for that.
+        embeds, pooling: whether the adapter is made for embeddings, and its own pooling; None: the base's.
     """
 
     deltas: dict[str, Delta]
@@ -193,6 +191,7 @@ class Lowered:
     overrides: dict[str, ModuleOverride] = field(default_factory=dict)
     prefix: Prefix | None = None
     invocation: tuple[int, ...] = ()
+    embeds: bool = False
     pooling: Pooling | None = None
 
     @property

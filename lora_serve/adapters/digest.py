@@ -21,6 +21,6 @@ def digest(lowered: Lowered) -> str:
     ids = {module: override.token_ids for module, override in sorted(lowered.overrides.items()) if override.token_ids}
     if ids or lowered.invocation:
         found.update(f"{ids} {lowered.invocation}\n".encode())
-    if lowered.pooling is not None:
-        found.update(f"{lowered.pooling}\n".encode())
+    if lowered.embeds:
+        found.update(f"embeds {lowered.pooling}\n".encode())
     return found.hexdigest()

@@ -25,30 +25,28 @@ FLAGS = {  # older spelling → mode
 }
 
 
-def adapter_pooling(checkpoint: Checkpoint, base: Pooling | None) -> Pooling | None:
-    """How an adapter makes embeddings; None if it is not made for that. Raises AdapterInvalid.
+def adapter_pooling(checkpoint: Checkpoint) -> tuple[bool, Pooling | None]:
+    """Whether an adapter is made for embeddings, and its own pooling; None: the base's. Raises AdapterInvalid.
 
-    In this order: as its own `1_Pooling/config.json` says; for `FEATURE_EXTRACTION`, as the base does, or else by the
-    last token, normalised.
+    It is if it was trained for `FEATURE_EXTRACTION`, or has a pooling of its own.
     """
-    made_for_it = checkpoint.config.get("task_type") == "FEATURE_EXTRACTION"
-    if checkpoint.pooling is not None or (made_for_it and checkpoint.modules is not None):
-        try:
-            normalize = True if base is None else base.normalize
-            return parse_pooling(checkpoint.modules, checkpoint.pooling, normalize=normalize)
-        except ValueError as error:
-            raise AdapterInvalid(str(error)) from None
-    return (base or Pooling()) if made_for_it else None
+    trained_for_it = checkpoint.config.get("task_type") == "FEATURE_EXTRACTION"
+    if checkpoint.pooling is None and not (trained_for_it and checkpoint.modules is not None):
+        return trained_for_it, None
+    try:
+        return True, parse_pooling(checkpoint.modules, checkpoint.pooling)
+    except ValueError as error:
+        raise AdapterInvalid(str(error)) from None
 
 
-def parse_pooling(modules: Any, config: Any, *, normalize: bool = True) -> Pooling:
+def parse_pooling(modules: Any, config: Any) -> Pooling:
     """The pooling that the decoded files describe. Raises ValueError that names what is not served.
 
     Args:
-        modules: of `modules.json`; None if there is none.
+        modules: of `modules.json`; None if there is none, then embeddings are normalised.
         config: of `1_Pooling/config.json`; None if there is none.
-        normalize: whether embeddings are normalised if there is no `modules.json` to say so.
     """
+    normalize = True
     if modules is not None:
         kinds = _module_kinds(modules)
         others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]

@@ -17,13 +17,14 @@ class Traits(msgspec.Struct, frozen=True):
         invocation: aLoRA's invocation tokens: active from their last occurrence in the prompt on; empty: always.
         not_additive: why it cannot be weighted or composed; empty if it can.
         vocabulary: vocabulary size of its sequences, if it differs from the base's; else 0.
-        pooling: how it makes embeddings; None if it is not made for that.
+        embeds, pooling: whether it is made for embeddings, and its own pooling; None: the base's.
     """
 
     virtual: int = 0
     invocation: tuple[int, ...] = ()
     not_additive: str = ""
     vocabulary: int = 0
+    embeds: bool = False
     pooling: Pooling | None = None
 
 
@@ -34,6 +35,7 @@ def traits(lowered: Lowered, base: BaseShape) -> Traits:
         invocation=lowered.invocation,
         not_additive=lowered.not_additive,
         vocabulary=_vocabulary(lowered, base),
+        embeds=lowered.embeds,
         pooling=lowered.pooling,
     )
 

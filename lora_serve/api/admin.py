@@ -14,6 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import receive_upload
@@ -32,7 +33,7 @@ from lora_serve.messages import (
 )
 from lora_serve.names import NAME_PATTERN, check_name
 
-router = APIRouter(prefix="/v1", tags=["adapters"])
+router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JSONRoute)
 
 Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
 

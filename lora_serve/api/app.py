@@ -14,10 +14,11 @@ from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Keys, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
-from lora_serve.api.limits import BodyLimit
+from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
-from lora_serve.api.openai import chat, completions, embeddings, models, tokenize
+from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
+from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openapi import DocumentedAPI
 from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
@@ -26,6 +27,8 @@ from lora_serve.api.sse import ClientDisconnected
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
+
+OPEN_PATHS = ("/health", "/ready")  # without a key
 
 router = APIRouter(tags=["server"])
 
@@ -45,10 +48,12 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
     staging = config.store_folder() / "staging"
-    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    encoder = TextEncoder(tokenizer)
+    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, staging)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(ContentEncoding)
+    app.add_middleware(RequireKey, open_paths=OPEN_PATHS)
     app.add_middleware(ErrorResponses)
     app.add_middleware(HeadRequests)
     if config.allow_origin:
@@ -64,7 +69,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, messages_api, embeddings, models, tokenize, admin, lora_routes):
+    for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin, lora_routes):
         app.include_router(routes.router)
     app.include_router(router)
     return app

@@ -168,7 +168,7 @@ def authorize(request: Request) -> Caller:
     bearer = f"Bearer {request.headers.get('x-api-key', '')}"
     scheme, _, key = request.headers.get("Authorization", bearer).partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
-        raise Unauthenticated("an API key is needed: Authorization: Bearer <key>")
+        raise Unauthenticated("an API key is needed: Authorization: Bearer <key>, or x-api-key: <key>")
     if (caller := keys.find(key.strip())) is None:
         raise Unauthenticated("unknown API key")
     return caller

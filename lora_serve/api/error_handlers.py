@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthropic
-from lora_serve.api.content_type import is_json
 from lora_serve.api.methods import allowed_methods
 from lora_serve.api.request_id import request_id
 from lora_serve.errors import Overloaded, ServeError, Unavailable
@@ -26,6 +25,7 @@ from lora_serve.errors import Overloaded, ServeError, Unavailable
 LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
 MOST_REASONS = 4  # alternatives of a union in a message
+MOST_PROBLEMS = 20  # of a body that are looked at
 
 STATUS = {
     "bad_request": 400,
@@ -35,6 +35,7 @@ STATUS = {
     "forbidden": 403,
     "adapter_not_found": 404,
     "model_not_found": 404,
+    "response_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "too_large": 413,
@@ -104,15 +105,13 @@ def response(error: ServeError, scope: Scope) -> JSONResponse:
 def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
     """Error message and field (a dotted path) of a failed validation.
 
-    Only pydantic's problems with the first field are described; of a union's alternatives, the one that got deepest, as
-    it is most likely the one meant. `sent` is the decoded body: its keys tell field names from names of union members,
-    which pydantic also puts into a location.
+    Only the first of pydantic's problems are looked at, and those with the first field described; of a union's
+    alternatives, the one that got deepest, as it is most likely the one meant. `sent` is the decoded body: its keys
+    tell field names from names of union members, which pydantic also puts into a location.
     """
     if not problems:
         return "the request is not valid", None
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None
+    problems = problems[:MOST_PROBLEMS]
     paths = [_field_path(problem, sent) for problem in problems]
     related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)
@@ -170,8 +169,6 @@ def _serve_error(request: Request, error: Exception) -> JSONResponse:
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if isinstance(error.body, bytes) and not is_json(request.headers.get("Content-Type")):
-        return response(UnsupportedMedia("the Content-Type must be application/json"), request.scope)
     message, param = describe_validation_error(error.errors(), error.body)
     return JSONResponse(_shape(request.scope, 400, message, param, "bad_request"), 400)
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lora_serve.api import archive
 from lora_serve.api.auth import Administrator, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openai.schemas import Strict
 from lora_serve.api.openapi import errors
@@ -25,7 +26,7 @@ from lora_serve.errors import BadRequest, ServeError
 from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish
 from lora_serve.names import NAME_PATTERN, check_name
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], route_class=JSONRoute)
 
 NewName = Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]  # checked by `check_name`
 

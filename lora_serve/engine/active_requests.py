@@ -9,6 +9,7 @@ import os
 
 from lora_serve.adapters.registry import Lease, Registry
 from lora_serve.engine.admission import check, check_adapters_fit, pooling_of
+from lora_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
 from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
@@ -26,12 +27,16 @@ class ActiveRequests:
         max_queue: maximum number of waiting requests.
     """
 
-    def __init__(self, info: EngineInfo, scheduler: Scheduler, registry: Registry, max_queue: int) -> None:
+    def __init__(
+        self, info: EngineInfo, scheduler: Scheduler, registry: Registry, grammars: GrammarCompiler, max_queue: int
+    ) -> None:
         self._info = info
         self._scheduler = scheduler
         self._registry = registry
+        self._grammars = grammars
         self._max_queue = max_queue
         self._sequences: dict[str, Sequence] = {}
+        self._compiling: set[Sequence] = set()  # admitted, not queued before their grammars are compiled
         self._leases: dict[str, list[Lease]] = {}
         self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
         self._embedding_sums = EmbeddingSums()
@@ -40,6 +45,11 @@ class ActiveRequests:
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that hold no KV blocks."""
+        return len(self._scheduler.waiting) + len(self._compiling)
 
     @property
     def has_events(self) -> bool:
@@ -92,9 +102,9 @@ class ActiveRequests:
         if part.end < seq.limit and output.token not in seq.stop_ids:
             seq.tokens[part.end] = output.token
             logprobs = None if output.logprob is None else [output.logprob]
-            self._events.append(Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached))
-            if part.end + 1 == seq.limit:
-                self.finish(seq, "length")
+            tokens = Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached)
+            self._events.append(tokens)
+            self._continue(seq, tokens.token_ids, part.end + 1)
             return
         if prompt_logprobs is not None or part.end == seq.prompt_end:
             self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached))
@@ -102,6 +112,31 @@ class ActiveRequests:
             self.finish(seq, "length")
         else:
             self.finish(seq, "stop", stop_token=output.token, stop_logprob=output.logprob)
+
+    def _continue(self, seq: Sequence, new: list[int], end: int) -> None:
+        """Advance a sequence's grammar by a sampled token, the last before `end`; finish it if that is where it ends.
+
+        Tokens that the grammar forces are appended to the sequence and to `new`, and computed in the next step.
+        """
+        matcher = seq.matcher
+        if matcher is not None:
+            try:
+                matcher.advance(new[-1])
+                if seq.request.sampling.logprobs is None:  # these need the logits
+                    forced = matcher.force_tokens(seq.limit - end, seq.stop_ids)
+                    if forced:
+                        seq.append_known(forced)
+                        new += forced
+                        end += len(forced)
+                matcher.check_length(end - seq.prompt_end)
+            except ServeError as error:
+                self.finish(seq, "error", error)
+                return
+            if matcher.complete:
+                self.finish(seq, "stop")
+                return
+        if end == seq.limit:
+            self.finish(seq, "length")
 
     def finish(
         self,
@@ -114,7 +149,10 @@ class ActiveRequests:
         forget: bool = False,
     ) -> None:
         """End a request: free its KV blocks, leases and state (`forget`: drop its blocks from the prefix index)."""
-        self._scheduler.remove(seq, forget=forget)
+        if seq in self._compiling:
+            self._compiling.remove(seq)
+        else:
+            self._scheduler.remove(seq, forget=forget)
         del self._sequences[seq.request.id]
         self._prompt_logprobs.pop(seq.request.id, None)
         self._embedding_sums.discard(seq)
@@ -127,7 +165,7 @@ class ActiveRequests:
         """Admit a request, or raise the ServeError that refuses it."""
         if request.id in self._sequences:
             raise BadRequest("a request with this id is already running", param="request_id")
-        if len(self._scheduler.waiting) >= self._max_queue:
+        if self.waiting >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are waiting already", retry_after=1)
         leases: list[Lease] = []
         try:
@@ -143,8 +181,30 @@ class ActiveRequests:
         self._admitted += 1
         self._sequences[request.id] = seq
         self._leases[request.id] = leases
+        if request.sampling.grammar is None:
+            self._queue(seq)
+        else:
+            self._compiling.add(seq)
+            self._grammars.compile(request.sampling.grammar, lambda result: self._on_compiled(seq, result))
+
+    def _on_compiled(self, seq: Sequence, result: CompiledGrammar | ServeError) -> None:
+        """Queue a sequence whose grammar was compiled, or refuse its request; it may have been aborted meanwhile."""
+        if seq not in self._compiling:
+            return
+        sampling = seq.request.sampling
+        if isinstance(result, BadRequest):
+            result = BadRequest(result.message, param=sampling.grammar_field)
+        if isinstance(result, ServeError):
+            self.finish(seq, "error", result)
+            return
+        self._compiling.remove(seq)
+        seq.matcher = result.matcher(sampling)
+        seq.stop_ids |= seq.matcher.eos_ids  # allowed despite `ignore_eos` where nothing else is
+        self._queue(seq)
+
+    def _queue(self, seq: Sequence) -> None:
         self._scheduler.add(seq)
-        self._events.append(Admitted(request.id, list(seq.adapters)))
+        self._events.append(Admitted(seq.request.id, list(seq.adapters)))
 
     def _new_sequence(self, request: Request, leases: list[Lease]) -> Sequence:
         sampling = request.sampling

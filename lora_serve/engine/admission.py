@@ -35,10 +35,14 @@ def check(request: Request, leases: Sequence[Lease], info: EngineInfo) -> None:
 
 
 def pooling_of(request: Request, leases: Sequence[Lease], info: EngineInfo) -> Pooling | None:
-    """How a request's adapters, or the base without any, embed its prompt; None if it generates, or if they do not."""
+    """How a request's prompt is embedded, which was checked; None if it generates.
+
+    By an adapter without a pooling of its own as by the base, or else by the last token, normalised.
+    """
     if request.embedding is None:
         return None
-    return leases[0].traits.pooling if leases else info.pooling
+    own = leases[0].traits.pooling if leases else None
+    return own or info.pooling or Pooling()
 
 
 def check_adapters_fit(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
@@ -74,7 +78,7 @@ def _check_embedding(params: EmbeddingParams, leases: Sequence[Lease], info: Eng
             param="model",
         )
     for lease in leases:
-        if lease.traits.pooling is None:
+        if not lease.traits.embeds:
             raise BadRequest(
                 f"adapter {lease.name} makes no embeddings: the task_type in its adapter_config.json is not "
                 f"FEATURE_EXTRACTION, and it has no {POOLING}",

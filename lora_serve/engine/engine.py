@@ -1,11 +1,11 @@
 """The engine: take messages, schedule and run steps, send events. Synchronous, one thread, no sockets.
 
-A step is: schedule, launch on the device, process the outputs. On a CPU these follow each other. On a GPU the next step
-is scheduled and launched while one is in flight, and only then are the outputs of that one read, so the device never
-waits for Python. Tokens computed for a sequence that turns out to have ended are dropped.
+A step is: schedule, launch the forward pass, sample, process the outputs. On a CPU these follow each other. On a GPU
+the next step is scheduled and its forward pass launched while one is in flight, and only then are the outputs of that
+one read, so the device never waits for Python. Tokens computed for a sequence that turns out to have ended are dropped.
 
-The loop never touches the disk and never waits for a load: publishing and loading adapters run in the registry's
-threads, and their results are picked up at the beginning of a step.
+The loop never touches the disk and never waits for a load or a compilation: adapters are published and loaded, and
+grammars compiled, in threads, whose results are picked up at the beginning of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import msgspec
 from lora_serve.adapters.registry import InMemory, LoadFailed, Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.active_requests import ActiveRequests
-from lora_serve.engine.in_flight import InFlightStep, launch
+from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
 from lora_serve.engine.prefill_pacer import PrefillPacer
 from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
@@ -60,13 +61,21 @@ class Engine:
     """
 
     def __init__(
-        self, info: EngineInfo, scheduler: Scheduler, runner: Runner, registry: Registry, *, max_queue: int
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        runner: Runner,
+        registry: Registry,
+        grammars: GrammarCompiler,
+        *,
+        max_queue: int,
     ) -> None:
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
         self._registry = registry
-        self._requests = ActiveRequests(info, scheduler, registry, max_queue)
+        self._grammars = grammars
+        self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue)
         self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of drain calls to answer when no request is left
         self._in_flight: InFlightStep | None = None
@@ -91,7 +100,9 @@ class Engine:
             overlap: see `build_parts`.
         """
         parts = build_parts(config, wake, progress, overlap)
-        return cls(parts.info, parts.scheduler, parts.runner, parts.registry, max_queue=config.max_queue)
+        return cls(
+            parts.info, parts.scheduler, parts.runner, parts.registry, parts.grammars, max_queue=config.max_queue
+        )
 
     @property
     def busy(self) -> bool:
@@ -123,6 +134,8 @@ class Engine:
         """Run a step if anything can run; returns all events since the last call."""
         if self._registry.poll():
             self._loads_finished, self._stalled = True, False
+        if self._grammars.poll():
+            self._stalled = False
         active = len(self._requests)
         report = self._step_overlapped() if self._runner.overlaps else self._step()
         self._shrink_after_out_of_memory()
@@ -134,16 +147,15 @@ class Engine:
         return Update(self._requests.take_events(), None, report)
 
     def _step(self) -> StepReport | None:
-        """Schedule, launch, process the outputs."""
+        """Schedule, launch, sample, process the outputs."""
         step = self._launch(self._schedule())
-        return None if step is None else self._process(step)
+        return None if step is None else self._process(step.sample())
 
     def _step_overlapped(self) -> StepReport | None:
-        """Launch the next step, then process the outputs of the previous one."""
-        report = self._process_in_flight() if self._in_flight is not None and self._in_flight.blocks_next else None
-        previous, self._in_flight = self._in_flight, self._launch(self._schedule())
-        if previous is not None:
-            report = self._process(previous)
+        """Launch the next step's forward pass; while it runs, process the outputs of the previous one; then sample."""
+        step = self._launch(self._schedule())
+        report = self._process_in_flight()
+        self._in_flight = None if step is None else step.sample()
         return self._process_in_flight() or report if self._runner.out_of_memory else report
 
     def _schedule(self) -> list[ScheduledSequence]:
@@ -154,8 +166,8 @@ class Engine:
         self._request_loads(every_set=finished)
         return scheduled
 
-    def _launch(self, scheduled: list[ScheduledSequence]) -> InFlightStep | None:
-        """Launch a step, after which the next one may be scheduled."""
+    def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
+        """Launch a step's forward pass, after which the next one may be scheduled."""
         if not scheduled:
             return None
         step = launch(scheduled, self._runner, self._registry)
@@ -263,7 +275,7 @@ class Engine:
         """Current statistics of the queues, KV cache and adapters."""
         scheduler, pool = self._scheduler, self._scheduler.pool
         stats = Stats(
-            waiting=len(scheduler.waiting),
+            waiting=self._requests.waiting,
             running=len(scheduler.running),
             kv_blocks_used=pool.used,
             kv_blocks=pool.blocks,
@@ -280,3 +292,4 @@ class Engine:
         """End all requests (a last `step` returns their events) and free the adapters."""
         self._requests.finish_all(Unavailable("the server is shutting down", retry_after=5))
         self._registry.close()
+        self._grammars.close()

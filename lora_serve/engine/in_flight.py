@@ -1,4 +1,4 @@
-"""The in-flight step: launched on the device with its adapters in slots, outputs not read yet."""
+"""Steps on the device: launched with their adapters in slots, then sampled, outputs not read yet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_serve.adapters.registry import Registry
-from lora_serve.engine.runner import Outputs, Runner, SequenceOutput
+from lora_serve.engine.runner import LaunchSampling, Outputs, Runner, SequenceOutput
 from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.errors import ServeError
 
@@ -28,14 +28,23 @@ class InFlightStep:
     started: float
     outputs: Outputs
 
-    @property
-    def blocks_next(self) -> bool:
-        """Whether its tokens must be on the host before the next step can be launched (penalties)."""
-        return any(part.seq.needs_previous_tokens for part in self.scheduled)
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose forward pass was launched and whose tokens are not sampled yet; attributes as in `InFlightStep`."""
+
+    scheduled: list[ScheduledSequence]
+    adapters: int
+    started: float
+    launch_sampling: LaunchSampling
+
+    def sample(self) -> InFlightStep:
+        """Launch sampling. The outputs of the previous step must have been processed."""
+        return InFlightStep(self.scheduled, self.adapters, self.started, self.launch_sampling())
 
 
-def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registry) -> InFlightStep:
-    """Assign slots to the step's adapters and launch it. Only sequences whose adapters do not fit fail.
+def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registry) -> LaunchedStep:
+    """Assign slots to the step's adapters and launch its forward pass. Only sequences whose adapters do not fit fail.
 
     Sequences whose adapters are still being copied to the device are left out while others can run; they keep their KV
     blocks and are scheduled again.
@@ -45,9 +54,14 @@ def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registr
     resident = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
     going = [part for part in resident if registry.copied(part.seq.digests)] or resident
     registry.wait_for_copies(_digests(going))
-    outputs = runner.launch(going, slots) if going else list
+    launch_sampling = runner.launch(going, slots) if going else (lambda: list)
     parts = going + [output.part for output in failed]
-    return InFlightStep(parts, len(_digests(parts)), started, lambda: failed + outputs())
+
+    def sample() -> Outputs:
+        outputs = launch_sampling()
+        return lambda: failed + outputs()
+
+    return LaunchedStep(parts, len(_digests(parts)), started, sample)
 
 
 def _assign_slots(

@@ -1,7 +1,8 @@
 """Run a step on the device: batch in, sampled tokens out. A failure ends only the sequence that caused it.
 
-Launching a step does not wait for the device; reading its outputs does. In between, the next step can be launched for
-sequences whose sampled tokens only the device knows.
+A step has three parts: launch its forward pass, launch sampling, read its outputs. Only the last waits for the device.
+The forward pass of the next step can be launched for sequences whose sampled tokens only the device knows; sampling,
+which may depend on earlier tokens (penalties, grammars), needs the outputs of the previous step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lora_serve.engine.logprobs import PendingLogprobs, logprobs
 from lora_serve.engine.pooling import PendingSums, sum_hidden
 from lora_serve.engine.sampler import PendingSamples, SamplingRow, sample
 from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.token_masks import MaskOrError, TokenMasks
 from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.base import ResidentBase
@@ -43,6 +45,7 @@ class SequenceOutput:
 
 
 Outputs = Callable[[], list[SequenceOutput]]  # waits for a launched step and returns its outputs
+LaunchSampling = Callable[[], Outputs]  # launches the sampling of a step whose forward pass was launched
 TokenOrFault = tuple[int | None, Logprob | None, ServeError | None]  # token and log-probability, or failure
 
 
@@ -87,6 +90,7 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._tokens = tokens
+        self._token_masks = TokenMasks(device)
         self.out_of_memory = False
 
     @property
@@ -94,8 +98,8 @@ class Runner:
         """Whether a step may be launched before the outputs of the last one are read."""
         return self._tokens is not None
 
-    def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> Outputs:
-        """Launch one step. If the batch fails, its sequences are retried one by one, once.
+    def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> LaunchSampling:
+        """Launch one step's forward pass. If the batch fails, its sequences are retried one by one, once.
 
         Raises only errors that leave the device unusable.
         """
@@ -103,9 +107,11 @@ class Runner:
             self._tokens.begin_step()
         return self._launch(scheduled, slots)
 
-    def _launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> Outputs:
+    def _launch(
+        self, scheduled: list[ScheduledSequence], slots: Mapping[str, int], *, retried: bool = False
+    ) -> LaunchSampling:
         try:
-            return self._attempt(scheduled, slots)
+            return self._attempt(scheduled, slots, keep_logits=retried)
         except torch.AcceleratorError:
             raise  # the device is unusable from now on
         except Exception as error:
@@ -118,14 +124,23 @@ class Runner:
                 torch.cuda.empty_cache()  # the free memory is fragmented
         if len(scheduled) == 1:
             failed = SequenceOutput(scheduled[0], failure=_fault(caught))
-            return lambda: [failed]
+            return lambda: lambda: [failed]
         kind = type(caught).__name__
         log.warning("a batch of %d sequences failed (%s); trying them one by one", len(scheduled), kind)
-        each = [self._launch([part], slots) for part in scheduled]
-        return lambda: [output for outputs in each for output in outputs()]
+        each = [self._launch([part], slots, retried=True) for part in scheduled]
 
-    def _attempt(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> Outputs:
+        def sample_each() -> Outputs:
+            sampled = [launch_sampling() for launch_sampling in each]
+            return lambda: [output for outputs in sampled for output in outputs()]
+
+        return sample_each
+
+    def _attempt(
+        self, scheduled: list[ScheduledSequence], slots: Mapping[str, int], *, keep_logits: bool
+    ) -> LaunchSampling:
+        """Launch a forward pass (`keep_logits`: another one is launched before sampling)."""
         batch, owners = build_batch(scheduled, slots, self._block_size)
+        masks = None if self.overlaps else self._start_masks(owners)
         sums: PendingSums | None = None
         if batch.hidden_rows:
             logits, hidden = self._base.forward_with_hidden(batch)
@@ -135,14 +150,38 @@ class Runner:
         prompts = {
             id(part): self._prompt_logprobs(part, logits[rows]) for part, rows in owners if part.seq.wants_prompt_logits
         }
-        sampling = [(part, rows) for part, rows in owners if part.samples]
-        last = [rows.stop - 1 for _, rows in sampling]
+        last = [rows.stop - 1 for part, rows in owners if part.samples]
         if len(last) < len(logits):
             logits = logits.index_select(0, to_device(last, torch.int64, self._device))
-        samples = self._sample(logits, sampling)
+        elif keep_logits:
+            logits = logits.clone()
+        return lambda: self._launch_sampling(owners, logits, prompts, sums, masks or self._start_masks(owners))
+
+    def _launch_sampling(
+        self,
+        owners: LogitsRows,
+        logits: Tensor,
+        prompts: Mapping[int, PendingLogprobs],
+        sums: PendingSums | None,
+        masks: Callable[[], dict[int, MaskOrError]],
+    ) -> Outputs:
+        """Launch sampling. `logits`: [sequences that sample, vocab]; `prompts` and masks by id(scheduled sequence)."""
+        allowed = masks()
+        refused: dict[int, TokenOrFault] = {
+            key: (None, None, mask) for key, mask in allowed.items() if isinstance(mask, ServeError)
+        }
+        sampling = [part for part, _ in owners if part.samples]
+        rows = [
+            row
+            for row, part in enumerate(sampling)
+            if part.seq.matcher is None or (part.awaits_token and id(part) not in refused)
+        ]
+        if len(rows) < len(sampling):
+            logits, sampling = logits[rows], [sampling[row] for row in rows]
+        samples = self._sample(logits, sampling, allowed)
 
         def outputs() -> list[SequenceOutput]:
-            sampled = {key: value for read in samples for key, value in read().items()}
+            sampled = refused | {key: value for read in samples for key, value in read().items()}
             pooled = {} if sums is None else sums.wait()
             found = []
             for part, _ in owners:
@@ -154,6 +193,15 @@ class Runner:
 
         return outputs
 
+    def _start_masks(self, owners: LogitsRows) -> Callable[[], dict[int, MaskOrError]]:
+        """Start to compute the token masks of the sequences that sample; returns a function that waits for them."""
+        found = [(part, part.seq.matcher) for part, _ in owners if part.seq.matcher is not None and part.awaits_token]
+        if not found:
+            return dict
+        matchers = [matcher for _, matcher in found]
+        wait = self._token_masks.start(matchers, [part.end - part.seq.prompt_end for part, _ in found])
+        return lambda: {id(part): mask for (part, _), mask in zip(found, wait(), strict=True)}
+
     def _prompt_logprobs(self, part: ScheduledSequence, logits: Tensor) -> PendingLogprobs:
         """Log-probabilities of the tokens that follow each of the step's rows within the prompt."""
         seq = part.seq
@@ -163,7 +211,9 @@ class Runner:
         ids = to_device(following, torch.int64, logits.device)
         return logprobs(logits[: len(following)], ids, [top] * len(following))
 
-    def _sample(self, logits: Tensor, sampling: LogitsRows) -> list[Callable[[], Mapping[int, TokenOrFault]]]:
+    def _sample(
+        self, logits: Tensor, sampling: list[ScheduledSequence], masks: Mapping[int, MaskOrError]
+    ) -> list[Callable[[], Mapping[int, TokenOrFault]]]:
         """Sample a token for each; returns functions that wait for them and map id(scheduled sequence) to it."""
         if not sampling:
             return []
@@ -171,12 +221,13 @@ class Runner:
             SamplingRow(
                 params=part.seq.request.sampling,
                 seed=part.seq.seed,
-                position=part.seq.generated,
+                position=part.end - part.seq.prompt_end,
                 stop_ids=part.seq.stop_ids,
                 prompt=part.seq.request.prompt,
-                output=part.seq.tokens[part.seq.prompt_end :],
+                output=part.seq.tokens[part.seq.prompt_end : part.end],
+                mask=mask if isinstance(mask := masks.get(id(part)), Tensor) else None,
             )
-            for part, _ in sampling
+            for part in sampling
         ]
         try:
             samples = sample(logits, rows)
@@ -185,24 +236,24 @@ class Runner:
         except Exception as error:
             if len(rows) == 1:
                 log.exception("sampling failed")
-                failed = {id(sampling[0][0]): (None, None, _fault(error))}
+                failed = {id(sampling[0]): (None, None, _fault(error))}
                 return [lambda: failed]
-            return [each for i, one in enumerate(sampling) for each in self._sample(logits[i : i + 1], [one])]
+            return [each for i, one in enumerate(sampling) for each in self._sample(logits[i : i + 1], [one], masks)]
         if self._tokens is not None:
             start = self._tokens.write(samples.token_ids)
-            for index, (part, _) in enumerate(sampling, start):
+            for index, part in enumerate(sampling, start):
                 part.seq.sampled_row = index
         return [lambda: _read(samples, sampling)]
 
 
-def _read(samples: PendingSamples, sampling: LogitsRows) -> dict[int, TokenOrFault]:
+def _read(samples: PendingSamples, sampling: list[ScheduledSequence]) -> dict[int, TokenOrFault]:
     """Wait for sampled tokens; by id of the scheduled sequence object."""
     sampled = samples.wait()
     return {
         id(part): (sampled.token_ids[i], sampled.logprobs[i], None)
         if sampled.finite[i]
         else (None, None, EngineFault("the model's output for this request is not finite"))
-        for i, (part, _) in enumerate(sampling)
+        for i, part in enumerate(sampling)
     }
 
 

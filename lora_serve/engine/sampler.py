@@ -6,8 +6,8 @@ pure function of its seed and its position in the output. Filters are thresholds
 dropped together and the order of a sort never matters.
 
 Order of operations: logit_bias, no stop token before min_tokens, repetition penalty, presence and frequency penalties,
-temperature, top_k, top_p, min_p, sampling. Temperature 0 takes the largest logit after the penalties, the lowest id
-among ties. Log-probabilities are the model's own: log-softmax of the logits as they came in.
+the grammar's mask, temperature, top_k, top_p, min_p, sampling. Temperature 0 takes the largest logit after the mask,
+the lowest id among ties. Log-probabilities are the model's own: log-softmax of the logits as they came in.
 
 Nothing here waits for the device: sampled tokens stay there until `PendingSamples.wait`.
 """
@@ -39,6 +39,8 @@ class SamplingRow:
         position: tokens generated so far. The token depends on (seed, position) and the logits only.
         stop_ids: ids that are masked before `params.min_tokens`.
         prompt, output: token ids, for the penalties.
+        mask: the tokens that a grammar allows, int32 [words], one bit per token; later tokens are not allowed. On the
+            device of the logits.
     """
 
     params: Sampling
@@ -47,6 +49,7 @@ class SamplingRow:
     stop_ids: frozenset[int]
     prompt: Sequence[int]
     output: Sequence[int]
+    mask: Tensor | None = None
 
     @property
     def greedy(self) -> bool:
@@ -57,7 +60,8 @@ class SamplingRow:
         """Whether bias, masking or penalties change its logits."""
         params = self.params
         return (
-            bool(params.logit_bias)
+            self.mask is not None
+            or bool(params.logit_bias)
             or params.repetition_penalty != 1.0
             or (self.position < params.min_tokens and bool(self.stop_ids))
             or (bool(self.output) and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0))
@@ -157,6 +161,9 @@ def _sample_rows(values: Tensor, rows: list[SamplingRow]) -> Tensor:
     for i, row in enumerate(rows):
         if row.adjusted:
             _adjust(values[i], row)
+    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if masked:
+        _apply_masks(values, [i for i, _ in masked], torch.stack([mask for _, mask in masked]))
     tokens = _argmax(values)
     random = [i for i, row in enumerate(rows) if not row.greedy]
     if random:
@@ -184,6 +191,18 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
         ids = to_device(list(counts), torch.int64, device)
         times = to_device(list(counts.values()), torch.float32, device)
         values[ids] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def _apply_masks(values: Tensor, part: list[int], masks: Tensor) -> None:
+    """Set the logits of tokens that are not in a mask to -inf, for the rows `part`. Masks: int32 [len(part), words]."""
+    bits = torch.arange(32, dtype=torch.int32, device=masks.device)
+    allowed = ((masks[:, :, None] >> bits) & 1).flatten(1)[:, : values.shape[1]]
+    rows = _rows(values, part)
+    rows[:, : allowed.shape[1]].masked_fill_(allowed == 0, float("-inf"))
+    if allowed.shape[1] < rows.shape[1]:  # an adapter's own tokens
+        rows[:, allowed.shape[1] :] = float("-inf")
+    if rows is not values:
+        _set_rows(values, part, rows)
 
 
 def _sample_from_distribution(values: Tensor, rows: list[SamplingRow]) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lora_serve.adapters.traits import Traits
+from lora_serve.engine.grammar import GrammarMatcher
 from lora_serve.kv.pool import chain
 from lora_serve.request import Pooling, Request, Served
 
@@ -46,6 +47,7 @@ class Sequence:
         keys: prefix-cache keys of the full blocks, as far as they were needed.
         indexed: how many of `blocks` are in the prefix index (or were found there).
         cached: prompt tokens found in the prefix cache when it first ran; None before that.
+        matcher: state of its grammar, advanced by every token of the output; None if it has none.
         sampled_row: row of its last sampled token in `SampledTokens`, on the device.
         virtual: number of virtual tokens; an adapter that has them is the sequence's only one.
         active: each of its adapters once, ordered by digest.
@@ -65,6 +67,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     indexed: int = 0
     cached: int | None = None
+    matcher: GrammarMatcher | None = None
     sampled_row: int = 0
 
     def __post_init__(self) -> None:
@@ -102,15 +105,15 @@ class Sequence:
         return self.tokens[-1] == IN_FLIGHT_TOKEN and len(self.tokens) >= self.limit
 
     @property
-    def needs_previous_tokens(self) -> bool:
-        """Whether sampling depends on its earlier tokens (penalties), so that the host must have read them."""
-        sampling = self.request.sampling
-        return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
-
-    @property
     def wants_prompt_logits(self) -> bool:
         """Whether prompt log-probabilities are still to be sent."""
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
+
+    def append_known(self, tokens: list[int]) -> None:
+        """Append tokens that need no sampling; they replace one that is in flight."""
+        if self.tokens[-1] == IN_FLIGHT_TOKEN:
+            self.tokens.pop()
+        self.tokens += tokens
 
     @property
     def needs_whole_prompt(self) -> bool:

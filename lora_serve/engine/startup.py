@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.host_cache import HostCache
@@ -14,10 +18,11 @@ from lora_serve.adapters.store import Store
 from lora_serve.config import ServeConfig
 from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.runner import Runner, SampledTokens
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sizing import adapter_memory, kv_memory, measure_memory, step_limits
-from lora_serve.errors import ModelUnsupported
+from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors, bytes_per_token
@@ -25,6 +30,8 @@ from lora_serve.messages import EngineInfo
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import LoadedModel, load
 from lora_serve.model.self_check import blocks_needed, refusing
+
+log = logging.getLogger(__name__)
 
 MIN_KV_BLOCKS = 2  # for the check of replayed steps
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
@@ -36,6 +43,7 @@ class EngineParts:
     scheduler: Scheduler
     runner: Runner
     registry: Registry
+    grammars: GrammarCompiler
 
 
 def build_parts(
@@ -134,11 +142,12 @@ def _build_parts(
         generation_defaults=loaded.generation_defaults,
         notes=notes,
         hidden_size=loaded.shape.modules[loaded.shape.head]["weight"][1],
-        pooling=loaded.shape.pooling,
+        pooling=loaded.pooling,
         not_embedding=loaded.not_embedding,
         headless=loaded.headless,
     )
-    return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry)
+    grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
+    return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry, grammars)
 
 
 def device_of(name: str) -> torch.device:
@@ -156,6 +165,18 @@ def device_of(name: str) -> torch.device:
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         raise ModelUnsupported(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
     return torch.device("cuda", number)
+
+
+def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:
+    """The base's tokenizer for grammars. Raises BadRequest if it has none of the kind that is needed."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
+        return from_tokenizer(tokenizer, n_vocab=loaded.vocab_size, eos_token=list(loaded.eos_token_ids) or None)
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("structured output is not available: %s", error)
+        raise BadRequest("structured output is not available with this model's tokenizer") from error
 
 
 def _requested_context(config: ServeConfig, loaded: LoadedModel) -> int:

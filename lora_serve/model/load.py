@@ -34,6 +34,7 @@ from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
 from lora_serve.model.shape import build_base_shape
+from lora_serve.request import Pooling
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # RoPE types whose angles depend on the longest position in the batch once that exceeds the original context.
@@ -55,7 +56,7 @@ class LoadedModel:
         replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
         oracle: the untouched model's logits, for the self-check.
         headless: whether the checkpoint has no LM head, so that it can only embed.
-        not_embedding: why the base alone makes no embeddings; empty if it does.
+        pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class LoadedModel:
     replayable: bool
     oracle: Oracle
     headless: bool = False
+    pooling: Pooling | None = None
     not_embedding: str = ""
 
 
@@ -166,7 +168,6 @@ def _load(
         names=(name, str(getattr(config, "_name_or_path", "")), *names),
         vocabulary=vocabulary_digest(Path(name)),
         quantized=scheme or (quantized.label if quantized else ""),
-        pooling=pooling,
     )
     headless = f"{shape.head}.weight" in loading_info["missing_keys"]
     if headless:
@@ -194,6 +195,7 @@ def _load(
         replayable=quantized is None or quantized.replayable,
         oracle=oracle,
         headless=headless,
+        pooling=pooling,
         not_embedding=not_embedding,
     )
 

@@ -14,25 +14,18 @@ from lora_serve.model.external_linear import ExternalLinear, parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import ObservedModel, is_linear
 from lora_serve.model.packed_linear import PackedLinear
-from lora_serve.request import Pooling
 
 _EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
 
 def build_base_shape(
-    model: Any,
-    observed: ObservedModel,
-    *,
-    names: tuple[str, ...],
-    vocabulary: str = "",
-    quantized: str = "",
-    pooling: Pooling | None = None,
+    model: Any, observed: ObservedModel, *, names: tuple[str, ...], vocabulary: str = "", quantized: str = ""
 ) -> BaseShape:
     """Describe a traced model; its weights can be read once its linear modules are packed.
 
     Args:
         observed: the trace of its forward pass.
-        names, vocabulary, quantized, pooling: see `BaseShape`.
+        names, vocabulary, quantized: see `BaseShape`.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     sites: dict[str, Site] = {}
@@ -82,7 +75,6 @@ def build_base_shape(
         vocabulary=vocabulary,
         quantized=quantized,
         body=paths.get(id(model.base_model), ""),
-        pooling=pooling,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft_folders import BASE, PREFIX, tensors, write
 
-from lora_serve.adapters.adapter import BaseShape, Lowered
+from lora_serve.adapters.adapter import Lowered
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.dispatch import lower
@@ -49,7 +49,7 @@ PLAIN, NORMALIZED = modules("Transformer", "Pooling"), modules("Transformer", "P
 def test_both_spellings_of_the_mode(config: dict[str, Any], mode: Any) -> None:
     assert parse_pooling(PLAIN, config) == Pooling(mode, normalize=False)
     assert parse_pooling(NORMALIZED, config) == Pooling(mode, normalize=True)
-    assert parse_pooling(None, config, normalize=False) == Pooling(mode, normalize=False)
+    assert parse_pooling(None, config) == Pooling(mode, normalize=True)
 
 
 @pytest.mark.parametrize(
@@ -79,37 +79,33 @@ def test_what_is_not_served_is_named(listed: Any, config: Any, complaint: str) -
         parse_pooling(listed, config)
 
 
-def lowered(folder: Path, base: BaseShape = BASE, listed: Any = None, config: Any = None, **fields: Any) -> Lowered:
+def lowered(folder: Path, listed: Any = None, config: Any = None, **fields: Any) -> Lowered:
     write(folder, **fields)
     if listed is not None:
         (folder / "modules.json").write_text(json.dumps(listed))
     if config is not None:
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    return lower(read(folder, max_bytes=1 << 20), base)
-
-
-MEAN = replace(BASE, pooling=Pooling("mean", normalize=False))
+    return lower(read(folder, max_bytes=1 << 20), BASE)
 
 
 @pytest.mark.parametrize(
-    ("base", "files", "wanted"),
+    ("files", "wanted"),
     [
-        (BASE, {}, None),
-        (MEAN, {}, None),
-        (BASE, {"task_type": "CAUSAL_LM"}, None),
-        (BASE, {"listed": NORMALIZED}, None),
-        (BASE, EMBEDS, Pooling("last", normalize=True)),
-        (MEAN, EMBEDS, Pooling("mean", normalize=False)),
-        (MEAN, {"config": {"pooling_mode": "cls"}}, Pooling("first", normalize=False)),
-        (BASE, {"config": {"pooling_mode": "cls"}}, Pooling("first", normalize=True)),
-        (MEAN, {**EMBEDS, "listed": NORMALIZED, "config": {"pooling_mode": "lasttoken"}}, Pooling("last")),
+        ({}, (False, None)),
+        ({"task_type": "CAUSAL_LM"}, (False, None)),
+        ({"listed": NORMALIZED}, (False, None)),
+        (EMBEDS, (True, None)),
+        ({"config": {"pooling_mode": "cls"}}, (True, Pooling("first", normalize=True))),
+        ({"listed": PLAIN, "config": {"pooling_mode": "cls"}}, (True, Pooling("first", normalize=False))),
+        ({**EMBEDS, "listed": NORMALIZED, "config": {"pooling_mode": "lasttoken"}}, (True, Pooling("last"))),
     ],
 )
-def test_an_adapter_pools_as_it_says_or_as_the_base_or_by_the_last_token(
-    tmp_path: Path, base: BaseShape, files: dict[str, Any], wanted: Pooling | None
+def test_an_adapter_for_feature_extraction_or_with_a_pooling_of_its_own_embeds(
+    tmp_path: Path, files: dict[str, Any], wanted: tuple[bool, Pooling | None]
 ) -> None:
-    assert lowered(tmp_path, base, **files).pooling == wanted
+    found = lowered(tmp_path, **files)
+    assert (found.embeds, found.pooling) == wanted
 
 
 @pytest.mark.parametrize("files", [{"listed": PLAIN}, {"listed": PLAIN, "config": {"pooling_mode": "max"}}])

@@ -123,7 +123,9 @@ class StubAdminApp:
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
         self.engine = StubAdminEngine()
         self.config = ServeConfig(model="base", store=store, **options)
-        self.app: FastAPI = create_app(self.engine, SimpleNamespace(chat_template=None), self.config, keys)
+        self.app: FastAPI = create_app(
+            self.engine, SimpleNamespace(chat_template=None, get_vocab=dict), self.config, keys
+        )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 

@@ -31,7 +31,7 @@ async def test_the_server_s_own_message_is_accepted_back_as_the_sdk_sends_it(ser
     [
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "function_call": None,
          "tool_calls": None, "reasoning_content": None},
-        {"role": "assistant", "content": "x", "tool_calls": [], "reasoning": ""},
+        {"role": "assistant", "content": "x", "tool_calls": [], "reasoning": "", "parsed": {"a": 1}},
         {"role": "assistant", "content": None, "refusal": "x"},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "x"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
@@ -56,6 +56,7 @@ async def test_fields_of_recorded_messages_that_mean_nothing_are_left_out(
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "not support image input"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "not support audio input"),
         ({"role": "user", "content": [{"type": "poem", "poem": ""}]}, "type text or refusal"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "size": 1}]}, "messages.1.content.0.size"),
         (
             {"role": "assistant", "tool_calls": [{"id": "x", "type": "function", "function": {"name": "f"}}]},
             "arguments",

@@ -72,6 +72,7 @@ async def test_a_recorded_conversation_with_tools_is_replayed(server: StubComple
     first = (await server.chat(tools=[WEATHER])).json()["choices"][0]["message"]
     user = {"role": "user", "content": "hi"}
     result = {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "sunny"}
+    first["tool_calls"][0]["function"]["parsed_arguments"] = {"city": "Ulm"}  # as the SDK's helpers add it
     answer = await server.chat(tools=[WEATHER], messages=[user, first, result])
     assert answer.status_code == 200, answer.text
     assert 'assistant:I will look.<tool_call>{"city": "Ulm"}</tool_call>|tool:sunny|' in prompt(server)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Body
+from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from stub_admin import StubAdminApp, refusal
 
 from lora_serve import errors as tree
 from lora_serve.api import error_handlers
+from lora_serve.api.json_body import JSONRoute
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,13 @@ def test_error_messages_quote_a_bounded_part_of_the_input() -> None:
 def server(tmp_path: Path) -> StubAdminApp:
     server = StubAdminApp(tmp_path)
 
-    @server.app.post("/ask")
+    router = APIRouter(route_class=JSONRoute)
+
+    @router.post("/ask")
     async def ask(asked: Annotated[Asked, Body()]) -> None:
         raise ZeroDivisionError(asked.prompt)
 
+    server.app.include_router(router)
     return server
 
 

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from anthropic import AsyncAnthropic, beta_async_tool
 from anthropic.types import Message, RawMessageStreamEvent
+from pydantic import BaseModel
 from stub_completions import CONTEXT, StubCompletionApp, byte_tokenizer
 
 from lora_serve import errors as tree
@@ -186,6 +187,14 @@ async def test_why_a_message_stopped(
     assert (ended.delta.stop_reason, ended.delta.stop_sequence) == (reason, sequence)
 
 
+async def test_adapters_are_composed_as_on_every_route(server: Server) -> None:
+    weighted = [{"name": "poet", "weight": 0.5}, {"name": "clerk@dd", "weight": 2.0}]
+    answer = (await server.post_message(adapter=weighted)).json()
+    assert answer["adapter"] == ["poet@" + "d" * 12, "clerk@" + "d" * 12]
+    uses = server.engine.requests[0].adapters
+    assert [(use.name, use.version, use.weight) for use in uses] == [("poet", None, 0.5), ("clerk", "dd", 2.0)]
+
+
 async def test_max_tokens_is_clamped_to_the_remaining_context(server: Server) -> None:
     assert (await server.post_message(max_tokens=1_000_000)).status_code == 200
     request = server.engine.requests[0]
@@ -244,6 +253,18 @@ async def test_the_choice_of_tools(server: Server, choice: dict[str, Any] | None
     assert (server.engine.requests[0].sampling.grammar is not None) is forced
     assert [block.type for block in message.content].count("tool_use") == calls
     assert message.stop_reason == ("tool_use" if calls else "end_turn")
+
+
+async def test_an_answer_with_a_schema_is_forced_by_a_grammar(server: Server) -> None:
+    server.engine.reply = b'{"city": "Ulm"}'
+
+    class City(BaseModel):
+        city: str
+
+    parsed = await server.sdk.messages.parse(model="base", max_tokens=100, messages=HI, output_format=City)
+    assert parsed.parsed_output == City(city="Ulm")
+    assert (await server.post_message(output_format={"type": "json_schema", "schema": SCHEMA})).status_code == 200
+    assert all(request.sampling.grammar is not None for request in server.engine.requests)
 
 
 async def test_an_input_that_was_cut_off_is_not_taken_for_a_complete_one(server: Server) -> None:
@@ -347,7 +368,7 @@ async def test_a_template_without_thinking_or_tools(tmp_path: Path) -> None:
 
 
 async def test_fields_without_effect_are_accepted_as_coding_agents_send_them(server: Server) -> None:
-    cached = {"type": "ephemeral", "ttl": "1h"}
+    cached = {"type": "ephemeral", "ttl": "1h", "scope": "global"}
     answer = await server.client.post(
         "/v1/messages?beta=true",
         headers={
@@ -383,6 +404,14 @@ def block(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [fields]}]}
 
 
+def output(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
 
 
@@ -414,7 +443,10 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
             },
             "no tool_result",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 5000}]}, "maximum context length is 4096 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 5000}]},
+            "prompt is too long: This model's maximum context length is 4096 tokens",
+        ),
         ({"system": [IMAGE]}, "system.0: this server does not support image input"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),
@@ -442,6 +474,13 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
         ({"n": 2}, "unknown parameter: n"),
         ({"adapter": []}, "adapter"),
         ({"model": "poet", "adapter": "clerk"}, "different adapters"),
+        (output({"type": "object", "if": {}}), "output_config.format.schema"),
+        ({**output({}), "output_format": {"type": "json_schema", "schema": {}}}, "exclude each other"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "missing parameter: output_config.format.schema"),
+        ({"output_config": {"effort": "none"}}, "output_config.effort"),
+        ({"tools": [WEATHER | {"strict": True}]}, "tools.0.input_schema"),
+        ({"tools": [WEATHER | {"input_schema": nested(600)}]}, "recursion limit"),
+        ({"response_format": {"type": "text"}}, "unknown parameter: response_format"),
         ({"thread": {"type": "create"}}, "holds no conversations"),
     ],
 )
@@ -486,7 +525,7 @@ async def test_errors_outside_a_message_have_the_same_shape(tmp_path: Path) -> N
         assert refused(await server.post(path, {}, key="k"))[:2] == (400, "invalid_request_error")
         large = await server.post(path, {"messages": "x" * 2000}, key="k")
         assert refused(large)[:2] == (413, "request_too_large")
-        wrong_method = await server.client.get(path)
+        wrong_method = await server.client.get(path, headers={"x-api-key": "k"})
         assert refused(wrong_method)[0] == 405
         hidden = await server.post(path, {"model": "poet", "max_tokens": 5, "messages": HI}, key="k")
         assert refused(hidden)[:2] == (404, "not_found_error")
@@ -494,7 +533,8 @@ async def test_errors_outside_a_message_have_the_same_shape(tmp_path: Path) -> N
             path, content="{", headers={"x-api-key": "k", "content-type": "application/json"}
         )
         assert refused(broken)[:2] == (400, "invalid_request_error")
-    assert refused(await server.client.get("/v1/messages/batches"))[:2] == (404, "not_found_error")
+    absent = await server.client.get("/v1/messages/batches", headers={"x-api-key": "k"})
+    assert refused(absent)[:2] == (404, "not_found_error")
     assert "error" in (await server.client.get("/v1/messagesx")).json()  # not of this API: OpenAI's shape
 
 
@@ -542,4 +582,6 @@ async def test_the_schema_describes_bodies_and_responses(server: Server) -> None
         assert shown == {"$ref": f"#/components/schemas/{reply}"}
         error = route["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert error == {"$ref": "#/components/schemas/AnthropicError"}
-    assert schema["components"]["schemas"]["CreateMessage"]["required"] == ["messages", "max_tokens"]
+    parts = schema["components"]["schemas"]
+    assert parts["CreateMessage"]["required"] == ["messages", "max_tokens"]
+    assert parts["UnsupportedBlock"]["not"] == parts["ServerTool"]["not"] == {}

@@ -61,7 +61,7 @@ def openai_chat(url: str, model: str) -> None:
 
 @client
 def openai_responses(url: str, model: str) -> None:
-    from openai import OpenAI
+    from openai import OpenAI, pydantic_function_tool
 
     with OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as api:
         assert api.responses.create(model=model, input=QUESTION, max_output_tokens=20).output_text
@@ -71,6 +71,16 @@ def openai_responses(url: str, model: str) -> None:
             kinds = [event.type for event in stream]
         assert kinds[0] == "response.created"
         assert kinds[-1] in ("response.completed", "response.incomplete")
+        tools: list[Any] = [pydantic_function_tool(Place)]
+        called = api.responses.parse(
+            model=model, input=QUESTION, tools=tools, tool_choice="required", max_output_tokens=100
+        )
+        call = called.output[-1]
+        assert call.type == "function_call"
+        assert isinstance(call.parsed_arguments, Place)
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        turns: list[Any] = [{"role": "user", "content": QUESTION}, *called.output, result]
+        assert api.responses.create(model=model, input=turns, max_output_tokens=20).output
 
 
 @client
@@ -83,9 +93,10 @@ def anthropic_messages(url: str, model: str) -> None:
     assert api.messages.count_tokens(model=model, messages=user).input_tokens > 5
     tool: Any = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
     called = api.messages.create(model=model, max_tokens=100, messages=user, tools=[tool], tool_choice={"type": "any"})
-    (use,) = [block for block in called.content if block.type == "tool_use"]
-    result = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny"}
-    follow = [*user, {"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
+    uses = [block for block in called.content if block.type == "tool_use"]
+    assert uses
+    results = [{"type": "tool_result", "tool_use_id": use.id, "content": "sunny"} for use in uses]
+    follow = [*user, {"role": "assistant", "content": called.content}, {"role": "user", "content": results}]
     with api.messages.stream(model=model, max_tokens=20, messages=follow, tools=[tool], system="Be brief.") as stream:
         assert stream.get_final_message().stop_reason in ("end_turn", "max_tokens", "tool_use")
 
@@ -190,25 +201,17 @@ def instructor(url: str, model: str) -> None:
 @client
 def pydantic_ai(url: str, model: str) -> None:
     from pydantic_ai import Agent, NativeOutput, ToolOutput
-    from pydantic_ai.models.anthropic import AnthropicModel
     from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-    from pydantic_ai.providers.anthropic import AnthropicProvider
     from pydantic_ai.providers.openai import OpenAIProvider
 
     provider = OpenAIProvider(base_url=f"{url}/v1", api_key="x")
-    anthropic = AnthropicModel(model, provider=AnthropicProvider(base_url=url, api_key="x"))
     settings: Any = {"max_tokens": 100}
-    for served in (
-        OpenAIChatModel(model, provider=provider),
-        OpenAIResponsesModel(model, provider=provider),
-        anthropic,
-    ):
+    for served in (OpenAIChatModel(model, provider=provider), OpenAIResponsesModel(model, provider=provider)):
         assert Agent(served, model_settings=settings).run_sync(QUESTION).output
         typed = Agent(served, output_type=ToolOutput(Place), model_settings=settings, retries=0)
         assert isinstance(typed.run_sync(QUESTION).output, Place)
-        if served is not anthropic:
-            native = Agent(served, output_type=NativeOutput(Place), model_settings=settings, retries=0)
-            assert isinstance(native.run_sync(QUESTION).output, Place)
+        native = Agent(served, output_type=NativeOutput(Place), model_settings=settings, retries=0)
+        assert isinstance(native.run_sync(QUESTION).output, Place)
 
 
 @client
@@ -238,8 +241,7 @@ def dspy(url: str, model: str) -> None:
 
     lm = dspy.LM(f"openai/{model}", api_base=f"{url}/v1", api_key="x", max_tokens=100, cache=False, num_retries=0)
     assert lm(QUESTION)
-    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
-        assert dspy.Predict("question -> answer: str")(question=QUESTION).answer is not None
+    assert Place.model_validate_json(str(lm(QUESTION, response_format=Place)[0]))
 
 
 def main(url: str, model: str, *names: str) -> int:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from embedding_parity import describe_pooling, embed, embedding, hidden_states, peft_body, pooled
 from engine_session import Session
 from parity import make_adapter
 from support import ARCHITECTURES, make_model, reference
-from torch import Tensor
 
 from lora_serve.messages import Abort
-from lora_serve.request import AdapterUse, Embedded, EmbeddingParams
+from lora_serve.request import AdapterUse
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -36,58 +36,6 @@ LENGTHS = (1, 4, 7, 16, 23, 41)
 def prompts(seed: int = 3) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(3, 90) for _ in range(length)] for length in LENGTHS]
-
-
-def describe_pooling(folder: Path, mode: str, *, normalize: bool) -> None:
-    """Write sentence-transformers' files into a model's or an adapter's folder."""
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
-    modules = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": f"{index}_{kind}" if index else "",
-            "type": f"sentence.models.{kind}",
-        }
-        for index, kind in enumerate(kinds)
-    ]
-    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
-
-
-def peft_body(folder: Path, config: peft.PeftConfig, seed: int, architecture: str = "llama") -> Any:
-    """A PEFT model around the model without its head, as sentence-transformers trains it; saved to `folder`."""
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(copy.deepcopy(reference(architecture)).base_model, config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.08)
-    model.save_pretrained(folder)
-    return model
-
-
-def hidden_states(model: Any, prompt: Sequence[int]) -> Tensor:
-    """Final hidden states [tokens, hidden] of a model without head, without those of virtual tokens."""
-    with torch.inference_mode():
-        hidden: Tensor = model(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long())[0][0]
-    return hidden[-len(prompt) :].double()
-
-
-def pooled(hidden: Tensor, mode: str, *, normalize: bool, dimensions: int | None = None) -> Tensor:
-    vector = {"mean": hidden.mean(0), "cls": hidden[0], "lasttoken": hidden[-1]}[mode][:dimensions]
-    return vector / vector.norm() if normalize else vector
-
-
-def embed(session: Session, id: str, prompt: list[int], **options: Any) -> None:
-    session.send(id, prompt, max_tokens=0, embedding=EmbeddingParams(options.pop("dimensions", None)), **options)
-
-
-def embedding(session: Session, id: str) -> Tensor:
-    event = session.events[id][-2]
-    assert isinstance(event, Embedded), session.events[id]
-    assert session.end(id).reason == "stop"
-    return torch.frombuffer(bytearray(event.vector), dtype=torch.float32).double()
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +80,10 @@ Start = Callable[..., Session]
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
-@pytest.mark.parametrize("prefix_cache", [True, False])
 def test_base_and_adapters_embed_beside_generation(
-    start: Start, models: dict[str, Any], mode: str, prefix_cache: bool, overlap: bool
+    start: Start, models: dict[str, Any], mode: str, overlap: bool
 ) -> None:
-    session = start(mode, normalize=False, overlap=overlap, prefix_cache=prefix_cache)
+    session = start(mode, normalize=False, overlap=overlap)
     alone = session.ask("alone", [5, 9, 33, 60], max_tokens=20)
     for round in range(2):  # the second time, prefixes are cached
         session.send(f"running {round}", [5, 9, 33, 60], max_tokens=20)
@@ -219,6 +166,31 @@ def test_mean_pooling_computes_the_whole_prompt_although_its_beginning_is_cached
     embed(session, "mean", prompts()[5])
     session.run()
     assert session.engine.stats().prefix_hit_tokens_total == 0
+
+
+def test_hidden_states_that_are_not_finite_end_only_their_request(
+    tmp_path: Path, models: dict[str, Any], folder: Path
+) -> None:
+    poison = peft_body(tmp_path / "poison", CONFIGS["short"], 0)
+    with torch.no_grad():
+        for name, parameter in poison.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(1e25)
+    poison.save_pretrained(tmp_path / "adapters" / "poison")
+    describe_pooling(tmp_path / "base", "mean", normalize=True)
+    session = Session(tmp_path, adapters=tmp_path / "adapters", max_model_len=64)
+    for index, prompt in enumerate(prompts()):
+        embed(session, f"poison {index}", prompt, adapter="poison")
+        embed(session, f"base {index}", prompt)
+    session.run()
+    for index, prompt in enumerate(prompts()):
+        failure = session.end(f"poison {index}").failure
+        assert failure is not None
+        assert (failure.kind, "not finite" in failure.message) == ("engine_fault", True)
+        want = pooled(hidden_states(models[""], prompt), "mean", normalize=True)
+        torch.testing.assert_close(embedding(session, f"base {index}"), want, atol=1e-5, rtol=1e-5)
+    assert session.blocks_used == 0
+    session.engine.close()
 
 
 def test_fewer_dimensions_are_the_first_ones_normalised(start: Start, models: dict[str, Any]) -> None:

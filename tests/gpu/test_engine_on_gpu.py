@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from embedding_parity import describe_pooling, embed, embedding, hidden_states, pooled
 from engine.engine_session import Session
 from gpu_device import DEVICE, ON_GPU, here
 from parity import load_peft, make_adapter
@@ -27,7 +28,7 @@ PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40)), [11]]
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(tmp_path, ahead=True, device=str(DEVICE), max_num_seqs=8)
+    session = Session(tmp_path, overlap=True, device=str(DEVICE), max_num_seqs=8)
     yield session
     session.engine.close()
 
@@ -46,6 +47,22 @@ def test_greedy_batches_equal_transformers_generate(session: Session) -> None:
     for index, prompt in enumerate(PROMPTS):
         assert session.tokens(str(index)) == greedy(reference("llama"), prompt, 10)
     assert session.blocks_used == 0
+
+
+@pytest.mark.parametrize("mode", ["mean", "lasttoken"])
+def test_embeddings_beside_generation_equal_transformers(tmp_path: Path, mode: str) -> None:
+    describe_pooling(tmp_path / "base", mode, normalize=False)
+    session = Session(tmp_path, overlap=True, device=str(DEVICE), max_num_seqs=8)
+    session.send("running", PROMPTS[0], max_tokens=10)
+    session.step()
+    for index, prompt in enumerate(PROMPTS):
+        embed(session, str(index), prompt)
+    session.run()
+    assert session.tokens("running") == greedy(reference("llama"), PROMPTS[0], 10)
+    for index, prompt in enumerate(PROMPTS):
+        want = pooled(hidden_states(reference("llama").model, prompt), mode, normalize=False)
+        torch.testing.assert_close(embedding(session, str(index)), want, atol=1e-4, rtol=1e-4)
+    session.engine.close()
 
 
 def test_adapters_that_are_loaded_and_evicted_equal_peft(session: Session, tmp_path: Path) -> None:

@@ -63,11 +63,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
         raise AdapterInvalid("adapter_config.json does not say its peft_type")
     if method not in formats:
         raise refuse_method(method, formats)
-    pooling = adapter_pooling(checkpoint, base.pooling)
+    embeds, pooling = adapter_pooling(checkpoint)
     try:
         lowered = formats[method](replace(checkpoint, tensors=complete_paths(checkpoint.tensors, base)), base)
     except BaseMismatch as error:
         raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
     if not (lowered.deltas or lowered.overrides or lowered.prefix):
         raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
-    return replace(lowered, pooling=pooling)
+    return replace(lowered, embeds=embeds, pooling=pooling)

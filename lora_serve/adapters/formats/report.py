@@ -13,6 +13,7 @@ from typing import Any
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint, shorten
 from lora_serve.kernels.contract import Delta
+from lora_serve.request import Pooling
 
 # Last parts of a path that do not name a model.
 _NAMELESS = re.compile(
@@ -88,9 +89,8 @@ def complete(lowered: Lowered, checkpoint: Checkpoint, base: BaseShape) -> dict[
         summary["virtual_tokens"] = lowered.prefix.length
     if lowered.invocation:
         summary["invocation_tokens"] = list(lowered.invocation)
-    if lowered.pooling is not None:
-        many = "mean of all tokens" if lowered.pooling.mode == "mean" else f"{lowered.pooling.mode} token"
-        summary["embeddings"] = many + (", normalised" if lowered.pooling.normalize else "")
+    if lowered.embeds:
+        summary["embeddings"] = _describe_pooling(lowered.pooling)
     summary["warnings"] = warnings
     return summary
 
@@ -172,6 +172,13 @@ def _describe(lowered: Lowered) -> list[str]:
         "virtual tokens before every prompt": 0 if lowered.prefix is None else lowered.prefix.length,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def _describe_pooling(pooling: Pooling | None) -> str:
+    if pooling is None:
+        return "pooled as the base's, or else the last token, normalised"
+    pooled = "mean of all tokens" if pooling.mode == "mean" else f"{pooling.mode} token"
+    return pooled + (", normalised" if pooling.normalize else "")
 
 
 def _has_effect(delta: Delta) -> bool:

@@ -9,17 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_serve.api.anthropic.anthropic_errors import ThreadsUnsupported
-from lora_serve.api.anthropic.message_schemas import (
-    Block,
-    CustomTool,
-    MessagesPrompt,
-    MessageToolChoice,
-    TextBlock,
-    Thinking,
-    ThinkingBlock,
-    ToolResultBlock,
-    ToolUseBlock,
-)
+from lora_serve.api.anthropic.message_blocks import Block, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
+from lora_serve.api.anthropic.message_schemas import CustomTool, MessagesPrompt, MessageToolChoice, Thinking
 from lora_serve.api.error_handlers import describe_validation_error
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_prompt import thinking_switch
@@ -180,7 +171,10 @@ def _reasoning_effort(body: MessagesPrompt, chat: ChatFormat) -> str | None:
 
 
 def _response_format(body: MessagesPrompt) -> dict[str, Any] | None:
-    schema = body.output_schema
-    if schema is None:
+    in_config = body.output_config.format if body.output_config else None
+    if in_config is not None and body.output_format is not None:
+        raise BadRequest("output_config.format and output_format exclude each other", param="output_format")
+    format = in_config or body.output_format
+    if format is None:
         return None
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": True}}
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": format.schema_}}

@@ -1,7 +1,7 @@
 """Bodies and responses of `/v1/messages` as strict pydantic models: whatever Anthropic's SDK or this server produced.
 
-Fields that mean nothing here (prompts are always cached, so `cache_control` has no effect) are accepted. Blocks, tools
-and fields that would change the answer and are not served are refused with the reason.
+Fields that mean nothing here are accepted. Tools and fields that would change the answer and are not served are refused
+with the reason.
 """
 
 from __future__ import annotations
@@ -10,125 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from lora_serve.api.openai.chat_schemas import MOST_TOOLS, CacheControl, FunctionName, Identifier
+from lora_serve.api.anthropic.message_blocks import (
+    LONGEST_KIND,
+    NEVER_VALID,
+    TextBlock,
+    TextBlocks,
+    ThinkingBlock,
+    ToolUseBlock,
+    Turn,
+    kind_of,
+)
+from lora_serve.api.openai.chat_schemas import MOST_TOOLS, CacheControl, FunctionName
 from lora_serve.api.openai.schemas import MOST_STOPS, ModelSelection, Stop, Strict, Text
 
-NOT_TEXT = ("image", "document", "audio", "video")
-LONGEST_KIND = 50  # characters of a type in a message
-
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
-
-
-class TextBlock(Strict):
-    type: Literal["text"]
-    text: Text
-    cache_control: CacheControl | None = None
-    citations: list[Any] | None = None  # of a recorded answer
-
-
-class DirectCaller(Strict):
-    """Who made a tool call: the model itself."""
-
-    type: Literal["direct"]
-
-
-class ToolUseBlock(Strict):
-    """A call of a tool that the assistant made."""
-
-    type: Literal["tool_use"]
-    id: Identifier
-    name: FunctionName
-    input: dict[str, Any]
-    caller: DirectCaller | None = None
-    toolset_name: None = None
-    cache_control: CacheControl | None = None
-
-
-class ThinkingBlock(Strict):
-    """The assistant's reasoning. Signatures are empty here, and not checked."""
-
-    type: Literal["thinking"]
-    thinking: Text
-    signature: Text | None = None
-
-
-class RedactedThinkingBlock(Strict):
-    """Encrypted reasoning of another server, which cannot be read here and is left out."""
-
-    type: Literal["redacted_thinking"]
-    data: Text
-
-
-class UnsupportedBlock(Strict):
-    """A content block that is not served; its validation always fails, with the reason."""
-
-    type: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        kind = _kind(value)
-        if kind in NOT_TEXT:
-            raise ValueError(f"this server does not support {kind} input")
-        raise ValueError(f"this server does not support content blocks of type {kind[:LONGEST_KIND]}")
-
-
-def _kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else "unknown"
-
-
-def _tag(*supported: str) -> Discriminator:
-    """Chooses the union's member by `type`. Tags are not names of fields, which errors would mistake them for."""
-    return Discriminator(lambda value: f"{kind} block" if (kind := _kind(value)) in supported else "other block")
-
-
-OtherBlock = Annotated[UnsupportedBlock, Tag("other block")]
-TextBlocks = Annotated[
-    list[Annotated[Annotated[TextBlock, Tag("text block")] | OtherBlock, _tag("text")]],
-    Field(max_length=10_000, fail_fast=True),
-]
-
-
-class ToolResultBlock(Strict):
-    """What a tool returned."""
-
-    type: Literal["tool_result"]
-    tool_use_id: Identifier
-    content: Text | TextBlocks | None = None
-    is_error: bool | None = None
-    toolset_name: None = None
-    cache_control: CacheControl | None = None
-
-
-Block = Annotated[
-    Annotated[TextBlock, Tag("text block")]
-    | Annotated[ToolUseBlock, Tag("tool_use block")]
-    | Annotated[ToolResultBlock, Tag("tool_result block")]
-    | Annotated[ThinkingBlock, Tag("thinking block")]
-    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking block")]
-    | OtherBlock,
-    _tag("text", "tool_use", "tool_result", "thinking", "redacted_thinking"),
-]
-BLOCKS_OF_ROLE: dict[str, tuple[type[Strict], ...]] = {
-    "system": (TextBlock,),
-    "user": (TextBlock, ToolResultBlock),
-    "assistant": (TextBlock, ToolUseBlock, ThinkingBlock, RedactedThinkingBlock),
-}
-
-
-class Turn(Strict):
-    """One message of a conversation."""
-
-    role: Literal["user", "assistant", "system"]
-    content: Text | Annotated[list[Block], Field(max_length=10_000, fail_fast=True)]
-
-    @model_validator(mode="after")
-    def _blocks_fit_the_role(self) -> Turn:
-        for block in self.content if isinstance(self.content, list) else ():
-            if not isinstance(block, BLOCKS_OF_ROLE[self.role]):
-                raise ValueError(f"a message of role {self.role} has no {block.type} blocks")
-        return self
 
 
 class CustomTool(Strict):
@@ -142,19 +37,21 @@ class CustomTool(Strict):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None  # input is always streamed as it is generated
     defer_loading: Literal[False] | None = None
-    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1, fail_fast=True)] | None = None
     input_examples: Nothing = None
 
 
 class ServerTool(Strict):
     """A tool that Anthropic's servers define or run; its validation always fails, with the reason."""
 
+    model_config = NEVER_VALID
+
     type: str
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, value: Any) -> Any:
-        kind = _kind(value)[:LONGEST_KIND]
+        kind = kind_of(value)[:LONGEST_KIND]
         raise ValueError(f"this server has no tool of type {kind}; give a custom tool with a name and an input_schema")
 
 
@@ -213,15 +110,19 @@ class OutputConfig(Strict):
     format: JSONOutput | None = None
 
 
+class AllTurns(Strict):
+    type: Literal["all"]
+
+
 class KeepThinking(Strict):
     """Keeps all thinking blocks in the context, as without it."""
 
     type: Literal["clear_thinking_20251015"]
-    keep: Literal["all"]
+    keep: Literal["all"] | AllTurns
 
 
 class ContextManagement(Strict):
-    edits: Annotated[list[KeepThinking], Field(max_length=1)] | None = None
+    edits: Annotated[list[KeepThinking], Field(max_length=1, fail_fast=True)] | None = None
 
 
 class MessageMetadata(Strict):
@@ -241,7 +142,7 @@ class MessagesPrompt(ModelSelection):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     metadata: MessageMetadata | None = None
 
@@ -254,12 +155,6 @@ class MessagesPrompt(ModelSelection):
     mcp_servers: Nothing = None
     diagnostics: None = None
     thread: dict[str, Any] | None = None  # refused in a way that makes the SDK go on without
-
-    @property
-    def output_schema(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer, if it must have one."""
-        format = (self.output_config.format if self.output_config else None) or self.output_format
-        return None if format is None else format.schema_
 
 
 class CreateMessage(MessagesPrompt):

@@ -21,6 +21,7 @@ from lora_serve.api.anthropic.message_schemas import (
     MessageTokenCount,
 )
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepare_chat
 from lora_serve.api.openai.chat_prompt import chat_format
 from lora_serve.api.openai.chat_schemas import ChatCompletion
@@ -34,7 +35,7 @@ from lora_serve.errors import ServeError
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
-router = APIRouter(tags=["anthropic"])
+router = APIRouter(tags=["anthropic"], route_class=JSONRoute)
 
 
 def _stream_format(request: Request) -> StreamFormat:

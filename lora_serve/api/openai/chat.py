@@ -11,8 +11,10 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
+from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, ChatMessage, MadeToolCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM, ChatReply
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -23,12 +25,11 @@ from lora_serve.api.openai.generate import (
     usage,
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
-from lora_serve.api.openai.response_schemas import EVENT_STREAM, ChatReply
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.request import Logprob
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 
 
 @router.post(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,19 +135,28 @@ class ChatCall:
         events = [*parser.feed(output.text), *parser.flush()]
         return events, finish_reason(output.finish_reason or "stop", parser)
 
+    def replay(self, output: ChoiceOutput) -> Iterator[ChatOutput]:
+        """A completed choice: the outputs that its stream would have had."""
+        parser = self.format.parser()
+        return (parsed(piece, parser) for piece in output.pieces)
+
     async def outputs(self, running: RunningCall) -> AsyncGenerator[ChatOutput, None]:
         """Outputs of all choices in order of arrival."""
         parsers = {choice.index: self.format.parser() for choice in self.choices}
         async with aclosing(running.outputs()) as outputs:
             async for output in outputs:
-                parser = parsers[output.index]
-                events, reason = parser.feed(output.text), output.finish_reason
-                if reason is not None:
-                    events += parser.flush()
-                    reason = finish_reason(reason, parser)
-                yield ChatOutput(
-                    output.index, events, output.logprobs, reason, output.generated, output.cached, output.stop_string
-                )
+                yield parsed(output, parsers[output.index])
+
+
+def parsed(output: ChoiceOutput, parser: OutputParser) -> ChatOutput:
+    """A choice's next output; `parser` has read those before."""
+    events, reason = parser.feed(output.text), output.finish_reason
+    if reason is not None:
+        events += parser.flush()
+        reason = finish_reason(reason, parser)
+    return ChatOutput(
+        output.index, events, output.logprobs, reason, output.generated, output.cached, output.stop_string
+    )
 
 
 def finish_reason(reason: str, parser: OutputParser) -> str:

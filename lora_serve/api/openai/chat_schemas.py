@@ -31,6 +31,7 @@ class CacheControl(Strict):
 
     type: Literal["ephemeral"]
     ttl: Annotated[str, Field(max_length=20)] | None = None
+    scope: Annotated[str, Field(max_length=20)] | None = None
 
 
 class TextPart(Strict):
@@ -72,22 +73,26 @@ class UnsupportedPart(Strict):
 
 
 def _part_kind(value: Any) -> str:
+    """The union's member. Tags are not names of fields, which errors would mistake them for."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("text", "refusal") else "unsupported"
+    return f"{kind} part" if kind in ("text", "refusal") else "unsupported part"
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")]
-    | Annotated[RefusalPart, Tag("refusal")]
-    | Annotated[UnsupportedPart, Tag("unsupported")],
+    Annotated[TextPart, Tag("text part")]
+    | Annotated[RefusalPart, Tag("refusal part")]
+    | Annotated[UnsupportedPart, Tag("unsupported part")],
     Discriminator(_part_kind),
 ]
 Parts = Annotated[list[Part], Field(max_length=10_000, fail_fast=True)]
 
 
 class FunctionCall(Strict):
+    """A function and the JSON text of its arguments; `parsed_arguments` is what the SDK made of it."""
+
     name: FunctionName
     arguments: Text
+    parsed_arguments: Any = None
 
 
 class ToolCall(Strict):
@@ -112,6 +117,7 @@ class Message(Strict):
     reasoning: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
+    parsed: Any = None  # what the SDK made of the content
     audio: None = None
 
     @model_validator(mode="after")
@@ -138,9 +144,13 @@ class Message(Strict):
             shown["role"] = "tool"
         if reasoning := self.reasoning_content or self.reasoning:
             shown["reasoning_content"] = reasoning
-        calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or []]
+        calls = [
+            call.model_dump(exclude={"index": True, "function": {"parsed_arguments"}}) for call in self.tool_calls or []
+        ]
         if self.function_call:
-            calls.append({"id": "", "type": "function", "function": self.function_call.model_dump()})
+            calls.append(
+                {"id": "", "type": "function", "function": self.function_call.model_dump(exclude={"parsed_arguments"})}
+            )
         return shown | ({"tool_calls": calls} if calls else {})
 
 
@@ -202,7 +212,7 @@ class ChatCompletion(Generation):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     prediction: None = None
     audio: None = None
     web_search_options: None = None

@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM, CompletionReply
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -24,6 +26,7 @@ from lora_serve.api.openai.generate import (
 from lora_serve.api.openai.preprocess import (
     check_n,
     check_tokens,
+    context_exceeded,
     encode,
     engine_info,
     resolve_adapters,
@@ -31,15 +34,14 @@ from lora_serve.api.openai.preprocess import (
     vocabulary_size,
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
-from lora_serve.api.openai.response_schemas import EVENT_STREAM, CompletionReply
 from lora_serve.api.openai.schemas import Completion
-from lora_serve.api.openai.structured_output import structured_output
+from lora_serve.api.openai.structured_output import check_copies, structured_output
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
@@ -131,6 +133,7 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
     check_n(body, services)
     grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)
+    check_copies(grammar, len(prompts) * (body.n or 1))
     logprobs = body.logprobs
     id_ = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
@@ -155,17 +158,19 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
 
 async def _prompts(body: Completion, services: Services) -> tuple[list[str], list[list[int]]]:
     """Text (for echo) and token ids of every prompt."""
+    info = engine_info(services)
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: list[Any] = [body.prompt] if one else [*body.prompt]
-    texts: list[str] = []
-    tokens: list[list[int]] = []
+    if isinstance(given[0], str):
+        return given, await encode(services, given, "prompt", add_special_tokens=body.add_special_tokens is not False)
     for prompt in given:
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            texts.append(prompt)
-            tokens.append(await encode(services, prompt, add_special_tokens=special))
-        else:
-            tokens.append(prompt)
-            check_tokens(prompt, vocabulary_size(body, services), "prompt")
-            texts.append(services.tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else "")
-    return texts, tokens
+        if len(prompt) > info.max_model_len:
+            raise context_exceeded(info, len(prompt), 0, "prompt")
+        check_tokens(prompt, vocabulary_size(body, services), "prompt")
+    if not body.echo:
+        return [""] * len(given), given
+
+    def decode() -> list[str]:
+        return [services.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in given]
+
+    return await services.encoder.run(decode, sum(map(len, given))), given

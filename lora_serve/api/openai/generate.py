@@ -45,7 +45,7 @@ class Choice:
 class ChoiceOutput:
     """New output of a choice: text that can be sent, its tokens, and in the last one the finish reason.
 
-    `stop_string` is the stop string that ended it, if one did.
+    `stop_string` is the stop string that ended it, if one did. A collected output has the `pieces` it consists of.
     """
 
     index: int
@@ -57,6 +57,7 @@ class ChoiceOutput:
     generated: int = 0
     cached: int = 0
     stop_string: str | None = None
+    pieces: list[ChoiceOutput] = field(default_factory=list)
 
 
 class ApiCall(Protocol):
@@ -104,7 +105,7 @@ async def respond(
     """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
     async with AsyncExitStack() as stack:
         try:
-            call = await prepare
+            call = await cancel_on_disconnect(http, prepare)
             running = await cancel_on_disconnect(
                 http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
             )
@@ -306,6 +307,7 @@ async def collect_outputs(running: RunningCall) -> list[ChoiceOutput]:
             result.stop_string = output.stop_string
             result.generated = output.generated
             result.cached = max(result.cached, output.cached)
+            result.pieces.append(output)
     return [results[index] for index in sorted(results)]
 
 

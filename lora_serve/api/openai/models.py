@@ -8,8 +8,8 @@ import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
 from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
-from lora_serve.api.openai.response_schemas import ModelCard, ModelList
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import AdapterNotFound

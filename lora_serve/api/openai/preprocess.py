@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import msgspec
 
 from lora_serve.api.auth import Caller
+from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
@@ -18,7 +18,6 @@ from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAd
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
-LONG = 2000  # characters; longer texts are tokenized in a thread
 LARGEST_VOCABULARY = 1 << 31
 MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
 
@@ -36,9 +35,9 @@ def engine_info(services: Services) -> EngineInfo:
     return services.engine.info
 
 
-def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
+def check_tokens(tokens: Collection[int], limit: int, field: str) -> None:
     """Raise `BadRequest` if a token id is outside the vocabulary; `field` is named in the message."""
-    if any(token >= limit for token in tokens):
+    if max(tokens, default=0) >= limit:
         raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
@@ -208,13 +207,24 @@ def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field
     )
 
 
-async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; an empty text is the BOS token, if the tokenizer has one."""
+def text_too_long(info: EngineInfo, field: str) -> ContextExceeded:
+    """The error for a text that was not tokenized because it is far longer than the context."""
+    return ContextExceeded(
+        f"This model's maximum context length is {info.max_model_len} tokens. However, your {field} resulted in more "
+        f"than {info.max_model_len} tokens. Please reduce the length of the {field}.",
+        param=field,
+    )
 
-    def work() -> list[int]:
-        ids: list[int] = services.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        if not ids and services.tokenizer.bos_token_id is not None:
-            ids = [services.tokenizer.bos_token_id]
-        return ids
 
-    return await asyncio.to_thread(work) if len(text) > LONG else work()
+async def encode(services: Services, texts: Sequence[str], field: str, *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text; an empty text is the BOS token, if the tokenizer has one.
+
+    Raises: `ContextExceeded` for a text that is far longer than the context. One that is little longer is encoded.
+    """
+    info = engine_info(services)
+    try:
+        encoded = await services.encoder.encode(texts, info.max_model_len, add_special_tokens=add_special_tokens)
+    except TextTooLong:
+        raise text_too_long(info, field) from None
+    bos = services.tokenizer.bos_token_id
+    return [ids or ([] if bos is None else [bos]) for ids in encoded]

@@ -1,171 +1,156 @@
-"""Response bodies of OpenAI's API and of the tokenizer routes, as the OpenAPI schema documents them.
+"""Body of `POST /v1/responses` as strict pydantic models.
 
-Generated responses are built as dicts and not validated; `adapter`, this server's addition, is `name@digest`.
+Fields that mean nothing here are accepted and have no effect; what would change the answer and is not served is refused
+with the reason. Nothing is stored, so `store` is accepted at every value, and references to stored things are refused.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lora_serve.api.openai.schemas import Strict
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
-EVENT_STREAM: dict[str, Any] = {
-    "text/event-stream": {
-        "schema": {"type": "string", "description": "with stream: one data event per chunk, and [DONE] at the end"}
-    }
-}
+from lora_serve.api.openai.chat_schemas import MOST_TOOLS, FunctionName
+from lora_serve.api.openai.response_input import LONGEST_KIND, NEVER_VALID, InputItems, by_kind, kind_of
+from lora_serve.api.openai.schemas import MOST_LOGPROBS, Few, ModelSelection, Strict, Text
 
-
-class CachedTokens(Strict):
-    cached_tokens: int
+NOTHING_STORED = "this server stores no responses; send the whole conversation as input"
+LOGPROBS = "message.output_text.logprobs"
 
 
-class Usage(Strict):
-    """Tokens of a call; the prompt has those that were cached too."""
+def _refused(reason: str, *accepted: Any) -> BeforeValidator:
+    """Refuse any value but null and those accepted, with the reason."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
+    def check(value: Any) -> Any:
+        if value is None or value in accepted:
+            return value
+        raise ValueError(reason)
 
-
-class GeneratedReply(Strict):
-    """What completions and chat completions have in common. `adapter` is left out for the base."""
-
-    id: str
-    created: int
-    model: str
-    adapter: str | list[str] | None = None
-    usage: Usage
+    return BeforeValidator(check)
 
 
-class CompletionLogprobs(Strict):
-    """Lists with an entry per token; the first token of an echoed prompt has null."""
+class ResponseFunction(Strict):
+    """A function that the model may call. `parameters` is a JSON schema; None takes no arguments."""
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionReplyChoice(Strict):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionReply(GeneratedReply):
-    """Response of `POST /v1/completions`."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionReplyChoice]
-
-
-class TokenLogprob(Strict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class GeneratedTokenLogprob(TokenLogprob):
-    top_logprobs: list[TokenLogprob]
-
-
-class ChatLogprobs(Strict):
-    content: list[GeneratedTokenLogprob]
-
-
-class CalledFunction(Strict):
-    name: str
-    arguments: str
-
-
-class GeneratedToolCall(Strict):
-    id: str
     type: Literal["function"]
-    function: CalledFunction
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: Literal[False] | None = None
 
 
-class AssistantMessage(Strict):
-    """A generated message. Its content is null if it only calls tools."""
+class HostedTool(Strict):
+    """A tool that OpenAI's servers run; its validation always fails, with the reason."""
 
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    reasoning_content: str | None = None
-    tool_calls: list[GeneratedToolCall] | None = None
+    model_config = NEVER_VALID
 
+    type: str
 
-class ChatReplyChoice(Strict):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, value: Any) -> Any:
+        kind = kind_of(value)[:LONGEST_KIND] if isinstance(value, dict) and "type" in value else "without a type"
+        raise ValueError(f"this server does not support the tool {kind}; it supports tools of type function")
 
 
-class ChatReply(GeneratedReply):
-    """Response of `POST /v1/chat/completions`."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatReplyChoice]
-
-
-class EmbeddingVector(Strict):
-    """An embedding: numbers, or with `encoding_format: base64` their float32 bytes, little-endian."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
+ResponseTool = Annotated[
+    Annotated[ResponseFunction, Tag("function tool")] | Annotated[HostedTool, Tag("other tool")],
+    by_kind("tool", "function"),
+]
 
 
-class EmbeddingUsage(Strict):
-    prompt_tokens: int
-    total_tokens: int
+class NamedFunctionChoice(Strict):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    name: FunctionName
 
 
-class EmbeddingReply(Strict):
-    """Response of `POST /v1/embeddings`."""
-
-    object: Literal["list"]
-    data: list[EmbeddingVector]
-    model: str
-    adapter: str | list[str] | None = None
-    usage: EmbeddingUsage
+class PlainTextFormat(Strict):
+    type: Literal["text"]
 
 
-class ModelCard(Strict):
-    """The base, or an adapter with the base as its `parent`. `created` in seconds since the epoch."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int
+class JsonObjectText(Strict):
+    type: Literal["json_object"]
 
 
-class ModelList(Strict):
-    object: Literal["list"]
-    data: list[ModelCard]
+class JsonSchemaText(Strict):
+    """A named JSON schema that the text must fit. `strict`: refuse schemas outside of OpenAI's strict subset."""
+
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    description: Annotated[str, Field(max_length=10_000)] | None = None
 
 
-class TokenizeReply(Strict):
-    count: int
-    max_model_len: int
-    tokens: list[int]
+class TextConfig(Strict):
+    format: Annotated[PlainTextFormat | JsonObjectText | JsonSchemaText, Field(discriminator="type")] | None = None
+    verbosity: Annotated[Literal["medium"] | None, _refused("the base model knows no verbosity", "medium")] = None
 
 
-class DetokenizeReply(Strict):
-    prompt: str
+class ReasoningConfig(Strict):
+    """How much the model reasons. Its reasoning is returned as it is, so summaries of it are empty."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class TokenizerInfo(Strict):
-    tokenizer_class: str
-    vocab_size: int
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    unk_token: str | None
-    chat_template: str | None
+class ResponseStreamOptions(Strict):
+    include_obfuscation: Annotated[Literal[False] | None, _refused("this server does not pad events", False)] = None
+
+
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class CreateResponse(ModelSelection):
+    """Body of `POST /v1/responses`. None means the default."""
+
+    input: Text | InputItems
+    instructions: Text | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    include: Annotated[list[Includable], Field(max_length=100, fail_fast=True)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)] | None = None
+
+    store: bool | None = None  # nothing is stored
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that a server runs: there are none
+    truncation: Annotated[
+        Literal["disabled"] | None, _refused("this server leaves nothing out of a long conversation", "disabled")
+    ] = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None  # prompts are always cached
+    prompt_cache_retention: Annotated[str, Field(max_length=100)] | None = None
+    background: Annotated[Literal[False] | None, _refused("this server runs no responses in the background", False)] = (
+        None
+    )
+    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
+    conversation: Annotated[None, _refused(NOTHING_STORED)] = None
+    prompt: Annotated[None, _refused("this server stores no prompts; send it as instructions and input")] = None
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return LOGPROBS in (self.include or ())

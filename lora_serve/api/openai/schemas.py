@@ -7,25 +7,61 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from lora_serve.request import MOST_ADAPTERS
 
 MOST_STOPS = 4
+MOST_STOP_TOKENS = 1024
 LONGEST_STOP = 256  # characters
-MOST_BIASES = 1024
+MOST_KEYS = 1024  # of an object
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
 MOST_CHOICES = 10_000
 LONGEST_CHOICE = 10_000  # characters
 
 Text = Annotated[str, Field(max_length=4_000_000)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000, fail_fast=True)]
+Texts = Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str:
+    """Which alternative of `Prompts` a value is meant to be, by its first item."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else 0
+    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "token ids"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[Texts, Tag("texts")]
+    | Annotated[TokenLists, Tag("token lists")],
+    Discriminator(_prompt_kind),
+]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Strict(BaseModel):
+    """Base of all bodies. Lists in them are `fail_fast` and dicts `Few`, so that few mistakes are ever collected."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_KEYS:
+        raise ValueError(f"it has more than {MOST_KEYS} fields")
+    return value
+
+
+Few = BeforeValidator(_few)  # for a dict: checks its size before its items
 
 
 class WeightedAdapter(Strict):
@@ -38,7 +74,7 @@ class WeightedAdapter(Strict):
 AdapterChoice = (
     Annotated[str, Field(min_length=1, max_length=200)]
     | WeightedAdapter
-    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS)]
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MOST_ADAPTERS, fail_fast=True)]
 )
 
 
@@ -71,7 +107,7 @@ class JsonSchemaFormat(Strict):
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 Choices = Annotated[
-    list[Annotated[str, Field(max_length=LONGEST_CHOICE)]], Field(min_length=1, max_length=MOST_CHOICES)
+    list[Annotated[str, Field(max_length=LONGEST_CHOICE)]], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)
 ]
 
 
@@ -98,7 +134,7 @@ class NoEffect(Strict):
     """Fields that clients send by default, accepted at the values at which they mean nothing here."""
 
     store: Literal[False] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None  # prompts are always cached
@@ -130,8 +166,8 @@ class Generation(ModelSelection, NoEffect):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_BIASES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MOST_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
@@ -145,7 +181,7 @@ class Generation(ModelSelection, NoEffect):
                 Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
                 Annotated[float, Field(ge=-100, le=100)],
             ],
-            Field(max_length=MOST_BIASES),
+            Few,
         ]
         | None
     ) = None
@@ -174,7 +210,7 @@ class Generation(ModelSelection, NoEffect):
 class Completion(Generation):
     """Body of `POST /v1/completions`."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(max_length=MOST_PROMPTS)]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -193,7 +229,7 @@ class Completion(Generation):
 class EmbeddingBody(ModelSelection):
     """Body of `POST /v1/embeddings`."""
 
-    input: Text | TokenIds | list[Text] | list[TokenIds]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
@@ -206,8 +242,6 @@ class EmbeddingBody(ModelSelection):
     def _something_to_embed(cls, value: Any) -> Any:
         if not value or (isinstance(value, list) and not isinstance(value[0], int) and not all(value)):
             raise ValueError("it is empty, or has an empty item")
-        if isinstance(value, list) and not isinstance(value[0], int) and len(value) > MOST_PROMPTS:
-            raise ValueError(f"it has more than {MOST_PROMPTS} items")
         return value
 
     @field_validator("truncate_prompt_tokens")
