@@ -31,22 +31,20 @@ class LocalOrigin:
         self._allow_origin = allow_origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (foreign := self._foreign(Headers(scope=scope))):
-            error = error_handlers.Forbidden(
-                f"a web page may not use this server: foreign {foreign}; --allow-origin lists the origins that may"
-            )
-            await error_handlers.response(error, scope)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else None
+        if problem is None:
+            await self._app(scope, receive, send)
+        else:
+            await error_handlers.response(error_handlers.Forbidden(problem), scope)(scope, receive, send)
 
-    def _foreign(self, headers: Headers) -> str | None:
-        """Name of the header that names a foreign host."""
+    def _problem(self, headers: Headers) -> str | None:
+        """Why a request is refused; None if it is not."""
         if not all(self._is_local(_host_name(f"//{host}")) for host in headers.getlist("host")):
-            return "Host"
+            return "without API keys, this server is reached as localhost or by its address, not under this Host"
         for origin in headers.getlist("origin"):
             local = origin.startswith(("http://", "https://")) and self._is_local(_host_name(origin))
             if not local and origin not in self._allow_origin:
-                return "Origin"
+                return "web pages of this Origin may not use the server; --allow-origin lists those that may"
         return None
 
     def _is_local(self, host: str) -> bool:
