@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo" / "model"
@@ -20,9 +22,17 @@ ADAPTERS = ROOT / "adapters"
 
 
 class ServerProcess:
-    """`lora-serve serve` on a free port; use as a context manager."""
+    """`lora-serve serve` on a free port; use as a context manager.
 
-    def __init__(self, store: Path, *options: str, model: Path = DEMO) -> None:
+    Args:
+        descriptors: how many file descriptors the server may have open.
+    """
+
+    def __init__(self, store: Path, *options: str, model: Path = DEMO, descriptors: int | None = None) -> None:
+        def limit() -> None:
+            if descriptors is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -40,6 +50,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            preexec_fn=limit,
         )
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -65,6 +76,11 @@ class ServerProcess:
         for pipe in (self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes of the API process."""
+        return psutil.Process(self._process.pid).memory_info().rss
 
     @property
     def engine_pid(self) -> int:

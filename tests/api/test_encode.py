@@ -14,7 +14,7 @@ from lora_serve.cli import load_tokenizer
 from lora_serve.config import ServeConfig
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
-LONG = 4_000_000  # characters, the most that a schema allows
+LONG = 4_000_000  # characters
 
 
 @pytest.fixture

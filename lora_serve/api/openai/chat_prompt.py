@@ -55,10 +55,13 @@ async def encode_chat(
         arguments: further arguments of the template.
     """
     chat = chat_format(services)
+    info = engine_info(services)
+    try:  # before any of them is copied
+        services.encoder.check_length(sum(len(message.text) for message in messages), info.max_model_len)
+    except TextTooLong:
+        raise text_too_long(info, "messages") from None
     turns = template_messages([message.for_template() for message in messages], chat.template)
     functions = template_tools([tool.model_dump(exclude_none=True) for tool in tools]) or None
-
-    info = engine_info(services)
 
     def render() -> str:
         text: str = services.tokenizer.apply_chat_template(
@@ -72,7 +75,6 @@ async def encode_chat(
         return text
 
     try:
-        services.encoder.check_length(sum(len(message.text) for message in messages), info.max_model_len)
         text = await asyncio.to_thread(render)
         (tokens,) = await services.encoder.encode([text], info.max_model_len, add_special_tokens=False)
     except TextTooLong:

@@ -20,8 +20,8 @@ MOST_PROMPTS = 2048
 MOST_CHOICES = 10_000
 LONGEST_CHOICE = 10_000  # characters
 
-Text = Annotated[str, Field(max_length=4_000_000)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=4_000_000, fail_fast=True)]
+Text = str  # as long as the body may be; prompts are checked against the context
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Texts = Annotated[list[Text], Field(max_length=MOST_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(max_length=MOST_PROMPTS, fail_fast=True)]
 
