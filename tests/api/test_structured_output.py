@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from stub_completions import StubCompletionApp, byte_tokenizer
 
-from lora_serve.api.openai.structured_output import LISTS, MAPS, SINGLE, check_strict, json_schema_grammar
+from lora_serve.api.openai.json_schema import LISTS, MAPS, SINGLE, check_strict
+from lora_serve.api.openai.structured_output import json_schema_grammar
 from lora_serve.errors import BadRequest
 
 PERSON = {

@@ -25,8 +25,9 @@ from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepare_chat
 from lora_serve.api.openai.chat_prompt import chat_format
 from lora_serve.api.openai.chat_schemas import ChatCompletion
-from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
+from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall
 from lora_serve.api.openai.preprocess import existing_adapters
+from lora_serve.api.openai.respond import model_fields, respond
 from lora_serve.api.request_id import request_id
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat

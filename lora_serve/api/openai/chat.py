@@ -14,16 +14,9 @@ from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, T
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, ChatMessage, MadeToolCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall
 from lora_serve.api.openai.documented_bodies import EVENT_STREAM, ChatReply
-from lora_serve.api.openai.generate import (
-    Choice,
-    ChoiceOutput,
-    RunningCall,
-    add_usage,
-    model_fields,
-    respond,
-    usage,
-)
+from lora_serve.api.openai.respond import add_usage, model_fields, respond, usage
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep

@@ -28,7 +28,7 @@ from lora_serve.api.chat_output import (
 )
 from lora_serve.api.openai.chat_prompt import ChatPrompt, chat_format, encode_chat, reasoning_arguments
 from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
-from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, make_choices
+from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.preprocess import check_n, engine_info, resolve_adapters, sampling_params
 from lora_serve.api.openai.reply_grammar import reply_grammar
 from lora_serve.api.services import Services

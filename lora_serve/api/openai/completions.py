@@ -12,17 +12,8 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.documented_bodies import EVENT_STREAM, CompletionReply
-from lora_serve.api.openai.generate import (
-    Choice,
-    ChoiceOutput,
-    RunningCall,
-    add_usage,
-    make_choices,
-    model_fields,
-    respond,
-    usage,
-)
 from lora_serve.api.openai.preprocess import (
     check_n,
     check_tokens,
@@ -33,6 +24,7 @@ from lora_serve.api.openai.preprocess import (
     sampling_params,
     vocabulary_size,
 )
+from lora_serve.api.openai.respond import add_usage, model_fields, respond, usage
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
 from lora_serve.api.openai.schemas import Completion
 from lora_serve.api.openai.structured_output import check_copies, structured_output

@@ -20,7 +20,6 @@ from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.documented_bodies import EmbeddingReply
 from lora_serve.api.openai.encode import TextTooLong
-from lora_serve.api.openai.generate import model_fields
 from lora_serve.api.openai.preprocess import (
     check_tokens,
     context_exceeded,
@@ -30,6 +29,7 @@ from lora_serve.api.openai.preprocess import (
     text_too_long,
     vocabulary_size,
 )
+from lora_serve.api.openai.respond import model_fields
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep

@@ -8,7 +8,8 @@ from typing import Literal
 from lora_serve.api.chat_output import Tool, answer_grammar, tool_grammar
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
-from lora_serve.api.openai.structured_output import Grammar, check_strict, structured_output
+from lora_serve.api.openai.json_schema import check_strict
+from lora_serve.api.openai.structured_output import Grammar, structured_output
 
 
 async def reply_grammar(

@@ -16,8 +16,9 @@ from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall
 from lora_serve.api.openai.documented_bodies import EVENT_STREAM
-from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
+from lora_serve.api.openai.respond import model_fields, respond
 from lora_serve.api.openai.response_events import ResponseOutput
 from lora_serve.api.openai.response_logprobs import TokenTexts
 from lora_serve.api.openai.response_object import ResponseObject

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 import msgspec
-from fastapi import Request as HttpRequest
-from fastapi import Response
 
-from lora_serve.api.auth import Caller
-from lora_serve.api.openai.preprocess import explain_not_found
-from lora_serve.api.openai.schemas import Generation, StreamOptions
+from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.services import Services
-from lora_serve.api.sse import CHUNKS, FastJSONResponse, SSEResponse, StreamFormat, cancel_on_disconnect
 from lora_serve.engine.detokenizer import Detokenizer
-from lora_serve.errors import AdapterNotFound, EngineFault, ServeError
+from lora_serve.errors import EngineFault, ServeError
 from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
 
 CHOICES_AT_ONCE = 256  # of one call on the engine
@@ -60,19 +54,6 @@ class ChoiceOutput:
     pieces: list[ChoiceOutput] = field(default_factory=list)
 
 
-class ApiCall(Protocol):
-    """One API call: its choices, and how its response is built."""
-
-    @property
-    def choices(self) -> list[Choice]: ...
-
-    def full_response(self, running: RunningCall, outputs: list[ChoiceOutput]) -> dict[str, Any]:
-        """The response body without streaming."""
-
-    def chunks(self, running: RunningCall) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed response."""
-
-
 def make_choices(
     body: Generation,
     id_: str,
@@ -91,31 +72,6 @@ def make_choices(
         shown = frozenset() if body.skip_special_tokens is False else hidden
         choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output), shown))
     return choices
-
-
-async def respond(
-    http: HttpRequest,
-    body: Generation,
-    services: Services,
-    caller: Caller,
-    endpoint: str,
-    prepare: Awaitable[ApiCall],
-    format: StreamFormat = CHUNKS,
-) -> Response:
-    """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
-    async with AsyncExitStack() as stack:
-        try:
-            call = await cancel_on_disconnect(http, prepare)
-            running = await cancel_on_disconnect(
-                http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
-            )
-        except AdapterNotFound as error:
-            raise await explain_not_found(error, body, services, caller) from None
-        if not body.stream:
-            return FastJSONResponse(
-                call.full_response(running, await cancel_on_disconnect(http, collect_outputs(running)))
-            )
-        return SSEResponse(call.chunks(running), stack.pop_all(), format)
 
 
 class RunningChoice:
@@ -309,34 +265,3 @@ async def collect_outputs(running: RunningCall) -> list[ChoiceOutput]:
             result.cached = max(result.cached, output.cached)
             result.pieces.append(output)
     return [results[index] for index in sorted(results)]
-
-
-def model_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:
-    """The response fields `model`, and `adapter` with the exact version; no `adapter` for the base."""
-    if not adapters:
-        return {"model": base}
-    versions = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
-    return {
-        "model": "+".join(adapter.name for adapter in adapters),
-        "adapter": versions[0] if len(versions) == 1 else versions,
-    }
-
-
-def add_usage(
-    chunk: dict[str, Any], options: StreamOptions | None, usage_so_far: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """A stream chunk with the usage that `stream_options` asks for."""
-    if options is not None and options.continuous_usage_stats:
-        return chunk | {"usage": usage_so_far()}
-    if options is not None and options.include_usage:
-        return chunk | {"usage": None}
-    return chunk
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
