@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -13,6 +13,7 @@ from fastapi import Request as HttpRequest
 from lora_serve.api.auth import Keys
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
+from lora_serve.api.openai.item_memory import ItemMemory
 from lora_serve.config import ServeConfig
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
@@ -65,6 +66,7 @@ class Services:
         chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
         staging: folder for uploads, on the store's file system.
+        items: output items that an input of `/v1/responses` may refer to.
     """
 
     engine: EngineProtocol
@@ -75,6 +77,7 @@ class Services:
     keys: Keys | None
     metrics: Metrics
     staging: Path
+    items: ItemMemory = field(default_factory=ItemMemory)
 
 
 def _services(request: HttpRequest) -> Services:

@@ -542,7 +542,7 @@ async def test_fields_without_effect_are_accepted(server: Server, fields: dict[s
         ({"input": []}, "input", "at least 1 item"),
         ({"input": 5}, "input", "valid string"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role", "Input should be"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "stores no items"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.id", "not known"),
         ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input.0", "items of type web_search_call"),
         ({"input": [{"role": "user", "content": "x"}, {"type": "function_call", "name": "f", "arguments": "{}"}]},
          "input.1.call_id", "missing parameter"),
@@ -590,6 +590,28 @@ async def test_an_unknown_model_is_404(server: Server) -> None:
         await server.respond(model="poe")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     assert "did you mean poet" in missing.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_input_may_refer_to_recent_output_items(server: Server, stream: bool) -> None:
+    if stream:
+        events = [event async for event in await server.respond(stream=True)]
+        (item,) = events[-1].response.output
+    else:
+        (item,) = (await server.respond()).output
+    hi = {"role": "user", "content": "hi"}
+    again = [hi, {"type": "item_reference", "id": item.id}, hi]
+    assert (await server.respond(input=again)).status == "completed"
+    sent = [hi, item.to_dict(), hi]
+    await server.respond(input=sent)
+    referred, whole = server.engine.requests[-2:]
+    assert referred.prompt == whole.prompt
+
+
+async def test_items_are_not_kept_with_store_false(server: Server) -> None:
+    (item,) = (await server.respond(store=False)).output
+    with pytest.raises(openai.BadRequestError, match="not known"):
+        await server.respond(input=[{"type": "item_reference", "id": item.id}])
 
 
 async def test_responses_are_not_stored(server: Server) -> None:

@@ -150,6 +150,13 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
+class ItemReference(Strict):
+    """An item that a response contained, by its id; kept in memory for a while (`item_memory.py`)."""
+
+    type: Literal["item_reference"]
+    id: Identifier
+
+
 class UnsupportedItem(Strict):
     """An item that is not served; its validation always fails, with the reason."""
 
@@ -160,10 +167,7 @@ class UnsupportedItem(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, value: Any) -> Any:
-        kind = kind_of(value)
-        if kind == "item_reference":
-            raise ValueError("this server stores no items; send the item itself, as clients do with store: false")
-        raise ValueError(f"this server does not support items of type {kind[:LONGEST_KIND]}")
+        raise ValueError(f"this server does not support items of type {kind_of(value)[:LONGEST_KIND]}")
 
 
 InputItem = Annotated[
@@ -171,7 +175,8 @@ InputItem = Annotated[
     | Annotated[FunctionCallItem, Tag("function_call item")]
     | Annotated[FunctionCallOutputItem, Tag("function_call_output item")]
     | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[ItemReference, Tag("item_reference item")]
     | Annotated[UnsupportedItem, Tag("other item")],
-    by_kind("item", "message", "function_call", "function_call_output", "reasoning"),
+    by_kind("item", "message", "function_call", "function_call_output", "reasoning", "item_reference"),
 ]
 InputItems = Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]

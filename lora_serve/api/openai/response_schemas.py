@@ -1,7 +1,7 @@
 """Body of `POST /v1/responses` as strict pydantic models.
 
 Fields that mean nothing here are accepted and have no effect; what would change the answer and is not served is refused
-with the reason. Nothing is stored, so `store` is accepted at every value, and references to stored things are refused.
+with the reason. Responses are not stored, whatever `store` says, and references to stored ones are refused.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class CreateResponse(ModelSelection):
     user: Annotated[str, Field(max_length=1000)] | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)] | None = None
 
-    store: bool | None = None  # nothing is stored
+    store: bool | None = None  # false: keep no output items in memory either
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of tools that a server runs: there are none
     truncation: Annotated[
         Literal["disabled"] | None, _refused("this server leaves nothing out of a long conversation", "disabled")

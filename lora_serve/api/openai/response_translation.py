@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lora_serve.api.error_handlers import describe_validation_error
 from lora_serve.api.openai.chat_schemas import ChatCompletion
@@ -14,6 +14,7 @@ from lora_serve.api.openai.response_input import (
     FunctionCallOutputItem,
     InputItem,
     InputPart,
+    ItemReference,
     MessageItem,
     ReasoningItem,
 )
@@ -35,7 +36,11 @@ RENAMED = {  # fields of a chat completion → of a response; the first that fit
 }
 
 
-def to_chat_completion(body: CreateResponse) -> ChatCompletion:
+FindItem = Callable[[str], dict[str, Any] | None]  # id of an item that is referred to → the item, if it is known
+_item: TypeAdapter[InputItem] = TypeAdapter(InputItem)
+
+
+def to_chat_completion(body: CreateResponse, find_item: FindItem) -> ChatCompletion:
     """Translate a body. Raises the `BadRequest` that names the field at fault."""
     if body.stream_options is not None and not body.stream:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
@@ -44,7 +49,7 @@ def to_chat_completion(body: CreateResponse) -> ChatCompletion:
     fields = {
         "model": body.model,
         "adapter": body.adapter,
-        "messages": [*_instructions(body), *chat_messages(body.input)],
+        "messages": [*_instructions(body), *chat_messages(_resolved(body.input, find_item))],
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -65,6 +70,23 @@ def to_chat_completion(body: CreateResponse) -> ChatCompletion:
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_input=False)]
         message, param = describe_validation_error(problems, fields)
         raise response_error(BadRequest(message, param=param)) from None
+
+
+def _resolved(given: str | Sequence[InputItem], find_item: FindItem) -> str | list[InputItem]:
+    """An input with the items that it refers to. Raises `BadRequest` if one is not known."""
+    if isinstance(given, str):
+        return given
+    resolved: list[InputItem] = []
+    for index, item in enumerate(given):
+        if isinstance(item, ItemReference):
+            found = find_item(item.id)
+            if found is None:
+                raise BadRequest(
+                    "this item is not known, or not any more; send the item itself", param=f"input.{index}.id"
+                )
+            item = _item.validate_python(found)
+        resolved.append(item)
+    return resolved
 
 
 def chat_messages(given: str | Sequence[InputItem]) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""`/v1/responses`: OpenAI's Responses API, with nothing stored."""
+"""`/v1/responses`: OpenAI's Responses API. Nothing is stored but recent output items, in memory, to be referred to."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import count
@@ -67,8 +67,12 @@ EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
 async def create_response(
     body: CreateResponse, request: Request, services: ServicesDep, caller: Authorized
 ) -> Response:
-    """Generate a response to an input; streamed if requested. Nothing is stored, whatever `store` says."""
-    chat = to_chat_completion(body)
+    """Generate a response to an input; streamed if requested.
+
+    Responses are not stored. Their output items are kept in memory for a while, unless `store` is false, so that
+    an input may refer to them.
+    """
+    chat = to_chat_completion(body, lambda id_: services.items.find(caller.name, id_))
     try:
         return await respond(
             request, chat, services, caller, "responses", _prepare(body, chat, services, caller), EVENTS
@@ -93,6 +97,7 @@ class ResponseCall:
     body: CreateResponse
     call: ChatCall
     texts: TokenTexts
+    keep: Callable[[list[dict[str, Any]]], None]  # of output items
 
     @property
     def choices(self) -> list[Choice]:
@@ -138,6 +143,7 @@ class ResponseCall:
 
     def finished(self, running: RunningCall, output: ResponseOutput) -> dict[str, Any]:
         """The response object of a reply that came to its end."""
+        self.keep(output.items)
         response = self.response(running, "completed")
         if output.finish_reason == "length":
             response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
@@ -214,4 +220,9 @@ def echoed(body: CreateResponse) -> dict[str, Any]:
 
 async def _prepare(body: CreateResponse, chat: ChatCompletion, services: Services, caller: Caller) -> ResponseCall:
     call = await prepare_chat(chat, services, caller, prefix="resp_")
-    return ResponseCall(body, call, TokenTexts(services.tokenizer))
+
+    def keep(items: list[dict[str, Any]]) -> None:
+        if body.store is not False:
+            services.items.remember(caller.name, items)
+
+    return ResponseCall(body, call, TokenTexts(services.tokenizer), keep)
