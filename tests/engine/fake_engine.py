@@ -117,6 +117,8 @@ class FakeEngine:
     def close(self) -> None:
         self.events += [Finished(id, "abort") for id in self.running]
         self.running.clear()
+        if self.info.model == "slow-close":
+            time.sleep(30)
 
 
 def build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> FakeEngine:

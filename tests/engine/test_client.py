@@ -320,6 +320,19 @@ async def test_drain_has_a_deadline_and_stop_ends_the_rest_with_an_error() -> No
         assert gone(pid)
 
 
+@pytest.mark.parametrize("model", ["fake", "slow-close"])
+async def test_the_engine_ends_by_itself_even_while_it_waits_for_a_load(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine(model) as client:
+        pid = engine_pid()
+        began = time.monotonic()
+        await client.stop()
+        assert time.monotonic() - began < 3
+    assert not psutil.pid_exists(pid)
+    assert "is killed" not in caplog.text
+
+
 async def test_stop_during_a_restart_leaves_nothing_running(tmp_path: Path) -> None:
     async with engine("second-start-fails", store=tmp_path) as client:
         os.kill(engine_pid(), signal.SIGKILL)
