@@ -39,6 +39,7 @@ class Key(BaseModel):
 
     name: CliPositionalArg[str] = Field(pattern=f"^{NAME_PATTERN}$", description="whose key it is")
     admin: bool = Field(False, description="may also publish and delete adapters")
+    metrics: bool = Field(False, description="may also read /metrics")
 
 
 class Cli(BaseSettings):
@@ -157,5 +158,7 @@ def make_key(key: Key) -> None:
 
     secret = f"sk-{secrets.token_urlsafe(32)}"
     print(f"key of {key.name}, shown only now: {secret}")
-    entry = f'{{hash: "{hash_key(secret)}", admin: true}}' if key.admin else hash_key(secret)
-    print(f"{key.name}: {entry}")
+    allowed = [permission for permission in ("admin", "metrics") if getattr(key, permission)]
+    hashed = hash_key(secret)
+    entry = ", ".join([f'hash: "{hashed}"', *(f"{permission}: true" for permission in allowed)])
+    print(f"{key.name}: {{{entry}}}" if allowed else f"{key.name}: {hashed}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -18,6 +20,16 @@ from pydantic_settings import (
 )
 
 MOST_SEQS = 256  # default max_num_seqs on a GPU; on a CPU it is lower
+
+
+def is_public(host: str) -> bool:
+    """Whether `host` is reachable from other machines; a host name that is not an address counts as public."""
+    if host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
 
 
 class ServeConfig(BaseSettings):
@@ -87,6 +99,9 @@ class ServeConfig(BaseSettings):
     api_key_file: Path | None = Field(
         None, description="YAML file of hashed API keys; without it every caller may do everything"
     )
+    allow_origin: list[str] = Field(
+        [], description="origin of web pages that may use the server, e.g. https://chat.example.com; * with keys only"
+    )
     insecure: bool = Field(False, description="allow a public --host without --api-key-file")
     adapter_roots: list[Path] = Field([], description="folders that /v1/load_lora_adapter may read from")
     max_body: ByteSize = Field(ByteSize(8 << 20), description="maximum size of a JSON body")
@@ -116,6 +131,19 @@ class ServeConfig(BaseSettings):
     def _model_is_named(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("name the base model: a local folder or a hub id")
+        return value
+
+    @field_validator("allow_origin")
+    @classmethod
+    def _origins_are_as_browsers_send_them(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        for origin in value:
+            if origin == "*":
+                if info.data.get("api_key_file") is None:
+                    raise ValueError("* lets every web page use the server, so it needs --api-key-file")
+            elif not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", origin):
+                raise ValueError(
+                    f"{origin} is not an origin, such as https://chat.example.com or http://localhost:3000"
+                )
         return value
 
     @classmethod

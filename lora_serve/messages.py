@@ -31,12 +31,14 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
     """Validate the PEFT folder `folder` and store it as a version of `name`; the folder is removed.
 
-    With `replace`, an existing name gets a new version. Answered with an `AdapterInfo`.
+    With `replace`, an existing name gets a new version. `source`: the folder on this machine that `folder` is a copy
+    of; empty for an upload. Answered with an `AdapterInfo`.
     """
 
     name: str
     folder: str
     replace: bool = False
+    source: str = ""
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
@@ -78,9 +80,13 @@ class PinAdapter(msgspec.Struct, frozen=True, tag="pin"):
 
 
 class DeleteAdapter(msgspec.Struct, frozen=True, tag="delete"):
-    """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`."""
+    """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`.
+
+    With `keep_uploads`, an adapter that has no folder of its own on this machine is refused.
+    """
 
     name: str
+    keep_uploads: bool = False
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -118,7 +124,10 @@ Report = Annotated[
 
 
 class AdapterVersion(msgspec.Struct, frozen=True):
-    """One immutable version of an adapter. Sizes in bytes; `last_used` in seconds since the epoch."""
+    """One immutable version of an adapter. Sizes in bytes; `last_used` in seconds since the epoch.
+
+    `vocab_size`: number of its tokens, if it differs from the base's.
+    """
 
     digest: str
     created: float
@@ -130,6 +139,7 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     leases: int
     last_used: float | None = None
     report: Report = {}
+    vocab_size: int | None = None
 
 
 class Inspection(msgspec.Struct, frozen=True):

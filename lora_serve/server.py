@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -21,27 +21,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lora_serve.config import ServeConfig
+from lora_serve import malloc
+from lora_serve.config import ServeConfig, is_public
 from lora_serve.engine.client import COMMAND, EngineClient
 from lora_serve.errors import BadRequest
+from lora_serve.http_protocol import ConnectionLimits, connection_limit, limited_protocol
 from lora_serve.messages import EngineInfo
 
-LAST_RESPONSES = 5  # seconds for open responses to send their last bytes
+MALLOC_ARENAS = 2  # the memory of a thread that tokenizes is then used again by others
+LAST_RESPONSES = 3  # seconds for open responses to send their last bytes
+LAST_THREADS = 1.0  # seconds for threads to end, e.g. one that tokenizes for a client that has left
 
 log = logging.getLogger(__name__)
 
 App = Callable[..., Any]  # ASGI
 MakeApp = Callable[[EngineClient, Any], App]
-
-
-def is_public(host: str) -> bool:
-    """Whether `host` is reachable from other machines; a host name that is not an address counts as public."""
-    if host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,11 +73,14 @@ def serve(
             "give --api-key-file, or --insecure to serve everybody",
             param="host",
         )
+    malloc.limit_arenas(MALLOC_ARENAS)
     listener = bind(config.host, config.port)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(
+        status = runner.run(
             _ServerProcess(config, EngineClient(config, command=engine)).run(listener, load_tokenizer, make_app)
         )
+        _end_within(LAST_THREADS, status)
+        return status
 
 
 class _Server(uvicorn.Server):
@@ -100,6 +97,7 @@ class _ServerProcess:
     def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
         self._config = config
         self._engine = engine
+        self._limits = ConnectionLimits(connection_limit())
         self._stop_requested = asyncio.Event()
 
     async def run(self, listener: socket.socket, load_tokenizer: Callable[[], Any], make_app: MakeApp) -> int:
@@ -134,7 +132,7 @@ class _ServerProcess:
         server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=limited_protocol(self._limits),  # type: ignore[arg-type]  # a factory will do
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -150,9 +148,8 @@ class _ServerProcess:
         # HTTP stays open during the drain: /ready answers 503, and streams get their final events.
         log.info("draining: running requests have %g s to finish", self._config.drain_timeout)
         await self._engine.drain(self._config.drain_timeout)
-        await self._engine.stop()
         server.should_exit = True
-        await serving
+        await asyncio.gather(self._engine.stop(), serving)
         return 0 if server.started else 1
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -161,6 +158,13 @@ class _ServerProcess:
             return
         self._engine.abandon()
         os._exit(128 + number)
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """End the process if it has not ended by then, as Python waits for all threads."""
+    timer = threading.Timer(seconds, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

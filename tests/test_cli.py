@@ -17,11 +17,11 @@ import pytest
 import tokenizers.models
 import tokenizers.pre_tokenizers
 
-from lora_serve.api.auth import Keys
+from lora_serve.api.auth import Caller, KeyFile
 from lora_serve.cli import load_tokenizer, main
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import BadRequest, ModelUnsupported
-from lora_serve.server import is_public, serve
+from lora_serve.server import serve
 
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
 
@@ -280,7 +280,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 from lora_serve.cli import load_tokenizer
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 print(load_tokenizer(ServeConfig(model=sys.argv[1])).encode("one two two", add_special_tokens=False))
 """
 
@@ -290,13 +290,12 @@ def test_a_missing_model_folder_is_reported() -> None:
         load_tokenizer(ServeConfig(model="./no-such-folder"))
 
 
-@pytest.mark.parametrize("admin", [True, False])
+@pytest.mark.parametrize("permissions", [[], ["admin"], ["metrics"], ["admin", "metrics"]])
 def test_a_generated_key_is_accepted_by_a_server_with_its_entry(
-    admin: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    permissions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["key", "ci", *(["--admin"] if admin else [])]) == 0
+    assert main(["key", "ci", *(f"--{permission}" for permission in permissions)]) == 0
     shown, line = capsys.readouterr().out.splitlines()
     (tmp_path / "keys.yaml").write_text(line)
-    caller = Keys.load(tmp_path / "keys.yaml").find(shown.rpartition(" ")[2])
-    assert caller is not None
-    assert (caller.name, caller.admin) == ("ci", admin)
+    caller = KeyFile(tmp_path / "keys.yaml").find(shown.rpartition(" ")[2])
+    assert caller == Caller("ci", admin="admin" in permissions, metrics="metrics" in permissions)

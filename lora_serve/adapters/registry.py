@@ -181,7 +181,8 @@ class Registry:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
         def work() -> PublishedVersion:
-            return self._publisher.publish(name, Path(operation.folder), replace=operation.replace)
+            folder = Path(operation.folder)
+            return self._publisher.publish(name, folder, replace=operation.replace, source=operation.source)
 
         def on_published(result: PublishedVersion | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -271,9 +272,14 @@ class Registry:
 
         self.load(name, on_loaded)
 
-    def delete(self, name: str, done: Done) -> None:
-        """Unlist an adapter at once; its memory and files are freed when its last lease is released."""
+    def delete(self, name: str, done: Done, *, keep_uploads: bool = False) -> None:
+        """Unlist an adapter at once; its memory and files are freed when its last lease is released.
+
+        With `keep_uploads`, raises BadRequest if the store has the only copy of it.
+        """
         info = self.describe(name)
+        if keep_uploads and not self._names[name].source:
+            raise BadRequest(f"{name} was uploaded, so unloading would destroy it: DELETE /v1/adapters/{name} does")
         digest = self._names.pop(name).digest
         self._pins.discard(name)
         self._older_versions.pop(name, None)
@@ -349,4 +355,5 @@ class Registry:
             leases=self._leases[digest],
             last_used=self._last_used.get(digest),
             report=meta.report,
+            vocab_size=meta.traits.vocabulary or None,
         )

@@ -50,7 +50,10 @@ class Meta(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """The version that a name refers to. `source` is the signature of the folder it was published from at start."""
+    """The version that a name refers to.
+
+    `source`: the folder that it is a copy of; of one published at start, the folder's signature. Empty for an upload.
+    """
 
     digest: str
     created: float

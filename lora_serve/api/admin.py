@@ -1,26 +1,23 @@
 """Admin routes: inspect, publish, list, load, evict, pin and delete adapters.
 
-Every key may list and show the adapters that it may use; everything else needs an admin key. Responses are the
+Every key may list and show the adapters that it may use; everything else needs an admin key, and is about the adapters
+that this key may use. Responses are the
 engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and checked by the engine.
 """
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from fastapi import Path as InPath
-from fastapi.responses import PlainTextResponse
 
-from lora_serve.api import archive
-from lora_serve.api.auth import Administrator, Authorized
+from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.json_body import JSONRoute
-from lora_serve.api.openai.schemas import Strict
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.api.upload import receive_upload, staging_folder
+from lora_serve.api.upload import receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
     AdapterInfo,
@@ -34,25 +31,39 @@ from lora_serve.messages import (
     PinAdapter,
     Publish,
 )
-from lora_serve.names import adapter_not_found, check_name
+from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JSONRoute)
 
 Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
-Name = Annotated[str, InPath(description="the adapter's published name")]
 
 
 def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     """OpenAPI schema of an upload body, which is streamed instead of parsed by FastAPI."""
     binary = {"type": "string", "format": "binary"}
-    fields: dict[str, Any] = {"name": {"type": "string"}} if name else {}
+    fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
     fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
     schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def _response_schema(struct: type[msgspec.Struct], status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI schema of a response that is a msgspec struct, with references resolved."""
+class AdapterList(msgspec.Struct, frozen=True):
+    """All adapters that a key may use, by name."""
+
+    object: Literal["list"]
+    data: list[AdapterInfo]
+
+
+class DeletedAdapter(msgspec.Struct, frozen=True):
+    """The name that was deleted."""
+
+    name: str
+    deleted: Literal[True]
+
+
+def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a route: a msgspec struct, with references resolved, and errors."""
     (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
 
     def whole(node: Any) -> Any:
@@ -62,7 +73,8 @@ def _response_schema(struct: type[msgspec.Struct], status: int = 200) -> dict[in
             return node
         return whole(parts[node["$ref"]]) if "$ref" in node else {key: whole(value) for key, value in node.items()}
 
-    return {status: {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}}
+    done = {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}
+    return {success: done, **errors(*statuses)}
 
 
 def is_upload(method: str, path: str) -> bool:
@@ -73,17 +85,21 @@ def is_upload(method: str, path: str) -> bool:
 
 
 @router.post(
-    "/adapters", status_code=201, openapi_extra=_upload_schema("name"), responses=_response_schema(AdapterInfo, 201)
+    "/adapters",
+    status_code=201,
+    openapi_extra=_upload_schema("name"),
+    responses=_responses(AdapterInfo, 409, 422, 507, success=201),
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
     async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
-        return await _publish(services, check_name(upload.name), upload.folder, replace=False)
+        name = caller.check_may_publish(check_name(upload.name))
+        return await _publish(services, name, upload.folder, replace=False)
 
 
-@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_response_schema(Inspection))
+@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
     async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
@@ -93,106 +109,62 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 
 
 @router.put(
-    "/adapters/{name}", status_code=201, openapi_extra=_upload_schema(), responses=_response_schema(AdapterInfo, 201)
+    "/adapters/{name}",
+    status_code=201,
+    openapi_extra=_upload_schema(),
+    responses=_responses(AdapterInfo, 422, 507, success=201),
 )
-async def publish_version(name: Name, request: Request, services: ServicesDep, caller: Administrator) -> Info:
+async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
-    check_name(name)
+    caller.check_may_publish(check_name(name))
     async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
         return await _publish(services, name, upload.folder, replace=True)
 
 
-@router.get("/adapters")
+@router.get("/adapters", responses=_responses(AdapterList))
 async def list_adapters(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """All adapters that this key may use, sorted by name."""
     found = await services.engine.call(ListAdapters())
     return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
 
 
-@router.get("/adapters/{name}", responses=_response_schema(AdapterInfo))
-async def show(name: Name, services: ServicesDep, caller: Authorized) -> Info:
+@router.get("/adapters/{name}", responses=_responses(AdapterInfo, 404))
+async def show(name: AdapterName, services: ServicesDep, caller: Authorized) -> Info:
     """One adapter: its versions, the tiers they are in, their sizes, and the report on each."""
-    if not caller.may_use(name):
-        raise adapter_not_found(name)
-    return await _call(services, DescribeAdapter(name))
+    return await _call(services, DescribeAdapter(caller.check_may_use(name)))
 
 
-@router.post("/adapters/{name}/load")
-async def load(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+@router.post("/adapters/{name}/load", responses=_responses(AdapterInfo, 404, 422))
+async def load(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Load an adapter into memory ahead of the first request."""
     return await _call(services, LoadAdapter(name))
 
 
-@router.post("/adapters/{name}/evict")
-async def evict(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+@router.post("/adapters/{name}/evict", responses=_responses(AdapterInfo, 404, 409))
+async def evict(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Evict an adapter from memory once no request uses it; it stays published."""
     return await _call(services, EvictAdapter(name))
 
 
-@router.post("/adapters/{name}/pin")
-async def pin(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+@router.post("/adapters/{name}/pin", responses=_responses(AdapterInfo, 404, 409, 422))
+async def pin(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Load an adapter and exclude it from LRU eviction."""
     return await _call(services, PinAdapter(name, pinned=True))
 
 
-@router.post("/adapters/{name}/unpin")
-async def unpin(name: Name, services: ServicesDep, caller: Administrator) -> Info:
+@router.post("/adapters/{name}/unpin", responses=_responses(AdapterInfo, 404))
+async def unpin(name: AdministeredAdapter, services: ServicesDep) -> Info:
     """Allow an adapter to be evicted again."""
     return await _call(services, PinAdapter(name, pinned=False))
 
 
-@router.delete("/adapters/{name}")
-async def delete(name: Name, services: ServicesDep, caller: Administrator) -> dict[str, Any]:
+@router.delete("/adapters/{name}", responses=_responses(DeletedAdapter, 404))
+async def delete(name: AdministeredAdapter, services: ServicesDep) -> dict[str, Any]:
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     await services.engine.call(DeleteAdapter(name))
     return {"name": name, "deleted": True}
-
-
-# --- vLLM's routes, for sidecars that call them -----------------------------------------------------------------------
-
-
-class LoadLora(Strict):
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
-
-
-class UnloadLora(Strict):
-    lora_name: str
-    lora_int_id: int | None = None
-
-
-@router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Administrator) -> str:
-    """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
-    name = check_name(body.lora_name, "lora_name")
-    roots = [root.resolve() for root in services.config.adapter_roots]
-    source = await asyncio.to_thread(_resolve_below_roots, body.lora_path, roots)
-    async with staging_folder(services.staging) as folder:
-        await asyncio.to_thread(archive.copy, source, folder, roots, services.config.max_adapter_size)
-        await _publish(services, name, folder, replace=body.load_inplace)
-    return f"Success: LoRA adapter '{name}' added successfully."
-
-
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
-    """Delete an adapter by name."""
-    await services.engine.call(DeleteAdapter(body.lora_name))
-    return f"Success: LoRA adapter '{body.lora_name[:100]}' removed successfully."
-
-
-def _resolve_below_roots(path: str, roots: list[Path]) -> Path:
-    """The folder `path` with links resolved, if it is below one of the roots. Raises `BadRequest`."""
-    problem = BadRequest("lora_path must be a folder below one of the server's --adapter-roots", param="lora_path")
-    try:
-        source = Path(path).resolve()
-        if not any(source.is_relative_to(root) for root in roots) or not source.is_dir():
-            raise problem
-    except (OSError, ValueError):
-        raise problem from None
-    return source
 
 
 async def _publish(services: Services, name: str, folder: Path, *, replace: bool) -> Info:

@@ -6,16 +6,25 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.middleware.cors import CORSMiddleware
 
-from lora_serve.api import admin, error_handlers
+from lora_serve.api import admin, error_handlers, lora_routes
 from lora_serve.api.anthropic import messages_api
-from lora_serve.api.auth import Authorized, Keys
+from lora_serve.api.auth import Keys, MetricsReader
+from lora_serve.api.content_encoding import ContentEncoding
+from lora_serve.api.error_responses import ErrorResponses
 from lora_serve.api.limits import BodyLimit, RequireKey
+from lora_serve.api.methods import HeadRequests
 from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
 from lora_serve.api.openai.chat_format import ChatFormat
+from lora_serve.api.openai.encode import TextEncoder
+from lora_serve.api.openapi import DocumentedAPI
+from lora_serve.api.origin import LocalOrigin
+from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
-from lora_serve.config import ServeConfig
+from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
 
@@ -30,20 +39,37 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     Args:
         keys: API keys; None allows every caller everything. With keys, the OpenAPI schema and its pages are not served.
     """
-    app = FastAPI(
+    app = DocumentedAPI(
         title="lora-serve",
         version=version("lora-serve"),
         openapi_url=None if keys else "/openapi.json",
+        strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
     staging = config.store_folder() / "staging"
-    app.state.services = Services(engine, tokenizer, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    encoder = TextEncoder(tokenizer)
+    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
+    app.add_middleware(ContentEncoding)
     app.add_middleware(RequireKey, open_paths=OPEN_PATHS)
+    app.add_middleware(ErrorResponses)
+    app.add_middleware(HeadRequests)
+    if config.allow_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After", "ETag"],
+        )
+    if keys is None and not is_public(config.host):
+        app.add_middleware(LocalOrigin, host=config.host, allow_origin=config.allow_origin)
+    app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin):
+    for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin, lora_routes):
         app.include_router(routes.router)
     app.include_router(router)
     return app
@@ -70,7 +96,7 @@ async def ready(services: ServicesDep) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics")
-async def metrics(services: ServicesDep, caller: Authorized) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(services: ServicesDep, caller: MetricsReader) -> Response:
     """Metrics in Prometheus text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)

@@ -1,7 +1,7 @@
 """Exception handlers: every error becomes an HTTP status and OpenAI's error JSON, or Anthropic's on its routes.
 
 OpenAI's is `{"error": {"message", "type", "param", "code"}}`. Messages do not echo request content, except
-a truncated field name. Internal errors are logged, not shown.
+a truncated field name. Internal errors are logged, not shown (`error_responses.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthropic
-from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
+from lora_serve.api.methods import allowed_methods
+from lora_serve.api.request_id import request_id
+from lora_serve.errors import Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
@@ -36,6 +39,7 @@ STATUS = {
     "adapter_exists": 409,
     "adapter_busy": 409,
     "too_large": 413,
+    "unsupported_media_type": 415,
     "adapter_invalid": 422,
     "overloaded": 429,
     "engine_fault": 500,
@@ -66,6 +70,12 @@ class Forbidden(ServeError):
     kind = "forbidden"
 
 
+class UnsupportedMedia(ServeError):
+    """The body is in a format or encoding that is not read here."""
+
+    kind = "unsupported_media_type"
+
+
 def status(error: ServeError) -> int:
     """The HTTP status of an error."""
     return STATUS.get(error.kind, 500)
@@ -73,7 +83,7 @@ def status(error: ServeError) -> int:
 
 def body(error: ServeError) -> dict[str, Any]:
     """The error as OpenAI's JSON object; also sent as an event when a stream has already started."""
-    return _shape("", status(error), error.message, error.param, error.kind)
+    return _openai_error(status(error), error.message, error.param, error.kind)
 
 
 def headers(error: ServeError) -> dict[str, str]:
@@ -86,9 +96,9 @@ def headers(error: ServeError) -> dict[str, str]:
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-def response(error: ServeError, path: str) -> JSONResponse:
-    """The complete HTTP response for an error raised before the response started, to a request of this path."""
-    shown = _shape(path, status(error), error.message, error.param, error.kind)
+def response(error: ServeError, scope: Scope) -> JSONResponse:
+    """The complete HTTP response for an error raised before the response to this request started."""
+    shown = _shape(scope, status(error), error.message, error.param, error.kind)
     return JSONResponse(shown, status(error), headers(error))
 
 
@@ -123,13 +133,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected_error)
 
 
-def _shape(path: str, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """The error JSON of the API that a path belongs to."""
-    if is_anthropic(path):
-        return anthropic_error(status, message, param, code)
+def _shape(scope: Scope, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """The error JSON of the API that a request's path belongs to."""
+    if is_anthropic(scope["path"]):
+        return anthropic_error(status, message, param, code, request_id(scope))
+    return _openai_error(status, message, param, code)
+
+
+def _openai_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -151,13 +164,13 @@ def _field_path(problem: Mapping[str, Any], sent: Any) -> tuple[str, ...]:
 
 def _serve_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServeError)
-    return response(error, request.url.path)
+    return response(error, request.scope)
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message, param = describe_validation_error(error.errors(), error.body)
-    return JSONResponse(_shape(request.url.path, 400, message, param, "bad_request"), 400)
+    return JSONResponse(_shape(request.scope, 400, message, param, "bad_request"), 400)
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -167,10 +180,8 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
     )
     code = HTTPStatus(error.status_code).name.lower()
-    shown = _shape(request.url.path, error.status_code, message, None, code)
-    return JSONResponse(shown, error.status_code, error.headers)
-
-
-def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    """A bug: the HTTP server logs the traceback; the client gets a plain 500."""
-    return response(EngineFault("the server failed on this request"), request.url.path)
+    shown = _shape(request.scope, error.status_code, message, None, code)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the framework names the methods of one route only
+        headers["Allow"] = ", ".join(allowed_methods(request.app.routes, request.scope))
+    return JSONResponse(shown, error.status_code, headers)

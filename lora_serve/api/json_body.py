@@ -15,7 +15,8 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from lora_serve.api.error_handlers import NEEDS_JSON, describe_validation_error
+from lora_serve.api.content_type import is_json
+from lora_serve.api.error_handlers import UnsupportedMedia, describe_validation_error
 from lora_serve.errors import BadRequest
 
 MOST_FIELDS = 100_000  # fields, objects and lists of a body; brackets and colons in its texts count as well
@@ -44,10 +45,9 @@ class JSONRoute(APIRoute):
 
 
 async def read_json(request: Request) -> Any:
-    """The request's decoded body. Raises `BadRequest`."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise BadRequest(NEEDS_JSON)
+    """The request's decoded body. Raises `BadRequest`, `UnsupportedMedia`."""
+    if not is_json(request.headers.get("Content-Type")):
+        raise UnsupportedMedia("the Content-Type must be application/json")
     return decode(b"".join([chunk async for chunk in request.stream()]))
 
 

@@ -6,17 +6,20 @@ under their own limit (`upload.py`). How slow a client may be is decided in `htt
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Container
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_serve import malloc
 from lora_serve.api import error_handlers
 from lora_serve.api.auth import authorize
 from lora_serve.errors import ServeError, TooLarge, Unavailable
 
 SMALL_BODY = 64 << 10  # bytes; this much of a body does not count towards the bodies in memory
 BODIES_IN_MEMORY = 8  # of the largest size
+TRIM_AFTER = 2.0  # seconds after a large body
 
 
 class RequireKey:
@@ -57,6 +60,7 @@ class BodyLimit:
         self._most = most
         self._is_upload = is_upload
         self._in_memory = 0  # bytes
+        self._trimming = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_upload(scope["method"], scope["path"]):
@@ -64,6 +68,7 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         counted = 0
+        large = False
 
         def count(bytes_: int) -> None:
             nonlocal counted
@@ -84,6 +89,7 @@ class BodyLimit:
                 if len(body) > self._most:
                     raise self._too_large()
                 count(max(0, len(body) - SMALL_BODY))
+                large = counted > 0
                 if self._in_memory > BODIES_IN_MEMORY * self._most:
                     raise Unavailable("too many large bodies at the same time", retry_after=1)
             whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
@@ -101,7 +107,22 @@ class BodyLimit:
         except (TooLarge, Unavailable) as error:
             await _refuse(error, scope, receive, send)
         finally:
+            if large:
+                self._trim_soon()
             count(0)
+
+    def _trim_soon(self) -> None:
+        """Return the memory of large bodies, and of what was made of them, to the system a moment later."""
+        if self._trimming:
+            return
+        self._trimming = True
+        loop = asyncio.get_running_loop()
+
+        def trim() -> None:
+            self._trimming = False
+            loop.run_in_executor(None, malloc.trim)
+
+        loop.call_later(TRIM_AFTER, trim)
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is larger than {self._most:,} bytes")
@@ -109,6 +130,6 @@ class BodyLimit:
 
 async def _refuse(error: ServeError, scope: Scope, receive: Receive, send: Send) -> None:
     """Respond and close the connection: the rest of the body is not read."""
-    response = error_handlers.response(error, scope["path"])
+    response = error_handlers.response(error, scope)
     response.headers["Connection"] = "close"
     await response(scope, receive, send)

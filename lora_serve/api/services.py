@@ -12,6 +12,7 @@ from fastapi import Request as HttpRequest
 
 from lora_serve.api.auth import Keys
 from lora_serve.api.openai.chat_format import ChatFormat
+from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.config import ServeConfig
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
@@ -60,6 +61,7 @@ class Services:
 
     Attributes:
         tokenizer: the base's Hugging Face tokenizer.
+        encoder: tokenizes texts of any length with it.
         chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
         staging: folder for uploads, on the store's file system.
@@ -67,6 +69,7 @@ class Services:
 
     engine: EngineProtocol
     tokenizer: Any
+    encoder: TextEncoder
     chat: ChatFormat | None
     config: ServeConfig
     keys: Keys | None

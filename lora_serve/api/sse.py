@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lora_serve.api import error_handlers
 from lora_serve.errors import EngineFault, ServeError
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 
@@ -76,7 +79,7 @@ class SSEResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            sending = asyncio.ensure_future(self._send(send))
+            sending = asyncio.ensure_future(self._send(scope, send))
             leaving = asyncio.ensure_future(wait_for_disconnect(receive))
             try:
                 await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -85,7 +88,7 @@ class SSEResponse(Response):
                     task.cancel()
                 await asyncio.gather(sending, leaving, return_exceptions=True)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             try:
@@ -93,14 +96,14 @@ class SSEResponse(Response):
                     await send(_chunk(self._format.encode(event)))
             except ServeError as error:
                 await send(_chunk(self._format.encode(self._format.error(error))))
-            except Exception:
+            except Exception:  # a bug
+                log.exception("a stream failed; request id: %s", scope.get("state", {}).get("request_id"))
                 fault = EngineFault("the server failed on this request")
                 await send(_chunk(self._format.encode(self._format.error(fault))))
-                raise
-            finally:
-                done = self._format.done
-                last = b"" if done is None else b"data: " + done + b"\n\n"
-                await send({"type": "http.response.body", "body": last, "more_body": False})
+        # Not if it was cancelled: then the client has left, or does not read.
+        done = self._format.done
+        last = b"" if done is None else b"data: " + done + b"\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -102,8 +102,9 @@ class ActiveRequests:
         if part.end < seq.limit and output.token not in seq.stop_ids:
             seq.tokens[part.end] = output.token
             logprobs = None if output.logprob is None else [output.logprob]
-            self._events.append(Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached))
-            self._continue(seq, output.token, part.end + 1)
+            tokens = Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached)
+            self._events.append(tokens)
+            self._continue(seq, tokens.token_ids, part.end + 1)
             return
         if prompt_logprobs is not None or part.end == seq.prompt_end:
             self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached))
@@ -112,15 +113,26 @@ class ActiveRequests:
         else:
             self.finish(seq, "stop", stop_token=output.token, stop_logprob=output.logprob)
 
-    def _continue(self, seq: Sequence, token: int, end: int) -> None:
-        """Advance a sequence's grammar by a new token, its last before `end`; finish it if that is where it ends."""
-        if seq.matcher is not None:
+    def _continue(self, seq: Sequence, new: list[int], end: int) -> None:
+        """Advance a sequence's grammar by a sampled token, the last before `end`; finish it if that is where it ends.
+
+        Tokens that the grammar forces are appended to the sequence and to `new`, and computed in the next step.
+        """
+        matcher = seq.matcher
+        if matcher is not None:
             try:
-                seq.matcher.advance(token, end - seq.prompt_end)
+                matcher.advance(new[-1])
+                if seq.request.sampling.logprobs is None:  # these need the logits
+                    forced = matcher.force_tokens(seq.limit - end, seq.stop_ids)
+                    if forced:
+                        seq.append_known(forced)
+                        new += forced
+                        end += len(forced)
+                matcher.check_length(end - seq.prompt_end)
             except ServeError as error:
                 self.finish(seq, "error", error)
                 return
-            if seq.matcher.complete:
+            if matcher.complete:
                 self.finish(seq, "stop")
                 return
         if end == seq.limit:

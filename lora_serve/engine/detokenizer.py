@@ -1,8 +1,8 @@
 """Incremental detokenization: sends whole characters only, and holds back text that could become a stop string.
 
-Decodes a window of recent tokens, so the cost of a token does not grow with the text. The window starts at a token
-boundary at which the text was complete, so that tokenizers put spaces as in the whole text (a sentencepiece token
-decodes differently at the start of a text).
+Decodes a window of recent tokens, twenty or so at most, so the cost of a token does not grow with the text. The window
+starts at a token boundary at which the text was complete, so that tokenizers put spaces as in the whole text (a
+sentencepiece token decodes differently at the start of a text).
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Detokenizer:
         self._window.append(token)
         fresh = self._fresh()
         pending = len(self._window) - self._known
+        if not fresh and pending > LONGEST_CHARACTER:
+            del self._window[self._known]  # a token without text
         if not fresh or (fresh.endswith(UNFINISHED) and pending < LONGEST_CHARACTER):
             return ""
         self._window = self._window[self._known :]

@@ -261,8 +261,8 @@ class Engine:
                 registry.evict(name, done)
             case PinAdapter(name, pinned):
                 registry.pin(name, pinned, done)
-            case DeleteAdapter(name):
-                registry.delete(name, done)
+            case DeleteAdapter(name, keep_uploads):
+                registry.delete(name, done, keep_uploads=keep_uploads)
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 

@@ -38,12 +38,21 @@ class GrammarMatcher:
         """Whether the output matches and nothing can follow it."""
         return self.native.is_stopped() and not self.native.is_error()
 
-    def advance(self, token: int, generated: int) -> None:
-        """Add a sampled token, the output's last of `generated`. Raises the `ServeError` that ends the sequence."""
+    def advance(self, token: int) -> None:
+        """Add a sampled token. Raises the `ServeError` that ends the sequence."""
         if not self.native.consume_token(token):
-            raise EngineFault("the output no longer matches the grammar")
+            raise self._failure()
+
+    def check_length(self, generated: int) -> None:
+        """Raise BadRequest if the output is complete with fewer than min_tokens tokens."""
         if self.complete and generated < self._min_tokens:
             raise self._ends_too_early()
+
+    def force_tokens(self, most: int, stop_ids: Set[int]) -> list[int]:
+        """Advance by the tokens that are the only continuation, at most `most` and up to a stop token; returns them."""
+        forced = self.native.compute_ff_tokens()[:most]
+        stop = next((i for i, token in enumerate(forced) if token in stop_ids), len(forced))
+        return forced[: self.native.try_consume_tokens(forced[:stop])]
 
     def finish_mask(self, mask: NDArray[int32], generated: int) -> ServeError | None:
         """Allow the sequence's stop tokens exactly where it may end; returns the error if no token is allowed.
@@ -53,7 +62,7 @@ class GrammarMatcher:
             generated: number of tokens generated so far.
         """
         if self.native.is_error():
-            return BadRequest("the grammar is too complex", param=self._field)
+            return self._failure()
         if self._ignore_eos or self._stops or generated < self._min_tokens:
             may_end = self.native.is_accepting()
             _set(mask, self._stops | self.eos_ids, False)
@@ -65,6 +74,12 @@ class GrammarMatcher:
         if not mask.any():
             return BadRequest("no token of this model can continue the output in this grammar", param=self._field)
         return None
+
+    def _failure(self) -> ServeError:
+        """Why llguidance's matcher failed: on a token that was not allowed, or on one of its limits."""
+        if "satisfy" in self.native.get_error():
+            return EngineFault("the output no longer matches the grammar")
+        return BadRequest("the grammar is too complex", param=self._field)
 
     def _ends_too_early(self) -> ServeError:
         return BadRequest("the output that the grammar allows ends before min_tokens", param="min_tokens")

@@ -28,7 +28,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=400_000,
     step_lexer_fuel=50_000,
     step_max_items=20_000,
-    max_lexer_states=50_000,
+    max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )

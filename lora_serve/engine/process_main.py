@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 
@@ -42,6 +42,7 @@ from lora_serve.messages import (
 HEARTBEAT = 0.5  # seconds; half of what `Update` promises, so that one late iteration is not a missed heartbeat
 STATS_EVERY = 0.1  # seconds between statistics while steps run
 IDLE_STEP_WAIT = 0.005  # seconds to wait for a message when the engine is busy but this step had nothing to run
+EXIT_SECONDS = 2.0  # after `Exit`, for running loads to end and the last messages to be sent
 BACKPRESSURE = 0.05  # seconds between attempts to send while the parent does not read
 
 log = logging.getLogger(__name__)
@@ -71,12 +72,17 @@ class Build(Protocol):
     ) -> EngineCore: ...
 
 
-def serve(engine: EngineCore, connection: Connection) -> None:
-    """The engine's loop until `Exit`: receive messages, run one step, send updates; waits only if nothing can run."""
+def serve(engine: EngineCore, connection: Connection, on_exit: Callable[[], None]) -> None:
+    """The engine's loop until `Exit`: receive messages, run one step, send updates; waits only if nothing can run.
+
+    Args:
+        on_exit: called at `Exit`, before the engine is closed.
+    """
     last_update = last_stats = 0.0
     while True:
         for message in connection.receive():
             if isinstance(message, Exit):
+                on_exit()
                 engine.close()
                 connection.send(engine.step())
                 return
@@ -106,7 +112,7 @@ def serve(engine: EngineCore, connection: Connection) -> None:
             connection.wait(IDLE_STEP_WAIT)
 
 
-def run(build: Build, address: str, config: ServeConfig) -> int:
+def run(build: Build, address: str, config: ServeConfig, on_exit: Callable[[], None] = lambda: None) -> int:
     """Build the engine and serve over `address` until an `Exit` message. Returns the exit status."""
     waker = Waker()
     connection = Connection(address, waker)
@@ -125,7 +131,7 @@ def run(build: Build, address: str, config: ServeConfig) -> int:
             return 1
         connection.send(Ready(engine.info))
         try:
-            serve(engine, connection)
+            serve(engine, connection, on_exit)
         except Exception:
             log.exception("engine loop failed")
             return 1
@@ -149,7 +155,22 @@ def die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def main(build: Build, arguments: Sequence[str]) -> int:
+def end(status: int) -> NoReturn:
+    """End the process at once: taking a model apart object by object takes seconds, and threads may still run."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def end_soon() -> None:
+    """End the process within `EXIT_SECONDS`, even if it waits for a load or a publish. The store survives that."""
+    timer = threading.Timer(EXIT_SECONDS, end, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def main(build: Build, arguments: Sequence[str]) -> NoReturn:
     """Run the process: `arguments` are the address to connect to and the parent's process id."""
     address, parent = arguments
     die_with_parent(int(parent))
@@ -164,7 +185,7 @@ def main(build: Build, arguments: Sequence[str]) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s",
     )
-    return run(build, address, config)
+    end(run(build, address, config, end_soon))
 
 
 def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> EngineCore:
@@ -176,4 +197,4 @@ def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[
 
 
 if __name__ == "__main__":
-    sys.exit(main(_build, sys.argv[1:]))
+    main(_build, sys.argv[1:])

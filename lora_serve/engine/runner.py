@@ -171,8 +171,12 @@ class Runner:
             key: (None, None, mask) for key, mask in allowed.items() if isinstance(mask, ServeError)
         }
         sampling = [part for part, _ in owners if part.samples]
-        if refused:
-            rows = [row for row, part in enumerate(sampling) if id(part) not in refused]
+        rows = [
+            row
+            for row, part in enumerate(sampling)
+            if part.seq.matcher is None or (part.awaits_token and id(part) not in refused)
+        ]
+        if len(rows) < len(sampling):
             logits, sampling = logits[rows], [sampling[row] for row in rows]
         samples = self._sample(logits, sampling, allowed)
 
@@ -191,7 +195,7 @@ class Runner:
 
     def _start_masks(self, owners: LogitsRows) -> Callable[[], dict[int, MaskOrError]]:
         """Start to compute the token masks of the sequences that sample; returns a function that waits for them."""
-        found = [(part, part.seq.matcher) for part, _ in owners if part.samples and part.seq.matcher is not None]
+        found = [(part, part.seq.matcher) for part, _ in owners if part.seq.matcher is not None and part.awaits_token]
         if not found:
             return dict
         matchers = [matcher for _, matcher in found]

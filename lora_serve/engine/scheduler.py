@@ -44,6 +44,12 @@ class ScheduledSequence:
     def end(self) -> int:
         return self.start + self.count
 
+    @property
+    def awaits_token(self) -> bool:
+        """Whether its next token is still to be sampled: a grammar may have forced it since the launch."""
+        tokens = self.seq.tokens
+        return self.samples and (len(tokens) == self.end or tokens[self.end] == IN_FLIGHT_TOKEN)
+
 
 class Scheduler:
     """Waiting and running sequences, and what each step computes.

@@ -109,6 +109,12 @@ class Sequence:
         """Whether prompt log-probabilities are still to be sent."""
         return self.request.sampling.prompt_logprobs is not None and self.generated == 0
 
+    def append_known(self, tokens: list[int]) -> None:
+        """Append tokens that need no sampling; they replace an in-flight one."""
+        if self.tokens[-1] == IN_FLIGHT_TOKEN:
+            self.tokens.pop()
+        self.tokens += tokens
+
     @property
     def needs_whole_prompt(self) -> bool:
         """Whether rows of the prompt other than the last are needed, so that it must be computed, not looked up."""

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from lora_serve.api.app import create_app
 from lora_serve.api.auth import Keys
 from lora_serve.config import ServeConfig
-from lora_serve.errors import AdapterExists, AdapterNotFound
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound, BadRequest
 from lora_serve.messages import (
     AdapterInfo,
     AdapterVersion,
@@ -58,6 +58,8 @@ class StubAdminEngine:
         self.stats = Stats()
         self.info: EngineInfo | None = None
         self.adapters: dict[str, AdapterInfo] = {}
+        self.sources: dict[str, str] = {}
+        self.may_pin = True
         self.published: list[dict[str, bytes]] = []
         self.inspected: list[dict[str, bytes]] = []
         self.operations: list[Operation] = []
@@ -88,16 +90,21 @@ class StubAdminEngine:
                 versions = self.adapters[name].versions if name in self.adapters else []
                 fresh = AdapterVersion(f"digest{len(versions)}", 1.0, 8, 2, 10_240, 10_240, ["disk"], 0, report=REPORT)
                 self.adapters[name] = AdapterInfo(name, False, [fresh, *versions])
+                self.sources[name] = operation.source
                 return self.adapters[name]
             case Inspect():
                 return Inspection("digest", 8, 2, 10_240, 10_240, REPORT)
             case ListAdapters():
                 return [self.adapters[name] for name in sorted(self.adapters)]
             case PinAdapter(name=name):
+                if not self.may_pin:
+                    raise AdapterBusy("no slot would be left", param="name")
                 self.adapters[name] = msgspec.structs.replace(self._find(name), pinned=operation.pinned)
                 return self.adapters[name]
             case DeleteAdapter(name=name):
                 self._find(name)
+                if operation.keep_uploads and not self.sources.get(name):
+                    raise BadRequest("it was uploaded")
                 return self.adapters.pop(name)
             case DescribeAdapter(name=name) | LoadAdapter(name=name) | EvictAdapter(name=name):
                 return self._find(name)
@@ -116,9 +123,11 @@ class StubAdminApp:
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
         self.engine = StubAdminEngine()
         self.config = ServeConfig(model="base", store=store, **options)
-        self.app: FastAPI = create_app(self.engine, SimpleNamespace(chat_template=None), self.config, keys)
+        self.app: FastAPI = create_app(
+            self.engine, SimpleNamespace(chat_template=None, get_vocab=dict), self.config, keys
+        )
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def ask(self, method: str, path: str, key: str | None = None, **given: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -173,3 +182,12 @@ def packed_zip(files: Mapping[str, bytes]) -> bytes:
         for name, content in files.items():
             archive.writestr(name, content)
     return packed.getvalue()
+
+
+def adapter_folder(path: Path, **more: bytes) -> Path:
+    """A new folder with an adapter's files and some more."""
+    path.mkdir(parents=True)
+    for name, content in (FILES | more).items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+    return path

@@ -60,6 +60,7 @@ class StubCompletionEngine(StubAdminEngine):
         self.reply = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
+        self.events = 0  # token events that were taken
         self.most_at_once = 0
         self.refusals: dict[int, ServeError] = {}
         self.breaks: int | None = None
@@ -120,6 +121,7 @@ class StubCompletionEngine(StubAdminEngine):
             token = self.reply[count % len(self.reply)]
             logprobs = None if params.logprobs is None else [self._logprob(token)]
             yield Tokens(request.id, [token], logprobs, prompt_logprobs, self.cached)
+            self.events += 1
             prompt_logprobs = None
             count += 1
         if prompt_logprobs is not None:
@@ -144,7 +146,7 @@ class StubCompletionApp:
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def post(self, path: str, body: dict[str, Any], key: str = "any") -> httpx.Response:
         return await self.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})

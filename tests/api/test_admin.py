@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import uvicorn
-from stub_admin import FILES, REPORT, StubAdminApp, refusal, tar
+from stub_admin import FILES, REPORT, StubAdminApp, adapter_folder, refusal, tar
 
 from lora_serve.api.auth import Caller, Keys, hash_key
 from lora_serve.cli import main
@@ -145,106 +144,13 @@ async def test_the_schema_lists_inspection_and_its_response(server: StubAdminApp
         assert "warnings" in schema["properties"]["report"]["description"]
 
 
-# --- vLLM's names ----------------------------------------------------------------------------------------------------
-
-
-def folder(path: Path, **more: bytes) -> Path:
-    path.mkdir(parents=True)
-    for name, content in (FILES | more).items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_bytes(content)
-    return path
-
-
-async def load(server: StubAdminApp, path: Path | str, name: str = "poet", **more: Any) -> Any:
-    return await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **more})
-
-
-async def test_a_folder_below_a_root_is_published_and_left_unchanged(server: StubAdminApp, tmp_path: Path) -> None:
-    source = folder(tmp_path / "more" / "poet", **{"tokenizer_config.json": b"x", "training_args.bin": b"x"})
-    answer = await load(server, source)
-    assert answer.status_code == 200
-    assert answer.text == "Success: LoRA adapter 'poet' added successfully."
-    assert server.engine.published == [FILES]
-    assert server.leftovers == []
-    assert len(list(source.iterdir())) == 4
-    assert refusal(await load(server, source))[0] == 409
-    assert (await load(server, source, load_inplace=True)).status_code == 200
-
-
-async def test_unloading_deletes(server: StubAdminApp) -> None:
-    await server.upload()
-    answer = await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"})
-    assert answer.text == "Success: LoRA adapter 'poet' removed successfully."
-    assert server.engine.adapters == {}
-    assert refusal(await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"}))[0] == 404
-
-
-@pytest.mark.parametrize("path", ["outside", "roots/../outside", "roots/link", "roots/none", "roots/file", "", "\0"])
-async def test_only_folders_below_a_root_are_accepted(server: StubAdminApp, tmp_path: Path, path: str) -> None:
-    folder(tmp_path / "outside")
-    folder(tmp_path / "roots" / "poet")
-    (tmp_path / "roots" / "link").symlink_to(tmp_path / "outside")
-    (tmp_path / "roots" / "file").write_bytes(b"")
-    answer = await load(server, f"{tmp_path}/{path}" if path else "")
-    assert refusal(answer)[:2] == (400, "lora_path")
-    assert str(tmp_path) not in answer.text
-    assert server.engine.operations == []
-
-
-async def test_without_roots_no_folder_is_accepted(tmp_path: Path) -> None:
-    server = StubAdminApp(tmp_path / "store")
-    assert refusal(await load(server, folder(tmp_path / "poet")))[:2] == (400, "lora_path")
-
-
-async def test_links_are_followed_within_the_roots_only(server: StubAdminApp, tmp_path: Path) -> None:
-    source = folder(tmp_path / "roots" / "poet")
-    weights = source / "adapter_model.safetensors"
-    blob = weights.rename(tmp_path / "roots" / "blob")
-    weights.symlink_to(blob)
-    assert (await load(server, source)).status_code == 200
-    assert server.engine.published == [FILES]
-    weights.unlink()
-    weights.symlink_to(folder(tmp_path / "outside") / "adapter_model.safetensors")
-    assert refusal(await load(server, source, "other"))[0] == 422
-    assert len(server.engine.published) == 1
-    assert server.leftovers == []
-
-
-async def test_the_pooling_of_an_adapter_for_embeddings_is_read_from_its_folder(
-    server: StubAdminApp, tmp_path: Path
-) -> None:
-    more = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
-    assert (await load(server, folder(tmp_path / "roots" / "poet", **more))).status_code == 200
-    assert server.engine.published == [FILES | more]
-
-
-async def test_a_folder_of_pickles_is_refused_with_advice(server: StubAdminApp, tmp_path: Path) -> None:
-    source = folder(tmp_path / "roots" / "poet")
-    (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
-    status, _, message = refusal(await load(server, source))
-    assert status == 422
-    assert "save the adapter as adapter_model.safetensors" in message
-
-
-async def test_a_folder_over_the_size_limit_is_413(tmp_path: Path) -> None:
-    server = StubAdminApp(tmp_path / "store", adapter_roots=[tmp_path], max_adapter_size=1000)
-    assert refusal(await load(server, folder(tmp_path / "poet")))[0] == 413
-
-
-@pytest.mark.parametrize("more", [{"lora_path": 5}, {"path": "x"}, {"load_inplace": "yes"}])
-async def test_unknown_and_invalid_fields_are_refused(server: StubAdminApp, more: dict[str, Any]) -> None:
-    answer = await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "x"} | more)
-    assert refusal(answer)[:2] == (400, next(iter(more)))
-
-
 # --- with the command line -------------------------------------------------------------------------------------------
 
 
 async def test_the_command_line_works_against_these_routes(
     server: StubAdminApp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = folder(tmp_path / "poet")
+    source = adapter_folder(tmp_path / "poet")
     http = uvicorn.Server(uvicorn.Config(server.app, port=0, log_config=None, lifespan="off"))
     thread = threading.Thread(target=http.run)
     thread.start()

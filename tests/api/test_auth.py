@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from stub_admin import StubAdminApp, refusal
+from stub_admin import FILES, StubAdminApp, refusal
 
-from lora_serve.api.auth import Caller, Keys, hash_key, load_keys
+from lora_serve.api.auth import RECHECK, Caller, KeyFile, Keys, hash_key, load_keys
 from lora_serve.errors import BadRequest
 from lora_serve.messages import AdapterInfo
 
@@ -21,6 +24,8 @@ def keys(tmp_path: Path) -> Keys:
         f"user: {hash_key('sk-user')}\n"
         f"poets: {{hash: '{hash_key('sk-poets')}', adapters: [poet, 'poet-*']}}\n"
         f"boss: {{hash: '{hash_key('sk-boss')}', admin: true}}\n"
+        f"head-poet: {{hash: '{hash_key('sk-head')}', admin: true, adapters: ['poet*']}}\n"
+        f"watch: {{hash: '{hash_key('sk-watch')}', metrics: true}}\n"
     )
     loaded = load_keys(file)
     assert loaded is not None
@@ -36,7 +41,7 @@ def server(tmp_path: Path, keys: Keys) -> StubAdminApp:
 
 
 def test_keys_are_looked_up_by_their_full_text(keys: Keys) -> None:
-    assert repr(keys) == "<Keys 3 keys, 1 of admins>"
+    assert repr(keys) == "<KeyFile 5 keys, 2 of admins>"
     assert keys.find("sk-user") == Caller("user")
     assert keys.find("sk-poets") == Caller("poets", adapters=("poet", "poet-*"))
     assert keys.find("sk-boss") == Caller("boss", admin=True)
@@ -57,6 +62,7 @@ def test_without_a_key_file_there_are_no_keys() -> None:
         ("user: sk-plain", "user: not the hash"),
         (f"user: {{hash: '{hash_key('x')}', amdin: true}}", "user.amdin"),
         (f"user: {{hash: '{hash_key('x')}', adapters: poet}}", "user.adapters"),
+        (f"user: {{hash: '{hash_key('x')}', adapters: [poet], metrics: true}}", "user: metrics tell of all adapters"),
         (f"a: {hash_key('x')}\nb: {hash_key('x')}", "b and a have the same key"),
     ],
 )
@@ -64,7 +70,7 @@ def test_an_invalid_key_file_is_refused_naming_the_entry(tmp_path: Path, text: s
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(BadRequest, match=complaint) as refused:
-        Keys.load(file)
+        KeyFile(file)
     assert "sk-plain" not in refused.value.message
 
 
@@ -116,14 +122,15 @@ async def test_with_keys_the_schema_is_not_served(server: StubAdminApp) -> None:
         ("POST", "/v1/adapters/poet/unpin"),
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/v1/unload_lora_adapter"),
+        ("POST", "/load_lora_adapter"),
+        ("POST", "/unload_lora_adapter"),
     ],
 )
 async def test_changing_adapters_needs_an_admin_key(server: StubAdminApp, method: str, path: str) -> None:
-    assert (
-        refusal(await server.ask(method, path, key="sk-user", json={"lora_name": "poet", "lora_path": "/"}))[0] == 403
-    )
+    sent = {"lora_name": "poet"} | ({} if "unload" in path else {"lora_path": "/"})
+    assert refusal(await server.ask(method, path, key="sk-user", json=sent))[0] == 403
     assert server.engine.operations == []
-    answer = await server.ask(method, path, key="sk-boss", json={"lora_name": "poet", "lora_path": "/"})
+    answer = await server.ask(method, path, key="sk-boss", json=sent)
     assert answer.status_code in (200, 400)
 
 
@@ -135,3 +142,129 @@ async def test_a_limited_key_sees_only_its_adapters(server: StubAdminApp) -> Non
     absent = refusal(await server.ask("GET", "/v1/adapters/nobody", key="sk-user"))
     assert hidden[0] == absent[0] == 404
     assert hidden[1:] == (absent[1], absent[2].replace("nobody", "coder"))
+
+
+# --- a limit to some adapters, on every route ------------------------------------------------------------------------
+
+UPLOAD = {"files": [("name", (None, b"coder")), *[("files", item) for item in FILES.items()]]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "given"),
+    [
+        ("GET", "/v1/adapters/{}", {}),
+        ("POST", "/v1/adapters/{}/load", {}),
+        ("POST", "/v1/adapters/{}/evict", {}),
+        ("POST", "/v1/adapters/{}/pin", {}),
+        ("POST", "/v1/adapters/{}/unpin", {}),
+        ("DELETE", "/v1/adapters/{}", {}),
+        ("POST", "/v1/unload_lora_adapter", {"lora_name": "{}"}),
+        ("POST", "/unload_lora_adapter", {"lora_name": "{}"}),
+    ],
+)
+async def test_an_admin_key_of_some_adapters_does_not_reach_others(
+    server: StubAdminApp, method: str, path: str, given: dict[str, str]
+) -> None:
+    async def ask(name: str) -> httpx.Response:
+        body = {field: value.format(name) for field, value in given.items()}
+        return await server.ask(method, path.format(name), key="sk-head", json=body or None)
+
+    hidden, absent = await ask("coder"), await ask("nobody")
+    assert hidden.status_code == absent.status_code == 404
+    assert hidden.text == absent.text.replace("nobody", "coder")
+    assert server.engine.adapters.keys() == {"poet", "poet-2", "coder"}
+    assert (await ask("poet")).status_code != 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "given"),
+    [
+        ("POST", "/v1/adapters", UPLOAD),
+        ("PUT", "/v1/adapters/coder", UPLOAD),
+        ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "coder", "lora_path": "/x", "load_inplace": True}}),
+        ("POST", "/load_lora_adapter", {"json": {"lora_name": "coder", "lora_path": "/x"}}),
+    ],
+)
+async def test_an_admin_key_of_some_adapters_publishes_no_others(
+    server: StubAdminApp, method: str, path: str, given: dict[str, Any]
+) -> None:
+    status, param, message = refusal(await server.ask(method, path, key="sk-head", **given))
+    assert (status, message) == (403, "this key may not publish an adapter of that name")
+    assert param == ("lora_name" if "json" in given else "name")
+    assert server.engine.published == []
+
+
+async def test_an_admin_key_of_some_adapters_publishes_these(server: StubAdminApp) -> None:
+    given = [("files", item) for item in FILES.items()]
+    assert (await server.ask("PUT", "/v1/adapters/poet-3", key="sk-head", files=given)).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [("sk-user", 403), ("sk-poets", 403), ("sk-head", 403), ("sk-boss", 200), ("sk-watch", 200)]
+)
+async def test_metrics_tell_of_all_adapters_so_they_need_a_permission(
+    server: StubAdminApp, key: str, status: int
+) -> None:
+    answer = await server.ask("GET", "/metrics", key=key)
+    assert answer.status_code == status
+    if status == 403:
+        assert "metrics: true" in refusal(answer)[2]
+
+
+# --- a key file that changes -----------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A key file with the key `sk-a`, and a clock that tests set."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.write(f"a: {hash_key('sk-a')}")
+        self.now = 0.0
+        self.keys = KeyFile(path, clock=lambda: self.now)
+
+    def write(self, text: str) -> None:
+        self.path.write_text(text)
+
+    def pass_time(self) -> None:
+        self.now += RECHECK
+
+    def valid(self) -> set[str]:
+        return {key for key in ("sk-a", "sk-b") if self.keys.find(key)}
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path / "watched.yaml")
+
+
+def test_a_changed_key_file_is_read_again_within_a_second(watched: Watched) -> None:
+    watched.write(f"bert: {hash_key('sk-b')}")
+    assert watched.valid() == {"sk-a"}
+    watched.pass_time()
+    assert watched.valid() == {"sk-b"}
+
+
+def test_a_change_that_keeps_the_size_is_seen_by_its_time(watched: Watched) -> None:
+    before = watched.path.stat()
+    watched.write(f"a: {hash_key('sk-b')}")
+    os.utime(watched.path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert watched.path.stat().st_size == before.st_size
+    watched.pass_time()
+    assert watched.valid() == {"sk-b"}
+
+
+@pytest.mark.parametrize("text", ["a: [", "", "a: sk-plain", None])
+def test_a_broken_new_key_file_keeps_the_keys_and_logs_one_line(
+    watched: Watched, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    watched.path.unlink() if text is None else watched.write(text)
+    for _ in range(3):
+        watched.pass_time()
+        assert watched.valid() == {"sk-a"}
+    assert len(caplog.records) == 1
+    assert "\n" not in caplog.text.strip()
+    assert "sk-plain" not in caplog.text
+    watched.write(f"b: {hash_key('sk-b')}")
+    watched.pass_time()
+    assert watched.valid() == {"sk-b"}

@@ -116,8 +116,10 @@ async def test_the_base_is_listed_first_then_its_adapters(server: StubCompletion
     assert [(model["id"], model["parent"]) for model in found] == [("base", None), ("clerk", "base"), ("poet", "base")]
     assert found[0] | {"created": 7, "root": "root", "max_model_len": CONTEXT} == found[0]
     assert (await server.client.get("/v1/models/poet")).json() == found[2]
-    missing = await server.client.get("/v1/models/nobody")
-    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    assert (await server.client.get("/v1/models/base:poet")).json() == found[2]
+    for name in ("nobody", "base:nobody", "base:", "poet:base"):
+        missing = await server.client.get(f"/v1/models/{name}")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_models_that_a_key_may_not_use_are_not_listed(tmp_path: Path) -> None:
@@ -126,7 +128,8 @@ async def test_models_that_a_key_may_not_use_are_not_listed(tmp_path: Path) -> N
     headers = {"Authorization": "Bearer k"}
     found = (await server.client.get("/v1/models", headers=headers)).json()["data"]
     assert [model["id"] for model in found] == ["base", "clerk"]
-    assert (await server.client.get("/v1/models/poet", headers=headers)).status_code == 404
+    for name in ("poet", "base:poet"):
+        assert (await server.client.get(f"/v1/models/{name}", headers=headers)).status_code == 404
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -141,3 +144,43 @@ async def test_text_and_messages_are_tokenized_and_detokenized(server: StubCompl
     assert (await server.post("/detokenize", {"tokens": [999]})).status_code == 400
     assert (await server.post("/tokenize", {})).status_code == 400
     assert (await server.client.get("/tokenizer_info")).json()["eos_token"] == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("selection", "code"),
+    [
+        ({"model": "poetry"}, "model_not_found"),
+        ({"model": "base:poetry"}, "model_not_found"),
+        ({"adapter": "nobody"}, "adapter_not_found"),
+        ({"adapter": "poet@fff"}, "adapter_not_found"),
+    ],
+)
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})])
+async def test_tokens_of_an_unknown_model_are_404(
+    server: StubCompletionApp, path: str, body: dict[str, Any], selection: dict[str, str], code: str
+) -> None:
+    published(server, "poet")
+    answer = await server.post(path, body | selection)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, code)
+    if selection == {"model": "poetry"}:
+        assert answer.json()["error"]["message"].endswith("did you mean poet?")
+    for known in ({"model": "base"}, {"model": "poet"}, {"model": "base:poet"}, {"adapter": "poet@ddd"}, {}):
+        assert (await server.post(path, body | known)).status_code == 200
+
+
+async def test_an_adapter_s_own_vocabulary_decides_which_token_ids_there_are(server: StubCompletionApp) -> None:
+    version = AdapterVersion("d" * 64, 5.5, 8, 2, 10, 10, ["disk"], 0, vocab_size=300)
+    server.engine.adapters = {"poet": AdapterInfo("poet", False, [version])}
+    for tokens, selection, status in (
+        ([97, 299], {"adapter": "poet"}, 200),
+        ([97, 300], {"adapter": "poet"}, 400),
+        ([97, 299], {}, 400),
+    ):
+        assert (await server.post("/detokenize", {"tokens": tokens, **selection})).status_code == status
+
+
+async def test_tokens_of_an_adapter_that_a_key_may_not_use_are_404(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, Keys({hash_key("k"): Caller("alice", adapters=("cl*",))}))
+    published(server, "poet", "clerk")
+    assert (await server.post("/tokenize", {"prompt": "a", "model": "poet"}, "k")).status_code == 404
+    assert (await server.post("/tokenize", {"prompt": "a", "model": "clerk"}, "k")).status_code == 200

@@ -404,3 +404,10 @@ async def test_the_end_token_is_counted_but_not_in_the_text(server: StubCompleti
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 5
     assert EOS not in server.engine.requests[0].prompt
+
+
+@pytest.mark.parametrize("model", ["x" * 400, "base:", "base:" + "x" * 300, "@x", "x@" + "y" * 300])
+async def test_a_model_of_any_length_is_unknown_rather_than_a_fault(server: StubCompletionApp, model: str) -> None:
+    answer = await server.complete(model=model)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert len(answer.json()["error"]["message"]) < 300

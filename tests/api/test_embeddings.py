@@ -13,7 +13,7 @@ import pytest
 from stub_admin import refusal
 from stub_completions import BOS, CONTEXT, StubCompletionApp, byte_tokenizer
 
-from lora_serve.api.auth import Keys, hash_key
+from lora_serve.api.auth import KeyFile, hash_key
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.request import AdapterUse, EmbeddingParams
 
@@ -153,7 +153,7 @@ async def test_an_adapter_is_chosen_as_for_generation(server: StubCompletionApp,
 async def test_an_adapter_that_is_missing_or_not_for_this_key_is_404(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(f"clerks: {{hash: '{hash_key('sk')}', adapters: [clerk]}}\n")
-    server = StubCompletionApp(tmp_path / "store", Keys.load(file))
+    server = StubCompletionApp(tmp_path / "store", KeyFile(file))
     for name in ("poet", "nobody"):
         answer = await server.post("/v1/embeddings", {"input": "hi", "adapter": name}, "sk")
         assert refusal(answer) == (404, "adapter", f"adapter {name} does not exist")

@@ -13,9 +13,10 @@ from pydantic import BaseModel
 from stub_completions import StubCompletionApp
 
 from lora_serve.api import json_body
-from lora_serve.api.admin import LoadLora, UnloadLora
 from lora_serve.api.anthropic.message_schemas import CountMessageTokens, CreateMessage
+from lora_serve.api.lora_routes import LoadLora, UnloadLora
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.response_schemas import CreateResponse
 from lora_serve.api.openai.schemas import Completion, EmbeddingBody
 from lora_serve.api.openai.tokenize import Detokenize, Tokenize
 from lora_serve.errors import BadRequest
@@ -25,6 +26,7 @@ BODIES = (
     Completion,
     CountMessageTokens,
     CreateMessage,
+    CreateResponse,
     Detokenize,
     EmbeddingBody,
     LoadLora,
@@ -69,7 +71,7 @@ async def test_a_body_of_many_mistakes_is_refused_at_once(
 ) -> None:
     began = time.process_time()
     status, _, message = await post(server, path, start + many(item, megabytes) + end)
-    assert time.process_time() - began < 0.5  # 13 s for the smallest, when every mistake was collected
+    assert time.process_time() - began < 2  # 13 s for the smallest, when every mistake was collected
     assert status == 400
     assert len(message) < 500
 

@@ -45,7 +45,7 @@ class Server(StubCompletionApp):
             self.engine.adapters[name] = AdapterInfo(name, False, [])
         transport = httpx2.ASGITransport(self.app)
         self.sdk = AsyncAnthropic(
-            base_url="http://server",
+            base_url="http://localhost",
             api_key="sk-any",
             max_retries=0,
             http_client=httpx2.AsyncClient(transport=transport),

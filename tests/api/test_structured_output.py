@@ -100,6 +100,13 @@ async def test_all_choices_have_the_grammar_and_it_names_its_field(server: StubC
     assert {(each.grammar is not None, each.grammar_field) for each in sampling} == {(True, "guided_regex")}
 
 
+async def test_a_long_grammar_is_not_copied_for_thousands_of_sequences(server: StubCompletionApp) -> None:
+    answer = await server.complete(prompt=["a"] * 200, guided_regex="a" * 40_000)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "guided_regex"
+    assert (await server.complete(prompt=["a"] * 50, guided_regex="a" * 40_000)).status_code == 200
+
+
 def nested(depth: int) -> Any:
     schema: Any = {"type": "string"}
     for _ in range(depth):
@@ -127,10 +134,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     (strict(PERSON, name="no blanks"), "response_format.json_schema.name"),
     # too large, too deep
-    ({"guided_regex": "a" * 200_001}, "guided_regex"),
+    ({"guided_regex": "a" * 50_001}, "guided_regex"),
     ({"guided_choice": ["a" * 9000] * 30}, "guided_choice"),
     ({"guided_json": {"enum": ["a" * 1000] * 300}}, "guided_json"),
     (strict(nested(60), **LOOSE), SCHEMA),
+    ({"guided_json": {"properties": {f"p{i}": {} for i in range(2001)}}}, "guided_json.properties"),
     # keywords that would be ignored
     (strict({"type": "array", "uniqueItems": True}, **LOOSE), f"{SCHEMA}.uniqueItems"),
     (strict({"anyOf": [{"not": {}}]}, **LOOSE), f"{SCHEMA}.anyOf.0.not"),

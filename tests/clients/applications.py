@@ -61,7 +61,7 @@ def openai_chat(url: str, model: str) -> None:
 
 @client
 def openai_responses(url: str, model: str) -> None:
-    from openai import OpenAI
+    from openai import OpenAI, pydantic_function_tool
 
     with OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as api:
         assert api.responses.create(model=model, input=QUESTION, max_output_tokens=20).output_text
@@ -71,6 +71,16 @@ def openai_responses(url: str, model: str) -> None:
             kinds = [event.type for event in stream]
         assert kinds[0] == "response.created"
         assert kinds[-1] in ("response.completed", "response.incomplete")
+        tools: list[Any] = [pydantic_function_tool(Place)]
+        called = api.responses.parse(
+            model=model, input=QUESTION, tools=tools, tool_choice="required", max_output_tokens=100
+        )
+        call = called.output[-1]
+        assert call.type == "function_call"
+        assert isinstance(call.parsed_arguments, Place)
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        turns: list[Any] = [{"role": "user", "content": QUESTION}, *called.output, result]
+        assert api.responses.create(model=model, input=turns, max_output_tokens=20).output
 
 
 @client

@@ -121,3 +121,27 @@ def test_special_tokens_are_not_shown() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     detokenizer = Detokenizer(tokenizer)
     assert detokenizer.feed([*tokenizer("fox")["input_ids"], tokenizer.eos_token_id]) + detokenizer.flush() == "fox"
+
+
+class CountingTokenizer:
+    """Counts the tokens that it has to decode."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.decoded = 0
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        self.decoded += len(token_ids)
+        text: str = self._tokenizer.decode(token_ids, **options)
+        return text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_without_text_cost_no_more_than_others(kind: str) -> None:
+    tokenizer = CountingTokenizer(TOKENIZERS[kind])
+    ids = TOKENIZERS[kind]("the red fox", add_special_tokens=False)["input_ids"]
+    textless = [0] * 10_000  # special tokens
+    detokenizer = Detokenizer(tokenizer)
+    text = detokenizer.feed(ids) + detokenizer.feed(textless) + detokenizer.feed(ids) + detokenizer.flush()
+    assert text == whole(TOKENIZERS[kind], [*ids, *textless, *ids])
+    assert tokenizer.decoded < 50 * len(textless)

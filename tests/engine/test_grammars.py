@@ -46,14 +46,14 @@ def ids(text: str) -> list[int]:
     return found
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Session]]:
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
     """Starts engines whose base has a tokenizer."""
     started: list[Session] = []
 
     def start(folder: Path, **options: Any) -> Session:
         TOKENIZER.save_pretrained(folder / "base")
-        started.append(Session(folder, **{"max_model_len": 96, **options}))
+        started.append(Session(folder, **{"max_model_len": 96, "threads": 1, **options}))
         return started[-1]
 
     yield start
@@ -61,14 +61,20 @@ def start() -> Iterator[Callable[..., Session]]:
         each.engine.close()
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "overlapped"])
+def shared(tmp_path_factory: pytest.TempPathFactory, start: Start, request: pytest.FixtureRequest) -> Session:
+    return start(tmp_path_factory.mktemp("engine"), overlap=request.param)
+
+
+@pytest.fixture
+def engine(shared: Session) -> Session:
+    shared.events.clear()
+    return shared
+
+
 def text(session: Session, id: str) -> str:
     found: str = TOKENIZER.decode(session.tokens(id))
     return found
-
-
-@pytest.fixture(params=[False, True], ids=["synchronous", "overlapped"])
-def engine(tmp_path: Path, start: Start, request: pytest.FixtureRequest) -> Session:
-    return start(tmp_path, overlap=request.param)
 
 
 def ask(engine: Session, id: str, grammar: str, **sampling: Any) -> str:
@@ -225,3 +231,57 @@ def test_a_base_without_a_tokenizer_refuses_grammars_only(tmp_path: Path) -> Non
     assert plain.refusal("a").param == "guided_regex"
     assert plain.end("b").reason == "length"
     plain.engine.close()
+
+
+FORCED = regex("(cat|dog): name name name name name(!|z)")
+
+
+def steps_of(engine: Session, id: str, grammar: str, **sampling: Any) -> int:
+    """Steps that computed something for one request run alone."""
+    before = engine.engine.stats().steps_total
+    ask(engine, id, grammar, **sampling)
+    return engine.engine.stats().steps_total - before
+
+
+def test_forced_tokens_are_not_sampled_one_by_one(engine: Session) -> None:
+    steps = steps_of(engine, "a", FORCED)
+    assert text(engine, "a")[3:-1] == ": name name name name name"
+    assert engine.end("a").reason == "stop"
+    assert steps < len(engine.tokens("a")) // 2
+
+
+def test_forced_tokens_are_sampled_where_log_probabilities_are_wanted(engine: Session) -> None:
+    steps = steps_of(engine, "a", FORCED, logprobs=1)
+    listed = [each.token for event in engine.events["a"] if isinstance(event, Tokens) for each in event.logprobs or []]
+    assert listed == engine.tokens("a")
+    assert steps >= len(listed)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_forced_tokens_end_at_max_tokens(engine: Session, most: int) -> None:
+    ask(engine, "a", FORCED, max_tokens=most)
+    assert len(engine.tokens("a")) == most
+    assert engine.end("a").reason == "length"
+
+
+def test_forced_tokens_end_before_a_stop_token(engine: Session) -> None:
+    (blank,) = ids(" ")
+    ask(engine, "a", FORCED, stop_token_ids=(blank,), grammar_field="guided_regex")
+    assert text(engine, "a")[3:] == ":"
+    failure = engine.end("a").failure  # nothing but the stop token can follow, where the grammar may not end
+    assert failure is not None
+    assert failure.param == "guided_regex"
+
+
+def test_the_kv_of_forced_tokens_is_found_again(engine: Session) -> None:
+    first = ask(engine, "a", FORCED)
+    again = PROMPT + engine.tokens("a")
+    engine.send("b", again, max_tokens=3)
+    engine.run()
+    found = next(event for event in engine.events["b"] if isinstance(event, Tokens))
+    assert found.cached >= len(again) - 8
+    engine.send("c", [4, *again], max_tokens=3)
+    engine.send("d", [4, *again], max_tokens=3, prompt_logprobs=0)  # computed, not looked up
+    engine.run()
+    assert engine.tokens("c") == engine.tokens("d")
+    assert first == text(engine, "a")

@@ -73,3 +73,23 @@ def test_a_chunk_that_does_not_reach_the_end_of_the_prompt_samples_nothing() -> 
     item = work(0, [3, 4, 5])
     runner = Runner(Base(), 4, torch.device("cpu"))  # type: ignore[arg-type]
     assert runner.launch([ScheduledSequence(item.seq, 0, 2)], {})()()[0].token is None
+
+
+class ReusedLogits(Base):
+    """A base that writes every pass's logits into the same memory, as replayed steps do."""
+
+    def __init__(self) -> None:
+        self.logits = torch.empty(9, VOCABULARY)
+
+    def forward(self, batch: Batch) -> Tensor:
+        found = super().forward(batch)
+        self.logits[: len(found)] = found
+        return self.logits[: len(found)]
+
+
+def test_sequences_that_are_retried_one_by_one_keep_their_own_logits_until_all_are_sampled() -> None:
+    runner = Runner(ReusedLogits(), 4, torch.device("cpu"))  # type: ignore[arg-type]
+    parts = [work(order, [token]) for order, token in enumerate((4, EXPLODES, 14))]
+    first, culprit, last = runner.launch(parts, {})()()
+    assert (first.token, last.token) == (5, 15)
+    assert culprit.failure is not None

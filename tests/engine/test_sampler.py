@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -311,3 +312,49 @@ def test_both_ways_to_find_the_nucleus_agree(share: float) -> None:
     weights[0] = 7
     wanted = share * weights.sum(-1).double()
     assert torch.equal(_threshold_by_sorting(weights, wanted), _threshold_by_top_k(weights, wanted))
+
+
+def mask_of(allowed: Sequence[int], vocabulary: int) -> Tensor:
+    words = [sum(1 << token % 32 for token in allowed if token // 32 == word) for word in range(-(-vocabulary // 32))]
+    return torch.tensor([word - (1 << 32 if word >> 31 else 0) for word in words], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_masked_row_samples_allowed_tokens_and_its_neighbours_what_they_do_alone(
+    dtype: torch.dtype, temperature: float
+) -> None:
+    logits = torch.randn(5, 101, generator=torch.Generator().manual_seed(0)).to(dtype)
+    allowed = {1: [3, 31, 32, 99], 3: [64]}
+    # The mask is of the base's vocabulary, here 70; an adapter's own tokens come after it.
+    masks = {i: mask_of([token for token in tokens if token < 70], 70) for i, tokens in allowed.items()}
+    plain = [row(temperature=temperature, seed=i, logprobs=2) for i in range(5)]
+    rows = [replace(each, mask=masks.get(i)) for i, each in enumerate(plain)]
+    free, bound = sample(logits, plain), sample(logits, rows)
+    for i in range(5):
+        if i not in allowed:
+            assert (bound.token_ids[i], bound.logprobs[i]) == (free.token_ids[i], free.logprobs[i])
+            continue
+        choices = [token for token in allowed[i] if token < 70]
+        assert bound.token_ids[i] in choices
+        alone = torch.full((1, 101), -INF, dtype=dtype)
+        alone[0, choices] = logits[i, choices]
+        assert sample(alone, [plain[i]]).token_ids == [bound.token_ids[i]]
+        entry, unmasked = bound.logprobs[i], free.logprobs[i]
+        assert entry is not None
+        assert unmasked is not None
+        assert entry.top == unmasked.top  # log-probabilities are those of the model
+    assert all(bound.finite)
+
+
+def test_the_mask_comes_after_bias_and_penalties() -> None:
+    logits = torch.zeros(1, 40)
+    wants = row(temperature=0.0, logit_bias={5: 100.0, 7: 1.0}, output=[7], presence_penalty=0.5)
+    assert sample(logits, [replace(wants, mask=mask_of([6, 7], 40))]).token_ids == [7]
+
+
+def test_a_mask_that_leaves_no_finite_logit_fails_its_row_only() -> None:
+    logits = torch.zeros(2, 40)
+    logits[0, 6] = -INF
+    found = sample(logits, [replace(row(), mask=mask_of([6], 40)), row()])
+    assert found.finite == [False, True]

@@ -33,7 +33,9 @@ def is_anthropic(path: str) -> bool:
     return path == PREFIX or path.startswith(f"{PREFIX}/")
 
 
-def anthropic_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+def anthropic_error(
+    status: int, message: str, param: str | None, code: str | None, request_id: str | None
+) -> dict[str, Any]:
     """The JSON object of an error; also the event for one in the middle of a stream."""
     if code == ContextExceeded.kind:
         message = TOO_LONG + message
@@ -42,4 +44,4 @@ def anthropic_error(status: int, message: str, param: str | None, code: str | No
         param = param and param.replace(field, sent)
     kind = TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     error = {"type": kind, "message": message, "details": {"error_code": code, "param": param}}
-    return {"type": "error", "error": error, "request_id": None}
+    return {"type": "error", "error": error, "request_id": request_id}

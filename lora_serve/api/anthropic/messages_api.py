@@ -26,11 +26,11 @@ from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepa
 from lora_serve.api.openai.chat_prompt import chat_format
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
-from lora_serve.api.openai.preprocess import explain_not_found, resolve_adapters
+from lora_serve.api.openai.preprocess import existing_adapters
+from lora_serve.api.request_id import request_id
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
-from lora_serve.errors import AdapterNotFound, ServeError
-from lora_serve.messages import DescribeAdapter
+from lora_serve.errors import ServeError
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -38,11 +38,12 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 router = APIRouter(tags=["anthropic"], route_class=JSONRoute)
 
 
-def _stream_error(error: ServeError) -> dict[str, Any]:
-    return anthropic_error(error_handlers.status(error), error.message, error.param, error.kind)
+def _stream_format(request: Request) -> StreamFormat:
+    def stream_error(error: ServeError) -> dict[str, Any]:
+        status = error_handlers.status(error)
+        return anthropic_error(status, error.message, error.param, error.kind, request_id(request.scope))
 
-
-EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
+    return StreamFormat(named=True, done=None, error=stream_error)
 
 
 @router.post(
@@ -62,7 +63,7 @@ async def create_message(body: CreateMessage, request: Request, services: Servic
     chat = to_chat_completion(body, body.max_tokens, chat_format(services))
     show_thinking = body.thinking is None or body.thinking.display != "omitted"
     prepare = _prepare(chat, services, caller, show_thinking)
-    return await respond(request, chat, services, caller, "messages", prepare, EVENTS)
+    return await respond(request, chat, services, caller, "messages", prepare, _stream_format(request))
 
 
 @router.post("/v1/messages/count_tokens", responses=ERRORS)
@@ -71,11 +72,7 @@ async def count_message_tokens(
 ) -> MessageTokenCount:
     """Count the tokens of the prompt that a message would have."""
     chat = to_chat_completion(body, body.max_tokens, chat_format(services))
-    try:
-        for use in resolve_adapters(chat, services, caller):
-            await services.engine.call(DescribeAdapter(use.name))
-    except AdapterNotFound as error:
-        raise await explain_not_found(error, chat, services, caller) from None
+    await existing_adapters(chat, services, caller)
     prompt = await encode_conversation(chat, services)
     return MessageTokenCount(input_tokens=len(prompt.tokens))
 

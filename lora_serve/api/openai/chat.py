@@ -14,6 +14,7 @@ from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, T
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, ChatMessage, MadeToolCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM, ChatReply
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -24,13 +25,18 @@ from lora_serve.api.openai.generate import (
     usage,
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.request import Logprob
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    response_class=Response,
+    responses={200: {"model": ChatReply, "content": EVENT_STREAM}, **errors(404, 422, 429)},
+)
 async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete a conversation; streamed if requested."""
     return await respond(request, body, services, caller, "chat", _prepare(body, services, caller))

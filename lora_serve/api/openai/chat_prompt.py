@@ -13,6 +13,8 @@ from lora_serve.api.chat_output import ends_in_open_reasoning
 from lora_serve.api.chat_template import template_messages, template_tools
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_schemas import FunctionTool, Message
+from lora_serve.api.openai.encode import TextTooLong
+from lora_serve.api.openai.preprocess import engine_info, text_too_long
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
 
@@ -44,7 +46,9 @@ async def encode_chat(
     continue_final_message: bool = False,
     arguments: dict[str, Any] | None = None,
 ) -> ChatPrompt:
-    """Encode messages with the base's chat template. Raises `BadRequest` if it has none or rejects them.
+    """Encode messages with the base's chat template.
+
+    Raises: `BadRequest` if it has none or rejects them; `ContextExceeded` if they are far longer than the context.
 
     Args:
         tools: functions that the template shows to the model.
@@ -54,7 +58,9 @@ async def encode_chat(
     turns = template_messages([message.for_template() for message in messages], chat.template)
     functions = template_tools([tool.model_dump(exclude_none=True) for tool in tools]) or None
 
-    def work() -> ChatPrompt:
+    info = engine_info(services)
+
+    def render() -> str:
         text: str = services.tokenizer.apply_chat_template(
             turns,
             tools=functions,
@@ -63,15 +69,19 @@ async def encode_chat(
             continue_final_message=continue_final_message,
             **(arguments or {}),
         )
-        tokens: list[int] = services.tokenizer(text, add_special_tokens=False)["input_ids"]
-        continued = turns[-1]["content"] if continue_final_message else ""
-        is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
-        return ChatPrompt(tokens, is_open)
+        return text
 
     try:
-        return await asyncio.to_thread(work)
+        services.encoder.check_length(sum(len(message.text) for message in messages), info.max_model_len)
+        text = await asyncio.to_thread(render)
+        (tokens,) = await services.encoder.encode([text], info.max_model_len, add_special_tokens=False)
+    except TextTooLong:
+        raise text_too_long(info, "messages") from None
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error
+    continued = turns[-1]["content"] if continue_final_message else ""
+    is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
+    return ChatPrompt(tokens, is_open)
 
 
 def thinking_switch(template: str) -> str | None:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM, CompletionReply
 from lora_serve.api.openai.generate import (
     Choice,
     ChoiceOutput,
@@ -25,6 +26,7 @@ from lora_serve.api.openai.generate import (
 from lora_serve.api.openai.preprocess import (
     check_n,
     check_tokens,
+    context_exceeded,
     encode,
     engine_info,
     resolve_adapters,
@@ -33,7 +35,8 @@ from lora_serve.api.openai.preprocess import (
 )
 from lora_serve.api.openai.response_logprobs import TokenTexts, completion_logprobs
 from lora_serve.api.openai.schemas import Completion
-from lora_serve.api.openai.structured_output import structured_output
+from lora_serve.api.openai.structured_output import check_copies, structured_output
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
@@ -42,7 +45,11 @@ router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions",
+    response_class=Response,
+    responses={200: {"model": CompletionReply, "content": EVENT_STREAM}, **errors(404, 422, 429)},
+)
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
     return await respond(request, body, services, caller, "completions", _prepare(body, services, caller))
@@ -126,6 +133,7 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
     check_n(body, services)
     grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)
+    check_copies(grammar, len(prompts) * (body.n or 1))
     logprobs = body.logprobs
     id_ = f"cmpl-{uuid.uuid4().hex}"
     choices: list[Choice] = []
@@ -150,17 +158,19 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
 
 async def _prompts(body: Completion, services: Services) -> tuple[list[str], list[list[int]]]:
     """Text (for echo) and token ids of every prompt."""
+    info = engine_info(services)
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     given: list[Any] = [body.prompt] if one else [*body.prompt]
-    texts: list[str] = []
-    tokens: list[list[int]] = []
+    if isinstance(given[0], str):
+        return given, await encode(services, given, "prompt", add_special_tokens=body.add_special_tokens is not False)
     for prompt in given:
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            texts.append(prompt)
-            tokens.append(await encode(services, prompt, add_special_tokens=special))
-        else:
-            tokens.append(prompt)
-            check_tokens(prompt, vocabulary_size(body, services), "prompt")
-            texts.append(services.tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else "")
-    return texts, tokens
+        if len(prompt) > info.max_model_len:
+            raise context_exceeded(info, len(prompt), 0, "prompt")
+        check_tokens(prompt, vocabulary_size(body, services), "prompt")
+    if not body.echo:
+        return [""] * len(given), given
+
+    def decode() -> list[str]:
+        return [services.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in given]
+
+    return await services.encoder.run(decode, sum(map(len, given))), given

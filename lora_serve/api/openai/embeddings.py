@@ -18,6 +18,8 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.documented_bodies import EmbeddingReply
+from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.generate import model_fields
 from lora_serve.api.openai.preprocess import (
     check_tokens,
@@ -25,9 +27,11 @@ from lora_serve.api.openai.preprocess import (
     engine_info,
     explain_not_found,
     resolve_adapters,
+    text_too_long,
     vocabulary_size,
 )
 from lora_serve.api.openai.schemas import EmbeddingBody
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
@@ -41,7 +45,9 @@ MOST_RUNNING = 256  # inputs of one call in the engine at the same time
 Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapters that made it
 
 
-@router.post("/v1/embeddings")
+@router.post(
+    "/v1/embeddings", response_class=Response, responses={200: {"model": EmbeddingReply}, **errors(404, 422, 429)}
+)
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
     try:
@@ -51,7 +57,7 @@ async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, ca
 
 
 async def _respond(body: EmbeddingBody, request: Request, services: Services, caller: Caller) -> Response:
-    requests = await _prepare(body, services, caller)
+    requests = await cancel_on_disconnect(request, _prepare(body, services, caller))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
@@ -101,38 +107,25 @@ async def _prompts(body: EmbeddingBody, services: Services) -> list[list[int]]:
     one = isinstance(body.input, str) or isinstance(body.input[0], int)
     given: list[Any] = [body.input] if one else [*body.input]
     if isinstance(given[0], str):
-        special = body.add_special_tokens is not False
-        return await asyncio.to_thread(_tokenize, services.tokenizer, given, limit, special=special)
+        prompts = await _tokenize(services, given, limit, special=body.add_special_tokens is not False)
+        if not all(prompts):
+            raise BadRequest("an input has no tokens", param="input")
+        return prompts
     for prompt in given:
         check_tokens(prompt, vocabulary_size(body, services), "input")
     return [prompt[:limit] for prompt in given]
 
 
-def _tokenize(tokenizer: Any, texts: list[str], limit: int | None, *, special: bool) -> list[list[int]]:
-    prompts: list[list[int]] = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    if limit is not None:
-        prompts = [
-            prompt if len(prompt) <= limit else _truncated(tokenizer, text, limit, special=special)
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-    if not all(prompts):
-        raise BadRequest("an input has no tokens", param="input")
-    return prompts
-
-
-def _truncated(tokenizer: Any, text: str, limit: int, *, special: bool) -> list[int]:
-    """The first tokens of a text, between the special tokens that the tokenizer adds.
-
-    Not by the tokenizer's own `truncation`, which would change it for other threads.
-    """
-    backend = tokenizer.backend_tokenizer
-    room = limit - (backend.num_special_tokens_to_add(False) if special else 0)
-    if room < 1:
-        raise BadRequest(f"truncate_prompt_tokens = {limit} leaves nothing of the text", param="truncate_prompt_tokens")
-    encoding = backend.encode(text, add_special_tokens=False)
-    encoding.truncate(room)
-    ids: list[int] = backend.post_process(encoding, None, special).ids
-    return ids
+async def _tokenize(services: Services, texts: list[str], limit: int | None, *, special: bool) -> list[list[int]]:
+    info = engine_info(services)
+    try:
+        if limit is None:
+            return await services.encoder.encode(texts, info.max_model_len, add_special_tokens=special)
+        return await services.encoder.encode_first(texts, limit, add_special_tokens=special)
+    except TextTooLong:
+        raise text_too_long(info, "input") from None
+    except ValueError as error:
+        raise BadRequest(f"truncate_prompt_tokens: {error}", param="truncate_prompt_tokens") from None
 
 
 async def _embed_all(services: Services, requests: Sequence[EngineRequest], timer: Timer) -> list[Embedding]:

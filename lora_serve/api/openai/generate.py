@@ -105,7 +105,7 @@ async def respond(
     """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
     async with AsyncExitStack() as stack:
         try:
-            call = await prepare
+            call = await cancel_on_disconnect(http, prepare)
             running = await cancel_on_disconnect(
                 http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
             )

@@ -8,7 +8,9 @@ import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized, Caller
-from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info
+from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
+from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
@@ -16,7 +18,7 @@ from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAd
 router = APIRouter(tags=["openai"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=ModelList)
 async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """List the base model and the adapters that this key may use."""
     info = engine_info(services)
@@ -25,13 +27,13 @@ async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     return {"object": "list", "data": [_base(info), *shown]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
 async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """Describe the base model or one adapter."""
+    """Describe the base model or one adapter, named as in the list or as base:adapter."""
     info = engine_info(services)
     if model in base_names(services):
         return _base(info)
-    return _adapter(info, await _find(model, services, caller))
+    return _adapter(info, await _find(without_base(model, services), services, caller))
 
 
 async def _find(name: str, services: Services, caller: Caller) -> AdapterInfo:

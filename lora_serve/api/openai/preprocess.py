@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import msgspec
+
 from lora_serve.api.auth import Caller
+from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import EngineInfo, ListAdapters
+from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
-LONG = 2000  # characters; longer texts are tokenized in a thread
 LARGEST_VOCABULARY = 1 << 31
 MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
 
@@ -34,9 +35,9 @@ def engine_info(services: Services) -> EngineInfo:
     return services.engine.info
 
 
-def check_tokens(tokens: Iterable[int], limit: int, field: str) -> None:
+def check_tokens(tokens: Collection[int], limit: int, field: str) -> None:
     """Raise `BadRequest` if a token id is outside the vocabulary; `field` is named in the message."""
-    if any(token >= limit for token in tokens):
+    if max(tokens, default=0) >= limit:
         raise BadRequest(f"{field} has token ids outside 0..{limit - 1}", param=field)
 
 
@@ -60,11 +61,13 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
     if given is None:
         uses: tuple[AdapterUse, ...] = ()
     elif isinstance(given, list):
-        uses = tuple(_parse_adapter(entry) for entry in given)
+        uses = tuple(_parse_adapter(entry.name, entry.weight) for entry in given)
+    elif isinstance(given, WeightedAdapter):
+        uses = (_parse_adapter(given.name, given.weight),)
     else:
-        uses = (_parse_adapter(given if isinstance(given, WeightedAdapter) else WeightedAdapter(name=given)),)
+        uses = (_parse_adapter(given),)
     if body.model and body.model not in base_names(services):
-        named = _parse_adapter(WeightedAdapter(name=_without_base(body.model, services)))
+        named = _parse_adapter(without_base(body.model, services))
         if not uses:
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
@@ -77,6 +80,20 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
     return uses
 
 
+async def existing_adapters(body: ModelSelection, services: Services, caller: Caller) -> list[AdapterInfo]:
+    """The adapters that `adapter` and `model` name. Raises as a generating route would, if one does not exist."""
+    found = []
+    try:
+        for use in resolve_adapters(body, services, caller):
+            info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
+            if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
+                raise adapter_not_found(f"{use.name}@{use.version}")
+            found.append(info)
+    except AdapterNotFound as error:
+        raise await explain_not_found(error, body, services, caller) from None
+    return found
+
+
 async def explain_not_found(
     error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
 ) -> ServeError:
@@ -86,7 +103,7 @@ async def explain_not_found(
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
         return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
-    resembled = _resembles(_without_base(body.model, services), [engine_info(services).model, *usable])
+    resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
     return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
 
 
@@ -101,17 +118,17 @@ def check_n(body: Generation, services: Services) -> None:
         raise BadRequest(f"n is more than {services.config.max_n}", param="n")
 
 
-def _without_base(model: str, services: Services) -> str:
+def without_base(model: str, services: Services) -> str:
     """The adapter that `model` names, as `adapter` or as `base:adapter` (SGLang's form)."""
     base = next((name for name in base_names(services) if model.startswith(f"{name}:")), None)
     return model if base is None else model[len(base) + 1 :]
 
 
-def _parse_adapter(given: WeightedAdapter) -> AdapterUse:
-    name, at, version = given.name.partition("@")
+def _parse_adapter(given: str, weight: float = 1.0) -> AdapterUse:
+    name, at, version = given.partition("@")
     if at and not version:
         raise BadRequest("an adapter's name ends in @ without a version", param="adapter")
-    return AdapterUse(name, version or None, given.weight)
+    return AdapterUse(name, version or None, weight)
 
 
 def sampling_params(
@@ -190,13 +207,24 @@ def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field
     )
 
 
-async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; an empty text is the BOS token, if the tokenizer has one."""
+def text_too_long(info: EngineInfo, field: str) -> ContextExceeded:
+    """The error for a text that was not tokenized because it is far longer than the context."""
+    return ContextExceeded(
+        f"This model's maximum context length is {info.max_model_len} tokens. However, your {field} resulted in more "
+        f"than {info.max_model_len} tokens. Please reduce the length of the {field}.",
+        param=field,
+    )
 
-    def work() -> list[int]:
-        ids: list[int] = services.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        if not ids and services.tokenizer.bos_token_id is not None:
-            ids = [services.tokenizer.bos_token_id]
-        return ids
 
-    return await asyncio.to_thread(work) if len(text) > LONG else work()
+async def encode(services: Services, texts: Sequence[str], field: str, *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text; an empty text is the BOS token, if the tokenizer has one.
+
+    Raises: `ContextExceeded` for a text that is far longer than the context. One that is little longer is encoded.
+    """
+    info = engine_info(services)
+    try:
+        encoded = await services.encoder.encode(texts, info.max_model_len, add_special_tokens=add_special_tokens)
+    except TextTooLong:
+        raise text_too_long(info, field) from None
+    bos = services.tokenizer.bos_token_id
+    return [ids or ([] if bos is None else [bos]) for ids in encoded]

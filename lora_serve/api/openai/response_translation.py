@@ -28,7 +28,6 @@ from lora_serve.api.openai.response_schemas import (
 from lora_serve.errors import BadRequest, ServeError
 
 RENAMED = {  # fields of a chat completion → of a response; the first that fits
-    "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
@@ -104,15 +103,16 @@ def chat_messages(given: str | Sequence[InputItem]) -> list[dict[str, Any]]:
 def response_error(error: ServeError) -> ServeError:
     """The same error, about the field as it is called in a response's body."""
     param = error.param or ""
-    renamed = next((chat for chat in RENAMED if f"{param}.".startswith(f"{chat}.")), None)
-    if renamed is not None:
-        new = "input" if renamed == "messages" else RENAMED[renamed] + param.removeprefix(renamed)
-    elif param.startswith("tools."):
-        new = param.replace(".function.", ".", 1)
+    if param.partition(".")[0] == "messages":  # input has items, which are not numbered like messages
+        return type(error)(error.message, param="input", retry_after=error.retry_after)
+    if param.startswith("tools."):
+        named = param.replace(".function.", ".", 1)
     else:
-        return error
-    message = error.message.replace(param, new)
-    return type(error)(message, param=new, retry_after=error.retry_after)
+        chat = next((chat for chat in RENAMED if f"{param}.".startswith(f"{chat}.")), None)
+        if chat is None:
+            return error
+        named = RENAMED[chat] + param.removeprefix(chat)
+    return type(error)(error.message.replace(param, named), param=named, retry_after=error.retry_after)
 
 
 def _begin_reply(messages: list[dict[str, Any]]) -> dict[str, Any]:

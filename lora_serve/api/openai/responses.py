@@ -16,12 +16,14 @@ from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
+from lora_serve.api.openai.documented_bodies import EVENT_STREAM
 from lora_serve.api.openai.generate import Choice, ChoiceOutput, RunningCall, model_fields, respond
 from lora_serve.api.openai.response_events import ResponseOutput
 from lora_serve.api.openai.response_logprobs import TokenTexts
 from lora_serve.api.openai.response_object import ResponseObject
 from lora_serve.api.openai.response_schemas import CreateResponse
 from lora_serve.api.openai.response_translation import response_error, to_chat_completion
+from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
@@ -60,8 +62,9 @@ EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
         200: {
             "description": "The response, or its stream events",
             "model": ResponseObject,
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": EVENT_STREAM,
         },
+        **errors(404, 422, 429),
     },
 )
 async def create_response(
@@ -77,10 +80,10 @@ async def create_response(
         raise response_error(error) from None
 
 
-@router.get("/v1/responses/{response_id}", response_class=Response)
-@router.delete("/v1/responses/{response_id}", response_class=Response)
-@router.post("/v1/responses/{response_id}/cancel", response_class=Response)
-@router.get("/v1/responses/{response_id}/input_items", response_class=Response)
+@router.get("/v1/responses/{response_id}", include_in_schema=False)
+@router.delete("/v1/responses/{response_id}", include_in_schema=False)
+@router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
+@router.get("/v1/responses/{response_id}/input_items", include_in_schema=False)
 async def find_response(response_id: str, caller: Authorized) -> Response:
     """404: responses are not stored."""
     raise ResponseNotFound("this server stores no responses, so there is none of this id", param="response_id")

@@ -19,10 +19,16 @@ from lora_serve.errors import BadRequest
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-LONGEST_GRAMMAR = 200_000  # characters
+LONGEST_SCHEMA = 200_000  # characters; of choices, too
+LONGEST_GRAMMAR = 50_000  # characters of a regular expression or Lark grammar, which may hold schemas
+LARGEST_COPIES = 4_000_000  # characters of a grammar times the sequences that it is sent with
+MOST_PROPERTIES = 2000  # of one object; compiling takes a time that grows with their square
 DEEPEST_SCHEMA = 100  # nested objects and arrays
 LONG = 20_000  # characters; longer schemas are checked in a thread
 LONGEST_PATH = 200  # characters of a schema path in an error message
+
+# Between JSON's tokens; bounded, or a model that has lost its way would write blanks up to max_tokens.
+WHITESPACE = r"[ \t\n\r]{0,40}"
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -59,7 +65,7 @@ STRICT_KEYWORDS = ANNOTATIONS | {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "$schema",
 }  # fmt: skip
 STRICT_DEPTH = 10  # nested objects
-STRICT_PROPERTIES = 5000
+STRICT_PROPERTIES = 5000  # of all objects
 STRICT_ENUM_VALUES = 1000
 STRICT_NAMES = 120_000  # characters of all property and definition names, enum and const values
 
@@ -101,11 +107,23 @@ async def structured_output(body: Generation) -> Grammar | None:
     return Grammar(_lower(only, options), only.field)
 
 
+def check_copies(grammar: Grammar | None, sequences: int) -> None:
+    """Raise `BadRequest` if a grammar is too long for so many sequences, each of which is sent with it."""
+    if grammar is not None and len(grammar.text) * sequences > LARGEST_COPIES:
+        most = LARGEST_COPIES // len(grammar.text)
+        raise BadRequest(
+            f"{grammar.field}: a grammar of {len(grammar.text):,} characters can be used for {most} choices at once, "
+            f"not for {sequences}",
+            param=grammar.field,
+        )
+
+
 def json_schema_grammar(schema: Any, field: str, options: JsonCompileOptions | None = None) -> str:
     """The grammar of the JSON documents that a schema allows.
 
     Args:
         field: the request field that holds the schema, for errors.
+        options: of llguidance; None: with up to 40 blanks between JSON's tokens.
 
     Raises: `BadRequest` for a schema that is too large, too deep, or has keywords that would be ignored.
     """
@@ -113,7 +131,7 @@ def json_schema_grammar(schema: Any, field: str, options: JsonCompileOptions | N
     effective = _without_effectless(schema, field)
     text = json.dumps(effective, ensure_ascii=False)
     _check_length(text, field)
-    return LLMatcher.grammar_from_json_schema(text, overrides=options)
+    return LLMatcher.grammar_from_json_schema(text, overrides=options or {"whitespace_pattern": WHITESPACE})
 
 
 def check_strict(schema: Any, field: str) -> None:
@@ -173,19 +191,19 @@ def _requested(body: Generation) -> Iterator[Requested]:
             yield Requested(kind, f"guided_{kind}", guided)
 
 
-def _whitespace(body: Generation) -> JsonCompileOptions | None:
-    """How JSON may be spaced; None: any whitespace."""
+def _whitespace(body: Generation) -> JsonCompileOptions:
+    """How JSON may be spaced."""
     outputs = body.structured_outputs or StructuredOutputs()
     if outputs.disable_any_whitespace:
         return {"whitespace_flexible": False}
-    pattern = outputs.whitespace_pattern or body.guided_whitespace_pattern
-    return None if pattern is None else {"whitespace_pattern": pattern}
+    patterns = (outputs.whitespace_pattern, body.guided_whitespace_pattern, WHITESPACE)
+    return {"whitespace_pattern": next(pattern for pattern in patterns if pattern is not None)}
 
 
-def _lower(requested: Requested, options: JsonCompileOptions | None) -> str:
+def _lower(requested: Requested, options: JsonCompileOptions) -> str:
     kind, field, value = requested
     if isinstance(value, str):
-        _check_length(value, field)
+        _check_length(value, field, LONGEST_GRAMMAR if kind in ("regex", "grammar") else LONGEST_SCHEMA)
     match kind:
         case "regex":
             return LLMatcher.grammar_from_regex(value)
@@ -228,9 +246,9 @@ def _size(value: Any) -> int:
     return size
 
 
-def _check_length(text: str, field: str) -> None:
-    if len(text) > LONGEST_GRAMMAR:
-        raise BadRequest(f"{field} is longer than {LONGEST_GRAMMAR:,} characters", param=field)
+def _check_length(text: str, field: str, most: int = LONGEST_SCHEMA) -> None:
+    if len(text) > most:
+        raise BadRequest(f"{field} is longer than {most:,} characters", param=field)
 
 
 def _check_nesting(schema: Any, field: str) -> None:
@@ -279,6 +297,9 @@ def _without_effectless(schema: Any, field: str) -> Any:
     for sub in _subschemas(copied, field):
         if not isinstance(sub.value, dict):
             continue
+        if len(sub.value.get("properties", {})) > MOST_PROPERTIES:
+            at = _dotted(field, (*sub.path, "properties"))
+            raise BadRequest(f"{at}: an object has more than {MOST_PROPERTIES} properties", param=at)
         for key in [key for key in sub.value if key not in ENFORCED]:
             value = sub.value[key]
             if key in ANNOTATIONS or any(value is other or value == other for other in WITHOUT_EFFECT.get(key, ())):

@@ -1,28 +1,36 @@
-"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer."""
+"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer, which is that of every adapter.
+
+An adapter may have a vocabulary of another size; that decides which token ids there are.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
-from pydantic import model_validator
+from fastapi import APIRouter, Response
+from pydantic import Field, model_validator
 
 from lora_serve.api.auth import Authorized
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import Messages
-from lora_serve.api.openai.preprocess import check_tokens, encode, engine_info
-from lora_serve.api.openai.schemas import Strict, Text, TokenIds
-from lora_serve.api.services import ServicesDep
+from lora_serve.api.openai.documented_bodies import DetokenizeReply, TokenizeReply, TokenizerInfo
+from lora_serve.api.openai.preprocess import check_tokens, engine_info, existing_adapters
+from lora_serve.api.openai.schemas import ModelSelection, TokenIds
+from lora_serve.api.openapi import errors
+from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.sse import FastJSONResponse
 
 router = APIRouter(tags=["tokenizer"], route_class=JSONRoute)
 
+LONGEST_TEXT = 1_000_000  # characters
+MOST_TOKENS = 200_000
 
-class Tokenize(Strict):
+
+class Tokenize(ModelSelection):
     """Body of `POST /tokenize`: a prompt, or messages for the chat template."""
 
-    model: str | None = None
-    prompt: Text | None = None
+    prompt: Annotated[str, Field(max_length=LONGEST_TEXT)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -34,33 +42,38 @@ class Tokenize(Strict):
         return self
 
 
-class Detokenize(Strict):
+class Detokenize(ModelSelection):
     """Body of `POST /detokenize`."""
 
-    model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MOST_TOKENS)]
 
 
-@router.post("/tokenize")
-async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """Token ids of a text or of messages."""
+@router.post("/tokenize", response_model=TokenizeReply, responses=errors(404))
+async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> Response:
+    """Token ids of a text, which may be longer than the context, or of messages, which may not."""
+    await existing_adapters(body, services, caller)
     if body.messages is not None:
         chat = await encode_chat(services, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
         tokens = chat.tokens
     else:
         special = body.add_special_tokens is not False
-        tokens = await encode(services, body.prompt or "", add_special_tokens=special)
-    return {"count": len(tokens), "max_model_len": engine_info(services).max_model_len, "tokens": tokens}
+        tokens = await _encode(services, body.prompt or "", special=special)
+    return FastJSONResponse(
+        {"count": len(tokens), "max_model_len": engine_info(services).max_model_len, "tokens": tokens}
+    )
 
 
-@router.post("/detokenize")
-async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
+@router.post("/detokenize", response_model=DetokenizeReply, responses=errors(404))
+async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized) -> Response:
     """Text of token ids."""
-    check_tokens(body.tokens, engine_info(services).vocab_size, "tokens")
-    return {"prompt": services.tokenizer.decode(body.tokens)}
+    adapters = await existing_adapters(body, services, caller)
+    sizes = (adapter.versions[0].vocab_size for adapter in adapters)
+    check_tokens(body.tokens, next((size for size in sizes if size), engine_info(services).vocab_size), "tokens")
+    text = await services.encoder.run(lambda: services.tokenizer.decode(body.tokens), len(body.tokens))
+    return FastJSONResponse({"prompt": text})
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", response_model=TokenizerInfo)
 async def tokenizer_info(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """Vocabulary size, special tokens and chat template."""
     tokenizer = services.tokenizer
@@ -73,3 +86,10 @@ async def tokenizer_info(services: ServicesDep, caller: Authorized) -> dict[str,
         "unk_token": tokenizer.unk_token,
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     }
+
+
+async def _encode(services: Services, text: str, *, special: bool) -> list[int]:
+    """Token ids of a text of any length; an empty one is the BOS token, if the tokenizer has one."""
+    (ids,) = await services.encoder.encode([text], LONGEST_TEXT, add_special_tokens=special)
+    bos = services.tokenizer.bos_token_id
+    return ids or ([] if bos is None else [bos])

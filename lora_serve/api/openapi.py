@@ -1,0 +1,75 @@
+"""The OpenAPI schema: FastAPI's, with the errors that this server responds with."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+COMPONENT = "#/components/schemas/"
+FRAMEWORK_ERRORS = ("HTTPValidationError", "ValidationError")  # FastAPI's, in a shape that is not sent here
+
+
+class ErrorDetail(BaseModel):
+    """`param`: the field at fault; `code`: the kind of error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a route, for the errors that not every route has."""
+    return {status: _error(status) for status in statuses}
+
+
+def _error(status: int) -> dict[str, Any]:
+    schema = {"$ref": COMPONENT + ErrorReply.__name__}
+    return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+
+class DocumentedAPI(FastAPI):
+    """A FastAPI application whose schema has the errors that routes have in common.
+
+    Which these are follows from whether a route takes a key and a body. The schema is served only without keys, so
+    it has them as optional.
+    """
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            components = schema.setdefault("components", {}).setdefault("schemas", {})
+            for name in FRAMEWORK_ERRORS:
+                components.pop(name, None)
+            reply = ErrorReply.model_json_schema(ref_template=COMPONENT + "{model}")
+            components |= reply.pop("$defs") | {ErrorReply.__name__: reply}
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    _document_errors(operation)
+        return self.openapi_schema or {}
+
+
+def _document_errors(operation: dict[str, Any]) -> None:
+    responses = operation["responses"]
+    if responses.get("422", {}).get("description") == "Validation Error":
+        del responses["422"]
+    if "security" in operation:
+        operation["security"].append({})
+    if "4XX" in responses:
+        return  # the errors of another API, documented by its routes
+    found = [403, 500, 503]  # 403: also for web pages, see `origin.py`
+    if "security" in operation:
+        found.append(401)
+    if "requestBody" in operation:
+        found += [400, 413, 415]
+    for status in found:
+        responses.setdefault(str(status), _error(status))
