@@ -191,7 +191,7 @@ def raw(server: ServerProcess, body: dict[str, Any]) -> socket.socket:
     where = urlsplit(server.url)
     connection = socket.create_connection((where.hostname or "", where.port or 0))
     text = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(text)}\r\n\r\n"
     connection.sendall(head.encode() + text)
     return connection

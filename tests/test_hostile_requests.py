@@ -143,7 +143,7 @@ def test_prompts_far_longer_than_the_context(server: ServerProcess, usual_gap: f
 
 
 def test_unfinished_bodies_without_a_key(server: ServerProcess, usual_gap: float) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with (
         nobody_is_harmed(server, usual_gap),
         sockets(server, 100, head % (8 * MB) + b'{"prompt":"' + b"x" * MB) as opened,
@@ -161,7 +161,7 @@ def test_endless_headers(server: ServerProcess, usual_gap: float) -> None:
 
 
 def test_more_half_sent_requests_than_descriptors(server: ServerProcess, usual_gap: float) -> None:
-    with nobody_is_harmed(server, usual_gap), sockets(server, 300, b"GET /health HTTP/1.1\r\nHost: x\r\n"):
+    with nobody_is_harmed(server, usual_gap), sockets(server, 300, b"GET /health HTTP/1.1\r\nHost: localhost\r\n"):
         for _ in range(5):
             assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
 

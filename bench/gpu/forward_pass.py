@@ -107,10 +107,12 @@ class _RandomModel:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def from_pretrained(self, name: str, *, attn_implementation: str, **_: Any) -> Any:
+    def from_pretrained(self, name: str, *, attn_implementation: str, **_: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, and what a checkpoint would have lacked."""
         config = AutoConfig.from_pretrained(name)
         with torch.device(self._device):
-            return AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=attn_implementation)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=attn_implementation)
+        return model, {"missing_keys": set()}
 
 
 @contextmanager

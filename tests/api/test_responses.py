@@ -43,6 +43,7 @@ SCHEMA = {
 }
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": SCHEMA, "strict": False}
 NOW = {"type": "function", "name": "now", "parameters": None, "strict": None}
+ONLY_NOW = {"type": "allowed_tools", "tools": [{"type": "function", "name": "now"}]}
 CALL = b'<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 REPLY = b"<think>\nhm\n</think>\n\nI will look.\n" + CALL
 
@@ -309,6 +310,15 @@ async def test_an_error_before_the_first_token_of_a_stream_is_a_failed_response(
     assert len(server.engine.closed) == 1
 
 
+async def test_a_bug_in_the_middle_of_a_stream_is_an_exception_of_the_sdk(server: Server) -> None:
+    server.engine.reply = [104, -1]  # type: ignore[assignment]  # no such token: detokenizing fails
+    transport = httpx2.ASGITransport(server.app, raise_app_exceptions=False)
+    sdk = server.sdk.with_options(http_client=httpx2.AsyncClient(transport=transport))
+    with pytest.raises(openai.APIError, match="the server failed on this request"):
+        async for _ in await sdk.responses.create(model="base", input="hi", stream=True):
+            pass
+
+
 async def test_a_client_that_leaves_ends_the_generation(server: Server) -> None:
     server.engine.forever = True
     sent: list[bytes] = []
@@ -419,6 +429,10 @@ async def test_a_recorded_response_is_input_again(server: Server) -> None:
     answer = await server.send(input=[{"role": "user", "content": "hi"}, *raw, result], tools=[WEATHER])
     assert answer.status_code == 200, answer.text
     assert server.prompt().endswith(f"user:hi|{turn}")
+    dumped = [item.model_dump() for item in first.output]  # with every field of the SDK's models
+    null = {"id": None, "status": None, "name": None, "namespace": None, "caller": None}
+    await server.respond(input=[{"role": "user", "content": "hi"}, *dumped, result | null], tools=[WEATHER])
+    assert server.prompt().endswith(f"user:hi|{turn}")
 
 
 # --- tools, formats and reasoning ------------------------------------------------------------------------------------
@@ -431,6 +445,8 @@ async def test_a_recorded_response_is_input_again(server: Server) -> None:
         ({"tool_choice": "auto"}, False),
         ({"tool_choice": "required"}, True),
         ({"tool_choice": {"type": "function", "name": "weather"}}, True),
+        ({"tool_choice": ONLY_NOW | {"mode": "auto"}}, False),
+        ({"tool_choice": ONLY_NOW | {"mode": "required"}}, True),
         ({"tools": [WEATHER | {"strict": True}]}, True),
         ({"tools": [], "text": {"format": {"type": "json_object"}}}, True),
         ({"tools": [], "text": {"format": {"type": "text"}}}, False),
@@ -451,6 +467,9 @@ async def test_tools_are_shown_to_the_model_unless_none_may_be_called(server: Se
     assert '"name": "now"' in server.prompt()
     one = await server.respond(tools=[WEATHER], parallel_tool_calls=False)
     assert [item.type for item in one.output] == ["function_call"]
+    await server.respond(tools=[WEATHER, NOW], tool_choice=ONLY_NOW | {"mode": "auto"})
+    assert "weather" not in server.prompt()
+    assert '"name": "now"' in server.prompt()
     none = await server.respond(tools=[WEATHER], tool_choice="none")
     assert none.output_text == server.engine.reply.decode()
     assert "weather" not in server.prompt()
@@ -471,8 +490,9 @@ async def test_structured_output_is_parsed_by_the_sdk(server: Server) -> None:
 async def test_reasoning_effort_switches_thinking(server: Server) -> None:
     await server.respond(reasoning={"effort": "none"})
     assert server.prompt().endswith("assistant:-")
-    await server.respond(reasoning={"effort": "high", "summary": "auto"})
-    assert server.prompt().endswith("assistant:+")
+    for effort in ("high", "max"):
+        await server.respond(reasoning={"effort": effort, "summary": "auto"})
+        assert server.prompt().endswith("assistant:+")
 
 
 async def test_sampling_parameters(server: Server) -> None:
@@ -531,7 +551,8 @@ async def test_fields_without_effect_are_accepted(server: Server, fields: dict[s
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "name": "weather"}},
          "tool_choice", "no function weather"),
-        ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "function"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice", "function"),
+        ({"tools": [WEATHER], "tool_choice": ONLY_NOW | {"mode": "auto"}}, "tool_choice.tools", "no function now"),
         (
             {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}}},
             "text.format.schema",

@@ -118,11 +118,12 @@ def openai_agents(url: str, model: str) -> None:
 
     async def run() -> None:
         served = OpenAIResponsesModel(model, AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0))
-        settings = ModelSettings(max_tokens=60)
+        # An answer cut off by max_tokens is an error to this library.
+        settings = ModelSettings(max_tokens=400, temperature=0)
         plain = Agent(name="a", instructions="Be brief.", model=served, model_settings=settings)
         assert (await Runner.run(plain, QUESTION)).final_output is not None
         tool = function_tool(weather)
-        forced = ModelSettings(max_tokens=60, tool_choice="required")
+        forced = ModelSettings(max_tokens=400, temperature=0, tool_choice="required")
         agent = Agent(name="b", instructions="Use tools.", model=served, tools=[tool], model_settings=forced)
         result = await Runner.run(agent, QUESTION, run_config=RunConfig(), max_turns=3)
         assert any(item.type == "tool_call_output_item" for item in result.new_items)

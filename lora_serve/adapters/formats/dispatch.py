@@ -55,6 +55,11 @@ FORMATS: Mapping[str, Lower] = {
     "CARTRIDGE": prefix_tuning.lower_cartridge,
 }
 
+# Methods of virtual tokens save modules of the base without PEFT's wrapper in the path; `virtual_tokens.py` reads them.
+UNWRAPPED = {
+    "PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE",
+}  # fmt: skip
+
 
 def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] = FORMATS) -> Lowered:
     """Lower a checkpoint of any supported method. Raises AdapterInvalid naming what is not supported."""
@@ -64,8 +69,10 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
     if method not in formats:
         raise refuse_method(method, formats)
     embeds, pooling = adapter_pooling(checkpoint)
+    if method not in UNWRAPPED:
+        checkpoint = replace(checkpoint, tensors=complete_paths(checkpoint.tensors, base))
     try:
-        lowered = formats[method](replace(checkpoint, tensors=complete_paths(checkpoint.tensors, base)), base)
+        lowered = formats[method](checkpoint, base)
     except BaseMismatch as error:
         raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
     if not (lowered.deltas or lowered.overrides or lowered.prefix):

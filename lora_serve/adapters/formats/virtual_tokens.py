@@ -32,7 +32,8 @@ def read_tensors(
     """
     config = checkpoint.config
     check_fields(config, SIZES | read, without_effect)
-    found = saved.split_saved(config, {_key(key): tensor for key, tensor in checkpoint.tensors.items()}, base)
+    wrapped = {_key(key): tensor for key, tensor in checkpoint.tensors.items()}
+    found = saved.split_saved(config, keys.complete_paths(wrapped, base), base)
     table = found.rest.get(TABLE)
     if table is None or table.ndim != 2:
         raise AdapterInvalid(f"{TABLE} [virtual tokens, width] is missing")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from lora_serve.api.openai.chat_schemas import FunctionName, Identifier
+from lora_serve.api.openai.chat_schemas import FunctionName, Identifier, Name
 from lora_serve.api.openai.schemas import Strict, Text
 
 LONGEST_KIND = 50  # characters of a type in a message
@@ -109,6 +109,8 @@ class MessageItem(Strict):
 class FunctionCallItem(Strict):
     """A function call that the model made. `arguments` is JSON text."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)  # a dump of the SDK's model has `async_`
+
     type: Literal["function_call"]
     call_id: Identifier
     name: FunctionName
@@ -116,6 +118,8 @@ class FunctionCallItem(Strict):
     id: Identifier | None = None
     status: Status | None = None
     namespace: None = None
+    caller: None = None
+    async_: Annotated[Literal[False] | None, Field(alias="async")] = None
     parsed_arguments: Any = None  # added by the SDK
 
 
@@ -127,6 +131,9 @@ class FunctionCallOutputItem(Strict):
     output: Content
     id: Identifier | None = None
     status: Status | None = None
+    name: Name | None = None
+    namespace: None = None
+    caller: None = None
 
 
 class SummaryText(Strict):

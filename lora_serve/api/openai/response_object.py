@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from lora_serve.api.openai.response_input import FunctionCallItem, MessageItem, OutputTextPart, ReasoningItem
-from lora_serve.api.openai.response_schemas import NamedFunctionChoice, ReasoningConfig, ResponseFunction, TextConfig
+from lora_serve.api.openai.response_schemas import (
+    AllowedFunctions,
+    NamedFunctionChoice,
+    ReasoningConfig,
+    ResponseFunction,
+    TextConfig,
+)
 from lora_serve.api.openai.schemas import Strict
 
 
@@ -67,7 +73,7 @@ class ResponseObject(Strict):
     top_p: float
     max_output_tokens: int | None
     tools: list[ResponseFunction]
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | AllowedFunctions
     parallel_tool_calls: bool
     text: TextConfig
     reasoning: ReasoningConfig

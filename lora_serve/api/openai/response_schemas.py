@@ -67,6 +67,14 @@ class NamedFunctionChoice(Strict):
     name: FunctionName
 
 
+class AllowedFunctions(Strict):
+    """The functions that the model may call, of those in `tools`."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunctionChoice], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+
+
 class PlainTextFormat(Strict):
     type: Literal["text"]
 
@@ -93,7 +101,7 @@ class TextConfig(Strict):
 class ReasoningConfig(Strict):
     """How much the model reasons. Its reasoning is returned as it is, so summaries of it are empty."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
@@ -120,7 +128,11 @@ class CreateResponse(ModelSelection):
     input: Text | InputItems
     instructions: Text | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionChoice | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[NamedFunctionChoice | AllowedFunctions, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None

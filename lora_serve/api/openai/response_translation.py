@@ -20,6 +20,7 @@ from lora_serve.api.openai.response_input import (
 )
 from lora_serve.api.openai.response_schemas import (
     LOGPROBS,
+    AllowedFunctions,
     CreateResponse,
     JsonSchemaText,
     NamedFunctionChoice,
@@ -46,6 +47,7 @@ def to_chat_completion(body: CreateResponse, find_item: FindItem) -> ChatComplet
         raise BadRequest("stream_options needs stream: true", param="stream_options")
     if body.top_logprobs and not body.logprobs:
         raise BadRequest(f"top_logprobs needs {LOGPROBS} in include", param="top_logprobs")
+    effort = body.reasoning.effort if body.reasoning else None
     fields = {
         "model": body.model,
         "adapter": body.adapter,
@@ -56,10 +58,10 @@ def to_chat_completion(body: CreateResponse, find_item: FindItem) -> ChatComplet
         "logprobs": body.logprobs or None,
         "top_logprobs": body.top_logprobs,
         "stream": body.stream,
-        "tools": [_function(tool) for tool in body.tools or () if isinstance(tool, ResponseFunction)] or None,
+        "tools": [_function(tool) for tool in _callable(body)] or None,
         "tool_choice": _tool_choice(body),
         "parallel_tool_calls": body.parallel_tool_calls,
-        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+        "reasoning_effort": "xhigh" if effort == "max" else effort,
         "response_format": _response_format(body),
         "user": body.user,
         "safety_identifier": body.safety_identifier,
@@ -153,6 +155,17 @@ def _reasoning(item: ReasoningItem) -> str:
     return "\n".join(part.text for part in item.content or item.summary or ())
 
 
+def _callable(body: CreateResponse) -> list[ResponseFunction]:
+    """The functions that may be called."""
+    functions = [tool for tool in body.tools or () if isinstance(tool, ResponseFunction)]
+    if not isinstance(body.tool_choice, AllowedFunctions):
+        return functions
+    names = [allowed.name for allowed in body.tool_choice.tools]
+    if unknown := set(names) - {function.name for function in functions}:
+        raise BadRequest(f"tools has no function {min(unknown)}", param="tool_choice.tools")
+    return [function for function in functions if function.name in names]
+
+
 def _function(tool: ResponseFunction) -> dict[str, Any]:
     function = tool.model_dump(include={"name", "description", "parameters", "strict"})
     return {"type": "function", "function": function}
@@ -161,7 +174,7 @@ def _function(tool: ResponseFunction) -> dict[str, Any]:
 def _tool_choice(body: CreateResponse) -> Any:
     if isinstance(body.tool_choice, NamedFunctionChoice):
         return {"type": "function", "function": {"name": body.tool_choice.name}}
-    return body.tool_choice
+    return body.tool_choice.mode if isinstance(body.tool_choice, AllowedFunctions) else body.tool_choice
 
 
 def _response_format(body: CreateResponse) -> dict[str, Any] | None:

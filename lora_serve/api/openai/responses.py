@@ -45,8 +45,12 @@ class ResponseNotFound(ServeError):
 
 
 def _stream_error(error: ServeError) -> dict[str, Any]:
-    """The event for a bug in the middle of a stream; for other errors there is `response.failed`."""
-    return {"type": "error", "sequence_number": 0, "code": error.kind, "message": error.message, "param": error.param}
+    """The event for a bug in the middle of a stream; for other errors there is `response.failed`.
+
+    The documented event has its fields at the top; OpenAI's SDK raises an exception for those in `error`.
+    """
+    told = {"code": error.kind, "message": error.message, "param": error.param}
+    return {"type": "error", "sequence_number": 0, **told, **error_handlers.body(error)}
 
 
 EVENTS = StreamFormat(named=True, done=None, error=_stream_error)
