@@ -143,7 +143,8 @@ def test_prompts_far_longer_than_the_context(server: ServerProcess, usual_gap: f
 
 
 def test_unfinished_bodies_without_a_key(server: ServerProcess, usual_gap: float) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n"
     with (
         nobody_is_harmed(server, usual_gap),
         sockets(server, 100, head % (8 * MB) + b'{"prompt":"' + b"x" * MB) as opened,
