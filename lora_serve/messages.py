@@ -80,13 +80,18 @@ class PinAdapter(msgspec.Struct, frozen=True, tag="pin"):
 
 
 class DeleteAdapter(msgspec.Struct, frozen=True, tag="delete"):
-    """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`.
+    """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`."""
 
-    With `keep_uploads`, an adapter that has no folder of its own on this machine is refused.
+    name: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
+    """Evict and unlist, until it is loaded or published again or the engine restarts. Answered with `AdapterInfo`.
+
+    A copy of a folder on this machine is deleted.
     """
 
     name: str
-    keep_uploads: bool = False
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -94,7 +99,16 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
 
 Operation = (
-    Publish | Inspect | ListAdapters | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter | DeleteAdapter | Drain
+    Publish
+    | Inspect
+    | ListAdapters
+    | DescribeAdapter
+    | LoadAdapter
+    | EvictAdapter
+    | PinAdapter
+    | DeleteAdapter
+    | UnloadAdapter
+    | Drain
 )
 
 

@@ -83,6 +83,7 @@ class Registry:
             None if device_slots.capacity is None else device_slots.capacity // 2
         )  # and half of the memory
         self._names: dict[str, Record] = dict(store.names())
+        self._unlisted: set[str] = set()  # of them, those that were unloaded
         self._meta: dict[str, Meta] = {record.digest: store.meta(record.digest) for record in self._names.values()}
         self._older_versions: dict[str, list[str]] = {}  # name → earlier versions that are still leased
         self._leases: Counter[str] = Counter()  # digest → number of leases, oldest first
@@ -97,7 +98,7 @@ class Registry:
 
     def acquire(self, use: AdapterUse) -> Lease:
         """Lease the version that a request names. Raises AdapterNotFound, or BadRequest for an ambiguous version."""
-        record = self._names.get(use.name)
+        record = None if use.name in self._unlisted else self._names.get(use.name)
         digests = [] if record is None else [record.digest, *self._older_versions.get(use.name, [])]
         if use.version is not None:
             digests = [digest for digest in digests if digest.startswith(use.version)]
@@ -177,12 +178,12 @@ class Registry:
     def publish(self, operation: Publish, done: Done) -> None:
         """Check and store a folder as a version of a name; `done` gets `AdapterInfo` or the error."""
         name = check_name(operation.name)
-        if name in self._names and not operation.replace:
+        replace = operation.replace or name in self._unlisted
+        if name in self._names and not replace:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
         def work() -> PublishedVersion:
-            folder = Path(operation.folder)
-            return self._publisher.publish(name, folder, replace=operation.replace, source=operation.source)
+            return self._publisher.publish(name, Path(operation.folder), replace=replace, source=operation.source)
 
         def on_published(result: PublishedVersion | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -219,7 +220,7 @@ class Registry:
         return failed
 
     def describe_all(self) -> list[AdapterInfo]:
-        return [self.describe(name) for name in sorted(self._names)]
+        return [self.describe(name) for name in sorted(self._names.keys() - self._unlisted)]
 
     def describe(self, name: str) -> AdapterInfo:
         record = self._record(name)
@@ -228,6 +229,7 @@ class Registry:
 
     def load(self, name: str, done: Done) -> None:
         """Load the newest version into host memory, and onto the device if a slot is free."""
+        self._unlisted.discard(name)
         digest = self._record(name).digest
         self._evicting.discard(digest)
 
@@ -272,14 +274,10 @@ class Registry:
 
         self.load(name, on_loaded)
 
-    def delete(self, name: str, done: Done, *, keep_uploads: bool = False) -> None:
-        """Unlist an adapter at once; its memory and files are freed when its last lease is released.
-
-        With `keep_uploads`, raises BadRequest if the store has the only copy of it.
-        """
+    def delete(self, name: str, done: Done) -> None:
+        """Unlist an adapter at once; its memory and files are freed when its last lease is released."""
+        self._unlisted.discard(name)
         info = self.describe(name)
-        if keep_uploads and not self._names[name].source:
-            raise BadRequest(f"{name} was uploaded, so unloading would destroy it: DELETE /v1/adapters/{name} does")
         digest = self._names.pop(name).digest
         self._pins.discard(name)
         self._older_versions.pop(name, None)
@@ -290,17 +288,30 @@ class Registry:
 
         self._loader.publish(lambda: self._publisher.unpublish(name), on_unpublished)
 
+    def unload(self, name: str, done: Done) -> None:
+        """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
+        record = self._record(name)
+        if record.source:
+            self.delete(name, done)
+            return
+        info = self.describe(name)
+        self._pins.discard(name)
+        self._unlisted.add(name)
+        self._evicting.add(record.digest)
+        self._free_if_unused(record.digest)
+        done(info)
+
     def fill_stats(self, stats: Stats) -> None:
         """Fill in the statistics of adapters."""
         names = {record.digest: name for name, record in self._names.items()}
         stats.resident = sorted(names[digest] for digest in self._memory.resident if digest in names)
-        stats.adapters = len(self._names)
+        stats.adapters = len(self._names) - len(self._unlisted)
         self._memory.fill_stats(stats)
 
     # --- internals -----------------------------------------------------------------------------------------------
 
     def _record(self, name: str) -> Record:
-        if name not in self._names:
+        if name not in self._names or name in self._unlisted:
             raise adapter_not_found(name)
         return self._names[name]
 
@@ -308,6 +319,7 @@ class Registry:
         """Let the name refer to the new version from now on."""
         before = self._names.get(published.name)
         self._names[published.name] = published.record
+        self._unlisted.discard(published.name)
         self._meta[published.record.digest] = published.meta
         if before is None or before.digest == published.record.digest:
             return

@@ -1,7 +1,7 @@
 """Routes that load and unload adapters from folders on the server: vLLM's under /v1, and SGLang's at the root.
 
 Loading publishes a copy of the folder. Unloading removes that copy and leaves the folder; an upload, whose only copy is
-in the store, is not unloaded.
+in the store, is evicted and no longer listed, until it is loaded or published again or the server restarts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import BadRequest, ServeError
-from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish
+from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish, UnloadAdapter
 from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(tags=["adapters"], route_class=JSONRoute)
@@ -82,7 +82,7 @@ async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Admin
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404))
 async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
-    """Remove an adapter that was loaded from a folder; the folder stays. An adapter that was uploaded is refused."""
+    """Take an adapter out of memory and of the list of models. Its folder, or what was uploaded, stays."""
     await _unload(body.lora_name, services, caller)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
@@ -102,7 +102,7 @@ async def load_sglang_lora(body: LoadSGLangLora, services: ServicesDep, caller: 
 
 @router.post("/unload_lora_adapter", responses=errors(404))
 async def unload_sglang_lora(body: UnloadSGLangLora, services: ServicesDep, caller: Administrator) -> SGLangLoras:
-    """Remove an adapter that was loaded from a folder; the folder stays. An adapter that was uploaded is refused."""
+    """Take an adapter out of memory and of the list of models. Its folder, or what was uploaded, stays."""
     await _unload(body.lora_name, services, caller)
     return await _list(services, caller)
 
@@ -117,7 +117,7 @@ async def _load(name: str, path: str, services: Services, caller: Caller, *, rep
 
 
 async def _unload(name: str, services: Services, caller: Caller) -> None:
-    await services.engine.call(DeleteAdapter(caller.check_may_use(name), keep_uploads=True))
+    await services.engine.call(UnloadAdapter(caller.check_may_use(name)))
 
 
 async def _list(services: Services, caller: Caller) -> SGLangLoras:

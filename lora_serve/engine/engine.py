@@ -44,6 +44,7 @@ from lora_serve.messages import (
     Reply,
     Stats,
     StepReport,
+    UnloadAdapter,
     Update,
 )
 
@@ -261,8 +262,10 @@ class Engine:
                 registry.evict(name, done)
             case PinAdapter(name, pinned):
                 registry.pin(name, pinned, done)
-            case DeleteAdapter(name, keep_uploads):
-                registry.delete(name, done, keep_uploads=keep_uploads)
+            case DeleteAdapter(name):
+                registry.delete(name, done)
+            case UnloadAdapter(name):
+                registry.unload(name, done)
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 

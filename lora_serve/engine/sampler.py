@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -195,14 +196,20 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
 
 def _apply_masks(values: Tensor, part: list[int], masks: Tensor) -> None:
     """Set the logits of tokens that are not in a mask to -inf, for the rows `part`. Masks: int32 [len(part), words]."""
-    bits = torch.arange(32, dtype=torch.int32, device=masks.device)
-    allowed = ((masks[:, :, None] >> bits) & 1).flatten(1)[:, : values.shape[1]]
+    added = _mask_table(masks.device).index_select(0, masks.view(torch.uint8).flatten().int()).view(len(masks), -1)
     rows = _rows(values, part)
-    rows[:, : allowed.shape[1]].masked_fill_(allowed == 0, float("-inf"))
-    if allowed.shape[1] < rows.shape[1]:  # an adapter's own tokens
-        rows[:, allowed.shape[1] :] = float("-inf")
+    covered = min(added.shape[1], rows.shape[1])
+    rows[:, :covered] += added[:, :covered]
+    rows[:, covered:] = float("-inf")  # an adapter's own tokens
     if rows is not values:
         _set_rows(values, part, rows)
+
+
+@cache
+def _mask_table(device: torch.device) -> Tensor:
+    """What each byte of a mask adds to 8 logits, float32 [256, 8]: 0 for allowed tokens, -inf for the others."""
+    allowed = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+    return torch.where(allowed == 1, 0.0, float("-inf")).to(device)
 
 
 def _sample_from_distribution(values: Tensor, rows: list[SamplingRow]) -> Tensor:

@@ -14,7 +14,7 @@ from registry_harness import RegistryHarness
 from lora_serve.adapters.registry import InMemory, LoadFailed, Loading
 from lora_serve.adapters.store import Meta
 from lora_serve.adapters.traits import Traits
-from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, BadRequest
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
 
@@ -102,19 +102,26 @@ def test_a_deleted_adapter_is_freed_when_its_last_lease_is_released(harness: Reg
 
 def test_unloading_deletes_copies_of_folders_and_keeps_uploads(harness: RegistryHarness) -> None:
     def unload(done: Any) -> None:
-        harness.registry.delete("a", done, keep_uploads=True)
+        harness.registry.unload("a", done)
 
     harness.publish("a")
-    with pytest.raises(BadRequest, match="DELETE /v1/adapters/a"):
-        harness.run(unload)
-    assert harness.registry.describe("a")
+    harness.run(lambda done: harness.registry.load("a", done))
+    harness.run(unload)
+    assert (harness.device_slots.bytes, harness.cache.bytes) == (0, 0)
+    assert harness.registry.describe_all() == []
+    with pytest.raises(AdapterNotFound):
+        harness.registry.acquire(AdapterUse("a"))
+    harness.run(lambda done: harness.registry.load("a", done))  # listed again
+    assert [info.name for info in harness.registry.describe_all()] == ["a"]
+    harness.run(unload)
     folder = write(harness.folder / "source", harness.tensors(1))
-    publish = Publish("a", str(folder), replace=True, source=str(folder))
+    publish = Publish("a", str(folder), source=str(folder))  # the name is free
     harness.run(lambda done: harness.registry.publish(publish, done))
     harness.run(unload)
     with pytest.raises(AdapterNotFound):
         harness.registry.describe("a")
-    assert list(folder.iterdir())
+    with pytest.raises(AdapterNotFound):
+        harness.run(lambda done: harness.registry.load("a", done))
 
 
 def test_evicting_frees_memory_and_keeps_the_files(harness: RegistryHarness) -> None:

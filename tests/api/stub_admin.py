@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from lora_serve.api.app import create_app
 from lora_serve.api.auth import Keys
 from lora_serve.config import ServeConfig
-from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound, BadRequest
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound
 from lora_serve.messages import (
     AdapterInfo,
     AdapterVersion,
@@ -35,6 +35,7 @@ from lora_serve.messages import (
     PinAdapter,
     Publish,
     Stats,
+    UnloadAdapter,
     Update,
 )
 from lora_serve.request import Event, Finished, Request
@@ -101,10 +102,8 @@ class StubAdminEngine:
                     raise AdapterBusy("no slot would be left", param="name")
                 self.adapters[name] = msgspec.structs.replace(self._find(name), pinned=operation.pinned)
                 return self.adapters[name]
-            case DeleteAdapter(name=name):
+            case DeleteAdapter(name=name) | UnloadAdapter(name=name):
                 self._find(name)
-                if operation.keep_uploads and not self.sources.get(name):
-                    raise BadRequest("it was uploaded")
                 return self.adapters.pop(name)
             case DescribeAdapter(name=name) | LoadAdapter(name=name) | EvictAdapter(name=name):
                 return self._find(name)

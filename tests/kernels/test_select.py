@@ -120,7 +120,8 @@ def test_the_native_kernels_share_torchs_openmp_runtime(native: NativeKernels) -
     if not maps.exists():
         pytest.skip("only Linux tells what is loaded")
     # In a process of its own: libraries of other tests bring their own runtimes.
-    code = "from lora_serve.kernels.cpu.build import library; library(); print(open('/proc/self/maps').read())"
+    code = "from lora_serve.kernels.cpu import build, library; library.Library(build.library()); "
+    code += "print(open('/proc/self/maps').read())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = {line.split()[-1] for line in shown.splitlines() if "libgomp" in line or "libomp" in line}
     assert len(loaded) == 1
