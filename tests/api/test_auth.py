@@ -12,7 +12,7 @@ from stub_admin import FILES, StubAdminApp, refusal
 
 from lora_serve.api.auth import RECHECK, Caller, KeyFile, Keys, hash_key, load_keys
 from lora_serve.errors import BadRequest
-from lora_serve.messages import AdapterInfo
+from lora_serve.messages import AdapterInfo, AdapterVersion
 
 OPEN = {"/health", "/ready"}
 
@@ -35,8 +35,9 @@ def keys(tmp_path: Path) -> Keys:
 @pytest.fixture
 def server(tmp_path: Path, keys: Keys) -> StubAdminApp:
     server = StubAdminApp(tmp_path / "store", keys)
+    version = AdapterVersion("d" * 64, 5.5, 8, 2, 10, 10, ["disk"], 0)
     for name in ("poet", "poet-2", "coder"):
-        server.engine.adapters[name] = AdapterInfo(name, False, [])
+        server.engine.adapters[name] = AdapterInfo(name, False, [version])
     return server
 
 
