@@ -45,18 +45,20 @@ def openai_chat(url: str, model: str) -> None:
         first = api.chat.completions.create(model=model, messages=messages, max_tokens=20)
         messages += [first.choices[0].message, {"role": "user", "content": "And in Rome?"}]
         assert api.chat.completions.create(model=model, messages=messages, max_tokens=20).choices
-        parsed = api.chat.completions.parse(model=model, messages=messages, response_format=Place, max_tokens=100)
+        parsed = api.chat.completions.parse(
+            model=model, messages=messages, response_format=Place, max_tokens=400, temperature=0
+        )
         assert parsed.choices[0].message.parsed is not None
         tools: list[Any] = [pydantic_function_tool(Place)]
         called = api.chat.completions.parse(
-            model=model, messages=messages, tools=tools, tool_choice="required", max_tokens=100
+            model=model, messages=messages, tools=tools, tool_choice="required", max_tokens=400, temperature=0
         )
         message = called.choices[0].message
         assert message.tool_calls
         assert isinstance(message.tool_calls[0].function.parsed_arguments, Place)
         messages += [message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}]
-        with api.chat.completions.stream(model=model, messages=messages, tools=tools, max_tokens=20) as stream:
-            assert stream.get_final_completion().choices[0].finish_reason in ("stop", "length", "tool_calls")
+        with api.chat.completions.stream(model=model, messages=messages, max_tokens=20) as stream:
+            assert stream.get_final_completion().choices[0].finish_reason in ("stop", "length")
 
 
 @client
@@ -189,8 +191,7 @@ def instructor(url: str, model: str) -> None:
     for mode in (
         instructor.Mode.TOOLS,
         instructor.Mode.TOOLS_STRICT,
-        instructor.Mode.JSON_SCHEMA,
-        instructor.Mode.JSON,
+        instructor.Mode.JSON_SCHEMA,  # Mode.JSON does not send the schema as one
     ):
         made = instructor.from_openai(api, mode=mode).chat.completions.create(
             model=model, response_model=Place, messages=[{"role": "user", "content": "Paris, France"}], max_tokens=100,
