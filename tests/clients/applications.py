@@ -57,7 +57,7 @@ def openai_chat(url: str, model: str) -> None:
         assert message.tool_calls
         assert isinstance(message.tool_calls[0].function.parsed_arguments, Place)
         messages += [message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}]
-        with api.chat.completions.stream(model=model, messages=messages, max_tokens=20) as stream:
+        with api.chat.completions.stream(model=model, messages=messages, max_tokens=400, temperature=0) as stream:
             assert stream.get_final_completion().choices[0].finish_reason in ("stop", "length")
 
 
