@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_headers = False
         if self._refused or self._refusal is not None:
             return
-        self.limit_concurrency = None if self.url.startswith(HEALTH) else self._limits.connections + 1
+        if len(self.connections) > self._limits.connections and not self.url.startswith(HEALTH):
+            self._refusal = 503, "the server has too many connections"
+            return
         super().on_headers_complete()
         self.cycle.transport = _LingeringTransport(self)  # type: ignore[assignment]
         self._body_bytes = 0
@@ -165,6 +168,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self.server_state.total_requests += 1
         else:
             super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is not a valid HTTP request")
 
     # --- limits ------------------------------------------------------------------------------------------------------
 
@@ -211,11 +217,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         kind = "server_error" if status >= 500 else "invalid_request_error"
         phrase = HTTPStatus(status).phrase
-        code = phrase.lower().replace(" ", "_")
+        code = phrase.lower().replace(" ", "_").replace("-", "_")
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
         head = (
             f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
+            f"{'retry-after: 1' + chr(13) + chr(10) if status == 503 else ''}connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         if linger:

@@ -60,6 +60,7 @@ class Registry:
     Args:
         wake: called from other threads when `poll` has work to do.
         max_bytes: largest weights file.
+        base_name: name of the base in the API, which no adapter may have.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Registry:
         wake: Callable[[], None],
         *,
         max_bytes: int,
+        base_name: str = "",
     ) -> None:
-        self._store, self._base = store, base
+        self._store, self._base, self._base_name = store, base, base_name
         self._dtype, self._max_bytes = dtype, max_bytes
         self._publisher = Publisher(store, base, max_bytes=max_bytes, most_elements=cache.capacity // dtype.itemsize)
         self._loader = Loader(wake)
@@ -177,7 +179,7 @@ class Registry:
 
     def publish(self, operation: Publish, done: Done) -> None:
         """Check and store a folder as a version of a name; `done` gets `AdapterInfo` or the error."""
-        name = check_name(operation.name)
+        name = self._check_adapter_name(operation.name)
         replace = operation.replace or name in self._unlisted
         if name in self._names and not replace:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
@@ -209,7 +211,9 @@ class Registry:
             if not (path / "adapter_config.json").exists():
                 continue
             try:
-                published = self._publisher.publish_unchanged(check_name(path.name), path, self._names.get(path.name))
+                published = self._publisher.publish_unchanged(
+                    self._check_adapter_name(path.name), path, self._names.get(path.name)
+                )
                 if published is not None:
                     self._apply_published(published)
             except ServeError as error:
@@ -309,6 +313,12 @@ class Registry:
         self._memory.fill_stats(stats)
 
     # --- internals -----------------------------------------------------------------------------------------------
+
+    def _check_adapter_name(self, name: str) -> str:
+        """Return `name` if an adapter may have it. Raises BadRequest, AdapterExists."""
+        if name == self._base_name:
+            raise AdapterExists(f"{name} is the name of the base model", param="name")
+        return check_name(name)
 
     def _record(self, name: str) -> Record:
         if name not in self._names or name in self._unlisted:

@@ -165,9 +165,10 @@ def authorize(request: Request) -> Caller:
     keys: Keys | None = request.app.state.services.keys
     if keys is None:
         return EVERYBODY
-    bearer = f"Bearer {request.headers.get('x-api-key', '')}"
-    scheme, _, key = request.headers.get("Authorization", bearer).partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":  # a proxy's own, perhaps
+        key = request.headers.get("x-api-key", "")
+    if not key.strip():
         raise Unauthenticated("an API key is needed: Authorization: Bearer <key>, or x-api-key: <key>")
     if (caller := keys.find(key.strip())) is None:
         raise Unauthenticated("unknown API key")

@@ -59,7 +59,7 @@ def template_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "function": {
                 "name": function["name"],
                 "description": function.get("description") or "",
-                "parameters": function.get("parameters") or {"type": "object", "properties": {}},
+                "parameters": {"type": "object", "properties": {}} | (function.get("parameters") or {}),
             },
         }
         for function in functions

@@ -22,7 +22,7 @@ from lora_serve.api.openai.schemas import Strict
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
-from lora_serve.errors import BadRequest, ServeError
+from lora_serve.errors import AdapterExists, BadRequest, ServeError
 from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish, UnloadAdapter
 from lora_serve.names import NAME_PATTERN, check_name
 
@@ -113,7 +113,11 @@ async def _load(name: str, path: str, services: Services, caller: Caller, *, rep
     source = await asyncio.to_thread(_resolve_below_roots, path, roots)
     async with staging_folder(services.staging) as folder:
         await asyncio.to_thread(archive.copy, source, folder, roots, services.config.max_adapter_size)
-        await services.engine.call(Publish(name, str(folder), replace=replace, source=str(source)))
+        try:
+            await services.engine.call(Publish(name, str(folder), replace=replace, source=str(source)))
+        except AdapterExists as error:
+            message = error.message if replace else f"{name} exists; load_inplace: true replaces an adapter"
+            raise AdapterExists(message, param="lora_name") from None
 
 
 async def _unload(name: str, services: Services, caller: Caller) -> None:

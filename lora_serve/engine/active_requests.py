@@ -6,10 +6,11 @@ Every request ends in `finish`, on every path; its KV blocks and adapter leases 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from lora_serve.adapters.registry import Lease, Registry
 from lora_serve.engine.admission import check, check_adapters_fit, pooling_of
-from lora_serve.engine.grammar_compiler import CompiledGrammar, GrammarCompiler
+from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
 from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
@@ -36,7 +37,7 @@ class ActiveRequests:
         self._grammars = grammars
         self._max_queue = max_queue
         self._sequences: dict[str, Sequence] = {}
-        self._compiling: set[Sequence] = set()  # admitted, not queued before their grammars are compiled
+        self._compiling: dict[Sequence, Done] = {}  # admitted, not queued before their grammars are compiled
         self._leases: dict[str, list[Lease]] = {}
         self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
         self._embedding_sums = EmbeddingSums()
@@ -149,8 +150,8 @@ class ActiveRequests:
         forget: bool = False,
     ) -> None:
         """End a request: free its KV blocks, leases and state (`forget`: drop its blocks from the prefix index)."""
-        if seq in self._compiling:
-            self._compiling.remove(seq)
+        if (done := self._compiling.pop(seq, None)) is not None:
+            self._grammars.cancel(seq.request.sampling.grammar or "", done)
         else:
             self._scheduler.remove(seq, forget=forget)
         del self._sequences[seq.request.id]
@@ -184,8 +185,8 @@ class ActiveRequests:
         if request.sampling.grammar is None:
             self._queue(seq)
         else:
-            self._compiling.add(seq)
-            self._grammars.compile(request.sampling.grammar, lambda result: self._on_compiled(seq, result))
+            self._compiling[seq] = partial(self._on_compiled, seq)
+            self._grammars.compile(request.sampling.grammar, self._compiling[seq])
 
     def _on_compiled(self, seq: Sequence, result: CompiledGrammar | ServeError) -> None:
         """Queue a sequence whose grammar was compiled, or refuse its request; it may have been aborted meanwhile."""
@@ -197,7 +198,7 @@ class ActiveRequests:
         if isinstance(result, ServeError):
             self.finish(seq, "error", result)
             return
-        self._compiling.remove(seq)
+        del self._compiling[seq]
         seq.matcher = result.matcher(sampling)
         seq.stop_ids |= seq.matcher.eos_ids  # allowed despite `ignore_eos` where nothing else is
         self._queue(seq)

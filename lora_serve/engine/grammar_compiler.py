@@ -81,6 +81,14 @@ class GrammarCompiler:
             self._queue.put(grammar)
         self._waiting.setdefault(grammar, []).append(done)
 
+    def cancel(self, grammar: str, done: Done) -> None:
+        """Forget who waits for a grammar; one that nobody waits for any more is not compiled."""
+        waiting = self._waiting.get(grammar, [])
+        if done in waiting:
+            waiting.remove(done)
+        if not waiting:
+            self._waiting.pop(grammar, None)
+
     def poll(self) -> bool:
         """Pass on the results that are ready, in the calling thread; returns whether there were any."""
         any_ = False
@@ -93,7 +101,7 @@ class GrammarCompiler:
             self._cache[grammar] = result
             if len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
-            for done in self._waiting.pop(grammar):
+            for done in self._waiting.pop(grammar, ()):
                 done(result)
 
     def close(self) -> None:
@@ -110,6 +118,8 @@ class GrammarCompiler:
 
     def _work(self) -> None:
         while (grammar := self._queue.get()) is not None:
+            if grammar not in self._waiting:
+                continue  # cancelled
             try:
                 result: CompiledGrammar | ServeError = self._compile(grammar)
             except ServeError as error:

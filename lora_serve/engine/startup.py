@@ -113,6 +113,7 @@ def _build_parts(
         loaded.dtype,
         wake,
         max_bytes=int(config.max_adapter_size),
+        base_name=config.served_name(),
     )
     notes = loaded.notes + base.notes
     if config.adapters is not None:

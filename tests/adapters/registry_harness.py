@@ -17,6 +17,8 @@ from lora_serve.adapters.store import Store
 from lora_serve.errors import ServeError
 from lora_serve.messages import AdapterInfo, Publish, Stats
 
+BASE_NAME = "the-base"
+
 
 class RegistryHarness:
     """A registry on a small base, with blocking versions of its operations."""
@@ -26,8 +28,9 @@ class RegistryHarness:
         self.device_slots = DeviceSlots(BASE, slots, torch.float32, torch.device("cpu"))
         self.cache = HostCache(memory)
         self.registry = Registry(
-            Store(folder / "store"), self.cache, self.device_slots, BASE, torch.float32, lambda: None, max_bytes=1 << 20
-        )
+            Store(folder / "store"), self.cache, self.device_slots, BASE, torch.float32, lambda: None,
+            max_bytes=1 << 20, base_name=BASE_NAME,
+        )  # fmt: skip
 
     def wait_until(self, condition: Any) -> None:
         deadline = time.monotonic() + 10

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from peft_folders import tensors, write
-from registry_harness import RegistryHarness
+from registry_harness import BASE_NAME, RegistryHarness
 
 from lora_serve.adapters.registry import InMemory, LoadFailed, Loading
 from lora_serve.adapters.store import Meta
@@ -98,6 +98,14 @@ def test_a_deleted_adapter_is_freed_when_its_last_lease_is_released(harness: Reg
     harness.registry.release(lease)
     assert (harness.device_slots.bytes, harness.cache.bytes) == (0, 0)
     harness.wait_until(lambda: not any((harness.folder / "store" / "versions").iterdir()))
+
+
+def test_no_adapter_has_the_name_of_the_base(harness: RegistryHarness) -> None:
+    with pytest.raises(AdapterExists, match="name of the base"):
+        harness.publish(BASE_NAME)
+    write(harness.folder / "start" / BASE_NAME, harness.tensors(1))
+    ((name, error),) = harness.registry.publish_folder(harness.folder / "start")
+    assert (name, type(error)) == (BASE_NAME, AdapterExists)
 
 
 def test_unloading_deletes_copies_of_folders_and_keeps_uploads(harness: RegistryHarness) -> None:

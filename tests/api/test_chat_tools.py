@@ -139,6 +139,57 @@ async def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
     assert answer.json()["error"]["param"] == "tools"
 
 
+async def test_a_call_that_max_tokens_cuts_off_is_no_text(server: StubCompletionApp) -> None:
+    server.engine.reply = CALL + b"\n" + CALL
+    for length in (5, 14, 26, 30, len(CALL) + 6, len(CALL) + 20):
+        answer = (await server.chat(tools=[WEATHER], max_tokens=length)).json()["choices"][0]
+        assert answer["finish_reason"] == "length"
+        assert not answer["message"]["content"], length
+        chunks = events(await server.chat(tools=[WEATHER], max_tokens=length, stream=True))
+        assert not any(chunk["choices"][0]["delta"].get("content") for chunk in chunks), length
+    server.engine.reply = b"a < b, or is it"
+    assert (await server.chat(tools=[WEATHER], max_tokens=3)).json()["choices"][0]["message"]["content"] == "a <"
+
+
+async def test_a_stop_string_inside_a_call_is_not_the_end_of_a_call(server: StubCompletionApp) -> None:
+    cut = (await server.chat(tools=[WEATHER], stop=["city"])).json()["choices"][0]
+    assert cut["finish_reason"] == "stop"
+    after = (await server.chat(tools=[WEATHER], stop=["</tool_call>"])).json()["choices"][0]
+    assert after["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}])
+async def test_a_function_without_properties_is_shown_with_none(server: StubCompletionApp, parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+    assert (await server.chat(tools=[tool])).status_code == 200
+    assert '"properties": {}' in prompt(server)
+
+
+async def test_a_lone_surrogate_in_recorded_arguments_is_replaced(server: StubCompletionApp) -> None:
+    function = {"name": "weather", "arguments": '{"city": "\\ud800"}'}
+    call = {"id": "c", "type": "function", "function": function}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
+    answer = await server.chat(messages=turns)
+    assert answer.status_code == 200, answer.text
+    assert "\ufffd" in prompt(server) or "ud800" in prompt(server)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+        {"tools": [WEATHER], "tool_choice": "required"},
+    ],
+)
+async def test_a_continued_message_cannot_be_held_to_anything(
+    server: StubCompletionApp, fields: dict[str, Any]
+) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "{"}]
+    answer = await server.chat(messages=turns, continue_final_message=True, add_generation_prompt=False, **fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "continue_final_message")
+
+
 # --- reasoning -------------------------------------------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ async def test_a_response_has_every_field_of_the_sdk_s_model(server: Server) -> 
     assert (shown.model, shown.adapter) == ("poet", "poet@" + "d" * 12)
     assert (shown.status, shown.error, shown.incomplete_details) == ("completed", None, None)
     assert (shown.temperature, shown.top_p, shown.max_output_tokens) == (0.5, 1.0, 1000)
-    assert (shown.metadata, shown.store, shown.truncation) == ({"a": "b"}, False, "disabled")
+    assert (shown.metadata, shown.store, shown.truncation) == ({"a": "b"}, True, "disabled")
     answer = Response.model_validate(body)
     assert answer.output_text == "hello"
     (message,) = answer.output

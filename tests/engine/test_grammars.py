@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import jsonschema
 import pytest
 from ascii_tokenizer import EOS, ascii_tokenizer
 from engine_session import Session
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
+from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.errors import Unavailable
 from lora_serve.messages import Abort
 from lora_serve.request import Admitted, Finished, Tokens
 
@@ -285,3 +289,34 @@ def test_the_kv_of_forced_tokens_is_found_again(engine: Session) -> None:
     engine.run()
     assert engine.tokens("c") == engine.tokens("d")
     assert first == text(engine, "a")
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled() -> None:
+    begun = threading.Event()
+    release = threading.Event()
+    compiled: list[None] = []
+
+    def load_tokenizer() -> LLTokenizer:
+        begun.set()
+        release.wait(10)
+        raise Unavailable("no tokenizer")
+
+    compiler = GrammarCompiler(load_tokenizer, lambda: compiled.append(None))
+    answers: list[str] = []
+    waiting = {f'start: "{n}"': (lambda result, n=n: answers.append(str(n))) for n in range(50)}
+    for grammar, done in waiting.items():
+        compiler.compile(grammar, done)
+    begun.wait(10)
+    for grammar, done in list(waiting.items())[2:]:  # the first two are being compiled
+        compiler.cancel(grammar, done)
+    late: list[Any] = []
+    compiler.compile('start: "late"', late.append)
+    release.set()
+    deadline = time.monotonic() + 10
+    while not late and time.monotonic() < deadline:
+        compiler.poll()
+    assert isinstance(late[0], Unavailable)
+    compiler.close()
+    compiler.poll()
+    assert sorted(answers) == ["0", "1"]
+    assert len(compiled) == 3

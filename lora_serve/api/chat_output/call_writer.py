@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -52,6 +53,7 @@ class CallWriter:
         self._trim = trim
         self._text = EdgeTrimmer(trim_start=False)
         self._silent = False  # the current call is left out
+        self._arguments: list[str] = []  # of the last call
         self._events: list[OutputEvent] = []
 
     def knows(self, name: str) -> bool:
@@ -81,11 +83,22 @@ class CallWriter:
         if not self._silent:
             self._events.append(ToolCallBegin(self.begun, name))
             self.begun += 1
+            self._arguments.clear()
 
     def arguments(self, text: str) -> None:
         """Write a piece of the current call's arguments."""
         if text and not self._silent:
             self._events.append(ToolCallArguments(self.begun - 1, text))
+            self._arguments.append(text)
+
+    @property
+    def last_call_is_complete(self) -> bool:
+        """Whether the arguments of the last call are a complete JSON text."""
+        try:
+            json.loads("".join(self._arguments), strict=False)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def end(self) -> None:
         """Write what was held back."""

@@ -49,9 +49,13 @@ class OutputParser:
         next(self._steps, None)
         return self._calls.take_events()
 
-    def flush(self) -> list[OutputEvent]:
-        """End the text; returns the rest of the events, with what was held back."""
-        self._reader.end()
+    def flush(self, *, cut_off: bool = False) -> list[OutputEvent]:
+        """End the text; returns the rest of the events, with what was held back.
+
+        Args:
+            cut_off: more text would have come, so that the beginning of a call at its end is not text.
+        """
+        self._reader.end(cut_off=cut_off)
         next(self._steps, None)
         return self._calls.take_events()
 
@@ -59,6 +63,11 @@ class OutputParser:
     def tool_calls(self) -> int:
         """Number of calls begun so far."""
         return self._calls.begun
+
+    @property
+    def last_call_is_complete(self) -> bool:
+        """Whether the arguments of the last call are a complete JSON text."""
+        return self._calls.last_call_is_complete
 
     def _read(self) -> Step[None]:
         if self._reasoning is not None:

@@ -16,6 +16,7 @@ T = TypeVar("T")
 Step = Generator[None, None, T]  # yields while it waits for text
 Write = Callable[[str], None]
 
+CERTAIN = 4  # characters of a marker at which a text that was cut off is taken to have ended in it
 SPACE = re.compile(r"[ \t\r\n]+")
 
 
@@ -26,6 +27,7 @@ class TextReader:
         self._text = ""
         self._next = 0
         self._ended = False
+        self._cut_off = False
         self._held: list[str] | None = None
 
     def append(self, text: str) -> None:
@@ -33,18 +35,19 @@ class TextReader:
         self._text = self._text[self._next :] + text
         self._next = 0
 
-    def end(self) -> None:
-        """Say that no more text will come."""
+    def end(self, *, cut_off: bool = False) -> None:
+        """Say that no more text will come; `cut_off`: more would have come."""
         self._ended = True
+        self._cut_off = cut_off
 
     def hold(self) -> None:
         """Keep what is consumed from now on."""
         self._held = []
 
     def release(self) -> str:
-        """What was consumed since `hold`; empty after `drop`."""
+        """What was consumed since `hold`; empty after `drop`, and if the text was cut off in it."""
         held, self._held = "".join(self._held or ()), None
-        return held
+        return "" if self._cut_off and self._next == len(self._text) else held
 
     def drop(self) -> None:
         """Forget what was consumed since `hold`."""
@@ -94,10 +97,11 @@ class TextReader:
             found = pattern.search(self._text, self._next)
             if found:
                 end = found.start()
-            elif self._ended:
-                end = len(self._text)
             else:
-                end = len(self._text) - _overlap(self._text, self._next, markers)
+                overlap = _overlap(self._text, self._next, markers)
+                end = len(self._text)
+                if not self._ended or (self._cut_off and overlap >= CERTAIN):
+                    end -= overlap
             if end > self._next:
                 write(self.take(end - self._next))
             if found:

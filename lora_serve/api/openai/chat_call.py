@@ -132,8 +132,8 @@ class ChatCall:
     def parse(self, output: ChoiceOutput) -> tuple[list[OutputEvent], str]:
         """A completed choice: its reply, and its finish reason."""
         parser = self.format.parser()
-        events = [*parser.feed(output.text), *parser.flush()]
-        return events, finish_reason(output.finish_reason or "stop", parser)
+        events = [*parser.feed(output.text), *parser.flush(cut_off=output.finish_reason == "length")]
+        return events, finish_reason(output, parser)
 
     def replay(self, output: ChoiceOutput) -> Iterator[ChatOutput]:
         """A completed choice: the outputs that its stream would have had."""
@@ -152,16 +152,20 @@ def parsed(output: ChoiceOutput, parser: OutputParser) -> ChatOutput:
     """A choice's next output; `parser` has read those before."""
     events, reason = parser.feed(output.text), output.finish_reason
     if reason is not None:
-        events += parser.flush()
-        reason = finish_reason(reason, parser)
+        events += parser.flush(cut_off=reason == "length")
+        reason = finish_reason(output, parser)
     return ChatOutput(
         output.index, events, output.logprobs, reason, output.generated, output.cached, output.stop_string
     )
 
 
-def finish_reason(reason: str, parser: OutputParser) -> str:
+def finish_reason(output: ChoiceOutput, parser: OutputParser) -> str:
     """The reason that clients are told: a message that ends with tool calls asks for their results."""
-    return "tool_calls" if reason == "stop" and parser.tool_calls else reason
+    reason = output.finish_reason or "stop"
+    if reason != "stop" or not parser.tool_calls:
+        return reason
+    cut = output.stop_string is not None and not parser.last_call_is_complete
+    return "stop" if cut else "tool_calls"
 
 
 async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller, prefix: str = "chatcmpl-") -> ChatCall:
@@ -222,6 +226,13 @@ def _offered(body: ChatCompletion) -> list[FunctionTool]:
     return [] if body.tool_choice == "none" else body.tools or []
 
 
+def _holds_the_reply(body: ChatCompletion) -> bool:
+    """Whether the whole reply must match something."""
+    forms = (body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar)
+    formatted = body.response_format is not None and body.response_format.type != "text"
+    return formatted or any(form is not None for form in forms) or body.tool_choice not in (None, "auto", "none")
+
+
 def _check_together(body: ChatCompletion) -> None:
     """Check fields that need or exclude each other."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
@@ -235,6 +246,10 @@ def _check_together(body: ChatCompletion) -> None:
     names = [tool.function.name for tool in body.tools or []]
     if len(set(names)) < len(names):
         raise BadRequest("two functions have the same name", param="tools")
+    if body.continue_final_message and _holds_the_reply(body):
+        raise BadRequest(
+            "a message that is continued cannot be held to a format or a tool call", param="continue_final_message"
+        )
     if body.tool_choice == "required" and not names:
         raise BadRequest("tool_choice: required needs tools", param="tool_choice")
     if isinstance(body.tool_choice, NamedToolChoice) and body.tool_choice.function.name not in names:

@@ -72,7 +72,7 @@ async def encode_chat(
             continue_final_message=continue_final_message,
             **(arguments or {}),
         )
-        return text
+        return without_lone_surrogates(text)
 
     try:
         text = await asyncio.to_thread(render)
@@ -80,10 +80,16 @@ async def encode_chat(
     except TextTooLong:
         raise text_too_long(info, "messages") from None
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
-        raise BadRequest(f"the chat template refuses these messages: {str(error)[:200]}", param="messages") from error
+        what = "tools" if functions and isinstance(error, TypeError) else "messages"
+        raise BadRequest(f"the chat template refuses these {what}: {str(error)[:200]}", param=what) from error
     continued = turns[-1]["content"] if continue_final_message else ""
     is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
     return ChatPrompt(tokens, is_open)
+
+
+def without_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for surrogates that are no pair, as escapes in a tool call's arguments can make them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def thinking_switch(template: str) -> str | None:

@@ -20,7 +20,7 @@ ENFORCED = {
 }  # fmt: skip
 ANNOTATIONS = {
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment",
-    "contentEncoding", "contentMediaType", "contentSchema",
+    "contentEncoding", "contentMediaType", "contentSchema", "discriminator",
 }  # fmt: skip
 # Keywords whose values are schemas by name, lists of schemas, and schemas.
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})

@@ -79,7 +79,7 @@ class ResponseObject(Strict):
     reasoning: ReasoningConfig
     top_logprobs: int
     metadata: dict[str, str]
-    store: Literal[False]
+    store: bool
     background: Literal[False]
     truncation: Literal["disabled"]
     service_tier: Literal["default"]

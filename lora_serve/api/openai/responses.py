@@ -207,7 +207,7 @@ def echoed(body: CreateResponse) -> dict[str, Any]:
         "reasoning": {"effort": None, "summary": None} | reasoning,
         "top_logprobs": body.top_logprobs or 0,
         "metadata": body.metadata or {},
-        "store": False,
+        "store": body.store is not False,
         "background": False,
         "truncation": "disabled",
         "service_tier": "default",
