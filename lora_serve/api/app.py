@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lora_serve.api import admin, error_handlers, lora_routes
 from lora_serve.api.anthropic import messages_api
-from lora_serve.api.auth import Keys, MetricsReader
+from lora_serve.api.auth import Authorized, Keys, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
 from lora_serve.api.limits import BodyLimit, RequireKey
@@ -94,6 +94,12 @@ async def ready(services: ServicesDep) -> dict[str, str]:
     if not services.engine.ready:
         raise Unavailable("the server is not accepting requests at the moment", retry_after=1.0)
     return {"status": "ready"}
+
+
+@router.get("/version")
+async def show_version(caller: Authorized) -> dict[str, str]:
+    """The server's version."""
+    return {"version": version("lora-serve")}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ async def test_health_reports_the_heartbeat_and_ready_whether_requests_are_accep
     answer = await server.ask("GET", "/ready")
     assert answer.status_code == readiness
     assert ("Retry-After" in answer.headers) == (readiness == 503)
+
+
+async def test_the_version_is_that_of_the_package(server: StubAdminApp) -> None:
+    assert (await server.ask("GET", "/version")).json() == {"version": version("lora-serve")}
 
 
 async def test_metrics_show_the_engine_s_statistics(server: StubAdminApp) -> None:
