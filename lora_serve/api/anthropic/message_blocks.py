@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lora_serve.api.openai.chat_schemas import CacheControl, FunctionName, Identifier
 from lora_serve.api.openai.schemas import Strict, Text
+from lora_serve.api.openai.tagged_unions import LONGEST_KIND, NeverValid, by_kind, kind_of
 
 NOT_TEXT = ("image", "document", "audio", "video")
-LONGEST_KIND = 50  # characters of a type in a message
-NEVER_VALID = ConfigDict(json_schema_extra={"not": {}})
 
 
 class TextBlock(Strict):
@@ -58,36 +57,20 @@ class RedactedThinkingBlock(Strict):
     data: Text
 
 
-class UnsupportedBlock(Strict):
-    """A content block that is not served; its validation always fails, with the reason."""
+class UnsupportedBlock(NeverValid):
+    """A content block that is not served."""
 
-    model_config = NEVER_VALID
-
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
+    def refusal(cls, value: Any) -> str:
         kind = kind_of(value)
         if kind in NOT_TEXT:
-            raise ValueError(f"this server does not support {kind} input")
-        raise ValueError(f"this server does not support content blocks of type {kind[:LONGEST_KIND]}")
-
-
-def kind_of(value: Any) -> str:
-    """The `type` of a block or tool before its validation."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else "unknown"
-
-
-def _tag(*supported: str) -> Discriminator:
-    """Chooses the union's member by `type`. Tags are not names of fields, which errors would mistake them for."""
-    return Discriminator(lambda value: f"{kind} block" if (kind := kind_of(value)) in supported else "other block")
+            return f"this server does not support {kind} input"
+        return f"this server does not support content blocks of type {kind[:LONGEST_KIND]}"
 
 
 OtherBlock = Annotated[UnsupportedBlock, Tag("other block")]
 TextBlocks = Annotated[
-    list[Annotated[Annotated[TextBlock, Tag("text block")] | OtherBlock, _tag("text")]],
+    list[Annotated[Annotated[TextBlock, Tag("text block")] | OtherBlock, by_kind("block", "text")]],
     Field(max_length=10_000, fail_fast=True),
 ]
 
@@ -110,7 +93,7 @@ Block = Annotated[
     | Annotated[ThinkingBlock, Tag("thinking block")]
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking block")]
     | OtherBlock,
-    _tag("text", "tool_use", "tool_result", "thinking", "redacted_thinking"),
+    by_kind("block", "text", "tool_use", "tool_result", "thinking", "redacted_thinking"),
 ]
 BLOCKS_OF_ROLE: dict[str, tuple[type[Strict], ...]] = {
     "system": (TextBlock,),

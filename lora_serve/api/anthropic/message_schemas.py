@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lora_serve.api.anthropic.message_blocks import (
-    LONGEST_KIND,
-    NEVER_VALID,
     TextBlock,
     TextBlocks,
     ThinkingBlock,
     ToolUseBlock,
     Turn,
-    kind_of,
 )
 from lora_serve.api.openai.chat_schemas import MOST_TOOLS, CacheControl, FunctionName
 from lora_serve.api.openai.schemas import MOST_STOPS, ModelSelection, Stop, Strict, Text
+from lora_serve.api.openai.tagged_unions import LONGEST_KIND, NeverValid, by_kind, kind_of
 
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
@@ -41,27 +39,18 @@ class CustomTool(Strict):
     input_examples: Nothing = None
 
 
-class ServerTool(Strict):
-    """A tool that Anthropic's servers define or run; its validation always fails, with the reason."""
+class ServerTool(NeverValid):
+    """A tool that Anthropic's servers define or run."""
 
-    model_config = NEVER_VALID
-
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
+    def refusal(cls, value: Any) -> str:
         kind = kind_of(value)[:LONGEST_KIND]
-        raise ValueError(f"this server has no tool of type {kind}; give a custom tool with a name and an input_schema")
-
-
-def _tool_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "custom tool" if kind in (None, "custom") else "server tool"
+        return f"this server has no tool of type {kind}; give a custom tool with a name and an input_schema"
 
 
 AnyTool = Annotated[
-    Annotated[CustomTool, Tag("custom tool")] | Annotated[ServerTool, Tag("server tool")], Discriminator(_tool_kind)
+    Annotated[CustomTool, Tag("custom tool")] | Annotated[ServerTool, Tag("other tool")],
+    by_kind("tool", "custom", missing="custom"),
 ]
 
 

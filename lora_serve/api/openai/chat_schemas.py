@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lora_serve.api.openai.schemas import MOST_LOGPROBS, Generation, Strict, Text
+from lora_serve.api.openai.tagged_unions import NeverValid, by_kind, kind_of
 
 MOST_TOOLS = 128
 MOST_TOOL_CALLS = 128  # in one message
@@ -53,36 +54,24 @@ class RefusalPart(Strict):
         return self.refusal
 
 
-class UnsupportedPart(Strict):
-    """A content part that is not text; its validation always fails, with the reason."""
+class UnsupportedPart(NeverValid):
+    """A content part that is not text."""
 
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        what = NOT_TEXT.get(kind) if isinstance(kind, str) else None
-        raise ValueError(
-            f"this server does not support {what} input" if what else "a content part must have type text or refusal"
-        )
+    def refusal(cls, value: Any) -> str:
+        what = NOT_TEXT.get(kind_of(value))
+        return f"this server does not support {what} input" if what else "a content part must have type text or refusal"
 
     @property
     def shown(self) -> str:
         return ""
 
 
-def _part_kind(value: Any) -> str:
-    """The union's member. Tags are not names of fields, which errors would mistake them for."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"{kind} part" if kind in ("text", "refusal") else "unsupported part"
-
-
 Part = Annotated[
     Annotated[TextPart, Tag("text part")]
     | Annotated[RefusalPart, Tag("refusal part")]
-    | Annotated[UnsupportedPart, Tag("unsupported part")],
-    Discriminator(_part_kind),
+    | Annotated[UnsupportedPart, Tag("other part")],
+    by_kind("part", "text", "refusal"),
 ]
 Parts = Annotated[list[Part], Field(max_length=10_000, fail_fast=True)]
 

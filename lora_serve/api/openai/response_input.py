@@ -7,28 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag
 
 from lora_serve.api.openai.chat_schemas import FunctionName, Identifier, Name
 from lora_serve.api.openai.schemas import Strict, Text
+from lora_serve.api.openai.tagged_unions import LONGEST_KIND, NeverValid, by_kind, kind_of
 
-LONGEST_KIND = 50  # characters of a type in a message
 MOST_PARTS = 10_000
 NOT_TEXT = {"input_image": "image", "input_file": "file", "input_audio": "audio"}
-NEVER_VALID = ConfigDict(json_schema_extra={"not": {}})
 
 Status = Literal["in_progress", "completed", "incomplete"]
-
-
-def kind_of(value: Any) -> str:
-    """The `type` of an item, part or tool; only messages may be without."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else "message" if kind is None else "unknown"
-
-
-def by_kind(what: str, *supported: str) -> Discriminator:
-    """Choose the union's member by `type`. Tags are not names of fields, which errors would mistake them for."""
-    return Discriminator(lambda value: f"{kind} {what}" if (kind := kind_of(value)) in supported else f"other {what}")
 
 
 class InputTextPart(Strict):
@@ -63,22 +51,15 @@ class OutputRefusalPart(Strict):
         return self.refusal
 
 
-class UnsupportedInputPart(Strict):
-    """A content part that is not text; its validation always fails, with the reason."""
+class UnsupportedInputPart(NeverValid):
+    """A content part that is not text."""
 
-    model_config = NEVER_VALID
-
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
+    def refusal(cls, value: Any) -> str:
         what = NOT_TEXT.get(kind_of(value))
-        raise ValueError(
-            f"this server does not support {what} input"
-            if what
-            else "a content part must have type input_text, output_text or refusal"
-        )
+        if what:
+            return f"this server does not support {what} input"
+        return "a content part must have type input_text, output_text or refusal"
 
     @property
     def shown(self) -> str:
@@ -164,17 +145,12 @@ class ItemReference(Strict):
     id: Identifier
 
 
-class UnsupportedItem(Strict):
-    """An item that is not served; its validation always fails, with the reason."""
+class UnsupportedItem(NeverValid):
+    """An item that is not served."""
 
-    model_config = NEVER_VALID
-
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
-        raise ValueError(f"this server does not support items of type {kind_of(value)[:LONGEST_KIND]}")
+    def refusal(cls, value: Any) -> str:
+        return f"this server does not support items of type {kind_of(value)[:LONGEST_KIND]}"
 
 
 InputItem = Annotated[
@@ -184,6 +160,8 @@ InputItem = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning item")]
     | Annotated[ItemReference, Tag("item_reference item")]
     | Annotated[UnsupportedItem, Tag("other item")],
-    by_kind("item", "message", "function_call", "function_call_output", "reasoning", "item_reference"),
+    by_kind(
+        "item", "message", "function_call", "function_call_output", "reasoning", "item_reference", missing="message"
+    ),
 ]
 InputItems = Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]

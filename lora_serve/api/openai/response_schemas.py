@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag
 
 from lora_serve.api.openai.chat_schemas import MOST_TOOLS, FunctionName
-from lora_serve.api.openai.response_input import LONGEST_KIND, NEVER_VALID, InputItems, by_kind, kind_of
+from lora_serve.api.openai.response_input import InputItems
 from lora_serve.api.openai.schemas import MOST_LOGPROBS, Few, ModelSelection, Strict, Text
+from lora_serve.api.openai.tagged_unions import LONGEST_KIND, NeverValid, by_kind, kind_of
 
 NOTHING_STORED = "this server stores no responses; send the whole conversation as input"
 LOGPROBS = "message.output_text.logprobs"
@@ -40,18 +41,13 @@ class ResponseFunction(Strict):
     defer_loading: Literal[False] | None = None
 
 
-class HostedTool(Strict):
-    """A tool that OpenAI's servers run; its validation always fails, with the reason."""
+class HostedTool(NeverValid):
+    """A tool that OpenAI's servers run."""
 
-    model_config = NEVER_VALID
-
-    type: str
-
-    @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, value: Any) -> Any:
+    def refusal(cls, value: Any) -> str:
         kind = kind_of(value)[:LONGEST_KIND] if isinstance(value, dict) and "type" in value else "without a type"
-        raise ValueError(f"this server does not support the tool {kind}; it supports tools of type function")
+        return f"this server does not support the tool {kind}; it supports tools of type function"
 
 
 ResponseTool = Annotated[
