@@ -162,6 +162,14 @@ def authorize(request: Request) -> Caller:
 
     Raises: `Unauthenticated`.
     """
+    state = request.scope.setdefault("state", {})
+    if "caller" not in state:  # found once, before the body is read (`limits.py`)
+        state["caller"] = _find_caller(request)
+    caller: Caller = state["caller"]
+    return caller
+
+
+def _find_caller(request: Request) -> Caller:
     keys: Keys | None = request.app.state.services.keys
     if keys is None:
         return EVERYBODY
