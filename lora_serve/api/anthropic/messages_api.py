@@ -92,9 +92,10 @@ class MessageCall:
     def full_response(self, running: RunningCall, outputs: list[ChoiceOutput]) -> dict[str, Any]:
         """The response body without streaming."""
         (output,) = outputs
-        events, reason = self.call.parse(output)
-        message = self.frame(running) | {"content": content_blocks(events, self.show_thinking)}
-        return message | stopped(reason, output.stop_string) | {"usage": self.usage(output.generated, output.cached)}
+        reply = self.call.parse(output)
+        message = self.frame(running) | {"content": content_blocks(reply.events, self.show_thinking)}
+        message |= stopped(reply.finish_reason or "stop", reply.stop_string)
+        return message | {"usage": self.usage(reply.generated, reply.cached)}
 
     async def chunks(self, running: RunningCall) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a streamed response; the first comes with the first token."""

@@ -51,14 +51,14 @@ class ChatCompletionCall:
         """The response body without streaming."""
         shown = []
         for output in outputs:
-            events, reason = self.call.parse(output)
-            message = ChatMessage.of(self.shown(events))
+            reply = self.call.parse(output)
+            message = ChatMessage.of(self.shown(reply.events))
             shown.append(
                 {
                     "index": output.index,
                     "message": _message(message),
                     "logprobs": self.logprobs(output.logprobs),
-                    "finish_reason": reason,
+                    "finish_reason": reply.finish_reason,
                 }
             )
         total = self.usage(sum(output.generated for output in outputs), outputs[0].cached)

@@ -129,11 +129,9 @@ class ChatCall:
     def prompt_tokens(self) -> int:
         return len(self.choices[0].request.prompt)
 
-    def parse(self, output: ChoiceOutput) -> tuple[list[OutputEvent], str]:
-        """A completed choice: its reply, and its finish reason."""
-        parser = self.format.parser()
-        events = [*parser.feed(output.text), *parser.flush(cut_off=output.finish_reason == "length")]
-        return events, finish_reason(output, parser)
+    def parse(self, output: ChoiceOutput) -> ChatOutput:
+        """A completed choice: its whole reply."""
+        return parsed(output, self.format.parser())
 
     def replay(self, output: ChoiceOutput) -> Iterator[ChatOutput]:
         """A completed choice: the outputs that its stream would have had."""
@@ -153,15 +151,14 @@ def parsed(output: ChoiceOutput, parser: OutputParser) -> ChatOutput:
     events, reason = parser.feed(output.text), output.finish_reason
     if reason is not None:
         events += parser.flush(cut_off=reason == "length")
-        reason = finish_reason(output, parser)
+        reason = finish_reason(reason, output, parser)
     return ChatOutput(
         output.index, events, output.logprobs, reason, output.generated, output.cached, output.stop_string
     )
 
 
-def finish_reason(output: ChoiceOutput, parser: OutputParser) -> str:
+def finish_reason(reason: str, output: ChoiceOutput, parser: OutputParser) -> str:
     """The reason that clients are told: a message that ends with tool calls asks for their results."""
-    reason = output.finish_reason or "stop"
     if reason != "stop" or not parser.tool_calls:
         return reason
     cut = output.stop_string is not None and not parser.last_call_is_complete

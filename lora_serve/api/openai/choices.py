@@ -21,7 +21,7 @@ from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import EngineFault, ServeError
 from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
 
-CHOICES_AT_ONCE = 256  # of one call on the engine
+MOST_AT_ONCE = 256  # requests of one call in the engine
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def make_choices(
         shown = frozenset() if body.skip_special_tokens is False else hidden
         choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output), shown))
     return choices
+
+
+def requests_at_once(services: Services) -> int:
+    """How many requests of one call are in the engine at the same time, so that it does not fill the queue alone."""
+    return min(MOST_AT_ONCE, services.config.max_queue)
 
 
 class RunningChoice:
@@ -177,7 +182,7 @@ class RunningCall:
 
     async def start(self) -> None:
         """Start the first choices and wait until each is admitted. Raises the first refusal."""
-        count = min(len(self._later), CHOICES_AT_ONCE, self._services.config.max_queue)
+        count = min(len(self._later), requests_at_once(self._services))
         first = [self._open() for _ in range(count)]
         for refused in await asyncio.gather(*(each.admit() for each in first), return_exceptions=True):
             if refused is not None:

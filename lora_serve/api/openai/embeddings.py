@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import Authorized, Caller
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.choices import requests_at_once
 from lora_serve.api.openai.documented_bodies import EmbeddingReply
 from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.preprocess import (
@@ -40,7 +41,6 @@ from lora_serve.request import Admitted, Embedded, EmbeddingParams, Finished, Sa
 from lora_serve.request import Request as EngineRequest
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
-MOST_RUNNING = 256  # inputs of one call in the engine at the same time
 
 Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapters that made it
 
@@ -130,7 +130,7 @@ async def _tokenize(services: Services, texts: list[str], limit: int | None, *, 
 
 async def _embed_all(services: Services, requests: Sequence[EngineRequest], timer: Timer) -> list[Embedding]:
     """Run all requests; their embeddings in order. Raises the first `ServeError`, and then aborts the rest."""
-    running = asyncio.Semaphore(min(MOST_RUNNING, services.config.max_queue))
+    running = asyncio.Semaphore(requests_at_once(services))
 
     async def embed_one(request: EngineRequest) -> Embedding:
         async with running:

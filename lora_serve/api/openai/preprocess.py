@@ -193,15 +193,11 @@ def sampling_params(
 
 def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field: str) -> ContextExceeded:
     """The error for a prompt and requested tokens beyond the context, in the sentences by which clients know it."""
-    limit = f"This model's maximum context length is {info.max_model_len} tokens. "
     if prompt_tokens >= info.max_model_len or requested <= 1:
-        return ContextExceeded(
-            f"{limit}However, your {field} resulted in {prompt_tokens} tokens. "
-            f"Please reduce the length of the {field}.",
-            param=field,
-        )
+        return _text_exceeds(info, field, f"{prompt_tokens} tokens")
     return ContextExceeded(
-        f"{limit}However, you requested {prompt_tokens + requested} tokens ({prompt_tokens} in the {field}, "
+        f"This model's maximum context length is {info.max_model_len} tokens. However, you requested "
+        f"{prompt_tokens + requested} tokens ({prompt_tokens} in the {field}, "
         f"{requested} in the completion). Please reduce the length of the {field} or completion.",
         param="max_tokens",
     )
@@ -209,9 +205,13 @@ def context_exceeded(info: EngineInfo, prompt_tokens: int, requested: int, field
 
 def text_too_long(info: EngineInfo, field: str) -> ContextExceeded:
     """The error for a text that was not tokenized because it is far longer than the context."""
+    return _text_exceeds(info, field, f"more than {info.max_model_len} tokens")
+
+
+def _text_exceeds(info: EngineInfo, field: str, tokens: str) -> ContextExceeded:
     return ContextExceeded(
-        f"This model's maximum context length is {info.max_model_len} tokens. However, your {field} resulted in more "
-        f"than {info.max_model_len} tokens. Please reduce the length of the {field}.",
+        f"This model's maximum context length is {info.max_model_len} tokens. However, your {field} resulted in "
+        f"{tokens}. Please reduce the length of the {field}.",
         param=field,
     )
 
