@@ -21,8 +21,9 @@ test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 	$(BIN)/pytest $(ARGS)
 
 # Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
-# (the GPU's, in the interpreter), and what starts twenty processes, each slow under the sanitizer.
-ASAN_TESTS := tests/kernels tests/adapters tests/model/test_recorded_steps.py tests/engine/test_loading_beside_steps.py
+# (the GPU's, in the interpreter; lowering and the store).
+ASAN_TESTS := tests/kernels tests/adapters/test_device_slots.py tests/adapters/test_registry.py \
+	tests/model/test_recorded_steps.py tests/engine/test_loading_beside_steps.py
 
 asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of the kernels, or ARGS="tests/kernels"
 	@compiler=$${CXX:-$$(command -v c++ || command -v g++ || true)}; \
@@ -31,8 +32,7 @@ asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of t
 	export LORA_SERVE_CHECKED=1 OMP_WAIT_POLICY=passive; \
 	$(BIN)/python -c 'from lora_serve.kernels.cpu.build import library; library()' || exit 1; \
 	LD_PRELOAD="$$(echo $$runtime)" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/pytest -p no:cacheprovider --deselect tests/adapters/test_store.py::test_kill_9_at_any_moment_leaves_a_whole_version \
-	--ignore-glob='*/test_gpu_*' $(or $(ARGS),$(ASAN_TESTS))
+	$(BIN)/pytest -p no:cacheprovider --ignore-glob='*/test_gpu_*' $(or $(ARGS),$(ASAN_TESTS))
 
 check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff check .

@@ -60,19 +60,32 @@ def make_model(shape: Shape, folder: Path, *, seed: int = 0) -> None:
 
 def make_adapter(shape: Shape, folder: Path, *, rank: int, seed: int, targets: Sequence[str] | None = None) -> None:
     """Write a PEFT LoRA folder: random non-zero A and B on `targets` (module names; None: all linear modules)."""
+    write_adapter(folder, adapter_weights(shape, rank=rank, seed=seed, targets=targets))
+
+
+def adapter_weights(shape: Shape, *, rank: int, seed: int, targets: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Random non-zero A and B on `targets` (module names; None: all linear modules), bf16, by PEFT's names."""
     sites = {name: size for name, size in shape.linears().items() if targets is None or _leaf(name) in targets}
     if targets is not None and {_leaf(name) for name in sites} != set(targets):
         raise ValueError(f"targets are among {', '.join(map(_leaf, shape.linears()))}")
+    generator = _generator(seed)
+    weights = {}
+    for layer in range(shape.layers):
+        for name, (inputs, outputs) in sites.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{prefix}.lora_A.weight"] = _normal((rank, inputs), 1 / math.sqrt(inputs), generator)
+            weights[f"{prefix}.lora_B.weight"] = _normal((outputs, rank), 0.02, generator)
+    return weights
+
+
+def write_adapter(folder: Path, weights: dict[str, Tensor], *, init_lora_weights: str | bool = True) -> None:
+    """Write a PEFT LoRA folder with these weights, all of one rank, and this field of its configuration."""
+    (rank,) = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_A.weight")}
+    targets = dict.fromkeys(_leaf(name.removesuffix(".lora_A.weight")) for name in weights if ".lora_A." in name)
     with _atomic_folder(folder) as staging:
-        generator = _generator(seed)
-        weights = {}
-        for layer in range(shape.layers):
-            for name, (inputs, outputs) in sites.items():
-                prefix = f"base_model.model.model.layers.{layer}.{name}"
-                weights[f"{prefix}.lora_A.weight"] = _normal((rank, inputs), 1 / math.sqrt(inputs), generator)
-                weights[f"{prefix}.lora_B.weight"] = _normal((outputs, rank), 0.02, generator)
         save_file(weights, staging / "adapter_model.safetensors", {"format": "pt"})
-        _write_json(staging / "adapter_config.json", _adapter_config(rank, [_leaf(name) for name in sites]))
+        config = _adapter_config(rank, list(targets)) | {"init_lora_weights": init_lora_weights}
+        _write_json(staging / "adapter_config.json", config)
 
 
 def make_tokenizer(size: int) -> Any:

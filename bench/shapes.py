@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,28 @@ class Shape:
             "eos_token_id": eos,
             "use_cache": True,
         }
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape that a Llama-style decoder's config.json describes. Raises ValueError for another kind of model."""
+    if config["model_type"] not in ("llama", "qwen2"):
+        raise ValueError(f"the model is a {config['model_type']}; llama and qwen2 are known")
+    shape = Shape(
+        model_type=config["model_type"],
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        tied=config["tie_word_embeddings"],
+        qkv_bias=config["model_type"] == "qwen2",
+        context=config["max_position_embeddings"],
+        rope_theta=config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
+    )
+    if config.get("head_dim", shape.head_dim) != shape.head_dim:
+        raise ValueError("the model's heads are not as wide as its hidden size divided by their number")
+    return shape
 
 
 SHAPES = {

@@ -1,4 +1,4 @@
-"""The `lora-serve` command: `serve` runs the server, `key` makes an API key, `adapter` manages a running server.
+"""The `lora-serve` command: `serve` runs the server, `adapter` manages a running one, `store` works on its folder.
 
 Options are parsed here and errors printed; the work is done elsewhere.
 """
@@ -30,8 +30,9 @@ from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.names import NAME_PATTERN
 from lora_serve.remote import AdapterCommand, RemoteCommand
+from lora_serve.store_commands import StoreCommand, StoreCommands
 
-POSITIONAL = ("model", "name", "path", "adapter")
+POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
 
 
 class Key(BaseModel):
@@ -55,6 +56,7 @@ class Cli(BaseSettings):
 
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
     key: CliSubCommand[Key] = Field(description="make an API key")
 
 
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return serve(chosen)
             case Key():
                 make_key(chosen)
-            case RemoteCommand():
+            case RemoteCommand() | StoreCommand():
                 chosen.run()
     except ServeError as error:
         return print_error(1, error.message)
@@ -86,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> Any:
     """The validated subcommand. --help and unknown options end the process, as in argparse."""
     chosen = get_subcommand(CliApp.run(Cli, cli_args=list(arguments) or ["--help"]), cli_exit_on_error=False)
-    return get_subcommand(chosen, cli_exit_on_error=False) if isinstance(chosen, AdapterCommand) else chosen
+    if isinstance(chosen, AdapterCommand | StoreCommands):
+        return get_subcommand(chosen, cli_exit_on_error=False)
+    return chosen
 
 
 def print_error(status: int, *lines: str) -> int:
@@ -137,10 +141,10 @@ def load_tokenizer(config: ServeConfig) -> Any:
     if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
         raise ModelUnsupported(f"there is no folder {config.model}")
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
-    from transformers import AutoTokenizer
+    from lora_serve.engine.base_tokenizer import load_base_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        tokenizer = load_base_tokenizer(config.model, config.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
     tokenizer.model_max_length = sys.maxsize  # the engine checks the context length; here it would only warn

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +16,8 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
+
+from lora_serve.names import CONFIG
 
 MOST_SEQS = 256  # default max_num_seqs on a GPU; on a CPU it is lower
 
@@ -59,7 +59,7 @@ class ServeConfig(BaseSettings):
 
     adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
     store: Path | None = Field(
-        None, description="folder where published adapters are kept (default: per model, in the user's data folder)"
+        None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
     adapter_cache_memory: ByteSize = Field(ByteSize(2 << 30), description="host memory for adapters, e.g. 2GiB")
@@ -68,12 +68,19 @@ class ServeConfig(BaseSettings):
         description="GPU memory for adapters; one request may use half of it (default: a tenth of the GPU's)",
     )
     max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="maximum size of an adapter, unpacked")
+    keep_versions: int = Field(
+        3, ge=1, description="versions of an adapter that stay in the store, the newest included"
+    )
+    compiler_memory: ByteSize = Field(
+        ByteSize(8 << 30), description="memory that checking and lowering one adapter takes"
+    )
+    compiler_cpu_time: int = Field(120, ge=1, description="seconds of CPU time that lowering one adapter may take")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
     )
     quantize: Literal["int8", "int4"] | None = Field(
-        None, description="quantize the base's linear weights at load; adapters keep their precision"
+        None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="compute threads (0: one per physical core)")
@@ -118,19 +125,21 @@ class ServeConfig(BaseSettings):
             return self.served_model_name
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
 
-    def store_folder(self) -> Path:
-        """Folder of the adapter store: as configured, or one per base model in the user's data folder."""
-        if self.store is not None:
-            return self.store
-        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-        root = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
-        return data / "lora-serve" / f"{self.served_name().replace('/', '--')}-{sha256(root.encode()).hexdigest()[:8]}"
-
     @field_validator("model")
     @classmethod
     def _model_is_named(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("name the base model: a local folder or a hub id")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_in_folders_of_their_own(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError(f"there is no folder {value}")
+        if value is not None and (value / CONFIG).exists():
+            parent = value.resolve().parent
+            raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
         return value
 
     @field_validator("allow_origin")

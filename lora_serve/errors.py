@@ -73,6 +73,12 @@ class AdapterBusy(ServeError):
     kind = "adapter_busy"
 
 
+class AdapterBroken(ServeError):
+    """The adapter is damaged in the store; the others are served, and publishing it again repairs it."""
+
+    kind = "adapter_broken"
+
+
 class TooLarge(ServeError):
     """An upload or body exceeds a configured limit."""
 
@@ -95,6 +101,12 @@ class StorageFull(ServeError):
     """The disk of the store is full; partial files have been removed."""
 
     kind = "storage_full"
+
+
+class StoreUnusable(ServeError):
+    """The store's folder is not a store, is for another base, or cannot be written. Names the folder at start only."""
+
+    kind = "store_unusable"
 
 
 class EngineFault(ServeError):

@@ -168,18 +168,22 @@ class Inspection(msgspec.Struct, frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
-    """A named adapter. `versions`: newest first; older ones are still used by running requests."""
+    """A named adapter. `versions`: newest first; older ones are kept, or still used by running requests.
+
+    `broken`: why the adapter cannot be served; then no version is given.
+    """
 
     name: str
     pinned: bool
     versions: list[AdapterVersion]
+    broken: str | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
 
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
-    generates no text.
+    generates no text. `store`: folder of the published adapters.
     """
 
     model: str
@@ -201,6 +205,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     pooling: Pooling | None = None
     not_embedding: str = ""
     headless: bool = False
+    store: str = ""
 
 
 class Stats(msgspec.Struct):

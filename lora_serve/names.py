@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from lora_serve.errors import AdapterNotFound, BadRequest
+from lora_serve.errors import AdapterBroken, AdapterExists, AdapterNotFound, BadRequest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -12,7 +13,15 @@ CARD = "README.md"
 TOKENIZER = "tokenizer.json"  # only compared with the base's tokenizer
 MODULES = "modules.json"  # sentence-transformers' list of what follows the transformer
 POOLING = "1_Pooling/config.json"
+RESERVED = ("base", "other")  # what metrics call the base, and adapters beyond those that they name
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of adapters and of API keys
+
+
+def shorten(names: Iterable[str], most: int = 8) -> str:
+    """The first few names and the number of the others, for messages of bounded length."""
+    names = [name if len(name) <= 120 else name[:117] + "..." for name in names]
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def check_name(name: str, param: str = "name") -> str:
@@ -22,6 +31,20 @@ def check_name(name: str, param: str = "name") -> str:
     return name
 
 
+def check_adapter_name(name: str, base_name: str = "") -> str:
+    """Return `name` if an adapter may have it. Raises BadRequest, or AdapterExists for a reserved name."""
+    if base_name and name == base_name:
+        raise AdapterExists(f"{name} is the name of the base model", param="name")
+    if name in RESERVED:
+        raise AdapterExists(f"{name} is a reserved name", param="name")
+    return check_name(name)
+
+
 def adapter_not_found(name: str) -> AdapterNotFound:
     """The error for an adapter that does not exist or that the caller may not use; both look the same."""
     return AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")
+
+
+def adapter_broken(name: str, reason: str) -> AdapterBroken:
+    """The error for an adapter whose stored files cannot be served."""
+    return AdapterBroken(f"adapter {name} cannot be served: {reason}", param="adapter")

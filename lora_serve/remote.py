@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import sys
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +18,9 @@ from pydantic import BaseModel, Field
 from pydantic_settings import CliPositionalArg, CliSubCommand
 
 from lora_serve import reports
-from lora_serve.errors import BadRequest, ServeError, Unavailable
-from lora_serve.names import CONFIG, MODULES, POOLING, TOKENIZER, WEIGHTS
+from lora_serve.adapter_files import ADAPTER_FILES, find_adapter
+from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, Unavailable
+from lora_serve.names import CARD
 
 TIMEOUT = 600.0  # seconds; validating and storing a large adapter takes a while
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -183,11 +185,16 @@ class AdapterCommand(BaseModel):
 
 
 def adapter_files(folder: Path) -> dict[str, Path]:
-    """The files of a PEFT folder to upload, by their path in it. Raises `BadRequest` if it is not one."""
-    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
-        raise BadRequest(f"{folder} is neither an archive nor a folder with {CONFIG} and {WEIGHTS}")
-    names = (CONFIG, WEIGHTS, TOKENIZER, MODULES, POOLING)
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    """The files to upload of the PEFT folder that `folder` is or contains, by their path in it. Raises `BadRequest`."""
+    if not folder.is_dir():
+        raise BadRequest(f"{folder} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
+    try:
+        found = find_adapter(folder)
+    except (AdapterInvalid, OSError) as error:
+        raise BadRequest(f"{folder} cannot be uploaded: {error}") from None
+    if found != folder:
+        print(f"lora-serve: the adapter is {found}", file=sys.stderr)
+    return {name: found / name for name in ADAPTER_FILES if name != CARD and (found / name).is_file()}
 
 
 def _proxy(url: str) -> str | None:

@@ -1,9 +1,9 @@
-"""Output of the `lora-serve adapter` commands: JSON, tables and reports."""
+"""Output of the `lora-serve adapter` and `lora-serve store` commands: JSON, tables and reports."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +34,14 @@ def print_table(adapters: Iterable[Answer]) -> None:
     _console().print(table)
 
 
+def print_stored(rows: Iterable[Sequence[str]]) -> None:
+    """Print one line per version in a store: its name, digest, size, when it was published, and its state."""
+    table = Table("name", "version", "size", "published", "", box=None)
+    for row in rows:
+        table.add_row(*map(_printable, row))
+    _console().print(table)
+
+
 def print_published(adapter: Answer) -> None:
     """Print one line on a newly published adapter, and one per warning."""
     newest: Answer = next(iter(adapter.get("versions") or []), {})
@@ -41,7 +49,7 @@ def print_published(adapter: Answer) -> None:
     touched = f"{_modules_touched(report)}, {_size(newest, 'memory_bytes')}"
     version = str(newest.get("digest", ""))[:12]
     lines = [f"published {adapter.get('name', '')}@{version}: {report.get('method', 'adapter')}, {touched}"]
-    _print_lines(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
+    print_lines(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
 
 
 def print_report(answer: Answer, title: str) -> None:
@@ -52,7 +60,7 @@ def print_report(answer: Answer, title: str) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for label, value in _report_rows(version, report):
         table.add_row(label, _printable(value))
-    _print_lines([f"{title}, version {str(version.get('digest', ''))[:12]}"])
+    print_lines([f"{title}, version {str(version.get('digest', ''))[:12]}"])
     _console().print(table)
 
 
@@ -85,7 +93,11 @@ def _modules_touched(report: Answer) -> str:
 
 
 def _size(version: Answer, field: str) -> str:
-    count = version.get(field, 0)
+    return format_bytes(version.get(field, 0))
+
+
+def format_bytes(count: int) -> str:
+    """A size for people, in MB or kB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
@@ -94,7 +106,8 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _print_lines(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines, which a terminal may wrap but nothing else does."""
     for line in lines:
         _console().print(_printable(line), soft_wrap=True)
 

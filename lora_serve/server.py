@@ -209,6 +209,7 @@ def _print_summary(info: EngineInfo, host: str, port: int) -> None:
         "device": f"{info.device}, {info.dtype}, {info.kernels} kernels",
         "context": f"{info.max_model_len:,} tokens each, KV for {info.kv_tokens:,}",
         "adapters": f"{info.adapters} published, {info.adapter_slots} at once on the device",
+        "store": info.store,
         "listening": f"http://{shown}:{port}",
     }
     for name, value in rows.items():

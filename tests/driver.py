@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import Adapter
+from lora_serve.adapters.adapter import Adapter, Lowered, flatten
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.adapters.traits import Traits
+from lora_serve.adapters.traits import Traits, traits
 from lora_serve.engine.batch_builder import build_batch
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.scheduler import Scheduler
@@ -46,12 +46,18 @@ class Driver:
         device: torch.device = CPU,
         kernels: Kernels | None = None,
     ) -> None:
+        self.kernels = kernels or select(device, native)
         self.loaded = load(
-            str(folder), revision=None, dtype=dtype, device=device, progress=lambda stage, done: None, scheme=scheme
+            str(folder),
+            revision=None,
+            dtype=dtype,
+            device=device,
+            progress=lambda stage, done: None,
+            scheme=scheme,
+            quantizes_experts=self.kernels.has_grouped_linear,
         )
         self.device_slots = DeviceSlots(self.loaded.shape, slots, self.loaded.dtype, device)
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
-        self.kernels = kernels or select(device, native)
         self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
         self.base.self_check()
         self.base.prepare(64, max_tokens, 50)
@@ -68,6 +74,13 @@ class Driver:
         self.slots[adapter.digest] = self.device_slots.load(adapter)
         virtual = 0 if adapter.prefix is None else adapter.prefix.length
         self.traits[adapter.digest] = Traits(virtual=virtual, invocation=invocation)
+        return adapter.digest
+
+    def load_lowered(self, lowered: Lowered) -> str:
+        """Put a lowered adapter on the device, with its traits; its digest names it in `teach`."""
+        adapter = flatten(f"adapter {len(self.traits)}", lowered, self.loaded.dtype)
+        self.load_adapter(adapter)
+        self.traits[adapter.digest] = traits(lowered, self.loaded.shape)
         return adapter.digest
 
     def teach(

@@ -13,13 +13,14 @@ from typing import Any
 import peft
 import torch
 from driver import Driver
+from peft.tuners.lora.variants import calculate_alora_offsets
 from support import reference, save
 from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter, flatten
 from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.dispatch import lower
+from lora_serve.adapters.store_records import describe_folder
 
 LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: some fit into one prefill chunk, some do not
 
@@ -49,9 +50,9 @@ def load_peft(architecture: str, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def read_adapter(driver: Driver, folder: Path) -> Adapter:
-    """Read, lower and flatten an adapter as the registry does."""
+    """Read, lower and flatten an adapter as a compiler process does."""
     lowered = lower(read(folder, max_bytes=1 << 30), driver.loaded.shape)
-    return flatten(digest(lowered), lowered, driver.loaded.dtype)
+    return flatten(describe_folder(folder).digest, lowered, driver.loaded.dtype)
 
 
 def logits(model: Any, tokens: list[int]) -> Tensor:
@@ -59,6 +60,21 @@ def logits(model: Any, tokens: list[int]) -> Tensor:
     with torch.inference_mode():
         found: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     return found[-len(tokens) :]
+
+
+def log_probs(model: Any, tokens: list[int], **inputs: Any) -> Tensor:
+    """A model's log-probabilities after every token; `inputs` are further arguments of its forward pass."""
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False, **inputs).logits[0].log_softmax(-1)
+    return found
+
+
+def alora_offsets(model: Any, tokens: list[int], prompt: list[int]) -> dict[str, Any]:
+    """PEFT's argument for an aLoRA that the prompt, and not what was generated, invokes; none for other adapters."""
+    if not getattr(model.active_peft_config, "alora_invocation_tokens", None):
+        return {}
+    offset = calculate_alora_offsets(model.peft_config, "default", torch.tensor([prompt]))[0]
+    return {"alora_offsets": [None if offset is None else offset + len(tokens) - len(prompt)]}
 
 
 def check_parity(

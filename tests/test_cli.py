@@ -50,6 +50,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "m", "--kv-cache-memory", "lots"], "--kv-cache-memory: could not parse"),
         (["serve", "m", "--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
         (["adapter"], "subcommand is required"),
+        (["store"], "subcommand is required"),
         (["key", "../x"], "NAME: String should match"),
     ],
 )

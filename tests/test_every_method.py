@@ -36,6 +36,9 @@ def configs(invocation: list[int]) -> dict[str, peft.PeftConfig]:
         "embedded": peft.LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
         "saved": peft.LoraConfig(**lora, modules_to_save=["lm_head", "norm"]),
         "invoked": peft.LoraConfig(**lora, alora_invocation_tokens=invocation),
+        "invoked-replacing": peft.LoraConfig(
+            **lora, alora_invocation_tokens=invocation, modules_to_save=["norm"], lora_bias=True
+        ),
         "pissa": peft.LoraConfig(**lora, init_lora_weights="pissa"),
         "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK),
         "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"], **TASK),

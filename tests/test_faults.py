@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from safetensors.torch import load_file, save
 from server_process import ADAPTERS, DEMO, ServerProcess
@@ -257,8 +259,8 @@ def test_a_new_version_serves_new_requests_while_the_old_one_finishes(server: Se
     assert old.done
     assert old.error is None
     assert {chunk["adapter"] for chunk in old.chunks} == {f"mine@{first[:12]}"}
-    gone = server.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"})
-    assert gone.status_code == 404
+    kept = server.http.post("/v1/completions", json=body | {"adapter": f"mine@{first[:12]}"}).json()
+    assert kept["choices"][0]["text"] == text.upper()
 
 
 def test_adapters_are_loaded_pinned_evicted_and_deleted_over_http(server: ServerProcess) -> None:
@@ -339,3 +341,36 @@ def test_adapters_loaded_and_evicted_under_traffic_change_no_answer(server: Serv
         asked = sum(each.result() for each in clients)
     assert asked > 8
     assert server.engine_pid == engine
+
+
+def test_killed_compilers_cost_their_uploads_and_nothing_else(tmp_path: Path) -> None:
+    """Each process that lowers an adapter, and twice the one that they are forked from, is killed while uploads run."""
+    with ServerProcess(tmp_path / "store") as server:
+        stop = threading.Event()
+        killed = [0]
+
+        def kill() -> None:
+            while not stop.is_set():
+                for parent in psutil.Process(server.engine_pid).children():
+                    running = parent.children()
+                    if running and (chosen := random.choice([*running, *[parent] * (killed[0] % 10 == 5)])):
+                        with suppress(psutil.NoSuchProcess):
+                            chosen.kill()
+                            killed[0] += 1
+                time.sleep(random.uniform(0, 0.3))
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: upload(server, f"a{number}", number).status_code, range(24)))
+        stop.set()
+        thread.join()
+        assert set(answers) <= {201, 500}
+        assert killed[0] >= answers.count(500) > 0
+        listed = {each["name"] for each in server.http.get("/v1/adapters").json()["data"]}
+        assert listed == {f"a{number}" for number, answer in enumerate(answers) if answer == 201}
+        assert upload(server, "after", 99).status_code == 201
+        text = heldout_prompts(1)[0]
+        for name in [*sorted(listed)[:3], "after"]:
+            assert server.complete(text, name) == text.upper()
+        assert not any((tmp_path / "store" / "staging").iterdir())

@@ -23,7 +23,7 @@ class Package(NamedTuple):
 
 OUTSIDE = ("client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
 PACKAGES = (
-    Package(7, "command line", ("__main__", "cli", "server", "http_protocol", "remote", "reports")),
+    Package(7, "command line", ("__main__", "cli", "server", "http_protocol", "remote", "reports", "store_commands")),
     Package(6, "api", ("api",)),
     Package(5, "metrics", ("metrics",)),
     Package(5, "engine from outside", tuple(f"engine.{module}" for module in OUTSIDE)),
@@ -32,7 +32,7 @@ PACKAGES = (
     Package(2, "adapters", ("adapters",)),
     Package(2, "kv", ("kv",)),
     Package(1, "kernels", ("kernels",)),
-    Package(1, "shared types", ("request", "messages", "config", "errors", "names", "malloc")),
+    Package(1, "shared types", ("request", "messages", "config", "errors", "names", "adapter_files", "malloc")),
 )
 
 # Libraries that only some packages may import; any other may be imported anywhere.
@@ -46,6 +46,7 @@ ALLOWED_IN = {
     "httpx": ("command line",),
     "psutil": ("engine inside",),
     "llguidance": ("api", "engine inside"),
+    "sentencepiece": ("engine inside",),
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),

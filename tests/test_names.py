@@ -23,10 +23,9 @@ FIRST_LINE = 120  # characters
 
 FINDABLE = [  # a term that a newcomer greps for → a file, or a package, that must contain it
     ("LoRA delta is applied", "model/linear.py"),
-    ("evict", "adapters/host_cache.py"),
+    ("evict", "adapters/residency.py"),
     ("evict", "adapters/device_slots.py"),
-    ("lru", "adapters/host_cache.py"),
-    ("lru", "adapters/device_slots.py"),
+    ("lru", "adapters/residency.py"),
     ("in_flight", "engine"),
     ("prefetch", "adapters"),
     ("schedule", "engine/scheduler.py"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,9 +96,10 @@ def measure_limits(device: torch.device) -> Limits:
 
 
 def write_config(shape: Shape, folder: Path) -> Path:
-    """Write a model folder with a config and without weights."""
+    """Write a model folder with a config and no weights, but the empty file by which the engine identifies a base."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config(shape.vocabulary - 1)))
+    save_file({}, folder / "model.safetensors")
     return folder
 
 
@@ -158,8 +160,8 @@ class RandomBase:
 
     def evict_all(self) -> None:
         """Evict all adapters."""
-        for digest in self._device_slots.resident:
-            self._device_slots.evict(digest)
+        for slot in list(self._device_slots.ranks):
+            self._device_slots.evict(slot)
 
     def step(self, batch: Batch) -> Callable[[], Tensor]:
         """A call that runs the step once, as the engine's runner does."""

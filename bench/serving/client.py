@@ -83,9 +83,15 @@ class Timing:
 async def stream(session: aiohttp.ClientSession, server: Server, job: Job, timeout: float) -> Timing:
     """Send one request and read its stream to the end. Failures are recorded in the timing, never raised."""
     timing = Timing(job, time.perf_counter())
+    await stream_into(session, server, timing, timeout)
+    return timing
+
+
+async def stream_into(session: aiohttp.ClientSession, server: Server, timing: Timing, timeout: float) -> None:
+    """Send the timing's request, as `stream` does; what has arrived is in the timing at once."""
     try:
         limit = aiohttp.ClientTimeout(total=timeout)
-        async with session.post("/v1/completions", json=server.body(job), timeout=limit) as response:
+        async with session.post("/v1/completions", json=server.body(timing.job), timeout=limit) as response:
             if response.status != 200:
                 timing.error = f"HTTP {response.status}: {(await response.text())[:200]}"
             else:
@@ -95,7 +101,6 @@ async def stream(session: aiohttp.ClientSession, server: Server, job: Job, timeo
     except (aiohttp.ClientError, ValueError) as error:
         timing.error = f"{type(error).__name__}: {error}"
     timing.finished = time.perf_counter()
-    return timing
 
 
 async def read(response: aiohttp.ClientResponse, timing: Timing) -> None:

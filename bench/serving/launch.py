@@ -20,20 +20,23 @@ STOP = 60.0  # seconds between SIGTERM and SIGKILL
 
 
 @contextmanager
-def launched(arguments: Sequence[str], *, command: Sequence[str] = LORA_SERVE, timeout: float = 300) -> Iterator[str]:
-    """Run `lora-serve serve ARGUMENTS`; yields its URL once `/ready` answers 200. Errors as in `run_server`."""
-    with run_server([*command, *arguments, "--port", "{port}"], not_ready, timeout) as (url, _):
+def launched(
+    arguments: Sequence[str], *, command: Sequence[str] = LORA_SERVE, timeout: float = 300, log: Path | None = None
+) -> Iterator[str]:
+    """Run `lora-serve serve ARGUMENTS`; yields its URL once `/ready` answers 200. Otherwise as `run_server`."""
+    with run_server([*command, *arguments, "--port", "{port}"], not_ready, timeout, log) as (url, _):
         yield url
 
 
 @contextmanager
 def run_server(
-    command: Sequence[str], problem: Callable[[str], str | None], timeout: float
+    command: Sequence[str], problem: Callable[[str], str | None], timeout: float, log: Path | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run a command, with `{port}` replaced by a free port of 127.0.0.1, in a session of its own.
 
     Args:
         problem: why the server at this URL cannot be used yet; None once it can.
+        log: file that its output is written to (default: a temporary one).
 
     Yields: its URL and its process.
     Raises: RuntimeError with the end of its output, if it exits early or is not ready within `timeout` seconds.
@@ -41,7 +44,7 @@ def run_server(
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     end = time.monotonic() + timeout
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         process = subprocess.Popen(
             [word.replace("{port}", str(port)) for word in command],
             stdout=output,

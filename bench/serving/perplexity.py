@@ -1,4 +1,4 @@
-"""Perplexity and greedy-token agreement of each `--dtype` and `--quantize`, against plain transformers in float32.
+"""Perplexity, greedy tokens and log-probability errors by `--dtype` and `--quantize`, against transformers in float32.
 
     python -m bench.serving.perplexity --model demo/model --text demo
 
@@ -78,12 +78,14 @@ class Quality:
         ratio: perplexity ÷ the reference's.
         error: two standard errors of the ratio over the texts; NaN for a single text.
         same: share of the tokens where greedy decoding agrees.
+        apart: root mean square over the tokens of what their log-probabilities differ by, in nats.
     """
 
     perplexity: float
     ratio: float
     error: float
     same: float
+    apart: float
 
 
 def compare(scores: Scores, reference: Scores) -> Quality:
@@ -92,11 +94,13 @@ def compare(scores: Scores, reference: Scores) -> Quality:
     ratio = math.exp(statistics.fmean(more))
     spread = statistics.stdev(more) if len(more) > 1 else math.nan
     greedy = zip(chain(*scores.greedy), chain(*reference.greedy), strict=True)
+    pairs = zip(chain(*scores.nll), chain(*reference.nll), strict=True)
     return Quality(
         perplexity=math.exp(statistics.fmean(scores.losses)),
         ratio=ratio,
         error=2 * ratio * spread / math.sqrt(len(more)),
         same=statistics.fmean(ours == theirs for ours, theirs in greedy),
+        apart=math.sqrt(statistics.fmean((ours - theirs) ** 2 for ours, theirs in pairs)),
     )
 
 
@@ -180,10 +184,17 @@ def measure(model: str, texts: Sequence[Text], cases: Mapping[str, str]) -> tupl
 def quality_table(found: Mapping[str, Quality]) -> str:
     """A Markdown table with one row per case."""
     rows = [
-        [name, number(each.perplexity, 4), number(each.ratio, 5), number(each.error, 5), number(100 * each.same, 2)]
+        [
+            name,
+            number(each.perplexity, 4),
+            number(each.ratio, 5),
+            number(each.error, 5),
+            number(100 * each.same, 2),
+            number(each.apart, 4),
+        ]
         for name, each in found.items()
     ]
-    return table(["base", "perplexity", "÷ transformers'", "±", "same token %"], rows)
+    return table(["base", "perplexity", "÷ transformers'", "±", "same token %", "log-probability error"], rows)
 
 
 def verdicts(found: Mapping[str, Quality]) -> list[str]:

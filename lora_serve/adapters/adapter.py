@@ -27,11 +27,15 @@ VECTORS = (
 
 @dataclass(frozen=True)
 class Site:
-    """A linear module of the base that a delta can be added to: y = x Wᵀ, W [out_features, in_features]."""
+    """A linear module of the base that a delta can be added to: y = x Wᵀ, W [out_features, in_features].
+
+    `transposed`: whether its parameter is Wᵀ, as a Conv1D's.
+    """
 
     name: str
     in_features: int
     out_features: int
+    transposed: bool = False
 
 
 def _unknown_parameter(path: str) -> Tensor:
@@ -55,6 +59,7 @@ class BaseShape:
             compute each row independently, so rows of one batch may use different parameters.
         parameter: a parameter of such a module by its full path, in full precision.
         embeddings: embedding modules, and the factor that each multiplies its rows by.
+        heads_first: those of `modules` whose inputs and outputs are [1, heads, tokens, ...].
         input_embedding, head: paths of the input embedding and of the LM head.
         hidden_size: hidden size.
         kv: (heads, key_dim, value_dim) of every layer's keys and values.
@@ -62,6 +67,7 @@ class BaseShape:
         vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
         quantized: how the base's weights are quantised, or empty (for reports).
         body: path of the model without its LM head, which adapters for embeddings are trained on.
+        divided: modules whose weight's rows are divided by their lengths; `weight` and `parameter` give the quotients.
     """
 
     sites: dict[str, Site]
@@ -73,6 +79,7 @@ class BaseShape:
     modules: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     parameter: Callable[[str], Tensor] = _unknown_parameter
     embeddings: dict[str, float] = field(default_factory=dict)
+    heads_first: frozenset[str] = frozenset()
     input_embedding: str = ""
     head: str = ""
     hidden_size: int = 0
@@ -81,10 +88,18 @@ class BaseShape:
     vocabulary: str = ""
     quantized: str = ""
     body: str = ""
+    divided: frozenset[str] = frozenset()
 
     def bias(self, site: str) -> Tensor | None:
         """The bias [out] of a linear module of the base, if it has one."""
         return self.parameter(f"{site}.bias") if "bias" in self.modules.get(site, {}) else None
+
+
+def divide_rows(weight: Tensor) -> Tensor:
+    """A matrix [rows, columns] with each row divided by its length, which is computed in float32."""
+    lengths = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float32)
+    quotients: Tensor = weight / lengths.clamp(min=1e-12)
+    return quotients.to(weight.dtype)
 
 
 @dataclass(frozen=True)

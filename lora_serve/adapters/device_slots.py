@@ -1,14 +1,13 @@
-"""Adapter slots on the device: pointer tables, slot assignment and eviction (least recently used first, LRU).
+"""Adapter slots on the device: the pointer tables that the delta kernels read, and the adapters that they point to.
 
-A slot is one column of the pointer tables that the delta kernels read; a resident adapter is one flat tensor of exactly
-its own size. There is no padding and no maximum rank. On a CPU the host tensor is used without a copy; on a GPU it is
-copied beside running steps (`device_copy.py`).
+A slot is one column of the tables; a resident adapter is one flat tensor of exactly its own size. There is no padding
+and no maximum rank. On a CPU the host tensor is used without a copy; on a GPU it is copied beside running steps
+(`device_copy.py`). Who gets a slot is decided in `residency.py`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,33 +18,9 @@ from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.kernels.contract import DeltaGroup, pointer_tables
 
 
-def residents_to_evict(
-    sizes: Mapping[str, int], needed: int, slots: int, capacity: int | None, keep: Set[str]
-) -> list[str] | None:
-    """Resident adapters to evict so that one of `needed` bytes gets a slot: least recently used first, none of `keep`.
-
-    None if evicting all of the others would not be enough.
-
-    Args:
-        sizes: bytes by resident adapter, least recently used first.
-        slots, capacity: maximum number and bytes of resident adapters.
-    """
-    bytes_over = 0 if capacity is None else sum(sizes.values()) + needed - capacity
-    slots_over = len(sizes) + 1 - slots
-    evicted = []
-    for digest, size in sizes.items():
-        if bytes_over <= 0 and slots_over <= 0:
-            break
-        if digest not in keep:
-            evicted.append(digest)
-            bytes_over, slots_over = bytes_over - size, slots_over - 1
-    return None if bytes_over > 0 or slots_over > 0 else evicted
-
-
 class ResidentAdapter(NamedTuple):
-    """A resident adapter: its slot, device tensor and sites, and its copy while that may be running."""
+    """A resident adapter: its device tensor and sites, and its copy while that may be running."""
 
-    slot: int
     flat: Tensor
     sites: list[str]
     copy: PendingCopy | None
@@ -63,14 +38,10 @@ class DeviceSlots:
     Args:
         base: sites and groups of the resident base.
         slots: maximum number of resident adapters.
-        capacity: maximum bytes of resident adapters; None: no limit.
     """
 
-    def __init__(
-        self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None
-    ) -> None:
+    def __init__(self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = slots
-        self.capacity = capacity
         self.copier = DeviceCopier(device)
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
         self.overrides: dict[int, dict[str, ModuleOverride]] = {}
@@ -94,60 +65,35 @@ class DeviceSlots:
         self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
-        self._resident: OrderedDict[str, ResidentAdapter] = OrderedDict()  # least recently used first
-        self.evictions = 0
+        self._resident: dict[int, ResidentAdapter] = {}  # by slot
 
     def __repr__(self) -> str:
         return f"<DeviceSlots {len(self._resident)} of {self.slots} slots, {self.bytes} bytes>"
 
     @property
-    def resident(self) -> list[str]:
-        """Digests on the device, least recently used first."""
-        return list(self._resident)
-
-    def evict_to_fit(self, needed: int, keep: Set[str]) -> bool:
-        """Evict least recently used adapters to free a slot and `needed` bytes; False, evicting none, if that fails."""
-        sizes = {digest: resident.flat.nbytes for digest, resident in self._resident.items()}
-        evicted = residents_to_evict(sizes, needed, self.slots, self.capacity, keep)
-        for digest in evicted or []:
-            self.evict(digest)
-        return evicted is not None
-
-    @property
     def bytes(self) -> int:
         return sum(resident.flat.nbytes for resident in self._resident.values())
 
-    def holds(self, digest: str) -> bool:
-        return digest in self._resident
-
-    def slot(self, digest: str) -> int | None:
-        """The adapter's slot, if it has one; marks it as most recently used."""
-        resident = self._resident.get(digest)
-        if resident is None:
-            return None
-        self._resident.move_to_end(digest)
-        return resident.slot
-
-    def copied(self, digest: str) -> bool:
-        """Whether the adapter's host-to-device copy is complete."""
-        copy = self._resident[digest].copy
+    def copied(self, slot: int) -> bool:
+        """Whether the host-to-device copy of a slot's adapter is complete."""
+        copy = self._resident[slot].copy
         return copy is None or copy.complete
 
-    def wait_for_copies(self, digests: Sequence[str]) -> None:
-        """Make the next step wait for the copies of these adapters."""
-        for digest in digests:
-            copy = self._resident[digest].copy
+    def wait_for_copies(self, slots: Iterable[int]) -> None:
+        """Make the next step wait for the copies of these slots' adapters."""
+        for slot in slots:
+            copy = self._resident[slot].copy
             if copy is not None:
                 copy.make_stream_wait()
 
     def load(self, adapter: Adapter) -> int:
-        """Assign a free slot to an adapter (it must fit) and start its copy; returns the slot.
+        """Assign a free slot to an adapter (there must be one) and start its copy; returns the slot.
 
         Raises torch.OutOfMemoryError, without effect.
         """
         flat, copy = self.copier.copy(adapter.flat)
         slot = self._free.pop()
-        self._resident[adapter.digest] = ResidentAdapter(slot, flat, list(adapter.offsets), copy)
+        self._resident[slot] = ResidentAdapter(flat, list(adapter.offsets), copy)
         start, step = flat.data_ptr(), flat.element_size()
         pin_memory = self._device.type == "cuda"
         columns = [torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pin_memory) for table in self._tables]
@@ -169,19 +115,15 @@ class DeviceSlots:
             self.prefixes[slot] = prefix
         return slot
 
-    def evict(self, digest: str) -> None:
-        """Zero an adapter's slot and free its device memory; does nothing if it is not resident."""
-        resident = self._resident.pop(digest, None)
-        if resident is None:
-            return
-        slot, _, names, _ = resident
+    def evict(self, slot: int) -> None:
+        """Zero a slot and free the device memory of its adapter."""
+        resident = self._resident.pop(slot)
         for table in self._tables:
             table[:, slot] = 0
-        for name in names:
+        for name in resident.sites:
             _, group, module = self._rows[name]
             group.deltas[module][slot] = None
         self.overrides.pop(slot, None)
         self.prefixes.pop(slot, None)
         self.ranks.pop(slot, None)
         self._free.append(slot)
-        self.evictions += 1

@@ -1,220 +1,224 @@
-"""Moves adapter versions between disk, host cache and device slots, and counts loads, hits and evictions.
+"""Moves adapters between disk, host memory and device, as `residency.py` decides, and counts what was moved.
 
-Versions are known by digest only; names, leases and pins are the registry's. Used by the engine's loop alone; files are
-read in the `Loader`'s thread.
+Used by the engine's loop alone; files are read in a thread of `Workers`.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.adapters.host_cache import HostCache
-from lora_serve.adapters.loader import Loader
-from lora_serve.errors import EngineFault, ServeError, Unavailable
+from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.publisher import Publisher
+from lora_serve.adapters.residency import Residency, Version
+from lora_serve.adapters.workers import Workers
+from lora_serve.errors import AdapterBroken, EngineFault, ServeError, Unavailable
 from lora_serve.messages import Stats
 
+MOST_LOADS = 2  # at the same time: while one is read, the next is ready to be
+Loaded = Callable[[ServeError | None], None]
 
-@dataclass(frozen=True)
-class InMemory:
-    """In memory: a slot can be assigned at once."""
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Not in memory: loading, or not requested yet."""
-
-
-@dataclass(frozen=True)
-class LoadFailed:
-    """The last load failed."""
-
-    error: ServeError
-
-
-class Retention(Protocol):
-    """Which versions must not be evicted, or should be last."""
-
-    @property
-    def leased(self) -> Sequence[str]:
-        """Digests leased by sequences, oldest lease first."""
-        ...
-
-    @property
-    def unevictable(self) -> Set[str]:
-        """Digests of pinned versions, which LRU never evicts, whether or not they are in memory yet."""
-        ...
+log = logging.getLogger(__name__)
 
 
 class AdapterMemory:
-    """The two memory tiers: host cache and device slots.
+    """The adapters in host memory and on the device.
+
+    Attributes:
+        changed: whether something may have to be loaded since `load_next`.
 
     Args:
-        fetch: reads, lowers and flattens a version; called in the loading thread.
-        retention: consulted on eviction.
-        on_loaded: called after each load, in the loop's thread, before the callbacks of those who wait for it.
+        on_load_ended: called with a version for which no load is under way or wanted any more.
     """
 
     def __init__(
         self,
-        cache: HostCache,
+        residency: Residency,
         device_slots: DeviceSlots,
-        loader: Loader,
-        fetch: Callable[[str], Adapter],
-        retention: Retention,
-        on_loaded: Callable[[str], None],
+        publisher: Publisher,
+        workers: Workers,
+        on_load_ended: Callable[[Version], None],
     ) -> None:
-        self._cache, self._device_slots, self._loader = cache, device_slots, loader
-        self._fetch, self._retention, self._on_loaded = fetch, retention, on_loaded
-        self._loading: dict[str, list[Callable[[ServeError | None], None]]] = {}  # digest → callbacks
-        self._failed: dict[str, ServeError] = {}
+        self.changed = True
+        self._residency, self._device_slots, self._publisher = residency, device_slots, publisher
+        self._workers, self._on_load_ended = workers, on_load_ended
+        self._adapters: dict[str, Adapter] = {}  # in host memory
+        self._wanted: dict[str, list[Loaded]] = {}  # digests to load for operations, and who waits for each
         self._hits: Counter[str] = Counter(host=0, device=0)
         self._misses: Counter[str] = Counter(host=0, device=0)
         self._loads: Counter[str] = Counter(host=0, device=0)
-        self._seconds: dict[str, float] = {"host": 0.0, "device": 0.0}
+        self._evictions: Counter[str] = Counter(host=0, device=0)
+        self._seconds = {"host": 0.0, "device": 0.0}
 
-    def __repr__(self) -> str:
-        return f"<Memory {len(self._loading)} loading, {self._cache!r}, {self._device_slots!r}>"
+    def holds(self, digest: str) -> bool:
+        """Whether a version is in memory, so that it can get a slot at once."""
+        return self._residency.versions[digest].in_memory
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._cache or self._device_slots.holds(digest)
-
-    @property
-    def resident(self) -> list[str]:
-        """Digests on the device, least recently used first."""
-        return self._device_slots.resident
-
-    def tiers(self, digest: str) -> list[str]:
-        """The memory tiers that hold a version: a subset of 'host' and 'device'."""
-        present = {"host": digest in self._cache, "device": self._device_slots.holds(digest)}
-        return [tier for tier, holds in present.items() if holds]
-
-    def is_loading(self, digest: str) -> bool:
-        return digest in self._loading
-
-    def state(self, digest: str) -> InMemory | Loading | LoadFailed:
-        """Whether a leased version is in memory, loading, or failed to load."""
-        if digest in self._failed:
-            return LoadFailed(self._failed[digest])
-        return InMemory() if digest in self else Loading()
-
-    def record_use(self, digest: str) -> None:
-        """Touch a version in the LRU order and count a hit or miss per tier."""
-        for tier, present in (
-            ("device", self._device_slots.slot(digest) is not None),
-            ("host", self._cache.get(digest) is not None),
-        ):
+    def record_use(self, version: Version) -> None:
+        """Count a hit or a miss per tier; a version that is not in memory will be loaded."""
+        for tier, present in (("device", version.slot is not None), ("host", version.in_host)):
             (self._hits if present else self._misses)[tier] += 1
             if present:
-                break
+                return
+        self.changed = True
 
-    def request_load(self, digest: str, done: Callable[[ServeError | None], None] | None = None) -> None:
-        """Load a version into host memory unless it is in memory or loading; `done` gets None or the error."""
-        waiters = [] if done is None else [done]
-        if digest in self:
-            for waiter in waiters:
-                waiter(None)
-        elif digest in self._loading:
-            self._loading[digest] += waiters
-        else:
-            self._failed.pop(digest, None)
-            self._loading[digest] = waiters
-            self._load(digest)
+    # --- host memory ---------------------------------------------------------------------------------------------
+
+    def load(self, version: Version, done: Loaded) -> None:
+        """Load a version for an operation; `done` gets None or the error, also if there is no memory for it now."""
+        if version.in_memory:
+            done(None)
+            return
+        version.failure = None
+        self._wanted.setdefault(version.digest, []).append(done)
+        self.changed = True
+
+    def is_coming(self, version: Version) -> bool:
+        """Whether a version is being loaded, or will be for an operation."""
+        return version.loading or version.digest in self._wanted
+
+    def load_next(self) -> None:
+        """Load what is needed most, in place of what is needed least."""
+        self.changed = False
+        loads = self._residency.decide_loads(list(self._wanted), MOST_LOADS)
+        for digest in loads.evict:
+            self._evict_from_host(self._residency.versions[digest])
+        for digest in loads.load:
+            version = self._residency.versions[digest]
+            version.loading = True
+            self._read(version)
+        busy = Unavailable("the memory for adapters is taken by those in use", retry_after=1)
+        for digest in loads.refuse:
+            self._answer(self._residency.versions[digest], busy)
+
+    def evict(self, version: Version) -> None:
+        """Free a version in both tiers."""
+        self._evict_from_device(version)
+        self._evict_from_host(version)
+
+    def _read(self, version: Version, *, again: bool = False) -> None:
+        def work() -> tuple[Adapter, float]:
+            started = time.perf_counter()
+            adapter = self._publisher.read(version.digest)
+            self._device_slots.copier.pin_memory(adapter.flat)
+            return adapter, time.perf_counter() - started
+
+        def on_read(result: tuple[Adapter, float] | ServeError) -> None:
+            if isinstance(result, AdapterBroken) and not again:
+                log.warning("version %s: %s; lowering it again", version.digest[:12], result.message)
+                self._lower_again(version)
+            else:
+                self._finish(version, result)
+
+        self._workers.load(work, on_read)
+
+    def _lower_again(self, version: Version) -> None:
+        """Make a damaged lowered file again from the version's PEFT files, then read it."""
+
+        def on_stored(result: Summary | ServeError) -> None:
+            if isinstance(result, ServeError):
+                self._finish(version, result)
+            else:
+                version.summary = result
+                self._read(version, again=True)
+
+        self._publisher.lower_again(version.digest, on_stored)
+
+    def _finish(self, version: Version, result: tuple[Adapter, float] | ServeError) -> None:
+        version.loading = False
+        self.changed = True
+        error = result if isinstance(result, ServeError) else None
+        version.failure = error
+        if not isinstance(result, ServeError):
+            adapter, seconds = result
+            version.in_host = True
+            self._adapters[version.digest] = adapter
+            self._loads["host"] += 1
+            self._seconds["host"] += seconds
+        self._answer(version, error)
+
+    def _answer(self, version: Version, error: ServeError | None) -> None:
+        """Tell the operations that wait for a version how its load ended, or that it does not begin."""
+        waiting = self._wanted.pop(version.digest, ())
+        self._on_load_ended(version)
+        for done in waiting:
+            done(error)
+
+    def _evict_from_host(self, version: Version) -> None:
+        if not version.in_host:
+            return
+        if self._residency.budget.device is None:  # its slot points to this memory
+            self._evict_from_device(version)
+        version.in_host = False
+        del self._adapters[version.digest]
+        self._evictions["host"] += 1
+
+    # --- device --------------------------------------------------------------------------------------------------
 
     def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
-        """Slots of these versions, assigned where needed. All are in memory, and they fit beside the pinned ones."""
-        keep = {*digests, *self._retention.unevictable}
-        slots: dict[str, int] = {}
-        for digest in digests:
-            slot = self._device_slots.slot(digest)
-            slots[digest] = self._assign_slot(digest, keep) if slot is None else slot
-        return slots
+        """Slots of versions in memory, assigned where needed. Raises Unavailable if they do not fit the device."""
+        versions = [self._residency.versions[digest] for digest in digests]
+        evict = self._residency.decide_slots(digests)
+        if evict is None:
+            raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
+        for digest in evict:
+            self._evict_from_device(self._residency.versions[digest])
+        return {version.digest: self._assign_slot(version) for version in versions}
+
+    def prefetch(self, version: Version) -> None:
+        """Assign a slot to a version before it is used, if that evicts none that is leased."""
+        if not version.in_host or version.slot is not None:  # perhaps deleted meanwhile
+            return
+        evict = self._residency.decide_slots([version.digest])
+        if evict is not None and not any(self._residency.versions[digest].leases for digest in evict):
+            self.assign_slots([version.digest])
 
     def copied(self, digests: Iterable[str]) -> bool:
-        """Whether the host-to-device copies are complete."""
-        return all(map(self._device_slots.copied, digests))
+        """Whether the host-to-device copies of resident versions are complete."""
+        return all(map(self._device_slots.copied, self._slots(digests)))
 
-    def wait_for_copies(self, digests: Sequence[str]) -> None:
+    def wait_for_copies(self, digests: Iterable[str]) -> None:
         """Make the next step wait for the copies of resident versions."""
-        self._device_slots.wait_for_copies(digests)
+        self._device_slots.wait_for_copies(self._slots(digests))
 
-    def prefetch(self, digest: str) -> None:
-        """Assign a slot to a version before it is used, if that evicts none that is leased or pinned."""
-        if digest not in self or self._device_slots.holds(digest):
-            return
-        with suppress(ServeError):
-            self._assign_slot(digest, {*self._retention.leased, *self._retention.unevictable})
+    def _slots(self, digests: Iterable[str]) -> list[int]:
+        slots = (self._residency.versions[digest].slot for digest in digests)
+        return [slot for slot in slots if slot is not None]
 
-    def evict(self, digest: str) -> None:
-        """Free a version in both tiers."""
-        self._device_slots.evict(digest)
-        self._cache.evict(digest)
-
-    def forget_failure(self, digest: str) -> None:
-        """Forget a failed load, so that the next request tries again."""
-        self._failed.pop(digest, None)
-
-    def fill_stats(self, stats: Stats) -> None:
-        """Fill in the statistics of the memory tiers."""
-        stats.adapter_slots = self._device_slots.slots
-        stats.bytes = {"host": self._cache.bytes, "device": self._device_slots.bytes}
-        stats.evictions_total = {"host": self._cache.evictions, "device": self._device_slots.evictions}
-        stats.cache_hits_total = dict(self._hits)
-        stats.cache_misses_total = dict(self._misses)
-        stats.loads_total = dict(self._loads)
-        stats.load_seconds_total = dict(self._seconds)
-
-    def _assign_slot(self, digest: str, keep: Set[str]) -> int:
-        started = time.perf_counter()
-        adapter = self._cache.get(digest)
-        if adapter is None:
+    def _assign_slot(self, version: Version) -> int:
+        self._residency.touch(version)
+        if version.slot is not None:
+            return version.slot
+        if not version.in_host:
             raise EngineFault("an adapter was scheduled that is not in memory")
-        if not self._device_slots.evict_to_fit(adapter.nbytes, keep):
-            raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
+        started = time.perf_counter()
         try:
-            slot = self._device_slots.load(adapter)
+            version.slot = self._device_slots.load(self._adapters[version.digest])
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
         self._loads["device"] += 1
         self._seconds["device"] += time.perf_counter() - started
-        return slot
+        return version.slot
 
-    def _load(self, digest: str) -> None:
-        def work() -> tuple[Adapter, float]:
-            started = time.perf_counter()
-            adapter = self._fetch(digest)
-            self._device_slots.copier.pin_memory(adapter.flat)
-            return adapter, time.perf_counter() - started
+    def _evict_from_device(self, version: Version) -> None:
+        if version.slot is not None:
+            self._device_slots.evict(version.slot)
+            version.slot = None
+            self._evictions["device"] += 1
 
-        def on_finished(result: tuple[Adapter, float] | ServeError) -> None:
-            failure = result if isinstance(result, ServeError) else self._add_to_cache(*result)
-            if failure is not None and digest in self._retention.leased:
-                self._failed[digest] = failure
-            waiters = self._loading.pop(digest)
-            self._on_loaded(digest)
-            for waiter in waiters:
-                waiter(failure)
+    # --- statistics ----------------------------------------------------------------------------------------------
 
-        self._loader.load(work, on_finished)
-
-    def _add_to_cache(self, adapter: Adapter, seconds: float) -> ServeError | None:
-        """Put a loaded adapter into the host cache; returns the error if it does not fit."""
-        self._loads["host"] += 1
-        self._seconds["host"] += seconds
-        for digest in reversed(
-            self._retention.leased
-        ):  # leased versions are evicted last, the oldest lease last of all
-            self._cache.get(digest)
-        try:
-            self._cache.put(adapter, self._retention.unevictable.__contains__)
-        except ServeError as error:
-            return error
-        return None
+    def fill_stats(self, stats: Stats) -> None:
+        """Fill in the statistics of the memory tiers."""
+        residency = self._residency
+        stats.adapter_slots = residency.budget.slots
+        stats.bytes = {"host": residency.host_bytes, "device": residency.device_bytes}
+        stats.evictions_total = dict(self._evictions)
+        stats.cache_hits_total, stats.cache_misses_total = dict(self._hits), dict(self._misses)
+        stats.loads_total, stats.load_seconds_total = dict(self._loads), dict(self._seconds)

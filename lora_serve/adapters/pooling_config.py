@@ -59,7 +59,7 @@ def parse_pooling(modules: Any, config: Any) -> Pooling:
         raise ValueError(f"{POOLING} is missing or not a JSON object")
     mode = _mode(config)
     if mode not in MODES:
-        raise ValueError(f"pooling mode {str(mode)[:60]} ({POOLING}) is not served; {', '.join(MODES)} are")
+        raise ValueError(f"pooling mode {mode[:60]} ({POOLING}) is not served; {', '.join(MODES)} are")
     if config.get("include_prompt") is False and mode != "lasttoken":
         raise ValueError(f"include_prompt = false ({POOLING}) is not served: a request does not tell prompt from text")
     return Pooling(MODES[mode], normalize)  # type: ignore[arg-type]
@@ -75,9 +75,9 @@ def _module_kinds(modules: Any) -> list[str]:
     return [entry["type"].rpartition(".")[2] for entry in entries]
 
 
-def _mode(config: dict[str, Any]) -> Any:
+def _mode(config: dict[str, Any]) -> str:
     """The one pooling mode; several are joined with '+'."""
     given = config.get("pooling_mode")
     if given is None:
         given = [mode for flag, mode in FLAGS.items() if config.get(flag)] or "mean"
-    return "+".join(map(str, given)) if isinstance(given, list) else given
+    return "+".join(map(str, given)) if isinstance(given, list) else str(given)

@@ -1,108 +1,177 @@
-"""Publishes adapters: reads, checks and lowers a folder of PEFT files and stores it as a version of a name.
+"""Publishes adapters: has them lowered by the compiler, and keeps them in the store.
 
-Blocking: called in the publishing thread, or before the engine's loop starts.
+The slow halves of the registry's operations. They run in threads of `Workers`, which pass the result, or the error, to
+`done` in the engine's loop.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
-from lora_serve.adapters.adapter import BaseShape
-from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.digest import digest
-from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.formats.report import complete
-from lora_serve.adapters.store import Meta, Record, Store
-from lora_serve.adapters.traits import traits
-from lora_serve.errors import AdapterExists, TooLarge
-from lora_serve.names import CONFIG, MODULES, POOLING, WEIGHTS
+from lora_serve.adapters import lowered_file
+from lora_serve.adapters.adapter import Adapter
+from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
+from lora_serve.adapters.store import Store
+from lora_serve.adapters.store_records import NameRecord
+from lora_serve.adapters.workers import Workers
+from lora_serve.errors import AdapterBroken, ServeError
+
+Saved = Callable[[ServeError | None], None]
 
 
 @dataclass(frozen=True)
-class PublishedVersion:
-    """A stored version and the name that refers to it."""
+class StagedVersion:
+    """A lowered version in the store's staging, to be stored under a name or discarded."""
 
-    name: str
-    record: Record
-    meta: Meta
+    folder: Path
+    version: LoweredVersion
+
+
+class AdapterCompiler(Protocol):
+    """What lowers adapters: `Compiler`, or in tests a function."""
+
+    fingerprint: str
+
+    def lower(self, job: LoweringJob) -> LoweredVersion: ...
 
 
 class Publisher:
-    """Checks folders of PEFT files and publishes them to the store.
+    """The compiler and the store, for one resident base.
 
-    Args:
-        max_bytes: largest weights file.
-        most_elements: elements that fit into the host cache; a larger adapter could never be served.
+    Attributes:
+        broken: name → why it cannot be served.
     """
 
-    def __init__(self, store: Store, base: BaseShape, *, max_bytes: int, most_elements: int) -> None:
-        self._store = store
-        self._base = base
-        self._max_bytes = max_bytes
-        self._most_elements = most_elements
-        self._named = {name: record.digest for name, record in store.names().items()}  # name → digest, as on disk
+    def __init__(self, store: Store, compiler: AdapterCompiler, workers: Workers) -> None:
+        self.broken = store.broken
+        self._store, self._compiler, self._workers = store, compiler, workers
 
-    def publish(self, name: str, folder: Path, *, replace: bool, source: str = "") -> PublishedVersion:
-        """Check and store a folder as a version of `name`; a folder in the store's staging is removed."""
-        try:
-            version, meta = self._check(folder)
-            if name in self._named and not replace:
-                raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
-            record = self._store.publish(name, folder, version, meta, source)
-            self._named[name] = version
-            return PublishedVersion(name, record, self._store.meta(version))
-        finally:
-            self._remove_if_staged(folder)
+    # --- lowering ------------------------------------------------------------------------------------------------
 
-    def inspect(self, folder: Path) -> tuple[str, Meta]:
-        """Digest and metadata of the version that publishing would create; a folder in staging is removed."""
-        try:
-            return self._check(folder)
-        finally:
-            self._remove_if_staged(folder)
+    def lower(self, folder: Path, done: Callable[[StagedVersion | ServeError], None]) -> None:
+        """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied."""
 
-    def publish_unchanged(self, name: str, folder: Path, record: Record | None) -> PublishedVersion | None:
-        """Publish one of the operator's folders; None if `record` was published from the same, unmodified files."""
-        signature = sha256()
-        for path in (folder / name for name in (CONFIG, WEIGHTS, MODULES, POOLING)):
-            if path.exists():
-                status = path.stat()
-                signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-        if record is not None and record.source == signature.hexdigest():
-            return None
-        return self.publish(name, folder, replace=True, source=signature.hexdigest())
+        def work() -> StagedVersion:
+            staged = self._store.stage()
+            job = LoweringJob(str(folder), str(staged), move=self._store.is_staged(folder))
+            try:
+                return StagedVersion(staged, self._compiler.lower(job))
+            except BaseException:
+                _remove(staged)
+                raise
+            finally:
+                self._remove_staged(folder)
 
-    def unpublish(self, name: str) -> None:
-        self._store.unpublish(name)
-        self._named.pop(name, None)
+        self._workers.lower(work, done)
 
-    def drop(self, version: str) -> None:
-        """Delete a version, unless a name refers to it (again, by a later publish)."""
-        if version not in self._named.values():
-            self._store.drop(version)
+    def inspect(self, folder: Path, done: Callable[[LoweredVersion | ServeError], None]) -> None:
+        """Lower a folder of PEFT files without keeping anything; a folder in staging is removed."""
 
-    def _check(self, folder: Path) -> tuple[str, Meta]:
-        checkpoint = read(folder, max_bytes=self._max_bytes)
-        lowered = lower(checkpoint, self._base)
-        elements = sum(tensor.numel() for tensor in lowered.tensors.values())
-        if elements + lowered.vectors > self._most_elements:
-            raise TooLarge(f"the adapter has {elements} numbers; --adapter-cache-memory holds {self._most_elements}")
-        meta = Meta(
-            created=time.time(),
-            rank=max((delta.a.shape[0] for delta in lowered.deltas.values()), default=0),
-            modules=len(lowered.deltas.keys() | lowered.overrides.keys()),
-            elements=elements,
-            vectors=lowered.vectors,
-            file_bytes=checkpoint.file_bytes,
-            report=complete(lowered, checkpoint, self._base),
-            traits=traits(lowered, self._base),
-        )
-        return digest(lowered), meta
+        def work() -> LoweredVersion:
+            try:
+                return self._compiler.lower(LoweringJob(str(folder)))
+            finally:
+                self._remove_staged(folder)
 
-    def _remove_if_staged(self, folder: Path) -> None:
+        self._workers.lower(work, done)
+
+    def lower_again(self, digest: str, done: Callable[[Summary | ServeError], None]) -> None:
+        """Make a stored version's lowered file from its PEFT files, in place of any that it has."""
+
+        def work() -> StagedVersion:
+            staged = self._store.stage()
+            job = LoweringJob(str(self._store.folder(digest)), str(staged), version=self._store.version(digest))
+            try:
+                return StagedVersion(staged, self._compiler.lower(job))
+            except BaseException:
+                _remove(staged)
+                raise
+
+        def on_lowered(result: StagedVersion | ServeError) -> None:
+            if isinstance(result, ServeError):
+                done(result)
+                return
+            staged = result.folder
+
+            def store() -> Summary:
+                try:
+                    self._store.replace_lowered(digest, staged)
+                    return result.version.summary
+                finally:
+                    _remove(staged)
+
+            self._workers.store(store, done)
+
+        self._workers.lower(work, on_lowered)
+
+    # --- store ---------------------------------------------------------------------------------------------------
+
+    def names(self) -> dict[str, NameRecord]:
+        """The names that can be served."""
+        return {name: record for name, record in self._store.names().items() if name not in self.broken}
+
+    def stored(self, name: str) -> NameRecord | None:
+        """What the store says that a name refers to, broken or not."""
+        return self._store.names().get(name)
+
+    def created(self, digest: str) -> float:
+        """When a stored version was published first, in seconds since the epoch."""
+        return self._store.version(digest).created
+
+    def summary(self, digest: str) -> Summary:
+        """The summary of a version that was lowered as it would be now. Raises AdapterBroken if there is none."""
+        summary = lowered_file.read_summary(self._store.folder(digest))
+        if summary.fingerprint != self._compiler.fingerprint:
+            raise AdapterBroken("it was lowered for another base, precision or release")
+        return summary
+
+    def read(self, digest: str) -> Adapter:
+        """Read a version's lowered file, verified. Blocks; raises AdapterBroken if it is missing or damaged."""
+        return lowered_file.read(self._store.folder(digest), digest)
+
+    def store(self, name: str, staged: StagedVersion, record: NameRecord, done: Saved) -> None:
+        """Store a staged version, and let a name refer to it."""
+
+        def work() -> None:
+            try:
+                self._store.publish(name, staged.folder, staged.version.record, record)
+            finally:
+                _remove(staged.folder)
+
+        self._workers.store(work, done)
+
+    def discard(self, staged: StagedVersion) -> None:
+        """Remove a staged version."""
+        self._workers.store(lambda: _remove(staged.folder), lambda result: None)
+
+    def save(self, name: str, record: NameRecord, done: Saved) -> None:
+        """Let a name refer to stored versions."""
+        self._workers.store(lambda: self._store.set_name(name, record), done)
+
+    def remove(self, name: str, done: Saved) -> None:
+        """Remove a name from the store; its versions stay until `drop`."""
+        self._workers.store(lambda: self._store.remove_name(name), done)
+
+    def drop(self, digest: str) -> None:
+        """Delete a version that no name refers to."""
+        self._workers.store(lambda: self._store.drop(digest), lambda result: None)
+
+    def mark_broken(self, name: str, reason: str) -> None:
+        """List a name as broken until it is published or removed."""
+        self._store.mark_broken(name, reason)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _remove_staged(self, folder: Path) -> None:
         if self._store.is_staged(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

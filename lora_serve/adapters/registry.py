@@ -1,381 +1,467 @@
-"""The engine's interface to adapters: names, leases on exact versions, pins, and the admin operations on them.
+"""The engine's interface to adapters: leases on exact versions, and the admin operations on names.
 
-Used by the engine's loop alone, and never blocks: slow work goes to the `Loader`, whose results are handled in `poll`.
-Since one thread owns names and leases, requests and operations take effect in the order in which they arrive.
+Used by the engine's loop alone, and never blocks: slow work is the `Publisher`'s and the `AdapterMemory`'s, whose
+results are handled in `poll`. Requests and operations take effect in the order in which they arrive; publishing and
+deleting one name wait for each other.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import msgspec
 
-from lora_serve.adapters.adapter import ALIGNMENT, Adapter, BaseShape, flatten
-from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.host_cache import HostCache
-from lora_serve.adapters.loader import Loader
-from lora_serve.adapters.memory import AdapterMemory, InMemory, LoadFailed, Loading
-from lora_serve.adapters.publisher import PublishedVersion, Publisher
-from lora_serve.adapters.store import Meta, Record, Store
-from lora_serve.adapters.traits import Traits, traits
-from lora_serve.errors import (
-    AdapterBusy,
-    AdapterExists,
-    AdapterInvalid,
-    BadRequest,
-    EngineFault,
-    ServeError,
-)
+from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.lowering_job import LoweredVersion
+from lora_serve.adapters.memory import AdapterMemory
+from lora_serve.adapters.publisher import Publisher, StagedVersion
+from lora_serve.adapters.residency import Residency, Version
+from lora_serve.adapters.store_records import NameRecord
+from lora_serve.adapters.traits import Traits
+from lora_serve.adapters.workers import Workers
+from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterExists, ServeError
 from lora_serve.messages import AdapterInfo, AdapterVersion, Inspect, Inspection, Publish, Stats
-from lora_serve.names import adapter_not_found, check_name
+from lora_serve.names import adapter_broken, adapter_not_found, check_adapter_name
 from lora_serve.request import AdapterUse
 
-__all__ = ["InMemory", "Lease", "LoadFailed", "Loading", "Registry"]  # the classes are what `state` returns
-
 Done = Callable[[Any], None]
-MAX_ALIGNMENT = 8 * ALIGNMENT  # bytes per module: an upper bound of what aligning its tensors takes
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A sequence's claim on one exact version, with the version's traits and its size in bytes on the device."""
+    """A sequence's claim on one exact version, with the version's traits."""
 
     name: str
     digest: str
     weight: float
     traits: Traits = field(default_factory=Traits)
-    bytes: int = 0
+    number: int = 0
 
 
 class Registry:
     """The adapters of one resident base.
 
+    Attributes:
+        memory: the adapters in host memory and on the device.
+
     Args:
-        wake: called from other threads when `poll` has work to do.
-        max_bytes: largest weights file.
+        residency: the state of all adapters; changed by this class and `AdapterMemory` only.
         base_name: name of the base in the API, which no adapter may have.
     """
 
     def __init__(
         self,
-        store: Store,
-        cache: HostCache,
+        residency: Residency,
         device_slots: DeviceSlots,
-        base: BaseShape,
-        dtype: torch.dtype,
-        wake: Callable[[], None],
+        publisher: Publisher,
+        workers: Workers,
         *,
-        max_bytes: int,
         base_name: str = "",
     ) -> None:
-        self._store, self._base, self._base_name = store, base, base_name
-        self._dtype, self._max_bytes = dtype, max_bytes
-        self._publisher = Publisher(store, base, max_bytes=max_bytes, most_elements=cache.capacity // dtype.itemsize)
-        self._loader = Loader(wake)
-        self._memory = AdapterMemory(cache, device_slots, self._loader, self._fetch, self, self._free_if_unused)
-        self._max_pins = device_slots.slots - 1  # one slot is left for everyone else,
-        self._max_pinned_bytes = (
-            None if device_slots.capacity is None else device_slots.capacity // 2
-        )  # and half of the memory
-        self._names: dict[str, Record] = dict(store.names())
-        self._unlisted: set[str] = set()  # of them, those that were unloaded
-        self._meta: dict[str, Meta] = {record.digest: store.meta(record.digest) for record in self._names.values()}
-        self._older_versions: dict[str, list[str]] = {}  # name → earlier versions that are still leased
-        self._leases: Counter[str] = Counter()  # digest → number of leases, oldest first
+        self.memory = AdapterMemory(residency, device_slots, publisher, workers, self._on_load_ended)
+        self._residency, self._publisher, self._workers = residency, publisher, workers
+        self.base_name = base_name
+        self._operations: dict[str, deque[Callable[[], None]]] = {}  # by name; the first one is under way
         self._last_used: dict[str, float] = {}
-        self._pins: set[str] = set()  # names
-        self._evicting: set[str] = set()  # digests to be evicted when their last lease is released
+        self._impossible = False  # whether requests may have become impossible
 
     def __repr__(self) -> str:
-        return f"<Registry {len(self._names)} names, {self._leases.total()} leases, {self._memory!r}>"
+        return f"<Registry {self._residency!r}>"
 
     # --- requests ------------------------------------------------------------------------------------------------
 
     def acquire(self, use: AdapterUse) -> Lease:
-        """Lease the version that a request names. Raises AdapterNotFound, or BadRequest for an ambiguous version."""
-        record = None if use.name in self._unlisted else self._names.get(use.name)
-        digests = [] if record is None else [record.digest, *self._older_versions.get(use.name, [])]
-        if use.version is not None:
-            digests = [digest for digest in digests if digest.startswith(use.version)]
-            if len(digests) > 1:
-                raise BadRequest(f"{use.version} names more than one version of {use.name}", param="adapter")
-        if not digests:
-            raise adapter_not_found(use.name if use.version is None else f"{use.name}@{use.version}")
-        digest = digests[0]
-        self._leases[digest] += 1
-        self._last_used[digest] = time.time()
-        self._memory.record_use(digest)
-        return Lease(use.name, digest, use.weight, self._meta[digest].traits, self.bytes(digest))
+        """Lease the version that a request names.
+
+        Raises AdapterNotFound, BadRequest for an ambiguous version, AdapterBroken.
+        """
+        self._check_not_broken(use.name)
+        version = self._residency.find(use)
+        if version.failure is not None:
+            if version.leases:  # of requests that are being ended for it
+                raise self._named(version, version.failure)
+            version.failure = None
+        self._last_used[version.digest] = time.time()
+        self.memory.record_use(version)
+        number = self._residency.lease(version)
+        return Lease(use.name, version.digest, use.weight, version.summary.traits, number)
 
     def release(self, lease: Lease) -> None:
         """Release a lease; after the last one, free a version that is unnamed or marked for eviction."""
-        self._leases[lease.digest] -= 1
-        if self._leases[lease.digest]:
-            return
-        del self._leases[lease.digest]
-        self._memory.forget_failure(lease.digest)
-        for name, digests in list(self._older_versions.items()):
-            self._older_versions[name] = [digest for digest in digests if digest != lease.digest]
-            if not self._older_versions[name]:
-                del self._older_versions[name]
-        self._free_if_unused(lease.digest)
+        version = self._residency.versions[lease.digest]
+        self._residency.release(version, lease.number)
+        self._free_if_unused(version)
+        self.memory.changed = True
 
-    def state(self, digest: str) -> InMemory | Loading | LoadFailed:
-        """Whether a leased version is in memory, loading, or failed to load."""
-        return self._memory.state(digest)
+    def check_possible(self, digests: Sequence[str]) -> None:
+        """Check that a request's leased adapters can be had together. Raises the ServeError that ends it."""
+        for version in map(self._residency.versions.__getitem__, digests):
+            if version.failure is not None:
+                raise self._named(version, version.failure)
+        self._residency.check_fits(digests)
 
-    def request_load(self, digest: str) -> None:
-        """Load a version into host memory, unless it is in memory or loading."""
-        self._memory.request_load(digest)
+    def take_impossible(self, adapter_sets: Iterable[Sequence[str]]) -> list[tuple[Sequence[str], ServeError]]:
+        """Of the adapter sets of requests, those that can be served no more, with the reason.
 
-    def assign_slots(self, digests: Sequence[str]) -> dict[str, int]:
-        """Slots of these versions, assigned where needed. All are in memory, and they fit beside the pinned ones."""
-        return self._memory.assign_slots(digests)
+        Their loads failed, or pins and new versions took their place. Empty unless that may have happened since the
+        last call.
+        """
+        if not self._impossible:
+            return []
+        self._impossible = False
+        reasons = ((adapter_set, self._why_impossible(adapter_set)) for adapter_set in adapter_sets)
+        return [(adapter_set, reason) for adapter_set, reason in reasons if reason is not None]
 
-    def bytes(self, digest: str) -> int:
-        """Size of a version in memory: an upper bound that includes alignment."""
-        meta = self._meta[digest]
-        return meta.bytes(self._dtype.itemsize) + MAX_ALIGNMENT * meta.modules
+    def poll(self) -> bool:
+        """Handle the results of finished work and start loads; returns whether anything finished."""
+        finished = self._workers.poll()
+        if self.memory.changed:
+            self.memory.load_next()
+        return finished
 
-    def copied(self, digests: Iterable[str]) -> bool:
-        """Whether the host-to-device copies are complete."""
-        return self._memory.copied(digests)
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Handle results until a condition holds; at start only, before there is a loop."""
+        while not condition():
+            self._workers.poll(timeout=1.0)
 
-    def wait_for_copies(self, digests: Sequence[str]) -> None:
-        """Make the next step wait for the copies of resident versions."""
-        self._memory.wait_for_copies(digests)
-
-    @property
-    def leased(self) -> Sequence[str]:
-        """Digests leased by sequences, oldest lease first."""
-        return list(self._leases)
-
-    @property
-    def unevictable(self) -> Set[str]:
-        """Digests of pinned versions, which LRU never evicts, whether or not they are in memory yet."""
-        return {self._names[name].digest for name in self._pins}
+    def close(self) -> None:
+        self._workers.close()
+        self._publisher.close()
 
     @property
     def pinned(self) -> Set[str]:
-        """Digests of pinned versions that are on the device."""
-        return self.unevictable & set(self._memory.resident)
+        """Digests of pinned versions, for which slots are reserved."""
+        return self._residency.pinned
 
-    def poll(self) -> bool:
-        """Handle the results of finished loads and publishes; returns whether there were any."""
-        return self._loader.poll()
+    def bytes(self, digest: str) -> int:
+        """Size of a version in memory."""
+        return self._residency.versions[digest].bytes
 
-    def close(self) -> None:
-        self._loader.close()
-        self._store.close()
-
-    # --- operations ----------------------------------------------------------------------------------------------
+    # --- operations: `done` gets the result or a ServeError, now or later; they also raise ServeErrors -----------
 
     def publish(self, operation: Publish, done: Done) -> None:
-        """Check and store a folder as a version of a name; `done` gets `AdapterInfo` or the error."""
-        name = self._check_adapter_name(operation.name)
-        replace = operation.replace or name in self._unlisted
-        if name in self._names and not replace:
-            raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
-
-        def work() -> PublishedVersion:
-            return self._publisher.publish(name, Path(operation.folder), replace=replace, source=operation.source)
-
-        def on_published(result: PublishedVersion | ServeError) -> None:
-            if isinstance(result, ServeError):
-                done(result)
-                return
-            self._apply_published(result)
-            done(self.describe(name))
-
-        self._loader.publish(work, on_published)
+        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`."""
+        check_adapter_name(operation.name, self.base_name)
+        self._in_order(operation.name, lambda done: self._publish(operation, done), done)
 
     def inspect(self, operation: Inspect, done: Done) -> None:
-        """Check a folder as `publish` does, without storing it; `done` gets an `Inspection` or the error."""
+        """Lower a folder as `publish` does, without storing it; the result is an `Inspection`."""
 
-        def on_inspected(result: tuple[str, Meta] | ServeError) -> None:
-            done(result if isinstance(result, ServeError) else self._inspection(*result))
+        def on_lowered(result: LoweredVersion | ServeError) -> None:
+            done(result if isinstance(result, ServeError) else _inspection(result.summary))
 
-        self._loader.publish(lambda: self._publisher.inspect(Path(operation.folder)), on_inspected)
-
-    def publish_folder(self, folder: Path) -> list[tuple[str, ServeError]]:
-        """At start: publish every PEFT folder in `folder` under its own name, unless unchanged. Returns what failed."""
-        failed: list[tuple[str, ServeError]] = []
-        for path in sorted(folder.iterdir()):
-            if not (path / "adapter_config.json").exists():
-                continue
-            try:
-                published = self._publisher.publish_unchanged(
-                    self._check_adapter_name(path.name), path, self._names.get(path.name)
-                )
-                if published is not None:
-                    self._apply_published(published)
-            except ServeError as error:
-                failed.append((path.name, error))
-            except Exception as error:  # a bug or a disk fault must not keep other adapters from being served
-                failed.append((path.name, EngineFault(f"it could not be read or stored ({type(error).__name__})")))
-        self.poll()
-        return failed
+        self._publisher.inspect(Path(operation.folder), on_lowered)
 
     def describe_all(self) -> list[AdapterInfo]:
-        return [self.describe(name) for name in sorted(self._names.keys() - self._unlisted)]
+        """All adapters that are listed, by name; those that cannot be served as well."""
+        listed = {name for name, record in self._residency.names.items() if not record.unlisted}
+        return [self.describe(name) for name in sorted(listed | self._publisher.broken.keys())]
 
     def describe(self, name: str) -> AdapterInfo:
-        record = self._record(name)
-        versions = [self._version(digest) for digest in (record.digest, *self._older_versions.get(name, []))]
-        return AdapterInfo(name, name in self._pins, versions)
+        """The state of one adapter. Raises AdapterNotFound."""
+        reason = self._publisher.broken.get(name)
+        if reason is not None:
+            return AdapterInfo(name, False, [], reason)
+        return self._info(name, self._residency.record(name))
 
     def load(self, name: str, done: Done) -> None:
         """Load the newest version into host memory, and onto the device if a slot is free."""
-        self._unlisted.discard(name)
-        digest = self._record(name).digest
-        self._evicting.discard(digest)
+        self._check_not_broken(name)
+        record = self._residency.names.get(name)
+        if record is not None and record.unlisted:
 
-        def on_finished(error: ServeError | None) -> None:
-            if error is None and name in self._names:
-                self._memory.prefetch(digest)
-            done(error or (self.describe(name) if name in self._names else adapter_not_found(name)))
+            def on_listed(error: ServeError | None) -> None:
+                try:
+                    if error is not None:
+                        raise error
+                    self.load(name, done)
+                except ServeError as failure:
+                    done(failure)
 
-        self._memory.request_load(digest, on_finished)
+            self._in_order(name, lambda done: self._set(name, done, unlisted=False), on_listed)
+            return
+        version = self._residency.current(name)
+        version.evict_when_unused = False
+
+        def on_loaded(error: ServeError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                self.memory.prefetch(version)
+                done(self.describe(name))
+            except ServeError as failure:
+                done(failure)
+
+        self.memory.load(version, on_loaded)
 
     def evict(self, name: str, done: Done) -> None:
         """Free the newest version's host and device memory: now, or when its last lease is released."""
-        digest = self._record(name).digest
-        if name in self._pins:
-            raise AdapterBusy(f"adapter {name} is pinned; unpin it first", param="name")
-        self._evicting.add(digest)
-        self._free_if_unused(digest)
+        self._check_not_broken(name)
+        version = self._residency.current(name)
+        if version.digest in self._residency.pinned:
+            raise AdapterBusy(f"adapter {name} is pinned, perhaps under another name; unpin it first", param="name")
+        version.evict_when_unused = True
+        self._free_if_unused(version)
         done(self.describe(name))
 
     def pin(self, name: str, pinned: bool, done: Done) -> None:
-        """Pin an adapter (load it and never evict it), or unpin it."""
-        self._record(name)
-        if not pinned:
-            self._pins.discard(name)
-            done(self.describe(name))
-            return
-        if len(self._pins | {name}) > self._max_pins:
-            raise AdapterBusy(f"pinning {name} would leave no slot for other adapters", param="name")
-        digests = {self._names[pin].digest for pin in self._pins | {name}}
-        if self._max_pinned_bytes is not None and sum(map(self.bytes, digests)) > self._max_pinned_bytes:
-            raise AdapterBusy(
-                f"pinning {name} would take more than {self._max_pinned_bytes} bytes, "
-                "which is half of the device's memory for adapters",
-                param="name",
-            )
-        self._pins.add(name)
-
-        def on_loaded(result: AdapterInfo | ServeError) -> None:
-            if isinstance(result, ServeError):
-                self._pins.discard(name)
-            done(result)
-
-        self.load(name, on_loaded)
+        """Pin an adapter (load it and never evict it), or unpin it; this outlasts the engine."""
+        self._in_order(name, lambda done: self._pin(name, pinned, done), done)
 
     def delete(self, name: str, done: Done) -> None:
-        """Unlist an adapter at once; its memory and files are freed when its last lease is released."""
-        self._unlisted.discard(name)
-        info = self.describe(name)
-        digest = self._names.pop(name).digest
-        self._pins.discard(name)
-        self._older_versions.pop(name, None)
-
-        def on_unpublished(result: ServeError | None) -> None:
-            self._free_if_unused(digest)
-            done(result or info)
-
-        self._loader.publish(lambda: self._publisher.unpublish(name), on_unpublished)
+        """Remove an adapter; its memory and files are freed when its last lease is released."""
+        self._in_order(name, lambda done: self._delete(name, done), done)
 
     def unload(self, name: str, done: Done) -> None:
         """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
-        record = self._record(name)
-        if record.source:
-            self.delete(name, done)
-            return
-        info = self.describe(name)
-        self._pins.discard(name)
-        self._unlisted.add(name)
-        self._evicting.add(record.digest)
-        self._free_if_unused(record.digest)
-        done(info)
+        self._in_order(name, lambda done: self._unload(name, done), done)
 
     def fill_stats(self, stats: Stats) -> None:
         """Fill in the statistics of adapters."""
-        names = {record.digest: name for name, record in self._names.items()}
-        stats.resident = sorted(names[digest] for digest in self._memory.resident if digest in names)
-        stats.adapters = len(self._names) - len(self._unlisted)
-        self._memory.fill_stats(stats)
+        names = {record.versions[0]: name for name, record in self._residency.names.items()}
+        resident = (version.digest for version in self._residency.resident)
+        stats.resident = sorted(names[digest] for digest in resident if digest in names)
+        stats.adapters = sum(not record.unlisted for record in self._residency.names.values())
+        self.memory.fill_stats(stats)
 
-    # --- internals -----------------------------------------------------------------------------------------------
+    # --- parts of these ------------------------------------------------------------------------------------------
 
-    def _check_adapter_name(self, name: str) -> str:
-        """Return `name` if an adapter may have it. Raises BadRequest, AdapterExists."""
-        if name == self._base_name:
-            raise AdapterExists(f"{name} is the name of the base model", param="name")
-        return check_name(name)
+    def _in_order(self, name: str, start: Callable[[Done], None], done: Done) -> None:
+        """Start an operation on a name once earlier ones on it have ended."""
 
-    def _record(self, name: str) -> Record:
-        if name not in self._names or name in self._unlisted:
+        def run() -> None:
+            try:
+                start(end)
+            except ServeError as error:
+                end(error)
+
+        def end(result: Any) -> None:
+            done(result)
+            queue.popleft()
+            if queue:
+                queue[0]()
+            else:
+                del self._operations[name]
+
+        queue = self._operations.setdefault(name, deque())
+        queue.append(run)
+        if len(queue) == 1:
+            run()
+
+    def _publish(self, operation: Publish, done: Done) -> None:
+        name = operation.name
+        stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
+        record = self._residency.names.get(name)
+        taken = name in self._publisher.broken or (record is not None and not record.unlisted)
+        if taken and not operation.replace:
+            raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
+
+        def on_lowered(staged: StagedVersion | ServeError) -> None:
+            if isinstance(staged, ServeError):
+                done(staged)
+                return
+            version, digest = staged.version, staged.version.summary.digest
+            try:
+                self._residency.check_publish(name, digest, version.summary.nbytes)
+            except ServeError as error:
+                self._publisher.discard(staged)
+                done(error)
+                return
+
+            def record_now() -> NameRecord:
+                older = self._residency.names.get(name, NameRecord([])).versions
+                return NameRecord(
+                    [digest, *(each for each in older if each != digest)], operation.source, stored.pinned
+                )
+
+            def on_stored(error: ServeError | None) -> None:
+                if error is not None:
+                    done(error)
+                    return
+                self.add(version.summary, version.record.created)
+                self._apply(name, record_now())
+                self._add_repaired(digest)
+                self._drop_unknown(stored)
+                done(self.describe(name))
+
+            self._publisher.store(name, staged, self._residency.stored(record_now()), on_stored)
+
+        self._publisher.lower(Path(operation.folder), on_lowered)
+
+    def _pin(self, name: str, pinned: bool, done: Done) -> None:
+        self._check_not_broken(name)
+        record = self._residency.record(name)
+        if pinned:
+            digest = record.versions[0]
+            self._residency.check_pins(name, digest, self._residency.versions[digest].bytes)
+
+        def on_saved(error: ServeError | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                if pinned:
+                    self.load(name, on_loaded)
+                else:
+                    done(self.describe(name))
+            except ServeError as failure:
+                done(failure)
+
+        def on_loaded(result: AdapterInfo | ServeError) -> None:
+            if isinstance(result, ServeError) and name in self._residency.names:
+                self._set(name, lambda error: done(result), pinned=False)
+            else:
+                done(result)
+
+        self._set(name, on_saved, pinned=pinned)
+
+    def _unload(self, name: str, done: Done) -> None:
+        stored = self._publisher.stored(name)
+        if stored is not None and stored.source:
+            self._delete(name, done)
+            return
+        self._check_not_broken(name)
+        info, version = self.describe(name), self._residency.current(name)
+
+        def on_saved(error: ServeError | None) -> None:
+            if error is None and version.digest not in self._residency.pinned:
+                version.evict_when_unused = True
+                self._free_if_unused(version)
+            done(error or info)
+
+        self._set(name, on_saved, pinned=False, unlisted=True)
+
+    def _delete(self, name: str, done: Done) -> None:
+        record, stored = self._residency.names.get(name), self._publisher.stored(name) or NameRecord([])
+        info = self.describe(name) if record is None else self._info(name, record)  # an unloaded one too
+        if name in self._residency.names:  # unlisted at once; its versions go when the store has forgotten the name
+            self._change(name, unlisted=True)
+
+        def on_removed(error: ServeError | None) -> None:
+            if error is None:
+                self._apply(name, None)
+                self._drop_unknown(stored)
+            elif record is not None and name in self._residency.names:
+                self._change(name, unlisted=record.unlisted)
+            done(error or info)
+
+        self._publisher.remove(name, on_removed)
+
+    def add(self, summary: Summary, created: float) -> None:
+        """Add a stored version, to which a name is about to refer."""
+        known = self._residency.versions.get(summary.digest)
+        if known is None:
+            self._residency.versions[summary.digest] = Version(summary, created)
+        else:
+            known.summary, known.failure = summary, None  # perhaps with another report, perhaps repaired
+
+    def forget_beyond(self, name: str, served: Sequence[str]) -> None:
+        """At start: delete versions of a name that are more than are kept now."""
+        rest = [digest for digest in served if not self._residency.versions[digest].names]
+        if rest:
+            self._publisher.save(name, self._residency.stored(self._residency.names[name]), lambda error: None)
+        for digest in rest:
+            self._free_if_unused(self._residency.versions[digest])
+
+    def _set(self, name: str, done: Callable[[ServeError | None], None], **changes: bool) -> None:
+        """Change fields of a name's record, in memory and in the store; if the store fails, not at all."""
+        record = self._residency.names.get(name)
+        if record is None:
             raise adapter_not_found(name)
-        return self._names[name]
+        before = {field: getattr(record, field) for field in changes}
+        self._change(name, **changes)
 
-    def _apply_published(self, published: PublishedVersion) -> None:
-        """Let the name refer to the new version from now on."""
-        before = self._names.get(published.name)
-        self._names[published.name] = published.record
-        self._unlisted.discard(published.name)
-        self._meta[published.record.digest] = published.meta
-        if before is None or before.digest == published.record.digest:
-            return
-        older = [digest for digest in self._older_versions.get(published.name, []) if digest != published.record.digest]
-        self._older_versions[published.name] = [digest for digest in (before.digest, *older) if self._leases[digest]]
-        self._free_if_unused(before.digest)
-        if published.name in self._pins:
-            self.load(published.name, lambda result: None)
+        def on_saved(error: ServeError | None) -> None:
+            if error is not None and name in self._residency.names:
+                self._change(name, **before)
+            done(error)
 
-    def _free_if_unused(self, digest: str) -> None:
+        self._publisher.save(name, self._residency.stored(self._residency.names[name]), on_saved)
+
+    def _change(self, name: str, **changes: bool) -> None:
+        self._apply(name, msgspec.structs.replace(self._residency.names[name], **changes))
+
+    def _add_repaired(self, digest: str) -> None:
+        """Serve other names of a version that was broken until it was published again."""
+        for name, record in self._publisher.names().items():
+            if name not in self._residency.names and record.versions[0] == digest:
+                self._apply(name, record)
+
+    def _drop_unknown(self, stored: NameRecord) -> None:
+        """Delete versions of a broken name, of which nobody knows any more."""
+        for digest in stored.versions:
+            if digest not in self._residency.versions:
+                self._publisher.drop(digest)
+
+    def _apply(self, name: str, record: NameRecord | None) -> None:
+        before = self._residency.names.get(name)
+        self._residency.apply(name, record)
+        for digest in () if before is None else before.versions:
+            self._free_if_unused(self._residency.versions[digest])
+        self.memory.changed = self._impossible = True
+
+    def _free_if_unused(self, version: Version) -> None:
         """Free an unused version: its memory if it is to be evicted, and its files too if no name refers to it."""
-        if self._leases[digest] or self._memory.is_loading(digest):
+        if version.leases or self.memory.is_coming(version) or version.digest not in self._residency.versions:
             return  # `release`, or the end of the load, calls this again
-        named = any(record.digest == digest for record in self._names.values())
-        if named and digest not in self._evicting:
-            return
-        self._evicting.discard(digest)
-        self._memory.evict(digest)
-        if not named:
-            self._meta.pop(digest, None)
-            self._last_used.pop(digest, None)
-            self._loader.publish(lambda: self._publisher.drop(digest), lambda result: None)
+        garbage = not version.names
+        if version.evict_when_unused or garbage:
+            version.evict_when_unused = False
+            self.memory.evict(version)
+        if garbage:
+            del self._residency.versions[version.digest]
+            self._last_used.pop(version.digest, None)
+            self._publisher.drop(version.digest)
 
-    def _fetch(self, digest: str) -> Adapter:
-        """Read, lower and flatten a stored version; called in the loading thread."""
-        lowered = lower(read(self._store.folder(digest), max_bytes=self._max_bytes), self._base)
-        if traits(lowered, self._base) != self._store.meta(digest).traits:
-            raise AdapterInvalid("the base was loaded in another form when the adapter was published; publish it again")
-        return flatten(digest, lowered, self._dtype)
+    def _on_load_ended(self, version: Version) -> None:
+        self._impossible |= version.failure is not None
+        self._free_if_unused(version)
 
-    def _inspection(self, digest: str, meta: Meta) -> Inspection:
-        memory = meta.bytes(self._dtype.itemsize)
-        return Inspection(digest, meta.rank, meta.modules, meta.file_bytes, memory, meta.report)
+    def _why_impossible(self, adapter_set: Sequence[str]) -> ServeError | None:
+        try:
+            self.check_possible(adapter_set)
+        except ServeError as error:
+            return error
+        return None
 
-    def _version(self, digest: str) -> AdapterVersion:
-        meta = self._meta[digest]
+    @staticmethod
+    def _named(version: Version, failure: ServeError) -> ServeError:
+        """The failure of a version's load, for its requests."""
+        if isinstance(failure, AdapterBroken) and version.names:
+            return adapter_broken(min(version.names), failure.message)
+        return failure
+
+    def _check_not_broken(self, name: str) -> None:
+        reason = self._publisher.broken.get(name)
+        if reason is not None:
+            raise adapter_broken(name, reason)
+
+    def _info(self, name: str, record: NameRecord) -> AdapterInfo:
+        failure = self._residency.versions[record.versions[0]].failure
+        broken = failure.message if isinstance(failure, AdapterBroken) else None
+        return AdapterInfo(name, record.pinned, [self._describe(digest) for digest in record.versions], broken)
+
+    def _describe(self, digest: str) -> AdapterVersion:
+        version = self._residency.versions[digest]
         return AdapterVersion(
             digest=digest,
-            created=meta.created,
-            rank=meta.rank,
-            modules=meta.modules,
-            file_bytes=meta.file_bytes,
-            memory_bytes=meta.bytes(self._dtype.itemsize),
-            tiers=["disk", *self._memory.tiers(digest)],
-            leases=self._leases[digest],
+            created=version.created,
+            rank=version.summary.rank,
+            modules=version.summary.modules,
+            file_bytes=version.summary.file_bytes,
+            memory_bytes=version.bytes,
+            tiers=["disk", *version.tiers],
+            leases=len(version.leases),
             last_used=self._last_used.get(digest),
-            report=meta.report,
-            vocab_size=meta.traits.vocabulary or None,
+            report=version.summary.report,
+            vocab_size=version.summary.traits.vocabulary or None,
         )
+
+
+def _inspection(summary: Summary) -> Inspection:
+    return Inspection(summary.digest, summary.rank, summary.modules, summary.file_bytes, summary.nbytes, summary.report)

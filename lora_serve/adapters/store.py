@@ -1,196 +1,289 @@
 """The adapter store on disk: immutable versions in folders named by digest, and records that map names to versions.
 
-    versions/<digest>/   the PEFT files as they came, and meta.json
-    names/<name>.json    the digest that a name refers to; replaced atomically
-    staging/             unfinished uploads and publishes; emptied when the store is opened
-
-A version is written and synced in staging, then moved into place by one rename; a name changes by one rename. So
-`kill -9` at any moment leaves the old state or the new one. Methods may block, and are not thread-safe.
+A version is completed in staging and moved into place by one rename; a name changes by one rename. So `kill -9` at any
+moment leaves the old state or the new one. What this server did not write is never deleted. `store_folder.py` has the
+layout. Methods may block, and are not thread-safe.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import logging
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from lora_serve.adapters.traits import Traits
-from lora_serve.errors import AdapterInvalid, StorageFull, Unavailable
-from lora_serve.names import CARD, CONFIG, MODULES, POOLING, WEIGHTS
+from lora_serve.adapters.store_disk import Disk
+from lora_serve.adapters.store_folder import LOWERED, RECORD, StoreFolder, unwanted_entries
+from lora_serve.adapters.store_opening import open_folder
+from lora_serve.adapters.store_records import (
+    NameRecord,
+    VersionRecord,
+    find_damage,
+    find_missing,
+    read_version,
+    seal,
+    version_digest,
+)
+from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterInvalid, StorageFull, StoreUnusable
+from lora_serve.names import check_name
 
-
-class Meta(msgspec.Struct, frozen=True):
-    """Metadata of a version, known without reading its weights.
-
-    `created` in seconds since the epoch, `rank` the largest, `modules` the number of adapted modules, `elements` the
-    number of elements in memory, `vectors` how many of these are in float32 whatever the serving dtype.
-    """
-
-    created: float
-    rank: int
-    modules: int
-    elements: int
-    file_bytes: int
-    report: dict[str, Any]
-    traits: Traits = Traits()
-    vectors: int = 0
-
-    def bytes(self, itemsize: int) -> int:
-        """Bytes in memory at a serving dtype of `itemsize` bytes, without alignment."""
-        return (self.elements - self.vectors) * itemsize + 4 * self.vectors
-
-
-class Record(msgspec.Struct, frozen=True):
-    """The version that a name refers to.
-
-    `source`: the folder that it is a copy of; of one published at start, the folder's signature. Empty for an upload.
-    """
-
-    digest: str
-    created: float
-    source: str = ""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+log = logging.getLogger(__name__)
 
 
 class Store:
     """A folder of adapters, opened by one process at a time.
 
-    Raises: Unavailable if another process has it open.
+    Args:
+        base: fingerprint of the base model; a new store is for this base. Empty: whatever the store is for.
+        model: name of the base for people.
+
+    Attributes:
+        broken: name → why it cannot be served; of these, `names` has those whose record is readable.
+        notes: what the operator should know about the opening.
+
+    Raises: StoreUnusable if the folder cannot be used or is something else; Unavailable if another process has it open.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._versions, self._names, self._staging = root / "versions", root / "names", root / "staging"
-        for folder in (self._versions, self._names, self._staging):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (root / "lock").open("ab")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise Unavailable("another server has the adapter store open; give each its own --store") from None
-        for leftover in self._staging.iterdir():
-            _remove(leftover)
-        named = {record.digest for record in self.names().values()}
-        for version in self._versions.iterdir():
-            if version.name not in named:
-                _remove(version)
+    def __init__(self, root: Path, base: str = "", model: str = "", disk: Disk | None = None) -> None:
+        self._folder = StoreFolder(root, disk)
+        self._disk = self._folder.disk
+        self.notes: list[str] = []
+        self._lock, contents = open_folder(self._folder, base, model, self.notes)
+        self._names = contents.names
+        self._unreadable = set(contents.unreadable)
+        self._versions = contents.versions
+        self._damaged = contents.damaged
+        self.broken = contents.broken()
+
+    def __repr__(self) -> str:
+        return f"<Store {len(self._names)} names, {len(self._versions)} versions, {len(self.broken)} broken>"
 
     def close(self) -> None:
         """Let another process open the store; closing twice is harmless."""
         self._lock.close()
 
-    def names(self) -> dict[str, Record]:
-        """All names, read from disk."""
-        found = {}
-        for path in sorted(self._names.glob("*.json")):
-            found[path.name.removesuffix(".json")] = msgspec.json.decode(path.read_bytes(), type=Record)
-        return found
+    # --- reading -----------------------------------------------------------------------------------------------------
 
-    def meta(self, digest: str) -> Meta:
-        return msgspec.json.decode((self._versions / digest / "meta.json").read_bytes(), type=Meta)
+    @property
+    def staging(self) -> Path:
+        """Folder of unfinished work, on the store's file system; an upload's folder is `upload-` and 32 hex digits."""
+        return self._folder.staging
+
+    def names(self) -> dict[str, NameRecord]:
+        """Readable names, as on disk; those in `broken` are to be listed, not served."""
+        return dict(self._names)
+
+    def version(self, digest: str) -> VersionRecord:
+        """The record of a version that a name refers to. Raises AdapterBroken if it is damaged or missing."""
+        if digest in self._versions:
+            return self._versions[digest]
+        raise self._broken_version(digest, self._damaged.get(digest, "it is not in the store"))
 
     def folder(self, digest: str) -> Path:
-        """The folder of a version's PEFT files, which never change."""
-        return self._versions / digest
+        """The folder of a version, with its PEFT files as they came."""
+        return self._folder.version(digest)
+
+    def lowered(self, digest: str) -> Path:
+        """The folder of a version's lowered form; missing if it was not made yet."""
+        return self.folder(digest) / LOWERED
+
+    def verify(self, digest: str) -> None:
+        """Hash a version's PEFT files. Raises AdapterBroken that says what is wrong."""
+        try:
+            damage = find_damage(self.folder(digest), read_version(self.folder(digest)))
+        except ValueError as error:
+            damage = str(error)
+        if damage:
+            raise self._broken_version(digest, damage)
+
+    def mark_broken(self, name: str, reason: str) -> None:
+        """List a name as broken until this version is published again, it gets another, or the store is reopened."""
+        self.broken[name] = reason
+
+    # --- writing: each method raises StorageFull or StoreUnusable, without effect ------------------------------------
+
+    def stage(self) -> Path:
+        """A new folder in staging."""
+        with self._writing():
+            path = self._folder.new_path("publish")
+            self._disk.make_folder(path)
+            return path
 
     def is_staged(self, folder: Path) -> bool:
-        """Whether a folder is in the store's staging, so that publishing may move its files."""
-        return folder.resolve().is_relative_to(self._staging.resolve())
+        """Whether a folder is in the store's staging, so that publishing may move it."""
+        staging = self.staging.resolve()
+        return staging in folder.resolve().parents
 
-    def publish(self, name: str, folder: Path, digest: str, meta: Meta, source: str = "") -> Record:
-        """Store the PEFT files of `folder` as version `digest`, and let `name` refer to it.
+    def publish(self, name: str, staged: Path, version: VersionRecord, named: NameRecord) -> None:
+        """Move a staged folder into the store as `version`, and let `name` refer to it.
 
-        Files in the store's staging are moved, others copied. Raises StorageFull, without effect.
+        The folder holds the version's PEFT files, and its lowered form in `lowered/`; other files are removed. If the
+        store has the version, only its lowered form is replaced, unless it is damaged: then it is set aside. After a
+        failure the folder may be incomplete, or gone.
+
+        Raises: AdapterInvalid if the files are not those of the version.
         """
-        record = Record(digest, time.time(), source)
-        with _report_full_disk():
-            if not (self._versions / digest).exists():
-                self._add_version(folder, digest, meta)
-            else:  # the same content, perhaps with another configuration
-                meta = msgspec.structs.replace(meta, created=self.meta(digest).created)
-                self._write(self._versions / digest / "meta.json", msgspec.json.encode(meta))
-            self._write(self._names / f"{name}.json", msgspec.json.encode(record))
-        return record
+        check_name(name)
+        if not self.is_staged(staged) or version.digest not in named.versions:
+            raise ValueError("only a staged folder can be published, as a version of the name")
+        with self._writing():
+            added = self._add(staged, version)
+            self._damaged.pop(version.digest, None)
+            for each, record in self._names.items():
+                if record.versions[0] == version.digest:
+                    self.broken.pop(each, None)
+            try:
+                self._write_name(name, named)
+            except BaseException:
+                if added and not self._is_named(version.digest):
+                    self._remove_version(version.digest)
+                raise
 
-    def unpublish(self, name: str) -> None:
-        """Remove a name; its version stays until `drop`."""
-        (self._names / f"{name}.json").unlink(missing_ok=True)
-        _sync(self._names)
+    def replace_lowered(self, digest: str, staged: Path) -> None:
+        """Move `staged`/lowered into a version, in place of its lowered form.
+
+        Killed in between, the version has no lowered form, as if it was not made yet.
+        """
+        with self._writing():
+            new, old, trash = staged / LOWERED, self.lowered(digest), self._folder.new_path("lowered")
+            for path in (*new.rglob("*"), new):
+                self._disk.sync(path)
+            replaced = old.exists()
+            if replaced:
+                self._disk.move(old, trash)
+            try:
+                self._disk.move(new, old)
+            except BaseException:
+                if replaced and not old.exists():
+                    with suppress(OSError):
+                        self._disk.move(trash, old)
+                raise
+            self._folder.sync_entries(old.parent)
+            self._folder.discard(trash)
+
+    def set_name(self, name: str, record: NameRecord) -> None:
+        """Let a name refer to these versions, which are in the store."""
+        check_name(name)
+        with self._writing():
+            self._write_name(name, record)
+
+    def remove_name(self, name: str) -> None:
+        """Remove a name, if there; its versions stay until `drop`. An unreadable record is set aside."""
+        path = self._folder.name(check_name(name))
+        with self._writing():
+            if name in self._unreadable:
+                self._folder.set_aside(path)
+            else:
+                self._disk.remove(path)
+            self._names.pop(name, None)
+            self._unreadable.discard(name)
+            self.broken.pop(name, None)
+            self._folder.sync_entries(path.parent)
 
     def drop(self, digest: str) -> None:
-        """Delete a version: rename it into staging, then remove it, so that a half-deleted version is never visible."""
-        trash = self._staging / f"{digest}.{time.monotonic_ns()}"
-        with suppress(FileNotFoundError):
-            (self._versions / digest).rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        """Delete a version, if there. Raises AdapterBusy if a name refers to it."""
+        if self._is_named(digest):
+            raise AdapterBusy(f"a name refers to version {digest[:12]}")
+        with self._writing():
+            self._remove_version(digest)
 
-    def _add_version(self, folder: Path, digest: str, meta: Meta) -> None:
-        staged = Path(tempfile.mkdtemp(dir=self._staging))
-        try:
-            for name in (CONFIG, WEIGHTS, CARD, MODULES, POOLING):
-                if (folder / name).is_file():
-                    (staged / name).parent.mkdir(exist_ok=True)
-                    _copy_or_move(folder / name, staged / name, move=self.is_staged(folder))
-            (staged / "meta.json").write_bytes(msgspec.json.encode(meta))
-            for path in (*staged.rglob("*"), staged):
-                _sync(path)
-            staged.rename(self._versions / digest)
-            _sync(self._versions)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+    # --- parts of these ----------------------------------------------------------------------------------------------
 
-    def _write(self, path: Path, data: bytes) -> None:
-        descriptor, temporary = tempfile.mkstemp(dir=self._staging)
+    def _add(self, staged: Path, version: VersionRecord) -> bool:
+        """Move a staged folder into place as a version; False if there was one already, intact or not."""
+        folder = self.folder(version.digest)
+        exists = os.path.lexists(folder)
+        if exists and self._is_intact(folder):
+            self._keep_vocabulary(version)
+            if (staged / LOWERED).is_dir():
+                self.replace_lowered(version.digest, staged)
+            self._folder.discard(staged)
+            return False
+        self._complete(staged, version)
+        aside = self._folder.set_aside(folder) if exists else None
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(descriptor)
-            Path(temporary).rename(path)
+            self._disk.move(staged, folder)
+            self._disk.sync(folder.parent)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):
+                if folder.exists():
+                    self._remove_version(version.digest)
+                if aside is not None:
+                    self._disk.move(aside, folder)
             raise
-        _sync(path.parent)
+        self._versions[version.digest] = version
+        return not exists
 
+    def _complete(self, staged: Path, version: VersionRecord) -> None:
+        """Make a staged folder what a version's folder is, and wait until it is on the disk."""
+        if version.digest != version_digest(version.files):
+            raise ValueError("the record is not of these files")
+        if damage := find_missing(staged, version):
+            raise AdapterInvalid(f"the files changed while they were published: {damage}")
+        for path in unwanted_entries(staged, version.files):
+            self._disk.remove(path)
+        self._disk.write(staged / RECORD, seal(version))
+        for path in (*staged.rglob("*"), staged):
+            self._disk.sync(path)
 
-def _copy_or_move(source: Path, target: Path, *, move: bool) -> None:
-    if source.is_symlink():
-        raise AdapterInvalid(f"{source.name} is a link")
-    if move:
-        source.rename(target)
-    else:
-        shutil.copyfile(source, target)
+    def _is_named(self, digest: str) -> bool:
+        return any(digest in record.versions for record in self._names.values())
 
+    def _is_intact(self, folder: Path) -> bool:
+        try:
+            return not find_damage(folder, read_version(folder))
+        except ValueError:
+            return False
 
-def _remove(path: Path) -> None:
-    """Remove a folder and its content, or a file (an unfinished name is a file)."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    def _keep_vocabulary(self, version: VersionRecord) -> None:
+        """Note the vocabulary that came with a version that was published before without one."""
+        folder = self.folder(version.digest)
+        known = read_version(folder)
+        if version.vocabulary not in ("", known.vocabulary):
+            known = msgspec.structs.replace(known, vocabulary=version.vocabulary)
+            self._folder.replace_file(folder / RECORD, seal(known))
+        self._versions[version.digest] = known
 
+    def _write_name(self, name: str, record: NameRecord) -> None:
+        path = self._folder.name(name)
+        if name in self._unreadable:
+            self._disk.link(path, self._folder.aside_path(path))
+        self._folder.replace_file(path, seal(record))
+        before, newest = self._names.get(name), record.versions[0]
+        self._names[name] = record
+        self._unreadable.discard(name)
+        if newest not in self._versions:
+            self.broken[name] = self._damaged.get(newest, "its folder is missing")
+        elif before is None or before.versions[0] != newest:
+            self.broken.pop(name, None)
 
-@contextmanager
-def _report_full_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("the disk of the adapter store is full; nothing was changed") from error
-        raise
+    def _remove_version(self, digest: str) -> None:
+        """Rename a version into staging, then remove it, so that a half-deleted version is never visible."""
+        trash = self._folder.new_path("drop")
+        with suppress(FileNotFoundError):
+            self._disk.move(self.folder(digest), trash)
+        self._versions.pop(digest, None)
+        self._damaged.pop(digest, None)
+        self._folder.discard(trash)
 
+    def _broken_version(self, digest: str, reason: str) -> AdapterBroken:
+        name = next((name for name, record in self._names.items() if digest in record.versions), None)
+        of = "" if name is None else f" of adapter {name}"
+        return AdapterBroken(f"version {digest[:12]}{of} is broken in the store: {reason}; publish it again")
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.error("the adapter store %s cannot be written: %s", self._folder.root, error)
+            if error.errno in _FULL:
+                raise StorageFull("the disk of the adapter store is full; nothing was changed") from error
+            raise StoreUnusable(
+                f"the adapter store cannot be written ({error.strerror}); nothing was changed"
+            ) from error

@@ -14,7 +14,8 @@ class Traits(msgspec.Struct, frozen=True):
 
     Attributes:
         virtual: number of virtual tokens before the prompt.
-        invocation: aLoRA's invocation tokens: active from their last occurrence in the prompt on; empty: always.
+        invocation: aLoRA's invocation tokens: from their last occurrence in the prompt on, what it adds to the base is
+            active; empty: always.
         not_additive: why it cannot be weighted or composed; empty if it can.
         vocabulary: vocabulary size of its sequences, if it differs from the base's; else 0.
         embeds, pooling: whether it is made for embeddings, and its own pooling; None: the base's.
@@ -26,6 +27,11 @@ class Traits(msgspec.Struct, frozen=True):
     vocabulary: int = 0
     embeds: bool = False
     pooling: Pooling | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it replaces parts of the base, which an aLoRA does for all tokens, invoked or not."""
+        return bool(self.not_additive)
 
 
 def traits(lowered: Lowered, base: BaseShape) -> Traits:

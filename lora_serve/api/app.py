@@ -47,9 +47,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     )
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
-    staging = config.store_folder() / "staging"
     encoder = TextEncoder(tokenizer)
-    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, staging)
+    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(ContentEncoding)

@@ -1,14 +1,15 @@
 """Extract the files of a PEFT adapter from an uploaded, untrusted .tar, .tar.gz or .zip.
 
-Every member's path, type and size is checked before it is extracted, under its bare file name, by `tarfile` (with the
-`data` filter) or `zipfile`. What the files contain is checked by the engine.
+All members' paths are checked, and the adapter's files chosen among them, before any is extracted, under its own name,
+by `tarfile` (with the `data` filter) or `zipfile`. Other members are not read. What the files contain is checked by the
+engine.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
-import re
 import shutil
 import stat
 import struct
@@ -17,27 +18,16 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
+from lora_serve.adapter_files import ADAPTER_FILES, choose_folder, find_adapter
 from lora_serve.errors import AdapterInvalid, TooLarge
-from lora_serve.names import CARD, CONFIG, MODULES, POOLING, TOKENIZER, WEIGHTS
 
-# The tokenizer is only compared with the base's, not stored.
-ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER, MODULES, POOLING)
-
-MOST_MEMBERS = 64
+MOST_MEMBERS = 1000
 MOST_RATIO = 100  # of unpacked to packed size; weights hardly compress, zip bombs do
 FREE_OF_RATIO = 16 << 20  # bytes; in new adapters B is all zeros
 LONGEST_HEADER = 1 << 20  # bytes of one tar header, pax records included
 TAR_SLACK = 1 << 20  # bytes of headers and padding in a tar
-
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# Written beside the adapter by trainers.
-TRAINER_FILES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")
-HARMLESS = (".json", ".txt", ".md", ".jinja", ".model", ".yaml", ".yml", ".toml", ".png", ".jsonl", ".tiktoken")
-# Folders in which sentence-transformers keeps the configuration of what follows the transformer.
-MODULE_FOLDERS = re.compile(r"[0-9]_(Pooling|Normalize|Dense|LayerNorm|Dropout)")
-HARMLESS_NAMES = ("LICENSE", "NOTICE", ".gitattributes", ".gitignore", ".DS_Store")
 
 _UNREADABLE = (
     tarfile.TarError,
@@ -49,32 +39,8 @@ _UNREADABLE = (
     ValueError,
     NotImplementedError,
     RuntimeError,
+    IndexError,  # a zip's member without a name
 )
-
-
-def is_adapter_file(name: str) -> bool:
-    """Whether a file of this name belongs to an adapter (True), or is known to be safe to leave out (False).
-
-    Raises: `AdapterInvalid` for any other file.
-    """
-    if name in ADAPTER_FILES:
-        return True
-    if name in TRAINER_FILES or name in HARMLESS_NAMES or name.endswith(HARMLESS) or name.startswith("._"):
-        return False
-    if name.lower().endswith(PICKLES):
-        raise AdapterInvalid(f"{name[:100]} is a pickle, which can run code: save the adapter as {WEIGHTS}")
-    raise AdapterInvalid(f"{name[:100]} is no part of a PEFT adapter; the files are {CONFIG} and {WEIGHTS}")
-
-
-def file_of(path: str) -> str:
-    """The name under which a file of an adapter's folder is kept: without folders, except for `1_Pooling/config.json`.
-
-    Empty for other files in folders of sentence-transformers' modules: what these do is in `modules.json`.
-    """
-    parts = PurePosixPath(path).parts
-    if len(parts) > 1 and MODULE_FOLDERS.fullmatch(parts[-2]):
-        return POOLING if "/".join(parts[-2:]) == POOLING else ""
-    return parts[-1] if parts else ""
 
 
 def unpack(archive: Path, folder: Path, most: int) -> None:
@@ -98,6 +64,10 @@ def unpack(archive: Path, folder: Path, most: int) -> None:
                 _unpack_tar(file, folder, limits)
         except _UNREADABLE as error:
             raise AdapterInvalid("the archive cannot be read; it must be a .tar, .tar.gz or .zip") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a seek to where an archive's own numbers led
+                raise
+            raise AdapterInvalid("the archive cannot be read; places in it are not where it says") from error
 
 
 @dataclass(frozen=True)
@@ -115,72 +85,59 @@ class _Limits:
 
 
 class _Members:
-    """Checks the members of an archive one by one, before they are extracted."""
+    """The files of an archive that are to be extracted, chosen when all members have been seen."""
 
     def __init__(self, limits: _Limits) -> None:
         self._limits = limits
         self._count = 0
-        self._bytes = 0
-        self._folders: set[str] = set()
-        self._names: set[str] = set()
+        self._seen: dict[str, list[tuple[Any, int, bool]]] = {}  # path → members, their sizes, and whether plain files
 
-    def file_name(self, path: str, size: int, *, folder: bool, plain: bool) -> str:
-        """The file name to extract a member under; empty if it is left out.
-
-        Files may be in one top-level folder, the same for all of them.
+    def add(self, member: Any, path: str, size: int, *, folder: bool, plain: bool) -> None:
+        """Take note of a member.
 
         Args:
             size: unpacked, in bytes; `tarfile` and `zipfile` never write more than a member's header says.
 
-        Raises: `AdapterInvalid`, `TooLarge`.
+        Raises: `AdapterInvalid` for too many members and for paths that lead out of the archive.
         """
         self._count += 1
         if self._count > MOST_MEMBERS:
             raise AdapterInvalid(f"the archive has more than {MOST_MEMBERS} members")
-        if folder:
-            return ""
-        shown = path[:100]
         parts = PurePosixPath(path).parts
-        if not plain:
-            raise AdapterInvalid(f"{shown} in the archive is not a plain file; links are not taken")
-        if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
-            raise AdapterInvalid(f"{shown} in the archive is a path that leads out of it")
-        if parts[0] == "__MACOSX":
-            return ""
-        name = file_of(path)
-        if not name:
-            return ""
-        parts = parts[: -name.count("/") or None]
-        if len(parts) > 2:
-            raise AdapterInvalid(f"the archive has folders in folders ({shown}); it must hold one PEFT folder")
-        self._folders.add(parts[0] if len(parts) == 2 else "")
-        if len(self._folders) > 1:
-            raise AdapterInvalid(f"the archive holds more than one folder ({shown}); it must hold one PEFT folder")
-        if not is_adapter_file(name):
-            return ""
-        if name in self._names:
-            raise AdapterInvalid(f"the archive has two files {name}")
-        self._names.add(name)
-        self._bytes += size
-        self._limits.check(self._bytes)
-        return name
+        if path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+            raise AdapterInvalid(f"{path[:100]} in the archive is a path that leads out of it")
+        if parts and parts[0] != "__MACOSX" and not folder:
+            self._seen.setdefault("/".join(parts), []).append((member, size, plain))
+
+    def choose(self) -> list[tuple[Any, str]]:
+        """Members to extract, and the names to extract them under. Raises `AdapterInvalid`, `TooLarge`."""
+        folder = choose_folder(self._seen)
+        chosen: list[tuple[Any, str]] = []
+        total = 0
+        for name in ADAPTER_FILES:
+            path = name if folder == "." else f"{folder}/{name}"
+            for member, size, plain in self._seen.get(path, ())[:2]:
+                if not plain:
+                    raise AdapterInvalid(f"{path[:100]} in the archive is not a plain file; links are not taken")
+                if any(name == other for _, other in chosen):
+                    raise AdapterInvalid(f"the archive has two files {path[:100]}")
+                chosen.append((member, name))
+                total += size
+        self._limits.check(total)
+        return chosen
 
 
 def _unpack_tar(file: IO[bytes] | gzip.GzipFile, folder: Path, limits: _Limits) -> None:
     members = _Members(limits)
-
-    def choose(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-        name = members.file_name(member.name, member.size, folder=member.isdir(), plain=plain)
-        if member.size < 0:
-            raise tarfile.ReadError("negative size")
-        if not name:
-            return None
-        own = member.replace(name=name, mtime=None, mode=None)  # type: ignore[arg-type]  # None: as for any new file
-        return tarfile.data_filter(own, path)
-
     with tarfile.open(fileobj=cast(IO[bytes], _Bounded(file, limits)), mode="r:") as tar:
-        tar.extractall(folder, filter=choose)
+        for member in tar:
+            if member.size < 0:
+                raise tarfile.ReadError("negative size")
+            plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+            members.add(member, member.name, member.size, folder=member.isdir(), plain=plain)
+        # Without a mode and a time of their own, files get those of any new file.
+        own = [member.replace(name=name, mtime=None, mode=None) for member, name in members.choose()]
+        tar.extractall(folder, own, filter="data")
 
 
 def _unpack_zip(file: IO[bytes], folder: Path, limits: _Limits) -> None:
@@ -189,12 +146,12 @@ def _unpack_zip(file: IO[bytes], folder: Path, limits: _Limits) -> None:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
-            name = members.file_name(member.filename, member.file_size, folder=member.is_dir(), plain=plain)
+            members.add(member, member.filename, member.file_size, folder=member.is_dir(), plain=plain)
+        for member, name in members.choose():
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise AdapterInvalid(f"{member.filename[:100]} in the archive must be stored or deflated")
-            if name:
-                member.filename = name
-                archive.extract(member, folder)
+            member.filename = name
+            archive.extract(member, folder)
 
 
 class _Bounded:
@@ -232,23 +189,22 @@ def _check_directory(file: IO[bytes]) -> None:
     record = tail[-end:]
     if len(record) < end or record[:4] != b"PK\x05\x06" or record[-2:] != b"\0\0" or tail[:4] == b"PK\x06\x07":
         raise AdapterInvalid("the zip cannot be read: it is cut off, has a comment or is a zip64; a .tar.gz will do")
-    (length,) = struct.unpack("<L", record[12:16])
+    length, offset = struct.unpack("<LL", record[12:20])
     if length > 1024 * MOST_MEMBERS:
         raise AdapterInvalid(f"the archive has more than {MOST_MEMBERS} members")
+    if offset + length != size - end:
+        raise AdapterInvalid("the zip cannot be read: its directory is not where its end says")
     file.seek(0)
 
 
 def copy(source: Path, folder: Path, roots: list[Path], most: int) -> None:
-    """Copy the adapter's files from `source`, a PEFT folder on this machine, into `folder`.
+    """Copy the adapter's files from `source`, a PEFT folder on this machine or one that contains one, into `folder`.
 
     Every file, with links resolved, must be below one of `roots` (resolved).
 
     Raises: `AdapterInvalid`, `TooLarge`; `OSError` of the disk.
     """
-    if not (source / WEIGHTS).exists():
-        for path in sorted(source.iterdir()):
-            if path.is_file():
-                is_adapter_file(path.name)  # raises with advice if the weights are a pickle
+    source = find_adapter(source)
     total = 0
     for name in ADAPTER_FILES:
         path = (source / name).resolve()

@@ -38,6 +38,7 @@ STATUS = {
     "response_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
+    "adapter_broken": 409,  # not 5xx: one damaged adapter does not make the server unhealthy
     "too_large": 413,
     "unsupported_media_type": 415,
     "adapter_invalid": 422,
@@ -47,6 +48,7 @@ STATUS = {
     "model_unsupported": 500,
     "unavailable": 503,
     "storage_full": 507,
+    "store_unusable": 507,
 }
 
 TYPES = {

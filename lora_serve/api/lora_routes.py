@@ -1,7 +1,7 @@
 """Routes that load and unload adapters from folders on the server: vLLM's under /v1, and SGLang's at the root.
 
 Loading publishes a copy of the folder. Unloading removes that copy and leaves the folder; an upload, whose only copy is
-in the store, is evicted and no longer listed, until it is loaded or published again or the server restarts.
+in the store, is evicted and no longer listed, until it is loaded or published again.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ async def _load(name: str, path: str, services: Services, caller: Caller, *, rep
         try:
             await services.engine.call(Publish(name, str(folder), replace=replace, source=str(source)))
         except AdapterExists as error:
-            message = error.message if replace else f"{name} exists; load_inplace: true replaces an adapter"
-            raise AdapterExists(message, param="lora_name") from None
+            hint = "; load_inplace: true replaces an adapter" if not replace and "exists" in error.message else ""
+            raise AdapterExists(error.message.partition(";")[0] + hint, param="lora_name") from None
 
 
 async def _unload(name: str, services: Services, caller: Caller) -> None:
@@ -130,7 +130,7 @@ async def _list(services: Services, caller: Caller) -> SGLangLoras:
         loaded_adapters={
             info["name"]: f"{info['name']}@{info['versions'][0]['digest']}"
             for info in infos
-            if caller.may_use(info["name"])
+            if info["broken"] is None and caller.may_use(info["name"])
         }
     )
 

@@ -15,6 +15,7 @@ from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openai.item_memory import ItemMemory
 from lora_serve.config import ServeConfig
+from lora_serve.errors import Unavailable
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
 from lora_serve.metrics import Metrics
 from lora_serve.request import Event, Request
@@ -65,7 +66,6 @@ class Services:
         encoder: tokenizes texts of any length with it.
         chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
-        staging: folder for uploads, on the store's file system.
         items: output items that an input of `/v1/responses` may refer to.
     """
 
@@ -76,8 +76,14 @@ class Services:
     config: ServeConfig
     keys: Keys | None
     metrics: Metrics
-    staging: Path
     items: ItemMemory = field(default_factory=ItemMemory)
+
+    @property
+    def staging(self) -> Path:
+        """Folder for uploads, on the store's file system. Raises Unavailable while the engine starts."""
+        if self.engine.info is None:
+            raise Unavailable("the server is starting", retry_after=5)
+        return Path(self.engine.info.store) / "staging"
 
 
 def _services(request: HttpRequest) -> Services:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import os
+import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from lora_serve.adapter_files import ADAPTER_FILES, describe_missing
 from lora_serve.api import archive
 from lora_serve.errors import BadRequest, StorageFull, TooLarge
-from lora_serve.names import CONFIG, WEIGHTS
+from lora_serve.names import CONFIG, POOLING, WEIGHTS
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 BATCH = 1 << 20  # bytes passed to the parser's thread at once
 FORM_SLACK = 1 << 20  # bytes of boundaries, headers and fields in a form
 LONGEST_FIELD = 4096
+LONGEST_BOUNDARY = 70  # RFC 2046
+MOST_FILES = 64
+# Folders in which sentence-transformers keeps the configuration of what follows the transformer.
+MODULE_FOLDERS = re.compile(r"[0-9]_(Pooling|Normalize|Dense|LayerNorm|Dropout)")
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,20 @@ class ReceivedUpload:
 async def staging_folder(staging: Path) -> AsyncIterator[Path]:
     """A new folder in `staging`, removed with its content when the context ends.
 
-    Inside the context, a full disk raises `StorageFull`.
+    It is locked meanwhile: a restarted engine, which opens the store again, leaves it alone. Inside the context, a full
+    disk raises `StorageFull`.
     """
     root = staging / f"upload-{uuid.uuid4().hex}"
+    lock = None
     with disk_errors():
         try:
             await asyncio.to_thread(root.mkdir, parents=True)
+            lock = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_SH)
             yield root
         finally:
+            if lock is not None:
+                os.close(lock)
             # Shielded: a cancelled request removes its folder too.
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, root, True))
 
@@ -101,6 +115,8 @@ def _boundary(request: Request) -> bytes:
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise BadRequest("an adapter must be uploaded as multipart/form-data")
+    if len(boundary) > LONGEST_BOUNDARY:
+        raise BadRequest(f"the form's boundary has {len(boundary)} bytes; at most {LONGEST_BOUNDARY} are allowed")
     return boundary
 
 
@@ -165,9 +181,8 @@ class _Form:
             self._archive.unlink()
         elif not self._files:
             raise BadRequest("the adapter is missing: send files, or one archive", param="files")
-        for name in (CONFIG, WEIGHTS):
-            if not (self._folder / name).exists():
-                raise BadRequest(f"{name} is missing", param="files")
+        elif not {CONFIG, WEIGHTS} <= self._files:
+            raise BadRequest(describe_missing(self._files), param="files")
         return ReceivedUpload(None if self._name is None else self._name.decode(errors="replace"), self._folder)
 
     # --- parts -------------------------------------------------------------------------------------------------------
@@ -200,7 +215,7 @@ class _Form:
                     raise BadRequest("send one archive only", param="archive")
                 self._open = self._archive.open("xb")
             case "files":
-                self._begin_file(archive.file_of(file.replace("\\", "/")), file)
+                self._begin_file(_file_of(file.replace("\\", "/")), file)
             case _:
                 raise BadRequest(f"unknown parameter: {self._field[:100]}", param=self._field[:100])
 
@@ -211,10 +226,10 @@ class _Form:
             return
         if name in self._files:
             raise BadRequest(f"{name[:100]} was sent twice", param="files")
-        if len(self._files) >= archive.MOST_MEMBERS:
-            raise BadRequest(f"more than {archive.MOST_MEMBERS} files", param="files")
+        if len(self._files) >= MOST_FILES:
+            raise BadRequest(f"more than {MOST_FILES} files", param="files")
         self._files.add(name)
-        if archive.is_adapter_file(name):
+        if name in ADAPTER_FILES:
             (self._folder / name).parent.mkdir(exist_ok=True)
             self._open = (self._folder / name).open("xb")
 
@@ -228,3 +243,14 @@ class _Form:
 
     def _end(self) -> None:
         self._ended = True
+
+
+def _file_of(path: str) -> str:
+    """The name under which a file of a form is kept: without folders, except for `1_Pooling/config.json`.
+
+    Empty for other files in folders of sentence-transformers' modules: what these do is in `modules.json`.
+    """
+    parts = PurePosixPath(path).parts
+    if len(parts) > 1 and MODULE_FOLDERS.fullmatch(parts[-2]):
+        return POOLING if "/".join(parts[-2:]) == POOLING else ""
+    return parts[-1] if parts else ""

@@ -9,7 +9,7 @@ import os
 from functools import partial
 
 from lora_serve.adapters.registry import Lease, Registry
-from lora_serve.engine.admission import check, check_adapters_fit, pooling_of
+from lora_serve.engine.admission import check, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
@@ -173,7 +173,7 @@ class ActiveRequests:
             for use in request.adapters:
                 leases.append(self._registry.acquire(use))
             check(request, leases, self._info)
-            check_adapters_fit(leases, self._registry.pinned, self._scheduler.rotation)
+            self._registry.check_possible([lease.digest for lease in leases])
         except ServeError:
             for lease in leases:
                 self._registry.release(lease)
@@ -197,6 +197,11 @@ class ActiveRequests:
             result = BadRequest(result.message, param=sampling.grammar_field)
         if isinstance(result, ServeError):
             self.finish(seq, "error", result)
+            return
+        try:
+            self._registry.check_possible(seq.digests)
+        except ServeError as error:  # a load failed meanwhile, or a pin took their place
+            self.finish(seq, "error", error)
             return
         del self._compiling[seq]
         seq.matcher = result.matcher(sampling)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Sequence
 
 from lora_serve.adapters.registry import Lease
-from lora_serve.engine.fairness import SlotRotation
 from lora_serve.errors import BadRequest, ContextExceeded
 from lora_serve.messages import EngineInfo
 from lora_serve.names import MODULES, POOLING
@@ -43,19 +42,6 @@ def pooling_of(request: Request, leases: Sequence[Lease], info: EngineInfo) -> P
         return None
     own = leases[0].traits.pooling if leases else None
     return own or info.pooling or Pooling()
-
-
-def check_adapters_fit(leases: Sequence[Lease], pinned: Set[str], rotation: SlotRotation) -> None:
-    """Check that a request's adapters can be on the device at once, beside pinned ones. Raises BadRequest."""
-    sizes = {lease.digest: lease.bytes for lease in leases if lease.digest not in pinned}
-    if len(sizes) > rotation.slots - len(pinned):
-        raise BadRequest("more adapters than can be on the device at once", param="adapter")
-    if rotation.capacity is not None and sum(sizes.values()) > rotation.capacity // 2:  # half may be pinned
-        raise BadRequest(
-            f"the adapter takes {sum(sizes.values())} bytes; a request's adapters may take {rotation.capacity // 2}, "
-            "half of --adapter-device-memory",
-            param="adapter",
-        )
 
 
 def _check_composition(leases: Sequence[Lease]) -> None:

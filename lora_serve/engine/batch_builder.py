@@ -25,7 +25,7 @@ def build_batch(
         scheduled: not empty.
         slots: device slot of every adapter (by digest) that the step uses.
     """
-    parts = sorted(scheduled, key=lambda part: [(slots[digest], weight) for digest, weight, _ in part.seq.active])
+    parts = sorted(scheduled, key=lambda part: [(slots[each.digest], each.weight) for each in part.seq.active])
     tokens: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
@@ -89,7 +89,7 @@ def _adapter_rows(ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[st
 def _pieces(
     ranges: Iterable[tuple[Sequence, int, int]], slots: Mapping[str, int]
 ) -> Iterator[tuple[list[tuple[int, float]], int]]:
-    """Split ranges where an adapter becomes active; yields (slot, weight) of the active adapters, and a row count."""
+    """Split ranges where an adapter becomes active; yields (slot, weight) of the adapters, and a row count."""
     for seq, start, end in ranges:
         if end == start:
             continue
@@ -98,4 +98,5 @@ def _pieces(
             continue
         cuts = sorted({start, end, *(each.start for each in seq.active if start < each.start < end)})
         for first, last in pairwise(cuts):
-            yield [(slots[each.digest], each.weight) for each in seq.active if each.start <= first], last - first
+            weights = ((slots[each.digest], each.weight_at(first)) for each in seq.active)
+            yield [(slot, weight) for slot, weight in weights if weight is not None], last - first

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.adapters.registry import InMemory, LoadFailed, Registry
+from lora_serve.adapters.registry import Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.active_requests import ActiveRequests
 from lora_serve.engine.grammar_compiler import GrammarCompiler
@@ -137,6 +137,7 @@ class Engine:
             self._loads_finished, self._stalled = True, False
         if self._grammars.poll():
             self._stalled = False
+        self._end_impossible()
         active = len(self._requests)
         report = self._step_overlapped() if self._runner.overlaps else self._step()
         self._shrink_after_out_of_memory()
@@ -161,17 +162,15 @@ class Engine:
 
     def _schedule(self) -> list[ScheduledSequence]:
         finished, self._loads_finished = self._loads_finished, False
-        scheduled = self._scheduler.schedule(
-            self._is_loaded, self._registry.pinned, self._pacer.budget, loads_finished=finished
+        return self._scheduler.schedule(
+            self._registry.memory.holds, self._registry.pinned, self._pacer.budget, loads_finished=finished
         )
-        self._request_loads(every_set=finished)
-        return scheduled
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""
         if not scheduled:
             return None
-        step = launch(scheduled, self._runner, self._registry)
+        step = launch(scheduled, self._runner, self._registry.memory)
         for part in step.scheduled:
             self._scheduler.mark_launched(part)
         return step
@@ -201,29 +200,11 @@ class Engine:
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
-    def _is_loaded(self, digest: str) -> bool:
-        return isinstance(self._registry.state(digest), InMemory)
-
-    def _request_loads(self, *, every_set: bool) -> None:
-        """Load the adapters that the oldest sequences lack, at most one per slot; end requests whose load failed.
-
-        Args:
-            every_set: look at every set that is not in memory, as loads may have failed.
-        """
-        wanted: dict[str, None] = {}
-        slots = self._scheduler.rotation.slots
-        for adapter_set in list(self._scheduler.unloaded()):
-            if len(wanted) >= slots and not every_set:
-                break
-            states = {digest: self._registry.state(digest) for digest in adapter_set}
-            failed = next((state for state in states.values() if isinstance(state, LoadFailed)), None)
-            if failed is None:
-                wanted |= dict.fromkeys(digest for digest, state in states.items() if not isinstance(state, InMemory))
-                continue
-            for seq in self._scheduler.users(adapter_set):
-                self._requests.finish(seq, "error", failed.error)
-        for digest in list(wanted)[:slots]:
-            self._registry.request_load(digest)
+    def _end_impossible(self) -> None:
+        """End the requests whose adapters cannot be had any more, with the reason."""
+        for adapter_set, error in self._registry.take_impossible(self._scheduler.adapter_sets):
+            for seq in self._scheduler.users(tuple(adapter_set)):
+                self._requests.finish(seq, "error", error)
 
     def _call(self, call: Call) -> None:
         """Start an admin operation; its result is among the `replies` when it is ready."""

@@ -77,7 +77,7 @@ class SlotRotation:
             first = next(iter(self._queue))
             if not is_loaded(first):
                 continue  # it was removed
-            if not self.fits(set(first), self._pinned):  # until something is unpinned; it must not block the others
+            if not self.fits(set(first), self._pinned):  # its sequences are about to be ended: it must not block others
                 self._queue[first] = self._queue.pop(first)
                 continue
             # Strictly in order: if the first set does not fit, no later one may take the slots that it waits for.
@@ -141,6 +141,9 @@ class SlotRotation:
         before, self._pinned = self._pinned, frozenset(pinned)
         for digest in pinned:
             self._since.pop(digest, None)
-        for digest in before - pinned:
+        leaving = list(before - pinned)
+        while self._since and not self.fits(self._since.keys(), self._pinned):  # the latest to come are the first to go
+            leaving.append(self._since.popitem()[0])
+        for digest in leaving:
             self._queue |= self._wanted.get(digest, {})
         self._stale = True

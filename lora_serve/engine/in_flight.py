@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.memory import AdapterMemory
 from lora_serve.engine.runner import LaunchSampling, Outputs, Runner, SequenceOutput
 from lora_serve.engine.scheduler import ScheduledSequence
 from lora_serve.errors import ServeError
@@ -43,17 +43,17 @@ class LaunchedStep:
         return InFlightStep(self.scheduled, self.adapters, self.started, self.launch_sampling())
 
 
-def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registry) -> LaunchedStep:
+def launch(scheduled: list[ScheduledSequence], runner: Runner, memory: AdapterMemory) -> LaunchedStep:
     """Assign slots to the step's adapters and launch its forward pass. Only sequences whose adapters do not fit fail.
 
     Sequences whose adapters are still being copied to the device are left out while others can run; they keep their KV
     blocks and are scheduled again.
     """
     started = time.perf_counter()
-    slots, failed = _assign_slots(scheduled, registry)
+    slots, failed = _assign_slots(scheduled, memory)
     resident = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
-    going = [part for part in resident if registry.copied(part.seq.digests)] or resident
-    registry.wait_for_copies(_digests(going))
+    going = [part for part in resident if memory.copied(part.seq.digests)] or resident
+    memory.wait_for_copies(_digests(going))
     launch_sampling = runner.launch(going, slots) if going else (lambda: list)
     parts = going + [output.part for output in failed]
 
@@ -65,17 +65,17 @@ def launch(scheduled: list[ScheduledSequence], runner: Runner, registry: Registr
 
 
 def _assign_slots(
-    scheduled: list[ScheduledSequence], registry: Registry
+    scheduled: list[ScheduledSequence], memory: AdapterMemory
 ) -> tuple[dict[str, int], list[SequenceOutput]]:
     """Slots by adapter, and failures of the sequences whose adapters could not all get one."""
     try:
-        return registry.assign_slots(_digests(scheduled)), []
+        return memory.assign_slots(_digests(scheduled)), []
     except ServeError:
         slots: dict[str, int] = {}
         failed = []
         for part in scheduled:  # fail only the sequences whose adapters do not fit
             try:
-                slots |= registry.assign_slots([*slots, *part.seq.digests])
+                slots |= memory.assign_slots([*slots, *part.seq.digests])
             except ServeError as error:
                 failed.append(SequenceOutput(part, failure=error))
         return slots, failed

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from lora_serve.engine.fairness import AdapterSet, SlotRotation
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
-from lora_serve.engine.waiting import AgedSets, WaitingQueue
+from lora_serve.engine.waiting import WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
 PrefillBudget = Callable[[int, int], int]  # sequences that decode, sequences to prefill → prompt tokens of this step
@@ -81,7 +81,7 @@ class Scheduler:
         self.prefix_tokens = 0
         self.prefix_hits = 0
         self._users: Counter[AdapterSet] = Counter()  # sequences by adapter set
-        self._unloaded = AgedSets()  # not known to be in host memory
+        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in memory, in order of arrival
         self._new: list[AdapterSet] = []  # those of `_unloaded` that were not looked up yet
 
     def __repr__(self) -> str:
@@ -92,7 +92,7 @@ class Scheduler:
         self.waiting.add(seq)
         self._users[seq.digests] += 1
         if self._users[seq.digests] == 1 and seq.digests:
-            self._unloaded.put(seq.digests, seq.order)
+            self._unloaded[seq.digests] = None
             self._new.append(seq.digests)
 
     def schedule(
@@ -106,10 +106,10 @@ class Scheduler:
         """Schedule one step and allocate its KV blocks.
 
         Args:
-            is_loaded: whether an adapter (by digest) is in host memory, so that it can get a slot at once.
+            is_loaded: whether an adapter (by digest) is in memory, so that it can get a slot at once.
             pinned: adapters that always keep their slot.
             prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
-            loads_finished: whether adapters may have come into host memory since the last step.
+            loads_finished: whether adapters may have come into memory since the last step.
         """
         self.step += 1
         new, self._new = self._new, []
@@ -129,13 +129,10 @@ class Scheduler:
             scheduled = self._fill(self._resumable(running, pinned), [], prefill_budget)
         return scheduled
 
-    def unloaded(self) -> Iterator[AdapterSet]:
-        """Adapter sets that are not in host memory, that of the oldest sequence first.
-
-        Loading in this order matters: host memory keeps the adapters that were leased first, so that the oldest
-        sequence's adapters come together, and something can always run.
-        """
-        return iter(self._unloaded)
+    @property
+    def adapter_sets(self) -> list[AdapterSet]:
+        """The adapter sets of all sequences."""
+        return list(self._users)
 
     def users(self, adapter_set: AdapterSet) -> list[Sequence]:
         """All sequences that need exactly these adapters."""
@@ -163,30 +160,24 @@ class Scheduler:
         self._free(seq, forget=forget)
         self._users[seq.digests] -= 1
         if self._users[seq.digests]:
-            if seq.digests in self._unloaded:
-                self._unloaded.put(seq.digests, self._age(seq.digests))
             return
         del self._users[seq.digests]
         if seq.digests in self._unloaded:
-            self._unloaded.discard(seq.digests)
+            del self._unloaded[seq.digests]
         elif seq.digests:
             self.rotation.remove(seq.digests)
 
-    def _age(self, adapter_set: AdapterSet) -> int:
-        """Order of the oldest sequence that needs exactly these adapters."""
-        return min(seq.order for seq in self.users(adapter_set))
-
     def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
-        """Update which adapter sets are in host memory, so that they can get slots; whether all of these are."""
+        """Update which adapter sets are in memory, so that they can get slots; whether all of these are."""
         for adapter_set in adapter_sets:
             if adapter_set not in self._users:  # its last sequence left
                 continue
             loaded, was_unloaded = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
             if loaded and was_unloaded:
-                self._unloaded.discard(adapter_set)
+                del self._unloaded[adapter_set]
                 self.rotation.add(adapter_set)
             elif not loaded and not was_unloaded:
-                self._unloaded.put(adapter_set, self._age(adapter_set))
+                self._unloaded[adapter_set] = None
                 self.rotation.remove(adapter_set)
         return not any(adapter_set in self._unloaded for adapter_set in adapter_sets)
 

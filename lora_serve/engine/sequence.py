@@ -20,11 +20,24 @@ NEVER_ACTIVE = sys.maxsize  # start of an adapter that is not invoked: no sequen
 
 
 class ActiveAdapter(NamedTuple):
-    """An adapter of a sequence, its weight, and the first position at which it is active."""
+    """An adapter of a sequence.
+
+    Attributes:
+        weight: of what it adds to the base's outputs.
+        start: the first position at which it adds them.
+        replaces: whether it also replaces parts of the base, at all positions.
+    """
 
     digest: str
     weight: float
     start: int
+    replaces: bool = False
+
+    def weight_at(self, position: int) -> float | None:
+        """Its weight for a row at this position; None if it has no part in the row."""
+        if position >= self.start:
+            return self.weight
+        return 0.0 if self.replaces else None
 
 
 @dataclass(eq=False)
@@ -79,7 +92,8 @@ class Sequence:
         # shared by all tenants; the tenant counts from the first token of the prompt on.
         self._key_parts: list[tuple[int, tuple[int | float | str, ...]]] = [
             (self.virtual, ("tenant", self.request.tenant)),
-            *((each.start, ("adapter", *each)) for each in self.active),
+            *((each.start, ("adapter", *each[:3])) for each in self.active),
+            *((0, ("replaces", each.digest)) for each in self.active if each.replaces and each.start),
         ]
 
     def __repr__(self) -> str:
@@ -140,11 +154,14 @@ class Sequence:
         weights: dict[str, float] = {}
         for adapter in self.adapters:
             weights[adapter.digest] = weights.get(adapter.digest, 0.0) + adapter.weight
-        return tuple(ActiveAdapter(digest, weights[digest], self._start(digest)) for digest in sorted(weights))
+        return tuple(
+            ActiveAdapter(digest, weights[digest], self._start(traits), traits.replaces)
+            for digest, traits in ((digest, self.traits.get(digest, Traits())) for digest in sorted(weights))
+        )
 
-    def _start(self, digest: str) -> int:
-        """The first position at which an adapter is active; depends on the prompt only."""
-        invocation = self.traits[digest].invocation if digest in self.traits else ()
+    def _start(self, traits: Traits) -> int:
+        """The first position at which an adapter adds to the base; depends on the prompt only."""
+        invocation = traits.invocation
         found = last_match(self.request.prompt, invocation) if invocation else None
         if found is None:
             return NEVER_ACTIVE if invocation else 0

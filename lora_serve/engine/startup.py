@@ -9,13 +9,20 @@ from dataclasses import dataclass
 import torch
 from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from lora_serve.adapters.compiler import Compiler, CompilerLimits, start_compilers
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.adapters.host_cache import HostCache
+from lora_serve.adapters.lowering_job import LoweringContext
+from lora_serve.adapters.opening import open_store, publish_folders
+from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.residency import Budget, Residency
 from lora_serve.adapters.store import Store
+from lora_serve.adapters.store_location import default_store_folder, describe_other_stores
+from lora_serve.adapters.workers import Workers
 from lora_serve.config import ServeConfig
+from lora_serve.engine.base_tokenizer import load_base_tokenizer
 from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.grammar_compiler import GrammarCompiler
@@ -28,12 +35,14 @@ from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors, bytes_per_token
 from lora_serve.messages import EngineInfo
 from lora_serve.model.base import ResidentBase
+from lora_serve.model.fingerprint import base_fingerprint
 from lora_serve.model.load import LoadedModel, load
 from lora_serve.model.self_check import blocks_needed, refusing
 
 log = logging.getLogger(__name__)
 
 MIN_KV_BLOCKS = 2  # for the check of replayed steps
+BACKGROUND = 19  # niceness of compiler processes beside a running engine
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
 
 
@@ -75,6 +84,8 @@ def _build_parts(
     torch.set_num_threads(config.threads or physical_cores())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if config.adapters is not None:
+        start_compilers()  # they import while the base is loaded
     progress("building kernels", 0.0)
     kernels = select(device, config.native_kernels)
     loaded = load(
@@ -84,11 +95,12 @@ def _build_parts(
         device=device,
         progress=progress,
         scheme=config.quantize,
+        quantizes_experts=kernels.has_grouped_linear,
         names=(config.served_name(),),
     )
     limits = step_limits(config, device)
     capacity = adapter_memory(config, device)
-    device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device, capacity)
+    device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device)
     tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
     kv = KVTensors(loaded.layers, blocks_needed(config.kv_block_size), config.kv_block_size, loaded.dtype, device)
     with refusing(loaded.shape.model_type):
@@ -105,20 +117,13 @@ def _build_parts(
     progress("preparing steps", 0.9)
     base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
     progress("opening the adapter store", 0.92)
-    registry = Registry(
-        Store(config.store_folder()),
-        HostCache(int(config.adapter_cache_memory)),
-        device_slots,
-        loaded.shape,
-        loaded.dtype,
-        wake,
-        max_bytes=int(config.max_adapter_size),
-        base_name=config.served_name(),
-    )
-    notes = loaded.notes + base.notes
-    if config.adapters is not None:
-        for name, error in registry.publish_folder(config.adapters):
-            notes.append(f"adapter {name} is not served: {error.message}")
+    fingerprint = base_fingerprint(config.model, config.revision)
+    root = config.store or default_store_folder(config.model, fingerprint)
+    store = Store(root, fingerprint, config.served_name())
+    notes = [*loaded.notes, *base.notes, *store.notes]
+    if config.store is None:
+        notes += describe_other_stores(config.model, fingerprint, root)
+    registry = _open_adapters(config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes)
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
         SlotRotation(config.adapter_slots, QUANTUM, capacity, registry.bytes),
@@ -146,9 +151,45 @@ def _build_parts(
         pooling=loaded.pooling,
         not_embedding=loaded.not_embedding,
         headless=loaded.headless,
+        store=str(root),
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry, grammars)
+
+
+def _open_adapters(
+    config: ServeConfig,
+    store: Store,
+    loaded: LoadedModel,
+    fingerprint: str,
+    device_slots: DeviceSlots,
+    capacity: int | None,
+    wake: Callable[[], None],
+    progress: Callable[[str, float], None],
+    notes: list[str],
+) -> Registry:
+    """The adapters of the store and of `config.adapters`; what the operator should know of them is added to `notes`."""
+    host = int(config.adapter_cache_memory)
+    elements = host // loaded.dtype.itemsize
+    context = LoweringContext(
+        loaded.shape, fingerprint, loaded.dtype, int(config.max_adapter_size), elements, loaded.loaded_whole
+    )
+    limits = CompilerLimits(int(config.compiler_memory), config.compiler_cpu_time)
+    cores = physical_cores()
+    workers = Workers(wake, compilers=max(2, cores // 2))
+    compiler = Compiler(context, limits)
+    publisher = Publisher(store, compiler, workers)
+    residency = Residency(Budget(config.adapter_slots, host, capacity), config.keep_versions)
+    registry = Registry(residency, device_slots, publisher, workers, base_name=config.served_name())
+
+    def report(done: int, of: int) -> None:
+        progress(f"lowering adapters ({done} of {of})", 0.92 + 0.08 * done / of)
+
+    notes += open_store(registry, residency, publisher, report)
+    if config.adapters is not None:
+        notes += publish_folders(registry, residency, config.adapters, report)
+    compiler.niceness = BACKGROUND
+    return registry
 
 
 def device_of(name: str) -> torch.device:
@@ -171,7 +212,7 @@ def device_of(name: str) -> torch.device:
 def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:
     """The base's tokenizer for grammars. Raises BadRequest if it has none of the kind that is needed."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision, trust_remote_code=False)
+        tokenizer = load_base_tokenizer(config.model, config.revision)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer")
         return from_tokenizer(tokenizer, n_vocab=loaded.vocab_size, eos_token=list(loaded.eos_token_ids) or None)

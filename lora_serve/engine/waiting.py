@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable, Iterator
 from heapq import merge
 from operator import attrgetter
@@ -54,29 +54,3 @@ class WaitingQueue:
         """Sequences that need one of these sets, oldest first; the queue must not change meanwhile."""
         queues = [self._by_set[adapter_set] for adapter_set in adapter_sets if adapter_set in self._by_set]
         return iter(queues[0]) if len(queues) == 1 else merge(*queues, key=_order)
-
-
-class AgedSets:
-    """Adapter sets in the order of their oldest sequences."""
-
-    def __init__(self) -> None:
-        self._ages: dict[AdapterSet, int] = {}
-        self._sorted: list[tuple[int, AdapterSet]] = []
-
-    def __contains__(self, adapter_set: AdapterSet) -> bool:
-        return adapter_set in self._ages
-
-    def __iter__(self) -> Iterator[AdapterSet]:
-        return (adapter_set for _, adapter_set in self._sorted)
-
-    def put(self, adapter_set: AdapterSet, age: int) -> None:
-        """Add a set, or move it; `age` is the order of its oldest sequence."""
-        self.discard(adapter_set)
-        self._ages[adapter_set] = age
-        insort(self._sorted, (age, adapter_set))
-
-    def discard(self, adapter_set: AdapterSet) -> None:
-        """Remove a set, if it is there."""
-        age = self._ages.pop(adapter_set, None)
-        if age is not None:
-            del self._sorted[bisect_left(self._sorted, (age, adapter_set))]

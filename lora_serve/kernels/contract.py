@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme
+from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, Scheme
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,42 @@ class DeltaGroup:
         self.a[module, slot] = 0 if delta is None else delta.a.data_ptr()
         self.b[module, slot] = 0 if delta is None else delta.b.data_ptr()
         self.rank[module, slot] = 0 if delta is None else delta.a.shape[0]
+
+    def get(self, module: int, slot: int) -> Delta | None:
+        """The delta that `slot` of `module` points at."""
+        return self.deltas[module][slot]
+
+
+class ExpertsGroup(DeltaGroup):
+    """The pointer tables of one layer of a mixture's experts as one module's.
+
+    Attributes:
+        expert_slots: slots of each expert; slot s of expert e is e * expert_slots + s.
+
+    Args:
+        experts: each expert's own group, of one module; rows of shared tables, one after the other, which this group
+            reads too.
+    """
+
+    def __init__(self, experts: Sequence[DeltaGroup]) -> None:
+        self._experts = experts
+        first = experts[0]
+        self.expert_slots = first.rank.shape[1]
+        for expert, own in enumerate(experts):
+            if (
+                own.a.shape[0] != 1
+                or own.a.data_ptr() != first.a.data_ptr() + expert * self.expert_slots * first.a.itemsize
+            ):
+                raise ValueError(f"the pointer tables of expert {expert} do not follow those of the one before")
+        slots = len(experts) * self.expert_slots
+        a, b, rank = (table.as_strided((1, slots), (slots, 1)) for table in (first.a, first.b, first.rank))
+        super().__init__(first.in_features, first.out_features, slots, first.dtype, first.a.device, (a, b, rank))
+
+    def set(self, module: int, slot: int, delta: Delta | None) -> None:
+        self._experts[slot // self.expert_slots].set(module, slot % self.expert_slots, delta)
+
+    def get(self, module: int, slot: int) -> Delta | None:
+        return self._experts[slot // self.expert_slots].get(module, slot % self.expert_slots)
 
 
 @dataclass(frozen=True)
@@ -162,11 +198,13 @@ class Kernels(Protocol):
         name: for logs and messages.
         replay: how steps are run without the model's Python: "recorded_steps" are recorded the second time that their
             shape occurs, each for exactly that shape; "cuda_graphs" are captured at start for `graph_buckets`.
+        has_grouped_linear: whether it has `pack_experts` and `grouped_linear`.
     """
 
     name: str
     replay: ReplaySupport
     graph_buckets: GraphBuckets | None
+    has_grouped_linear: bool
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
         """Lay out the weights [out, in] (fp32, bf16 or fp16) of layers that read the same input, for `linear`."""
@@ -188,6 +226,20 @@ class Kernels(Protocol):
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
         dtype, with unit stride in the last dimension. Where the weights are quantised, rows are rounded too: x is
         `packed_weight.round_rows(x, scheme)`.
+        """
+        ...
+
+    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+        """Lay out one layer of a mixture's experts, weights [experts, out, in], for `grouped_linear`."""
+        ...
+
+    def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
+        """Each expert's layer over its own rows of x, which are sorted by expert.
+
+        Semantics: `y[end[e - 1] : end[e]]` (from 0 for the first) is `linear` of the same rows of x, `weights[e]` and
+        `bias[e]`; rows from the last end on are zero.
+        Shapes: x [rows, in] with unit stride in the last dimension, bias [experts, out] in x's dtype, end int64
+        [experts], ascending; returns [rows, out] in x's dtype, contiguous.
         """
         ...
 

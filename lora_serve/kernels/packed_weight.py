@@ -13,6 +13,7 @@ scale and a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,9 +49,50 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
+@dataclass(frozen=True, eq=False)
+class PackedExpertWeights:
+    """The weights [experts, out, in] of one layer of a mixture's experts, one `PackedWeight` after the other in memory.
+
+    Attributes:
+        shape, dtype, scheme: of each expert's weight.
+        data, scale: as of one expert, stacked: [experts, ...].
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scheme: Scheme | None
+    data: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def pack(cls, weights: Tensor, pack: Callable[[Tensor], PackedWeight]) -> PackedExpertWeights:
+        """Pack weights [experts, out, in], of at least one expert, by packing each expert's."""
+        first = pack(weights[0])
+        data = first.data.new_empty(len(weights), *first.data.shape)
+        scale = None if first.scale is None else first.scale.new_empty(len(weights), *first.scale.shape)
+        whole = cls(first.shape, first.dtype, first.scheme, data, scale)
+        for expert, weight in enumerate(weights):  # one by one: there are never two copies of all of them
+            packed = pack(weight)
+            whole[expert].data.copy_(packed.data)
+            if packed.scale is not None and scale is not None:
+                scale[expert].copy_(packed.scale)
+        return whole
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def __getitem__(self, expert: int) -> PackedWeight:
+        scale = None if self.scale is None else self.scale[expert]
+        return PackedWeight(self.shape, self.dtype, self.scheme, self.data[expert], scale)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
 def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:
-    """The scheme if it can quantise a weight with so many inputs, else None."""
-    return None if scheme == "int4" and in_features % GROUP else scheme
+    """The scheme for a weight with so many inputs: int8 instead of int4 where these are not whole groups."""
+    return "int8" if scheme == "int4" and in_features % GROUP else scheme
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -82,7 +124,7 @@ def round_rows(x: Tensor, scheme: Scheme) -> Tensor:
 
 def _grouped(rows: Tensor, size: int) -> Tensor:
     """float32 [rows, groups, size]."""
-    return rows.float().reshape(rows.shape[0], -1, size)
+    return rows.float().reshape(rows.shape[0], rows.shape[1] // size, size)
 
 
 def _step(grouped: Tensor) -> Tensor:

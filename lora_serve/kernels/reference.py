@@ -20,7 +20,14 @@ from lora_serve.kernels.contract import (
     ReplaySupport,
     Segments,
 )
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme, dequantize, quantize, round_rows
+from lora_serve.kernels.packed_weight import (
+    PackedExpertWeights,
+    PackedWeight,
+    Scheme,
+    dequantize,
+    quantize,
+    round_rows,
+)
 
 
 class ReferenceKernels:
@@ -29,6 +36,7 @@ class ReferenceKernels:
     name = "reference"
     replay: ReplaySupport = "none"  # it reads segments and sequences in Python
     graph_buckets: GraphBuckets | None = None
+    has_grouped_linear = True
 
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
         return [_pack(weight, scheme) for weight in weights]
@@ -48,6 +56,19 @@ class ReferenceKernels:
             y = round_rows(x, packed.scheme) @ self.unpack(packed).T
             outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
         return outputs
+
+    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+        return PackedExpertWeights.pack(weights, lambda weight: _pack(weight, scheme))
+
+    def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
+        y = x.new_zeros(x.shape[0], weights.shape[0])
+        first = 0
+        for expert, last in enumerate(end.tolist()):
+            if first < last:
+                own = None if bias is None else bias[expert]
+                (y[first:last],) = self.linear(x[first:last], [(weights[expert], own)])
+            first = last
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
         wide = x.float()
@@ -85,8 +106,8 @@ class ReferenceKernels:
         )
         for start, end, slot, weight in runs:
             rows = x[start:end].float()
-            for output, deltas in zip(outputs, group.deltas, strict=True):
-                delta = deltas[slot]
+            for module, output in enumerate(outputs):
+                delta = group.get(module, slot)
                 if delta is not None:
                     shrunk = rows @ delta.a.float().T  # [rows, rank]
                     sums = output[start:end].float() + weight * (shrunk @ delta.b.float())

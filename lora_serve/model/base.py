@@ -22,9 +22,10 @@ from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.input_buffers import InputBuffers
-from lora_serve.model.install import install, pack_linears
+from lora_serve.model.install import install, pack
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
+from lora_serve.model.quantization_note import quantization_note
 from lora_serve.model.recorded_steps import RecordedSteps
 from lora_serve.model.self_check import (
     QUANTIZED_TOLERANCE,
@@ -73,6 +74,7 @@ class ResidentBase:
         self._overrides = ModuleOverrides(
             self._model, loaded.shape, device_slots.overrides, head_sees_logits_rows=self._keeps_logits
         )
+        self._packing_notes: list[str] = []
         self._eager = EagerSteps(self._forward, device_slots.ranks, loaded.device)
         self._steps = _executor(self._eager, kernels, replayable=loaded.replayable)
         install(loaded, device_slots, self._context)
@@ -156,7 +158,8 @@ class ResidentBase:
     def notes(self) -> list[str]:
         """Remarks for the operator, in the start-up summary."""
         disabled = self._steps.disabled
-        return [] if disabled is None or self._device.type == "cpu" else [f"steps run without CUDA graphs: {disabled}"]
+        graphs = disabled is None or self._device.type == "cpu"
+        return [*self._packing_notes, *([] if graphs else [f"steps run without CUDA graphs: {disabled}"])]
 
     @property
     def _rounding(self) -> float:
@@ -171,8 +174,13 @@ class ResidentBase:
         return lengths, [torch.randint(0, self._ids, (n,), generator=generator).tolist() for n in lengths]
 
     def pack(self) -> None:
-        """Pack the linear modules' weights for the kernels, and quantise them if configured."""
-        pack_linears(self._loaded, self._device_slots, self._context)
+        """Pack the weights for the kernels, and quantise them if configured."""
+        loaded, kernels = self._loaded, self._context.kernels
+        pack(loaded, self._device_slots, self._context)
+        if loaded.scheme is not None:
+            dtype = str(loaded.dtype).removeprefix("torch.")
+            note = quantization_note(self._model, loaded.shape, loaded.scheme, dtype, kernels.name)
+            self._packing_notes = [note]
 
     @torch.no_grad()  # not inference mode: see `compute_oracle`
     def self_check(self) -> None:

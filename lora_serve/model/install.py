@@ -19,12 +19,13 @@ from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.fused import fuse
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.load import LoadedModel
+from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
 from lora_serve.model.shape import base_module
 
 
 def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Replace the modules of `loaded.model`; linear modules keep their own weights until `pack_linears`."""
+    """Replace the modules of `loaded.model`; linear modules keep their own weights until `pack`."""
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
@@ -37,9 +38,16 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
     _install_linears(loaded, device_slots, context, packed=False)
 
 
-def pack_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
-    """Pack the linear modules' weights for the kernels, quantised if configured; the original modules are freed."""
+def pack(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
+    """Pack the linear modules' weights for the kernels, quantised if configured; the original modules are freed.
+
+    Stacked experts are packed only to be quantised, and only where the kernels have a grouped linear layer.
+    """
     _install_linears(loaded, device_slots, context, packed=True)
+    if loaded.scheme is not None and context.kernels.has_grouped_linear:
+        for module in loaded.model.modules():
+            if isinstance(module, AdaptedExperts):
+                module.base = PackedExperts(module.base, context.kernels, loaded.scheme)
     for parameter in loaded.model.parameters():
         if parameter.is_cpu:  # one tensor of a memory-mapped file keeps the whole file in memory
             parameter.data = parameter.data.clone()

@@ -6,8 +6,10 @@ A model that flat batches with paged attention would serve wrongly is refused, b
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
+from lora_serve.model.baichuan import divide_head
 from lora_serve.model.base_pooling import read_pooling
+from lora_serve.model.checkpoint_weights import CheckpointWeights, checkpoint_files
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -30,6 +34,7 @@ from lora_serve.model.external_quantization import (
     is_externally_quantized,
     prepare_modules,
 )
+from lora_serve.model.identity_experts import mark_experts
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
@@ -57,6 +62,7 @@ class LoadedModel:
         oracle: the untouched model's logits, for the self-check.
         headless: whether the checkpoint has no LM head, so that it can only embed.
         pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
+        loaded_whole: bytes of the checkpoint if single weights of it cannot be read (`CheckpointWeights`); else 0.
     """
 
     model: nn.Module
@@ -79,6 +85,7 @@ class LoadedModel:
     headless: bool = False
     pooling: Pooling | None = None
     not_embedding: str = ""
+    loaded_whole: int = 0
 
 
 def load(
@@ -89,12 +96,14 @@ def load(
     device: torch.device,
     progress: Callable[[str, float], None],
     scheme: Scheme | None = None,
+    quantizes_experts: bool = False,
     names: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Load a base model; raises ModelUnsupported if it cannot be served correctly.
 
     Args:
         scheme: how its linear modules will be quantised when they are packed; None: not at all.
+        quantizes_experts: whether its experts will be quantised as well, which the kernels decide.
         names: other names of the base besides `name`.
     """
     progress("reading the model's configuration", 0.02)
@@ -103,7 +112,7 @@ def load(
     except Exception as error:  # some configurations validate themselves and raise errors of their own
         raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
     with refusing(config.model_type):
-        return _load(name, config, revision, dtype, device, progress, scheme, names)
+        return _load(name, config, revision, dtype, device, progress, scheme, quantizes_experts, names)
 
 
 def _load(
@@ -114,6 +123,7 @@ def _load(
     device: torch.device,
     progress: Callable[[str, float], None],
     scheme: Scheme | None,
+    quantizes_experts: bool,
     names: tuple[str, ...],
 ) -> LoadedModel:
     notes: list[str] = []
@@ -155,6 +165,8 @@ def _load(
     else:
         prepare_modules(name, model, None if dtype == "auto" else getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
+    mark_experts(model)
+    divided = divide_head(model)
     progress("observing the forward pass", 0.8)
     observed = _observe(name, model, device, quantized)
     oracle = _compute_oracle(model, device, quantized)
@@ -165,9 +177,13 @@ def _load(
     shape = build_base_shape(
         model,
         observed,
+        partial(CheckpointWeights, name, revision, model.dtype, divided=divided, external=quantized is not None),
+        scheme=scheme,
+        quantizes_experts=quantizes_experts,
         names=(name, str(getattr(config, "_name_or_path", "")), *names),
         vocabulary=vocabulary_digest(Path(name)),
         quantized=scheme or (quantized.label if quantized else ""),
+        divided=divided,
     )
     headless = f"{shape.head}.weight" in loading_info["missing_keys"]
     if headless:
@@ -197,6 +213,9 @@ def _load(
         headless=headless,
         pooling=pooling,
         not_embedding=not_embedding,
+        loaded_whole=0
+        if quantized is None
+        else sum(os.path.getsize(file) for file in checkpoint_files(name, revision)),
     )
 
 

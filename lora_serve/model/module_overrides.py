@@ -20,6 +20,7 @@ from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.observe import rows_of, tensors_of
+from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
 from lora_serve.model.shape import base_module
 
@@ -77,7 +78,11 @@ class ModuleOverrides:
                 head = name == self._shape.head
                 rows = batch.logits_rows if head and self._head_sees_logits_rows else batch.token_ids
                 hook = _OverrideHook(
-                    base_module(self._model, name), parts, len(rows), is_embedding=is_embedding, is_head=head
+                    base_module(self._model, name),
+                    parts,
+                    _Layout(len(rows), heads_first=name in self._shape.heads_first),
+                    is_embedding=is_embedding,
+                    is_head=head,
                 )
                 if is_embedding:
                     hook.limit = self._ids(name)
@@ -111,6 +116,27 @@ class ModuleOverrides:
         return self._shape.modules[module]["weight"][0]
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of a batch are in a module's tensors: [tokens, ...], [1, tokens, ...], or [1, heads, tokens, ...].
+
+    Attributes:
+        tokens: number of rows that the module gets.
+    """
+
+    tokens: int
+    heads_first: bool
+
+    def part(self, value: Any, rows: AdapterRows) -> Any:
+        """A view of these rows of a tensor that has all rows of the batch; other values are returned unchanged."""
+        if not isinstance(value, Tensor):
+            return value
+        if self.heads_first:
+            return value[:, :, rows.start : rows.end] if value.ndim > 3 and value.shape[2] == self.tokens else value
+        whole = rows_of(value, self.tokens)
+        return value if whole is None else whole[rows.start : rows.end]
+
+
 class _OverrideHook:
     """Forward hooks of one module that apply overrides to their rows.
 
@@ -119,15 +145,15 @@ class _OverrideHook:
 
     Args:
         module: the base's own module.
-        tokens: number of rows that the module gets.
+        layout: of the module's inputs and outputs.
         is_embedding: its input is token ids.
         is_head: its output is logits, padded to the largest vocabulary in the batch.
     """
 
     def __init__(
-        self, module: nn.Module, parts: Sequence[RowOverride], tokens: int, *, is_embedding: bool, is_head: bool
+        self, module: nn.Module, parts: Sequence[RowOverride], layout: _Layout, *, is_embedding: bool, is_head: bool
     ) -> None:
-        self._module, self._parts, self._tokens = module, parts, tokens
+        self._module, self._parts, self._layout = module, parts, layout
         self._is_embedding, self._is_head = is_embedding, is_head
         self._scaled = [part for part in parts if part.override.gain_out is not None or part.override.shift is not None]
         self._ids: Tensor | None = None
@@ -141,42 +167,37 @@ class _OverrideHook:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Correct the adapters' rows of the module's output, in place or in a padded copy."""
         inputs = args if self._ids is None else (self._ids, *args[1:])
-        x, tokens = inputs[0], self._tokens
+        x, layout = inputs[0], self._layout
         if self._is_head:
             output = _pad_vocabulary(output, self._parts)
         for part in self._parts:
             if part.override.parameters or part.override.gain_in is not None:
-                _recompute(self._module, part, inputs, output, tokens)
+                _recompute(self._module, part, inputs, output, layout)
             if part.override.lookup is not None:
-                ids, y = _part_of(x, part, tokens), _part_of(output, part, tokens)
+                ids, y = layout.part(x, part.rows), layout.part(output, part.rows)
                 y += part.rows.weight * (part.override.lookup.a[ids] @ part.override.lookup.b)
         if self._scaled:
-            _scale(self._scaled, output, tokens)
+            _scale(self._scaled, output, layout)
         for part in self._parts:
             if part.override.token_rows is not None:
-                _replace_tokens(
-                    part, _part_of(x, part, tokens), _part_of(output, part, tokens), is_embedding=self._is_embedding
-                )
+                rows, y = layout.part(x, part.rows), layout.part(output, part.rows)
+                _replace_tokens(part, rows, y, is_embedding=self._is_embedding)
         return output
 
 
-def _part_of(value: Any, part: RowOverride, tokens: int) -> Any:
-    """The part's rows of a tensor that has all rows of the batch; other values are returned unchanged."""
-    rows = rows_of(value, tokens) if isinstance(value, Tensor) else None
-    return value if rows is None else rows[part.rows.start : part.rows.end]
-
-
-def _recompute(module: nn.Module, part: RowOverride, inputs: tuple[Any, ...], output: Any, tokens: int) -> None:
+def _recompute(module: nn.Module, part: RowOverride, inputs: tuple[Any, ...], output: Any, layout: _Layout) -> None:
     """Recompute a part's rows of `output` with the adapter's input gain and parameters."""
-    args = [_part_of(value, part, tokens) for value in inputs]
+    args = [layout.part(value, part.rows) for value in inputs]
     if part.override.gain_in is not None:
         args[0] = (args[0].float() * part.override.gain_in).to(args[0].dtype)
     if isinstance(module, PackedLinear | PackedEmbedding | ExternalLinear):
         fresh = module.with_parameters(args[0], part.override.parameters)
+    elif isinstance(module, PackedExperts):
+        fresh = module.with_parameters(args[0], args[1], args[2], part.override.parameters)
     else:
         fresh = _with_parameters(module, part.override.parameters).forward(*args)  # its hooks are for the whole batch
     for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
-        _part_of(whole, part, tokens)[..., : tensor.shape[-1]] = tensor
+        layout.part(whole, part.rows)[..., : tensor.shape[-1]] = tensor
 
 
 def _with_parameters(module: nn.Module, others: Mapping[str, Tensor]) -> nn.Module:
@@ -189,18 +210,16 @@ def _with_parameters(module: nn.Module, others: Mapping[str, Tensor]) -> nn.Modu
     return copy
 
 
-def _scale(parts: Sequence[RowOverride], output: Tensor, tokens: int) -> None:
+def _scale(parts: Sequence[RowOverride], output: Tensor, layout: _Layout) -> None:
     """Apply the output gains and shifts of all parts, in float32, by one call for all gains and one for all shifts."""
     exact = output.float()
-    rows = rows_of(exact, tokens)
-    assert rows is not None
     gains = [(part.rows, gain) for part in parts if (gain := part.override.gain_out) is not None]
     shifts = [(part.rows, shift) for part in parts if (shift := part.override.shift) is not None]
     if gains:
-        torch._foreach_mul_([rows[segment.start : segment.end] for segment, _ in gains], [gain for _, gain in gains])
+        torch._foreach_mul_([layout.part(exact, rows) for rows, _ in gains], [gain for _, gain in gains])
     if shifts:
-        constants = [shift if segment.weight == 1 else segment.weight * shift for segment, shift in shifts]
-        torch._foreach_add_([rows[segment.start : segment.end] for segment, _ in shifts], constants)
+        constants = [shift if rows.weight == 1 else rows.weight * shift for rows, shift in shifts]
+        torch._foreach_add_([layout.part(exact, rows) for rows, _ in shifts], constants)
     if exact is not output:
         output.copy_(exact)
 

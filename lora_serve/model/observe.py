@@ -32,11 +32,13 @@ class ObservedModel:
         layers: KV per token of each attention layer.
         groups: names of linear modules, grouped by the input that they share, in call order.
         rowwise: modules that get every row of a batch and compute each output row from the same input row only.
+        heads_first: those of them whose tensors are [1, heads, tokens, ...], as some norms of queries and keys.
     """
 
     layers: list[LayerShape]
     groups: tuple[tuple[str, ...], ...]
     rowwise: frozenset[str]
+    heads_first: frozenset[str]
 
 
 class AttentionTrace(dict[int, LayerShape]):
@@ -78,10 +80,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def rows_of(x: Tensor, tokens: int) -> Tensor | None:
-    """`x` [tokens, ...] or [1, tokens, ...] as a view [tokens, ...]; None if it has neither shape."""
-    if x.ndim > 1 and x.shape[:2] == (1, tokens):
-        return x[0]
-    return x if x.ndim and x.shape[0] == tokens else None
+    """`x` [1, tokens, ...], [tokens, ...] or [1, 1, tokens, ...] as a view [tokens, ...]; None if it has other shapes.
+
+    The last one is a latent of one head, such as the compressed keys and values of MLA.
+    """
+    for leading in (1, 0, 2):
+        if x.ndim > leading and x.shape[: leading + 1] == (*(1,) * leading, tokens):
+            return x[(0,) * leading]
+    return None
+
+
+def is_heads_first(x: Tensor, tokens: int) -> bool:
+    """Whether `x` is [1, heads, tokens, ...]; as ambiguous as shapes are, so only for the traced pass."""
+    return x.ndim > 3 and x.shape[0] == 1 and x.shape[2] == tokens and rows_of(x, tokens) is None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -95,14 +106,19 @@ def observe(model: Any, device: torch.device) -> ObservedModel:
     """Trace a forward pass; raises ModelUnsupported if attention cannot be replaced in every layer."""
     inputs: list[tuple[str, Tensor]] = []  # keeps every input alive, so that one id is one tensor
     rowwise: dict[str, bool] = {}
+    heads_first: dict[str, bool] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if is_linear(module):
                 inputs.append((name, given[0]))
-            seen = [rows_of(x, TOKENS) is not None for x in (*given[:1], *tensors_of(output))]
-            rowwise[name] = rowwise.get(name, True) and len(seen) > 1 and all(seen)
+            seen = [*given[:1], *tensors_of(output)]
+            for found, fits in (
+                (rowwise, [rows_of(x, TOKENS) is not None for x in seen]),
+                (heads_first, [is_heads_first(x, TOKENS) for x in seen]),
+            ):
+                found[name] = found.get(name, True) and len(seen) > 1 and all(fits)
 
         return hook
 
@@ -137,9 +153,10 @@ def observe(model: Any, device: torch.device) -> ObservedModel:
             "other's keys and values in the KV cache"
         )
     attention = {id(module) for module in trace.modules}  # mixes rows, although its shapes look row by row
+    heads = {name for name, fits in heads_first.items() if fits and not is_linear(model.get_submodule(name))}
     names = {name for name, fits in rowwise.items() if fits and id(model.get_submodule(name)) not in attention}
     layers = [trace[layer] for layer in sorted(trace)]
-    return ObservedModel(layers, _group_by_input(inputs, names), frozenset(names))
+    return ObservedModel(layers, _group_by_input(inputs, names), frozenset(names | heads), frozenset(heads))
 
 
 def _group_by_input(inputs: list[tuple[str, Tensor]], rowwise: set[str]) -> tuple[tuple[str, ...], ...]:

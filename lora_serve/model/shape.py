@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.adapters.adapter import BaseShape, Site
-from lora_serve.model.experts import AdaptedExperts, expert_weight, is_stacked, stacked_parameters
-from lora_serve.model.external_linear import ExternalLinear, parameter_shapes
+from lora_serve.kernels.packed_weight import Scheme, scheme_for
+from lora_serve.model.checkpoint_weights import CheckpointWeights
+from lora_serve.model.experts import AdaptedExperts, is_stacked, stacked_parameters
+from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import ObservedModel, is_linear
-from lora_serve.model.packed_linear import PackedLinear
-
-_EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
 
 def build_base_shape(
-    model: Any, observed: ObservedModel, *, names: tuple[str, ...], vocabulary: str = "", quantized: str = ""
+    model: Any,
+    observed: ObservedModel,
+    weights_of: Callable[..., CheckpointWeights],
+    *,
+    names: tuple[str, ...],
+    scheme: Scheme | None = None,
+    quantizes_experts: bool = False,
+    vocabulary: str = "",
+    quantized: str = "",
+    divided: frozenset[str] = frozenset(),
 ) -> BaseShape:
-    """Describe a traced model; its weights can be read once its linear modules are packed.
+    """Describe a traced model.
 
     Args:
         observed: the trace of its forward pass.
-        names, vocabulary, quantized: see `BaseShape`.
+        weights_of: makes the reader of its checkpoint, from the remaining arguments of `CheckpointWeights`.
+        scheme: how its linear modules will be quantised.
+        quantizes_experts: whether its experts will be, too.
+        names, vocabulary, quantized, divided: see `BaseShape`.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     sites: dict[str, Site] = {}
@@ -39,7 +50,8 @@ def build_base_shape(
         if is_linear(module):
             if name in observed.rowwise:
                 rows, columns = own["weight"]
-                sites[name] = Site(name, rows, columns) if isinstance(module, Conv1D) else Site(name, columns, rows)
+                turned = isinstance(module, Conv1D)
+                sites[name] = Site(name, rows, columns, turned) if turned else Site(name, columns, rows)
             else:
                 others[name] = "not used in the forward pass, or not for every token"
         elif is_stacked(module) and name in observed.rowwise:
@@ -53,48 +65,36 @@ def build_base_shape(
         elif name and next(module.children(), None) is None:
             others[name] = f"a {type(module).__name__}, which has no parameters"
     inputs = model.get_input_embeddings()
+    input_embedding, head = paths[id(inputs)], paths[id(model.get_output_embeddings())]
+    tied = bool(model.config.tie_word_embeddings)
+    packed = (site for site in sites.values() if quantizes_experts or not site.name.endswith("]"))
+    schemes = {site.name: found for site in packed if (found := scheme_for(scheme, site.in_features)) is not None}
+    weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes)
     return BaseShape(
         sites=sites,
         groups=tuple(groups),
-        weight=lambda site: _weight(model, site),
+        weight=weights.weight,
         others=others,
         model_type=model.config.model_type,
-        tied=bool(model.config.tie_word_embeddings),
+        tied=tied,
         modules=modules,
-        parameter=lambda path: _parameter(model, path),
+        parameter=weights.parameter,
         embeddings={
             name: float(getattr(module, "embed_scale", 1.0))
             for name, module in model.named_modules()
             if isinstance(module, nn.Embedding) and name in observed.rowwise
         },
-        input_embedding=paths[id(inputs)],
-        head=paths[id(model.get_output_embeddings())],
+        input_embedding=input_embedding,
+        head=head,
+        heads_first=observed.heads_first,
         hidden_size=inputs.weight.shape[1],
         kv=tuple((layer.kv_heads, layer.key_dim, layer.value_dim) for layer in observed.layers),
         names=names,
         vocabulary=vocabulary,
         quantized=quantized,
         body=paths.get(id(model.base_model), ""),
+        divided=divided,
     )
-
-
-def _weight(model: Any, site: str) -> Tensor:
-    """A site's weight [out, in], as the forward pass uses it."""
-    expert = _EXPERT.fullmatch(site)
-    module = base_module(model, site if expert is None else expert[1])
-    if expert is not None:
-        return expert_weight(module, expert[2], int(expert[3]))
-    assert isinstance(module, PackedLinear | ExternalLinear)
-    return module.full_weight
-
-
-def _parameter(model: Any, path: str) -> Tensor:
-    """A parameter by its path in the original model, dequantised if the base is quantised."""
-    name, _, leaf = path.rpartition(".")
-    module = base_module(model, name)
-    parameter = getattr(module, leaf)
-    assert isinstance(parameter, Tensor)
-    return parameter
 
 
 def base_module(model: Any, name: str) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +12,62 @@ import torch
 from peft_folders import BASE, tensors, write
 from torch import Tensor
 
+from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.adapters.host_cache import HostCache
-from lora_serve.adapters.registry import Loading, Registry
+from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
+from lora_serve.adapters.opening import open_store, publish_folders
+from lora_serve.adapters.publisher import Publisher
+from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.residency import Budget, Residency
 from lora_serve.adapters.store import Store
+from lora_serve.adapters.workers import Workers
 from lora_serve.errors import ServeError
 from lora_serve.messages import AdapterInfo, Publish, Stats
 
 BASE_NAME = "the-base"
 
 
+class InProcessCompiler:
+    """Lowers in the calling thread; the compiler's processes have tests of their own."""
+
+    def __init__(self, context: LoweringContext) -> None:
+        self.fingerprint = context.fingerprint
+        self._context = context
+
+    def lower(self, job: LoweringJob) -> LoweredVersion:
+        return run(job, self._context)
+
+
 class RegistryHarness:
     """A registry on a small base, with blocking versions of its operations."""
 
-    def __init__(self, folder: Path, *, slots: int = 3, memory: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        slots: int = 3,
+        memory: int = 1 << 20,
+        device: int | None = None,
+        keep_versions: int = 1,
+        dtype: torch.dtype = torch.float32,
+        base: BaseShape = BASE,
+    ) -> None:
         self.folder = folder
-        self.device_slots = DeviceSlots(BASE, slots, torch.float32, torch.device("cpu"))
-        self.cache = HostCache(memory)
-        self.registry = Registry(
-            Store(folder / "store"), self.cache, self.device_slots, BASE, torch.float32, lambda: None,
-            max_bytes=1 << 20, base_name=BASE_NAME,
-        )  # fmt: skip
+        self.device_slots = DeviceSlots(base, slots, dtype, torch.device("cpu"))
+        self.residency = Residency(Budget(slots, memory, device), keep_versions)
+        self.store = Store(folder / "store", "a fingerprint")
+        workers = Workers(lambda: None, compilers=2)
+        compiler = InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))
+        publisher = Publisher(self.store, compiler, workers)
+        self.registry = Registry(self.residency, self.device_slots, publisher, workers, base_name=BASE_NAME)
+        self.progress: list[tuple[int, int]] = []
+        self._publisher = publisher
+        self.notes = open_store(self.registry, self.residency, publisher, lambda *now: self.progress.append(now))
 
-    def wait_until(self, condition: Any) -> None:
+    def publish_folders(self, folder: Path) -> list[str]:
+        return publish_folders(self.registry, self.residency, folder, lambda done, of: None)
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 10
         while not condition():
             self.registry.poll()
@@ -48,8 +83,12 @@ class RegistryHarness:
             raise results[0]
         return results[0]
 
-    def publish(self, name: str, seed: int = 0, *, replace: bool = False) -> AdapterInfo:
-        folder = write(self.folder / "store" / "staging" / f"{name}-{seed}", self.tensors(seed))
+    def upload(self, seed: int, **config: Any) -> Path:
+        """A folder of PEFT files in the store's staging, as an upload leaves it."""
+        return write(self.store.staging / f"upload-{uuid.uuid4().hex}", self.tensors(seed), **config)
+
+    def publish(self, name: str, seed: int = 0, *, replace: bool = False, **config: Any) -> AdapterInfo:
+        folder = self.upload(seed, **config)
         info: AdapterInfo = self.run(lambda done: self.start_publish(name, folder, done, replace=replace))
         return info
 
@@ -61,8 +100,9 @@ class RegistryHarness:
         return tensors(seed)
 
     def load(self, digest: str) -> None:
-        self.registry.request_load(digest)
-        self.wait_until(lambda: not isinstance(self.registry.state(digest), Loading))
+        """Poll until a leased version is in memory or its load failed."""
+        version = self.residency.versions[digest]
+        self.wait_until(lambda: version.in_memory or version.failure is not None)
 
     def stats(self) -> Stats:
         stats = Stats()

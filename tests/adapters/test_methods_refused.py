@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[str, dict[str, Tensor], dict[str, Any], str]] = {
         {"token_indices": [3, 7]},
         "not a copy of the embedding's",
     ),
-    "tokens out of range": ("TRAINABLE_TOKENS", TOKENS, {"token_indices": [3, 20]}, "outside 0..19"),
+    "tokens out of range": ("TRAINABLE_TOKENS", TOKENS, {"token_indices": [3, 21]}, "outside 0..19"),
     "rows out of range": (
         "TRAINABLE_TOKENS",
         {"q.trainable_tokens_delta": normal(2, WIDE)},

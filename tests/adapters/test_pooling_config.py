@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft_folders import BASE, PREFIX, tensors, write
+from registry_harness import RegistryHarness
 
 from lora_serve.adapters.adapter import Lowered
 from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.digest import digest
 from lora_serve.adapters.formats.dispatch import lower
+from lora_serve.adapters.lowering_job import LoweringContext, LoweringJob, run
 from lora_serve.adapters.pooling_config import parse_pooling
-from lora_serve.adapters.publisher import Publisher
-from lora_serve.adapters.store import Store
+from lora_serve.adapters.store_records import describe_folder
 from lora_serve.errors import AdapterInvalid
-from lora_serve.request import Pooling
+from lora_serve.request import AdapterUse, Pooling
 
 OLD = "sentence_transformers.models."
 EMBEDS = {"task_type": "FEATURE_EXTRACTION"}
@@ -59,6 +60,7 @@ def test_both_spellings_of_the_mode(config: dict[str, Any], mode: Any) -> None:
         (PLAIN, {"pooling_mode": "weightedmean"}, "mode weightedmean"),
         (PLAIN, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, r"mode cls\+mean"),
         (PLAIN, {"pooling_mode": 3}, "mode 3"),
+        (PLAIN, {"pooling_mode": {"a": 1}}, "mode {.a.: 1}"),
         (PLAIN, {"pooling_mode": "mean", "include_prompt": False}, "include_prompt"),
         (PLAIN, None, "1_Pooling/config.json is missing"),
         (PLAIN, ["mean"], "not a JSON object"),
@@ -115,9 +117,16 @@ def test_an_adapter_whose_pooling_is_not_served_is_refused(tmp_path: Path, files
 
 
 def test_pooling_is_part_of_an_adapter_s_identity(tmp_path: Path) -> None:
-    found = [lowered(tmp_path / str(index), **more) for index, more in enumerate(({}, EMBEDS, {"r": 4}))]
-    plain, embeds, again = map(digest, found)
-    assert plain == again != embeds
+    cases: list[dict[str, Any]] = [{}, EMBEDS, {"r": 4}]
+    for index, more in enumerate(cases):
+        lowered(tmp_path / str(index), **more)
+    write(tmp_path / "3")
+    pooled = tmp_path / "3" / "1_Pooling"
+    pooled.mkdir()
+    (pooled / "config.json").write_text('{"pooling_mode": "mean"}')
+    plain, embeds, again, own = (describe_folder(tmp_path / str(index)).digest for index in range(4))
+    assert plain == again
+    assert len({plain, embeds, own}) == 3
 
 
 def test_keys_of_the_model_without_its_head_get_their_full_path(tmp_path: Path) -> None:
@@ -138,28 +147,21 @@ def test_keys_of_the_model_without_its_head_get_their_full_path(tmp_path: Path) 
         lower(read(write(tmp_path / "nowhere", nowhere), max_bytes=1 << 20), body)
 
 
-def test_the_store_keeps_an_adapter_s_pooling(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    publisher = Publisher(store, BASE, max_bytes=1 << 20, most_elements=1 << 20)
-    source = tmp_path / "store" / "staging" / "a"
-    lowered(source, listed=NORMALIZED, config={"pooling_mode": "mean"})
-    published = publisher.publish("a", source, replace=False)
-    assert published.meta.traits.pooling == Pooling("mean")
-    assert published.meta.report["embeddings"] == "mean of all tokens, normalised"
-    kept = lower(read(store.folder(published.record.digest), max_bytes=1 << 20), BASE)
-    assert kept.pooling == Pooling("mean")
-    store.close()
+def test_the_pooling_is_a_trait_of_the_version(tmp_path: Path) -> None:
+    lowered(tmp_path / "a", listed=NORMALIZED, config={"pooling_mode": "mean"})
+    summary = run(
+        LoweringJob(str(tmp_path / "a")), LoweringContext(BASE, "a base", torch.float32, 1 << 20, 1 << 20)
+    ).summary
+    assert summary.traits.pooling == Pooling("mean")
+    assert summary.report["embeddings"] == "mean of all tokens, normalised"
 
 
 def test_an_operator_s_folder_is_published_again_when_its_pooling_changes(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    publisher = Publisher(store, BASE, max_bytes=1 << 20, most_elements=1 << 20)
-    lowered(tmp_path / "a", config={"pooling_mode": "mean"})
-    published = publisher.publish_unchanged("a", tmp_path / "a", None)
-    assert published is not None
-    assert publisher.publish_unchanged("a", tmp_path / "a", published.record) is None
-    (tmp_path / "a" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
-    again = publisher.publish_unchanged("a", tmp_path / "a", published.record)
-    assert again is not None
-    assert again.meta.traits.pooling == Pooling("last")
-    store.close()
+    lowered(tmp_path / "given" / "a", config={"pooling_mode": "mean"})
+    harness = RegistryHarness(tmp_path)
+    harness.publish_folders(tmp_path / "given")
+    assert harness.registry.acquire(AdapterUse("a")).traits.pooling == Pooling("mean")
+    (tmp_path / "given" / "a" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    harness.publish_folders(tmp_path / "given")
+    assert harness.registry.acquire(AdapterUse("a")).traits.pooling == Pooling("last")
+    harness.registry.close()

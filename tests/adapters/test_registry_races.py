@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft_folders import write
 from registry_harness import RegistryHarness
 
-from lora_serve.adapters.registry import InMemory, LoadFailed
-from lora_serve.errors import AdapterInvalid, AdapterNotFound, ServeError
+from lora_serve.adapters.registry import Lease
+from lora_serve.errors import AdapterBroken, AdapterNotFound, ServeError
 from lora_serve.request import AdapterUse
+
+ACTIONS = ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
 
 
 def test_publishing_a_version_that_is_still_leased_makes_it_the_current_one_again(
@@ -31,13 +32,12 @@ def test_publishing_a_version_that_is_still_leased_makes_it_the_current_one_agai
 
 
 def test_an_adapter_evicted_during_its_load_does_not_stay_in_memory(harness: RegistryHarness) -> None:
-    digest = harness.publish("a").versions[0].digest
+    harness.publish("a")
     results: list[Any] = []
     harness.registry.load("a", results.append)
     harness.registry.evict("a", lambda info: None)
     harness.wait_until(lambda: results)
-    assert digest not in harness.cache
-    assert not harness.device_slots.holds(digest)
+    assert (harness.device_slots.bytes, harness.residency.host_bytes) == (0, 0)
     assert harness.registry.describe("a").versions[0].tiers == ["disk"]
 
 
@@ -48,7 +48,7 @@ def test_loading_an_adapter_cancels_its_pending_eviction(harness: RegistryHarnes
     harness.registry.evict("a", lambda info: None)
     harness.run(lambda done: harness.registry.load("a", done))
     harness.registry.release(lease)
-    assert digest in harness.cache
+    assert harness.registry.memory.holds(digest)
 
 
 def test_an_adapter_deleted_during_its_load_leaves_nothing_behind(harness: RegistryHarness) -> None:
@@ -58,12 +58,12 @@ def test_an_adapter_deleted_during_its_load_leaves_nothing_behind(harness: Regis
     harness.run(lambda done: harness.registry.delete("a", done))
     harness.wait_until(lambda: results)
     assert isinstance(results[0], AdapterNotFound)
-    assert (harness.cache.bytes, harness.device_slots.bytes) == (0, 0)
+    assert (harness.residency.host_bytes, harness.device_slots.bytes) == (0, 0)
     harness.wait_until(lambda: not any((harness.folder / "store" / "versions").iterdir()))
     assert harness.publish("a").versions[0].digest == digest
     harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
-    assert isinstance(harness.registry.state(digest), InMemory)
+    assert harness.registry.memory.holds(digest)
 
 
 def test_publishing_right_after_deleting_restores_the_name(harness: RegistryHarness) -> None:
@@ -74,60 +74,138 @@ def test_publishing_right_after_deleting_restores_the_name(harness: RegistryHarn
     assert deleted
     harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
-    assert isinstance(harness.registry.state(digest), InMemory)
+    assert harness.registry.memory.holds(digest)
 
 
 def test_of_two_first_publishes_of_one_name_the_second_is_refused(harness: RegistryHarness) -> None:
     results: list[Any] = []
     for seed in range(2):
-        folder = write(harness.folder / "store" / "staging" / str(seed), harness.tensors(seed))
-        harness.start_publish("a", folder, results.append)
+        harness.start_publish("a", harness.upload(seed), results.append)
     harness.wait_until(lambda: len(results) == 2)
     assert [isinstance(run, ServeError) for run in results] == [False, True]
     assert harness.registry.describe("a") == results[0]
 
 
-def test_a_failed_load_is_forgotten_when_its_last_lease_is_released(harness: RegistryHarness) -> None:
+def test_a_failed_load_is_tried_again_by_the_first_request_after_those_that_it_ended(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
-    version = harness.folder / "store" / "versions" / digest
-    shutil.move(version, harness.folder / "away")
+    harness.store.folder(digest).rename(harness.folder / "away")
     lease = harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
-    failed = harness.registry.state(digest)
-    assert isinstance(failed, LoadFailed)
+    version = harness.residency.versions[digest]
+    assert version.failure is not None
+    assert "is missing" in str(harness.registry.describe("a").broken)
+    with pytest.raises(AdapterBroken, match="adapter a cannot be served"):
+        harness.registry.acquire(AdapterUse("a"))
     harness.registry.release(lease)
-    assert not isinstance(harness.registry.state(digest), LoadFailed)
+    (harness.folder / "away").rename(harness.store.folder(digest))
+    harness.registry.acquire(AdapterUse("a"))
+    harness.load(digest)
+    assert harness.registry.memory.holds(digest)
+    assert harness.registry.describe("a").broken is None
 
 
 def test_an_adapter_whose_load_fails_is_not_pinned(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
-    shutil.move(harness.folder / "store" / "versions" / digest, harness.folder / "away")
-    with pytest.raises(AdapterInvalid):
+    harness.store.folder(digest).rename(harness.folder / "away")
+    with pytest.raises(AdapterBroken):
         harness.run(lambda done: harness.registry.pin("a", True, done))
     assert not harness.registry.describe("a").pinned
+
+
+def test_publishing_and_deleting_one_name_at_once_leaves_what_was_asked_for_last(harness: RegistryHarness) -> None:
+    results: list[Any] = []
+    harness.publish("a", 0)
+    harness.start_publish("a", harness.upload(1), results.append, replace=True)
+    harness.registry.delete("a", results.append)
+    harness.start_publish("b", harness.upload(2), results.append)
+    harness.registry.delete("b", results.append)
+    harness.start_publish("b", harness.upload(3), results.append)
+    harness.wait_until(lambda: len(results) == 5)
+    assert [isinstance(result, ServeError) for result in results] == [False] * 5
+    (info,) = harness.registry.describe_all()
+    assert info.name == "b"
+    assert list(harness.store.names()) == ["b"]
+    with pytest.raises(AdapterNotFound):
+        harness.registry.acquire(AdapterUse("a"))
+    harness.wait_until(lambda: len(list((harness.folder / "store" / "versions").iterdir())) == 1)
+    harness.registry.acquire(AdapterUse("b"))
+    harness.load(info.versions[0].digest)
+    assert harness.registry.memory.holds(info.versions[0].digest)
+
+
+def test_a_pin_and_an_unloading_that_meet_a_publish_are_not_lost(harness: RegistryHarness) -> None:
+    results: list[Any] = []
+    for name in "ab":
+        harness.publish(name, 0)
+        harness.start_publish(name, harness.upload(ord(name)), results.append, replace=True)
+    harness.registry.pin("a", True, results.append)
+    harness.registry.unload("b", results.append)
+    harness.wait_until(lambda: len(results) == 4)
+    (info,) = harness.registry.describe_all()
+    assert (info.name, info.pinned) == ("a", True)
+    harness.wait_until(lambda: harness.store.names()["b"].unlisted)
+    stored = harness.store.names()["a"]
+    assert (stored.versions, stored.pinned) == ([info.versions[0].digest], True)
 
 
 def test_a_new_version_of_a_pinned_adapter_is_loaded_and_replaces_the_old_one(harness: RegistryHarness) -> None:
     old = harness.publish("a", 0).versions[0].digest
     harness.run(lambda done: harness.registry.pin("a", True, done))
     new = harness.publish("a", 1, replace=True).versions[0].digest
-    harness.wait_until(lambda: harness.registry.pinned == {new})
-    assert old not in harness.cache
-    assert not harness.device_slots.holds(old)
+    harness.load(new)
+    assert harness.registry.pinned == {new}
+    assert old not in harness.residency.versions
 
 
-def test_leased_versions_are_evicted_from_the_host_cache_last_oldest_lease_last_of_all(tmp_path: Path) -> None:
-    one = RegistryHarness(tmp_path / "size")
-    one.load(one.publish("a").versions[0].digest)
-    size = one.cache.bytes
-    one.registry.close()
-    harness = RegistryHarness(tmp_path / "small", memory=2 * size)
-    oldest, second, idle, third = (harness.publish(name, seed).versions[0].digest for seed, name in enumerate("abcd"))
-    for name in "abd":
-        harness.registry.acquire(AdapterUse(name))
-    for digest in (oldest, idle, second):
-        harness.load(digest)
-    assert [digest in harness.cache for digest in (oldest, second, idle)] == [True, True, False]
-    harness.load(third)
-    assert [digest in harness.cache for digest in (oldest, second, third)] == [True, False, True]
-    harness.registry.close()
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_agree(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    harness = RegistryHarness(tmp_path, memory=3000, device=rng.choice((None, 4000)), keep_versions=rng.choice((1, 2)))
+    registry, residency = harness.registry, harness.residency
+    asked, answers = 0, list[Any]()
+    leases: list[Lease] = []
+    for number in range(250):
+        name = rng.choice("abcd")
+        action = rng.choice(
+            ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
+        )
+        asked += action not in ("acquire",)
+        try:
+            if action == "publish":
+                folder = harness.upload(rng.randrange(4) + 10 * number * rng.randrange(2))
+                harness.start_publish(name, folder, answers.append, replace=rng.random() < 0.8)
+            elif action in ("delete", "load", "evict", "unload"):
+                getattr(registry, action)(name, answers.append)
+            elif action in ("pin", "unpin"):
+                registry.pin(name, action == "pin", answers.append)
+            else:
+                leases.append(registry.acquire(AdapterUse(name)))
+        except ServeError as error:
+            answers += [] if action == "acquire" else [error]
+        if leases and rng.random() < 0.5:
+            registry.release(leases.pop(rng.randrange(len(leases))))
+        for _ in range(rng.choice((0, 0, 1, 5))):
+            registry.poll()
+        ready = list({lease.digest for lease in leases if registry.memory.holds(lease.digest)})[:2]
+        if residency.decide_slots(ready) is not None:
+            registry.memory.assign_slots(ready)
+        assert residency.host_bytes <= 3000
+        assert harness.device_slots.bytes == residency.device_bytes
+    for lease in leases:
+        registry.release(lease)
+    harness.wait_until(lambda: len(answers) == asked)
+    names = {name: record.versions for name, record in residency.names.items()}
+    for name, versions in names.items():  # the last words may still be on their way to the disk
+        harness.wait_until(lambda name=name, versions=versions: harness.store.names()[name].versions == versions)
+    kept = {digest for versions in names.values() for digest in versions}
+    assert residency.versions.keys() == kept
+    harness.wait_until(lambda: {path.name for path in (tmp_path / "store" / "versions").iterdir()} == kept)
+    assert harness.store.names().keys() == names.keys()
+    staging = harness.store.staging  # uploads that were refused before they were looked at are the API's to remove
+    harness.wait_until(lambda: all(path.name.startswith("upload-") for path in staging.iterdir()))
+    registry.close()
+    again = RegistryHarness(tmp_path, memory=3000)
+    assert {name: record.versions[0] for name, record in again.residency.names.items()} == {
+        name: versions[0] for name, versions in names.items()
+    }
+    again.registry.close()

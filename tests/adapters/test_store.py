@@ -1,173 +1,275 @@
-"""The adapter store: a version is complete or absent, whatever happens."""
+"""The adapter store: names, versions and their files, over restarts; one process at a time."""
 
 from __future__ import annotations
 
-import errno
+import fcntl
+import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
+import uuid
 from pathlib import Path
 
 import pytest
-from peft_folders import BASE, tensors, write
+from store_files import digest_of, listing, publish, stage
 
-from lora_serve.adapters.checkpoint import read
-from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.store import Store
-from lora_serve.errors import AdapterExists, StorageFull, TooLarge, Unavailable
+from lora_serve.adapters.store_records import NameRecord, describe_folder
+from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterInvalid, BadRequest, StoreUnusable, Unavailable
+
+VERSION_FILES = {"version.json", "adapter_config.json", "adapter_model.safetensors", "README.md", "lowered/flat.bin"}
 
 
-def publisher(store: Store, most: int = 1 << 20) -> Publisher:
-    return Publisher(store, BASE, max_bytes=1 << 20, most_elements=most)
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
 
 
-def files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
+# --- versions and names ----------------------------------------------------------------------------------------------
 
 
-def test_a_published_folder_survives_a_restart(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    published = publisher(store).publish("a", write(tmp_path / "a"), replace=False)
+def test_a_published_version_survives_a_restart(root: Path) -> None:
+    store = Store(root)
+    digest = publish(store, "a", "weights")
     store.close()
-    again = Store(tmp_path / "store")
-    assert again.names() == {"a": published.record}
-    assert again.meta(published.record.digest) == published.meta
-    read(again.folder(published.record.digest), max_bytes=1 << 20)
+    again = Store(root)
+    assert again.names() == {"a": NameRecord([digest])}
+    assert again.version(digest).digest == digest
+    assert (again.folder(digest) / "adapter_model.safetensors").read_text() == "weights"
+    assert (again.lowered(digest) / "flat.bin").read_text() == "lowered weights"
+    again.verify(digest)
+    assert again.broken == {}
+    again.close()
+    assert listing(root / "versions") == {f"{digest}/{name}" for name in VERSION_FILES}
+
+
+def test_everything_about_a_name_survives_a_restart(root: Path) -> None:
+    store = Store(root)
+    first, second = publish(store, "a", "first"), publish(store, "b", "second")
+    record = NameRecord([second, first], source="somewhere", pinned=True, unlisted=True)
+    store.set_name("a", record)
+    store.close()
+    again = Store(root)
+    assert again.names() == {"a": record, "b": NameRecord([second])}
     again.close()
 
 
-def test_publishing_removes_a_staged_folder_and_keeps_one_elsewhere(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    staged = write(tmp_path / "store" / "staging" / "x")
-    publisher(store).publish("a", staged, replace=False)
-    assert not staged.exists()
-    outside = write(tmp_path / "b", tensors(1))
-    publisher(store).publish("b", outside, replace=False)
-    assert outside.exists()
+def test_a_digest_depends_on_configuration_and_weights_not_on_the_readme(root: Path) -> None:
+    store = Store(root)
+    plain = digest_of(store)
+    assert digest_of(store, readme="other") == plain
+    assert digest_of(store, alpha=9) != plain
+    assert digest_of(store, weights="other") != plain
+    pooled = stage(store)
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling" / "config.json").write_text("{}")
+    assert describe_folder(pooled).digest != plain
     store.close()
 
 
-def test_the_same_content_is_one_version(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    first = publisher(store).publish("a", write(tmp_path / "a"), replace=False)
-    second = publisher(store).publish("b", write(tmp_path / "b", lora_dropout=0.5), replace=False)
-    assert first.record.digest == second.record.digest
-    assert len([*(tmp_path / "store" / "versions").iterdir()]) == 1
+def test_files_in_a_subfolder_are_kept_and_files_of_no_use_are_not(root: Path) -> None:
+    store = Store(root)
+    staged = stage(store)
+    (staged / "1_Pooling").mkdir()
+    (staged / "1_Pooling" / "config.json").write_text("{}")
+    (staged / "1_Pooling" / "other").write_text("")
+    (staged / "tokenizer.json").write_text("{}")
+    version = describe_folder(staged, vocabulary="v")
+    store.publish("a", staged, version, NameRecord([version.digest]))
+    assert listing(store.folder(version.digest)) == VERSION_FILES | {"1_Pooling/config.json"}
+    store.close()
+    again = Store(root)
+    assert again.version(version.digest) == version
+    again.verify(version.digest)
+    again.close()
+
+
+def test_publishing_known_files_keeps_the_version_and_replaces_its_lowered_form(root: Path) -> None:
+    store = Store(root)
+    digest = publish(store, "a", "weights")
+    before = store.version(digest)
+    assert publish(store, "b", "weights", lowered="other") == digest
+    assert store.version(digest) == before
+    assert (store.lowered(digest) / "flat.bin").read_text() == "other"
+    assert listing(store.staging) == set()
     store.close()
 
 
-def test_a_taken_name_is_refused_unless_replace_is_set(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    shared = publisher(store)
-    shared.publish("a", write(tmp_path / "a"), replace=False)
-    with pytest.raises(AdapterExists):
-        shared.publish("a", write(tmp_path / "b", tensors(1)), replace=False)
-    shared.publish("a", write(tmp_path / "b", tensors(1)), replace=True)
+def test_a_vocabulary_that_comes_with_a_later_upload_is_noted(root: Path) -> None:
+    store = Store(root)
+    publish(store, "a", "weights")
+    staged = stage(store, "weights")
+    version = describe_folder(staged, vocabulary="v")
+    store.publish("a", staged, version, NameRecord([version.digest]))
+    publish(store, "a", "weights")
+    store.close()
+    again = Store(root)
+    assert again.version(version.digest).vocabulary == "v"
+    again.close()
+
+
+def test_the_lowered_form_can_be_replaced(root: Path) -> None:
+    store = Store(root)
+    digest = publish(store, "a", "weights")
+    staged = store.stage()
+    (staged / "lowered").mkdir()
+    (staged / "lowered" / "new.bin").write_text("new")
+    store.replace_lowered(digest, staged)
+    assert listing(store.lowered(digest)) == {"new.bin"}
+    assert listing(store.staging) | listing(root / "set-aside") == set()
+    store.verify(digest)
     store.close()
 
 
-def test_an_adapter_larger_than_the_host_cache_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    with pytest.raises(TooLarge):
-        publisher(store, most=10).publish("a", write(tmp_path / "a"), replace=False)
+def test_a_removed_name_and_a_dropped_version_leave_nothing(root: Path) -> None:
+    store = Store(root)
+    digest = publish(store, "a", "weights")
+    with pytest.raises(AdapterBusy):
+        store.drop(digest)
+    store.remove_name("a")
+    store.remove_name("a")
+    store.drop(digest)
+    store.drop(digest)
+    assert store.names() == {}
+    with pytest.raises(AdapterBroken):
+        store.version(digest)
+    store.close()
+    assert listing(root) == {"lora-serve-store.json", "lock"}
+
+
+def test_a_version_that_an_older_entry_of_a_name_refers_to_is_not_dropped(root: Path) -> None:
+    store = Store(root)
+    first, second = publish(store, "a", "first"), publish(store, "b", "second")
+    store.set_name("b", NameRecord([second, first]))
+    store.remove_name("a")
+    with pytest.raises(AdapterBusy):
+        store.drop(first)
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", ".a", "a" * 65, "a\n"])
+def test_an_invalid_name_reaches_no_file(root: Path, name: str) -> None:
+    store = Store(root)
+    digest = publish(store, "a", "weights")
+    before = listing(root)
+    for act in (
+        lambda: store.set_name(name, NameRecord([digest])),
+        lambda: store.remove_name(name),
+        lambda: publish(store, name, "weights"),
+    ):
+        with pytest.raises(BadRequest):
+            act()
+    assert listing(root) - listing(root / "staging") >= before
+    assert set(store.names()) == {"a"}
+    store.close()
+
+
+# --- folders that are published --------------------------------------------------------------------------------------
+
+
+def test_only_staged_folders_are_published(root: Path, tmp_path: Path) -> None:
+    store = Store(root)
+    outside = stage(store).rename(tmp_path / "outside")
+    assert not store.is_staged(outside)
+    assert not store.is_staged(store.staging)
+    assert not store.is_staged(store.staging / ".." / "versions")
+    assert store.is_staged(store.staging / "upload" / "adapter")
+    version = describe_folder(outside)
+    with pytest.raises(ValueError, match="staged"):
+        store.publish("a", outside, version, NameRecord([version.digest]))
+    assert outside.is_dir()
+    store.close()
+
+
+def test_links_pipes_and_missing_files_are_refused(root: Path, tmp_path: Path) -> None:
+    store = Store(root)
+    (tmp_path / "secret").write_text("{}")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        staged = stage(store)
+        (staged / name).unlink()
+        (staged / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(AdapterInvalid, match=f"{name} is a link"):
+            describe_folder(staged)
+        (staged / name).unlink()
+        os.mkfifo(staged / name)
+        with pytest.raises(AdapterInvalid, match=f"{name} is not a regular file"):
+            describe_folder(staged)
+        if name != "README.md":
+            (staged / name).unlink()
+            with pytest.raises(AdapterInvalid, match=f"{name} is missing"):
+                describe_folder(staged)
+    staged = stage(store)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (staged / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterInvalid, match="1_Pooling is a link"):
+        describe_folder(staged)
+    store.close()
+
+
+def test_files_that_change_before_they_are_published_are_refused(root: Path) -> None:
+    store = Store(root)
+    staged = stage(store)
+    version = describe_folder(staged)
+    (staged / "adapter_model.safetensors").write_text("longer than before")
+    with pytest.raises(AdapterInvalid, match="changed"):
+        store.publish("a", staged, version, NameRecord([version.digest]))
     assert store.names() == {}
     store.close()
 
 
-def test_a_version_that_got_a_name_again_is_not_deleted(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    shared = publisher(store)
-    version = shared.publish("a", write(tmp_path / "a"), replace=False).record.digest
-    shared.unpublish("a")
-    shared.publish("b", write(tmp_path / "a"), replace=False)
-    shared.drop(version)
-    assert store.folder(version).exists()
-    shared.unpublish("b")
-    shared.drop(version)
-    assert files(tmp_path / "store") == set()
-    store.close()
+# --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_can_be_opened_by_one_server_only(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_one_process_at_a_time_has_a_store_open(root: Path) -> None:
+    store = Store(root)
     with pytest.raises(Unavailable, match="another server"):
-        Store(tmp_path)
+        Store(root)
     store.close()
-
-
-class FullStore(Store):
-    """A store whose disk is full when a name is written."""
-
-    def _write(self, path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-
-def test_a_full_disk_leaves_the_old_version_in_place(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    before = publisher(store).publish("a", write(tmp_path / "a"), replace=False)
     store.close()
-    full = FullStore(tmp_path / "store")
-    with pytest.raises(StorageFull):
-        publisher(full).publish("a", write(tmp_path / "b", tensors(1)), replace=True)
-    assert full.names() == {"a": before.record}
-    full.close()
+    Store(root).close()
 
 
-def test_opening_the_store_removes_unfinished_work_only(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    kept = publisher(store).publish("a", write(tmp_path / "a"), replace=False).record.digest
+def test_a_store_is_for_one_base(root: Path) -> None:
+    Store(root, base="1" * 64, model="llama").close()
+    Store(root, base="1" * 64, model="llama, renamed").close()
+    Store(root).close()
+    with pytest.raises(
+        StoreUnusable, match=r"is for llama \(fingerprint 111111111111\), not for qwen \(222222222222\)"
+    ):
+        Store(root, base="2" * 64, model="qwen")
+    marker = json.loads((root / "lora-serve-store.json").read_text())
+    assert marker == {"format": 2, "base": "1" * 64, "model": "llama"}
+
+
+def test_a_store_that_was_made_without_a_base_is_for_the_first_that_opens_it(root: Path) -> None:
+    Store(root).close()
+    Store(root, base="1" * 64, model="llama").close()
+    with pytest.raises(StoreUnusable, match="llama"):
+        Store(root, base="2" * 64, model="qwen")
+
+
+def test_unfinished_uploads_are_swept(root: Path) -> None:
+    store = Store(root)
+    store.stage()
+    (store.staging / f"upload-{uuid.uuid4().hex}" / "adapter").mkdir(parents=True)
     store.close()
-    (tmp_path / "store" / "staging" / "upload").mkdir()
-    (tmp_path / "store" / "versions" / "nameless").mkdir()
-    Store(tmp_path / "store").close()
-    assert files(tmp_path / "store") == {
-        "names/a.json",
-        *(f"versions/{kept}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "meta.json")),
-    }
+    again = Store(root)
+    assert listing(again.staging) == set()
+    assert not list((root / "set-aside").iterdir())
+    assert again.notes == []
+    again.close()
 
 
-WRITER = """
-    import sys
-    from pathlib import Path
-    sys.path[:0] = [sys.argv[2]]
-    from peft_folders import BASE, tensors, write
-    from lora_serve.adapters.publisher import Publisher
-    from lora_serve.adapters.store import Store
-    root = Path(sys.argv[1])
-    store = Store(root / "store")
-    publisher = Publisher(store, BASE, max_bytes=1 << 20, most_elements=1 << 20)
-    print("go", flush=True)
-    for round in range(100000):
-        before = store.names().get("a")
-        publisher.publish("a", write(root / "store" / "staging" / "up", tensors(round)), replace=True)
-        if before is not None and before.digest != store.names()["a"].digest:
-            publisher.drop(before.digest)
-"""
-
-
-def test_kill_9_at_any_moment_leaves_a_complete_version(tmp_path: Path) -> None:
-    seen = set()
-    for moment in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path), str(Path(__file__).parent)],
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.03 + 0.017 * moment)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        store = Store(tmp_path / "store")
-        for record in store.names().values():
-            checkpoint = read(store.folder(record.digest), max_bytes=1 << 20)
-            assert len(checkpoint.tensors) == 6
-            store.meta(record.digest)
-            seen.add(record.digest)
-        assert len(store.names()) <= 1
-        assert not any((tmp_path / "store" / "staging").iterdir())
-        store.close()
-    assert seen
+def test_an_upload_that_is_still_received_is_not_swept(root: Path) -> None:
+    """The engine is restarted while the API process goes on."""
+    store = Store(root)
+    upload = store.staging / f"upload-{uuid.uuid4().hex}"
+    upload.mkdir()
+    (upload / "file").write_text("half")
+    lock = os.open(upload, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    store.close()
+    Store(root).close()
+    assert (upload / "file").exists()
+    os.close(lock)
+    Store(root).close()
+    assert not upload.exists()

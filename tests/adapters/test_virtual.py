@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Prefix
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.publisher import Publisher
-from lora_serve.adapters.store import Store
+from lora_serve.adapters.lowering_job import LoweringContext, LoweringJob, run
 from lora_serve.adapters.traits import Traits, traits
 from lora_serve.errors import AdapterInvalid, TooLarge
 from lora_serve.kernels.contract import Delta
@@ -125,27 +123,13 @@ def test_prefix_tuning_needs_layers_of_one_kv_shape(tmp_path: Path) -> None:
         prefix(tmp_path, base=uneven)
 
 
-def test_a_stored_version_has_its_traits_and_its_total_size(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+def test_a_version_has_its_traits_and_its_total_size(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", {"prompt_embeddings": TABLE}, **PLAIN, peft_type="PROMPT_TUNING")
-    meta = Publisher(store, SHAPE, max_bytes=1 << 20, most_elements=100).publish("a", folder, replace=False).meta
-    assert meta.traits == Traits(virtual=5, not_additive="it puts virtual tokens before the prompt")
-    assert (meta.rank, meta.modules, meta.elements) == (0, 0, 5 * HIDDEN)
+    summary = run(LoweringJob(str(folder)), LoweringContext(SHAPE, "a base", torch.float32, 1 << 20, 100)).summary
+    assert summary.traits == Traits(virtual=5, not_additive="it puts virtual tokens before the prompt")
+    assert (summary.rank, summary.modules) == (0, 0)
     with pytest.raises(TooLarge, match="40 numbers"):
-        Publisher(store, SHAPE, max_bytes=1 << 20, most_elements=39).publish("b", folder, replace=False)
-    store.close()
-
-
-def test_a_version_stored_without_traits_has_those_of_a_plain_adapter(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    publisher = Publisher(store, BASE, max_bytes=1 << 20, most_elements=1 << 20)
-    digest = publisher.publish("a", write(tmp_path / "a"), replace=False).record.digest
-    path = store.folder(digest) / "meta.json"
-    old = json.loads(path.read_text())
-    del old["traits"]
-    path.write_text(json.dumps(old))
-    assert store.meta(digest).traits == Traits()
-    store.close()
+        run(LoweringJob(str(folder)), LoweringContext(SHAPE, "a base", torch.float32, 1 << 20, 39))
 
 
 def table(rows: int) -> ModuleOverride:

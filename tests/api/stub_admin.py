@@ -116,11 +116,22 @@ class StubAdminEngine:
         return self.adapters[name]
 
 
+def engine_info(store: Path, **more: Any) -> EngineInfo:
+    """What a ready engine reports of itself."""
+    given: dict[str, Any] = {
+        "model": "base", "root": "root", "device": "cpu", "dtype": "float32", "kernels": "none", "max_model_len": 64,
+        "vocab_size": 258, "eos_token_ids": (), "kv_tokens": 1000, "adapter_slots": 4, "adapters": 0, "parameters": 1,
+        "created": 7, "store": str(store),
+    }  # fmt: skip
+    return EngineInfo(**(given | more))
+
+
 class StubAdminApp:
     """An app on a `StubAdminEngine`, and a client."""
 
     def __init__(self, store: Path, keys: Keys | None = None, **options: Any) -> None:
         self.engine = StubAdminEngine()
+        self.engine.info = engine_info(store)
         self.config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(
             self.engine, SimpleNamespace(chat_template=None, get_vocab=dict), self.config, keys
@@ -150,7 +161,7 @@ class StubAdminApp:
     @property
     def leftovers(self) -> list[Path]:
         """Files in staging; empty unless an upload is running."""
-        staging = self.config.store_folder() / "staging"
+        staging = Path(str(self.config.store)) / "staging"
         return sorted(staging.iterdir()) if staging.exists() else []
 
 

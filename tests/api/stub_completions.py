@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from stub_admin import StubAdminEngine
+from stub_admin import StubAdminEngine, engine_info
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +20,6 @@ from lora_serve.api.auth import Keys
 from lora_serve.api.openai.response_logprobs import _alphabet
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterNotFound, Failure, ServeError
-from lora_serve.messages import EngineInfo
 from lora_serve.request import Admitted, Embedded, Event, Finished, Logprob, Request, Served, Tokens
 
 BOS, EOS = 256, 257
@@ -50,13 +49,9 @@ class StubCompletionEngine(StubAdminEngine):
     `refusals`: error by number of the request; `breaks`: number of tokens after which a request fails.
     """
 
-    def __init__(self, context: int = CONTEXT) -> None:
+    def __init__(self, store: Path, context: int = CONTEXT) -> None:
         super().__init__()
-        self.info = EngineInfo(
-            model="base", root="root", device="cpu", dtype="float32", kernels="none", max_model_len=context,
-            vocab_size=258, eos_token_ids=(EOS,), kv_tokens=1000, adapter_slots=4, adapters=0, parameters=1, created=7,
-            hidden_size=4,
-        )  # fmt: skip
+        self.info = engine_info(store, max_model_len=context, eos_token_ids=(EOS,), hidden_size=4)
         self.reply = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
@@ -142,7 +137,7 @@ class StubCompletionApp:
     def __init__(
         self, store: Path, keys: Keys | None = None, tokenizer: Any = None, context: int = CONTEXT, **options: Any
     ) -> None:
-        self.engine = StubCompletionEngine(context)
+        self.engine = StubCompletionEngine(store, context)
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
         transport = httpx.ASGITransport(self.app)

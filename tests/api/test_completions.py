@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (3,),
     "frequency_penalty": (-3,),
     "repetition_penalty": (0,),
-    "adapter": (5, "", [], {"name": "poet", "weight": 1000}, [{"name": "poet"}] * 2, "poet@"),
+    "adapter": (5, "", [], {"name": "poet", "weight": 1000}, [{"name": "poet"}] * 9, "poet@"),
     "best_of": (2,),
     "response_format": ({"type": "yaml"}, {"type": "json_schema"}, "json"),
     "stream": ("yes",),
@@ -212,6 +212,11 @@ async def test_a_stop_string_truncates_the_text_and_aborts_the_request(server: S
         (
             {"adapter": [{"name": "poet", "weight": 0.5}, {"name": "clerk"}]},
             (AdapterUse("poet", None, 0.5), AdapterUse("clerk")),
+            "poet+clerk",
+        ),
+        (
+            {"adapter": [{"name": "poet", "weight": 0.5}, {"name": "clerk"}, {"name": "poet"}]},
+            (AdapterUse("poet", None, 1.5), AdapterUse("clerk")),
             "poet+clerk",
         ),
         ({"model": "base:poet@dd"}, (AdapterUse("poet", "dd"),), "poet"),

@@ -17,7 +17,9 @@ import pytest
 from starlette.types import Message
 from stub_admin import CONFIG, FILES, WEIGHTS, StubAdminApp, packed_zip, refusal, tar
 
+from lora_serve.adapters.store import Store
 from lora_serve.api.archive import unpack
+from lora_serve.api.upload import staging_folder
 from lora_serve.errors import AdapterInvalid
 
 MOST = 1 << 20
@@ -65,6 +67,10 @@ async def test_other_files_are_left_out(server: StubAdminApp) -> None:
             "tokenizer_config.json",
             "added_tokens.json",
             "special_tokens_map.json",
+            "modeling_custom.py",
+            "adapter_model.bin",
+            "latest",
+            "optimizer.pt",
             "tokenizer.model",
             "chat_template.jinja",
             ".gitattributes",
@@ -74,8 +80,47 @@ async def test_other_files_are_left_out(server: StubAdminApp) -> None:
         b"x",
     )
     await server.upload(FILES | beside)
-    await server.send(archive(tar(FILES | beside | {"__MACOSX/a/b/._x": b""})))
-    assert server.engine.published == [FILES, FILES]
+    await server.send(archive(tar(FILES | beside | {"__MACOSX/a/b/._x": b""})), "two")
+    await server.send(archive(packed_zip(FILES | beside)), "three")
+    assert server.engine.published == [FILES] * 3
+
+
+# Beside its adapter: logs, DeepSpeed's state, pickles, a link, earlier checkpoints of the same adapter.
+TRAINER_OUTPUT = {
+    "runs/Nov27_host/events.out.tfevents.1700000000.host.1.0": b"x" * 1000,
+    "zero_to_fp32.py": b"import os",
+    "latest": b"global_step80",
+    "global_step80/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": b"x",
+    "rng_state_0.pth": b"x",
+    "trainer_state.json": b"{}",
+    **{f"wandb/run-1/files/media/{n}.png": b"x" for n in range(100)},
+}
+
+
+@pytest.mark.parametrize("pack", [tar, packed_zip])
+async def test_a_trainer_s_output_is_served_without_its_other_files(server: StubAdminApp, pack: Any) -> None:
+    earlier = {f"checkpoint-40/{name}": b"earlier" for name in FILES}
+    for top in ("", "out/"):
+        packed = pack({top + name: content for name, content in (FILES | earlier | TRAINER_OUTPUT).items()})
+        assert (await server.send(archive(packed), f"a{len(top)}")).status_code == 201
+    assert server.engine.published == [FILES] * 2
+
+
+@pytest.mark.parametrize("pack", [tar, packed_zip])
+async def test_an_adapter_that_is_only_in_a_checkpoint_is_found_there(server: StubAdminApp, pack: Any) -> None:
+    inside = {f"out/checkpoint-80/{name}": content for name, content in FILES.items()}
+    assert (await server.send(archive(pack(inside | {"out/trainer_state.json": b"{}"})))).status_code == 201
+    assert server.engine.published == [FILES]
+    another = {f"out/checkpoint-40/{name}": content for name, content in FILES.items()}
+    status, _, said = refusal(await server.send(archive(pack(inside | another)), "other"))
+    assert status == 422
+    assert "2 adapters, in out/checkpoint-40, out/checkpoint-80: give one of these folders" in said
+
+
+async def test_links_beside_the_adapter_are_left_alone(server: StubAdminApp) -> None:
+    packed = tar(FILES | {"last": member(tarfile.SYMTYPE, "last", "/etc")})
+    assert (await server.send(archive(packed))).status_code == 201
+    assert server.engine.published == [FILES]
 
 
 async def test_a_tokenizer_is_kept_for_comparison(server: StubAdminApp) -> None:
@@ -163,6 +208,7 @@ async def test_a_form_without_files_is_refused(server: StubAdminApp) -> None:
         (b"junk", "multipart/form-data; boundary=b"),
         (b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\npoe', "multipart/form-data; boundary=b"),
         (b"--b\r\n" + b"X" * 10_000, "multipart/form-data; boundary=b"),
+        (b"--" + b"b" * 10_000, "multipart/form-data; boundary=" + "b" * 10_000),
     ],
 )
 async def test_an_incomplete_form_is_400(server: StubAdminApp, content: bytes, kind: str) -> None:
@@ -178,22 +224,22 @@ async def test_an_incomplete_form_is_400(server: StubAdminApp, content: bytes, k
     ("name", "message"),
     [
         ("adapter_model.bin", "save the adapter as adapter_model.safetensors"),
-        ("weights.PT", "pickle"),
-        ("model.pkl", "pickle"),
-        ("modeling_custom.py", "no part of a PEFT adapter"),
-        ("model.safetensors", "no part of a PEFT adapter"),
+        ("weights.PT", "would run code when read"),
+        ("model.pkl", "would run code when read"),
+        ("model.safetensors", "which PEFT would not read either"),
+        ("notes.txt", "adapter_model.safetensors is missing"),
     ],
 )
-async def test_unsupported_files_are_refused_by_name(server: StubAdminApp, name: str, message: str) -> None:
-    for answer in (
-        await server.upload(FILES | {name: b"x"}),
-        await server.send(archive(tar(FILES | {name: b"x"}))),
-        await server.send(archive(packed_zip(FILES | {name: b"x"}))),
+async def test_what_is_there_instead_of_the_weights_is_named(server: StubAdminApp, name: str, message: str) -> None:
+    files = {"adapter_config.json": CONFIG, name: b"x"}
+    for answer, status in (
+        (await server.upload(files), 400),
+        (await server.send(archive(tar(files))), 422),
+        (await server.send(archive(packed_zip(files))), 422),
     ):
-        status, _, said = refusal(answer)
-        assert status == 422
-        assert name in said
-        assert message in said
+        assert refusal(answer)[0] == status
+        assert message in refusal(answer)[2]
+        assert name in refusal(answer)[2] or name == "notes.txt"
     assert server.leftovers == []
 
 
@@ -202,6 +248,18 @@ async def test_a_path_in_a_file_name_cannot_escape_staging(server: StubAdminApp,
     assert (await server.send(parts)).status_code == 201
     assert server.engine.published == [FILES]
     assert [path.name for path in tmp_path.iterdir()] == ["staging"]
+
+
+async def test_an_upload_goes_on_when_a_restarted_engine_opens_the_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    async with staging_folder(store.staging) as folder:
+        store.close()
+        Store(tmp_path).close()
+        assert folder.is_dir()
+    assert not folder.exists()
+    (tmp_path / "staging" / folder.name).mkdir()  # of an API process that was killed
+    Store(tmp_path).close()
+    assert not folder.exists()
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -281,7 +339,27 @@ def zip_with_a_link() -> bytes:
         link = zipfile.ZipInfo("adapter_config.json")
         link.external_attr = 0o120777 << 16
         file.writestr(link, "/etc/passwd")
+        file.writestr("adapter_model.safetensors", WEIGHTS)
     return packed.getvalue()
+
+
+def zip_whose_directory_is_elsewhere(by: int) -> bytes:
+    packed = bytearray(packed_zip(FILES))
+    (offset,) = struct.unpack("<L", packed[-6:-2])
+    packed[-6:-2] = struct.pack("<L", offset + by)
+    return bytes(packed)
+
+
+def zip_with_a_nameless_file() -> bytes:
+    packed = packed_zip(FILES | {"x": b""})
+    return packed.replace(b"x", b"\0")
+
+
+def zip_whose_file_is_elsewhere() -> bytes:
+    packed = bytearray(packed_zip(FILES))
+    at = packed.index(b"PK\x01\x02")
+    packed[at + 42 : at + 46] = struct.pack("<L", 7)
+    return bytes(packed)
 
 
 def zip_with_a_long_directory() -> bytes:
@@ -311,24 +389,26 @@ def tar_with_a_negative_size() -> bytes:
         (tar({"a\\..\\adapter_config.json": b"x"}), "leads out"),
         (packed_zip({"../adapter_config.json": b"x"}), "leads out"),
         (packed_zip({"C:/adapter_config.json": b"x"}), "leads out"),
-        (tar({"a/b/adapter_config.json": b"x"}), "folders in folders"),
-        (tar({"a/adapter_config.json": b"x", "b/adapter_model.safetensors": b"x"}), "more than one folder"),
-        (tar({"a/adapter_config.json": b"x", "adapter_config.json": b"x"}), "more than one folder"),
-        (tar({"adapter_config.json": b"x", "./adapter_config.json": b"x"}), "two files"),
-        (tar({"1_Pooling/config.json": b"x", "./1_Pooling/config.json": b"x"}), "two files"),
-        (tar({"../1_Pooling/config.json": b"x"}), "leads out"),
-        (tar({"a/b/1_Pooling/config.json": b"x"}), "folders in folders"),
-        (tar({"a/adapter_config.json": b"x", "1_Pooling/config.json": b"x"}), "more than one folder"),
-        (tar({"1_Pooling/config.json": member(tarfile.SYMTYPE, "1_Pooling/config.json", "/etc/passwd")}), "links"),
-        (tar({"link": member(tarfile.SYMTYPE, link="/etc/passwd")}), "links"),
-        (tar({"link": member(tarfile.LNKTYPE, link="adapter_config.json")}), "links"),
-        (tar({"device": member(tarfile.CHRTYPE)}), "links"),
-        (tar({"pipe": member(tarfile.FIFOTYPE)}), "links"),
-        (tar({"sparse": member(tarfile.GNUTYPE_SPARSE)}), "links"),
+        (tar({"a/b/adapter_config.json": b"x"}), "adapter_model.safetensors is missing in a/b"),
+        (tar({"a/adapter_config.json": b"x", "b/adapter_model.safetensors": b"x"}), "safetensors is missing in a"),
+        (tar({"a/adapter_config.json": b"x", "adapter_config.json": b"x"}), "adapter_model.safetensors is missing"),
+        (tar(FILES | {"./adapter_config.json": b"x"}), "two files"),
+        (tar(FILES | {"1_Pooling/config.json": b"x", "./1_Pooling/config.json": b"x"}), "two files"),
+        (tar(FILES | {"../1_Pooling/config.json": b"x"}), "leads out"),
+        (tar(FILES | {"1_Pooling/config.json": member(tarfile.SYMTYPE, "1_Pooling/config.json", "/etc/x")}), "links"),
+        (tar({"adapter_config.json": CONFIG, "link": member(tarfile.SYMTYPE, link="/etc/passwd")}), "links"),
+        (tar({"adapter_config.json": CONFIG, "link": member(tarfile.LNKTYPE, link="adapter_config.json")}), "links"),
+        (tar({"adapter_config.json": CONFIG, "device": member(tarfile.CHRTYPE)}), "links"),
+        (tar({"adapter_config.json": CONFIG, "pipe": member(tarfile.FIFOTYPE)}), "links"),
+        (tar({"adapter_config.json": CONFIG, "sparse": member(tarfile.GNUTYPE_SPARSE)}), "links"),
         (zip_with_a_link(), "links"),
-        (tar({f"{number}.txt": b"" for number in range(65)}), "more than 64"),
-        (packed_zip({f"{number}.txt": b"" for number in range(65)}), "more than 64"),
-        (zip_with_a_long_directory(), "more than 64"),
+        (tar({f"{number}.txt": b"" for number in range(1001)}), "more than 1000"),
+        (packed_zip({f"{number}.txt": b"" for number in range(1001)}), "more than 1000"),
+        (zip_with_a_long_directory(), "more than 1000"),
+        (zip_whose_directory_is_elsewhere(1 << 20), "directory is not where its end says"),
+        (zip_whose_directory_is_elsewhere(1), "directory is not where its end says"),
+        (zip_whose_file_is_elsewhere(), "cannot be read"),
+        (zip_with_a_nameless_file(), "cannot be read"),
         (bomb_in_a_header(), "header that is too long"),
         (zip_that_understates_its_sizes(), "cannot be read"),
         (tar_with_a_negative_size(), "cannot be read"),
@@ -357,11 +437,10 @@ async def test_hostile_archives_are_refused_and_leave_nothing_behind(
     [
         (tar({"../adapter_config.json": b"x"}), "../adapter_config.json"),
         (packed_zip({"/etc/passwd": b"x"}), "/etc/passwd"),
-        (tar({"poet/link": member(tarfile.SYMTYPE, "poet/link", "/etc/passwd")}), "poet/link"),
-        (tar({"pipe": member(tarfile.FIFOTYPE, "pipe")}), "pipe"),
+        (tar(FILES | {"README.md": member(tarfile.SYMTYPE, "README.md", "/etc/passwd")}), "README.md"),
+        (tar(FILES | {"README.md": member(tarfile.FIFOTYPE, "README.md")}), "README.md"),
         (zip_with_a_link(), "adapter_config.json"),
-        (tar({"a/b/adapter_config.json": b"x"}), "a/b/adapter_config.json"),
-        (tar({"a/README.md": b"x", "b/README.md": b"x"}), "b/README.md"),
+        (tar({"a/b/adapter_config.json": b"x"}), "a/b"),
     ],
 )
 async def test_an_error_names_the_member_and_no_path_on_the_server(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from bench.make_model import main, make_adapter, make_model
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, shape_of
 
 # PEFT asks for it by the name that transformers is leaving behind.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -130,3 +130,19 @@ def test_the_reference_shape_has_the_parameters_of_its_namesake() -> None:
     assert parameters("qwen2.5-0.5b") == 494_032_768
     assert parameters("qwen2.5-1.5b") == 1_543_714_304
     assert parameters("llama-3.1-8b") == 8_030_261_248
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_read_from_the_config_that_it_writes(name: str) -> None:
+    assert shape_of(SHAPES[name].config(eos=1)) == SHAPES[name]
+
+
+def test_a_shape_is_read_from_a_config_of_transformers() -> None:
+    config = LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, intermediate_size=160)
+    shape = shape_of(config.to_dict())
+    assert shape.linears()["self_attn.k_proj"] == (96, 32)
+    assert shape.rope_theta == 10_000
+    with pytest.raises(ValueError, match="the model is a opt"):
+        shape_of({"model_type": "opt"})
+    with pytest.raises(ValueError, match="not as wide"):
+        shape_of(config.to_dict() | {"head_dim": 32})

@@ -9,8 +9,13 @@ from lora_serve.engine.sequence import Sequence
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.request import Request, Sampling, Served
 
-SLOTS = {"a": 1, "b": 2, "prefix": 3}
-TRAITS = {"a": Traits(invocation=(7, 8)), "b": Traits(), "prefix": Traits(virtual=5)}
+SLOTS = {"a": 1, "b": 2, "prefix": 3, "replacing": 4}
+TRAITS = {
+    "a": Traits(invocation=(7, 8)),
+    "b": Traits(),
+    "prefix": Traits(virtual=5),
+    "replacing": Traits(invocation=(7, 8), not_additive="it replaces parts of the base"),
+}
 
 
 def sequence(prompt: list[int], *digests: str, logprobs: bool = False) -> Sequence:
@@ -45,6 +50,15 @@ def test_a_sequence_is_split_where_an_adapter_becomes_active() -> None:
     assert build(ScheduledSequence(seq, 0, 2)).adapter_rows == []
     assert build(ScheduledSequence(seq, 2, 2)).adapter_rows == [AdapterRows(0, 2, 1, 1.0)]
     assert build(ScheduledSequence(sequence([1, 2, 3], "a"), 0, 3)).adapter_rows == []  # never invoked
+
+
+def test_rows_before_an_invocation_have_an_adapter_that_replaces_parts_of_the_base_at_weight_0() -> None:
+    seq = sequence([1, 2, 7, 8, 3, 4], "replacing")
+    assert build(ScheduledSequence(seq, 0, 6)).adapter_rows == [AdapterRows(0, 2, 4, 0.0), AdapterRows(2, 6, 4, 1.0)]
+    assert build(ScheduledSequence(seq, 2, 2)).adapter_rows == [AdapterRows(0, 2, 4, 1.0)]
+    never = sequence([1, 2, 3], "replacing")
+    assert build(ScheduledSequence(never, 0, 3)).adapter_rows == [AdapterRows(0, 3, 4, 0.0)]
+    assert build(ScheduledSequence(never, 0, 3)).logits_adapter_rows == [AdapterRows(0, 1, 4, 0.0)]
 
 
 def test_each_adapter_of_a_composition_starts_at_its_own_position() -> None:

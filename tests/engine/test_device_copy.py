@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.messages import Call, PinAdapter
-from lora_serve.request import Tokens
+from lora_serve.request import AdapterUse, Tokens
 
 
 class Later:
@@ -65,7 +65,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def device_slots(session: Session) -> DeviceSlots:
-    return session.engine._registry._memory._device_slots
+    return session.engine._registry.memory._device_slots
+
+
+def evict_all_from_device(session: Session) -> None:
+    memory = session.engine._registry.memory
+    for version in memory._residency.resident:
+        memory._evict_from_device(version)
 
 
 @pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
@@ -95,7 +101,7 @@ def test_other_streams_continue_while_an_adapter_is_copied(session: Session) -> 
     copier = device_slots(session).copier
     assert isinstance(copier, SlowCopier)
     load(session, "two")
-    device_slots(session).evict(device_slots(session).resident[0])
+    evict_all_from_device(session)
     session.send("base", [5, 9, 33], max_tokens=40)
     steps(session, 3)
     session.send("waits", [5, 9, 33], adapter="two", max_tokens=4)
@@ -131,7 +137,7 @@ def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: 
     most = 0
     while session.engine.busy or session.engine.stats().waiting:
         session.step()
-        most = max(most, len(device_slots(session).resident))
+        most = max(most, len(device_slots(session).ranks))
         assert device_slots(session).bytes <= capacity
     assert most == 2
     for name, tokens in wanted.items():
@@ -140,13 +146,26 @@ def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: 
 
 
 def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Path, tmp_path: Path) -> None:
-    session = Session(tmp_path, adapters=folder, adapter_device_memory=5000)
-    session.send("large", [5, 9, 33], adapter="one")
-    session.run()
-    assert "half of --adapter-device-memory" in session.refusal("large").message
-    session.engine.receive(Call(1, PinAdapter("one", True)))
+    session = Session(tmp_path, adapters=folder)
+    size = session.engine._registry.describe("one").versions[0].memory_bytes
+    session.engine.close()
+    session = Session(tmp_path, adapter_device_memory=3 * size)
+    session.send("both", [5, 9, 33], uses=(AdapterUse("one"), AdapterUse("two")))
     session.step()
-    assert "half of the device's memory" in session.replies[1].failure.message
+    assert f"{3 * size // 2} are there for one request's" in session.refusal("both").message
+    for number, name in enumerate(("one", "two")):
+        session.engine.receive(Call(number, PinAdapter(name, True)))
+    while len(session.replies) < 2:
+        session.step()
+    assert session.replies[0].failure is None
+    assert "half of the memory" in session.replies[1].failure.message
+    session.engine.close()
+    session = Session(tmp_path, adapter_device_memory=2 * size - 2)
+    assert session.engine._registry.describe_all()[0].broken is not None
+    assert any("half of --adapter-device-memory" in note for note in session.engine.info.notes)
+    session.send("large", [5, 9, 33], adapter="one")
+    session.step()
+    assert session.refusal("large").kind == "adapter_broken"
     session.engine.close()
 
 
@@ -169,8 +188,7 @@ def test_if_the_device_is_out_of_memory_for_an_adapter_only_its_requests_fail(tm
         make_adapter("llama", tmp_path / "adapters" / name, 1, config)
     session = Session(tmp_path, adapters=tmp_path / "adapters")
     wanted = {name: session.ask(f"{name} alone", [5, 9], adapter=name) for name in ("small", "large")}
-    for digest in list(device_slots(session).resident):
-        device_slots(session).evict(digest)
+    evict_all_from_device(session)
     device_slots(session).copier = SmallDeviceCopier(8000)
     for name in ("small", "large"):
         session.send(name, [5, 9], adapter=name)

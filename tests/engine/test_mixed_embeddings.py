@@ -175,7 +175,7 @@ def test_hidden_states_that_are_not_finite_end_only_their_request(
     with torch.no_grad():
         for name, parameter in poison.named_parameters():
             if "lora_" in name:
-                parameter.fill_(1e25)
+                parameter.fill_(1e18)  # finite in its effect on one input, not after a few layers
     poison.save_pretrained(tmp_path / "adapters" / "poison")
     describe_pooling(tmp_path / "base", "mean", normalize=True)
     session = Session(tmp_path, adapters=tmp_path / "adapters", max_model_len=64)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.residency import Budget, Residency, Version
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import SlotRotation
 from lora_serve.engine.scheduler import PrefillBudget, ScheduledSequence, Scheduler
@@ -251,30 +253,43 @@ def composed(order: int, adapters: tuple[str, ...]) -> Sequence:
 
 
 def test_compositions_that_exceed_host_memory_together_all_finish() -> None:
-    """Host memory holds three adapters and, as the real one, lets the most recently leased one go first."""
+    """Host memory holds three adapters, of which the device takes two; one is loaded a step."""
     rng = random.Random(0)
-    assert all(all_finish(rng) for _ in range(200))
+    for device in (None, 2):
+        assert all(all_finish(rng, device) for _ in range(200))
 
 
-def all_finish(rng: random.Random) -> bool:
-    """Whether seven requests end, one adapter being loaded a step."""
+def all_finish(rng: random.Random, device: int | None) -> bool:
+    """Whether seven requests end, loads and slots being decided as the registry does; an adapter takes one byte."""
     s = scheduler(slots=2, tokens=64)
+    residency = Residency(Budget(2, 3, device))
+    versions = residency.versions
+    for name in "abcdefg":
+        versions[name] = Version(Summary(name, "", "", 1, "", 1, 1, 1, {}, Traits()), 0.0)
+    leases: dict[int, list[tuple[Version, int]]] = {}
     for order in range(7):
-        s.add(composed(order, tuple(rng.sample("abcdefg", rng.choice((1, 2, 2))))))
-    host: list[str] = []
-
-    def is_loaded(digest: str) -> bool:
-        return digest in host or digest in s.rotation._since
-
+        seq = composed(order, tuple(rng.sample("abcdefg", rng.choice((1, 2, 2)))))
+        leases[order] = [(versions[digest], residency.lease(versions[digest])) for digest in seq.digests]
+        s.add(seq)
     for _ in range(600):
-        run(s, is_loaded)
-        left = sorted([*s.running, *s.waiting], key=lambda seq: seq.order)
-        leased = list(dict.fromkeys(digest for seq in left for digest in seq.digests))
-        missing = (digest for needed in s.unloaded() for digest in needed if not is_loaded(digest))
-        if (wanted := next(missing, None)) is not None:
-            if len(host) == 3:
-                host.remove(max(host, key=lambda each: leased.index(each) if each in leased else 99))
-            host.append(wanted)
+        for part in run(s, lambda digest: versions[digest].in_memory):
+            for digest in residency.decide_slots(part.seq.digests) or ():
+                versions[digest].slot = None
+            for digest in part.seq.digests:
+                versions[digest].slot = 1
+                residency.touch(versions[digest])
+        left = {seq.order for seq in (*s.running, *s.waiting)}
+        for order in leases.keys() - left:
+            for version, number in leases.pop(order):
+                residency.release(version, number)
+        loads = residency.decide_loads()
+        for digest in loads.evict:
+            versions[digest].in_host = False
+            versions[digest].slot = None if device is None else versions[digest].slot
+        for digest in loads.load:
+            versions[digest].in_host = True
+        assert residency.host_bytes <= 3
+        assert residency.device_bytes <= 2
     return not s.running and not s.waiting
 
 

@@ -74,6 +74,15 @@ def test_tenants_do_not_share_kv() -> None:
     assert shared(sequence(tenant=""), sequence(tenant="tenant")) == 0
 
 
+def test_an_invoked_adapter_that_replaces_parts_of_the_base_shares_kv_with_itself_only() -> None:
+    traits = {"a": Traits(invocation=(9, 10), not_additive="it replaces parts of the base")}
+    invoked, elsewhere = sequence(("a", 1.0), traits=traits), sequence(("a", 1.0), traits=INVOKED)
+    never = {"a": Traits(invocation=(99,), not_additive="it replaces parts of the base")}
+    assert shared(invoked, sequence()) == 0
+    assert shared(invoked, elsewhere) == 0
+    assert shared(invoked, sequence(("a", 1.0), traits=never)) == shared(elsewhere, sequence())  # up to the invocation
+
+
 def test_an_invoked_adapter_shares_the_base_s_kv_up_to_the_block_of_its_invocation() -> None:
     invoked = sequence(("a", 1.0), traits=INVOKED)
     assert shared(sequence(), invoked) == 2  # it begins at 9, in the third block of 4

@@ -104,7 +104,7 @@ def test_adapters_are_loaded_and_evicted_between_replays_of_the_same_graphs(tmp_
         assert served.sequences == plain.sequences
         assert_alike(*results, 1e-3)
         for each, name in zip((served, plain), names, strict=True):
-            each.device_slots.evict(name)
+            each.device_slots.evict(each.slots[name])
     assert len(set(slots)) == 1
     assert recordings(served) == graphs
 
@@ -127,7 +127,7 @@ def test_memory_of_an_evicted_adapter_is_freed(tmp_path: Path) -> None:
         torch.cuda.synchronize()
         resident = torch.cuda.memory_allocated()
         served.teach(PROMPTS[:1], DECODE, [[(name, 1.0)]])
-        served.device_slots.evict(name)
+        served.device_slots.evict(served.slots[name])
         gc.collect()
         torch.cuda.synchronize()
         taken.append(torch.cuda.memory_allocated())

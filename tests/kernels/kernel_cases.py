@@ -8,7 +8,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.contract import (
+    AttentionMetadata,
+    Delta,
+    DeltaGroup,
+    ExpertsGroup,
+    Kernels,
+    Segments,
+    pointer_tables,
+)
 from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 
 CPU = torch.device("cpu")
@@ -137,6 +145,28 @@ def composed_cases(draw: st.DrawFn) -> DeltaCase:
         place = (start, row) if start < row else (0, 0)
         runs += [(*place, slot, weight) for slot, weight in draw(st.lists(member, min_size=1, max_size=3))]
     return replace(case, tokens=row + draw(st.integers(1, 3)), segments=runs)
+
+
+def experts_delta() -> tuple[ExpertsGroup, Tensor, Segments, Tensor]:
+    """Two experts and two adapters, one without a delta for the first expert: group, x, segments, what is added."""
+    tables = pointer_tables(2, 3, CPU)
+    experts = []
+    for expert in range(2):
+        a, b, rank = (table[expert : expert + 1] for table in tables)
+        experts.append(DeltaGroup(32, (48,), 3, torch.float32, CPU, (a, b, rank)))
+    group = ExpertsGroup(experts)
+    torch.manual_seed(0)
+    deltas = {place: Delta(torch.randn(4, 32), torch.randn(4, 48)) for place in ((0, 1), (1, 1), (1, 2))}
+    for (expert, slot), delta in deltas.items():
+        experts[expert].set(0, slot, delta)  # after the group was made
+    x = torch.randn(6, 32)
+    runs = [(0, 1, 0, 1, 1.0), (1, 2, 0, 2, 1.0), (2, 5, 1, 1, 0.5), (2, 5, 1, 2, -1.0), (5, 5, 1, 2, 1.0)]
+    wanted = torch.zeros(6, 48)
+    for first, last, expert, slot, factor in runs:
+        if (expert, slot) in deltas:
+            wanted[first:last] += factor * (x[first:last] @ deltas[expert, slot].a.T @ deltas[expert, slot].b)
+    slots = [(first, last, expert * group.expert_slots + slot, factor) for first, last, expert, slot, factor in runs]
+    return group, x, segments_of(slots, 8), wanted
 
 
 # --- attention ---------------------------------------------------------------------------------------------------

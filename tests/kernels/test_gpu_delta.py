@@ -9,7 +9,7 @@ import interpreter  # noqa: F401  (before the kernels)
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, segments_of
+from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, experts_delta, segments_of
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta import delta, tiling
@@ -45,6 +45,13 @@ def test_it_equals_the_reference(case: DeltaCase) -> None:
     reference.delta(x, wanted, group, case.bounded())
     for module, (got, want) in enumerate(zip(run(case, group), wanted, strict=True)):
         assert_near(got, want, f"module {module}")
+
+
+def test_deltas_of_all_experts_are_added_by_one_call() -> None:
+    group, x, segments, wanted = experts_delta()
+    y = torch.zeros(wanted.shape)
+    delta(x, [y], group, segments)
+    assert_near(y, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.elements)

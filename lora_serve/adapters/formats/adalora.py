@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, make_delta
 from lora_serve.adapters.formats.fields import check_fields, number
 from lora_serve.adapters.formats.keys import check_delta, check_shape, group_by_site, require_matrices
@@ -45,7 +46,7 @@ TAILS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas, with E folded into A and the scaling into B. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT, MUST_BE_OFF)
     saved = split_saved(config, checkpoint.tensors, base)
     found = group_by_site(saved.rest, base, TAILS)
@@ -55,11 +56,13 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     deltas, unranked = {}, 0
     for name, group in found.items():
         a, b = group["lora_A"].float(), group["lora_B"].float()
-        check_delta(effective_site(name, saved.overrides, base), a, b)
+        site = effective_site(name, saved.overrides, base)
+        check_delta(site, a, b)
         rank = a.shape[0]
         check_shape(f"{name}.lora_E", group["lora_E"], (rank, 1))
         check_rank(name, rank, kept_ranks.get(name, init_r))
         if rank:
+            budget.reserve(site, rank, "init_r")
             scaling = (alpha if alpha > 0 else rank) / (init_r + 1e-5)
             deltas[name] = make_delta(a * group["lora_E"].float(), b.T * scaling)
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import (
     check_rank,
     dequantisation_note,
@@ -34,7 +35,7 @@ MIN_NORM = 1e-4  # of rows of A and columns of B
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas, with w folded into A and D into B. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     ranks = Patterns(config, "rank_pattern")
     saved = split_saved(config, checkpoint.tensors, base)
@@ -43,13 +44,15 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     deltas, from_base = {}, 0
     for name, group in found.items():
         a, b, strength = (group[tail].float() for tail in ("delora_A", "delora_B", "delora_lambda"))
-        check_delta(effective_site(name, saved.overrides, base), a, b)
+        site = effective_site(name, saved.overrides, base)
+        check_delta(site, a, b)
         check_shape(f"{name}.delora_lambda", strength, (1,))
         rank = ranks.get(name, number(config, "r", 8))
         check_rank(name, a.shape[0], rank)
+        budget.reserve(site, a.shape[0])
         if "delora_w_norm" in group:
             norms = group["delora_w_norm"].float()
-            check_shape(f"{name}.delora_w_norm", norms, (effective_site(name, saved.overrides, base).in_features,))
+            check_shape(f"{name}.delora_w_norm", norms, (site.in_features,))
         else:
             norms, from_base = effective_weight(name, saved.overrides, base).norm(dim=0), from_base + 1
         scaling = strength / rank / (a.norm(dim=1).clamp(min=MIN_NORM) * b.norm(dim=0).clamp(min=MIN_NORM))  # [r]

@@ -1,12 +1,15 @@
 """Dispatch by PEFT's `peft_type` to the format that lowers it.
 
-A new method needs one new file beside this one, and its import and `FORMATS` entry here.
+A new method needs one new file beside this one, and its import and `FORMATS` entry here. If the lowered
+form can be larger than its file, it asks an `ElementBudget` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
@@ -26,9 +29,11 @@ from lora_serve.adapters.formats import (
     vblora,
     vera,
 )
-from lora_serve.adapters.formats.keys import BaseMismatch, complete_paths
-from lora_serve.adapters.formats.refusals import refuse_method
+from lora_serve.adapters.formats.keys import WRAPPERS, BaseMismatch, check_count, complete_paths, without_wrappers
+from lora_serve.adapters.formats.refusals import refuse_method, refuse_other_tools
 from lora_serve.adapters.formats.report import other_base_hint
+from lora_serve.adapters.formats.saved import vocabulary_warnings
+from lora_serve.adapters.formats.targets import select
 from lora_serve.adapters.pooling_config import adapter_pooling
 from lora_serve.errors import AdapterInvalid
 
@@ -68,13 +73,37 @@ def lower(checkpoint: Checkpoint, base: BaseShape, formats: Mapping[str, Lower] 
         raise AdapterInvalid("adapter_config.json does not say its peft_type")
     if method not in formats:
         raise refuse_method(method, formats)
+    check_count(checkpoint.tensors, base)
     embeds, pooling = adapter_pooling(checkpoint)
-    if method not in UNWRAPPED:
-        checkpoint = replace(checkpoint, tensors=complete_paths(checkpoint.tensors, base))
+    warnings: list[str] = []
+
+    def attempt(tensors: Mapping[str, Tensor]) -> Lowered:
+        if method in UNWRAPPED:
+            chosen = replace(checkpoint, tensors=dict(tensors))
+        else:
+            completed = complete_paths(tensors, base)
+            short = completed.keys() != tensors.keys()
+            chosen, warnings[:] = select(replace(checkpoint, tensors=completed), base, short=short)
+        try:
+            lowered = formats[method](chosen, base)
+        except BaseMismatch as error:
+            raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
+        if not (lowered.deltas or lowered.overrides or lowered.prefix):
+            nothing = "the adapter changes nothing: no tensor of it belongs to a module of the base that it adapts"
+            raise AdapterInvalid("; ".join([nothing, *warnings]))
+        return lowered
+
     try:
-        lowered = formats[method](checkpoint, base)
-    except BaseMismatch as error:
-        raise AdapterInvalid(error.message + other_base_hint(checkpoint.config, base)) from error
-    if not (lowered.deltas or lowered.overrides or lowered.prefix):
-        raise AdapterInvalid("the adapter changes nothing: no tensor of it belongs to a module of the base")
+        lowered = attempt(checkpoint.tensors)
+    except AdapterInvalid:
+        refuse_other_tools(checkpoint.tensors)
+        tensors, parts = without_wrappers(checkpoint.tensors)
+        if not parts:
+            raise
+        lowered = attempt(tensors)
+        notes = [f"{part}. was left out of its keys: it is from {WRAPPERS[part]}" for part in parts]
+        lowered = replace(lowered, report=lowered.report | {"lowered": [*lowered.report.get("lowered", ()), *notes]})
+    warnings += vocabulary_warnings(lowered.overrides, base)
+    if warnings:
+        lowered.report["warnings"] = [*warnings, *lowered.report.get("warnings", ())]
     return replace(lowered, embeds=embeds, pooling=pooling)

@@ -25,7 +25,7 @@ def lower(
     name: str,
     matrices: dict[str, Tensor],
     override: ModuleOverride,
-    scaling: Callable[[str, int], float],
+    scaling: Callable[[str, int, tuple[int, ...]], float],
     base: BaseShape,
 ) -> ModuleOverride:
     """Add an embedding's LoRA to its override. Raises AdapterInvalid naming keys."""
@@ -36,13 +36,13 @@ def lower(
             rank = ids_matrix.shape[0]
             check_shape(f"{name}.lora_embedding_A", ids_matrix, (rank, ids))
             check_shape(f"{name}.lora_embedding_B", width_matrix, (width, rank))
-            factor = scaling(name, rank)
+            factor = scaling(name, rank, ())
             rows, columns = ids_matrix.T.contiguous(), width_matrix.T.float().contiguous() * factor
         case {"A": width_matrix, "B": ids_matrix}:
             rank = width_matrix.shape[0]
             check_shape(f"{name}.lora_A", width_matrix, (rank, width))
             check_shape(f"{name}.lora_B", ids_matrix, (ids, rank))
-            factor = scaling(f"{name}.weight", rank)
+            factor = scaling(f"{name}.weight", rank, (ids, width))
             rows, columns = ids_matrix.contiguous(), width_matrix.float() * factor
         case _:
             raise AdapterInvalid(f"only one of A and B is there for {name}")

@@ -6,6 +6,7 @@ those that would are refused by name unless they are off, and unknown ones are r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -24,6 +25,10 @@ COMMON = {
     "modules_to_save", "ensure_weight_tying",
 }  # fmt: skip
 MAX_PATTERN = 200  # characters of a pattern key
+MOST_PATTERNS = 200  # in a rank_pattern or alpha_pattern; paths of modules count once per form
+MOST_NAMES = 256  # in a list of modules or parameters
+NAME_LISTS = ("modules_to_save", "target_parameters")  # every name is compared with every module
+_PATH = re.compile(r"\^?[A-Za-z0-9_.]+")  # in which a dot is the only character that stands for others
 
 
 def check_fields(
@@ -39,6 +44,11 @@ def check_fields(
         without_effect: fields that cannot matter at inference, beside the common ones.
         off: field → values without effect (None always has none); any other value is refused.
     """
+    for field in NAME_LISTS:
+        if isinstance(config.get(field), list) and len(config[field]) > MOST_NAMES:
+            raise AdapterInvalid(
+                f"{field} in adapter_config.json has {len(config[field])} names; at most {MOST_NAMES} are read"
+            )
     off = off or {}
     for field, values in off.items():
         value = config.get(field)
@@ -61,7 +71,10 @@ def number(config: Config, field: str, default: float, shown: str | None = None)
 class Patterns:
     """A `rank_pattern` or `alpha_pattern`: the value of the first key that matches a module's path.
 
-    Keys are untrusted regular expressions, so they are matched in linear time (RE2).
+    Keys are untrusted regular expressions `(.*\\.)?(key)$`, so they are matched in linear time (RE2), and their number
+    is bounded. Those that are plain paths, of which some initialisations (EVA) write one for every module, are looked
+    up instead: all of one form, that is of one length and with dots (which match any character) at the same places, at
+    once.
     """
 
     def __init__(self, config: Config, field: str) -> None:
@@ -71,15 +84,34 @@ class Patterns:
         options = re2.Options()
         options.log_errors = False
         options.max_mem = 1 << 20
-        self._compiled = []
-        for key in patterns:
+        self._compiled: list[tuple[int, Any, float]] = []  # with their place in the order of keys
+        self._paths: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
+        for place, key in enumerate(patterns):
             value = number(patterns, key, 0, f"{field}.{key}")
             if len(key) > MAX_PATTERN:
                 raise AdapterInvalid(f"{field} has a key of {len(key)} characters; at most {MAX_PATTERN} are read")
+            if _PATH.fullmatch(key):
+                path = key.removeprefix("^")
+                form = key != path, len(path), tuple(at for at, letter in enumerate(path) if letter == ".")
+                self._paths.setdefault(form, {})[path] = place, value
+                continue
             try:
-                self._compiled.append((re2.compile(rf"(.*\.)?({key})", options), value))
+                self._compiled.append((place, re2.compile(rf"(.*\.)?({key})", options), value))
             except re2.error:
                 raise AdapterInvalid(f"{field} has a key that is not a plain regular expression: {key}") from None
+            if len(self._compiled) > MOST_PATTERNS:
+                break
+        if len(self._compiled) + len(self._paths) > MOST_PATTERNS:
+            raise AdapterInvalid(f"{field} in adapter_config.json has more than {MOST_PATTERNS} different patterns")
 
     def get(self, name: str, default: float) -> float:
-        return next((value for pattern, value in self._compiled if pattern.fullmatch(name)), default)
+        found = [(place, value) for place, pattern, value in self._compiled if pattern.fullmatch(name)]
+        for (whole, length, dots), values in self._paths.items():
+            before, path = name[:-length], list(name[-length:])
+            if len(path) < length or (before and (whole or not before.endswith("."))):
+                continue
+            for at in dots:
+                path[at] = "."
+            if (match := values.get("".join(path))) is not None:
+                found.append(match)
+        return min(found)[1] if found else default

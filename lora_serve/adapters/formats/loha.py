@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, full_rank_delta, make_delta
 from lora_serve.adapters.formats.fields import Patterns, check_fields, number
 from lora_serve.adapters.formats.keys import check_delta, group_by_site, require_matrices
@@ -27,7 +28,7 @@ TAILS = {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas of rank r², or min(in, out) if that is less. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     ranks, alphas = Patterns(config, "rank_pattern"), Patterns(config, "alpha_pattern")
     saved = split_saved(config, checkpoint.tensors, base)
@@ -37,9 +38,12 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     for name, group in found.items():
         w1a, w1b, w2a, w2b = (group[tail].float() for tail in TAILS)
         rank = ranks.get(name, number(config, "r", 8))
+        site = effective_site(name, saved.overrides, base)
+        budget.check_rank(site, rank)
         for a, b in ((w1b, w1a), (w2b, w2a)):
-            check_delta(effective_site(name, saved.overrides, base), a, b)
+            check_delta(site, a, b)
             check_rank(name, a.shape[0], rank)
+        budget.reserve(site, min(len(w1b) ** 2, site.in_features, site.out_features))
         scaling = alphas.get(name, number(config, "alpha", 8)) / rank
         if rank * rank > min(w1a.shape[0], w1b.shape[1]):
             deltas[name] = full_rank_delta((w1a @ w1b) * (w2a @ w2b) * scaling)

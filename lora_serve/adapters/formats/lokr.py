@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import check_rank, effective_site, factorize, fold_head_delta
 from lora_serve.adapters.formats.fields import Patterns, check_fields, number
 from lora_serve.adapters.formats.keys import group_by_site
@@ -36,7 +37,7 @@ TAILS = {name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2",
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas whose rank is the product of the factors' ranks. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     ranks, alphas = Patterns(config, "rank_pattern"), Patterns(config, "alpha_pattern")
     saved = split_saved(config, checkpoint.tensors, base)
@@ -47,7 +48,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
             raise AdapterInvalid(f"r or rank_pattern in adapter_config.json gives {name} the rank {rank:g}")
         scaling = alphas.get(name, number(config, "alpha", 8)) / rank
         site = effective_site(name, saved.overrides, base)
-        deltas[name] = _delta(site, group, rank, scaling)
+        deltas[name] = _delta(site, group, rank, scaling, budget)
         full += deltas[name].a.shape[0] == min(site.in_features, site.out_features)
     features = [field for field in ("rank_pattern", "alpha_pattern") if config.get(field)] + saved.features
     lowered = ["the Kronecker product of two factors became one product, of the product of their ranks"]
@@ -61,26 +62,29 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     )
 
 
-def _delta(site: Site, group: Mapping[str, Tensor], rank: float, scaling: float) -> Delta:
-    u1, v1 = _factor(site.name, group, "lokr_w1", rank)
-    u2, v2 = _factor(site.name, group, "lokr_w2", rank)
+def _delta(site: Site, group: Mapping[str, Tensor], rank: float, scaling: float, budget: ElementBudget) -> Delta:
+    (u1, v1), (u2, v2) = (_factor(site, group, key, rank, budget) for key in ("lokr_w1", "lokr_w2"))
     if len(u1) * len(u2) != site.out_features or v1.shape[1] * v2.shape[1] != site.in_features:
         raise AdapterInvalid(
             f"{site.name} takes factors whose heights multiply to {site.out_features} and widths to "
             f"{site.in_features}; the adapter has [{len(u1)}, {v1.shape[1]}] and [{len(u2)}, {v2.shape[1]}]"
         )
+    budget.reserve(site, len(v1) * len(v2))
     return Delta(torch.kron(v1, v2), torch.kron(u1.T.contiguous(), u2.T.contiguous()) * scaling)
 
 
-def _factor(name: str, group: Mapping[str, Tensor], key: str, rank: float) -> tuple[Tensor, Tensor]:
+def _factor(
+    site: Site, group: Mapping[str, Tensor], key: str, rank: float, budget: ElementBudget
+) -> tuple[Tensor, Tensor]:
     """One factor as U [o, r] and V [r, i], with r at most min(o, i)."""
     wanted, given = ({key}, {f"{key}_a", f"{key}_b"}), {tail for tail in group if tail.startswith(key)}
     if given not in wanted or any(group[tail].ndim != 2 for tail in given):
-        raise AdapterInvalid(f"{name} takes {key}, or {key}_a and {key}_b, as matrices; it has {sorted(given)}")
+        raise AdapterInvalid(f"{site.name} takes {key}, or {key}_a and {key}_b, as matrices; it has {sorted(given)}")
     if key in given:
         return factorize(group[key].float())
     left, right = group[f"{key}_a"].float(), group[f"{key}_b"].float()
     if left.shape[1] != right.shape[0]:
-        raise AdapterInvalid(f"{name}.{key}_a is {list(left.shape)} and {key}_b {list(right.shape)}")
-    check_rank(f"{name}.{key}", left.shape[1], rank)
+        raise AdapterInvalid(f"{site.name}.{key}_a is {list(left.shape)} and {key}_b {list(right.shape)}")
+    check_rank(f"{site.name}.{key}", left.shape[1], rank)
+    budget.check_rank(site, rank)
     return (left, right) if left.shape[1] <= min(left.shape[0], right.shape[1]) else factorize(left @ right)

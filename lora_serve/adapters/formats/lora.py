@@ -9,7 +9,7 @@
     PiSSA, OLoRA, KaSA   the base is changed as well: `residual.py`
     experts              `target_parameters`, and adapters of experts that were not stacked: `moe.py`
     BD-LoRA              A [r, in / n] or B [out, r / n], n blocks on the diagonal of the full matrix
-    aLoRA                active from the last occurrence of its invocation tokens on
+    aLoRA                active from the last occurrence of its invocation tokens on: `alora.py`
     MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal    plain LoRA at inference
 
 Source: PEFT 0.21, `peft/tuners/lora`. A field that would change the result and is not supported is refused by
@@ -27,11 +27,13 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Site
 from lora_serve.adapters.checkpoint import Checkpoint, shorten
-from lora_serve.adapters.formats import dora, embedding, factors, moe, residual, saved
+from lora_serve.adapters.formats import alora, dora, embedding, factors, moe, residual, saved, targets
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, number
 from lora_serve.adapters.formats.keys import check_delta, check_shape, group_by_module
 from lora_serve.adapters.formats.refusals import FIELDS, refuse_fields, refuse_initialisation
 from lora_serve.adapters.formats.report import report
+from lora_serve.adapters.formats.untrained import leave_out_untrained
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 
@@ -41,8 +43,8 @@ READ = {
 }  # fmt: skip
 # Fields of training and initialisation; their effect is in the weights.
 WITHOUT_EFFECT = {
-    "lora_dropout", "megatron_core", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
-    "velora_config", "monteclora_config", "qalora_group_size",
+    "lora_dropout", "merge_weights", "megatron_core", "runtime_config", "eva_config", "corda_config", "lora_ga_config",
+    "loftq_config", "velora_config", "monteclora_config", "qalora_group_size",
 }  # fmt: skip
 TAILS = {
     "lora_A.weight": "A",
@@ -55,7 +57,6 @@ TAILS = {
     "lora_embedding_B": "embedding_B",
 }
 VECTORS = ("bias", "magnitude", "diagonal")
-MAX_INVOCATION = 1024
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler.")  # state of samplers and estimators
 
 
@@ -67,14 +68,19 @@ class Scaling:
         self._alphas = Patterns(config, "alpha_pattern")
         self._rank, self._alpha = number(config, "r", 8), number(config, "lora_alpha", 8)
         self._root = bool(config.get("use_rslora"))
+        self._decomposed = {"PiSSA", "OLoRA"} & {*residual.methods(config)}
 
-    def of(self, name: str, rank: int) -> float:
-        """s of a module whose matrices have `rank`. Raises AdapterInvalid if the configuration gives another rank."""
+    def of(self, name: str, rank: int, shape: tuple[int, ...]) -> float:
+        """s of a module whose matrices have `rank`. Raises AdapterInvalid if the configuration gives another rank.
+
+        Args:
+            shape: of its weight; matrices that are a part of it have no higher rank, whatever is configured.
+        """
         configured = self._ranks.get(name, self._rank)
-        if configured != rank:
+        if rank != (min((configured, *shape)) if self._decomposed else configured):
             raise AdapterInvalid(f"{name} has rank {rank} in the weights and {configured:g} in adapter_config.json")
         alpha = self._alphas.get(name, self._alpha)
-        return alpha / math.sqrt(rank) if self._root else alpha / rank
+        return alpha / math.sqrt(configured) if self._root else alpha / configured
 
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
@@ -82,10 +88,14 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     config = checkpoint.config
     _check_fields(config)
     scaling = Scaling(config)
-    saved_parameters = saved.split_saved(config, checkpoint.tensors, base)
+    budget = ElementBudget(checkpoint.most_elements)
+    saved_parameters = saved.split_saved(
+        config, residual.with_reduced_tables(config, checkpoint.tensors, scaling.of, base), base
+    )
     tensors = {
         key: tensor for key, tensor in saved_parameters.rest.items() if not any(part in key for part in TRAINING_ONLY)
     }
+    tensors, untrained = leave_out_untrained(tensors, base)
     experts = moe.split_experts(config, tensors, base, scaling.of)
     found = group_by_module(experts.rest, base, TAILS, lambda name: name in base.sites or name in base.embeddings)
     _check_consistency(config, found)
@@ -98,26 +108,28 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         override = overrides.get(name, ModuleOverride())
         overrides[name] = replace(override, parameters=override.parameters | parameters)
     features = [*_features(config), *experts.features, *saved_parameters.features]
+    if residual.is_residual(config):  # of which replaced weights are a part
+        features = [feature for feature in features if feature != "replaced base weights"]
     for name, matrices in found.items():
         override = overrides.get(name, ModuleOverride())
         if name in base.embeddings:
             overrides[name] = embedding.lower(name, matrices, override, scaling.of, base)
             features.append("embedding")
             continue
-        delta, override = _lower_linear(base.sites[name], matrices, override, config, scaling, base)
+        has_own_weight = name in saved_parameters.own
+        delta, override = _lower_linear(
+            base.sites[name], matrices, override, has_own_weight, config, scaling, base, budget
+        )
         if delta is not None:
             deltas[name] = delta
         if override != ModuleOverride():
             overrides[name] = override
+    invocation = alora.invocation(config, base)
+    if invocation:
+        alora.check(config, saved_parameters.overrides, found, base)
     deltas, overrides = factors.fold_head_delta(deltas, overrides, base)
-    invocation = _invocation(config, base)
-    if invocation and overrides:
-        raise AdapterInvalid(
-            "alora_invocation_tokens in adapter_config.json: an adapter that is active from some token on cannot also "
-            f"replace or rescale parts of the base ({shorten(overrides)})"
-        )
     deltas = {name: deltas[name] for name in base.sites if name in deltas}
-    notes = [*experts.lowered, *_lowering_notes(config, base)]
+    notes = [*experts.lowered, *untrained, *_lowering_notes(config, base)]
     summary = report(
         config,
         base,
@@ -131,13 +143,31 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
 
 
 def _lower_linear(
-    site: Site, matrices: dict[str, Tensor], override: ModuleOverride, config: Config, scaling: Scaling, base: BaseShape
+    site: Site,
+    matrices: dict[str, Tensor],
+    override: ModuleOverride,
+    has_own_weight: bool,
+    config: Config,
+    scaling: Scaling,
+    base: BaseShape,
+    budget: ElementBudget,
 ) -> tuple[Delta | None, ModuleOverride]:
-    """The delta and the override of one linear site; no delta if the adapter replaces the whole weight."""
+    """The delta and the override of one linear site; no delta if the adapter replaces the whole weight.
+
+    Args:
+        has_own_weight: whether the site's own weight was saved with the adapter.
+    """
     if not {"A", "B"} <= matrices.keys():
         raise AdapterInvalid(f"only one of lora_A and lora_B is there for {site.name}")
-    a, b = _lay_out_blocks(site, matrices["A"].float(), matrices["B"].float(), config)
-    factor = scaling.of(site.name, matrices["A"].shape[0])
+    a, b = _lay_out_blocks(site, matrices["A"].float(), matrices["B"].float(), config, budget)
+    rank, dtype = matrices["A"].shape[0], matrices["A"].dtype
+    is_parameter = targets.ends_with(f"{site.name}.weight", frozenset(config.get("target_parameters") or ()))
+    residual.check(site, override, config, base)
+    if is_parameter and site.transposed:
+        a, b = b.T, a.T
+    factor = scaling.of(
+        f"{site.name}.weight" if is_parameter else site.name, rank, (site.in_features, site.out_features)
+    )
     replacement = override.parameters.get("weight")
     check_delta(site if replacement is None else replace(site, out_features=replacement.shape[0]), a, b)
     b = b * factor
@@ -147,11 +177,14 @@ def _lower_linear(
     bias = matrices.get("bias")
     if bias is not None and "magnitude" in matrices:
         raise AdapterInvalid("lora_bias with use_dora in adapter_config.json is not defined")
+    if bias is not None and override.token_rows is not None:
+        raise AdapterInvalid("lora_bias on a head together with trainable_token_indices of its rows is not served")
     if bias is not None:
         check_shape(f"{site.name}.lora_B.bias", bias, (b.shape[0],))
         bias = bias.float() * factor
-    if residual.is_residual(config):
-        a, b = residual.append_residual(site, a, b, matrices["A"].shape[0], factor, config, base)
+    if residual.is_residual(config) and not has_own_weight:
+        a, b = residual.subtract(site, a, b, rank, factor, config, base, is_parameter=is_parameter)
+        dtype = a.dtype
     gain = None
     if "magnitude" in matrices:
         if override.token_rows is not None:
@@ -164,14 +197,20 @@ def _lower_linear(
     if bias is not None:
         override = saved.add_shift(override, bias)
     if replacement is not None:  # the weight is replaced anyway (resized vocabulary): merge the delta into it
+        if site.transposed:
+            raise AdapterInvalid(
+                f"{site.name}, a Conv1D, is replaced whole and adapted as well; only one can be served"
+            )
         merged = replacement.float() + b @ a
         merged = merged if gain is None else gain[:, None] * merged
+        if override.token_rows is not None:
+            override = replace(override, token_rows=override.token_rows.float() + b[list(override.token_ids)] @ a)
         return None, replace(override, parameters=override.parameters | {"weight": merged})
-    delta = Delta(a if a.dtype == matrices["A"].dtype else a.to(matrices["A"].dtype), b.T.contiguous())
+    delta = Delta(a.to(dtype), b.T.contiguous())
     return delta, override if gain is None else replace(override, gain_out=gain)
 
 
-def _lay_out_blocks(site: Site, a: Tensor, b: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def _lay_out_blocks(site: Site, a: Tensor, b: Tensor, config: Config, budget: ElementBudget) -> tuple[Tensor, Tensor]:
     """A and B with the blocks of BD-LoRA on their diagonals; unchanged for other adapters."""
     blocks_option = config.get("use_bdlora")
     if not blocks_option:
@@ -179,6 +218,7 @@ def _lay_out_blocks(site: Site, a: Tensor, b: Tensor, config: Config) -> tuple[T
     blocks = blocks_option.get("nblocks") if isinstance(blocks_option, dict) else None
     if not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 < blocks <= 4096:
         raise AdapterInvalid("use_bdlora in adapter_config.json has no usable nblocks")
+    budget.reserve(site, a.shape[0])
     if a.shape[1] * blocks == site.in_features and a.shape[0] % blocks == 0:
         a = torch.block_diag(*a.chunk(blocks))  # type: ignore[no-untyped-call]
     if b.shape[1] * blocks == a.shape[0] and b.shape[0] % blocks == 0:
@@ -207,20 +247,6 @@ def _check_consistency(config: Config, found: dict[str, dict[str, Tensor]]) -> N
             raise AdapterInvalid(f"{field} in adapter_config.json is off, but there is a {matrix} for {shorten(has)}")
 
 
-def _invocation(config: Config, base: BaseShape) -> tuple[int, ...]:
-    tokens = config.get("alora_invocation_tokens")
-    if tokens is None:
-        return ()
-    ids = base.modules.get(base.input_embedding, {}).get("weight", (1 << 31,))[0]
-    if not isinstance(tokens, list) or not 0 < len(tokens) <= MAX_INVOCATION:
-        raise AdapterInvalid(
-            f"alora_invocation_tokens in adapter_config.json is not a list of 1 to {MAX_INVOCATION} ids"
-        )
-    if not all(type(token) is int and 0 <= token < ids for token in tokens):
-        raise AdapterInvalid(f"alora_invocation_tokens in adapter_config.json has ids outside 0..{ids - 1}")
-    return tuple(tokens)
-
-
 def _features(config: Config) -> list[str]:
     fields = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "use_dora", "use_bdlora", "kasa_config",
               "alora_invocation_tokens", "velora_config", "monteclora_config", "ensure_weight_tying")  # fmt: skip
@@ -237,9 +263,9 @@ def _lowering_notes(config: dict[str, Any], base: BaseShape) -> list[str]:
         notes.append(f"DoRA: magnitudes became output gains over the norms of {source}")
     if residual.is_residual(config):
         notes.append(
-            f"{residual.method_name(config)}: a second low-rank part takes out of {source} "
-            "what training had taken out; it is computed at every load, which a conversion by PEFT would save"
+            f"{residual.method_name(config)}: what its initialisation takes out of {source} "
+            "was subtracted from what was trained"
         )
     if config.get("alora_invocation_tokens"):
-        notes.append("aLoRA: active from the last occurrence of its invocation tokens in the prompt")
+        notes.append("aLoRA: what it adds is active from the last occurrence of its invocation tokens in the prompt")
     return notes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import (
     dequantisation_note,
     effective_site,
@@ -39,7 +40,7 @@ TAILS = {"miss_block": "miss_block"}
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     rank, mini_r = positive_int(config, "r", 64), positive_int(config, "mini_r", 1)
     saved = split_saved(config, checkpoint.tensors, base)
@@ -47,11 +48,15 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     deltas = {}
     for name, group in group_by_site(saved.rest, base, TAILS).items():
         site, block = effective_site(name, saved.overrides, base), group["miss_block"].float()
+        budget.check_rank(site, rank)
         if kind == "bat":
+            budget.reserve(site, min(site.in_features, site.out_features))
             deltas[name] = _bat(site, block, rank, effective_weight(name, saved.overrides, base))
         elif kind == "mini":
+            budget.reserve(site, min(rank, mini_r))
             deltas[name] = _mini(site, block, rank, mini_r)
         else:
+            budget.reserve(site, rank)
             deltas[name] = _shared(site, block, rank)
     features = ([f"init_weights {kind}"] if kind in ("bat", "mini") else []) + saved.features
     full = "its blocks depend on the base's weights: the whole change of every module is kept, at full rank"
@@ -74,8 +79,9 @@ def _mini(site: Site, block: Tensor, rank: int, mini_r: int) -> Delta:
     if site.out_features % mini_r:
         raise AdapterInvalid(f"mini_r {mini_r} in adapter_config.json does not divide the width of {site.name}")
     repeat_matrix = torch.eye(mini_r).repeat(1, site.out_features // mini_r)  # [mini_r, out]
-    sums = _shard_sums(rank, site.in_features)
-    return make_delta(block.T @ sums, repeat_matrix) if mini_r < rank else make_delta(sums, block @ repeat_matrix)
+    if mini_r < rank:
+        return make_delta(block.T[:, torch.arange(site.in_features) % rank], repeat_matrix)
+    return make_delta(_shard_sums(rank, site.in_features), block @ repeat_matrix)
 
 
 def _bat(site: Site, block: Tensor, rank: int, weight: Tensor) -> Delta:
@@ -89,4 +95,7 @@ def _bat(site: Site, block: Tensor, rank: int, weight: Tensor) -> Delta:
 
 def _shard_sums(rank: int, width: int) -> Tensor:
     """S [r, in]: row j sums the channels at position j of every shard; the last shard may be shorter."""
-    return torch.eye(rank).repeat(1, -(-width // rank))[:, :width]
+    channels = torch.arange(width)
+    sums = torch.zeros(rank, width)
+    sums[channels % rank, channels] = 1
+    return sums

@@ -5,7 +5,8 @@ further ones are nested in `base_layer`):
 
     X.[base_layer.…]lora_A.weight [E·r, in]   expert by expert: A_e = A[e·r : (e+1)·r]
     X.[base_layer.…]lora_B.weight [out, r·E]  rank by rank: B_e = B viewed as [out, r, E], at e
-    ΔW_e = s · B_e A_e;  a 2-D parameter (a router's weight) is replaced by W + s · B A
+    ΔW_e = s · B_e A_e;  a 2-D parameter (a router's weight) is replaced by W + s · B A, and by W' + s · B A with
+                              PiSSA and OLoRA (`residual.py`)
 
 Older adapters have a module per expert (`…experts.3.w1`, `…experts.3.gate_proj`). Gate and up projection are now one
 parameter: A = [A_gate; A_up], B block-diagonal; a router's LoRA replaces the router's weight.
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.checkpoint import shorten
+from lora_serve.adapters.formats import residual
 from lora_serve.adapters.formats.fields import Config
 from lora_serve.adapters.formats.keys import PREFIX, check_delta, check_shape, split_key
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
 
-Scale = Callable[[str, int], float]
+Scale = Callable[[str, int, tuple[int, ...]], float]
 
 _NESTED = re.compile(r"((?:base_layer\.)*)lora_([AB])\.weight")
 _UNSTACKED = re.compile(r"(.+)\.(?:block_sparse_moe|mlp)\.(?:experts\.(\d+)\.(\w+)|(gate))\.lora_([AB])\.weight")
@@ -71,12 +73,16 @@ def split_experts(config: Config, tensors: dict[str, Tensor], base: BaseShape, s
     if malformed:
         raise AdapterInvalid(f"lora_A and lora_B have two dimensions, unlike those of {shorten(malformed)}")
     for (module, depth), pair in nested.items():
-        _lower_parameter(
-            adapters, module, _target_parameter(config, module, depth, base), pair["A"], pair["B"], base, scale
-        )
+        parameter = _target_parameter(config, module, depth, base)
+        _lower_parameter(adapters, module, parameter, pair["A"], pair["B"], config, base, scale)
     if nested:
         adapters.features.append("target_parameters")
-    _lower_unstacked(adapters, unstacked, base, scale)
+    if unstacked and residual.is_residual(config):
+        raise AdapterInvalid(
+            f"{residual.method_name(config)} on experts that were saved one by one is not defined for the base's "
+            "stacked ones"
+        )
+    _lower_unstacked(adapters, unstacked, config, base, scale)
     return adapters
 
 
@@ -99,19 +105,28 @@ def _target_parameter(config: Config, module: str, depth: int, base: BaseShape) 
 
 
 def _lower_parameter(
-    adapters: ExpertAdapters, module: str, name: str, a: Tensor, b: Tensor, base: BaseShape, scale: Scale
+    adapters: ExpertAdapters,
+    module: str,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    config: Config,
+    base: BaseShape,
+    scale: Scale,
 ) -> None:
     shape = base.modules[module][name]
     path = f"{module}.{name}"
     if len(shape) == 2:
-        _replace_parameter(adapters, module, name, a, b, scale(path, a.shape[0]), base)
+        _replace_parameter(adapters, module, name, a, b, scale(path, a.shape[0], shape), config, base)
         return
+    if residual.is_residual(config):
+        raise AdapterInvalid(f"{residual.method_name(config)} is not defined for stacked experts ({path})")
     experts = shape[0]
     rank = a.shape[0] // experts
     if len(shape) != 3 or f"{path}[0]" not in base.sites or a.shape[0] != rank * experts or rank == 0:
         raise AdapterInvalid(f"{path} {list(shape)} takes no LoRA with A {list(a.shape)} and B {list(b.shape)}")
     check_shape(f"{path}.lora_B", b, (b.shape[0], rank * experts))
-    factor = scale(path, rank)
+    factor = scale(path, rank, ())
     b_by_expert = b.view(b.shape[0], rank, experts)
     for expert in range(experts):
         site = base.sites[f"{path}[{expert}]"]
@@ -121,17 +136,32 @@ def _lower_parameter(
 
 
 def _replace_parameter(
-    adapters: ExpertAdapters, module: str, name: str, a: Tensor, b: Tensor, factor: float, base: BaseShape
+    adapters: ExpertAdapters,
+    module: str,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    factor: float,
+    config: Config,
+    base: BaseShape,
 ) -> None:
     out_features, in_features = base.modules[module][name]
     check_shape(f"{module}.lora_A", a, (a.shape[0], in_features))
     check_shape(f"{module}.lora_B", b, (out_features, a.shape[0]))
-    weight = base.parameter(f"{module}.{name}").float().cpu() + factor * (b.float() @ a.float())
-    adapters.parameters.setdefault(module, {})[name] = weight
+    weight = base.parameter(f"{module}.{name}").float().cpu()
+    update = factor * (b.float() @ a.float())
+    if residual.is_residual(config):
+        up, down = residual.component(f"{module}.{name}", weight, a.shape[0], factor, config)
+        update = (update.double() - up @ down).float()
+    adapters.parameters.setdefault(module, {})[name] = weight + update
 
 
 def _lower_unstacked(
-    adapters: ExpertAdapters, unstacked: dict[tuple[str, str], dict[str, Tensor]], base: BaseShape, scale: Scale
+    adapters: ExpertAdapters,
+    unstacked: dict[tuple[str, str], dict[str, Tensor]],
+    config: Config,
+    base: BaseShape,
+    scale: Scale,
 ) -> None:
     """Lower the LoRA of unstacked experts to their slices of the stacked parameters."""
     gate_up: dict[str, dict[int, Delta]] = {}
@@ -141,11 +171,11 @@ def _lower_unstacked(
             module = f"{layer}.mlp.gate"
             if base.modules.get(module, {}).keys() != {"weight"}:
                 raise AdapterInvalid(f"{layer}: the base has no router for the adapter's LoRA on one")
-            _replace_parameter(adapters, module, "weight", a, b, scale(module, a.shape[0]), base)
+            _replace_parameter(adapters, module, "weight", a, b, scale(module, a.shape[0], ()), config, base)
             continue
         expert, _, leaf = name.partition(".")
         experts = f"{layer}.mlp.experts"
-        b_expert = (b.float() * scale(f"{experts}.{expert}.{leaf}", a.shape[0])).T.contiguous()
+        b_expert = (b.float() * scale(f"{experts}.{expert}.{leaf}", a.shape[0], ())).T.contiguous()
         site_name = f"{experts}.{'down_proj' if leaf in _DOWN else 'gate_up_proj'}[{expert}]"
         if site_name not in base.sites or (leaf not in _DOWN and leaf not in _HALVES):
             raise AdapterInvalid(f"the base has no place for the adapter's LoRA on {layer} experts.{expert}.{leaf}")

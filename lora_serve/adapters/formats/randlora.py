@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import (
     check_random_count,
     effective_site,
@@ -44,7 +45,7 @@ TAILS = TRAINED | {"randlora_A": "randlora_A", "randlora_B": "randlora_B"}
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas of full rank, the scaling folded into B. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     saved = split_saved(config, checkpoint.tensors, base)
     shared = {key: saved.rest.pop(f"base_model.{key}", None) for key in ("randlora_A", "randlora_B")}
@@ -55,6 +56,9 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     scaling = number(config, "randlora_alpha", 640) / rank
     for site in sites:
         group, narrow = found[site.name], min(site.in_features, site.out_features)
+        budget.check_rank(site, rank)
+        budget.reserve(site, narrow)
+        budget.check((rank + narrow) * (site.in_features + site.out_features))  # its factors before they are multiplied
         check_shape(f"{site.name}.randlora_lambda", group["randlora_lambda"], (rank, -(-narrow // rank)))
         check_shape(f"{site.name}.randlora_gamma", group["randlora_gamma"], (-(-narrow // rank), narrow))
         for key, original in shared.items():

@@ -7,7 +7,7 @@ and `model.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,12 +143,41 @@ MODULES: Mapping[str, str] = {
 }
 
 
+# Beginnings of keys, or parts of them, that other tools write.
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
+_KOHYA_MATRICES = (".lora_down.", ".lora_up.")
+_DIFFUSERS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
+
+
+def refuse_other_tools(keys: Iterable[str]) -> None:
+    """Raise AdapterInvalid if keys are those of a tool other than PEFT, saying which and what to do."""
+    for key in keys:
+        shown = f"its keys ({key[:60]}) are"
+        if key.startswith(_KOHYA):
+            raise AdapterInvalid(
+                f"{shown} those of kohya's sd-scripts: a LoRA of an image model, not of a language model"
+            )
+        if any(part in key for part in _KOHYA_MATRICES):
+            raise AdapterInvalid(
+                f"{shown} in kohya's form, not in PEFT's. Instead: rename them to PEFT's, "
+                "base_model.model.<module>.lora_A.weight for lora_down and lora_B for lora_up, and put what its alpha "
+                "tensors hold into adapter_config.json as lora_alpha"
+            )
+        if key.startswith(_DIFFUSERS) and "lora" in key:
+            raise AdapterInvalid(f"{shown} those of diffusers: a LoRA of an image model, not of a language model")
+
+
+def refuse_known_method(peft_type: object) -> None:
+    """Raise AdapterInvalid for a method that is known and not supported."""
+    known = METHODS.get(peft_type.upper()) if isinstance(peft_type, str) else None
+    if known is not None:
+        raise known.error(f"peft_type {str(peft_type)[:40]}")
+
+
 def refuse_method(peft_type: str, served: Mapping[str, object]) -> AdapterInvalid:
     """The error for a method that no format reads."""
+    refuse_known_method(peft_type)
     wording = f"peft_type {peft_type[:40]}"
-    known = METHODS.get(peft_type.upper())
-    if known is not None:
-        return known.error(wording)
     return AdapterInvalid(f"{wording} is no method that is known here; served are: {', '.join(sorted(served))}")
 
 

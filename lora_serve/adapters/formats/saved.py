@@ -1,81 +1,115 @@
 """Base parameters that any PEFT method may save and replace: `modules_to_save`, biases, embeddings, token rows.
 
-    modules_to_save                      X.weight, X.bias, and the same below X     parameters of X, replaced
-    bias: lora_only, all                 X.base_layer.bias, X.bias                  the bias, replaced
-    a vocabulary that was resized        X.base_layer.weight, X.weight, X.modules_to_save.weight (and
-                                         X.original_module.weight, which is not used) of the embedding and the head
-    trainable_token_indices              X.token_adapter.trainable_tokens_delta     rows of the embedding, replaced
+    modules_to_save                      X.weight, X.bias, and the same below X     a copy of X, used instead of X
+    bias: lora_only, all                 X.base_layer.bias, X.bias                  X's own bias
+    a vocabulary that was resized        X.base_layer.weight, X.weight, X.original_module.weight,
+    a head or embedding that is adapted  X.token_adapter.base_layer.weight          X's own weight
+    trainable_token_indices              X.token_adapter.trainable_tokens_delta     rows of X, replaced
 
-With tied weights, an embedding in `modules_to_save` does not change the head, unless `ensure_weight_tying` is set; a
-resized embedding and replaced token rows do. Saved parameters that equal the base's have no effect. Source: PEFT 0.21,
-`peft/utils/other.py` and `save_and_load.py`.
+PEFT loads an own parameter into the base, also where it is adapted and where it is only rounded, and whatever the
+adapter does to X comes on top. A tied head and embedding have one own weight; a copy belongs to its module only, unless
+`ensure_weight_tying` is set. A copy's own parameters are kept under X.modules_to_save as well, and not read twice.
+Replaced rows of an embedding are a tied head's too, unless it has rows of its own. Parameters that equal the base's
+have no effect. Source: PEFT 0.21, `peft/utils/other.py` and `save_and_load.py`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import BaseShape, ModuleOverride
+from lora_serve.adapters.adapter import BaseShape, ModuleOverride, divide_rows
 from lora_serve.adapters.formats.keys import check_shape, refuse_unknown_keys, split_key
 from lora_serve.errors import AdapterInvalid
 
 TOKENS = "token_adapter.trainable_tokens_delta"
+WRAPPER = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")  # before a module's own parameter
+
+Parameters = dict[tuple[str, str], Tensor]  # (module, parameter) → tensor
 
 
 @dataclass(frozen=True)
 class SavedParameters:
-    """Overrides by module, the remaining tensors of the method itself, and the features found."""
+    """What was read.
+
+    Attributes:
+        overrides: by module.
+        rest: the remaining tensors, which are the method's own.
+        features: of the adapter, for the report.
+        own: modules whose own weight was saved, whether or not it equals the base's.
+    """
 
     overrides: dict[str, ModuleOverride]
     rest: dict[str, Tensor]
     features: list[str]
+    own: frozenset[str]
 
 
-def split_saved(config: dict[str, Any], tensors: dict[str, Tensor], base: BaseShape) -> SavedParameters:
+def split_saved(config: dict[str, Any], tensors: Mapping[str, Tensor], base: BaseShape) -> SavedParameters:
     """Separate replaced parameters of the base from a method's own tensors. Raises AdapterInvalid naming keys."""
-    overrides: dict[str, ModuleOverride] = {}
+    own: Parameters = {}
+    copies: Parameters = {}
+    rows: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
-    features: dict[str, None] = {}
     unknown: list[str] = []
     saved_modules = _name_list(config, "modules_to_save")
-    seen = set()
     for key, tensor in sorted(tensors.items()):
-        module, tail = split_key(key, base)
-        seen.add(module)
-        parameter = tail.removeprefix("token_adapter.").removeprefix("base_layer.").removeprefix("modules_to_save.")
-        if module and tail.startswith("original_module."):
-            continue  # the original of a module in modules_to_save; not used
-        if module and tail == TOKENS:
-            _replace_tokens(overrides, module, token_ids(config, module), tensor, base)
-            features["trainable_token_indices"] = None
-        elif parameter not in base.modules.get(module, {}):
-            if module in base.sites and parameter in ("weight", "bias"):
-                unknown.append(f"{key} (the base has none)" if parameter == "bias" else key)
-            elif parameter in ("weight", "bias") and module in base.others:
-                unknown.append(f"{key} ({base.others[module]})")
-            else:
-                rest[key] = tensor
-        elif not _equals_base(base, module, parameter, tensor):
-            saved = any(_matches(module, name) for name in saved_modules)
-            features[_feature(base, module, parameter, tensor, saved)] = None
-            tied = (
-                base.tied and module == base.input_embedding and (not saved or bool(config.get("ensure_weight_tying")))
-            )
-            for target in (module, base.head) if tied else (module,):
-                _replace_parameter(overrides, target, parameter, tensor, base)
+        if ".modules_to_save." in key:
+            continue
+        path, wrappers = WRAPPER.subn("", key)
+        module, parameter = split_key(path, base)
+        if module and parameter == TOKENS:
+            rows[module] = tensor
+        elif parameter in base.modules.get(module, {}):
+            if module in base.divided and parameter == "weight" and tensor.ndim == 2:
+                tensor = divide_rows(tensor)
+            is_copy = not wrappers and any(_matches(module, name) for name in saved_modules)
+            (copies if is_copy else own)[module, parameter] = tensor
+        elif module in base.sites and parameter in ("weight", "bias"):
+            unknown.append(f"{key} (the base has none)" if parameter == "bias" else key)
+        elif parameter in ("weight", "bias") and module in base.others:
+            unknown.append(f"{key} ({base.others[module]})")
+        else:
+            rest[key] = tensor
     refuse_unknown_keys(unknown)
-    for name in saved_modules:
-        if any(_matches(module, name) for module in base.modules) and not any(
-            _matches(module, name) for module in seen
-        ):
-            raise AdapterInvalid(f"modules_to_save in adapter_config.json names {name}, of which no weights were saved")
-    if config.get("trainable_token_indices") and not any(override.token_ids for override in overrides.values()):
-        raise AdapterInvalid("trainable_token_indices in adapter_config.json names tokens whose rows were not saved")
-    return SavedParameters(overrides, rest, list(features))
+    ids = {module: token_ids(config, module) for module in rows}
+    if base.tied and base.input_embedding in rows and not _has_own_rows(config, ids, base):
+        rows[base.head], ids[base.head] = rows[base.input_embedding], ids[base.input_embedding]
+    _check_saved(config, saved_modules, copies, rows, base)
+    if base.tied:
+        _tie(own, copies, base, copies_too=bool(config.get("ensure_weight_tying")))
+    overrides: dict[str, ModuleOverride] = {}
+    features: dict[str, None] = {}
+    for (module, parameter), tensor in sorted((own | copies).items()):
+        if not _equals_base(base, module, parameter, tensor):
+            features[_feature(base, module, parameter, tensor, (module, parameter) in copies)] = None
+            _replace_parameter(overrides, module, parameter, tensor, base)
+    for module in rows:
+        _replace_tokens(overrides, module, ids[module], rows[module], base)
+        features["trainable_token_indices"] = None
+    own_weights = frozenset(module for module, parameter in own if parameter == "weight")
+    return SavedParameters(overrides, rest, list(features), own_weights)
+
+
+def vocabulary_warnings(overrides: Mapping[str, ModuleOverride], base: BaseShape) -> list[str]:
+    """A warning if an adapter's embedding has new tokens and its head has not."""
+    if base.head not in base.modules or base.input_embedding not in overrides:
+        return []
+    new = [
+        _vocabulary(overrides, module, base) - base.modules[module]["weight"][0]
+        for module in (base.input_embedding, base.head)
+    ]
+    if new[0] <= max(new[1], 0):
+        return []
+    return [
+        f"its vocabulary has {new[0]} new tokens, of which its files have no rows of the head: they are read and never "
+        "generated; save it with save_embedding_layers=True and without the embedding in target_modules"
+    ]
 
 
 def token_ids(config: dict[str, Any], module: str) -> list[int]:
@@ -117,21 +151,75 @@ def _replace_parameter(
         overrides[module] = replace(override, parameters=override.parameters | {name: tensor})
 
 
+def _tie(own: Parameters, copies: Parameters, base: BaseShape, *, copies_too: bool) -> None:
+    """Give a tied head and embedding one weight; of two that were saved, PEFT loads the head's last."""
+    embedding, head = (base.input_embedding, "weight"), (base.head, "weight")
+    weight = own.get(head, own.get(embedding))
+    if weight is not None:
+        own[embedding] = own[head] = weight
+    if copies_too and embedding in copies:
+        copies.setdefault(head, copies[embedding])
+
+
+def _check_saved(
+    config: dict[str, Any], names: list[str], copies: Parameters, rows: Mapping[str, Tensor], base: BaseShape
+) -> None:
+    """Raise AdapterInvalid if the configuration names modules or tokens of which nothing was saved."""
+    for name in names:
+        if any(_matches(module, name) for module in rows):
+            raise AdapterInvalid(
+                f"modules_to_save and trainable_token_indices in adapter_config.json both name {name}, which PEFT does "
+                "not run either; train it whole or some of its rows"
+            )
+    seen = {module for module, _ in copies}
+    for name in names:
+        if any(_matches(module, name) for module in base.modules) and not any(
+            _matches(module, name) for module in seen
+        ):
+            raise AdapterInvalid(f"modules_to_save in adapter_config.json names {name}, of which no weights were saved")
+    if config.get("trainable_token_indices") and not rows:
+        raise AdapterInvalid("trainable_token_indices in adapter_config.json names tokens whose rows were not saved")
+
+
+def _has_own_rows(config: dict[str, Any], ids: Mapping[str, list[int]], base: BaseShape) -> bool:
+    """Whether a tied head has rows of its own: only if the configuration gives it other tokens than the embedding."""
+    named = isinstance(config.get("trainable_token_indices"), dict)
+    return named and base.head in ids and ids[base.head] != ids[base.input_embedding]
+
+
 def _replace_tokens(
     overrides: dict[str, ModuleOverride], module: str, ids: list[int], rows: Tensor, base: BaseShape
 ) -> None:
-    if module not in base.embeddings:
-        raise AdapterInvalid(f"trainable_token_indices: {module} of this base does not embed tokens")
+    if module not in base.embeddings and module != base.head:
+        raise AdapterInvalid(
+            f"trainable_token_indices in adapter_config.json names {module}, which neither embeds tokens nor is the "
+            "head; the trainable tokens method can replace its rows"
+        )
     override = overrides.get(module, ModuleOverride())
-    table = override.parameters.get("weight")  # of a resized vocabulary; its key is sorted before the rows' key
-    ids_, width = base.modules[module]["weight"] if table is None else table.shape
+    table = override.parameters.get("weight")
+    ids_, width = _vocabulary(overrides, module, base), base.modules[module]["weight"][1]
     check_shape(f"{module}.{TOKENS}", rows, (len(ids), width))
-    if ids and not 0 <= min(ids) <= max(ids) < ids_:
-        raise AdapterInvalid(f"trainable_token_indices in adapter_config.json has token ids outside 0..{ids_ - 1}")
-    overrides[module] = replace(override, token_ids=tuple(ids), token_rows=rows * base.embeddings[module])
-    if base.tied and module == base.input_embedding:
-        override = overrides.get(base.head, ModuleOverride())
-        overrides[base.head] = replace(remove_bias(override, base.head, base), token_ids=tuple(ids), token_rows=rows)
+    beyond = [id_ for id_ in ids if id_ >= ids_]
+    if min(ids, default=0) < 0 or sorted(beyond) != [*range(ids_, ids_ + len(beyond))]:
+        raise AdapterInvalid(
+            f"trainable_token_indices in adapter_config.json has token ids outside 0..{ids_ - 1}, and the files have "
+            f"no rows for all tokens up to {max(ids)}; save the adapter with save_embedding_layers=True"
+        )
+    if beyond:  # of a resized vocabulary that was not saved; the rows that follow are all of what is new
+        table = base.parameter(f"{module}.weight").detach().float().cpu() if table is None else table.float()
+        table = torch.cat([table, rows[[ids.index(id_) for id_ in sorted(beyond)]].float()])
+        override = replace(override, parameters=override.parameters | {"weight": table})
+    if module == base.head:
+        override = remove_bias(override, module, base)
+    else:
+        rows = rows.float() * base.embeddings[module]
+    overrides[module] = replace(override, token_ids=tuple(ids), token_rows=rows)
+
+
+def _vocabulary(overrides: Mapping[str, ModuleOverride], module: str, base: BaseShape) -> int:
+    """Number of rows of an embedding or a head, replaced or the base's."""
+    table = overrides.get(module, ModuleOverride()).parameters.get("weight")
+    return base.modules[module]["weight"][0] if table is None else table.shape[0]
 
 
 def _equals_base(base: BaseShape, module: str, name: str, tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride
 from lora_serve.adapters.checkpoint import Checkpoint
 from lora_serve.adapters.formats.factors import dequantisation_note, effective_site, effective_weight
 from lora_serve.adapters.formats.fields import check_fields
-from lora_serve.adapters.formats.keys import check_shape, group_by_site, split_key
+from lora_serve.adapters.formats.keys import PREFIX, check_shape, group_by_site, split_key
 from lora_serve.adapters.formats.report import report
 from lora_serve.adapters.formats.saved import TOKENS, remove_bias, split_saved, token_ids
 from lora_serve.errors import AdapterInvalid
@@ -35,6 +35,11 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     config = checkpoint.config
     check_fields(config, READ, WITHOUT_EFFECT)
     tensors = dict(checkpoint.tensors)
+    if base.tied and f"{PREFIX}{base.head}.base_layer.{TAIL}" in tensors:
+        raise AdapterInvalid(
+            f"target_modules in adapter_config.json names {base.input_embedding} and the head that is tied to it, "
+            "which PEFT does not run either; the embedding alone replaces the rows of both"
+        )
     embedded = [
         key for key in tensors if split_key(key, base)[1] == TAIL and split_key(key, base)[0] in base.embeddings
     ]

@@ -11,14 +11,14 @@ Source: PEFT 0.21, `peft/tuners/vblora`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered
 from lora_serve.adapters.checkpoint import Checkpoint
-from lora_serve.adapters.formats.factors import check_rank, effective_site, fold_head_delta, make_delta, positive_int
+from lora_serve.adapters.formats.budget import ElementBudget
+from lora_serve.adapters.formats.factors import effective_site, fold_head_delta, make_delta, positive_int
 from lora_serve.adapters.formats.fields import check_fields
 from lora_serve.adapters.formats.keys import check_shape, group_by_site, require_matrices
 from lora_serve.adapters.formats.report import report
@@ -34,7 +34,7 @@ CHOSEN = {f"{name}_topk_{part}": f"{name}_topk_{part}" for name in LOGITS for pa
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas, with A and B composed. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     saved = split_saved(config, checkpoint.tensors, base)
     bank = saved.rest.pop(BANK, None)
@@ -42,19 +42,19 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
         raise AdapterInvalid(f"{BANK} is missing: the sub-vectors that all modules are put together from")
     bank, length, rank = bank.float(), positive_int(config, "vector_length", 256), positive_int(config, "r", 4)
     check_shape(BANK, bank, (positive_int(config, "num_vectors", 256), length))
+    topk = positive_int(config, "topk", 2)
     tails = CHOSEN if config.get("save_only_topk_weights") else LOGITS
     found = group_by_site(saved.rest, base, tails)
     require_matrices(found, {*tails})
     deltas = {}
     for name, group in found.items():
         site = effective_site(name, saved.overrides, base)
-        a = _combine(config, name, group, "vblora_logits_A", bank)  # [r, in/v, v]
-        b = _combine(config, name, group, "vblora_logits_B", bank)  # [out/v, r, v]
-        check_rank(name, a.shape[0], rank)
-        check_shape(f"{name}.vblora_logits_A, put together,", a, (rank, site.in_features // length, length))
-        check_shape(f"{name}.vblora_logits_B, put together,", b, (site.out_features // length, rank, length))
         if site.in_features % length or site.out_features % length:
             raise AdapterInvalid(f"vector_length {length} in adapter_config.json does not divide the widths of {name}")
+        budget.reserve(site, rank)
+        budget.check(topk * rank * (site.in_features + site.out_features), "topk")  # the sub-vectors before their sum
+        a = _combine(name, group, "vblora_logits_A", (rank, site.in_features // length), topk, bank)  # [r, in/v, v]
+        b = _combine(name, group, "vblora_logits_B", (site.out_features // length, rank), topk, bank)  # [out/v, r, v]
         deltas[name] = make_delta(a.flatten(1), b.transpose(0, 1).flatten(1))
     features = (["save_only_topk_weights"] if tails is CHOSEN else []) + saved.features
     deltas, overrides = fold_head_delta(deltas, saved.overrides, base)
@@ -65,22 +65,23 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     )
 
 
-def _combine(config: dict[str, Any], name: str, group: Mapping[str, Tensor], key: str, bank: Tensor) -> Tensor:
-    """The weighted sums of the top-k sub-vectors, [..., v]."""
-    topk, vectors = positive_int(config, "topk", 2), bank.shape[0]
+def _combine(
+    name: str, group: Mapping[str, Tensor], key: str, shape: tuple[int, int], topk: int, bank: Tensor
+) -> Tensor:
+    """The weighted sums of the top-k sub-vectors, [*shape, v]."""
+    vectors = len(bank)
+    if topk > vectors:
+        raise AdapterInvalid(f"topk = {topk} in adapter_config.json is more than the {vectors} vectors of {BANK}")
     if key in group:
-        logits = group[key].float()
-        if logits.ndim != 3 or logits.shape[-1] != vectors or topk > vectors:
-            raise AdapterInvalid(
-                f"{name}.{key} takes logits of {vectors} vectors, of which topk = {topk} are used; "
-                f"the adapter has {list(logits.shape)}"
-            )
-        top, indices = logits.topk(topk, dim=-1)
+        check_shape(f"{name}.{key}", group[key], (*shape, vectors))
+        top, indices = group[key].float().topk(topk, dim=-1)
         weights = top.softmax(-1)
     else:
-        indices, first = group[f"{key}_topk_indices"].long(), group[f"{key}_topk_weights"].float()
-        check_shape(f"{name}.{key}_topk_weights", first, (*indices.shape[:-1], topk - 1))
-        if indices.ndim != 3 or indices.shape[-1] != topk or indices.min() < 0 or indices.max() >= vectors:
+        indices, first = group[f"{key}_topk_indices"], group[f"{key}_topk_weights"]
+        check_shape(f"{name}.{key}_topk_indices", indices, (*shape, topk))
+        check_shape(f"{name}.{key}_topk_weights", first, (*shape, topk - 1))
+        indices, first = indices.long(), first.float()
+        if indices.min() < 0 or indices.max() >= vectors:
             raise AdapterInvalid(f"{name}.{key}_topk_indices does not choose {topk} of {vectors} vectors")
         weights = torch.cat([first, (1 - first.sum(-1, keepdim=True)).clamp(min=0)], -1)
     return (weights[..., None] * bank[indices]).sum(-2)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, Lowered, Site
 from lora_serve.adapters.checkpoint import Checkpoint
+from lora_serve.adapters.formats.budget import ElementBudget
 from lora_serve.adapters.formats.factors import (
     check_random_count,
     check_rank,
@@ -41,7 +42,7 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     """Lower to deltas, with λ_d folded into A and λ_b into B. Raises AdapterInvalid naming keys and fields."""
-    config = checkpoint.config
+    config, budget = checkpoint.config, ElementBudget(checkpoint.most_elements)
     check_fields(config, READ, WITHOUT_EFFECT)
     saved = split_saved(config, checkpoint.tensors, base)
     shared = [saved.rest.pop(key, None) for key in SHARED]
@@ -51,6 +52,7 @@ def lower(checkpoint: Checkpoint, base: BaseShape) -> Lowered:
     rank = positive_int(config, "r", 256)
     for site in sites:
         group = found[site.name]
+        budget.reserve(site, rank)
         check_rank(site.name, group["vera_lambda_d"].numel(), rank)
         check_shape(f"{site.name}.vera_lambda_d", group["vera_lambda_d"], (rank,))
         check_shape(f"{site.name}.vera_lambda_b", group["vera_lambda_b"], (site.out_features,))

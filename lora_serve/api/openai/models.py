@@ -14,6 +14,7 @@ from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
+from lora_serve.names import adapter_broken
 
 router = APIRouter(tags=["openai"])
 
@@ -23,7 +24,7 @@ async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """List the base model and the adapters that this key may use."""
     info = engine_info(services)
     found = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
-    shown = [_adapter(info, adapter) for adapter in found if caller.may_use(adapter.name)]
+    shown = [_adapter(info, adapter) for adapter in found if caller.may_use(adapter.name) and adapter.broken is None]
     return {"object": "list", "data": [_base(info), *shown]}
 
 
@@ -39,7 +40,10 @@ async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[s
 async def _find(name: str, services: Services, caller: Caller) -> AdapterInfo:
     try:
         if caller.may_use(name):
-            return msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)
+            found = msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)
+            if found.broken is not None:
+                raise adapter_broken(name, found.broken)
+            return found
     except AdapterNotFound:
         pass
     raise ModelNotFound(f"model {name[:100]} does not exist", param="model")

@@ -15,7 +15,7 @@ from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
 from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
-from lora_serve.names import adapter_not_found
+from lora_serve.names import adapter_broken, adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
 LARGEST_VOCABULARY = 1 << 31
@@ -53,7 +53,7 @@ def base_names(services: Services) -> set[str]:
 
 
 def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -> tuple[AdapterUse, ...]:
-    """The adapters that `adapter` and `model` name together; none for the base.
+    """The adapters that `adapter` and `model` name together; none for the base. The weights of one named twice add up.
 
     Raises: `BadRequest`; `AdapterNotFound` for an adapter that the caller may not use, as for one that does not exist.
     """
@@ -72,8 +72,10 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
             uses = (named,)
         elif [(use.name, use.version) for use in uses] != [(named.name, named.version)]:
             raise BadRequest("model and adapter name different adapters", param="adapter")
-    if len({use.name for use in uses}) < len(uses):
-        raise BadRequest("an adapter is named twice", param="adapter")
+    weights: dict[tuple[str, str | None], float] = {}
+    for use in uses:
+        weights[use.name, use.version] = weights.get((use.name, use.version), 0.0) + use.weight
+    uses = tuple(AdapterUse(name, version, weight) for (name, version), weight in weights.items())
     for use in uses:
         if not caller.may_use(use.name):
             raise adapter_not_found(use.name)
@@ -86,6 +88,8 @@ async def existing_adapters(body: ModelSelection, services: Services, caller: Ca
     try:
         for use in resolve_adapters(body, services, caller):
             info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
+            if info.broken is not None:
+                raise adapter_broken(use.name, info.broken)
             if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
                 raise adapter_not_found(f"{use.name}@{use.version}")
             found.append(info)

@@ -20,7 +20,7 @@ from lora_serve.kernels.cpu.library import Library
 from lora_serve.kernels.cpu.matmul import NativeLinear
 from lora_serve.kernels.cpu.pointwise import NativePointwise
 from lora_serve.kernels.cpu.recording import Arena, CallRecording
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme
+from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, Scheme
 
 # Bytes that the results of a recorded pass may take. A checked build gives each result an allocation of its own, whose
 # ends the sanitizer sees.
@@ -37,6 +37,7 @@ class NativeKernels:
     name = "native"
     replay: ReplaySupport = "recorded_steps"
     graph_buckets: GraphBuckets | None = None
+    has_grouped_linear = True
 
     def __init__(self, library: Path) -> None:
         self._library = Library(library)
@@ -44,6 +45,7 @@ class NativeKernels:
         self._matmul, self._pointwise = NativeLinear(self._library), NativePointwise(self._library)
         attention = NativeAttention(self._library)
         self.unpack, self.lookup, self.linear = self._matmul.unpack, self._matmul.lookup, self._matmul.linear
+        self.grouped_linear = self._matmul.grouped_linear
         self.rms_norm, self.gated_activation = self._pointwise.rms_norm, self._pointwise.gated_activation
         self.rope = self._pointwise.rope
         self.write_kv, self.attention = attention.write_kv, attention.attention
@@ -52,6 +54,9 @@ class NativeKernels:
     def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
         """Each weight by itself, as `linear` reads them one after the other."""
         return [self._matmul.pack(weight, scheme) for weight in weights]
+
+    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+        return PackedExpertWeights.pack(weights, lambda weight: self._matmul.pack(weight, scheme))
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
         add, record_on = self._pointwise.add, self._library.record_on

@@ -10,7 +10,7 @@ extern "C" int64_t lora_struct_size(const char* name) {
     if (!strcmp(name, #T)) return (int64_t)sizeof(T);
     SIZE(Pool) SIZE(WriteCall) SIZE(AttentionCall)
     SIZE(Group) SIZE(DeltaOutput) SIZE(DeltaCall)
-    SIZE(LinearOutput) SIZE(LinearCall)
+    SIZE(LinearOutput) SIZE(LinearCall) SIZE(GroupedLinearCall)
     SIZE(PackCall) SIZE(RowsCall)
     SIZE(NormCall) SIZE(GatedCall) SIZE(Heads) SIZE(RopeCall) SIZE(AddCall)
 #undef SIZE

@@ -89,6 +89,18 @@ struct LinearCall {
     LinearOutput output[];  // [outputs]
 };
 
+// Expert e's weight, scale and bias lie e strides behind the first one's.
+struct GroupedLinearCall {
+    const char* x;
+    int64_t stride, rows, in, out, type, threads, kind, experts;
+    const char* weight;
+    int64_t weight_stride;  // in bytes
+    const float* scale;     // INT8: [experts, panels * COLUMNS]
+    const char* bias;       // [experts, out] of the rows' type, or null
+    char* y;                // [rows, out]
+    const int64_t* end;     // [experts]
+};
+
 // --- packing.cpp ---
 
 struct PackCall {

@@ -205,7 +205,7 @@ struct Work {
             Matrix out{(char*)output.data, (size_t)output.stride * bytes, (size_t)call.type};
             for (const Segment& s : segments) {
                 int64_t ranks = rank(m, s), offset = 0;
-                if (ranks == 0 || s.rows == 0) continue;
+                if (ranks == 0) continue;
                 for (int64_t before = 0; before < m; before++) offset += rank(before, s);
                 with_type(group.type, [&](auto* type) {
                     auto* b = (decltype(type))group.b[m * group.slots + s.slot];
@@ -258,6 +258,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
         Segment s{call->start[i], call->end[i] - call->start[i], call->slot[i], 0, call->weight[i], floats};
         if (s.first < 0 || s.rows < 0 || call->end[i] > call->tokens) return i + 1;
         if (s.slot < 0 || s.slot >= group.slots) return i + 1;
+        if (s.rows == 0) continue;
         int64_t tiles = (s.rows + TILE - 1) / TILE;
         for (int64_t m = 0; m < group.modules; m++) {
             int64_t rank = work.rank(m, s);
@@ -268,7 +269,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
         }
         work.shrink_cost += s.ranks * (tiles * TILE + s.rows);
         floats += s.rows * s.ranks;
-        if (s.rows && s.ranks) segments.push_back(s);
+        if (s.ranks) segments.push_back(s);
     }
     for (int64_t m = 0; m < group.modules; m++) work.expand_cost += work.column_cost[m] * group.out[m];
     if (segments.empty()) return 0;

@@ -322,3 +322,28 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
     });
     return 0;
 }
+
+// Each expert's layer over its own rows; those behind the last expert's become zero. Returns 0, or 1 + index of the first
+// expert whose rows end before they begin or beyond the batch (then nothing was written).
+extern "C" int64_t lora_grouped_linear(const GroupedLinearCall* call) {
+    check_memory(call, (int64_t)sizeof *call);
+    check_memory(call->end, call->experts * 8);
+    int64_t each = bytes_of(call->type), scales = scales_bytes(call->out) / 4, last = 0;
+    for (int64_t e = 0; e < call->experts; last = call->end[e++])
+        if (call->end[e] < last || call->end[e] > call->rows) return e + 1;
+    check_memory(call->y, call->rows * call->out * each);
+    alignas(LinearCall) char memory[sizeof(LinearCall) + sizeof(LinearOutput)];  // of a call with one output
+    LinearCall& own = *(LinearCall*)memory;
+    for (int64_t e = 0, first = 0; e < call->experts; first = call->end[e++]) {
+        if (call->end[e] == first) continue;
+        own.x = call->x + first * call->stride * each, own.stride = call->stride;
+        own.rows = call->end[e] - first, own.in = call->in, own.outputs = 1;
+        own.type = call->type, own.threads = call->threads, own.kind = call->kind;
+        own.output[0] = {call->weight + e * call->weight_stride, call->scale ? call->scale + e * scales : nullptr,
+                         call->bias ? call->bias + e * call->out * each : nullptr,
+                         call->y + first * call->out * each, call->out, call->out};
+        lora_linear(&own);
+    }
+    memset(call->y + last * call->out * each, 0, (size_t)((call->rows - last) * call->out * each));
+    return 0;
+}

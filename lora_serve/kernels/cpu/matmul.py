@@ -17,17 +17,17 @@ from torch import Tensor
 
 from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
-from lora_serve.kernels.packed_weight import GROUP, PackedWeight, Scheme
+from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme
 
 _INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
 
 class NativeLinear:
-    """`Kernels.pack` (of one weight), `unpack`, `lookup` and `linear`."""
+    """`Kernels.pack` (of one weight), `unpack`, `lookup`, `linear` and `grouped_linear`."""
 
     def __init__(self, library: Library) -> None:
-        names = ("linear", "packed_bytes", "pack", "unpack", "rows")
-        self._linear, self._bytes, self._pack, self._unpack, self._rows = (
+        names = ("linear", "grouped_linear", "packed_bytes", "pack", "unpack", "rows")
+        self._linear, self._grouped_linear, self._bytes, self._pack, self._unpack, self._rows = (
             library.call(f"lora_{name}") for name in names
         )
         self._columns = library.number("lora_columns")
@@ -111,6 +111,42 @@ class NativeLinear:
         )
         self._linear(call)
         return outputs
+
+    def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
+        (rows, width), (out, wide), experts = x.shape, weights.shape, len(weights)
+        if wide != width or end.shape != (experts,):
+            raise ValueError(
+                f"{experts} experts of {wide} inputs do not fit x {tuple(x.shape)}, end {tuple(end.shape)}"
+            )
+        if end.dtype is not torch.int64 or (bias is not None and bias.dtype is not x.dtype):
+            raise TypeError("ends are int64, a bias has the rows' type")
+        if bias is not None and (bias.shape != (experts, out) or not bias.is_contiguous()):
+            raise ValueError(f"bias {tuple(bias.shape)} does not fit {experts} experts of {out} outputs")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        end = end.contiguous()
+        y = torch.empty(rows, out, dtype=x.dtype)
+        call = CALLS["GroupedLinearCall"].pack(
+            x=x.data_ptr(),
+            stride=x.stride(0),
+            rows=rows,
+            in_=width,
+            out=out,
+            type=type_number(x.dtype),
+            threads=torch.get_num_threads(),
+            kind=self._kind(weights.dtype, weights.scheme),
+            experts=experts,
+            weight=weights.data.data_ptr(),
+            weight_stride=weights.data.stride(0),
+            scale=0 if weights.scale is None else weights.scale.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            end=end.data_ptr(),
+        )
+        wrong = self._grouped_linear(call)
+        if wrong:
+            raise ValueError(f"the rows of expert {wrong - 1} end before they begin, or beyond the batch")
+        return y
 
     def _kind(self, dtype: torch.dtype, scheme: Scheme | None) -> int:
         if scheme is not None:

@@ -19,7 +19,7 @@ from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.delta import delta
 from lora_serve.kernels.gpu.pointwise import gated_activation, rms_norm, rope, write_kv
-from lora_serve.kernels.packed_weight import PackedWeight, Scheme
+from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -35,6 +35,7 @@ class GpuKernels:
 
     name = "triton"
     graph_buckets: GraphBuckets | None = GraphBuckets(ROWS, MAX_SEGMENT_ROWS, MAX_RANK)
+    has_grouped_linear = False
 
     delta = staticmethod(delta)
     write_kv = staticmethod(write_kv)
@@ -80,6 +81,14 @@ class GpuKernels:
             if bias is not None:
                 y += bias
         return list(outputs)
+
+    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+        """Not supported: `has_grouped_linear` is false."""
+        raise NotImplementedError
+
+    def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
+        """Not supported: `has_grouped_linear` is false."""
+        raise NotImplementedError
 
     def new_recording(self, *, check_values: bool) -> CapturedGraph:
         """A CUDA graph, whose capture always checks values."""

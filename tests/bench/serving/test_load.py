@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import uvicorn
 from fake_openai import FIRST, GAP, FakeServer
 
 from bench.report import json_line, table
@@ -27,19 +24,6 @@ from bench.serving.summary import percentile, summarise
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_openai.py")))
 SLACK = 0.05  # seconds that a busy test machine may add to one delay
-
-
-@pytest.fixture
-async def fake() -> AsyncIterator[tuple[FakeServer, Server]]:
-    fake = FakeServer()
-    server = uvicorn.Server(uvicorn.Config(fake.app, port=0, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield fake, Server(f"http://127.0.0.1:{port}", "base")
-    server.should_exit = True
-    await serving
 
 
 async def one(server: Server, job: Job, timeout: float = 10) -> Timing:

@@ -28,8 +28,9 @@ def test_quality_is_of_means_over_texts_and_of_tokens_that_agree() -> None:
     assert found.ratio == pytest.approx(math.exp(0.2))
     assert found.error == pytest.approx(2 * math.exp(0.2) * 0.1)  # 0.1 and 0.3 more: a standard error of 0.1
     assert found.same == pytest.approx(2 / 3)
+    assert found.apart == pytest.approx(math.sqrt((0.2**2 + 0.3**2) / 3))
     itself = compare(reference, reference)
-    assert (itself.ratio, itself.error, itself.same) == (1, 0, 1)
+    assert (itself.ratio, itself.error, itself.same, itself.apart) == (1, 0, 1, 0)
 
 
 def test_the_error_of_a_single_text_is_unknown() -> None:
@@ -91,7 +92,7 @@ def test_a_text_that_is_too_long_is_an_error() -> None:
 
 def test_verdicts_compare_each_case_with_its_target() -> None:
     def near(ratio: float) -> Quality:
-        return Quality(20.0, ratio, 0.0, 1.0)
+        return Quality(20.0, ratio, 0.0, 1.0, 0.0)
 
     costs = {"float32": near(0.998), "bfloat16": near(1.5), "int8, float32": near(0.9), "int8, bfloat16": near(1.02)}
     assert verdicts(costs) == [

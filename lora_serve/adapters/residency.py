@@ -1,0 +1,340 @@
+"""State of all adapter versions (names, leases, pins, tiers, bytes) and the decisions over it.
+
+Plain data, without files, tensors or clocks: `registry.py` carries the decisions out and reports back. Every byte of
+host memory and of the device that adapters take is accounted for here, before it is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+
+from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.store_records import NameRecord
+from lora_serve.errors import AdapterBusy, BadRequest, ServeError, TooLarge
+from lora_serve.names import adapter_not_found
+from lora_serve.request import AdapterUse
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What adapters may take: slots of the device, bytes of host memory, and bytes of the device.
+
+    `device` is None on a CPU: there an adapter in a slot is the one in host memory, and is counted once.
+    """
+
+    slots: int
+    host: int
+    device: int | None = None
+
+    @property
+    def pins(self) -> int:
+        """Bytes that pinned versions may take together: half."""
+        return (self.host if self.device is None else min(self.host, self.device)) // 2
+
+    @property
+    def one(self) -> int:
+        """Bytes that one request's versions may take together: what pins never take, or all of a CPU's."""
+        return self.host if self.device is None else min(self.host, self.device // 2)
+
+
+@dataclass
+class Version:
+    """One version: what it is, who uses it and where it is.
+
+    Attributes:
+        bytes: in memory.
+        names: that refer to it.
+        leases: numbers of the leases on it, oldest first.
+        loading, in_host, slot: whether it is on its way to host memory or there, and its slot on the device.
+        failure: of its last load; it is not tried again before it has no leases and is wanted.
+        used: when it was last used, on the clock of `Residency`.
+        evict_when_unused: whether an operator asked for its eviction.
+    """
+
+    summary: Summary
+    created: float
+    names: set[str] = field(default_factory=set)
+    leases: dict[int, None] = field(default_factory=dict)
+    loading: bool = False
+    in_host: bool = False
+    slot: int | None = None
+    failure: ServeError | None = None
+    used: int = 0
+    evict_when_unused: bool = False
+
+    @property
+    def digest(self) -> str:
+        return self.summary.digest
+
+    @property
+    def bytes(self) -> int:
+        return self.summary.nbytes
+
+    @property
+    def in_memory(self) -> bool:
+        return self.in_host or self.slot is not None
+
+    @property
+    def tiers(self) -> list[str]:
+        """Where it is besides the disk."""
+        return ["host"] * self.in_host + ["device"] * (self.slot is not None)
+
+
+class Loads(NamedTuple):
+    """A decision: versions to evict from host memory, then versions to load, and wanted ones that do not fit now."""
+
+    evict: list[str]
+    load: list[str]
+    refuse: list[str]
+
+
+class Residency:
+    """All versions and names.
+
+    Attributes:
+        names: what each name refers to; of its versions, those after the first are older ones, newest first.
+        versions: by digest; every version that a name refers to or a lease is held on.
+        pinned: digests of pinned versions, wherever they are.
+
+    Args:
+        keep_versions: versions of a name that stay in the store; further ones go with their last lease.
+    """
+
+    def __init__(self, budget: Budget, keep_versions: int = 1) -> None:
+        self.budget = budget
+        self.names: dict[str, NameRecord] = {}
+        self.versions: dict[str, Version] = {}
+        self.pinned: Set[str] = frozenset()
+        self._keep_versions = keep_versions
+        self._leased: dict[str, Version] = {}
+        self._leases = 0  # given out so far
+        self._clock = 0
+
+    def __repr__(self) -> str:
+        taken = f"{self.host_bytes} of {self.budget.host} bytes"
+        slots = f"{len(self.resident)} of {self.budget.slots} slots"
+        return f"<Residency {len(self.names)} names, {len(self.versions)} versions, {taken}, {slots}>"
+
+    # --- names ---------------------------------------------------------------------------------------------------
+
+    def record(self, name: str) -> NameRecord:
+        """What a name refers to. Raises AdapterNotFound, also for an unlisted one."""
+        record = self.names.get(name)
+        if record is None or record.unlisted:
+            raise adapter_not_found(name)
+        return record
+
+    def current(self, name: str) -> Version:
+        """The version that a plain name refers to. Raises AdapterNotFound."""
+        return self.versions[self.record(name).versions[0]]
+
+    def check_publish(self, name: str, digest: str, size: int) -> None:
+        """Check that a name may refer to a new version of `size` bytes in memory.
+
+        Raises TooLarge, or AdapterBusy if the name is pinned and the version too large for that.
+        """
+        self.check_size(size)
+        if name in self.names and self.names[name].pinned:
+            self.check_pins(name, digest, size)
+
+    def stored(self, record: NameRecord) -> NameRecord:
+        """The part of a record that the store keeps."""
+        return msgspec.structs.replace(record, versions=record.versions[: self._keep_versions])
+
+    def apply(self, name: str, record: NameRecord | None) -> None:
+        """Let a name refer to a record's versions, or to nothing."""
+        before = self.names.pop(name, NameRecord([]))
+        for digest in before.versions:
+            self.versions[digest].names.discard(name)
+        if record is not None:
+            known = [digest for digest in record.versions if digest in self.versions]
+            kept = known[: self._keep_versions]
+            leased = [digest for digest in known[self._keep_versions :] if self.versions[digest].leases]
+            self.names[name] = msgspec.structs.replace(record, versions=[*kept, *leased])
+            for digest in self.names[name].versions:
+                self.versions[digest].names.add(name)
+        if before.pinned or (record is not None and record.pinned):
+            named = self.names.values()
+            self.pinned = frozenset(each.versions[0] for each in named if each.pinned and not each.unlisted)
+
+    # --- leases --------------------------------------------------------------------------------------------------
+
+    def find(self, use: AdapterUse) -> Version:
+        """The version that a request names. Raises AdapterNotFound, or BadRequest for an ambiguous one."""
+        digests = self.record(use.name).versions
+        if use.version is not None:
+            digests = [digest for digest in digests if digest.startswith(use.version)]
+            if not digests:
+                raise adapter_not_found(f"{use.name}@{use.version}")
+            if len(digests) > 1:
+                raise BadRequest(f"{use.version} names more than one version of {use.name}", param="adapter")
+        return self.versions[digests[0]]
+
+    def lease(self, version: Version) -> int:
+        """Lease a version; returns the number of the lease."""
+        self._leases += 1
+        version.leases[self._leases] = None
+        self._leased[version.digest] = version
+        self.touch(version)
+        return self._leases
+
+    def release(self, version: Version, lease: int) -> None:
+        """Release a lease."""
+        del version.leases[lease]
+        if version.leases:
+            return
+        del self._leased[version.digest]
+        for name in list(version.names):
+            record = self.names[name]
+            if version.digest in record.versions[self._keep_versions :]:
+                self.apply(name, record)
+
+    def touch(self, version: Version) -> None:
+        """Make a version the most recently used one."""
+        self._clock += 1
+        version.used = self._clock
+
+    @property
+    def leased(self) -> list[Version]:
+        """Leased versions, the one with the oldest lease first."""
+        return sorted(self._leased.values(), key=lambda version: next(iter(version.leases)))
+
+    # --- pins ----------------------------------------------------------------------------------------------------
+
+    def check_pins(self, name: str, digest: str, size: int) -> None:
+        """Check that a name may be pinned to a version of `size` bytes. Raises AdapterBusy."""
+        others = {record.versions[0] for other, record in self.names.items() if record.pinned and other != name}
+        others.discard(digest)
+        if len(others) + 1 >= self.budget.slots:
+            raise AdapterBusy(f"pinning {name} would leave no slot for other adapters", param="name")
+        if self._bytes(others) + size > self.budget.pins:
+            raise AdapterBusy(
+                f"pinning {name} would take more than {self.budget.pins} bytes, "
+                "which is half of the memory for adapters",
+                param="name",
+            )
+
+    # --- what fits -----------------------------------------------------------------------------------------------
+
+    def check_size(self, size: int) -> None:
+        """Check that an adapter of that many bytes can be served at all. Raises TooLarge."""
+        if size > self.budget.one:
+            option = "--adapter-cache-memory" if self.budget.device is None else "half of --adapter-device-memory"
+            raise TooLarge(f"the adapter takes {size} bytes in memory; {option} is {self.budget.one}")
+
+    def check_fits(self, digests: Iterable[str]) -> None:
+        """Check that a request's adapters fit beside the pinned ones. Raises BadRequest.
+
+        Asked at admission, and again when pins or versions change: what became impossible must not wait.
+        """
+        pinned = self.pinned
+        own = set(digests) - pinned
+        if not own:
+            return
+        if len(own) > self.budget.slots - len(pinned):
+            raise BadRequest("more adapters than can be on the device at once, beside pinned ones", param="adapter")
+        most = self.budget.one - (self._bytes(pinned) if self.budget.device is None else 0)
+        if self._bytes(own) > most:
+            raise BadRequest(
+                f"the request's adapters take {self._bytes(own)} bytes; {most} are there for one request's",
+                param="adapter",
+            )
+
+    # --- decisions -----------------------------------------------------------------------------------------------
+
+    def decide_loads(self, wanted: Sequence[str] = (), limit: int = 1) -> Loads:
+        """What to load into host memory next, and what to evict for it.
+
+        Pinned versions come first, then leased ones by their oldest lease, then `wanted` ones. Each stays or comes
+        only if it fits beside those before it, so the oldest request's adapters always come together, and whoever waits
+        becomes the oldest. Of the others, the least recently used (LRU) are evicted, and only as far as needed.
+
+        Args:
+            wanted: versions that an operator asked for.
+            limit: loads at the same time.
+        """
+        needed = (self.versions[digest] for digest in (*self.pinned, *self._leased))
+        if not wanted and all(self._is_coming(version.digest) or version.failure is not None for version in needed):
+            return Loads([], [], [])
+        order = dict.fromkeys([*sorted(self.pinned), *(version.digest for version in self.leased), *wanted])
+        staying: set[str] = set()
+        missing: list[Version] = []
+        loading = [version for version in self.versions.values() if version.loading]
+        room = self.budget.host - sum(version.bytes for version in loading)
+        for version in map(self.versions.__getitem__, order):
+            if version.loading or (version.slot is not None and not version.in_host):
+                continue
+            if version.bytes > room:
+                continue
+            room -= version.bytes
+            staying.add(version.digest)
+            if not version.in_host and version.failure is None:
+                missing.append(version)
+        refuse = [digest for digest in wanted if not self._is_coming(digest) and digest not in staying]
+        load: list[str] = []
+        evict: list[str] = []
+        free = self.budget.host - self.host_bytes
+        for version in missing[: max(0, limit - len(loading))]:
+            evicted = self._evictable(version.bytes - free, staying | set(evict))
+            free += self._bytes(evicted) - version.bytes
+            evict += evicted
+            load.append(version.digest)
+        return Loads(evict, load, refuse)
+
+    def decide_slots(self, digests: Sequence[str]) -> list[str] | None:
+        """Versions to evict from the device so that these get slots beside the pinned ones; None if they do not fit."""
+        missing = [version for digest in dict.fromkeys(digests) if (version := self.versions[digest]).slot is None]
+        if not missing:
+            return []
+        resident = self.resident
+        slots = len(resident) + len(missing) - self.budget.slots
+        excess = 0
+        if self.budget.device is not None:
+            excess = self.device_bytes + self._bytes(version.digest for version in missing) - self.budget.device
+        keep = {*digests, *self.pinned}
+        evict: list[str] = []
+        for version in resident:
+            if slots <= 0 and excess <= 0:
+                break
+            if version.digest not in keep:
+                evict.append(version.digest)
+                slots, excess = slots - 1, excess - version.bytes
+        return None if slots > 0 or excess > 0 else evict
+
+    def _is_coming(self, digest: str) -> bool:
+        return self.versions[digest].loading or self.versions[digest].in_memory
+
+    def _evictable(self, needed: int, keep: Set[str]) -> list[str]:
+        """The least recently used versions in host memory that free `needed` bytes, none of `keep`."""
+        found: list[str] = []
+        for version in sorted(self.versions.values(), key=lambda each: each.used):
+            if needed <= 0:
+                break
+            if version.in_host and version.digest not in keep:
+                found.append(version.digest)
+                needed -= version.bytes
+        return found
+
+    # --- bytes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def resident(self) -> list[Version]:
+        """Versions on the device, least recently used first."""
+        resident = [version for version in self.versions.values() if version.slot is not None]
+        return sorted(resident, key=lambda version: version.used)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that are taken, or will be by loads that have begun."""
+        return sum(version.bytes for version in self.versions.values() if version.in_host or version.loading)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(version.bytes for version in self.versions.values() if version.slot is not None)
+
+    def _bytes(self, digests: Iterable[str]) -> int:
+        return sum(self.versions[digest].bytes for digest in digests)

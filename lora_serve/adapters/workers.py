@@ -1,0 +1,86 @@
+"""Background threads for slow work on adapters; the engine loop collects their results with `poll`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from lora_serve.errors import EngineFault, ServeError, Unavailable
+
+T = TypeVar("T")
+Work = Callable[[], T]
+Done = Callable[[T | ServeError], None]
+
+log = logging.getLogger(__name__)
+
+
+class Workers:
+    """Threads that load adapters, change the store, and wait for compiler processes; none delays another kind.
+
+    Args:
+        wake: called from a thread when a result is ready for `poll`.
+        compilers: adapters that are lowered at the same time.
+    """
+
+    def __init__(self, wake: Callable[[], None], compilers: int) -> None:
+        self._loads = ThreadPoolExecutor(1, "adapter-load")
+        self._store = ThreadPoolExecutor(1, "adapter-store")  # one: changes take effect in the order of calls
+        self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
+        self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._wake = wake
+
+    def load(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work` in the loading thread; `poll` passes its result, or error, to `done`."""
+        self._submit(self._loads, work, done)
+
+    def store(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work` in the thread that changes the store, in the order of calls; `done` as in `load`."""
+        self._submit(self._store, work, done)
+
+    def lower(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which waits for a compiler process; `done` as in `load`."""
+        self._submit(self._compilers, work, done)
+
+    def poll(self, timeout: float | None = None) -> bool:
+        """Run the callbacks of finished work, in the calling thread; returns whether there were any.
+
+        Args:
+            timeout: seconds to wait for the first; None: not at all.
+        """
+        any_ = False
+        while True:
+            try:
+                finish = self._finished.get_nowait() if any_ or timeout is None else self._finished.get(timeout=timeout)
+            except Empty:
+                return any_
+            any_ = True
+            try:
+                finish()
+            except Exception:  # a bug in one operation must not end everybody's requests
+                log.exception("an operation on an adapter failed")
+
+    def close(self) -> None:
+        """Wait for running work and drop queued work."""
+        for executor in (self._loads, self._compilers, self._store):
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:
+        def run() -> None:
+            result: T | ServeError
+            try:
+                result = work()
+            except ServeError as error:
+                result = error
+            except Exception as error:  # a bug or a disk fault: report it, keep the thread alive
+                log.exception("work on an adapter failed")
+                result = EngineFault(f"the adapter could not be read or stored ({type(error).__name__})")
+            self._finished.put(lambda: done(result))
+            self._wake()
+
+        try:
+            executor.submit(run)
+        except RuntimeError:  # closed
+            self._finished.put(lambda: done(Unavailable("the server is shutting down", retry_after=5)))

@@ -1,0 +1,236 @@
+"""Weights of the base, read one module at a time from its checkpoint, for lowering adapters in another process.
+
+Adapters are lowered where the resident base is not at hand. A few formats need weights of it (DoRA, PiSSA, OLoRA, KaSA,
+saved heads); these are read as the resident base got them: by transformers' own conversion from checkpoint to
+modules, in the serving dtype, and rounded where the resident base was quantised at load.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.logging import disable_progress_bar
+
+import lora_serve.model.baichuan  # noqa: F401  # registers its classes with transformers
+from lora_serve.adapters.adapter import divide_rows
+from lora_serve.kernels.packed_weight import Scheme, dequantize, quantize
+from lora_serve.model.experts import expert_weight
+from lora_serve.model.external_quantization import dequantized_weight, is_externally_quantized, prepare_modules
+from lora_serve.model.identity_experts import mark_experts
+
+_EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor of a safetensors file, as transformers' loader takes it: read when it is indexed.
+
+    The mapping is read-only and shared, so it is no memory of this process, as safetensors' own would be.
+    """
+
+    file: mmap.mmap
+    offset: int
+    dtype: str
+    shape: list[int]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        dtype = DTYPES[self.dtype]
+        with warnings.catch_warnings(action="ignore"):  # that it cannot be written
+            flat = torch.frombuffer(self.file, dtype=dtype, count=prod(self.shape), offset=self.offset)
+        whole: Tensor = flat.view(self.shape)[index]
+        return whole
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+
+class _MappedEntry(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def map_tensors(path: Path) -> dict[str, MappedTensor]:
+    """The tensors of a safetensors file of the operator's, by name."""
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = msgspec.json.decode(mapping[8:start], type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    entries = {name: msgspec.json.decode(entry, type=_MappedEntry) for name, entry in header.items()}
+    return {
+        name: MappedTensor(mapping, start + entry.data_offsets[0], entry.dtype, entry.shape)
+        for name, entry in entries.items()
+    }
+
+
+class _Checkpoint(NamedTuple):
+    """The model without weights, and its checkpoint's tensors by the path that each one has in the model."""
+
+    model: Any
+    slices: dict[str, Any]  # by name in the checkpoint; read when they are sliced
+    paths: dict[str, str]  # name in the checkpoint → path in the model
+    loading: LoadStateDictConfig
+
+
+@dataclass
+class CheckpointWeights:
+    """Weights of a base by module path. Picklable; files are opened on first use.
+
+    Args:
+        name, revision: of the base, as it was loaded.
+        dtype: in which the resident base holds its parameters.
+        head: path of the LM head.
+        tied: path of the embedding whose weight the head shares; empty if it has its own.
+        divided: modules whose weight's rows are divided by their lengths at load.
+        schemes: how the resident base's sites were quantised at load, by site.
+        external: whether the checkpoint itself is quantised, so that its library has to load it as a whole.
+    """
+
+    name: str
+    revision: str | None
+    dtype: torch.dtype
+    head: str
+    tied: str = ""
+    divided: frozenset[str] = frozenset()
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    external: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_checkpoint", "_loaded", "_seen")}
+
+    def weight(self, site: str) -> Tensor:
+        """A site's weight [out, in] as the resident base's forward pass uses it. Raises KeyError if it has none."""
+        expert = _EXPERT.fullmatch(site)
+        if expert is not None:
+            weight = expert_weight(self._module(expert[1]), expert[2], int(expert[3]))
+        else:
+            module = self._module(site)
+            if is_externally_quantized(module):
+                return dequantized_weight(module)
+            weight = self._parameter(site, module, "weight")
+            weight = weight.T if isinstance(module, Conv1D) else weight
+        scheme = self.schemes.get(site)
+        return weight.detach() if scheme is None else dequantize(*quantize(weight, scheme))
+
+    def parameter(self, path: str) -> Tensor:
+        """A parameter by its path in the model, as the checkpoint has it. Raises KeyError if there is none."""
+        name, _, leaf = path.rpartition(".")
+        module = self._module(name)
+        if leaf == "weight" and is_externally_quantized(module):
+            return dequantized_weight(module)
+        return self._parameter(name, module, leaf)
+
+    def _parameter(self, path: str, module: Any, leaf: str) -> Tensor:
+        parameter = getattr(module, leaf, None)
+        if not isinstance(parameter, Tensor):
+            raise KeyError(f"{path}.{leaf}")
+        return divide_rows(parameter.detach()) if leaf == "weight" and path in self.divided else parameter.detach()
+
+    def _module(self, path: str) -> Any:
+        """The module at a path, with its own parameters."""
+        path = self.tied if self.tied and path == self.head else path
+        if self.external:
+            return self._loaded.get_submodule(path)
+        module = self._checkpoint.model.get_submodule(path)
+        if _on_meta(module):
+            self._read(f"{path}.")
+        if _on_meta(module):  # made of tensors that go by another name: its neighbours come with it
+            self._read(f"{path.rpartition('.')[0]}.")
+        if _on_meta(module):
+            raise KeyError(path)
+        return module
+
+    def _read(self, prefix: str) -> None:
+        """Read all parameters below a prefix."""
+        checkpoint = self._checkpoint
+        wanted = {name: checkpoint.slices[name] for name, path in checkpoint.paths.items() if path.startswith(prefix)}
+        if wanted:
+            convert_and_load_state_dict_in_model(checkpoint.model, wanted, checkpoint.loading)
+
+    @cached_property
+    def _checkpoint(self) -> _Checkpoint:
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=self.dtype, trust_remote_code=False
+            )
+        mapping = get_model_conversion_mapping(model)
+        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        mark_experts(model)
+        state = model.state_dict()
+        slices: dict[str, Any] = {}
+        for file in checkpoint_files(self.name, self.revision):
+            slices |= map_tensors(Path(file))
+        prefix = model.base_model_prefix
+        paths = {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in slices}
+        loading = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=model._get_dtype_plan(self.dtype),
+            weight_mapping=mapping,  # type: ignore[arg-type]  # declared as a list of a subclass
+        )
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        return _Checkpoint(model, slices, paths, loading)
+
+    @cached_property
+    def _loaded(self) -> Any:
+        """The whole model, as its quantisation library loads it on the CPU."""
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_pretrained(
+            self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True, device_map="cpu"
+        )
+        prepare_modules(self.name, model, self.dtype)
+        return model
+
+
+def checkpoint_files(name: str, revision: str | None) -> tuple[str, ...]:
+    """Paths of a checkpoint's safetensors files, of a local folder or of the hub's cache."""
+
+    def cached(file: str) -> Any:
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    single = cached(SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return (str(single),)
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return ()
+    shards, _ = get_checkpoint_shard_files(name, index, revision=revision)  # type: ignore[no-untyped-call]
+    return tuple(map(str, shards))
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
