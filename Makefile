@@ -22,8 +22,8 @@ test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
 
 # Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
 # (the GPU's, in the interpreter; lowering and the store).
-ASAN_TESTS := tests/kernels tests/adapters/test_device_slots.py tests/adapters/test_registry.py \
-	tests/model/test_recorded_steps.py tests/engine/test_loading_beside_steps.py
+ASAN_TESTS := tests/kernels tests/adapters/test_device_slots.py tests/model/test_recorded_steps.py \
+	tests/engine/test_loading_beside_steps.py
 
 asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of the kernels, or ARGS="tests/kernels"
 	@compiler=$${CXX:-$$(command -v c++ || command -v g++ || true)}; \
