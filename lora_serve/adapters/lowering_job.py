@@ -142,6 +142,7 @@ def _release() -> str:
         *(adapters / name for name in ("adapter.py", "checkpoint.py", "finite.py", "lowered_file.py")),
         *(adapters / name for name in ("lowering_job.py", "pooling_config.py", "traits.py")),
         kernels / "packed_weight.py",
+        model / "checkpoint_files.py",
         model / "checkpoint_weights.py",
     ]
     digest = sha256()

@@ -17,7 +17,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,13 +29,14 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
 import lora_serve.model.baichuan  # noqa: F401  # registers its classes with transformers
 from lora_serve.adapters.adapter import divide_rows
+from lora_serve.adapters.checkpoint import DTYPES as PARAMETER_DTYPES
+from lora_serve.adapters.checkpoint import INDEX_DTYPES
 from lora_serve.kernels.packed_weight import Scheme, dequantize, quantize
+from lora_serve.model.checkpoint_files import CheckpointTensor, read_header, weight_files
 from lora_serve.model.experts import expert_weight
 from lora_serve.model.external_quantization import dequantized_weight, is_externally_quantized, prepare_modules
 from lora_serve.model.identity_experts import mark_experts
@@ -44,10 +44,7 @@ from lora_serve.model.identity_experts import mark_experts
 _EXPERT = re.compile(r"(.+)\.(\w+)\[(\d+)\]")
 
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+DTYPES = PARAMETER_DTYPES | INDEX_DTYPES | {"I8": torch.int8, "BOOL": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -57,43 +54,22 @@ class MappedTensor:
     The mapping is read-only and shared, so it is no memory of this process, as safetensors' own would be.
     """
 
-    file: mmap.mmap
-    offset: int
-    dtype: str
-    shape: list[int]
+    mapping: mmap.mmap
+    stored: CheckpointTensor
 
     def __getitem__(self, index: Any) -> Tensor:
-        dtype = DTYPES[self.dtype]
+        stored, dtype = self.stored, DTYPES[self.stored.dtype]
         with warnings.catch_warnings(action="ignore"):  # that it cannot be written
-            flat = torch.frombuffer(self.file, dtype=dtype, count=prod(self.shape), offset=self.offset)
-        whole: Tensor = flat.view(self.shape)[index]
+            flat = torch.frombuffer(self.mapping, dtype=dtype, count=prod(stored.shape), offset=stored.start)
+        whole: Tensor = flat.view(stored.shape)[index]
         return whole
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-    def get_shape(self) -> list[int]:
-        return self.shape
-
-
-class _MappedEntry(msgspec.Struct):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
 
 
 def map_tensors(path: Path) -> dict[str, MappedTensor]:
-    """The tensors of a safetensors file of the operator's, by name."""
+    """The tensors of a safetensors file, by name."""
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(mapping[:8], "little")
-    header = msgspec.json.decode(mapping[8:start], type=dict[str, msgspec.Raw])
-    header.pop("__metadata__", None)
-    entries = {name: msgspec.json.decode(entry, type=_MappedEntry) for name, entry in header.items()}
-    return {
-        name: MappedTensor(mapping, start + entry.data_offsets[0], entry.dtype, entry.shape)
-        for name, entry in entries.items()
-    }
+    return {each.name: MappedTensor(mapping, each) for each in read_header(path)}
 
 
 class _Checkpoint(NamedTuple):
@@ -129,7 +105,7 @@ class CheckpointWeights:
     external: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_checkpoint", "_loaded", "_seen")}
+        return {key: value for key, value in vars(self).items() if key not in ("_checkpoint", "_loaded")}
 
     def weight(self, site: str) -> Tensor:
         """A site's weight [out, in] as the resident base's forward pass uses it. Raises KeyError if it has none."""
@@ -193,8 +169,8 @@ class CheckpointWeights:
         mark_experts(model)
         state = model.state_dict()
         slices: dict[str, Any] = {}
-        for file in checkpoint_files(self.name, self.revision):
-            slices |= map_tensors(Path(file))
+        for file in weight_files(self.name, self.revision):
+            slices |= map_tensors(file)
         prefix = model.base_model_prefix
         paths = {name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in slices}
         loading = LoadStateDictConfig(
@@ -214,22 +190,6 @@ class CheckpointWeights:
         )
         prepare_modules(self.name, model, self.dtype)
         return model
-
-
-def checkpoint_files(name: str, revision: str | None) -> tuple[str, ...]:
-    """Paths of a checkpoint's safetensors files, of a local folder or of the hub's cache."""
-
-    def cached(file: str) -> Any:
-        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-
-    single = cached(SAFE_WEIGHTS_NAME)
-    if single is not None:
-        return (str(single),)
-    index = cached(SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        return ()
-    shards, _ = get_checkpoint_shard_files(name, index, revision=revision)  # type: ignore[no-untyped-call]
-    return tuple(map(str, shards))
 
 
 def _on_meta(module: nn.Module) -> bool:

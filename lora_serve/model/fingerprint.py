@@ -10,29 +10,17 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from transformers.utils.hub import cached_file
 
 from lora_serve.errors import ModelUnsupported
+from lora_serve.model.checkpoint_files import CheckpointTensor, find_file, read_header, weight_files
 
 SAMPLE = 4096  # bytes from the middle of a tensor; few pages, yet enough for training that changes few numbers
 MOST_SAMPLES = 2048  # tensors of which the data is sampled
-MAX_HEADER = 256 << 20  # bytes
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 # Fields of config.json, at any depth, that say where a checkpoint came from, not what it is.
 _PROVENANCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
-
-
-class _Tensor(NamedTuple):
-    name: str
-    dtype: str
-    shape: list[int]
-    file: Path
-    start: int  # in the file
-    end: int
 
 
 def base_fingerprint(name: str, revision: str | None) -> str:
@@ -44,8 +32,8 @@ def base_fingerprint(name: str, revision: str | None) -> str:
     Raises: ModelUnsupported if its configuration or safetensors files are missing or cannot be read.
     """
     try:
-        config = msgspec.json.decode(_find(name, revision, "config.json").read_bytes())
-        tensors = sorted(each for file in _weight_files(name, revision) for each in _read_header(file))
+        config = msgspec.json.decode(find_file(name, revision, "config.json").read_bytes())
+        tensors = sorted(each for file in weight_files(name, revision) for each in read_header(file))
         found = hashlib.sha256(msgspec.json.encode(_without_provenance(config), order="sorted"))
         for tensor in tensors:
             found.update(msgspec.json.encode([tensor.name, tensor.dtype, tensor.shape]))
@@ -59,38 +47,7 @@ def base_fingerprint(name: str, revision: str | None) -> str:
         raise ModelUnsupported(f"the checkpoint of {name!r} cannot be identified: {reason}") from error
 
 
-def _weight_files(name: str, revision: str | None) -> list[Path]:
-    """The checkpoint's safetensors files. Raises FileNotFoundError if it has none."""
-    try:
-        return [_find(name, revision, WEIGHTS_FILE)]
-    except FileNotFoundError:
-        index = msgspec.json.decode(_find(name, revision, INDEX_FILE).read_bytes())
-        return [_find(name, revision, file) for file in sorted(set(index["weight_map"].values()))]
-
-
-def _find(name: str, revision: str | None, file: str) -> Path:
-    found = cached_file(
-        name, file, revision=revision or "main", local_files_only=True, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-    )  # fmt: skip
-    if found is None:
-        raise FileNotFoundError(f"it has no {file}")
-    return Path(found)
-
-
-def _read_header(path: Path) -> Iterable[_Tensor]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"{path.name} has a header of {length} bytes")
-        header = msgspec.json.decode(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield _Tensor(name, entry["dtype"], entry["shape"], path, 8 + length + start, 8 + length + end)
-
-
-def _samples(tensors: Iterable[_Tensor]) -> Iterable[bytes]:
+def _samples(tensors: Iterable[CheckpointTensor]) -> Iterable[bytes]:
     """Bytes from the middle of each tensor, the whole of a small one."""
     descriptors: dict[Path, int] = {}
     try:

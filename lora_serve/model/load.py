@@ -6,7 +6,6 @@ A model that flat batches with paged attention would serve wrongly is refused, b
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,8 @@ from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.baichuan import divide_head
 from lora_serve.model.base_pooling import read_pooling
-from lora_serve.model.checkpoint_weights import CheckpointWeights, checkpoint_files
+from lora_serve.model.checkpoint_files import weight_files
+from lora_serve.model.checkpoint_weights import CheckpointWeights
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -213,9 +213,7 @@ def _load(
         headless=headless,
         pooling=pooling,
         not_embedding=not_embedding,
-        loaded_whole=0
-        if quantized is None
-        else sum(os.path.getsize(file) for file in checkpoint_files(name, revision)),
+        loaded_whole=0 if quantized is None else sum(file.stat().st_size for file in weight_files(name, revision)),
     )
 
 
