@@ -18,7 +18,9 @@ import threading
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -78,11 +80,9 @@ class Compiler:
         results, sender = self._processes.Pipe(duplex=False)
         arguments = (sender, self._context, msgspec.json.encode(job), self._limits, self.niceness)
         try:
-            process = self._processes.Process(target=_main, args=arguments, daemon=True)
-            process.start()
+            process = self._start(arguments)
         except (OSError, EOFError):  # the process that they are forked from was killed; it is started again
-            process = self._processes.Process(target=_main, args=arguments, daemon=True)
-            process.start()
+            process = self._start(arguments)
         finally:
             sender.close()
         try:
@@ -101,6 +101,11 @@ class Compiler:
             assert outcome.failure is not None
             raise outcome.failure.error()
         return outcome.version
+
+    def _start(self, arguments: tuple[Any, ...]) -> BaseProcess:
+        process = self._processes.Process(target=_main, args=arguments, daemon=True)
+        process.start()
+        return process
 
 
 def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits, niceness: int) -> None:

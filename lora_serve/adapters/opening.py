@@ -16,9 +16,10 @@ from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
+from lora_serve.adapters.store_records import IDENTITY
 from lora_serve.errors import AdapterBroken, AdapterInvalid, ServeError
 from lora_serve.messages import AdapterInfo, Publish
-from lora_serve.names import CONFIG, MODULES, POOLING, WEIGHTS, check_adapter_name
+from lora_serve.names import CONFIG, check_adapter_name
 
 Progress = Callable[[int, int], None]  # adapters that are ready, and of how many
 
@@ -138,7 +139,7 @@ def _explain(folder: Path) -> str:
 def _signature(folder: Path) -> str:
     """Identity of a folder's files, from their paths, sizes and times."""
     signature = sha256()
-    for path in (folder / name for name in (CONFIG, WEIGHTS, MODULES, POOLING)):
+    for path in (folder / name for name in IDENTITY):
         if path.exists():
             status = path.stat()
             signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
@@ -57,13 +59,8 @@ class Publisher:
         """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied."""
 
         def work() -> StagedVersion:
-            staged = self._store.stage()
-            job = LoweringJob(str(folder), str(staged), move=self._store.is_staged(folder))
             try:
-                return StagedVersion(staged, self._compiler.lower(job))
-            except BaseException:
-                _remove(staged)
-                raise
+                return self._lower(LoweringJob(str(folder), move=self._store.is_staged(folder)))
             finally:
                 self._remove_staged(folder)
 
@@ -84,13 +81,7 @@ class Publisher:
         """Make a stored version's lowered file from its PEFT files, in place of any that it has."""
 
         def work() -> StagedVersion:
-            staged = self._store.stage()
-            job = LoweringJob(str(self._store.folder(digest)), str(staged), version=self._store.version(digest))
-            try:
-                return StagedVersion(staged, self._compiler.lower(job))
-            except BaseException:
-                _remove(staged)
-                raise
+            return self._lower(LoweringJob(str(self._store.folder(digest)), version=self._store.version(digest)))
 
         def on_lowered(result: StagedVersion | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -167,6 +158,15 @@ class Publisher:
 
     def close(self) -> None:
         self._store.close()
+
+    def _lower(self, job: LoweringJob) -> StagedVersion:
+        """Lower an adapter into a new folder in staging."""
+        staged = self._store.stage()
+        try:
+            return StagedVersion(staged, self._compiler.lower(msgspec.structs.replace(job, staged=str(staged))))
+        except BaseException:
+            _remove(staged)
+            raise
 
     def _remove_staged(self, folder: Path) -> None:
         if self._store.is_staged(folder):

@@ -1,8 +1,8 @@
 """The engine's interface to adapters: leases on exact versions, and the admin operations on names.
 
 Used by the engine's loop alone, and never blocks: slow work is the `Publisher`'s and the `AdapterMemory`'s, whose
-results are handled in `poll`. Requests and operations take effect in the order in which they arrive; publishing and
-deleting one name wait for each other.
+results are handled in `poll`. Requests and operations take effect in the order in which they arrive: those that change
+what a name refers to, or how, wait for each other.
 """
 
 from __future__ import annotations
@@ -175,30 +175,17 @@ class Registry:
         self._check_not_broken(name)
         record = self._residency.names.get(name)
         if record is not None and record.unlisted:
-
-            def on_listed(error: ServeError | None) -> None:
-                try:
-                    if error is not None:
-                        raise error
-                    self.load(name, done)
-                except ServeError as failure:
-                    done(failure)
-
-            self._in_order(name, lambda done: self._set(name, done, unlisted=False), on_listed)
+            on_listed = _if_successful(lambda: self.load(name, done), done)
+            self._in_order(name, lambda end: self._set(name, end, unlisted=False), on_listed)
             return
         version = self._residency.current(name)
         version.evict_when_unused = False
 
-        def on_loaded(error: ServeError | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                self.memory.prefetch(version)
-                done(self.describe(name))
-            except ServeError as failure:
-                done(failure)
+        def finish() -> None:
+            self.memory.prefetch(version)
+            done(self.describe(name))
 
-        self.memory.load(version, on_loaded)
+        self.memory.load(version, _if_successful(finish, done))
 
     def evict(self, name: str, done: Done) -> None:
         """Free the newest version's host and device memory: now, or when its last lease is released."""
@@ -280,17 +267,14 @@ class Registry:
                     [digest, *(each for each in older if each != digest)], operation.source, stored.pinned
                 )
 
-            def on_stored(error: ServeError | None) -> None:
-                if error is not None:
-                    done(error)
-                    return
+            def finish() -> None:
                 self.add(version.summary, version.record.created)
                 self._apply(name, record_now())
                 self._add_repaired(digest)
                 self._drop_unknown(stored)
                 done(self.describe(name))
 
-            self._publisher.store(name, staged, self._residency.stored(record_now()), on_stored)
+            self._publisher.store(name, staged, self._residency.stored(record_now()), _if_successful(finish, done))
 
         self._publisher.lower(Path(operation.folder), on_lowered)
 
@@ -301,16 +285,11 @@ class Registry:
             digest = record.versions[0]
             self._residency.check_pins(name, digest, self._residency.versions[digest].bytes)
 
-        def on_saved(error: ServeError | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                if pinned:
-                    self.load(name, on_loaded)
-                else:
-                    done(self.describe(name))
-            except ServeError as failure:
-                done(failure)
+        def finish() -> None:
+            if pinned:
+                self.load(name, on_loaded)
+            else:
+                done(self.describe(name))
 
         def on_loaded(result: AdapterInfo | ServeError) -> None:
             if isinstance(result, ServeError) and name in self._residency.names:
@@ -318,7 +297,7 @@ class Registry:
             else:
                 done(result)
 
-        self._set(name, on_saved, pinned=pinned)
+        self._set(name, _if_successful(finish, done), pinned=pinned)
 
     def _unload(self, name: str, done: Done) -> None:
         stored = self._publisher.stored(name)
@@ -461,6 +440,20 @@ class Registry:
             report=version.summary.report,
             vocab_size=version.summary.traits.vocabulary or None,
         )
+
+
+def _if_successful(action: Callable[[], None], done: Done) -> Callable[[ServeError | None], None]:
+    """A callback that goes on with an operation, or ends it with the error that it gets or that going on raises."""
+
+    def callback(error: ServeError | None) -> None:
+        try:
+            if error is not None:
+                raise error
+            action()
+        except ServeError as failure:
+            done(failure)
+
+    return callback
 
 
 def _inspection(summary: Summary) -> Inspection:

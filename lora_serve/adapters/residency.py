@@ -79,6 +79,11 @@ class Version:
         return self.in_host or self.slot is not None
 
     @property
+    def holds_memory(self) -> bool:
+        """Whether it is in memory, or on its way there."""
+        return self.in_memory or self.loading
+
+    @property
     def tiers(self) -> list[str]:
         """Where it is besides the disk."""
         return ["host"] * self.in_host + ["device"] * (self.slot is not None)
@@ -258,7 +263,7 @@ class Residency:
             limit: loads at the same time.
         """
         needed = (self.versions[digest] for digest in (*self.pinned, *self._leased))
-        if not wanted and all(self._is_coming(version.digest) or version.failure is not None for version in needed):
+        if not wanted and all(version.holds_memory or version.failure is not None for version in needed):
             return Loads([], [], [])
         order = dict.fromkeys([*sorted(self.pinned), *(version.digest for version in self.leased), *wanted])
         staying: set[str] = set()
@@ -274,7 +279,7 @@ class Residency:
             staying.add(version.digest)
             if not version.in_host and version.failure is None:
                 missing.append(version)
-        refuse = [digest for digest in wanted if not self._is_coming(digest) and digest not in staying]
+        refuse = [digest for digest in wanted if not self.versions[digest].holds_memory and digest not in staying]
         load: list[str] = []
         evict: list[str] = []
         free = self.budget.host - self.host_bytes
@@ -304,9 +309,6 @@ class Residency:
                 evict.append(version.digest)
                 slots, excess = slots - 1, excess - version.bytes
         return None if slots > 0 or excess > 0 else evict
-
-    def _is_coming(self, digest: str) -> bool:
-        return self.versions[digest].loading or self.versions[digest].in_memory
 
     def _evictable(self, needed: int, keep: Set[str]) -> list[str]:
         """The least recently used versions in host memory that free `needed` bytes, none of `keep`."""
