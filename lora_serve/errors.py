@@ -7,6 +7,7 @@ addresses, server paths or prompt text.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 import msgspec
@@ -101,6 +102,7 @@ class StorageFull(ServeError):
     """The disk of the store is full; partial files have been removed."""
 
     kind = "storage_full"
+    errnos: ClassVar = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError` that means this
 
 
 class StoreUnusable(ServeError):

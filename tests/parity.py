@@ -34,14 +34,20 @@ def make_adapter(
         noise: standard deviation of the noise added to each trainable parameter.
         reload: return what PEFT loads from `folder` onto a fresh base, as a user would, not the model itself.
     """
+    model = save_noisy_adapter(reference(architecture), folder, seed, config, noise=noise)
+    return load_peft(architecture, folder) if reload else model
+
+
+def save_noisy_adapter(base: Any, folder: Path, seed: int, config: peft.PeftConfig, *, noise: float) -> Any:
+    """A PEFT model over a copy of `base`, saved to `folder`: its method's initialisation plus noise everywhere."""
     torch.manual_seed(seed)
-    model = peft.get_peft_model(copy.deepcopy(reference(architecture)), config).eval()
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder)
-    return load_peft(architecture, folder) if reload else model
+    return model
 
 
 def load_peft(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from parity import save_noisy_adapter
 from server_process import DEMO, ServerProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,13 +72,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path | 
     note("", None, base)
     for seed, (name, config) in enumerate(configs(inputs["input_ids"][0, -3:-1].tolist()).items()):
         folder = tmp_path_factory.mktemp("adapters") / name
-        torch.manual_seed(seed)
-        made = peft.get_peft_model(copy.deepcopy(base), config).eval()
-        with torch.no_grad():
-            for parameter in made.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        made.save_pretrained(folder)
+        save_noisy_adapter(base, folder, seed, config, noise=0.1)
         note(name, folder, peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval())
     return found
 

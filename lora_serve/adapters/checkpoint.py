@@ -84,8 +84,13 @@ class StoredTensor(NamedTuple):
     shape: list[int]
 
 
-def read(folder: Path, *, max_bytes: int, most_elements: int = MOST_ELEMENTS) -> Checkpoint:
+def read(
+    folder: Path, *, max_bytes: int, most_elements: int = MOST_ELEMENTS, vocabulary: str | None = None
+) -> Checkpoint:
     """Read `adapter_config.json`, `adapter_model.safetensors` and sentence-transformers' files of a folder.
+
+    Args:
+        vocabulary: digest of the tokenizer's vocabulary, where it is known; None: that of the folder's tokenizer.
 
     Raises: AdapterInvalid naming what is wrong, first of all a method that is not served; TooLarge if the weights file
     exceeds `max_bytes`.
@@ -106,7 +111,7 @@ def read(folder: Path, *, max_bytes: int, most_elements: int = MOST_ELEMENTS) ->
         config=config,
         tensors=load_tensors(data),
         file_bytes=len(config_bytes) + len(data),
-        vocabulary=vocabulary_digest(folder),
+        vocabulary=vocabulary_digest(folder) if vocabulary is None else vocabulary,
         modules=modules,
         pooling=pooling,
         most_elements=most_elements,

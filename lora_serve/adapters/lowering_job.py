@@ -6,7 +6,7 @@ The files are untrusted, so this runs in no process that another one needs to li
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -91,8 +91,9 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
     record = describe_folder(folder, vocabulary)
     if job.version is not None and record.digest != job.version.digest:
         raise AdapterBroken("its stored files are not those that were published")
-    read = checkpoint.read(folder, max_bytes=context.max_bytes, most_elements=context.max_elements)
-    read = replace(read, vocabulary=vocabulary)
+    read = checkpoint.read(
+        folder, max_bytes=context.max_bytes, most_elements=context.max_elements, vocabulary=vocabulary
+    )
     lowered = lower(read, context.base)
     check_finite(lowered, context.dtype)
     _check_size(lowered, context)

@@ -7,7 +7,6 @@ layout. Methods may block, and are not thread-safe.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from lora_serve.adapters.store_records import (
 from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterInvalid, StorageFull, StoreUnusable
 from lora_serve.names import check_name
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 
 
@@ -282,7 +280,7 @@ class Store:
             yield
         except OSError as error:
             log.error("the adapter store %s cannot be written: %s", self._folder.root, error)
-            if error.errno in _FULL:
+            if error.errno in StorageFull.errnos:
                 raise StorageFull("the disk of the adapter store is full; nothing was changed") from error
             raise StoreUnusable(
                 f"the adapter store cannot be written ({error.strerror}); nothing was changed"

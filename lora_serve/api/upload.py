@@ -7,7 +7,6 @@ disconnect alike. The content of the adapter's files is checked by the engine.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import os
 import re
@@ -76,7 +75,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in StorageFull.errnos:
             raise StorageFull("the disk of the adapter store is full") from error
         raise
 

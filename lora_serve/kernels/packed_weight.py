@@ -29,11 +29,11 @@ _LEAST = 1e-30  # smallest scale or step; where numbers are smaller, the integer
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """One layer's weights W [out, in]. The layout of `data` and `scale` is the backend's own.
+class _Packed:
+    """Weights in a backend's own layout.
 
     Attributes:
-        shape: (out, in).
+        shape: (out, in) of one matrix.
         dtype: of the weights that were packed.
         scheme: how they are quantised; None: full precision.
     """
@@ -49,20 +49,15 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
-@dataclass(frozen=True, eq=False)
-class PackedExpertWeights:
+class PackedWeight(_Packed):
+    """One layer's weights W [out, in]."""
+
+
+class PackedExpertWeights(_Packed):
     """The weights [experts, out, in] of one layer of a mixture's experts, one `PackedWeight` after the other in memory.
 
-    Attributes:
-        shape, dtype, scheme: of each expert's weight.
-        data, scale: as of one expert, stacked: [experts, ...].
+    `data` and `scale` are [experts, ...].
     """
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    scheme: Scheme | None
-    data: Tensor
-    scale: Tensor | None = None
 
     @classmethod
     def pack(cls, weights: Tensor, pack: Callable[[Tensor], PackedWeight]) -> PackedExpertWeights:
@@ -84,10 +79,6 @@ class PackedExpertWeights:
     def __getitem__(self, expert: int) -> PackedWeight:
         scale = None if self.scale is None else self.scale[expert]
         return PackedWeight(self.shape, self.dtype, self.scheme, self.data[expert], scale)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
 def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:

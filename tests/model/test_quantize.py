@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import logits, read_adapter
+from parity import logits, read_adapter, save_noisy_adapter
 from support import ARCHITECTURES, COMMON, EXPERTS, make_model, reference, save, uncentred
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
@@ -58,14 +58,8 @@ def test_adapters_over_a_quantised_base_equal_peft_over_the_dequantised_one(
     driver, theirs = serve(tmp_path / "base", scheme, dtype, native)
     models, routes = [theirs], [[]]
     for index, (name, options) in enumerate(ADAPTERS.items()):
-        torch.manual_seed(index)
         config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LINEAR} | options)
-        model = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.08)
-        model.save_pretrained(tmp_path / name)
+        save_noisy_adapter(theirs, tmp_path / name, index, config, noise=0.08)
         models.append(peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / name).eval())
         routes.append([(driver.load_adapter(read_adapter(driver, tmp_path / name)), 1.0)])
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40, 41, 50]] * len(models), decode=3, adapters=routes)
@@ -111,15 +105,9 @@ def test_a_composition_adds_weighted_deltas_to_what_quantised_modules_compute(sc
 @pytest.mark.parametrize("feature", ["plain", "dora", "pissa", "bias"])
 def test_a_bf16_base_is_as_close_to_exact_as_peft_in_bf16(feature: str, tmp_path: Path) -> None:
     driver = Driver(save("llama", tmp_path / "base"), dtype="bfloat16")
-    torch.manual_seed(0)
     config = peft.LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": LINEAR} | ADAPTERS[feature])
     rounded = copy.deepcopy(reference("llama")).to(torch.bfloat16)
-    exact = peft.get_peft_model(copy.deepcopy(rounded).float(), config).eval()
-    with torch.no_grad():
-        for parameter in exact.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    exact.save_pretrained(tmp_path / "a")
+    exact = save_noisy_adapter(copy.deepcopy(rounded).float(), tmp_path / "a", 0, config, noise=0.05)
     route = [(driver.load_adapter(read_adapter(driver, tmp_path / "a")), 1.0)]
     rows = driver.teach([[5, 9, 33, 60, 21, 7, 8, 40]] * 2, decode=3, adapters=[route, []])[0].float()
     truth = logits(exact, driver.sequences[0])

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import logits, read_adapter
+from parity import logits, read_adapter, save_noisy_adapter
 from support import COMMON, EXPERTS, uncentred
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig, PretrainedConfig
@@ -60,14 +60,8 @@ def serve(base: str, folder: Path, scheme: Scheme, dtype: str = "float32", nativ
 
 def make(name: str, theirs: Any, folder: Path, seed: int) -> Any:
     """A PEFT model whose adapter is its method's initialisation plus noise, saved and loaded again."""
-    torch.manual_seed(seed)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | ADAPTERS[name])
-    model = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
+    save_noisy_adapter(theirs, folder, seed, config, noise=0.05)
     return peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder).eval()
 
 

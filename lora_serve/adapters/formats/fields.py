@@ -68,6 +68,14 @@ def number(config: Config, field: str, default: float, shown: str | None = None)
     return value
 
 
+def name_list(config: Config, field: str) -> list[str]:
+    """A field's names; none if it is not there. Raises AdapterInvalid naming the field if it is no list of strings."""
+    given = config.get(field) or []
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise AdapterInvalid(f"{field} in adapter_config.json is not a list of names")
+    return given
+
+
 class Patterns:
     """A `rank_pattern` or `alpha_pattern`: the value of the first key that matches a module's path.
 

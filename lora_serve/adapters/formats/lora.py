@@ -29,7 +29,7 @@ from lora_serve.adapters.adapter import BaseShape, Lowered, ModuleOverride, Site
 from lora_serve.adapters.checkpoint import Checkpoint, shorten
 from lora_serve.adapters.formats import alora, dora, embedding, factors, moe, residual, saved, targets
 from lora_serve.adapters.formats.budget import ElementBudget
-from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, number
+from lora_serve.adapters.formats.fields import Config, Patterns, check_fields, name_list, number
 from lora_serve.adapters.formats.keys import check_delta, check_shape, group_by_module
 from lora_serve.adapters.formats.refusals import FIELDS, refuse_fields, refuse_initialisation
 from lora_serve.adapters.formats.report import report
@@ -161,7 +161,7 @@ def _lower_linear(
         raise AdapterInvalid(f"only one of lora_A and lora_B is there for {site.name}")
     a, b = _lay_out_blocks(site, matrices["A"].float(), matrices["B"].float(), config, budget)
     rank, dtype = matrices["A"].shape[0], matrices["A"].dtype
-    is_parameter = targets.ends_with(f"{site.name}.weight", frozenset(config.get("target_parameters") or ()))
+    is_parameter = targets.ends_with(f"{site.name}.weight", frozenset(name_list(config, "target_parameters")))
     residual.check(site, override, config, base)
     if is_parameter and site.transposed:
         a, b = b.T, a.T

@@ -25,7 +25,7 @@ from torch import Tensor
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.checkpoint import shorten
 from lora_serve.adapters.formats import residual
-from lora_serve.adapters.formats.fields import Config
+from lora_serve.adapters.formats.fields import Config, name_list
 from lora_serve.adapters.formats.keys import PREFIX, check_delta, check_shape, split_key
 from lora_serve.errors import AdapterInvalid
 from lora_serve.kernels.contract import Delta
@@ -92,9 +92,7 @@ def _not_matrices(pair: dict[str, Tensor]) -> bool:
 
 def _target_parameter(config: Config, module: str, depth: int, base: BaseShape) -> str:
     """The parameter that a LoRA at this depth of nesting targets; the first targeted parameter is nested deepest."""
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise AdapterInvalid("target_parameters in adapter_config.json is not a list of names")
+    targets = name_list(config, "target_parameters")
     parameters = base.modules[module]
     matches = [name for name in parameters if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
     if not matches and depth == 0 and len(parameters) == 1:

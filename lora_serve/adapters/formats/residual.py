@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, ModuleOverride, Site
 from lora_serve.adapters.formats.factors import full_rank_delta
-from lora_serve.adapters.formats.fields import Config
+from lora_serve.adapters.formats.fields import Config, name_list
 from lora_serve.adapters.formats.keys import PREFIX
 from lora_serve.adapters.formats.targets import ends_with
 from lora_serve.errors import AdapterInvalid
@@ -124,7 +124,7 @@ def with_reduced_tables(
         if a is None or a.ndim != 2 or key in tensors:
             continue
         weight, name = base.parameter(f"{module}.weight").float().cpu(), f"{module}.weight"
-        is_parameter = ends_with(name, frozenset(config.get("target_parameters") or ()))
+        is_parameter = ends_with(name, frozenset(name_list(config, "target_parameters")))
         scaling = scale(name if is_parameter else module, a.shape[0], tuple(weight.shape))
         up, down = component(module, weight, a.shape[0], scaling, config)
         reduced[key] = (weight.double() - up @ down).float()

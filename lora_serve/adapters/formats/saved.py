@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import BaseShape, ModuleOverride, divide_rows
+from lora_serve.adapters.formats.fields import name_list
 from lora_serve.adapters.formats.keys import check_shape, refuse_unknown_keys, split_key
 from lora_serve.errors import AdapterInvalid
 
@@ -57,7 +58,7 @@ def split_saved(config: dict[str, Any], tensors: Mapping[str, Tensor], base: Bas
     rows: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     unknown: list[str] = []
-    saved_modules = _name_list(config, "modules_to_save")
+    saved_modules = name_list(config, "modules_to_save")
     for key, tensor in sorted(tensors.items()):
         if ".modules_to_save." in key:
             continue
@@ -242,10 +243,3 @@ def _matches(module: str, name: str) -> bool:
     """Whether a module is, or is inside, one that `name` in `modules_to_save` matches (the end of a path)."""
     parts = module.split(".")
     return any(".".join(parts[: end + 1]).endswith(name) for end in range(len(parts)))
-
-
-def _name_list(config: dict[str, Any], field: str) -> list[str]:
-    given = config.get(field) or []
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise AdapterInvalid(f"{field} in adapter_config.json is not a list of names")
-    return given

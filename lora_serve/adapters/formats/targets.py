@@ -21,7 +21,7 @@ import re2
 
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.checkpoint import Checkpoint, shorten
-from lora_serve.adapters.formats.fields import Config
+from lora_serve.adapters.formats.fields import Config, name_list
 from lora_serve.adapters.formats.keys import PREFIX, split_key
 from lora_serve.errors import AdapterInvalid
 
@@ -47,10 +47,10 @@ class Targets:
         self.unreadable = ""
         self._targets = self._names(config, "target_modules")
         self._excluded = self._names(config, "exclude_modules")
-        self._parameters = _name_set(config, "target_parameters")
-        self._saved = _name_set(config, "modules_to_save")
+        self._parameters = frozenset(name_list(config, "target_parameters"))
+        self._saved = frozenset(name_list(config, "modules_to_save"))
         self._layers = _layers(config)
-        self._patterns = self._layer_patterns(config.get("layers_pattern"))
+        self._patterns = self._layer_patterns(config)
         ties = config.get("ensure_weight_tying") and base.input_embedding.rpartition(".")[2] == EMBEDDING
         self.ties = base.tied and (bool(ties) or config.get("peft_type") == "TRAINABLE_TOKENS")
 
@@ -93,17 +93,16 @@ class Targets:
         """A set of names, a compiled expression, or None."""
         given = config.get(field)
         if not isinstance(given, str):
-            return None if given is None else _name_set(config, field)
+            return None if given is None else frozenset(name_list(config, field))
         if field == "target_modules" and given.lower() == ALL_LINEAR:
             return frozenset({ALL_LINEAR})
         return self._compile(given, field)
 
-    def _layer_patterns(self, given: Any) -> list[Any]:
+    def _layer_patterns(self, config: Config) -> list[Any]:
+        given = config.get("layers_pattern")
         if not given:
             return [self._compile(r".*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern")]
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise AdapterInvalid("layers_pattern in adapter_config.json is not a list of names")
+        names = [given] if isinstance(given, str) else name_list(config, "layers_pattern")
         return [self._compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", "layers_pattern") for name in names]
 
     def _compile(self, expression: str, field: str) -> Any:
@@ -225,13 +224,6 @@ def _parts(path: str) -> Iterator[str]:
     for start in range(len(parts)):
         for end in range(start, len(parts)):
             yield ".".join(parts[start : end + 1])
-
-
-def _name_set(config: Config, field: str) -> frozenset[str]:
-    given = config.get(field) or []
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise AdapterInvalid(f"{field} in adapter_config.json is not a list of names")
-    return frozenset(given)
 
 
 def _layers(config: Config) -> frozenset[str]:
