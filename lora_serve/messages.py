@@ -86,7 +86,7 @@ class DeleteAdapter(msgspec.Struct, frozen=True, tag="delete"):
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
-    """Evict and unlist, until it is loaded or published again or the engine restarts. Answered with `AdapterInfo`.
+    """Evict and unlist, until it is loaded or published again. Answered with an `AdapterInfo`.
 
     A copy of a folder on this machine is deleted.
     """
@@ -183,7 +183,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
 
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
-    generates no text. `store`: folder of the published adapters.
+    generates no text. `store`: folder of the published adapters. `adapters` are all that are listed, and `broken_adapters`
+    those of them that cannot be served.
     """
 
     model: str
@@ -206,6 +207,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     not_embedding: str = ""
     headless: bool = False
     store: str = ""
+    broken_adapters: int = 0
 
 
 class Stats(msgspec.Struct):

@@ -17,6 +17,11 @@ def print_json(answer: Any) -> None:
     _console().print_json(json.dumps(answer, ensure_ascii=True), ensure_ascii=True)
 
 
+def count(number: int, what: str) -> str:
+    """A number of things, named in the singular: `1 adapter`, `2 adapters`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def print_table(adapters: Iterable[Answer]) -> None:
     """Print one line per adapter."""
     table = Table("name", "version", "rank", "size", "where", "leases", "pinned", box=None)

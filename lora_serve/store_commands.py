@@ -15,12 +15,12 @@ from pydantic import BaseModel, Field
 from pydantic_settings import CliPositionalArg, CliSubCommand
 
 from lora_serve import reports
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_folder import StoreFolder
-from lora_serve.adapters.store_location import default_store_folder, default_stores
-from lora_serve.adapters.store_records import find_damage
-from lora_serve.adapters.store_scan import StoreContents, is_first_format, read_marker, scan_store
-from lora_serve.adapters.store_transfer import AdapterSource, export_version, find_sources, import_adapter
+from lora_serve.adapters.store.folder import StoreFolder
+from lora_serve.adapters.store.location import default_store_folder, default_stores
+from lora_serve.adapters.store.records import find_damage
+from lora_serve.adapters.store.scan import StoreContents, is_first_format, read_marker, scan_store
+from lora_serve.adapters.store.store import Store
+from lora_serve.adapters.store.transfer import AdapterSource, export_version, find_sources, import_adapter
 from lora_serve.errors import AdapterBroken, BadRequest, ServeError, StorageFull, StoreUnusable, Unavailable
 
 
@@ -67,6 +67,8 @@ class StoreCommand(BaseModel, ABC):
     def read(self) -> tuple[StoreFolder, StoreContents]:
         """The store and its records. Raises StoreUnusable if it is none."""
         folder = self.folder()
+        if not folder.root.is_dir():
+            raise StoreUnusable(f"{folder.root} is not {'a folder' if folder.root.exists() else 'there'}")
         if read_marker(folder) is None:
             why = "has format 1; a server upgrades it" if is_first_format(folder) else "is not an adapter store"
             raise StoreUnusable(f"{folder.root} {why}")
@@ -97,8 +99,10 @@ class StoreVerifyCommand(StoreCommand):
         adapters = len(contents.names) + len(contents.unreadable)
         if problems:
             damaged = len({name.partition("@")[0] for name in problems})
-            raise ServeError(f"{len(problems)} problems, in {damaged} adapters of {folder.root}")
-        reports.print_lines([f"{adapters} adapters in {folder.root} are intact"])
+            found = reports.count(len(problems), "problem")
+            raise ServeError(f"{found}, in {reports.count(damaged, 'adapter')} of {folder.root}")
+        are = "is" if adapters == 1 else "are"
+        reports.print_lines([f"{reports.count(adapters, 'adapter')} in {folder.root} {are} intact"])
 
 
 class StoreExportCommand(StoreCommand):
@@ -154,7 +158,7 @@ class StoreImportCommand(StoreCommand):
                 problems.append(f"{source.name}: {error.message}")
         if problems:
             reports.print_lines(problems)
-            raise ServeError(f"{len(problems)} of {adapters} adapters were not imported")
+            raise ServeError(f"not imported: {len(problems)} of {reports.count(adapters, 'adapter')}")
 
 
 class StoreCommands(BaseModel):

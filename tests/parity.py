@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_serve.adapters.adapter import Adapter, flatten
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.adapters.store_records import describe_folder
+from lora_serve.adapters.store.records import describe_folder
 
 LENGTHS = (3, 9, 14, 6, 20, 1, 7, 11)  # of prompts: some fit into one prefill chunk, some do not
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -131,3 +132,17 @@ class ServerProcess:
                 break
         self._process.kill()
         raise RuntimeError("the server did not start:\n" + "".join(self.log))
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+def status(server: ServerProcess, path: str) -> int:
+    try:
+        return server.http.get(path).status_code
+    except httpx.TransportError:
+        return 0

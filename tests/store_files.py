@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_records import NameRecord, describe_folder
+from lora_serve.adapters.store.records import NameRecord, describe_folder
+from lora_serve.adapters.store.store import Store
 
 
 def stage(store: Store, weights: str = "weights", alpha: int = 8, readme: str = "card", lowered: str = "") -> Path:

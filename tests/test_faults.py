@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,25 +19,13 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from demo_variants import variant
 from safetensors.torch import load_file, save
-from server_process import ADAPTERS, DEMO, ServerProcess
+from server_process import ADAPTERS, DEMO, ServerProcess, status, until
 
 from demo.tasks import TASKS, heldout_prompts
 
 FLOOD = 200
-SHOUT = ADAPTERS / "shout"
-
-
-def variant(number: int) -> dict[str, Any]:
-    """Files of an adapter that behaves like `shout` but has different weights."""
-    tensors = load_file(SHOUT / "adapter_model.safetensors")
-    weights = save({name: tensor * (1 + 1e-4 * (number + 1)) for name, tensor in tensors.items()})
-    return {
-        "files": [
-            ("files", ("adapter_config.json", (SHOUT / "adapter_config.json").read_bytes())),
-            ("files", ("adapter_model.safetensors", weights)),
-        ]
-    }
 
 
 def as_dora(name: str) -> list[tuple[str, tuple[str, bytes]]]:
@@ -60,20 +48,6 @@ def as_dora(name: str) -> list[tuple[str, tuple[str, bytes]]]:
 
 def upload(server: ServerProcess, name: str, number: int = 0) -> httpx.Response:
     return server.http.post("/v1/adapters", data={"name": name}, **variant(number))
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
-
-
-def status(server: ServerProcess, path: str) -> int:
-    try:
-        return server.http.get(path).status_code
-    except httpx.TransportError:
-        return 0
 
 
 class Stream(threading.Thread):
@@ -284,7 +258,7 @@ def test_adapters_are_loaded_pinned_evicted_and_deleted_over_http(server: Server
         data={"name": "broken"},
         files=[
             ("files", ("adapter_config.json", b'{"peft_type": "LORA", "use_dora": true}')),
-            ("files", ("adapter_model.safetensors", (SHOUT / "adapter_model.safetensors").read_bytes())),
+            ("files", ("adapter_model.safetensors", (ADAPTERS / "shout" / "adapter_model.safetensors").read_bytes())),
         ],
     )
     assert broken.status_code == 422

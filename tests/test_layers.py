@@ -162,18 +162,24 @@ def test_init_files_contain_only_imports(path: Path) -> None:
 
 def test_the_checks_themselves_find_violations() -> None:
     graph: Imports = {
-        "kv.pool": {"adapters.store"},
-        "adapters.store": {"kernels.contract"},
+        "kv.pool": {"adapters.store.store"},
+        "adapters.store.store": {"kernels.contract"},
         "kernels.contract": {"engine.engine"},
         "engine.engine": {"engine.scheduler", "kv.pool"},
         "engine.scheduler": set(),
         "engine.client": {"engine.engine"},
     }
     assert layer_violations(graph) == [
-        "kv.pool (layer 2) imports adapters.store (layer 2)",
+        "kv.pool (layer 2) imports adapters.store.store (layer 2)",
         "kernels.contract (layer 1) imports engine.engine (layer 4)",
     ]
-    assert import_cycle(graph) == ["adapters.store", "kernels.contract", "engine.engine", "kv.pool", "adapters.store"]
+    assert import_cycle(graph) == [
+        "adapters.store.store",
+        "kernels.contract",
+        "engine.engine",
+        "kv.pool",
+        "adapters.store.store",
+    ]
     assert library_violations({"engine.engine": {"fastapi", "torch"}, "api.app": {"fastapi"}}) == [
         "engine.engine imports fastapi"
     ]

@@ -13,8 +13,8 @@ from first_format import make_first_format
 from safetensors.torch import save_file
 from store_files import listing, publish, stage
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_records import NameRecord, describe_folder
+from lora_serve.adapters.store.records import NameRecord, describe_folder
+from lora_serve.adapters.store.store import Store
 from lora_serve.cli import main
 from lora_serve.model.fingerprint import base_fingerprint
 
@@ -133,9 +133,9 @@ def test_what_is_not_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "mine" / "x").write_text("")
     make_first_format(tmp_path / "old")
     for folder, complaint in {
-        "nowhere": "is not an adapter store",
+        "nowhere": "is not there",
         "mine": "is not an adapter store",
-        "file": "Not a directory",
+        "file": "is not a folder",
         "old": "has format 1; a server upgrades it",
     }.items():
         status, out, said = run(capsys, *command, "--store", tmp_path / folder)
@@ -247,7 +247,7 @@ def test_import_replaces_only_when_told_to(store: Store, peft: Path, capsys: pyt
     newer, older = digests(store, "poet")
     status, out, said = run(capsys, "import", peft, "--name", "poet", "--store", root(store))
     assert (status, out) == (1, "poet: adapter poet exists with other files; --replace replaces it\n")
-    assert said == "lora-serve: 1 of 1 adapters were not imported\n"
+    assert said == "lora-serve: not imported: 1 of 1 adapter\n"
     assert run(capsys, "import", peft, "--name", "poet", "--replace", "--store", root(store))[0] == 0
     again = Store(Path(root(store)))
     assert again.names()["poet"] == NameRecord([describe_folder(peft).digest])
@@ -259,7 +259,7 @@ def test_import_replaces_only_when_told_to(store: Store, peft: Path, capsys: pyt
 def test_import_takes_all_of_another_store(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (Path(root(store)) / "names" / "sage.json").write_text("")
     status, out, said = run(capsys, "import", root(store), "--store", tmp_path / "new")
-    assert (status, said) == (1, "lora-serve: 1 of 3 adapters were not imported\n")
+    assert (status, said) == (1, "lora-serve: not imported: 1 of 3 adapters\n")
     assert out.splitlines() == ["bard: imported", "poet: imported", "sage: sage.json is empty"]
     new = Store(tmp_path / "new")
     assert new.names() == store.names()

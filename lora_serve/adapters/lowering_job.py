@@ -21,7 +21,7 @@ from lora_serve.adapters.finite import check_finite
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.formats.report import complete
 from lora_serve.adapters.lowered_file import Summary
-from lora_serve.adapters.store_records import KEPT, VersionRecord, describe_folder
+from lora_serve.adapters.store.records import KEPT, VersionRecord, describe_folder
 from lora_serve.adapters.traits import traits
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import AdapterBroken, AdapterInvalid, TooLarge

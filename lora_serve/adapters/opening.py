@@ -13,10 +13,11 @@ import msgspec
 
 from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
-from lora_serve.adapters.store_records import IDENTITY
+from lora_serve.adapters.store.records import IDENTITY
 from lora_serve.errors import AdapterBroken, AdapterInvalid, ServeError
 from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CONFIG, check_adapter_name
@@ -24,7 +25,9 @@ from lora_serve.names import CONFIG, check_adapter_name
 Progress = Callable[[int, int], None]  # adapters that are ready, and of how many
 
 
-def open_store(registry: Registry, residency: Residency, publisher: Publisher, progress: Progress) -> list[str]:
+def open_store(
+    registry: Registry, residency: Residency, publisher: Publisher, base_name: str, progress: Progress
+) -> list[str]:
     """Serve the adapters of the store; returns notes for the operator.
 
     A version that was lowered for another base, precision or release, or was not lowered, is lowered again first.
@@ -61,7 +64,7 @@ def open_store(registry: Registry, residency: Residency, publisher: Publisher, p
     notes = []
     for name, record in names.items():
         try:
-            check_adapter_name(name, registry.base_name)
+            check_adapter_name(name, base_name)
         except ServeError as error:
             publisher.mark_broken(name, error.message)
             continue
@@ -76,7 +79,7 @@ def open_store(registry: Registry, residency: Residency, publisher: Publisher, p
             publisher.mark_broken(name, failures[record.versions[0]].message)
             continue
         for digest in served:
-            registry.add(summaries[digest], created[digest])
+            registry.add_version(summaries[digest], created[digest])
         try:
             if record.pinned:
                 residency.check_pins(name, served[0], summaries[served[0]].nbytes)
@@ -84,7 +87,11 @@ def open_store(registry: Registry, residency: Residency, publisher: Publisher, p
             notes.append(f"adapter {name} is not pinned any more: {error.message}")
             record = msgspec.structs.replace(record, pinned=False)
         residency.apply(name, msgspec.structs.replace(record, versions=served))
-        registry.forget_beyond(name, served)
+        beyond = [residency.versions[digest] for digest in served if not residency.versions[digest].names]
+        if beyond:  # more versions than are kept now
+            publisher.save(name, residency.stored(residency.names[name]), lambda error: None)
+        for version in beyond:
+            registry.free_if_unused(version)
         notes += [
             f"an older version of adapter {name} is not served: {failures[digest].message}"
             for digest in record.versions
@@ -93,7 +100,9 @@ def open_store(registry: Registry, residency: Residency, publisher: Publisher, p
     return [*notes, *(f"adapter {name} is not served: {reason}" for name, reason in sorted(publisher.broken.items()))]
 
 
-def publish_folders(registry: Registry, residency: Residency, folder: Path, progress: Progress) -> list[str]:
+def publish_folders(
+    registry: Registry, operations: AdapterOperations, residency: Residency, folder: Path, progress: Progress
+) -> list[str]:
     """Publish every PEFT folder in `folder` under its own name, unless unchanged; returns notes for the operator."""
     results: dict[str, AdapterInfo | ServeError] = {}
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -110,7 +119,7 @@ def publish_folders(registry: Registry, residency: Residency, folder: Path, prog
             progress(len(results), len(changed))
 
         try:
-            registry.publish(Publish(path.name, str(path), replace=True, source=source), done)
+            operations.publish(Publish(path.name, str(path), replace=True, source=source), done)
         except ServeError as error:
             done(error)
 

@@ -1,6 +1,6 @@
 """Publishes adapters: has them lowered by the compiler, and keeps them in the store.
 
-The slow halves of the registry's operations. They run in threads of `Workers`, which pass the result, or the error, to
+The slow halves of operations on adapters. They run in threads of `Workers`, which pass the result, or the error, to
 `done` in the engine's loop.
 """
 
@@ -18,10 +18,11 @@ from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_records import NameRecord
+from lora_serve.adapters.store.records import NameRecord
+from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, ServeError
+from lora_serve.names import adapter_broken
 
 Saved = Callable[[ServeError | None], None]
 
@@ -151,6 +152,12 @@ class Publisher:
     def drop(self, digest: str) -> None:
         """Delete a version that no name refers to."""
         self._workers.store(lambda: self._store.drop(digest), lambda result: None)
+
+    def check_not_broken(self, name: str) -> None:
+        """Check that a name can be served. Raises AdapterBroken."""
+        reason = self.broken.get(name)
+        if reason is not None:
+            raise adapter_broken(name, reason)
 
     def mark_broken(self, name: str, reason: str) -> None:
         """List a name as broken until it is published or removed."""

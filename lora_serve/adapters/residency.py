@@ -1,6 +1,6 @@
 """State of all adapter versions (names, leases, pins, tiers, bytes) and the decisions over it.
 
-Plain data, without files, tensors or clocks: `registry.py` carries the decisions out and reports back. Every byte of
+Plain data, without files, tensors or clocks: `memory.py` carries the decisions out and reports back. Every byte of
 host memory and of the device that adapters take is accounted for here, before it is taken.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from lora_serve.adapters.lowered_file import Summary
-from lora_serve.adapters.store_records import NameRecord
+from lora_serve.adapters.store.records import NameRecord
 from lora_serve.errors import AdapterBusy, BadRequest, ServeError, TooLarge
 from lora_serve.names import adapter_not_found
 from lora_serve.request import AdapterUse
@@ -52,6 +52,7 @@ class Version:
         loading, in_host, slot: whether it is on its way to host memory or there, and its slot on the device.
         failure: of its last load; it is not tried again before it has no leases and is wanted.
         used: when it was last used, on the clock of `Residency`.
+        last_used: when a request last asked for it, in seconds since the epoch.
         evict_when_unused: whether an operator asked for its eviction.
     """
 
@@ -64,6 +65,7 @@ class Version:
     slot: int | None = None
     failure: ServeError | None = None
     used: int = 0
+    last_used: float | None = None
     evict_when_unused: bool = False
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.registry import Registry
 from lora_serve.config import ServeConfig
 from lora_serve.engine.active_requests import ActiveRequests
@@ -67,6 +68,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         registry: Registry,
+        operations: AdapterOperations,
         grammars: GrammarCompiler,
         *,
         max_queue: int,
@@ -75,6 +77,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._registry = registry
+        self._operations = operations
         self._grammars = grammars
         self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue)
         self._replies: list[Reply] = []
@@ -102,7 +105,13 @@ class Engine:
         """
         parts = build_parts(config, wake, progress, overlap)
         return cls(
-            parts.info, parts.scheduler, parts.runner, parts.registry, parts.grammars, max_queue=config.max_queue
+            parts.info,
+            parts.scheduler,
+            parts.runner,
+            parts.registry,
+            parts.operations,
+            parts.grammars,
+            max_queue=config.max_queue,
         )
 
     @property
@@ -221,32 +230,32 @@ class Engine:
             done(error)
 
     def _dispatch(self, call: Call, done: Callable[[Any], None]) -> None:
-        """Dispatch an admin operation (publish, load, evict, …) to the adapter registry.
+        """Dispatch an admin operation (publish, load, evict, …).
 
         `done` is called with its result or a ServeError, now or later. Also raises ServeError.
         """
-        registry = self._registry
+        operations = self._operations
         match call.operation:
             case Drain():
                 self._draining = [*(self._draining or []), call.id]
             case Publish():
-                registry.publish(call.operation, done)
+                operations.publish(call.operation, done)
             case Inspect():
-                registry.inspect(call.operation, done)
+                operations.inspect(call.operation, done)
             case ListAdapters():
-                done(registry.describe_all())
+                done(operations.describe_all())
             case DescribeAdapter(name):
-                done(registry.describe(name))
+                done(operations.describe(name))
             case LoadAdapter(name):
-                registry.load(name, done)
+                operations.load(name, done)
             case EvictAdapter(name):
-                registry.evict(name, done)
+                operations.evict(name, done)
             case PinAdapter(name, pinned):
-                registry.pin(name, pinned, done)
+                operations.pin(name, pinned, done)
             case DeleteAdapter(name):
-                registry.delete(name, done)
+                operations.delete(name, done)
             case UnloadAdapter(name):
-                registry.unload(name, done)
+                operations.unload(name, done)
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 

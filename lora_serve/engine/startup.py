@@ -15,11 +15,12 @@ from lora_serve.adapters.compiler import Compiler, CompilerLimits, start_compile
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.lowering_job import LoweringContext
 from lora_serve.adapters.opening import open_store, publish_folders
+from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_location import default_store_folder, describe_other_stores
+from lora_serve.adapters.store.location import default_store_folder, describe_other_stores
+from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.config import ServeConfig
 from lora_serve.engine.base_tokenizer import load_base_tokenizer
@@ -52,6 +53,7 @@ class EngineParts:
     scheduler: Scheduler
     runner: Runner
     registry: Registry
+    operations: AdapterOperations
     grammars: GrammarCompiler
 
 
@@ -123,7 +125,9 @@ def _build_parts(
     notes = [*loaded.notes, *base.notes, *store.notes]
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
-    registry = _open_adapters(config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes)
+    registry, operations = _open_adapters(
+        config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes
+    )
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
         SlotRotation(config.adapter_slots, QUANTUM, capacity, registry.bytes),
@@ -131,6 +135,7 @@ def _build_parts(
         max_tokens=limits.tokens,
         prefix_cache=config.prefix_cache,
     )
+    listed = operations.describe_all()
     info = EngineInfo(
         model=config.served_name(),
         root=config.model,
@@ -142,7 +147,8 @@ def _build_parts(
         eos_token_ids=loaded.eos_token_ids,
         kv_tokens=blocks * config.kv_block_size,
         adapter_slots=config.adapter_slots,
-        adapters=len(registry.describe_all()),
+        adapters=len(listed),
+        broken_adapters=sum(each.broken is not None for each in listed),
         parameters=loaded.parameters,
         created=loaded.created,
         generation_defaults=loaded.generation_defaults,
@@ -154,7 +160,8 @@ def _build_parts(
         store=str(root),
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
-    return EngineParts(info, scheduler, Runner(base, config.kv_block_size, device, tokens), registry, grammars)
+    runner = Runner(base, config.kv_block_size, device, tokens)
+    return EngineParts(info, scheduler, runner, registry, operations, grammars)
 
 
 def _open_adapters(
@@ -167,7 +174,7 @@ def _open_adapters(
     wake: Callable[[], None],
     progress: Callable[[str, float], None],
     notes: list[str],
-) -> Registry:
+) -> tuple[Registry, AdapterOperations]:
     """The adapters of the store and of `config.adapters`; what the operator should know of them is added to `notes`."""
     host = int(config.adapter_cache_memory)
     elements = host // loaded.dtype.itemsize
@@ -180,16 +187,17 @@ def _open_adapters(
     compiler = Compiler(context, limits)
     publisher = Publisher(store, compiler, workers)
     residency = Residency(Budget(config.adapter_slots, host, capacity), config.keep_versions)
-    registry = Registry(residency, device_slots, publisher, workers, base_name=config.served_name())
+    registry = Registry(residency, device_slots, publisher, workers)
+    operations = AdapterOperations(registry, residency, publisher, config.served_name())
 
     def report(done: int, of: int) -> None:
         progress(f"lowering adapters ({done} of {of})", 0.92 + 0.08 * done / of)
 
-    notes += open_store(registry, residency, publisher, report)
+    notes += open_store(registry, residency, publisher, config.served_name(), report)
     if config.adapters is not None:
-        notes += publish_folders(registry, residency, config.adapters, report)
+        notes += publish_folders(registry, operations, residency, config.adapters, report)
     compiler.niceness = BACKGROUND
-    return registry
+    return registry, operations
 
 
 def device_of(name: str) -> torch.device:

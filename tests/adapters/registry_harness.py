@@ -16,10 +16,11 @@ from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
 from lora_serve.adapters.opening import open_store, publish_folders
+from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
-from lora_serve.adapters.store import Store
+from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import ServeError
 from lora_serve.messages import AdapterInfo, Publish, Stats
@@ -59,13 +60,16 @@ class RegistryHarness:
         workers = Workers(lambda: None, compilers=2)
         compiler = InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))
         publisher = Publisher(self.store, compiler, workers)
-        self.registry = Registry(self.residency, self.device_slots, publisher, workers, base_name=BASE_NAME)
+        self.registry = Registry(self.residency, self.device_slots, publisher, workers)
+        self.operations = AdapterOperations(self.registry, self.residency, publisher, BASE_NAME)
         self.progress: list[tuple[int, int]] = []
         self._publisher = publisher
-        self.notes = open_store(self.registry, self.residency, publisher, lambda *now: self.progress.append(now))
+        self.notes = open_store(
+            self.registry, self.residency, publisher, BASE_NAME, lambda *now: self.progress.append(now)
+        )
 
     def publish_folders(self, folder: Path) -> list[str]:
-        return publish_folders(self.registry, self.residency, folder, lambda done, of: None)
+        return publish_folders(self.registry, self.operations, self.residency, folder, lambda done, of: None)
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 10
@@ -93,7 +97,7 @@ class RegistryHarness:
         return info
 
     def start_publish(self, name: str, folder: Path, done: Any, *, replace: bool = False) -> None:
-        self.registry.publish(Publish(name, str(folder), replace), done)
+        self.operations.publish(Publish(name, str(folder), replace), done)
 
     @staticmethod
     def tensors(seed: int) -> dict[str, Tensor]:

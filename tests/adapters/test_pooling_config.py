@@ -17,7 +17,7 @@ from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.lowering_job import LoweringContext, LoweringJob, run
 from lora_serve.adapters.pooling_config import parse_pooling
-from lora_serve.adapters.store_records import describe_folder
+from lora_serve.adapters.store.records import describe_folder
 from lora_serve.errors import AdapterInvalid
 from lora_serve.request import AdapterUse, Pooling
 

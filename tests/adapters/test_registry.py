@@ -23,7 +23,7 @@ def test_a_published_adapter_can_be_leased_loaded_and_assigned_a_slot(harness: R
     assert not harness.registry.memory.holds(lease.digest)
     harness.load(lease.digest)
     assert harness.registry.memory.assign_slots([lease.digest]) == {lease.digest: 1}
-    version = harness.registry.describe("a").versions[0]
+    version = harness.operations.describe("a").versions[0]
     assert (version.tiers, version.leases, version.rank, version.modules) == (["disk", "host", "device"], 1, 4, 3)
     assert harness.stats().resident == ["a"]
 
@@ -59,13 +59,13 @@ def test_running_requests_keep_the_old_version_after_a_new_one_is_published(harn
     harness.registry.release(lease)
     harness.registry.release(again)
     assert old not in harness.residency.versions
-    assert len(harness.registry.describe("a").versions) == 1
+    assert len(harness.operations.describe("a").versions) == 1
     harness.wait_until(lambda: not (harness.folder / "store" / "versions" / old).exists())
 
 
 def test_publishing_the_same_content_again_changes_nothing(harness: RegistryHarness) -> None:
     first = harness.publish("a").versions[0].digest
-    harness.run(lambda done: harness.registry.load("a", done))
+    harness.run(lambda done: harness.operations.load("a", done))
     assert harness.publish("a", replace=True).versions[0].digest == first
     assert harness.registry.memory.holds(first)
 
@@ -80,7 +80,7 @@ def test_a_refused_upload_leaves_nothing_behind(harness: RegistryHarness) -> Non
     with pytest.raises(AdapterInvalid, match="use_dora"):
         harness.publish("bad", use_dora=True)
     assert not any(harness.store.staging.iterdir())
-    assert harness.registry.describe_all() == []
+    assert harness.operations.describe_all() == []
 
 
 def test_a_deleted_adapter_is_freed_when_its_last_lease_is_released(harness: RegistryHarness) -> None:
@@ -88,7 +88,7 @@ def test_a_deleted_adapter_is_freed_when_its_last_lease_is_released(harness: Reg
     lease = harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
     harness.registry.memory.assign_slots([digest])
-    harness.run(lambda done: harness.registry.delete("a", done))
+    harness.run(lambda done: harness.operations.delete("a", done))
     with pytest.raises(AdapterNotFound):
         harness.registry.acquire(AdapterUse("a"))
     assert harness.device_slots.bytes > 0
@@ -108,45 +108,45 @@ def test_no_adapter_has_the_name_of_the_base_or_of_a_label_in_metrics(harness: R
 
 def test_unloading_deletes_copies_of_folders_and_keeps_uploads(harness: RegistryHarness) -> None:
     def unload(done: Any) -> None:
-        harness.registry.unload("a", done)
+        harness.operations.unload("a", done)
 
     harness.publish("a")
-    harness.run(lambda done: harness.registry.load("a", done))
+    harness.run(lambda done: harness.operations.load("a", done))
     harness.run(unload)
     assert (harness.device_slots.bytes, harness.residency.host_bytes) == (0, 0)
-    assert harness.registry.describe_all() == []
+    assert harness.operations.describe_all() == []
     with pytest.raises(AdapterNotFound):
         harness.registry.acquire(AdapterUse("a"))
-    harness.run(lambda done: harness.registry.load("a", done))  # listed again
-    assert [info.name for info in harness.registry.describe_all()] == ["a"]
+    harness.run(lambda done: harness.operations.load("a", done))  # listed again
+    assert [info.name for info in harness.operations.describe_all()] == ["a"]
     harness.run(unload)
-    harness.run(lambda done: harness.registry.delete("a", done))  # an unloaded one too
+    harness.run(lambda done: harness.operations.delete("a", done))  # an unloaded one too
     assert not harness.store.names()
     folder = write(harness.folder / "source", harness.tensors(1))
     publish = Publish("a", str(folder), source=str(folder))  # the name is free
-    harness.run(lambda done: harness.registry.publish(publish, done))
+    harness.run(lambda done: harness.operations.publish(publish, done))
     harness.run(unload)
     with pytest.raises(AdapterNotFound):
-        harness.registry.describe("a")
+        harness.operations.describe("a")
     with pytest.raises(AdapterNotFound):
-        harness.run(lambda done: harness.registry.load("a", done))
+        harness.run(lambda done: harness.operations.load("a", done))
 
 
 def test_evicting_frees_memory_and_keeps_the_files(harness: RegistryHarness) -> None:
     harness.publish("a")
-    harness.run(lambda done: harness.registry.load("a", done))
+    harness.run(lambda done: harness.operations.load("a", done))
     assert harness.device_slots.bytes == harness.residency.host_bytes > 0
-    info = harness.run(lambda done: harness.registry.evict("a", done))
+    info = harness.run(lambda done: harness.operations.evict("a", done))
     assert info.versions[0].tiers == ["disk"]
     assert (harness.device_slots.bytes, harness.residency.host_bytes) == (0, 0)
-    assert harness.run(lambda done: harness.registry.load("a", done)).versions[0].tiers == ["disk", "host", "device"]
+    assert harness.run(lambda done: harness.operations.load("a", done)).versions[0].tiers == ["disk", "host", "device"]
 
 
 def test_evicting_an_adapter_in_use_takes_effect_when_its_last_lease_is_released(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
     lease = harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
-    harness.run(lambda done: harness.registry.evict("a", done))
+    harness.run(lambda done: harness.operations.evict("a", done))
     assert harness.registry.memory.holds(digest)
     harness.registry.release(lease)
     assert not harness.registry.memory.holds(digest)
@@ -155,14 +155,14 @@ def test_evicting_an_adapter_in_use_takes_effect_when_its_last_lease_is_released
 def test_pinned_adapters_keep_their_slots_and_one_slot_cannot_be_pinned(harness: RegistryHarness) -> None:
     for seed, name in enumerate("abc"):
         harness.publish(name, seed)
-    pinned = [harness.run(lambda done, name=name: harness.registry.pin(name, True, done)) for name in "ab"]
+    pinned = [harness.run(lambda done, name=name: harness.operations.pin(name, True, done)) for name in "ab"]
     assert all(info.pinned and "device" in info.versions[0].tiers for info in pinned)
     assert len(harness.registry.pinned) == 2
     with pytest.raises(AdapterBusy):
-        harness.run(lambda done: harness.registry.pin("c", True, done))
+        harness.run(lambda done: harness.operations.pin("c", True, done))
     with pytest.raises(AdapterBusy):
-        harness.run(lambda done: harness.registry.evict("a", done))
-    assert not harness.run(lambda done: harness.registry.pin("a", False, done)).pinned
+        harness.run(lambda done: harness.operations.evict("a", done))
+    assert not harness.run(lambda done: harness.operations.pin("a", False, done)).pinned
 
 
 def test_the_least_recently_used_adapter_is_evicted_from_its_slot(harness: RegistryHarness) -> None:
@@ -202,15 +202,15 @@ def test_folders_are_published_once_at_start_and_bad_ones_reported(tmp_path: Pat
     bad, notes = harness.publish_folders(tmp_path / "given")
     assert bad.startswith("adapter bad is not served: use_dora")
     assert notes == "notes is not served: adapter_config.json is missing"
-    created = harness.registry.describe("good").versions[0].created
+    created = harness.operations.describe("good").versions[0].created
     harness.publish_folders(tmp_path / "given")
     harness.registry.close()
     again = RegistryHarness(tmp_path)
     again.publish_folders(tmp_path / "given")
-    assert again.registry.describe("good").versions[0].created == created
+    assert again.operations.describe("good").versions[0].created == created
     write(tmp_path / "given" / "good", tensors(5))
     again.publish_folders(tmp_path / "given")
-    assert again.registry.describe("good").versions[0].created > created
+    assert again.operations.describe("good").versions[0].created > created
     again.registry.close()
 
 
@@ -231,7 +231,7 @@ def test_earlier_versions_of_a_name_are_kept_and_can_be_named(tmp_path: Path) ->
     digests = [harness.publish("a", seed, replace=True).versions[0].digest for seed in range(3)]
     harness.registry.close()
     again = RegistryHarness(tmp_path, keep_versions=2)
-    assert [version.digest for version in again.registry.describe("a").versions] == [digests[2], digests[1]]
+    assert [version.digest for version in again.operations.describe("a").versions] == [digests[2], digests[1]]
     assert again.registry.acquire(AdapterUse("a", digests[1][:12])).digest == digests[1]
     with pytest.raises(AdapterNotFound):
         again.registry.acquire(AdapterUse("a", digests[0]))
@@ -243,11 +243,11 @@ def test_pins_and_unloading_outlast_the_engine(tmp_path: Path) -> None:
     harness = RegistryHarness(tmp_path)
     for seed, name in enumerate("ab"):
         harness.publish(name, seed)
-    harness.run(lambda done: harness.registry.pin("a", True, done))
-    harness.run(lambda done: harness.registry.unload("b", done))
+    harness.run(lambda done: harness.operations.pin("a", True, done))
+    harness.run(lambda done: harness.operations.unload("b", done))
     harness.registry.close()
     again = RegistryHarness(tmp_path)
-    (info,) = again.registry.describe_all()
+    (info,) = again.operations.describe_all()
     assert (info.name, info.pinned) == ("a", True)
     again.load(info.versions[0].digest)  # without a request
     again.registry.close()
@@ -260,9 +260,9 @@ def test_a_pinned_adapter_takes_no_version_that_is_too_large_for_a_pin(tmp_path:
     harness = RegistryHarness(tmp_path / "tight", memory=2 * small)
     harness.publish("a", 0)
     harness.publish("b", 1)
-    harness.run(lambda done: harness.registry.pin("a", True, done))
+    harness.run(lambda done: harness.operations.pin("a", True, done))
     with pytest.raises(AdapterBusy, match="half of the memory"):
-        harness.run(lambda done: harness.registry.pin("b", True, done))
+        harness.run(lambda done: harness.operations.pin("b", True, done))
     assert harness.publish("a", 2, replace=True).pinned
     harness.registry.close()
 
@@ -273,7 +273,7 @@ def test_a_composition_that_a_pin_makes_impossible_is_ended_with_the_reason(tmp_
     for name in "ab":
         harness.registry.acquire(AdapterUse(name))
     harness.registry.check_possible(digests[:2])
-    harness.run(lambda done: harness.registry.pin("c", True, done))
+    harness.run(lambda done: harness.operations.pin("c", True, done))
     (((one, two), error),) = harness.registry.take_impossible([tuple(digests[:2]), (digests[0],)])
     assert ([one, two], type(error)) == (digests[:2], BadRequest)
     assert "beside pinned" in error.message
@@ -285,7 +285,7 @@ def test_a_version_lowered_for_another_precision_is_lowered_again_at_start(tmp_p
     before = harness.publish("a").versions[0]
     harness.registry.close()
     again = RegistryHarness(tmp_path, dtype=torch.bfloat16)
-    after = again.registry.describe("a").versions[0]
+    after = again.operations.describe("a").versions[0]
     assert (after.digest, after.created) == (before.digest, before.created)
     assert after.memory_bytes < before.memory_bytes
     assert again.progress == [(1, 1)]
@@ -312,7 +312,7 @@ def test_a_version_whose_files_are_damaged_too_is_refused_by_name_and_others_are
     _flip_a_bit(folder / lowered_file.NAME, 100)
     _flip_a_bit(folder / "adapter_model.safetensors", -1)
     again = RegistryHarness(tmp_path)
-    broken, served = again.registry.describe_all()
+    broken, served = again.operations.describe_all()
     assert (broken.name, broken.versions, served.broken) == ("a", [], None)
     assert "not those that were published" in str(broken.broken)
     assert [note for note in again.notes if note.startswith("adapter a is not served")]
@@ -336,7 +336,7 @@ def test_a_damaged_older_version_costs_itself_only(tmp_path: Path) -> None:
     with (harness.store.folder(old) / "adapter_config.json").open("a") as file:
         file.write(" ")
     again = RegistryHarness(tmp_path, keep_versions=2)
-    assert [version.digest for version in again.registry.describe("a").versions] == [new]
+    assert [version.digest for version in again.operations.describe("a").versions] == [new]
     assert [note for note in again.notes if note.startswith("an older version of adapter a is not served")]
     again.registry.close()
 
@@ -344,18 +344,18 @@ def test_a_damaged_older_version_costs_itself_only(tmp_path: Path) -> None:
 def test_a_pinned_adapter_that_cannot_be_loaded_is_listed_as_broken_and_tried_once(tmp_path: Path) -> None:
     harness = RegistryHarness(tmp_path)
     digest = harness.publish("a").versions[0].digest
-    harness.run(lambda done: harness.registry.pin("a", True, done))
+    harness.run(lambda done: harness.operations.pin("a", True, done))
     harness.registry.close()
     again = RegistryHarness(tmp_path)
     _flip_a_bit(again.store.folder(digest) / lowered_file.NAME, 5000)
     _flip_a_bit(again.store.folder(digest) / "adapter_model.safetensors", -1)
-    again.wait_until(lambda: again.registry.describe("a").broken)
+    again.wait_until(lambda: again.operations.describe("a").broken)
     for _ in range(50):
         again.registry.poll()
     assert not again.residency.versions[digest].loading
     assert again.publish("a", replace=True).pinned  # repairs it
     again.load(digest)
-    assert again.registry.describe("a").broken is None
+    assert again.operations.describe("a").broken is None
     again.registry.close()
 
 
@@ -363,7 +363,7 @@ def test_pins_that_no_longer_fit_are_dropped_at_start_with_a_note(tmp_path: Path
     harness = RegistryHarness(tmp_path, slots=3)
     for seed, name in enumerate("ab"):
         harness.publish(name, seed)
-        harness.run(lambda done, name=name: harness.registry.pin(name, True, done))
+        harness.run(lambda done, name=name: harness.operations.pin(name, True, done))
     harness.registry.close()
     again = RegistryHarness(tmp_path, slots=2)
     assert len(again.registry.pinned) == 1
@@ -388,16 +388,16 @@ def test_a_version_under_two_names_is_repaired_and_pinned_under_both(tmp_path: P
     harness = RegistryHarness(tmp_path)
     digest = harness.publish("a").versions[0].digest
     harness.publish("b")
-    harness.run(lambda done: harness.registry.pin("a", True, done))
+    harness.run(lambda done: harness.operations.pin("a", True, done))
     with pytest.raises(AdapterBusy, match="under another name"):
-        harness.run(lambda done: harness.registry.evict("b", done))
+        harness.run(lambda done: harness.operations.evict("b", done))
     harness.registry.close()
     _flip_a_bit(harness.store.folder(digest) / lowered_file.NAME, 100)
     _flip_a_bit(harness.store.folder(digest) / "adapter_model.safetensors", -1)
     again = RegistryHarness(tmp_path)
-    assert {info.name for info in again.registry.describe_all() if info.broken} == {"a", "b"}
+    assert {info.name for info in again.operations.describe_all() if info.broken} == {"a", "b"}
     again.publish("b", replace=True)
-    assert [(info.name, info.broken) for info in again.registry.describe_all()] == [("a", None), ("b", None)]
+    assert [(info.name, info.broken) for info in again.operations.describe_all()] == [("a", None), ("b", None)]
     assert again.registry.acquire(AdapterUse("a")).digest == digest
     again.registry.close()
 
@@ -408,7 +408,7 @@ def test_a_name_that_the_base_got_is_listed_as_broken(tmp_path: Path) -> None:
     harness.store.set_name(BASE_NAME, harness.store.names()["a"])
     harness.registry.close()
     again = RegistryHarness(tmp_path)
-    infos = {info.name: info.broken for info in again.registry.describe_all()}
+    infos = {info.name: info.broken for info in again.operations.describe_all()}
     assert infos == {"a": None, BASE_NAME: f"{BASE_NAME} is the name of the base model"}
     assert again.registry.acquire(AdapterUse("a")).digest == digest
     again.registry.close()

@@ -28,25 +28,25 @@ def test_publishing_a_version_that_is_still_leased_makes_it_the_current_one_agai
     assert harness.registry.acquire(AdapterUse("a", first[:8])).digest == first
     harness.registry.release(lease)
     harness.registry.release(held)
-    assert [version.digest for version in harness.registry.describe("a").versions] == [first]
+    assert [version.digest for version in harness.operations.describe("a").versions] == [first]
 
 
 def test_an_adapter_evicted_during_its_load_does_not_stay_in_memory(harness: RegistryHarness) -> None:
     harness.publish("a")
     results: list[Any] = []
-    harness.registry.load("a", results.append)
-    harness.registry.evict("a", lambda info: None)
+    harness.operations.load("a", results.append)
+    harness.operations.evict("a", lambda info: None)
     harness.wait_until(lambda: results)
     assert (harness.device_slots.bytes, harness.residency.host_bytes) == (0, 0)
-    assert harness.registry.describe("a").versions[0].tiers == ["disk"]
+    assert harness.operations.describe("a").versions[0].tiers == ["disk"]
 
 
 def test_loading_an_adapter_cancels_its_pending_eviction(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
     lease = harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
-    harness.registry.evict("a", lambda info: None)
-    harness.run(lambda done: harness.registry.load("a", done))
+    harness.operations.evict("a", lambda info: None)
+    harness.run(lambda done: harness.operations.load("a", done))
     harness.registry.release(lease)
     assert harness.registry.memory.holds(digest)
 
@@ -54,8 +54,8 @@ def test_loading_an_adapter_cancels_its_pending_eviction(harness: RegistryHarnes
 def test_an_adapter_deleted_during_its_load_leaves_nothing_behind(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
     results: list[Any] = []
-    harness.registry.load("a", results.append)
-    harness.run(lambda done: harness.registry.delete("a", done))
+    harness.operations.load("a", results.append)
+    harness.run(lambda done: harness.operations.delete("a", done))
     harness.wait_until(lambda: results)
     assert isinstance(results[0], AdapterNotFound)
     assert (harness.residency.host_bytes, harness.device_slots.bytes) == (0, 0)
@@ -69,7 +69,7 @@ def test_an_adapter_deleted_during_its_load_leaves_nothing_behind(harness: Regis
 def test_publishing_right_after_deleting_restores_the_name(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
     deleted: list[Any] = []
-    harness.registry.delete("a", deleted.append)
+    harness.operations.delete("a", deleted.append)
     assert harness.publish("a").versions[0].digest == digest
     assert deleted
     harness.registry.acquire(AdapterUse("a"))
@@ -83,7 +83,7 @@ def test_of_two_first_publishes_of_one_name_the_second_is_refused(harness: Regis
         harness.start_publish("a", harness.upload(seed), results.append)
     harness.wait_until(lambda: len(results) == 2)
     assert [isinstance(run, ServeError) for run in results] == [False, True]
-    assert harness.registry.describe("a") == results[0]
+    assert harness.operations.describe("a") == results[0]
 
 
 def test_a_failed_load_is_tried_again_by_the_first_request_after_those_that_it_ended(harness: RegistryHarness) -> None:
@@ -93,7 +93,7 @@ def test_a_failed_load_is_tried_again_by_the_first_request_after_those_that_it_e
     harness.load(digest)
     version = harness.residency.versions[digest]
     assert version.failure is not None
-    assert "is missing" in str(harness.registry.describe("a").broken)
+    assert "is missing" in str(harness.operations.describe("a").broken)
     with pytest.raises(AdapterBroken, match="adapter a cannot be served"):
         harness.registry.acquire(AdapterUse("a"))
     harness.registry.release(lease)
@@ -101,28 +101,28 @@ def test_a_failed_load_is_tried_again_by_the_first_request_after_those_that_it_e
     harness.registry.acquire(AdapterUse("a"))
     harness.load(digest)
     assert harness.registry.memory.holds(digest)
-    assert harness.registry.describe("a").broken is None
+    assert harness.operations.describe("a").broken is None
 
 
 def test_an_adapter_whose_load_fails_is_not_pinned(harness: RegistryHarness) -> None:
     digest = harness.publish("a").versions[0].digest
     harness.store.folder(digest).rename(harness.folder / "away")
     with pytest.raises(AdapterBroken):
-        harness.run(lambda done: harness.registry.pin("a", True, done))
-    assert not harness.registry.describe("a").pinned
+        harness.run(lambda done: harness.operations.pin("a", True, done))
+    assert not harness.operations.describe("a").pinned
 
 
 def test_publishing_and_deleting_one_name_at_once_leaves_what_was_asked_for_last(harness: RegistryHarness) -> None:
     results: list[Any] = []
     harness.publish("a", 0)
     harness.start_publish("a", harness.upload(1), results.append, replace=True)
-    harness.registry.delete("a", results.append)
+    harness.operations.delete("a", results.append)
     harness.start_publish("b", harness.upload(2), results.append)
-    harness.registry.delete("b", results.append)
+    harness.operations.delete("b", results.append)
     harness.start_publish("b", harness.upload(3), results.append)
     harness.wait_until(lambda: len(results) == 5)
     assert [isinstance(result, ServeError) for result in results] == [False] * 5
-    (info,) = harness.registry.describe_all()
+    (info,) = harness.operations.describe_all()
     assert info.name == "b"
     assert list(harness.store.names()) == ["b"]
     with pytest.raises(AdapterNotFound):
@@ -138,10 +138,10 @@ def test_a_pin_and_an_unloading_that_meet_a_publish_are_not_lost(harness: Regist
     for name in "ab":
         harness.publish(name, 0)
         harness.start_publish(name, harness.upload(ord(name)), results.append, replace=True)
-    harness.registry.pin("a", True, results.append)
-    harness.registry.unload("b", results.append)
+    harness.operations.pin("a", True, results.append)
+    harness.operations.unload("b", results.append)
     harness.wait_until(lambda: len(results) == 4)
-    (info,) = harness.registry.describe_all()
+    (info,) = harness.operations.describe_all()
     assert (info.name, info.pinned) == ("a", True)
     harness.wait_until(lambda: harness.store.names()["b"].unlisted)
     stored = harness.store.names()["a"]
@@ -150,7 +150,7 @@ def test_a_pin_and_an_unloading_that_meet_a_publish_are_not_lost(harness: Regist
 
 def test_a_new_version_of_a_pinned_adapter_is_loaded_and_replaces_the_old_one(harness: RegistryHarness) -> None:
     old = harness.publish("a", 0).versions[0].digest
-    harness.run(lambda done: harness.registry.pin("a", True, done))
+    harness.run(lambda done: harness.operations.pin("a", True, done))
     new = harness.publish("a", 1, replace=True).versions[0].digest
     harness.load(new)
     assert harness.registry.pinned == {new}
@@ -175,9 +175,9 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
                 folder = harness.upload(rng.randrange(4) + 10 * number * rng.randrange(2))
                 harness.start_publish(name, folder, answers.append, replace=rng.random() < 0.8)
             elif action in ("delete", "load", "evict", "unload"):
-                getattr(registry, action)(name, answers.append)
+                getattr(harness.operations, action)(name, answers.append)
             elif action in ("pin", "unpin"):
-                registry.pin(name, action == "pin", answers.append)
+                harness.operations.pin(name, action == "pin", answers.append)
             else:
                 leases.append(registry.acquire(AdapterUse(name)))
         except ServeError as error:

@@ -233,7 +233,7 @@ def test_an_error_about_a_field_does_not_mention_bases(tmp_path: Path) -> None:
 
 
 def inspect(harness: RegistryHarness, folder: Path) -> Inspection:
-    found: Inspection = harness.run(lambda done: harness.registry.inspect(Inspect(str(folder)), done))
+    found: Inspection = harness.run(lambda done: harness.operations.inspect(Inspect(str(folder)), done))
     return found
 
 
@@ -241,7 +241,7 @@ def test_inspecting_describes_what_publishing_would_create_and_stores_nothing(ha
     staged = write(harness.folder / "store" / "staging" / "x", RegistryHarness.tensors(1))
     found = inspect(harness, staged)
     assert not staged.exists()
-    assert harness.registry.describe_all() == []
+    assert harness.operations.describe_all() == []
     assert list((harness.folder / "store" / "versions").iterdir()) == []
     (version,) = harness.publish("x", 1).versions
     assert found == Inspection(
@@ -273,5 +273,5 @@ def test_a_report_is_unchanged_after_a_restart(tmp_path: Path) -> None:
     assert before["size"]["elements"]
     harness.registry.close()
     again = RegistryHarness(tmp_path)
-    assert again.registry.describe("x").versions[0].report == before
+    assert again.operations.describe("x").versions[0].report == before
     again.registry.close()

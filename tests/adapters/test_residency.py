@@ -8,7 +8,7 @@ import pytest
 
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.residency import Budget, Loads, Residency, Version
-from lora_serve.adapters.store_records import NameRecord
+from lora_serve.adapters.store.records import NameRecord
 from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterBusy, AdapterNotFound, BadRequest, TooLarge
 from lora_serve.request import AdapterUse

@@ -1,7 +1,7 @@
 """The adapter store on disk: immutable versions in folders named by digest, and records that map names to versions.
 
 A version is completed in staging and moved into place by one rename; a name changes by one rename. So `kill -9` at any
-moment leaves the old state or the new one. What this server did not write is never deleted. `store_folder.py` has the
+moment leaves the old state or the new one. What this server did not write is never deleted. `folder.py` has the
 layout. Methods may block, and are not thread-safe.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from lora_serve.adapters.store_disk import Disk
-from lora_serve.adapters.store_folder import LOWERED, RECORD, StoreFolder, unwanted_entries
-from lora_serve.adapters.store_opening import open_folder
-from lora_serve.adapters.store_records import (
+from lora_serve.adapters.store.disk import Disk
+from lora_serve.adapters.store.folder import LOWERED, RECORD, StoreFolder, unwanted_entries
+from lora_serve.adapters.store.opening import open_folder
+from lora_serve.adapters.store.records import (
     NameRecord,
     VersionRecord,
     find_damage,

@@ -21,10 +21,10 @@ from failing_disk import FailingDisk, Killed, QuickDisk, disk_error, no_space, r
 from first_format import make_first_format
 from store_files import listing, publish, stage
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_folder import StoreFolder
-from lora_serve.adapters.store_records import NameRecord
-from lora_serve.adapters.store_scan import scan_store
+from lora_serve.adapters.store.folder import StoreFolder
+from lora_serve.adapters.store.records import NameRecord
+from lora_serve.adapters.store.scan import scan_store
+from lora_serve.adapters.store.store import Store
 from lora_serve.errors import ServeError, StorageFull, StoreUnusable
 
 NEVER = 10**9
@@ -260,7 +260,7 @@ WRITER = """
     from pathlib import Path
     sys.path[:0] = [sys.argv[2]]
     from store_files import publish
-    from lora_serve.adapters.store import Store
+    from lora_serve.adapters.store.store import Store
     store = Store(Path(sys.argv[1]))
     print("go", flush=True)
     for round in range(100000):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from lora_serve.adapters.store_folder import DIGEST, FORMAT, MARKER, STAGED, StoreFolder
-from lora_serve.adapters.store_records import (
+from lora_serve.adapters.store.folder import DIGEST, FORMAT, MARKER, STAGED, StoreFolder
+from lora_serve.adapters.store.records import (
     NameRecord,
     StoreMarker,
     VersionRecord,

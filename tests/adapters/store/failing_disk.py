@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_serve.adapters.store_disk import Disk
+from lora_serve.adapters.store.disk import Disk
 
 GROWING = ("make_folder", "write", "copy", "link")  # operations that need space
 

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from store_files import listing, publish
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_folder import StoreFolder
-from lora_serve.adapters.store_records import NameRecord, VersionRecord, describe_folder, read_sealed, seal
-from lora_serve.adapters.store_scan import scan_store
+from lora_serve.adapters.store.folder import StoreFolder
+from lora_serve.adapters.store.records import NameRecord, VersionRecord, describe_folder, read_sealed, seal
+from lora_serve.adapters.store.scan import scan_store
+from lora_serve.adapters.store.store import Store
 from lora_serve.errors import AdapterBroken, StoreUnusable
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,8 +9,8 @@ import pytest
 from first_format import A, B, make_first_format
 from store_files import listing
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_records import NameRecord, describe_folder
+from lora_serve.adapters.store.records import NameRecord, describe_folder
+from lora_serve.adapters.store.store import Store
 from lora_serve.errors import StoreUnusable
 
 

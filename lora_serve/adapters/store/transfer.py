@@ -8,9 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_folder import DIGEST, StoreFolder
-from lora_serve.adapters.store_records import (
+from lora_serve.adapters.store.folder import DIGEST, StoreFolder
+from lora_serve.adapters.store.records import (
     KEPT,
     NameRecord,
     VersionRecord,
@@ -18,8 +17,9 @@ from lora_serve.adapters.store_records import (
     find_damage,
     read_version,
 )
-from lora_serve.adapters.store_scan import StoreContents, read_marker
-from lora_serve.adapters.store_upgrade import read_any_name
+from lora_serve.adapters.store.scan import StoreContents, read_marker
+from lora_serve.adapters.store.store import Store
+from lora_serve.adapters.store.upgrade import read_any_name
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import (
     AdapterBroken,

@@ -15,10 +15,10 @@ from typing import IO
 
 import msgspec
 
-from lora_serve.adapters.store_folder import FORMAT, STAGED, StoreFolder
-from lora_serve.adapters.store_records import StoreMarker, find_missing, read_version
-from lora_serve.adapters.store_scan import StoreContents, check_version, is_first_format, read_marker, scan_store
-from lora_serve.adapters.store_upgrade import upgrade_first_format
+from lora_serve.adapters.store.folder import FORMAT, STAGED, StoreFolder
+from lora_serve.adapters.store.records import StoreMarker, find_missing, read_version
+from lora_serve.adapters.store.scan import StoreContents, check_version, is_first_format, read_marker, scan_store
+from lora_serve.adapters.store.upgrade import upgrade_first_format
 from lora_serve.errors import StoreUnusable, Unavailable
 
 MOST_SHOWN = 5  # entries in a note

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from first_format import make_first_format
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_location import default_store_folder, describe_other_stores
+from lora_serve.adapters.store.location import default_store_folder, describe_other_stores
+from lora_serve.adapters.store.store import Store
 
 BASE, OTHER = "1" * 64, "2" * 64
 

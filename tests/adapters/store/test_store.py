@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from store_files import digest_of, listing, publish, stage
 
-from lora_serve.adapters.store import Store
-from lora_serve.adapters.store_records import NameRecord, describe_folder
+from lora_serve.adapters.store.records import NameRecord, describe_folder
+from lora_serve.adapters.store.store import Store
 from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterInvalid, BadRequest, StoreUnusable, Unavailable
 
 VERSION_FILES = {"version.json", "adapter_config.json", "adapter_model.safetensors", "README.md", "lowered/flat.bin"}

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from lora_serve.adapters.store_folder import StoreFolder
-from lora_serve.adapters.store_scan import is_first_format, read_marker
+from lora_serve.adapters.store.folder import StoreFolder
+from lora_serve.adapters.store.scan import is_first_format, read_marker
 from lora_serve.errors import StoreUnusable
 
 _SHOWN = 12  # digits of the fingerprint in a folder's name

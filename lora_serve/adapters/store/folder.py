@@ -19,8 +19,8 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from lora_serve.adapters.store_disk import Disk
-from lora_serve.adapters.store_records import KEPT
+from lora_serve.adapters.store.disk import Disk
+from lora_serve.adapters.store.records import KEPT
 
 FORMAT = 2
 MARKER = "lora-serve-store.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from lora_serve.adapters.store_folder import DIGEST, RECORD, StoreFolder
-from lora_serve.adapters.store_records import NameRecord, StoreMarker, VersionRecord, describe_folder, seal
-from lora_serve.adapters.store_scan import read_name
+from lora_serve.adapters.store.folder import DIGEST, RECORD, StoreFolder
+from lora_serve.adapters.store.records import NameRecord, StoreMarker, VersionRecord, describe_folder, seal
+from lora_serve.adapters.store.scan import read_name
 from lora_serve.errors import AdapterInvalid
 
 OLD_RECORD = "meta.json"  # of a version in format 1

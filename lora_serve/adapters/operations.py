@@ -1,0 +1,204 @@
+"""The admin operations on adapters: publish, inspect, list, load, evict, pin, delete, unload.
+
+Used by the engine's loop alone, and never blocks: `done` gets an operation's result, or a ServeError, now or later;
+operations also raise ServeErrors. Those that change what a name refers to, or how, wait for each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_serve.adapters.descriptions import describe_adapter, describe_upload
+from lora_serve.adapters.lowering_job import LoweredVersion
+from lora_serve.adapters.operation_queue import Done, OperationQueue, if_successful, next_step
+from lora_serve.adapters.publisher import Publisher, StagedVersion
+from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.residency import Residency
+from lora_serve.adapters.store.records import NameRecord
+from lora_serve.errors import AdapterBusy, AdapterExists, ServeError
+from lora_serve.messages import AdapterInfo, Inspect, Publish
+from lora_serve.names import check_adapter_name
+
+
+class AdapterOperations:
+    """The admin operations on the adapters of one resident base.
+
+    Args:
+        base_name: name of the base in the API, which no adapter may have.
+    """
+
+    def __init__(self, registry: Registry, residency: Residency, publisher: Publisher, base_name: str) -> None:
+        self._registry, self._residency, self._publisher = registry, residency, publisher
+        self._base_name = base_name
+        self._queue = OperationQueue()
+
+    # --- without changes -----------------------------------------------------------------------------------------
+
+    def inspect(self, operation: Inspect, done: Done) -> None:
+        """Lower a folder as `publish` does, without storing it; the result is an `Inspection`."""
+
+        def on_lowered(version: LoweredVersion) -> None:
+            done(describe_upload(version.summary))
+
+        self._publisher.inspect(Path(operation.folder), if_successful(on_lowered, done))
+
+    def describe_all(self) -> list[AdapterInfo]:
+        """All adapters that are listed, by name; those that cannot be served as well."""
+        listed = {name for name, record in self._residency.names.items() if not record.unlisted}
+        return [self.describe(name) for name in sorted(listed | self._publisher.broken.keys())]
+
+    def describe(self, name: str) -> AdapterInfo:
+        """The state of one adapter. Raises AdapterNotFound."""
+        reason = self._publisher.broken.get(name)
+        if reason is not None:
+            return AdapterInfo(name, False, [], reason)
+        return describe_adapter(name, self._residency.record(name), self._residency)
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def load(self, name: str, done: Done) -> None:
+        """Load the newest version into host memory, and onto the device if a slot is free."""
+        self._publisher.check_not_broken(name)
+        record = self._residency.names.get(name)
+        if record is not None and record.unlisted:
+            on_listed = if_successful(lambda _: self.load(name, done), done)
+            self._queue.run(name, lambda end: self._registry.save_name(name, end, unlisted=False), on_listed)
+            return
+        version = self._residency.current(name)
+        version.evict_when_unused = False
+
+        def on_loaded(_: None) -> None:
+            self._registry.memory.prefetch(version)
+            done(self.describe(name))
+
+        self._registry.memory.load(version, if_successful(on_loaded, done))
+
+    def evict(self, name: str, done: Done) -> None:
+        """Free the newest version's host and device memory: now, or when its last lease is released."""
+        self._publisher.check_not_broken(name)
+        version = self._residency.current(name)
+        if version.digest in self._residency.pinned:
+            raise AdapterBusy(f"adapter {name} is pinned, perhaps under another name; unpin it first", param="name")
+        version.evict_when_unused = True
+        self._registry.free_if_unused(version)
+        done(self.describe(name))
+
+    # --- names ---------------------------------------------------------------------------------------------------
+
+    def publish(self, operation: Publish, done: Done) -> None:
+        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`."""
+        check_adapter_name(operation.name, self._base_name)
+        self._queue.run(operation.name, lambda end: self._publish(operation, end), done)
+
+    def pin(self, name: str, pinned: bool, done: Done) -> None:
+        """Pin an adapter (load it and never evict it), or unpin it; this outlasts the engine."""
+        self._queue.run(name, lambda end: self._pin(name, pinned, end), done)
+
+    def delete(self, name: str, done: Done) -> None:
+        """Remove an adapter; its memory and files are freed when its last lease is released."""
+        self._queue.run(name, lambda end: self._delete(name, end), done)
+
+    def unload(self, name: str, done: Done) -> None:
+        """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
+        self._queue.run(name, lambda end: self._unload(name, end), done)
+
+    def _publish(self, operation: Publish, done: Done) -> None:
+        name = operation.name
+        stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
+        record = self._residency.names.get(name)
+        taken = name in self._publisher.broken or (record is not None and not record.unlisted)
+        if taken and not operation.replace:
+            raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
+
+        def on_lowered(staged: StagedVersion) -> None:
+            version, digest = staged.version, staged.version.summary.digest
+            try:
+                self._residency.check_publish(name, digest, version.summary.nbytes)
+            except ServeError:
+                self._publisher.discard(staged)
+                raise
+
+            def record_now() -> NameRecord:
+                older = self._residency.names.get(name, NameRecord([])).versions
+                versions = [digest, *(each for each in older if each != digest)]
+                return NameRecord(versions, operation.source, stored.pinned)
+
+            def on_stored(_: None) -> None:
+                self._registry.add_version(version.summary, version.record.created)
+                self._registry.set_name(name, record_now())
+                self._serve_repaired(digest)
+                self._drop_unknown(stored)
+                done(self.describe(name))
+
+            kept = self._residency.stored(record_now())
+            self._publisher.store(name, staged, kept, if_successful(on_stored, done))
+
+        self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done))
+
+    def _pin(self, name: str, pinned: bool, done: Done) -> None:
+        self._publisher.check_not_broken(name)
+        record = self._residency.record(name)
+        if pinned:
+            digest = record.versions[0]
+            self._residency.check_pins(name, digest, self._residency.versions[digest].bytes)
+
+        def on_saved(_: None) -> None:
+            if pinned:
+                self.load(name, next_step(on_loaded, done))
+            else:
+                done(self.describe(name))
+
+        def on_loaded(result: AdapterInfo | ServeError) -> None:
+            if isinstance(result, ServeError) and name in self._residency.names:
+                self._registry.save_name(name, lambda error: done(result), pinned=False)
+            else:
+                done(result)
+
+        self._registry.save_name(name, if_successful(on_saved, done), pinned=pinned)
+
+    def _unload(self, name: str, done: Done) -> None:
+        stored = self._publisher.stored(name)
+        if stored is not None and stored.source:
+            self._delete(name, done)
+            return
+        self._publisher.check_not_broken(name)
+        info, version = self.describe(name), self._residency.current(name)
+
+        def on_saved(_: None) -> None:
+            if version.digest not in self._residency.pinned:
+                version.evict_when_unused = True
+                self._registry.free_if_unused(version)
+            done(info)
+
+        self._registry.save_name(name, if_successful(on_saved, done), pinned=False, unlisted=True)
+
+    def _delete(self, name: str, done: Done) -> None:
+        stored = self._publisher.stored(name) or NameRecord([])
+        record = self._residency.names.get(name)
+        if record is None:
+            info = self.describe(name)
+        else:  # an unloaded one too
+            info = describe_adapter(name, record, self._residency)
+            self._registry.change_name(name, unlisted=True)  # at once; its versions go when the store has forgotten it
+
+        def on_removed(error: ServeError | None) -> None:
+            if error is None:
+                self._registry.set_name(name, None)
+                self._drop_unknown(stored)
+            elif record is not None and name in self._residency.names:
+                self._registry.change_name(name, unlisted=record.unlisted)
+            done(error or info)
+
+        self._publisher.remove(name, next_step(on_removed, done))
+
+    def _serve_repaired(self, digest: str) -> None:
+        """Serve other names of a version that was broken until it was published again."""
+        for name, record in self._publisher.names().items():
+            if name not in self._residency.names and record.versions[0] == digest:
+                self._registry.set_name(name, record)
+
+    def _drop_unknown(self, stored: NameRecord) -> None:
+        """Delete versions of a broken name, of which nobody knows any more."""
+        for digest in stored.versions:
+            if digest not in self._residency.versions:
+                self._publisher.drop(digest)
