@@ -98,6 +98,18 @@ class ServeConfig(BaseSettings):
     kv_cache_memory: ByteSize | None = Field(
         None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU all that is left)"
     )
+    itl_target: float | None = Field(
+        None,
+        gt=0,
+        description="seconds between two tokens of a stream that prompts should not exceed (default: 0.025, or more "
+        "where steps take long)",
+    )
+    ttft_target: float | None = Field(
+        None,
+        gt=0,
+        description="seconds to the first token that should not be exceeded, at the cost of the streams if need be "
+        "(default: none)",
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that may be used")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes under the same adapter")

@@ -183,8 +183,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
 
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
-    generates no text. `store`: folder of the published adapters. `adapters` are all that are listed, and `broken_adapters`
-    those of them that cannot be served.
+    generates no text. `store`: folder of the published adapters. `adapters`: how many are listed, and
+    `broken_adapters` how many of them cannot be served.
     """
 
     model: str

@@ -82,7 +82,12 @@ class EmbeddingParams(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One sequence to generate, or to embed: then the prompt is only prefilled (`max_tokens` is 0).
 
-    An API call with `n > 1` or several prompts becomes several of these. Prefix caches are separate for each `tenant`.
+    An API call with `n > 1` or several prompts becomes several of these.
+
+    Attributes:
+        tenant: the key's name: whose prefix cache is separate, and whose share of the steps it is served from.
+        priority: among the tenant's requests; smaller is more urgent.
+        weight: of the tenant's share, relative to others'.
     """
 
     id: str
@@ -91,6 +96,8 @@ class Request(msgspec.Struct, frozen=True):
     adapters: tuple[AdapterUse, ...] = ()
     tenant: str = ""
     embedding: EmbeddingParams | None = None
+    priority: int = 0
+    weight: float = 1.0
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):

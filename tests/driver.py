@@ -11,9 +11,10 @@ from lora_serve.adapters.adapter import Adapter, Lowered, flatten
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.traits import Traits, traits
 from lora_serve.engine.batch_builder import build_batch
-from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.fairness import Fairness
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
+from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
@@ -61,8 +62,10 @@ class Driver:
         self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
         self.base.self_check()
         self.base.prepare(64, max_tokens, 50)
+        fairness = Fairness()
+        rotation = SlotRotation(fairness, slots, 4)
         self.scheduler = Scheduler(
-            BlockPool(200, block_size), SlotRotation(slots, 4), max_seqs=64, max_tokens=max_tokens, prefix_cache=True
+            BlockPool(200, block_size), rotation, fairness, max_seqs=64, max_tokens=max_tokens, prefix_cache=True
         )
         self.slots: dict[str, int] = {}
         self.traits: dict[str, Traits] = {}

@@ -55,7 +55,7 @@ class Uploads:
     def _client(self, server: ServerProcess, client: int, seed: float, stop: threading.Event) -> None:
         own = random.Random(seed)
         while not stop.is_set():
-            name, number = f"client{client}-{own.randrange(5)}", own.randrange(1_000_000)
+            name, number = f"client{client}-{own.randrange(5)}", own.randrange(500)
             before, wanted = self.known.get(name, {None}), None if own.random() < 0.2 else number
             self.known[name] = before | {wanted}
             try:
@@ -104,7 +104,9 @@ def test_what_was_answered_is_there(tmp_path: Path, victim: Literal["engine", "s
                 left -= 1
                 engine = psutil.Process(server.engine_pid)
                 with uploads.running(server):
-                    time.sleep(uploads.chosen.uniform(0.5, 3))
+                    before = uploads.answered
+                    until(lambda: uploads.answered > before, 60)  # noqa: B023, called at once
+                    time.sleep(uploads.chosen.uniform(0, 1.5))
                     if victim == "server":
                         server.signal(signal.SIGKILL)
                         engine.wait(20)  # it ends by itself when it is alone

@@ -2,24 +2,27 @@
 
     8 bytes     MAGIC
     8 bytes     length of the description, little endian
-    32 bytes    SHA-256 of the description
+    16 bytes    checksum of the description
     ...         `Description` as JSON; zeros up to a multiple of PAGE
     ...         the flat tensor in the serving dtype
 
 Loading is reading, verifying and copying: it needs neither formats nor base. At start only summaries are read.
+
+Checksums are XXH3's of 128 bits: they find damage as fast as memory is read. A version's name is the SHA-256 of its
+PEFT files (`store/records.py`), from which this file can be made again.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from lora_serve.adapters.adapter import Adapter, MatrixOffsets, ModuleOverride, Prefix
 from lora_serve.adapters.traits import Traits
@@ -28,6 +31,7 @@ from lora_serve.kernels.contract import Delta
 
 NAME = "lowered/adapter.bin"  # in a version's folder
 MAGIC = b"lora-low"
+HEAD = 32  # bytes before the description
 PAGE = 4096
 MAX_DESCRIPTION = 256 << 20  # bytes
 T = TypeVar("T")
@@ -81,7 +85,7 @@ class Summary(msgspec.Struct, frozen=True):
         digest: of the version.
         fingerprint: of all that lowering depends on besides the version's files: the base, its quantisation, the
             serving dtype, and how this release lowers.
-        nbytes, sha256: of the flat tensor, whose elements are `dtype`.
+        nbytes, checksum: of the flat tensor, whose elements are `dtype`.
         rank: the largest.
         modules: number of adapted modules.
         file_bytes: of the files that it was made from.
@@ -92,7 +96,7 @@ class Summary(msgspec.Struct, frozen=True):
     fingerprint: str
     dtype: str
     nbytes: int
-    sha256: str
+    checksum: str
     rank: int
     modules: int
     file_bytes: int
@@ -126,7 +130,7 @@ def describe(
         fingerprint=fingerprint,
         dtype=_name(adapter.flat.dtype),
         nbytes=adapter.nbytes,
-        sha256=sha256(_bytes(adapter.flat)).hexdigest(),
+        checksum=xxh3_128_hexdigest(_bytes(adapter.flat)),
         rank=max((offsets.rank for offsets in adapter.offsets.values()), default=0),
         modules=modules,
         file_bytes=file_bytes,
@@ -144,7 +148,7 @@ def write(folder: Path, adapter: Adapter, description: Description) -> None:
     path = folder / NAME
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
-        head = MAGIC + len(encoded).to_bytes(8, "little") + sha256(encoded).digest() + encoded
+        head = MAGIC + len(encoded).to_bytes(8, "little") + xxh3_128_digest(encoded) + encoded
         file.write(head + bytes(-len(head) % PAGE))
         file.write(_bytes(adapter.flat))
         file.flush()
@@ -167,7 +171,7 @@ def read(folder: Path, digest: str) -> Adapter:
         buffer = _bytes(flat)
         if file.readinto(buffer) != description.nbytes or file.read(1):  # type: ignore[attr-defined]
             raise AdapterBroken("its stored weights are truncated")
-    if sha256(buffer).hexdigest() != description.sha256 or description.digest != digest:
+    if xxh3_128_hexdigest(buffer) != description.checksum or description.digest != digest:
         raise AdapterBroken("its stored weights are not those that were written")
     return Adapter(
         digest,
@@ -191,12 +195,12 @@ def _open(folder: Path) -> BinaryIO:
 
 
 def _read_description(file: BinaryIO, kind: type[T]) -> T:
-    head = file.read(48)
+    head = file.read(HEAD)
     length = int.from_bytes(head[8:16], "little")
-    if len(head) < 48 or head[:8] != MAGIC or length > MAX_DESCRIPTION:
+    if len(head) < HEAD or head[:8] != MAGIC or length > MAX_DESCRIPTION:
         raise AdapterBroken("its stored weights are not in the form that this server writes")
     encoded = file.read(length)
-    if len(encoded) < length or sha256(encoded).digest() != head[16:]:
+    if len(encoded) < length or xxh3_128_digest(encoded) != head[16:]:
         raise AdapterBroken("the description of its stored weights is damaged")
     try:
         return msgspec.json.decode(encoded, type=kind)

@@ -49,6 +49,7 @@ class AdapterMemory:
         self._residency, self._device_slots, self._publisher = residency, device_slots, publisher
         self._workers, self._on_load_ended = workers, on_load_ended
         self._adapters: dict[str, Adapter] = {}  # in host memory
+        self._arrived: list[str] = []
         self._wanted: dict[str, list[Loaded]] = {}  # digests to load for operations, and who waits for each
         self._hits: Counter[str] = Counter(host=0, device=0)
         self._misses: Counter[str] = Counter(host=0, device=0)
@@ -59,6 +60,11 @@ class AdapterMemory:
     def holds(self, digest: str) -> bool:
         """Whether a version is in memory, so that it can get a slot at once."""
         return self._residency.versions[digest].in_memory
+
+    def take_arrived(self) -> list[str]:
+        """Digests of versions that came into memory since the last call."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def record_use(self, version: Version) -> None:
         """Count a hit or a miss per tier; a version that is not in memory will be loaded."""
@@ -138,6 +144,7 @@ class AdapterMemory:
         if not isinstance(result, ServeError):
             adapter, seconds = result
             version.in_host = True
+            self._arrived.append(version.digest)
             self._adapters[version.digest] = adapter
             self._loads["host"] += 1
             self._seconds["host"] += seconds

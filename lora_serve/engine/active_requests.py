@@ -6,6 +6,7 @@ Every request ends in `finish`, on every path; its KV blocks and adapter leases 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 from lora_serve.adapters.registry import Lease, Registry
@@ -26,16 +27,24 @@ class ActiveRequests:
     Args:
         info: limits that requests are checked against.
         max_queue: maximum number of waiting requests.
+        clock: seconds.
     """
 
     def __init__(
-        self, info: EngineInfo, scheduler: Scheduler, registry: Registry, grammars: GrammarCompiler, max_queue: int
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        registry: Registry,
+        grammars: GrammarCompiler,
+        max_queue: int,
+        clock: Callable[[], float],
     ) -> None:
         self._info = info
         self._scheduler = scheduler
         self._registry = registry
         self._grammars = grammars
         self._max_queue = max_queue
+        self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._compiling: dict[Sequence, Done] = {}  # admitted, not queued before their grammars are compiled
         self._leases: dict[str, list[Lease]] = {}
@@ -225,6 +234,7 @@ class ActiveRequests:
             limit=min(virtual + len(request.prompt) + sampling.max_tokens, self._info.max_model_len),
             traits={lease.digest: lease.traits for lease in leases},
             pooling=pooling_of(request, leases, self._info),
+            arrived=self._clock(),
         )
 
     def _embed(self, output: SequenceOutput) -> None:

@@ -60,6 +60,7 @@ class Engine:
     Args:
         info: the base model and limits, as reported to clients.
         max_queue: maximum number of waiting sequences.
+        clock: seconds, from which durations of steps are taken.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Engine:
         registry: Registry,
         operations: AdapterOperations,
         grammars: GrammarCompiler,
+        pacer: PrefillPacer,
         *,
         max_queue: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.info = info
         self._scheduler = scheduler
@@ -79,15 +82,15 @@ class Engine:
         self._registry = registry
         self._operations = operations
         self._grammars = grammars
-        self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue)
+        self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue, clock)
         self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of drain calls to answer when no request is left
         self._in_flight: InFlightStep | None = None
         self._last_outputs = 0.0  # when the outputs of the last step were read
-        self._pacer = PrefillPacer()
+        self._pacer = pacer
+        self._clock = clock
         self._steps = 0
         self._stalled = True  # nothing can run until a message or a finished load changes that
-        self._loads_finished = True  # since the last step was scheduled
 
     @classmethod
     def build(
@@ -111,6 +114,7 @@ class Engine:
             parts.registry,
             parts.operations,
             parts.grammars,
+            PrefillPacer(config.itl_target, config.ttft_target),
             max_queue=config.max_queue,
         )
 
@@ -143,7 +147,7 @@ class Engine:
     def step(self) -> Update:
         """Run a step if anything can run; returns all events since the last call."""
         if self._registry.poll():
-            self._loads_finished, self._stalled = True, False
+            self._stalled = False
         if self._grammars.poll():
             self._stalled = False
         self._end_impossible()
@@ -170,16 +174,16 @@ class Engine:
         return self._process_in_flight() or report if self._runner.out_of_memory else report
 
     def _schedule(self) -> list[ScheduledSequence]:
-        finished, self._loads_finished = self._loads_finished, False
+        memory = self._registry.memory
         return self._scheduler.schedule(
-            self._registry.memory.holds, self._registry.pinned, self._pacer.budget, loads_finished=finished
+            memory.holds, self._registry.pinned, self._pacer.budget, arrived=memory.take_arrived()
         )
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""
         if not scheduled:
             return None
-        step = launch(scheduled, self._runner, self._registry.memory)
+        step = launch(scheduled, self._runner, self._registry.memory, self._clock())
         for part in step.scheduled:
             self._scheduler.mark_launched(part)
         return step
@@ -193,7 +197,7 @@ class Engine:
         for output in step.outputs():
             self._requests.process(output)
         self._steps += 1
-        now = time.perf_counter()
+        now = self._clock()
         seconds, self._last_outputs = now - max(step.started, self._last_outputs), now
         tokens = sum(part.count for part in step.scheduled)
         decoding = sum(part.count == 1 for part in step.scheduled)

@@ -1,149 +1,229 @@
-"""Round-robin assignment of device slots to adapters when more adapters are needed than there are slots.
+"""Weighted fair queueing over served tokens: who is owed most.
 
-Pure decisions over plain state. An adapter set is all adapters that one sequence needs at the same time (mostly one).
-Sets without slots wait in a FIFO queue. A set keeps its slots for at least a quantum of steps; then it yields to the
-head of the queue and is queued again at the end. So every set gets its turn, and no turn is so short that copying
-adapters costs more than running them. The work of a step depends on the number of slots only.
+Every token that is computed for a sequence is charged to its key, within the key to its priority level, and within that
+to its adapters, each time divided by a weight. Whoever was charged least is served next (the virtual token counter of
+Sheng et al., "Fairness in Serving Large Language Models", 2024, on three levels). Who was away and comes back begins
+where the others are (start-time fair queueing): time in which nothing was asked for is not made up for. So nobody waits
+for ever, whatever others send and whatever their priority, and nothing is left idle while somebody waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
-AdapterSet = tuple[str, ...]
+from lora_serve.engine.lazy_heap import LazyHeap
+
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # of a token; each of the output needs a step of its own
+LEVEL = 8.0  # a priority level gets so many times the share of the next one
+MOST_IDLE = 4096  # siblings that are remembered while nothing is asked for
+
+AdapterSet = tuple[str, ...]  # digests; empty: the base alone
+Rank = tuple[float, ...]  # smaller is owed more; grows only while its share is active
 
 
-class SlotRotation:
-    """Round-robin assignment of device slots to adapter sets.
+@dataclass(eq=False)
+class Share:
+    """A key, a priority level of one, or the adapters of one.
 
-    Args:
-        slots: maximum number of adapters on the device.
-        quantum: steps for which a resident adapter keeps its slot while others wait.
-        capacity: maximum bytes of adapters on the device; None: no limit.
-        size: bytes of an adapter, by digest.
+    Attributes:
+        served: tokens charged, divided by the weight.
+        time: the least that an active child was served, or had been when the last one left: where one begins that was
+            away, or is new.
+        active: sequences that wait or run; of a share with children, those of them that are active.
+        active_weight: of the active children.
+        rows: its sequences that hold KV blocks.
     """
 
-    def __init__(
-        self, slots: int, quantum: int, capacity: int | None = None, size: Callable[[str], int] = lambda digest: 0
-    ) -> None:
-        self.slots = slots
-        self.capacity = capacity
-        self._quantum = quantum
-        self._size = size
-        self._wanted: dict[str, dict[AdapterSet, None]] = {}  # adapter → needed sets that contain it
-        self._queue: dict[AdapterSet, None] = {}  # needed sets that wait for slots, first in, first out
-        self._since: dict[str, int] = {}  # resident adapter → step at which its turn began, in that order
-        self._pinned: Set[str] = frozenset()
-        self._stale = False  # some resident adapter may no longer be needed
+    name: Any
+    parent: Share | None
+    weight: float = 1.0
+    served: float = 0.0
+    time: float = 0.0
+    active: int = 0
+    active_weight: float = 0.0
+    active_children: LazyHeap[Share] = field(default_factory=lambda: LazyHeap(attrgetter("served")))
+    rows: int = 0
+    children: dict[Any, Share] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> Rank:
+        """Order in which shares are served."""
+        served = [self.served]
+        share = self.parent
+        while share is not None and share.parent is not None:
+            served.append(share.served)
+            share = share.parent
+        return tuple(reversed(served))
+
+    def line(self) -> Iterator[Share]:
+        """This share and those above it, without the root."""
+        share = self
+        while share.parent is not None:
+            yield share
+            share = share.parent
+
+    def charge(self, prompt: int, output: int) -> None:
+        """Charge tokens that were computed."""
+        cost = PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * output
+        for share in self.line():
+            share.served += cost / share.weight
+
+    def add_rows(self, count: int) -> None:
+        """Count sequences that got KV blocks, or with a negative number lost them."""
+        for share in self.line():
+            share.rows += count
+
+    def is_entitled(self, rows: int) -> bool:
+        """Whether one more of its sequences has a right to one of so many rows, however many others wait or run.
+
+        That is so if a share on its line, however all shares were used, would have one more row.
+        """
+        line = list(self.line())
+        own = float(rows)
+        for share in reversed(line):
+            assert share.parent is not None
+            own *= share.weight / share.parent.active_weight
+            if share.rows + 1 <= own + 1e-9:
+                return True
+        return False
+
+
+class ShareQueue:
+    """Some active shares of adapter sets, the one that is owed most first. What is not served costs nothing to keep."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[Share, LazyHeap[Share]] = {}  # parent → those of its children that are, or contain, some
+        self._root: Share | None = None
+        self._shares: set[Share] = set()
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def __iter__(self) -> Iterator[Share]:
+        return iter(self._shares)
+
+    def __contains__(self, share: Share) -> bool:
+        return share in self._shares
+
+    def add(self, share: Share) -> None:
+        """Add a share, if it is not there."""
+        if share in self._shares:
+            return
+        self._shares.add(share)
+        for each in share.line():
+            assert each.parent is not None
+            heap = self._heaps.get(each.parent)
+            if heap is not None:
+                heap.add(each)
+                return
+            heap = self._heaps[each.parent] = LazyHeap(attrgetter("served"))
+            heap.add(each)
+            if each.parent.parent is None:
+                self._root = each.parent
+
+    def discard(self, share: Share) -> None:
+        """Remove a share, if it is there."""
+        if share not in self._shares:
+            return
+        self._shares.remove(share)
+        for each in share.line():
+            assert each.parent is not None
+            heap = self._heaps[each.parent]
+            heap.discard(each)
+            if heap:
+                return
+            del self._heaps[each.parent]
+
+    @property
+    def first(self) -> Share | None:
+        """The share that is owed most; None if there is none."""
+        share = self._root if self._shares else None
+        while share in self._heaps:
+            share = self._heaps[share].first
+        return share
+
+
+class Fairness:
+    """The shares of all keys, their priority levels, and their adapter sets."""
+
+    def __init__(self) -> None:
+        self._root = Share(None, None)
+        self._by_set: dict[AdapterSet, ShareQueue] = {}  # active ones
 
     def __repr__(self) -> str:
-        return f"<SlotRotation {len(self._since)} of {self.slots} slots assigned, {len(self._queue)} sets wait>"
+        return f"<Fairness {self._root.active} of {len(self._root.children)} keys active>"
 
-    def add(self, adapter_set: AdapterSet) -> None:
-        """Add a set that some sequence needs and that is in host memory."""
-        for digest in adapter_set:
-            self._wanted.setdefault(digest, {})[adapter_set] = None
-        if adapter_set:
-            self._queue[adapter_set] = None
-
-    def remove(self, adapter_set: AdapterSet) -> None:
-        """Remove a set that no sequence needs any more, or that is no longer in host memory."""
-        for digest in adapter_set:
-            del self._wanted[digest][adapter_set]
-            if not self._wanted[digest]:
-                del self._wanted[digest]
-        self._queue.pop(adapter_set, None)
-        self._stale = True
-
-    def assign(
-        self,
-        step: int,
-        pinned: Set[str] = frozenset(),
-        is_loaded: Callable[[AdapterSet], bool] = lambda adapter_set: True,
-    ) -> set[str]:
-        """The adapters that have a slot in this step, pinned ones included.
+    def enter(self, key: str, weight: float, priority: int, adapter_set: AdapterSet) -> Share:
+        """The share of a sequence, which counts as active from now on.
 
         Args:
-            step: number of this step; grows.
-            pinned: adapters that always have a slot; fewer than there are slots.
-            is_loaded: whether a set is still in host memory; asked before it gets slots. One that is not must have been
-                removed when this returns.
+            weight: of the key, relative to other keys'.
+            priority: among the key's sequences; smaller is more urgent.
         """
-        if pinned != self._pinned:
-            self._repin(pinned)
-        if self._stale:
-            self._release()
-        for _ in range(len(self._queue)):  # sets that yield in this step are queued again at the end
-            first = next(iter(self._queue))
-            if not is_loaded(first):
-                continue  # it was removed
-            if not self.fits(set(first), self._pinned):  # its sequences are about to be ended: it must not block others
-                self._queue[first] = self._queue.pop(first)
-                continue
-            # Strictly in order: if the first set does not fit, no later one may take the slots that it waits for.
-            if not self._is_resident(first) and not self._admit(step, first):
-                break
-            del self._queue[first]
-        return set(self._since) | pinned
+        share = self._root
+        for name, relative in ((key, weight), (priority, LEVEL**-priority), (adapter_set, 1.0)):
+            child = share.children.get(name)
+            if child is None:
+                child = share.children[name] = Share(name, share)
+            if not child.active:
+                child.weight = relative
+            share = child
+        share.active += 1
+        if share.active == 1:
+            self._activate(share)
+            self._by_set.setdefault(adapter_set, ShareQueue()).add(share)
+        return share
 
-    def resident_sets(self) -> list[AdapterSet]:
-        """Needed sets whose adapters all have a slot, including the empty set of the base."""
-        found = dict.fromkeys(
-            each
-            for digest in (*self._since, *self._pinned)
-            for each in self._wanted.get(digest, ())
-            if self._is_resident(each)
-        )
-        return [(), *found]
+    def leave(self, share: Share) -> None:
+        """Count a sequence as gone."""
+        share.active -= 1
+        if share.active:
+            return
+        shares = self._by_set[share.name]
+        shares.discard(share)
+        if not shares:
+            del self._by_set[share.name]
+        for each in list(share.line()):
+            parent = each.parent
+            if each.active or parent is None:
+                return
+            parent.active -= 1
+            parent.active_weight = parent.active_weight - each.weight if parent.active else 0.0
+            parent.active_children.discard(each)
+            least = parent.active_children.first
+            parent.time = max(parent.time, each.served if least is None else least.served)
+            if each.served <= parent.time or len(parent.children) > MOST_IDLE:  # it would begin there anyway
+                del parent.children[each.name]
 
-    def fits(self, digests: Set[str], pinned: Set[str] = frozenset()) -> bool:
-        """Whether these adapters fit on the device together with the pinned ones."""
-        together = digests | pinned
-        few = len(together) <= self.slots
-        return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
+    @property
+    def adapter_sets(self) -> Collection[AdapterSet]:
+        """The adapter sets of all active sequences."""
+        return self._by_set.keys()
 
-    def _is_resident(self, adapter_set: AdapterSet) -> bool:
-        return all(digest in self._since or digest in self._pinned for digest in adapter_set)
+    def rank(self, adapter_set: AdapterSet) -> Rank:
+        """The rank of an active set: that of the share in it that is owed most."""
+        share = self._by_set[adapter_set].first
+        assert share is not None
+        return share.rank
 
-    def _admit(self, step: int, adapter_set: AdapterSet) -> bool:
-        """Assign slots to a set if enough are free or held by adapters past their quantum."""
-        members = [digest for digest in adapter_set if digest not in self._pinned]
-        done = [  # longest resident first, which is the order of the dict
-            digest for digest, since in self._since.items() if digest not in members and step - since >= self._quantum
-        ]
-        staying = self._since.keys() | set(members)
-        leaving = []
-        while not self.fits(staying, self._pinned):
-            if not done:
-                return False
-            leaving.append(done.pop(0))
-            staying = staying - {leaving[-1]}
-        for digest in leaving:
-            del self._since[digest]
-            self._queue |= self._wanted.get(digest, {})
-            self._stale = True
-        for digest in members:  # the turn of the whole set begins now
-            self._since.pop(digest, None)
-            self._since[digest] = step
-        return True
+    def shares(self, adapter_set: AdapterSet) -> Iterable[Share]:
+        """The active shares of a set."""
+        return self._by_set.get(adapter_set, ())
 
-    def _release(self) -> None:
-        """Free the slots of adapters that belong to no completely resident set."""
-        self._since = {
-            digest: since
-            for digest, since in self._since.items()
-            if any(map(self._is_resident, self._wanted.get(digest, ())))
-        }
-        self._stale = False
-
-    def _repin(self, pinned: Set[str]) -> None:
-        """Change the pinned adapters, whose slots are not part of the rotation."""
-        before, self._pinned = self._pinned, frozenset(pinned)
-        for digest in pinned:
-            self._since.pop(digest, None)
-        leaving = list(before - pinned)
-        while self._since and not self.fits(self._since.keys(), self._pinned):  # the latest to come are the first to go
-            leaving.append(self._since.popitem()[0])
-        for digest in leaving:
-            self._queue |= self._wanted.get(digest, {})
-        self._stale = True
+    @staticmethod
+    def _activate(share: Share) -> None:
+        for each in share.line():
+            parent = each.parent
+            assert parent is not None
+            least = parent.active_children.first
+            if least is not None:
+                parent.time = max(parent.time, least.served)
+            each.served = max(each.served, parent.time)
+            parent.active_children.add(each)
+            parent.active += 1
+            parent.active_weight += each.weight
+            if parent.active > 1:
+                return

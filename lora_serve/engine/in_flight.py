@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ class InFlightStep:
     Attributes:
         scheduled: the sequences in it.
         adapters: number of adapters in use.
-        started: launch time in seconds, by `time.perf_counter`.
+        started: launch time in seconds, on the engine's clock.
         outputs: waits for the device; returns one output for each of `scheduled`.
     """
 
@@ -43,13 +42,12 @@ class LaunchedStep:
         return InFlightStep(self.scheduled, self.adapters, self.started, self.launch_sampling())
 
 
-def launch(scheduled: list[ScheduledSequence], runner: Runner, memory: AdapterMemory) -> LaunchedStep:
+def launch(scheduled: list[ScheduledSequence], runner: Runner, memory: AdapterMemory, started: float) -> LaunchedStep:
     """Assign slots to the step's adapters and launch its forward pass. Only sequences whose adapters do not fit fail.
 
     Sequences whose adapters are still being copied to the device are left out while others can run; they keep their KV
     blocks and are scheduled again.
     """
-    started = time.perf_counter()
     slots, failed = _assign_slots(scheduled, memory)
     resident = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
     going = [part for part in resident if memory.copied(part.seq.digests)] or resident

@@ -1,52 +1,139 @@
-"""The prefill budget: how many prompt tokens a step may compute while other sequences wait for their next token.
+"""How many prompt tokens a step may compute while other sequences wait for their next token.
 
-Prefilling in a step delays the next token of the sequences that decode. The duration of a decode step, and what a
-prompt token adds to it, are estimated from recent steps; the budget keeps a step within `STRETCH` times its usual
-duration. If more prompts wait than sequences decode, delaying prompts costs more than it saves, so the added time grows
-with their ratio. The first few prompt tokens may be free (weights are read anyway) and later ones not, so the budget
-grows by half at most per step, and the highest recent cost counts. The budget affects when a prompt is computed, never
-the output.
+A step with prompt tokens delays the next token of every sequence that decodes: by a time per prompt token, which a
+bound on the gap between two tokens limits, and on some devices by a fixed time, however few they are. So prompts
+
+- wait together until they have waited as long as the fixed time delays all who decode, which loses least in sum, but
+  never longer than a person notices (`MOST_HELD`);
+- are then computed in chunks as large as the bound on gaps allows, or whole if no chunk worth its fixed time keeps it;
+- are computed in larger chunks if the first token would otherwise come later than is wanted. Where both cannot be kept,
+  both are exceeded by the same factor.
+
+The costs are learnt from recent steps (`StepCosts`). All this affects when a prompt is computed, never the output.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
-STRETCH = 1.6  # times a decode step; with noise, gaps between tokens stay below twice the usual
-MIN_BUDGET = 8  # prompt tokens, however slow they are; budgets are multiples of it, so that batch shapes repeat
+from lora_serve.engine.step_costs import StepCosts
+
+STRETCH = 1.6  # times a decode step: the gap that is allowed where none is stated
+WAITING = 5.0  # how many streams a waiting prompt counts as: of it nothing is there yet
+UNNOTICED_GAP = 0.025  # seconds; a shorter gap is always allowed where none is stated
+MOST_HELD = 0.1  # seconds for which prompts wait for others
+GRANULE = 4  # the smallest budget; others are rounded down by up to a fifth, so that the shapes of batches repeat
+MOST_GROWTH = 2  # times recent steps: what far larger ones cost is a guess
+FIRST = 16  # prompt tokens beside sequences that decode before their cost is known
+
+
+class Demand(NamedTuple):
+    """What a step could do: sequences that decode (at least 1), sequences whose prompts wait, and their tokens.
+
+    `oldest`: when the request of one of these prompts arrived, on the pacer's clock: that whose turn is next.
+    """
+
+    decoding: int
+    prefills: int
+    tokens: int
+    oldest: float
 
 
 class PrefillPacer:
-    """Computes each step's prefill budget from the durations of earlier steps."""
+    """Decides each step's prefill budget.
 
-    def __init__(self) -> None:
-        self._decode_seconds: deque[float] = deque(maxlen=9)  # durations of steps without prompt tokens
-        self._token_seconds: deque[float] = deque(maxlen=3)  # time that a prompt token added to a step
-        self._last_prefill = 0  # prompt tokens of the last step in `_token_seconds`
-        self._budget = 0
+    Attributes:
+        costs: what was learnt from the durations of steps.
+        gap_kept: whether the last budget kept the bound on gaps.
 
-    def budget(self, decoding: int, prefills: int) -> int:
-        """Prompt tokens for a step, given how many sequences decode (at least 1) and how many wait for prefill."""
-        self._budget = self._affordable(max(1.0, prefills / decoding))
-        return self._budget
+    Args:
+        itl_target: seconds between two tokens of a sequence that should not be exceeded; None: chosen from the costs.
+        ttft_target: seconds to the first token that should not be exceeded; None: no bound.
+    """
 
-    def _affordable(self, patience: float) -> int:
-        if not self._decode_seconds or not self._token_seconds:
-            return 2 * MIN_BUDGET
-        spare = (STRETCH - 1) * patience * statistics.median(self._decode_seconds)
-        growth = max(1.5 * self._last_prefill, self._last_prefill + MIN_BUDGET)
-        return max(MIN_BUDGET, int(min(spare / max(*self._token_seconds, 1e-9), growth)) // MIN_BUDGET * MIN_BUDGET)
+    def __init__(
+        self,
+        itl_target: float | None = None,
+        ttft_target: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.costs = StepCosts()
+        self.gap_kept = True
+        self._itl_target, self._ttft_target, self._clock = itl_target, ttft_target, clock
+        self._demand: Demand | None = None  # of the step that is being run
+        self._held = 0.0  # seconds since when prompts wait and none was computed
+        self._waited = 0.0  # seconds that those prompts have waited in this time, summed over them
+        self._largest = FIRST  # prompt tokens of recent steps
+
+    def budget(self, demand: Demand) -> int:
+        """Prompt tokens for a step; 0: let prompts wait."""
+        self._demand = demand
+        budget = self._budget(demand)
+        return budget if budget >= demand.tokens else _rounded(budget)
 
     def record(self, decoding: int, prompt: int, seconds: float) -> None:
         """Record a finished step: sequences that decoded, prompt tokens computed, duration in seconds."""
-        if prompt == 0:
-            self._decode_seconds.append(seconds)
-        elif decoding == 0:
-            self._add_sample(seconds, prompt)
-        elif self._decode_seconds and prompt >= self._budget:  # smaller ones say little about a full one
-            self._add_sample(seconds - statistics.median(self._decode_seconds), prompt)
+        self.costs.record(decoding, prompt, seconds)
+        demand, self._demand = self._demand, None
+        if prompt or demand is None:
+            self._held = self._waited = 0.0
+            if prompt:
+                self._largest = max(prompt, int(0.9 * self._largest), FIRST)
+        else:
+            self._held += seconds
+            self._waited += seconds * demand.prefills
 
-    def _add_sample(self, added: float, prompt: int) -> None:
-        self._token_seconds.append(max(0.0, added) / prompt)
-        self._last_prefill = prompt
+    def _budget(self, demand: Demand) -> int:
+        if not self.costs.known:
+            return FIRST
+        if self._should_hold(demand):
+            return 0
+        gap = self._gap(demand)
+        chunk = self._chunk(demand, gap)
+        self.gap_kept = self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) <= 1.05 * gap
+        return max(GRANULE, int(min(chunk, MOST_GROWTH * self._largest)))
+
+    def _should_hold(self, demand: Demand) -> bool:
+        """Whether prompts had better wait for one more step that only decodes."""
+        step, fixed = self.costs.decode(demand.decoding), self.costs.fixed
+        longest = MOST_HELD if self._ttft_target is None else min(MOST_HELD, self._ttft_target / 4)
+        early = self._waited + step * demand.prefills / 2 < fixed * demand.decoding
+        return early and self._held + step < longest
+
+    def _gap(self, demand: Demand) -> float:
+        """The longest step that is wanted: the more prompts wait for each stream, the longer."""
+        if self._itl_target is not None:
+            return self._itl_target
+        patience = max(1.0, WAITING * demand.prefills / demand.decoding)
+        return max(UNNOTICED_GAP, self.costs.decode(demand.decoding) * (1 + (STRETCH - 1) * patience))
+
+    def _chunk(self, demand: Demand, gap: float) -> int:
+        """Prompt tokens of a step, by both bounds."""
+        most = self.costs.prompt_within(demand.decoding, gap)
+        worth = 0.0  # a chunk takes at least as long as what it costs beside its tokens, unless a gap is stated
+        if self._itl_target is None:
+            worth = min(demand.tokens, self.costs.fixed / max(self.costs.per_token, 1e-9))
+        if most < worth:
+            return demand.tokens
+        chunk = max(float(GRANULE), most)
+        if self._ttft_target is not None:
+            while chunk < demand.tokens and self._lateness(demand, chunk) > max(
+                1.0, self.costs.mixed(demand.decoding, chunk) / gap
+            ):
+                chunk *= 1.1
+        return int(min(chunk, demand.tokens))
+
+    def _lateness(self, demand: Demand, chunk: float) -> float:
+        """When all these prompts are computed, in such chunks ÷ when they should be."""
+        assert self._ttft_target is not None
+        steps = -(-demand.tokens // chunk)
+        end = self._clock() - demand.oldest + steps * self.costs.mixed(demand.decoding, chunk)
+        return end / self._ttft_target
+
+
+def _rounded(budget: int) -> int:
+    """A budget with two significant binary digits after the first: 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …"""
+    granule = 1 << max(0, budget.bit_length() - 3)
+    return budget // granule * granule

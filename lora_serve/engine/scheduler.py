@@ -1,27 +1,40 @@
 """Continuous batching: which sequences run in the next step, with how many tokens, in which KV blocks.
 
 Pure decisions over plain state: no tensors, no clock. Under a token budget, sequences that decode come first with one
-token each; prefills take the rest in chunks, oldest first, and beside sequences that decode no more than the prefill
-budget. When KV blocks run out, the youngest sequence is preempted: its blocks are freed and it is prefilled again later
-(mostly from the prefix cache). A step's work does not depend on how many sequences wait.
+token each; prefills take the rest in chunks, and beside sequences that decode no more than the prefill budget. Who is
+owed most (`fairness.py`) starts first. A newcomer with a right to a row of a full step gets one at once: sequences that
+are owed least take turns in the other rows, and keep their KV meanwhile. When KV blocks run out, the youngest sequence
+is preempted: its blocks are freed and it is prefilled again later (mostly from the prefix cache). A step's work does
+not depend on how many sequences wait.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from lora_serve.engine.fairness import AdapterSet, SlotRotation
+from lora_serve.engine.fairness import AdapterSet, Fairness, Rank
+from lora_serve.engine.prefill_pacer import Demand
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
+from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.engine.waiting import WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
-PrefillBudget = Callable[[int, int], int]  # sequences that decode, sequences to prefill → prompt tokens of this step
+PrefillBudget = Callable[[Demand], int]  # → prompt tokens of this step
 
 _order = attrgetter("order")
+
+
+def _turn(seq: Sequence) -> tuple[Rank, int]:
+    """Order in which prompts are computed: by what is owed, then by age."""
+    return seq.share.rank, seq.order
+
+
+def _turn_in_step(seq: Sequence) -> tuple[Rank, int]:
+    """Order in which running sequences get rows of a step: by what is owed, then the one that ran least recently."""
+    return seq.share.rank, seq.last_step
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,25 @@ class Scheduler:
     Args:
         pool: the KV blocks.
         rotation: assigns device slots to adapters.
-        max_seqs: maximum number of running sequences.
+        fairness: who is owed most.
+        max_seqs: maximum number of sequences in one step.
         max_tokens: token budget of one step.
         prefix_cache: look up and index full blocks; blocks of virtual tokens always are.
     """
 
     def __init__(
-        self, pool: BlockPool, rotation: SlotRotation, *, max_seqs: int, max_tokens: int, prefix_cache: bool
+        self,
+        pool: BlockPool,
+        rotation: SlotRotation,
+        fairness: Fairness,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        prefix_cache: bool,
     ) -> None:
         self.pool = pool
         self.rotation = rotation
+        self.fairness = fairness
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
         self.prefix_cache = prefix_cache
@@ -80,8 +102,8 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_tokens = 0
         self.prefix_hits = 0
-        self._users: Counter[AdapterSet] = Counter()  # sequences by adapter set
-        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in memory, in order of arrival
+        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in memory
+        self._unloaded_with: dict[str, set[AdapterSet]] = {}  # those of them that contain an adapter
         self._new: list[AdapterSet] = []  # those of `_unloaded` that were not looked up yet
 
     def __repr__(self) -> str:
@@ -89,10 +111,14 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
+        is_needed = seq.digests in self.fairness.adapter_sets
+        request = seq.request
+        seq.share = self.fairness.enter(request.tenant, request.weight, request.priority, seq.digests)
         self.waiting.add(seq)
-        self._users[seq.digests] += 1
-        if self._users[seq.digests] == 1 and seq.digests:
-            self._unloaded[seq.digests] = None
+        if is_needed:
+            self.rotation.update(seq.digests)
+        elif seq.digests:
+            self._mark_unloaded(seq.digests)
             self._new.append(seq.digests)
 
     def schedule(
@@ -101,7 +127,7 @@ class Scheduler:
         pinned: Set[str] = frozenset(),
         prefill_budget: PrefillBudget | None = None,
         *,
-        loads_finished: bool = True,
+        arrived: Collection[str] = (),
     ) -> list[ScheduledSequence]:
         """Schedule one step and allocate its KV blocks.
 
@@ -109,11 +135,13 @@ class Scheduler:
             is_loaded: whether an adapter (by digest) is in memory, so that it can get a slot at once.
             pinned: adapters that always keep their slot.
             prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
-            loads_finished: whether adapters may have come into memory since the last step.
+            arrived: adapters that came into memory since the last step.
         """
         self.step += 1
         new, self._new = self._new, []
-        self._check_loaded(list(self._unloaded) if loads_finished else new, is_loaded)
+        self._check_loaded(
+            [*new, *(each for digest in arrived for each in self._unloaded_with.get(digest, ()))], is_loaded
+        )
         resident = self.rotation.assign(self.step, pinned, lambda each: self._check_loaded([each], is_loaded))
         running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
@@ -132,7 +160,7 @@ class Scheduler:
     @property
     def adapter_sets(self) -> list[AdapterSet]:
         """The adapter sets of all sequences."""
-        return list(self._users)
+        return list(self.fairness.adapter_sets)
 
     def users(self, adapter_set: AdapterSet) -> list[Sequence]:
         """All sequences that need exactly these adapters."""
@@ -156,46 +184,102 @@ class Scheduler:
 
     def remove(self, seq: Sequence, *, forget: bool = False) -> None:
         """Remove a waiting or running sequence and free its blocks (`forget`: drop them from the prefix index)."""
-        (self.running if seq in self.running else self.waiting).remove(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+            seq.share.add_rows(-1)
+        else:
+            self.waiting.remove(seq)
         self._free(seq, forget=forget)
-        self._users[seq.digests] -= 1
-        if self._users[seq.digests]:
+        self.fairness.leave(seq.share)
+        if seq.digests in self.fairness.adapter_sets:
             return
-        del self._users[seq.digests]
         if seq.digests in self._unloaded:
-            del self._unloaded[seq.digests]
+            self._unmark_unloaded(seq.digests)
         elif seq.digests:
             self.rotation.remove(seq.digests)
 
     def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
         """Update which adapter sets are in memory, so that they can get slots; whether all of these are."""
         for adapter_set in adapter_sets:
-            if adapter_set not in self._users:  # its last sequence left
+            if adapter_set not in self.fairness.adapter_sets:  # its last sequence left
                 continue
             loaded, was_unloaded = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
             if loaded and was_unloaded:
-                del self._unloaded[adapter_set]
+                self._unmark_unloaded(adapter_set)
                 self.rotation.add(adapter_set)
             elif not loaded and not was_unloaded:
-                self._unloaded[adapter_set] = None
+                self._mark_unloaded(adapter_set)
                 self.rotation.remove(adapter_set)
         return not any(adapter_set in self._unloaded for adapter_set in adapter_sets)
+
+    def _mark_unloaded(self, adapter_set: AdapterSet) -> None:
+        self._unloaded[adapter_set] = None
+        for digest in adapter_set:
+            self._unloaded_with.setdefault(digest, set()).add(adapter_set)
+
+    def _unmark_unloaded(self, adapter_set: AdapterSet) -> None:
+        del self._unloaded[adapter_set]
+        for digest in adapter_set:
+            self._unloaded_with[digest].remove(adapter_set)
+            if not self._unloaded_with[digest]:
+                del self._unloaded_with[digest]
 
     def _fill(
         self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None
     ) -> list[ScheduledSequence]:
-        """Fill a step with running sequences, oldest first, then with waiting ones of the `ready` adapter sets."""
+        """Fill a step with running sequences, then with waiting ones of the `ready` adapter sets."""
         before = set(self.running)
-        scheduled: list[ScheduledSequence] = []
+        rows = self._owed_most(running, self.max_seqs)
+        decoding = [seq for seq in rows if seq.pending == 1]
+        prefilling = sorted((seq for seq in rows if seq.pending > 1), key=_turn)
+        budget = self.max_tokens - len(decoding)
         queued = self.waiting.count(ready)
-        budget = self._continue([seq for seq in running if seq.pending == 1], scheduled, self.max_tokens)
-        prefills = len(running) - len(scheduled) + queued
-        if prefill_budget is not None and scheduled and prefills:
-            budget = min(budget, prefill_budget(len(scheduled), prefills))
-        budget = self._continue([seq for seq in running if seq.pending > 1], scheduled, budget)
-        self._admit(ready, before, scheduled, budget)
+        if prefill_budget is not None and decoding and len(prefilling) + queued:
+            budget = min(budget, prefill_budget(self._demand(decoding, prefilling, ready, queued)))
+        newcomer = self._newcomer(ready, len(rows)) if budget > 0 else None
+        if newcomer is not None:
+            staying = set(self._owed_most(rows, self.max_seqs - 1))
+            decoding = [seq for seq in decoding if seq in staying]
+            prefilling = [seq for seq in prefilling if seq in staying]
+        scheduled: list[ScheduledSequence] = []
+        self._continue(decoding, scheduled, self.max_tokens)
+        budget = self._continue(prefilling, scheduled, budget)
+        if before.issubset(self.running):  # otherwise there is no memory for more
+            self._admit(ready, newcomer, scheduled, budget)
         preempted = before.difference(self.running)
-        return [part for part in scheduled if part.seq not in preempted]
+        scheduled = [part for part in scheduled if part.seq not in preempted]
+        for part in scheduled:
+            part.seq.last_step = self.step
+            part.seq.share.charge(max(0, min(part.end, part.seq.prompt_end) - part.start), int(part.samples))
+        return scheduled
+
+    def _demand(
+        self, decoding: list[Sequence], prefilling: list[Sequence], ready: list[AdapterSet], queued: int
+    ) -> Demand:
+        """What the prefill budget depends on; of the queued sequences, those for which there are rows."""
+        able = min(queued, max(1, self.max_seqs - len(decoding) - len(prefilling)))
+        tokens = sum(seq.pending for seq in prefilling) + self.waiting.mean_tokens * able
+        following = prefilling[0] if prefilling else self.waiting.first(ready)
+        oldest = 0.0 if following is None else following.arrived
+        return Demand(len(decoding), len(prefilling) + able, int(tokens), oldest)
+
+    @staticmethod
+    def _owed_most(seqs: list[Sequence], rows: int) -> list[Sequence]:
+        """So many of the sequences, in the order in which they are given: of a share, those that ran least recently."""
+        if len(seqs) <= rows:
+            return seqs
+        chosen = set(sorted(seqs, key=_turn_in_step)[:rows])
+        return [seq for seq in seqs if seq in chosen]
+
+    def _newcomer(self, ready: list[AdapterSet], rows: int) -> Sequence | None:
+        """The waiting sequence that is owed most, if it has a right to a row and all are taken."""
+        if rows < self.max_seqs or len(self.running) >= 2 * self.max_seqs:
+            return None
+        seq = self.waiting.first(ready)
+        if seq is None or not seq.share.is_entitled(self.max_seqs):
+            return None
+        blocks = -(-len(seq.tokens) // self.pool.block_size)
+        return seq if blocks + len(self.running) <= self.pool.free else None
 
     def _resumable(self, running: list[Sequence], pinned: Set[str]) -> list[Sequence]:
         """Running sequences, oldest first, as long as all their adapters fit the slots; ignores the rotation."""
@@ -232,37 +316,27 @@ class Scheduler:
         return True
 
     def _admit(
-        self, ready: list[AdapterSet], before: Set[Sequence], scheduled: list[ScheduledSequence], budget: int
+        self, ready: list[AdapterSet], newcomer: Sequence | None, scheduled: list[ScheduledSequence], budget: int
     ) -> None:
-        """Start waiting sequences, oldest first, until one does not fit; skips those preempted in this step."""
-        if budget <= 0 or len(self.running) >= self.max_seqs:
-            return
-        started = []
-        for seq in self.waiting.oldest_first(ready):
-            if seq in before:
-                continue
+        """Start waiting sequences, those owed most first, until one does not fit; the `newcomer` in a full step."""
+        while budget > 0 and (seq := self.waiting.first(ready)) is not None:
+            if len(self.running) >= self.max_seqs and seq is not newcomer:
+                return
             part = self._start(seq, budget)
             if part is None:
-                break
-            started.append(seq)
+                return
+            self.waiting.remove(seq)
             scheduled.append(part)
             budget -= part.count
-            if budget <= 0:
-                break
-        for seq in started:
-            self.waiting.remove(seq)
 
     def _start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
         """Start a waiting sequence with its first chunk; None if there are not enough free blocks."""
-        # One spare block per running sequence for its next tokens, so that starting one does not preempt others.
-        spare = len(self.running)
-        if spare >= self.max_seqs:
-            return None
         found = self._cached_blocks(seq)
         start = len(found) * self.pool.block_size
         count = min(len(seq.tokens) - start, budget)
         missing = -(-(start + count) // self.pool.block_size) - len(found)
-        if missing + spare > self.pool.free_after_holding(found):
+        # One spare block per running sequence for its next tokens, so that starting one does not preempt others.
+        if missing + len(self.running) > self.pool.free_after_holding(found):
             return None
         self.pool.hold(found)
         seq.blocks = array("i", found + (self.pool.allocate(missing) or []))
@@ -273,6 +347,7 @@ class Scheduler:
             self.prefix_tokens += len(seq.request.prompt)
             self.prefix_hits += seq.cached
         self.running.append(seq)
+        seq.share.add_rows(1)
         return ScheduledSequence(seq, start, count)
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
@@ -284,6 +359,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        seq.share.add_rows(-1)
         self._free(seq)
         self.waiting.add(seq)
         self.preemptions += 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lora_serve.adapters.traits import Traits
+from lora_serve.engine.fairness import Share
 from lora_serve.engine.grammar import GrammarMatcher
 from lora_serve.kv.pool import chain
 from lora_serve.request import Pooling, Request, Served
@@ -61,6 +62,9 @@ class Sequence:
         indexed: how many of `blocks` are in the prefix index (or were found there).
         cached: prompt tokens found in the prefix cache when it first ran; None before that.
         matcher: state of its grammar, advanced by every token of the output; None if it has none.
+        arrived: when its request was admitted, in seconds on the engine's clock.
+        last_step: number of the last step that it had a row in.
+        share: what it is charged to; set when it is queued.
         sampled_row: row of its last sampled token in `SampledTokens`, on the device.
         virtual: number of virtual tokens; an adapter that has them is the sequence's only one.
         active: each of its adapters once, ordered by digest.
@@ -82,6 +86,9 @@ class Sequence:
     cached: int | None = None
     matcher: GrammarMatcher | None = None
     sampled_row: int = 0
+    arrived: float = 0.0
+    last_step: int = 0
+    share: Share = field(init=False)
 
     def __post_init__(self) -> None:
         self.virtual = max((traits.virtual for traits in self.traits.values()), default=0)

@@ -25,11 +25,12 @@ from lora_serve.adapters.workers import Workers
 from lora_serve.config import ServeConfig
 from lora_serve.engine.base_tokenizer import load_base_tokenizer
 from lora_serve.engine.cores import physical_cores
-from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.fairness import Fairness
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.runner import Runner, SampledTokens
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sizing import adapter_memory, kv_memory, measure_memory, step_limits
+from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
@@ -128,9 +129,11 @@ def _build_parts(
     registry, operations = _open_adapters(
         config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes
     )
+    fairness = Fairness()
     scheduler = Scheduler(
         BlockPool(blocks, config.kv_block_size),
-        SlotRotation(config.adapter_slots, QUANTUM, capacity, registry.bytes),
+        SlotRotation(fairness, config.adapter_slots, QUANTUM, capacity, registry.bytes),
+        fairness,
         max_seqs=limits.seqs,
         max_tokens=limits.tokens,
         prefix_cache=config.prefix_cache,

@@ -1,24 +1,26 @@
-"""The queue of waiting sequences by adapter set and age, so that a step never iterates over all of them."""
+"""The queue of waiting sequences, by adapter set and by who is owed most, so that a step never iterates over all."""
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Iterator
-from heapq import merge
 from operator import attrgetter
 
-from lora_serve.engine.fairness import AdapterSet
+from lora_serve.engine.fairness import AdapterSet, Rank, Share, ShareQueue
 from lora_serve.engine.sequence import Sequence
 
 _order = attrgetter("order")
 
 
 class WaitingQueue:
-    """Waiting sequences; iterates over all of them, oldest first."""
+    """Waiting sequences; iterates over all of them, share by share."""
 
     def __init__(self) -> None:
-        self._by_set: dict[AdapterSet, list[Sequence]] = {}  # oldest first
-        self._length = 0
+        self._by_share: dict[Share, deque[Sequence]] = {}  # oldest first
+        self._by_set: dict[AdapterSet, ShareQueue] = {}
+        self._counts: dict[AdapterSet, int] = {}
+        self._length = self._tokens = 0
 
     def __repr__(self) -> str:
         return f"<WaitingQueue {self._length} sequences, {len(self._by_set)} adapter sets>"
@@ -27,30 +29,65 @@ class WaitingQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
-        return self.oldest_first(self._by_set)
+        return (seq for queue in self._by_share.values() for seq in queue)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a waiting sequence, on average; 0 if there is none."""
+        return self._tokens / self._length if self._length else 0.0
+
+    @property
+    def adapter_sets(self) -> Iterable[AdapterSet]:
+        """The adapter sets that waiting sequences need."""
+        return self._by_set.keys()
 
     def add(self, seq: Sequence) -> None:
-        """Insert a sequence by age: a preempted one comes before those admitted after it."""
-        insort(self._by_set.setdefault(seq.digests, []), seq, key=_order)
+        """Insert a sequence into its share's queue by age: a preempted one comes before those admitted after it."""
+        queue = self._by_share.get(seq.share)
+        if queue is None:
+            queue = self._by_share[seq.share] = deque()
+            self._by_set.setdefault(seq.digests, ShareQueue()).add(seq.share)
+        if queue and queue[-1].order > seq.order:
+            insort(queue, seq, key=_order)
+        else:
+            queue.append(seq)
+        self._counts[seq.digests] = self._counts.get(seq.digests, 0) + 1
         self._length += 1
+        self._tokens += len(seq.tokens)
 
     def remove(self, seq: Sequence) -> None:
         """Remove a sequence. Raises ValueError if it is not in the queue."""
-        queue = self._by_set.get(seq.digests, [])
+        queue = self._by_share.get(seq.share, deque())
         queue.remove(seq)
         self._length -= 1
-        if not queue:
-            del self._by_set[seq.digests]
+        self._tokens -= len(seq.tokens)
+        self._counts[seq.digests] -= 1
+        if queue:
+            return
+        del self._by_share[seq.share]
+        shares = self._by_set[seq.digests]
+        shares.discard(seq.share)
+        if not shares:
+            del self._by_set[seq.digests], self._counts[seq.digests]
 
     def of(self, adapter_set: AdapterSet) -> list[Sequence]:
-        """Sequences that need exactly these adapters, oldest first."""
-        return list(self._by_set.get(adapter_set, ()))
+        """Sequences that need exactly these adapters."""
+        return [seq for share, queue in self._by_share.items() for seq in queue if seq.digests == adapter_set]
 
     def count(self, adapter_sets: Iterable[AdapterSet]) -> int:
         """How many sequences need one of these sets."""
-        return sum(len(self._by_set.get(adapter_set, ())) for adapter_set in adapter_sets)
+        return sum(self._counts.get(adapter_set, 0) for adapter_set in adapter_sets)
 
-    def oldest_first(self, adapter_sets: Iterable[AdapterSet]) -> Iterator[Sequence]:
-        """Sequences that need one of these sets, oldest first; the queue must not change meanwhile."""
-        queues = [self._by_set[adapter_set] for adapter_set in adapter_sets if adapter_set in self._by_set]
-        return iter(queues[0]) if len(queues) == 1 else merge(*queues, key=_order)
+    def first(self, adapter_sets: Iterable[AdapterSet]) -> Sequence | None:
+        """Of the sequences that need one of these sets, the oldest of the share that is owed most."""
+        best: tuple[Rank, int] | None = None
+        found: Sequence | None = None
+        for adapter_set in adapter_sets:
+            shares = self._by_set.get(adapter_set)
+            share = None if shares is None else shares.first
+            if share is None:
+                continue
+            seq = self._by_share[share][0]
+            if best is None or (share.rank, seq.order) < best:
+                best, found = (share.rank, seq.order), seq
+        return found

@@ -1,109 +1,102 @@
-"""SlotRotation: which adapters are resident when more are needed than there are slots."""
+"""Fairness: who was served least, by key, priority and adapters, is owed most; nobody waits for ever."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterable, Set
 
-from lora_serve.engine.fairness import AdapterSet, SlotRotation
+import pytest
 
-
-def assign(rotation: SlotRotation, step: int, wanted: Iterable[AdapterSet], pinned: Set[str] = frozenset()) -> set[str]:
-    """The resident adapters of a step in which exactly these sets are needed."""
-    sets = dict.fromkeys(each for each in wanted if each)
-    before = {each for sets in rotation._wanted.values() for each in sets}
-    for each in before - sets.keys():
-        rotation.remove(each)
-    for each in sets:
-        if each not in before:
-            rotation.add(each)
-    return rotation.assign(step, pinned)
+from lora_serve.engine.fairness import LEVEL, Fairness, Share
 
 
-def test_all_are_resident_if_all_fit() -> None:
-    assert assign(SlotRotation(3, 4), 1, [("a",), ("b",), ("a",), ()]) == {"a", "b"}
-
-
-def test_the_oldest_sets_get_slots_first() -> None:
-    assert assign(SlotRotation(2, 4), 1, [("a",), ("b",), ("c",)]) == {"a", "b"}
-
-
-def test_after_a_quantum_the_longest_waiting_set_gets_the_slot() -> None:
-    rotation = SlotRotation(1, 3)
-    resident = [assign(rotation, step, [("a",), ("b",), ("c",)]) for step in range(1, 11)]
-    assert resident == [{"a"}] * 3 + [{"b"}] * 3 + [{"c"}] * 3 + [{"a"}]
-
-
-def test_a_slot_is_free_as_soon_as_its_adapter_is_not_needed() -> None:
-    rotation = SlotRotation(1, 100)
-    assign(rotation, 1, [("a",)])
-    assert assign(rotation, 2, [("b",)]) == {"b"}
-
-
-def test_new_arrivals_do_not_starve_one_that_yielded() -> None:
-    rotation = SlotRotation(1, 2)
+def serve(shares: dict[str, Share], steps: int, active: tuple[str, ...] = ()) -> Counter[str]:
+    """Serve a token at a time to the share that is owed most; tokens by name."""
     served: Counter[str] = Counter()
-    adapter_sets = [("old",)]
-    for step in range(1, 60):
-        adapter_sets = [("old",), *((f"new{arrival}",) for arrival in range(max(0, step - 3), step))]
-        served.update(assign(rotation, step, adapter_sets))
-    assert served["old"] >= 10
+    for _ in range(steps):
+        name = min(active or shares, key=lambda each: shares[each].rank)
+        shares[name].charge(0, 1)
+        served[name] += 1
+    return served
 
 
-def test_all_adapters_get_the_same_number_of_steps() -> None:
-    rotation = SlotRotation(4, 5)
+def test_keys_share_by_weight_whatever_the_number_of_their_adapters() -> None:
+    fairness = Fairness()
+    shares = {"one": fairness.enter("one", 1, 0, ()), "heavy": fairness.enter("heavy", 3, 0, ())}
+    shares |= {f"many{n}": fairness.enter("many", 1, 0, (str(n),)) for n in range(10)}
+    served = serve(shares, 5000)
+    many = sum(count for name, count in served.items() if name.startswith("many"))
+    assert served["one"] == pytest.approx(1000, abs=2)
+    assert served["heavy"] == pytest.approx(3000, abs=5)
+    assert many == pytest.approx(1000, abs=2)
+    assert max(served[f"many{n}"] for n in range(10)) - min(served[f"many{n}"] for n in range(10)) <= 1
+
+
+def test_a_priority_level_gets_most_and_never_all() -> None:
+    fairness = Fairness()
+    shares = {"urgent": fairness.enter("", 1, -1, ()), "usual": fairness.enter("", 1, 0, ())}
+    served = serve(shares, 900)
+    assert served["urgent"] / served["usual"] == pytest.approx(LEVEL, rel=0.02)
+
+
+def test_who_was_away_does_not_make_up_for_it() -> None:
+    fairness = Fairness()
+    shares = {"steady": fairness.enter("steady", 1, 0, ()), "late": fairness.enter("late", 1, 0, ())}
+    fairness.leave(shares["late"])
+    serve(shares, 1000, ("steady",))
+    shares["late"] = fairness.enter("late", 1, 0, ())
+    served = serve(shares, 100)
+    assert abs(served["steady"] - served["late"]) <= 2
+
+
+def test_leaving_and_coming_back_gains_nothing() -> None:
+    fairness = Fairness()
+    steady, coming = fairness.enter("steady", 1, 0, ()), fairness.enter("coming", 1, 0, ())
     served: Counter[str] = Counter()
-    for step in range(1, 401):
-        served.update(assign(rotation, step, [(f"a{i}",) for i in range(10)]))
-    assert sum(served.values()) == 1600
-    assert max(served.values()) - min(served.values()) <= 10
+    for _ in range(1000):
+        share = min((steady, coming), key=lambda each: each.rank)
+        share.charge(0, 1)
+        served["steady" if share is steady else "coming"] += 1
+        if share is coming:
+            fairness.leave(coming)
+            coming = fairness.enter("coming", 1, 0, ())
+    assert served["coming"] <= served["steady"] + 2
 
 
-def test_a_composition_is_resident_completely_or_not_at_all() -> None:
-    rotation = SlotRotation(3, 2)
-    for step in range(1, 40):
-        resident = assign(rotation, step, [("a", "b"), ("c", "d"), ("e",)])
-        assert len(resident) <= 3
-        assert any(resident >= set(adapter_set) for adapter_set in [("a", "b"), ("c", "d")])
+def test_rows_of_a_full_step_that_a_share_has_a_right_to() -> None:
+    fairness = Fairness()
+    hog, other = fairness.enter("hog", 1, 0, ()), fairness.enter("other", 1, 0, ("a",))
+    hog.add_rows(8)
+    assert other.is_entitled(8)
+    assert not hog.is_entitled(8)
+    other.add_rows(4)
+    assert not other.is_entitled(8)
+    sibling = fairness.enter("other", 1, 0, ("b",))
+    assert sibling.is_entitled(8)  # within its key
+    assert not fairness.enter("other", 1, 0, ("a",)).is_entitled(8)
 
 
-def test_compositions_take_turns_too() -> None:
-    rotation = SlotRotation(2, 2)
-    whole: Counter[tuple[str, ...]] = Counter()
-    adapter_sets = [("a", "b"), ("b", "c"), ("d",)]
-    for step in range(1, 61):
-        resident = assign(rotation, step, adapter_sets)
-        whole.update(adapter_set for adapter_set in adapter_sets if resident >= set(adapter_set))
-    assert min(whole[adapter_set] for adapter_set in adapter_sets) >= 10
+def test_a_set_is_owed_what_its_share_that_is_owed_most_is_owed() -> None:
+    fairness = Fairness()
+    first, second = fairness.enter("x", 1, 0, ("a",)), fairness.enter("y", 1, 0, ("a",))
+    first.charge(5, 0)
+    assert fairness.rank(("a",)) == second.rank < first.rank
+    fairness.leave(second)
+    assert fairness.rank(("a",)) == first.rank
+    fairness.leave(first)
+    assert not fairness.adapter_sets
 
 
-def test_pinned_adapters_keep_their_slots() -> None:
-    rotation = SlotRotation(2, 2)
-    for step in range(1, 20):
-        resident = assign(rotation, step, [("p",), ("a",), ("b",)], pinned={"p"})
-        assert "p" in resident
-        assert len(resident) == 2
-
-
-SIZES = {"a": 10, "b": 20, "c": 30, "large": 40}
-
-
-def test_capacity_in_bytes_limits_residents_as_slots_do() -> None:
-    rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
-    assert assign(rotation, 1, [("a",), ("b",), ("c",)]) == {"a", "b"}
-    assert assign(rotation, 2, [("b",), ("c",)]) == {"b", "c"}
-
-
-def test_a_large_adapter_gets_its_turn_and_displaces_as_many_as_needed() -> None:
-    rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
-    line = [("a",), ("b",), ("large",)]
-    assert assign(rotation, 1, line) == {"a", "b"}
-    assert assign(rotation, 2, line) == {"a", "b"}
-    assert assign(rotation, 3, line) == {"large"}  # "b" does not fit beside it, and "a" is queued behind "b"
-    assert assign(rotation, 5, line) == {"a", "b"}
-
-
-def test_pinned_adapters_count_towards_the_capacity() -> None:
-    rotation = SlotRotation(9, 2, 50, SIZES.__getitem__)
-    assert assign(rotation, 1, [("b",), ("a",)], {"c"}) == {"b", "c"}
-    assert not rotation.fits({"large"}, {"b"})
+def test_nothing_is_kept_of_shares_that_are_gone() -> None:
+    fairness, draw = Fairness(), random.Random(0)
+    active: list[Share] = []
+    for number in range(20_000):
+        active.append(fairness.enter(f"key{number}", 1, draw.choice((0, 1)), (str(draw.randrange(9)),)))
+        active[-1].charge(10, 1)
+        if len(active) > 50:
+            fairness.leave(active.pop(draw.randrange(len(active))))
+    assert len(fairness._root.children) < 5000
+    for share in active:
+        fairness.leave(share)
+    assert fairness._root.active == 0
+    assert fairness._root.active_weight == 0.0

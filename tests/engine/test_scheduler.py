@@ -13,16 +13,19 @@ import pytest
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.residency import Budget, Residency, Version
 from lora_serve.adapters.traits import Traits
-from lora_serve.engine.fairness import SlotRotation
+from lora_serve.engine.fairness import Fairness
+from lora_serve.engine.prefill_pacer import Demand
 from lora_serve.engine.scheduler import PrefillBudget, ScheduledSequence, Scheduler
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
+from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.kv.pool import BlockPool
 from lora_serve.request import Request, Sampling, Served
 
 
 def scheduler(blocks: int = 100, *, seqs: int = 8, tokens: int = 16, slots: int = 4, prefix: bool = True) -> Scheduler:
-    rotation = SlotRotation(slots, quantum=4)
-    return Scheduler(BlockPool(blocks, 4), rotation, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
+    fairness = Fairness()
+    rotation = SlotRotation(fairness, slots, quantum=4)
+    return Scheduler(BlockPool(blocks, 4), rotation, fairness, max_seqs=seqs, max_tokens=tokens, prefix_cache=prefix)
 
 
 def sequence(
@@ -49,7 +52,7 @@ def run(
     s: Scheduler, loaded: Callable[[str], bool] = all_loaded, budget: PrefillBudget | None = None
 ) -> list[ScheduledSequence]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
-    work = s.schedule(loaded, prefill_budget=budget)
+    work = s.schedule(loaded, prefill_budget=budget, arrived=list(s._unloaded_with))
     for item in work:
         s.mark_launched(item)
     process_outputs(s, work)
@@ -83,11 +86,11 @@ def test_decodes_come_first_and_prompts_fill_the_budget_in_chunks() -> None:
 
 
 def test_beside_sequences_that_decode_prompts_keep_within_the_prefill_budget() -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[Demand] = []
 
-    def budget(decoding: int, prompts: int) -> int:
-        asked.append((decoding, prompts))
-        return 3 if prompts == 2 else 100
+    def budget(demand: Demand) -> int:
+        asked.append(demand)
+        return 3 if demand.prefills == 2 else 100
 
     s = scheduler(tokens=10)
     s.add(sequence(0, 8))
@@ -97,7 +100,7 @@ def test_beside_sequences_that_decode_prompts_keep_within_the_prefill_budget() -
     assert shape(run(s, budget=budget)) == [(0, 8, 1), (1, 0, 3)]
     assert shape(run(s, budget=budget)) == [(0, 9, 1), (1, 3, 1), (2, 0, 4)]
     assert shape(run(s, budget=budget)) == [(0, 10, 1), (1, 4, 1), (2, 4, 1)]
-    assert asked == [(1, 2), (2, 1)]
+    assert asked == [Demand(1, 2, 8, 0.0), Demand(2, 1, 4, 0.0)]
 
 
 def test_no_more_sequences_than_allowed_hold_kv() -> None:
@@ -165,14 +168,14 @@ def test_an_adapter_evicted_from_host_memory_while_it_waits_takes_no_slot() -> N
     s.add(sequence(1, 3, "b"))
     loaded = {"a", "b"}
     order = []
-    for step in range(12):
+    for step in range(14):
         work = run(s, loaded.__contains__)
         order.append(work[0].seq.order if work else None)
         if step == 1:
             loaded.remove("b")
         if step == 5:
             loaded.add("b")
-    assert order == [0] * 6 + [1] * 4 + [0] * 2
+    assert order == [0] * 6 + [1] * 6 + [0] * 2  # until both have been served alike
 
 
 def test_paused_sequences_that_hold_all_blocks_cause_no_deadlock() -> None:
@@ -314,7 +317,8 @@ def test_random_load_always_ends_with_every_block_back() -> None:
                 break
             work = run(s)
             assert sum(item.count for item in work) <= s.max_tokens
-            assert len(s.running) <= s.max_seqs
+            assert len(work) <= s.max_seqs
+            assert len(s.running) <= 2 * s.max_seqs
             assert all(len(item.seq.blocks) * 4 >= item.start + item.count for item in work if item.seq in s.running)
         assert not s.running, trial
         assert not s.waiting, trial

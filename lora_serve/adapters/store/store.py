@@ -17,7 +17,6 @@ import msgspec
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.folder import LOWERED, RECORD, StoreFolder, unwanted_entries
-from lora_serve.adapters.store.opening import open_folder
 from lora_serve.adapters.store.records import (
     NameRecord,
     VersionRecord,
@@ -27,6 +26,7 @@ from lora_serve.adapters.store.records import (
     seal,
     version_digest,
 )
+from lora_serve.adapters.store.recovery import open_folder
 from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterInvalid, StorageFull, StoreUnusable
 from lora_serve.names import check_name
 

@@ -1,0 +1,1 @@
+"""The real engine on a simulated device, in virtual time."""

@@ -1,0 +1,78 @@
+"""What steps cost, learnt from their durations: times that are fixed, and times per row.
+
+    seconds = decode · (1 + rows that decode ÷ 64) + (fixed + token · prompt tokens, if there are any)
+
+`fixed` is what any prompt token costs, however few: such a step may not be replayed from a graph, say. The three are
+estimated from the durations by a Kalman filter, so that recent steps count most, each part changes as slowly as it does
+in fact, and what recent steps say nothing of stays as it was. What a row adds differs between devices; as the number of
+rows changes slowly, the error is small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NOISE = 0.05  # standard deviation of a duration, of the duration
+MOST_SURPRISE = 3.0  # standard deviations; what is beyond counts as much as this (another process was busy)
+ENOUGH = 3  # steps with prompt tokens
+ROWS = 64  # that double a step in which all decode: about twice as many on a GPU, half as many on a CPU
+# Standard deviations of decode, fixed and token: at first, of the first duration, and of their change in a step, of a
+# duration. Contexts grow, so the first changes most; the second is a property of device and software.
+AT_FIRST = np.array([1.0, 0.3, 0.01])
+CHANGE = np.array([0.02, 5e-4, 1e-3])
+
+
+class StepCosts:
+    """Durations of steps by rows that decode and prompt tokens, in seconds."""
+
+    def __init__(self) -> None:
+        self._parts = np.zeros(3)
+        self._covariance: np.ndarray[tuple[int, int], np.dtype[np.float64]] = np.zeros((3, 3))
+        self._with_prompt = self._without = 0  # steps seen
+
+    def record(self, decoding: int, prompt: int, seconds: float) -> None:
+        """Learn from a finished step: rows that decoded, prompt tokens, duration."""
+        if not (self._with_prompt or self._without):
+            self._covariance = np.diag((AT_FIRST * seconds) ** 2)
+        self._with_prompt += prompt > 0
+        self._without += prompt == 0
+        count = np.array([1 + decoding / ROWS, prompt > 0, prompt])
+        expected = float(self._parts @ count)
+        self._covariance += np.diag((CHANGE * max(expected, 1e-9)) ** 2)
+        shared = self._covariance @ count
+        variance = float(count @ shared) + (NOISE * max(expected, 1e-9)) ** 2
+        most = MOST_SURPRISE * variance**0.5
+        surprise = max(-most, min(most, seconds - expected))
+        self._parts += shared * (surprise / variance)
+        self._covariance -= np.outer(shared, shared) / variance
+        for part in range(3):  # what would be negative is 0, and the others are what they are then most likely
+            if self._parts[part] < 0:
+                self._parts -= self._covariance[part] * (self._parts[part] / self._covariance[part, part])
+        self._parts = np.maximum(0.0, self._parts)
+
+    @property
+    def known(self) -> bool:
+        """Whether enough steps were seen: of both kinds, or some with prompt tokens, to tell what is fixed of them."""
+        return self._with_prompt >= ENOUGH or bool(self._with_prompt and self._without)
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that a step takes longer because there are prompt tokens, however few."""
+        return float(self._parts[1])
+
+    @property
+    def per_token(self) -> float:
+        """Seconds that a prompt token adds."""
+        return float(self._parts[2])
+
+    def decode(self, rows: int) -> float:
+        """Seconds of a step in which so many rows decode and nothing else happens."""
+        return float(self._parts[0]) * (1 + rows / ROWS)
+
+    def mixed(self, rows: int, prompt: float) -> float:
+        """Seconds of a step with prompt tokens."""
+        return self.decode(rows) + self.fixed + self.per_token * prompt
+
+    def prompt_within(self, rows: int, seconds: float) -> float:
+        """Prompt tokens with which a step takes so long; negative if any take longer."""
+        return (seconds - self.decode(rows) - self.fixed) / max(self.per_token, 1e-9)
