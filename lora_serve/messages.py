@@ -213,7 +213,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
 class Stats(msgspec.Struct):
     """Engine statistics. Fields ending in `_total` only grow while the engine process lives.
 
-    Dicts are keyed by tier: 'host' (loaded from disk) and 'device' (copied from host).
+    Dicts are keyed by tier: 'host' (loaded from disk) and 'device' (copied from host); `step_costs` by what costs the
+    seconds (`engine/step_costs.py`).
+
+    Attributes:
+        oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
+            comes now is expected to wait, until its prompt is begun.
+        gap_kept: whether prompts keep the bound on the time between two tokens of a stream.
     """
 
     waiting: int = 0
@@ -234,6 +240,10 @@ class Stats(msgspec.Struct):
     waiting_adapters: list[str] = []
     adapters: int = 0
     adapter_slots: int = 0
+    oldest_wait: float = 0.0
+    expected_wait: float = 0.0
+    gap_kept: bool = True
+    step_costs: dict[str, float] = {}
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

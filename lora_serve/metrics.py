@@ -220,11 +220,22 @@ class _EngineCollector(Collector):
             ("lora_serve_adapters", "Published adapters.", stats.adapters),
             ("lora_serve_adapters_resident", "Adapters on the device.", len(stats.resident)),
             ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
+            ("lora_serve_queue_oldest_seconds", "How long the oldest sequence in the queue waits.", stats.oldest_wait),
+            ("lora_serve_queue_expected_seconds", "How long one that comes now would wait.", stats.expected_wait),
+            ("lora_serve_prefill_gap_kept", "Whether prompts keep the bound on gaps in streams.", stats.gap_kept),
             ("vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("vllm:num_requests_running", "Sequences being served.", stats.running),
             ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", usage),
         ):
             yield GaugeMetricFamily(name, meaning, value)
+        costs = GaugeMetricFamily(
+            "lora_serve_step_cost_seconds",
+            "What a step costs as learnt: one that decodes, any prompt token, and each.",
+            labels=["part"],
+        )
+        for part, seconds in sorted(stats.step_costs.items()):
+            costs.add_metric([part], seconds)
+        yield costs
         sizes = GaugeMetricFamily("lora_serve_adapter_bytes", "Bytes that adapters take in a tier.", labels=["tier"])
         for tier, size in sorted(stats.bytes.items()):
             sizes.add_metric([tier], size)

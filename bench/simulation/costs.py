@@ -1,6 +1,6 @@
 """What steps and copies cost on a device: the models that the simulated device follows.
 
-`python -m bench.simulate` prints them beside its results. Where a figure was measured says so; the others are guesses
+`python -m bench.simulation.simulate` prints them beside its results. Where a figure was measured says so; the others are guesses
 until a device confirms them.
 """
 

@@ -78,7 +78,7 @@ class Registry:
         version = self._residency.versions[lease.digest]
         self._residency.release(version, lease.number)
         self.free_if_unused(version)
-        self.memory.changed = True
+        self.memory.changed |= self._residency.unmet
 
     def check_possible(self, digests: Sequence[str]) -> None:
         """Check that a request's leased adapters can be had together. Raises the ServeError that ends it."""

@@ -106,6 +106,7 @@ class Residency:
         names: what each name refers to; of its versions, those after the first are older ones, newest first.
         versions: by digest; every version that a name refers to or a lease is held on.
         pinned: digests of pinned versions, wherever they are.
+        unmet: whether pinned or leased versions were missing in memory at the last decision: a release may help them.
 
     Args:
         keep_versions: versions of a name that stay in the store; further ones go with their last lease.
@@ -116,6 +117,7 @@ class Residency:
         self.names: dict[str, NameRecord] = {}
         self.versions: dict[str, Version] = {}
         self.pinned: Set[str] = frozenset()
+        self.unmet = False
         self._keep_versions = keep_versions
         self._leased: dict[str, Version] = {}
         self._leases = 0  # given out so far
@@ -265,7 +267,8 @@ class Residency:
             limit: loads at the same time.
         """
         needed = (self.versions[digest] for digest in (*self.pinned, *self._leased))
-        if not wanted and all(version.holds_memory or version.failure is not None for version in needed):
+        self.unmet = not all(version.holds_memory or version.failure is not None for version in needed)
+        if not wanted and not self.unmet:
             return Loads([], [], [])
         order = dict.fromkeys([*sorted(self.pinned), *(version.digest for version in self.leased), *wanted])
         staying: set[str] = set()

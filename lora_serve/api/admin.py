@@ -7,6 +7,7 @@ engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator,
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.api.upload import receive_upload
+from lora_serve.api.upload import ReceivedUpload, receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
     AdapterInfo,
@@ -77,6 +78,12 @@ def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200)
     return {success: done, **errors(*statuses)}
 
 
+def _receive(request: Request, services: Services) -> AbstractAsyncContextManager[ReceivedUpload]:
+    """The upload in a request's body."""
+    engine = services.engine
+    return receive_upload(request, services.staging, services.config.max_adapter_size, lambda: engine.stats.running > 0)
+
+
 def is_upload(method: str, path: str) -> bool:
     """Whether a request body is an adapter upload, which is streamed to disk under its own size limit."""
     if method == "POST":
@@ -92,7 +99,7 @@ def is_upload(method: str, path: str) -> bool:
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
-    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
+    async with _receive(request, services) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
@@ -102,7 +109,7 @@ async def publish(request: Request, services: ServicesDep, caller: Administrator
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
-    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
+    async with _receive(request, services) as upload:
         if upload.name is not None:
             raise BadRequest("name is not allowed here: nothing is published", param="name")
         return await _call(services, Inspect(str(upload.folder)))
@@ -117,7 +124,7 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
-    async with receive_upload(request, services.staging, services.config.max_adapter_size) as upload:
+    async with _receive(request, services) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
         return await _publish(services, name, upload.folder, replace=True)

@@ -22,7 +22,7 @@ import yaml
 from fastapi import Depends, Request
 from fastapi import Path as InPath
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_serve.api.error_handlers import Forbidden, Unauthenticated
 from lora_serve.errors import BadRequest
@@ -48,12 +48,14 @@ class Caller:
         admin: may publish, evict, pin and delete adapters.
         adapters: names or shell patterns of the adapters that may be seen, used and changed; None is all.
         metrics: may read the metrics, which tell of all adapters; so may an admin of all adapters.
+        share: of what the server computes while others wait, relative to theirs.
     """
 
     name: str
     admin: bool = False
     adapters: tuple[str, ...] | None = None
     metrics: bool = False
+    share: float = 1.0
 
     def may_use(self, adapter: str) -> bool:
         """Whether this caller may see, use and, as an admin, change an adapter."""
@@ -82,6 +84,7 @@ class _Entry(BaseModel):
     admin: bool = False
     adapters: list[str] | None = None
     metrics: bool = False
+    share: Annotated[float, Field(strict=False, gt=0, le=1000)] = 1.0
 
     @model_validator(mode="after")
     def _metrics_are_of_all_adapters(self) -> _Entry:
@@ -117,8 +120,8 @@ class Keys:
 class KeyFile(Keys):
     """The keys of a YAML file, which is read again when its size or modification time has changed.
 
-    The file maps names to a hash, or to `{hash, admin, adapters, metrics}`. A changed file that is invalid is logged,
-    and the keys before it stay valid.
+    The file maps names to a hash, or to `{hash, admin, adapters, metrics, share}`. A changed file that is invalid is
+    logged, and the keys before it stay valid.
 
     Args:
         clock: seconds; the file is looked at no more than every `RECHECK`.
@@ -265,4 +268,4 @@ def _entry(name: str, value: Any) -> tuple[str, Caller]:
     if not HASH.fullmatch(entry.hash):
         raise BadRequest(f"key file: {name}: not the hash of a key (sha256: and 64 hex digits)")
     adapters = None if entry.adapters is None else tuple(entry.adapters)
-    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics)
+    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics, entry.share)

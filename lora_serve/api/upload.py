@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,8 @@ from lora_serve.names import CONFIG, POOLING, WEIGHTS
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-BATCH = 1 << 20  # bytes passed to the parser's thread at once
+BATCH = 1 << 18  # bytes passed to the parser's thread at once
+PAUSE = 0.008  # seconds after each batch while requests run: receiving it takes about a quarter of that
 FORM_SLACK = 1 << 20  # bytes of boundaries, headers and fields in a form
 LONGEST_FIELD = 4096
 LONGEST_BOUNDARY = 70  # RFC 2046
@@ -81,11 +82,14 @@ def disk_errors() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def receive_upload(request: Request, staging: Path, most: int) -> AsyncIterator[ReceivedUpload]:
+async def receive_upload(
+    request: Request, staging: Path, most: int, is_busy: Callable[[], bool]
+) -> AsyncIterator[ReceivedUpload]:
     """Receive the multipart form of `request`; the folder exists as long as the context.
 
     Args:
         most: bytes of the adapter's files together, unpacked.
+        is_busy: whether requests run, whose compute threads an upload must leave most of the processor.
 
     Raises: `BadRequest`, `AdapterInvalid`, `TooLarge`, `StorageFull`.
     """
@@ -100,6 +104,8 @@ async def receive_upload(request: Request, staging: Path, most: int) -> AsyncIte
             try:
                 async for batch in _batches(request):
                     await asyncio.to_thread(form.take, parser, batch)
+                    if is_busy():
+                        await asyncio.sleep(PAUSE)
             finally:
                 form.close()
         except ClientDisconnect:

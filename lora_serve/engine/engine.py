@@ -24,6 +24,7 @@ from lora_serve.engine.active_requests import ActiveRequests
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
 from lora_serve.engine.prefill_pacer import PrefillPacer
+from lora_serve.engine.queue_times import QueueTimes
 from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
 from lora_serve.engine.startup import build_parts
@@ -90,6 +91,7 @@ class Engine:
         self._pacer = pacer
         self._clock = clock
         self._steps = 0
+        self._queue_times = QueueTimes()
         self._stalled = True  # nothing can run until a message or a finished load changes that
 
     @classmethod
@@ -202,6 +204,7 @@ class Engine:
         tokens = sum(part.count for part in step.scheduled)
         decoding = sum(part.count == 1 for part in step.scheduled)
         self._pacer.record(decoding, tokens - decoding, seconds)
+        self._queue_times.record(self._scheduler.started, now)
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def _shrink_after_out_of_memory(self) -> None:
@@ -270,7 +273,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """Current statistics of the queues, KV cache and adapters."""
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, pool, costs = self._scheduler, self._scheduler.pool, self._pacer.costs
+        now = self._clock()
         stats = Stats(
             waiting=self._requests.waiting,
             running=len(scheduler.running),
@@ -281,6 +285,10 @@ class Engine:
             preemptions_total=scheduler.preemptions,
             steps_total=self._steps,
             waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
+            oldest_wait=max((now - seq.arrived for seq in scheduler.waiting.oldest), default=0.0),
+            expected_wait=self._queue_times.expected(len(scheduler.waiting), now),
+            gap_kept=self._pacer.gap_kept,
+            step_costs={"decode": costs.decode(1), "prompt": costs.fixed, "prompt_token": costs.per_token},
         )
         self._registry.fill_stats(stats)
         return stats

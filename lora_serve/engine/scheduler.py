@@ -19,7 +19,7 @@ from lora_serve.engine.fairness import AdapterSet, Fairness, Rank
 from lora_serve.engine.prefill_pacer import Demand
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.engine.slot_rotation import SlotRotation
-from lora_serve.engine.waiting import WaitingQueue
+from lora_serve.engine.waiting import InTurn, WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
 PrefillBudget = Callable[[Demand], int]  # → prompt tokens of this step
@@ -100,6 +100,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.step = 0
         self.preemptions = 0
+        self.started = 0
         self.prefix_tokens = 0
         self.prefix_hits = 0
         self._unloaded: dict[AdapterSet, None] = {}  # not known to be in memory
@@ -232,12 +233,14 @@ class Scheduler:
         rows = self._owed_most(running, self.max_seqs)
         decoding = [seq for seq in rows if seq.pending == 1]
         prefilling = sorted((seq for seq in rows if seq.pending > 1), key=_turn)
+        queue = self.waiting.in_turn(ready)
+        free = self.max_seqs - len(self.running)
+        newcomer = self._newcomer(queue.first) if free <= 0 else None
+        able = int(newcomer is not None) if free <= 0 else min(free, self.waiting.count(ready))
         budget = self.max_tokens - len(decoding)
-        queued = self.waiting.count(ready)
-        if prefill_budget is not None and decoding and len(prefilling) + queued:
-            budget = min(budget, prefill_budget(self._demand(decoding, prefilling, ready, queued)))
-        newcomer = self._newcomer(ready, len(rows)) if budget > 0 else None
-        if newcomer is not None:
+        if prefill_budget is not None and decoding and len(prefilling) + able:
+            budget = min(budget, prefill_budget(self._demand(decoding, prefilling, queue.first, able)))
+        if newcomer is not None and budget > 0 and len(rows) == self.max_seqs:
             staying = set(self._owed_most(rows, self.max_seqs - 1))
             decoding = [seq for seq in decoding if seq in staying]
             prefilling = [seq for seq in prefilling if seq in staying]
@@ -245,7 +248,7 @@ class Scheduler:
         self._continue(decoding, scheduled, self.max_tokens)
         budget = self._continue(prefilling, scheduled, budget)
         if before.issubset(self.running):  # otherwise there is no memory for more
-            self._admit(ready, newcomer, scheduled, budget)
+            self._admit(queue, newcomer, scheduled, budget)
         preempted = before.difference(self.running)
         scheduled = [part for part in scheduled if part.seq not in preempted]
         for part in scheduled:
@@ -254,12 +257,11 @@ class Scheduler:
         return scheduled
 
     def _demand(
-        self, decoding: list[Sequence], prefilling: list[Sequence], ready: list[AdapterSet], queued: int
+        self, decoding: list[Sequence], prefilling: list[Sequence], first: Sequence | None, able: int
     ) -> Demand:
-        """What the prefill budget depends on; of the queued sequences, those for which there are rows."""
-        able = min(queued, max(1, self.max_seqs - len(decoding) - len(prefilling)))
+        """What the prefill budget depends on; `able`: how many waiting sequences could start."""
         tokens = sum(seq.pending for seq in prefilling) + self.waiting.mean_tokens * able
-        following = prefilling[0] if prefilling else self.waiting.first(ready)
+        following = prefilling[0] if prefilling else first
         oldest = 0.0 if following is None else following.arrived
         return Demand(len(decoding), len(prefilling) + able, int(tokens), oldest)
 
@@ -271,12 +273,9 @@ class Scheduler:
         chosen = set(sorted(seqs, key=_turn_in_step)[:rows])
         return [seq for seq in seqs if seq in chosen]
 
-    def _newcomer(self, ready: list[AdapterSet], rows: int) -> Sequence | None:
-        """The waiting sequence that is owed most, if it has a right to a row and all are taken."""
-        if rows < self.max_seqs or len(self.running) >= 2 * self.max_seqs:
-            return None
-        seq = self.waiting.first(ready)
-        if seq is None or not seq.share.is_entitled(self.max_seqs):
+    def _newcomer(self, seq: Sequence | None) -> Sequence | None:
+        """The first waiting sequence, if it has a right to a row although all are taken."""
+        if seq is None or len(self.running) >= 2 * self.max_seqs or not seq.share.is_entitled(self.max_seqs):
             return None
         blocks = -(-len(seq.tokens) // self.pool.block_size)
         return seq if blocks + len(self.running) <= self.pool.free else None
@@ -315,17 +314,15 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(
-        self, ready: list[AdapterSet], newcomer: Sequence | None, scheduled: list[ScheduledSequence], budget: int
-    ) -> None:
+    def _admit(self, queue: InTurn, newcomer: Sequence | None, scheduled: list[ScheduledSequence], budget: int) -> None:
         """Start waiting sequences, those owed most first, until one does not fit; the `newcomer` in a full step."""
-        while budget > 0 and (seq := self.waiting.first(ready)) is not None:
+        while budget > 0 and (seq := queue.first) is not None:
             if len(self.running) >= self.max_seqs and seq is not newcomer:
                 return
             part = self._start(seq, budget)
             if part is None:
                 return
-            self.waiting.remove(seq)
+            queue.remove_first()
             scheduled.append(part)
             budget -= part.count
 
@@ -343,6 +340,7 @@ class Scheduler:
         seq.computed = start
         seq.indexed = len(found)
         if seq.cached is None:
+            self.started += 1
             seq.cached = max(0, start - seq.virtual)
             self.prefix_tokens += len(seq.request.prompt)
             self.prefix_hits += seq.cached

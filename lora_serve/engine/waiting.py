@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
 from operator import attrgetter
 
 from lora_serve.engine.fairness import AdapterSet, Rank, Share, ShareQueue
@@ -30,6 +31,11 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         return (seq for queue in self._by_share.values() for seq in queue)
+
+    @property
+    def oldest(self) -> Iterator[Sequence]:
+        """The oldest sequence of each share."""
+        return (queue[0] for queue in self._by_share.values())
 
     @property
     def mean_tokens(self) -> float:
@@ -78,16 +84,38 @@ class WaitingQueue:
         """How many sequences need one of these sets."""
         return sum(self._counts.get(adapter_set, 0) for adapter_set in adapter_sets)
 
-    def first(self, adapter_sets: Iterable[AdapterSet]) -> Sequence | None:
-        """Of the sequences that need one of these sets, the oldest of the share that is owed most."""
-        best: tuple[Rank, int] | None = None
-        found: Sequence | None = None
+    def in_turn(self, adapter_sets: Iterable[AdapterSet]) -> InTurn:
+        """The sequences that need one of these sets, to be started in this step."""
+        return InTurn(self, adapter_sets)
+
+    def first_of(self, adapter_set: AdapterSet) -> Sequence | None:
+        """Of the sequences that need exactly these adapters, the oldest of the share that is owed most."""
+        shares = self._by_set.get(adapter_set)
+        share = None if shares is None else shares.first
+        return None if share is None else self._by_share[share][0]
+
+
+class InTurn:
+    """Waiting sequences of some adapter sets, those owed most first, while nobody is charged."""
+
+    def __init__(self, queue: WaitingQueue, adapter_sets: Iterable[AdapterSet]) -> None:
+        self._queue = queue
+        self._heap: list[tuple[Rank, int, Sequence]] = []
         for adapter_set in adapter_sets:
-            shares = self._by_set.get(adapter_set)
-            share = None if shares is None else shares.first
-            if share is None:
-                continue
-            seq = self._by_share[share][0]
-            if best is None or (share.rank, seq.order) < best:
-                best, found = (share.rank, seq.order), seq
-        return found
+            self._push(adapter_set)
+
+    @property
+    def first(self) -> Sequence | None:
+        """The sequence that is next; None if none is left."""
+        return self._heap[0][2] if self._heap else None
+
+    def remove_first(self) -> None:
+        """Remove the first sequence, from the queue too."""
+        seq = heappop(self._heap)[2]
+        self._queue.remove(seq)
+        self._push(seq.digests)
+
+    def _push(self, adapter_set: AdapterSet) -> None:
+        seq = self._queue.first_of(adapter_set)
+        if seq is not None:
+            heappush(self._heap, (seq.share.rank, seq.order, seq))

@@ -26,6 +26,7 @@ def keys(tmp_path: Path) -> Keys:
         f"boss: {{hash: '{hash_key('sk-boss')}', admin: true}}\n"
         f"head-poet: {{hash: '{hash_key('sk-head')}', admin: true, adapters: ['poet*']}}\n"
         f"watch: {{hash: '{hash_key('sk-watch')}', metrics: true}}\n"
+        f"large: {{hash: '{hash_key('sk-large')}', share: 3}}\n"
     )
     loaded = load_keys(file)
     assert loaded is not None
@@ -42,10 +43,11 @@ def server(tmp_path: Path, keys: Keys) -> StubAdminApp:
 
 
 def test_keys_are_looked_up_by_their_full_text(keys: Keys) -> None:
-    assert repr(keys) == "<KeyFile 5 keys, 2 of admins>"
+    assert repr(keys) == "<KeyFile 6 keys, 2 of admins>"
     assert keys.find("sk-user") == Caller("user")
     assert keys.find("sk-poets") == Caller("poets", adapters=("poet", "poet-*"))
     assert keys.find("sk-boss") == Caller("boss", admin=True)
+    assert keys.find("sk-large") == Caller("large", share=3.0)
     for wrong in ("", "sk-use", "sk-user ", hash_key("sk-user")):
         assert keys.find(wrong) is None
 
@@ -64,6 +66,7 @@ def test_without_a_key_file_there_are_no_keys() -> None:
         (f"user: {{hash: '{hash_key('x')}', amdin: true}}", "user.amdin"),
         (f"user: {{hash: '{hash_key('x')}', adapters: poet}}", "user.adapters"),
         (f"user: {{hash: '{hash_key('x')}', adapters: [poet], metrics: true}}", "user: metrics tell of all adapters"),
+        (f"user: {{hash: '{hash_key('x')}', share: 0}}", "user.share: Input should be greater than 0"),
         (f"a: {hash_key('x')}\nb: {hash_key('x')}", "b and a have the same key"),
     ],
 )

@@ -38,6 +38,16 @@ async def test_a_completion_has_openai_s_shape(server: StubCompletionApp) -> Non
     assert server.engine.requests[0].sampling.max_tokens == 16
 
 
+async def test_the_priority_and_the_share_of_the_key_reach_the_engine(tmp_path: Path) -> None:
+    server = StubCompletionApp(tmp_path, Keys({hash_key("any"): Caller("large", share=3.0)}))
+    assert (await server.complete(priority=-2)).status_code == 200
+    assert (await server.chat(priority=5)).status_code == 200
+    assert [(each.tenant, each.priority, each.weight) for each in server.engine.requests] == [
+        ("large", -2, 3.0),
+        ("large", 5, 3.0),
+    ]
+
+
 REFUSED: dict[str, tuple[Any, ...]] = {
     "temperature": (-1, 3, "1", True),
     "top_p": (0, 1.5),

@@ -16,7 +16,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(BENCH.rglob("*.py"))
 }
-GROUPS = {"serving", "kernels", "gpu", "peers", "structured_output"}
+GROUPS = {"serving", "kernels", "gpu", "peers", "simulation", "structured_output"}
 DOCUMENTS = [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *BENCH.rglob("*.md")]
 
 

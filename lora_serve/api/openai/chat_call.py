@@ -195,7 +195,7 @@ async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller,
         {tool.function.name: tool.function.parameters or {} for tool in tools},
         1 if body.parallel_tool_calls is False else None,
     )
-    choices = make_choices(body, id_, 0, prompt, params, uses, caller.name, hidden=chat.hidden)
+    choices = make_choices(body, id_, 0, prompt, params, uses, caller, hidden=chat.hidden)
     return ChatCall(id_, int(time.time()), engine_info(services).model, choices, format)
 
 

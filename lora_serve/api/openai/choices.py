@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.services import Services
 from lora_serve.engine.detokenizer import Detokenizer
@@ -61,14 +62,16 @@ def make_choices(
     prompt: list[int],
     params: Sampling,
     uses: tuple[AdapterUse, ...],
-    tenant: str,
+    caller: Caller,
     hidden: frozenset[int] | None = None,
 ) -> list[Choice]:
     """The `n` choices of one prompt, with indices from `first`; if seeded, each has its own seed."""
     choices = []
     for copy in range(body.n or 1):
         own = params if body.seed is None else msgspec.structs.replace(params, seed=body.seed + copy)
-        request = Request(f"{id_}-{first + copy}", prompt, own, uses, tenant)
+        request = Request(
+            f"{id_}-{first + copy}", prompt, own, uses, caller.name, priority=body.priority or 0, weight=caller.share
+        )
         shown = frozenset() if body.skip_special_tokens is False else hidden
         choices.append(Choice(first + copy, request, body.stops, bool(body.include_stop_str_in_output), shown))
     return choices

@@ -143,7 +143,7 @@ async def _prepare(body: Completion, services: Services, caller: Caller) -> Comp
             prompt_logprobs=logprobs if body.echo else None,
             grammar=grammar,
         )
-        choices += make_choices(body, id_, len(choices), prompt, params, uses, caller.name)
+        choices += make_choices(body, id_, len(choices), prompt, params, uses, caller)
     model = engine_info(services).model
     return CompletionCall(body, id_, int(time.time()), model, choices, prompts, texts, TokenTexts(services.tokenizer))
 

@@ -90,9 +90,11 @@ async def _prepare(body: EmbeddingBody, services: Services, caller: Caller) -> l
     for prompt in prompts:
         if len(prompt) > info.max_model_len:
             raise context_exceeded(info, len(prompt), 0, "input")
-    id_, params = f"embd-{uuid.uuid4().hex}", EmbeddingParams(body.dimensions)
+    id_, params, priority = f"embd-{uuid.uuid4().hex}", EmbeddingParams(body.dimensions), body.priority or 0
     return [
-        EngineRequest(f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params)
+        EngineRequest(
+            f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params, priority, caller.share
+        )
         for index, prompt in enumerate(prompts)
     ]
 

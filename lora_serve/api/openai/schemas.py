@@ -14,6 +14,7 @@ from lora_serve.request import MOST_ADAPTERS
 MOST_STOPS = 4
 MOST_STOP_TOKENS = 1024
 LONGEST_STOP = 256  # characters
+MOST_PRIORITY = 32
 MOST_KEYS = 1024  # of an object
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048
@@ -41,6 +42,8 @@ Prompts = Annotated[
     | Annotated[TokenLists, Tag("token lists")],
     Discriminator(_prompt_kind),
 ]
+# Among the requests of one key, as in vLLM: smaller is more urgent.
+Priority = Annotated[int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
@@ -147,7 +150,6 @@ class NoEffect(Strict):
     return_token_ids: Literal[False] | None = None
     logits_processors: None = None
     truncate_prompt_tokens: None = None
-    priority: Literal[0] | None = None
 
 
 class ModelSelection(Strict):
@@ -160,6 +162,7 @@ class ModelSelection(Strict):
 class Generation(ModelSelection, NoEffect):
     """Common fields of completions and chat completions. None means the default."""
 
+    priority: Priority | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -235,7 +238,7 @@ class EmbeddingBody(ModelSelection):
     user: Annotated[str, Field(max_length=1000)] | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    priority: Literal[0] | None = None
+    priority: Priority | None = None
 
     @field_validator("input")
     @classmethod

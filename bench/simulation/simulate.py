@@ -1,7 +1,7 @@
 """Scheduling, pacing, fairness and residency on simulated devices, in virtual time.
 
-    python -m bench.simulate
-    python -m bench.simulate --device CPU --quick
+    python -m bench.simulation.simulate
+    python -m bench.simulation.simulate --device CPU --quick
 
 The engine is the real one, without a model: steps take what a cost model says (`bench/simulation/costs.py`). So what is
 shown is what the decisions make of a device, and no device is needed. A table of the loads, one of what each must give,
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         json_line(
             {
-                "bench": "simulate",
+                "bench": "simulation",
                 "arguments": given,
                 "costs": [asdict(costs) for costs in ALL if args.device in costs.name],
                 "outcomes": [asdict(outcome) | {"goals": goal_records(outcome.goals)} for outcome in outcomes],
