@@ -1,7 +1,7 @@
 """What steps and copies cost on a device: the models that the simulated device follows.
 
-`python -m bench.simulation.simulate` prints them beside its results. What was measured says so; the rest are guesses until
-a device confirms them.
+`python -m bench.simulation.simulate` prints them beside its results. What was measured says so; the rest are guesses
+until a device confirms them.
 """
 
 from __future__ import annotations
