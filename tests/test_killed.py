@@ -120,7 +120,6 @@ def test_what_was_answered_is_there(tmp_path: Path, victim: Literal["engine", "s
         # What was stored and not named when the end came was kept there; it is no version that a name should have.
         aside = {path.name for path in (store / "set-aside").rglob("versions/*")}
         assert {path.relative_to(store).parts[1] for path in (store / "set-aside").rglob("*")} <= {"versions"}
-        assert not aside & {
-            variant_digest(number) for numbers in uploads.known.values() for number in numbers if number
-        }
+        named = {variant_digest(each) for numbers in uploads.known.values() for each in numbers if each is not None}
+        assert not aside & named
     assert uploads.answered > kills

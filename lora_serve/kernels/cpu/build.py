@@ -4,9 +4,10 @@ The library lies in the user's cache under a name that hashes everything it depe
 CPU's features (`-march=native` depends on them). It is moved there by a rename, so servers that start together never
 see half of it. Where the build fails, `select` falls back to another backend.
 
-With LORA_SERVE_CHECKED=1 in the environment it is a debug build under AddressSanitizer instead, whose calls check all
-memory that they are about to read and write. Such a library loads only where the sanitizer's runtime was loaded first;
-`make asan` does that for the tests.
+With LORA_SERVE_WITHOUT_BF16=1 in the environment the CPU's instructions for bf16 are not used, as on one that has none.
+With LORA_SERVE_CHECKED=1 it is a debug build under AddressSanitizer, whose calls check all memory that they are about
+to read and write. Such a library loads only where the sanitizer's runtime was loaded first; `make asan` does that for
+the tests.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ CHECKED_FLAGS = (  # added to the others
     "-fno-omit-frame-pointer",
     "-DLORA_CHECKED",
 )
+WITHOUT_BF16 = os.environ.get("LORA_SERVE_WITHOUT_BF16") == "1"
+WITHOUT_BF16_FLAGS = ("-mno-avx512bf16",)  # added to the others
 LIBRARIES = ("-lstdc++",)  # a C compiler that accepts C++ (CXX=gcc) does not link it by itself
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds
@@ -61,7 +64,7 @@ def library() -> Path:
     """
     here = Path(__file__).parent
     compiler = _compiler()
-    flags = (*FLAGS, *CHECKED_FLAGS) if CHECKED else FLAGS
+    flags = (*FLAGS, *CHECKED_FLAGS * CHECKED, *WITHOUT_BF16_FLAGS * WITHOUT_BF16)
     key = hashlib.sha256()
     for part in (*flags, *LIBRARIES, *compiler, _run([*compiler, "--version"]), platform.machine(), _cpu_features()):
         key.update(part.encode() + b"\0")
