@@ -17,8 +17,8 @@ OUT        ?= gpu-check
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
 
-test: $(VENV)/.dev  ## all tests, or ARGS="tests/engine -k drain"
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/.dev  ## all tests, two files at a time, or ARGS="tests/engine -k drain"
+	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 # Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
 # (the GPU's, in the interpreter; lowering and the store).
