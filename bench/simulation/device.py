@@ -45,6 +45,7 @@ class SimulatedRunner:
 
     Attributes:
         steps: of each step, its decoding rows, prompt tokens and seconds.
+        extra: seconds by which the next steps take longer than their costs.
     """
 
     out_of_memory = False
@@ -53,17 +54,19 @@ class SimulatedRunner:
         self._costs, self._time, self._size = costs, time, size
         self._free_at = 0.0
         self.steps: list[tuple[int, int, float]] = []
+        self.extra: list[float] = []
 
     @property
     def overlaps(self) -> bool:
         return self._costs.overlaps
 
     def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> LaunchSampling:
-        decoding = sum(part.count == 1 for part in scheduled)
+        decoding = sum(part.decodes for part in scheduled)
         prompt = sum(part.count for part in scheduled) - decoding
-        context = sum(part.end for part in scheduled if part.count == 1)
+        context = sum(part.end for part in scheduled if part.decodes)
         digests = {digest for part in scheduled for digest in part.seq.digests}
         seconds = self._costs.step(decoding, prompt, context, [self._size(digest) for digest in digests])
+        seconds += self.extra.pop(0) if self.extra else 0.0
         self.steps.append((decoding, prompt, seconds))
         done = self._free_at = max(self._free_at, self._time.now) + seconds
         found = [SequenceOutput(part, TOKEN if part.samples else None) for part in scheduled]

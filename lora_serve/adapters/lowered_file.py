@@ -30,7 +30,7 @@ from lora_serve.errors import AdapterBroken
 from lora_serve.kernels.contract import Delta
 
 NAME = "lowered/adapter.bin"  # in a version's folder
-MAGIC = b"lora-low"
+MAGIC = b"lora-lo2"
 HEAD = 32  # bytes before the description
 PAGE = 4096
 MAX_DESCRIPTION = 256 << 20  # bytes

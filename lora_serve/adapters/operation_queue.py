@@ -19,7 +19,7 @@ class OperationQueue:
     """Runs the operations on one name one after the other, in the order in which they arrive."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, deque[Callable[[], None]]] = {}  # by name; the first operation is under way
+        self._waiting: dict[str, deque[_Operation]] = {}  # of each name on which an operation is under way
 
     def run(self, name: str, start: Callable[[Done], None], done: Done) -> None:
         """Start an operation once earlier ones on its name have ended.
@@ -28,26 +28,45 @@ class OperationQueue:
             start: begins the operation; it calls what it is given when the operation has ended, or raises.
             done: called once, with the operation's result or the ServeError that ended it.
         """
-        ended = False
+        operation = _Operation(start, done, lambda: self._go_on(name))
+        if name in self._waiting:
+            self._waiting[name].append(operation)
+        else:
+            self._waiting[name] = deque([operation])
+            self._go_on(name)
 
-        def end(result: Any) -> None:
-            nonlocal ended
-            if ended:  # a step failed after the operation had ended
+    def _go_on(self, name: str) -> None:
+        """Begin the operations that wait, until one does not end at once."""
+        waiting = self._waiting[name]
+        while waiting:
+            if not waiting.popleft().begin():
                 return
-            ended = True
-            try:
-                done(result)
-            finally:
-                queue.popleft()
-                if queue:
-                    queue[0]()
-                else:
-                    del self._queues[name]
+        del self._waiting[name]
 
-        queue = self._queues.setdefault(name, deque())
-        queue.append(lambda: next_step(lambda _: start(end), end)(None))
-        if len(queue) == 1:
-            queue[0]()
+
+class _Operation:
+    """One operation: its beginning, and its end, which happens once."""
+
+    def __init__(self, start: Callable[[Done], None], done: Done, go_on: Callable[[], None]) -> None:
+        self._start, self._done, self._go_on = start, done, go_on
+        self._began = self._ended = False
+
+    def begin(self) -> bool:
+        """Begin; returns whether it has ended already."""
+        next_step(lambda _: self._start(self._end), self._end)(None)
+        self._began = True
+        return self._ended
+
+    def _end(self, result: Any) -> None:
+        if self._ended:  # a step failed after the operation had ended
+            return
+        self._ended = True
+        try:
+            self._done(result)
+        except Exception:
+            log.exception("the answer to an operation on an adapter could not be given")
+        if self._began:  # otherwise `begin` tells
+            self._go_on()
 
 
 def next_step(step: Callable[[T], None], done: Done) -> Callable[[T], None]:

@@ -48,7 +48,7 @@ class Caller:
         admin: may publish, evict, pin and delete adapters.
         adapters: names or shell patterns of the adapters that may be seen, used and changed; None is all.
         metrics: may read the metrics, which tell of all adapters; so may an admin of all adapters.
-        share: of what the server computes while others wait, relative to theirs.
+        share: of what the server computes while others wait, relative to theirs; a multiple of 1 / 1024.
     """
 
     name: str
@@ -84,7 +84,7 @@ class _Entry(BaseModel):
     admin: bool = False
     adapters: list[str] | None = None
     metrics: bool = False
-    share: Annotated[float, Field(strict=False, gt=0, le=1000)] = 1.0
+    share: Annotated[float, Field(ge=0.01, le=1000)] = 1.0
 
     @model_validator(mode="after")
     def _metrics_are_of_all_adapters(self) -> _Entry:
@@ -268,4 +268,4 @@ def _entry(name: str, value: Any) -> tuple[str, Caller]:
     if not HASH.fullmatch(entry.hash):
         raise BadRequest(f"key file: {name}: not the hash of a key (sha256: and 64 hex digits)")
     adapters = None if entry.adapters is None else tuple(entry.adapters)
-    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics, entry.share)
+    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics, round(entry.share * 1024) / 1024)

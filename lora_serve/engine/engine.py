@@ -202,9 +202,9 @@ class Engine:
         now = self._clock()
         seconds, self._last_outputs = now - max(step.started, self._last_outputs), now
         tokens = sum(part.count for part in step.scheduled)
-        decoding = sum(part.count == 1 for part in step.scheduled)
+        decoding = sum(part.decodes for part in step.scheduled)
         self._pacer.record(decoding, tokens - decoding, seconds)
-        self._queue_times.record(self._scheduler.started, now)
+        self._queue_times.record(self._scheduler.started, len(self._scheduler.waiting), now)
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def _shrink_after_out_of_memory(self) -> None:
@@ -286,7 +286,7 @@ class Engine:
             steps_total=self._steps,
             waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
             oldest_wait=max((now - seq.arrived for seq in scheduler.waiting.oldest), default=0.0),
-            expected_wait=self._queue_times.expected(len(scheduler.waiting), now),
+            expected_wait=self._queue_times.expected(len(scheduler.waiting)),
             gap_kept=self._pacer.gap_kept,
             step_costs={"decode": costs.decode(1), "prompt": costs.fixed, "prompt_token": costs.per_token},
         )

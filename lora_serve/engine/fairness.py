@@ -2,9 +2,9 @@
 
 Every token that is computed for a sequence is charged to its key, within the key to its priority level, and within that
 to its adapters, each time divided by a weight. Whoever was charged least is served next (the virtual token counter of
-Sheng et al., "Fairness in Serving Large Language Models", 2024, on three levels). Who was away and comes back begins
-where the others are (start-time fair queueing): time in which nothing was asked for is not made up for. So nobody waits
-for ever, whatever others send and whatever their priority, and nothing is left idle while somebody waits.
+Sheng et al., "Fairness in Serving Large Language Models", 2024, on three levels). Who asked for less than its share and
+now asks for more begins where those are who wait: what was not asked for is not made up for. So nobody waits for ever,
+whatever others send and whatever their priority.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from lora_serve.engine.lazy_heap import LazyHeap
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # of a token; each of the output needs a step of its own
-LEVEL = 8.0  # a priority level gets so many times the share of the next one
+LEVEL = 4.0  # a priority level gets so many times the share of the next one
 MOST_IDLE = 4096  # siblings that are remembered while nothing is asked for
 
 AdapterSet = tuple[str, ...]  # digests; empty: the base alone
@@ -30,22 +30,24 @@ class Share:
 
     Attributes:
         served: tokens charged, divided by the weight.
-        time: the least that an active child was served, or had been when the last one left: where one begins that was
-            away, or is new.
-        active: sequences that wait or run; of a share with children, those of them that are active.
-        active_weight: of the active children.
-        rows: its sequences that hold KV blocks.
+        floor: the least that a child with waiting sequences was served, or had been when the last one left: where one
+            begins that asked for less than it could have had.
+        active: sequences that wait or hold KV; of a share with children, those of them that are active.
+        active_weight: of the active children. Weights are multiples of a power of two, so that this is exact.
+        waiting: sequences that wait; of a share with children, those of them in which some do.
+        holders: its sequences that hold KV blocks.
     """
 
     name: Any
     parent: Share | None
     weight: float = 1.0
     served: float = 0.0
-    time: float = 0.0
+    floor: float = 0.0
     active: int = 0
     active_weight: float = 0.0
-    active_children: LazyHeap[Share] = field(default_factory=lambda: LazyHeap(attrgetter("served")))
-    rows: int = 0
+    waiting: int = 0
+    waiting_children: LazyHeap[Share] = field(default_factory=lambda: LazyHeap(attrgetter("served")))
+    holders: int = 0
     children: dict[Any, Share] = field(default_factory=dict)
 
     @property
@@ -71,24 +73,52 @@ class Share:
         for share in self.line():
             share.served += cost / share.weight
 
-    def add_rows(self, count: int) -> None:
+    def begin_waiting(self) -> None:
+        """Count one more sequence that waits. Where none did, what was not asked for until now is not made up for."""
+        for share in self.line():
+            parent = share.parent
+            assert parent is not None
+            share.waiting += 1
+            if share.waiting > 1:
+                return
+            parent._raise_floor(None)
+            share.served = max(share.served, parent.floor)
+            parent.waiting_children.add(share)
+
+    def end_waiting(self) -> None:
+        """Count one sequence less that waits."""
+        for share in self.line():
+            parent = share.parent
+            assert parent is not None
+            share.waiting -= 1
+            if share.waiting:
+                return
+            parent.waiting_children.discard(share)
+            parent._raise_floor(share)
+
+    def add_holders(self, count: int) -> None:
         """Count sequences that got KV blocks, or with a negative number lost them."""
         for share in self.line():
-            share.rows += count
+            share.holders += count
 
     def is_entitled(self, rows: int) -> bool:
         """Whether one more of its sequences has a right to one of so many rows, however many others wait or run.
 
         That is so if a share on its line, however all shares were used, would have one more row.
         """
-        line = list(self.line())
         own = float(rows)
-        for share in reversed(line):
+        for share in reversed(list(self.line())):
             assert share.parent is not None
             own *= share.weight / share.parent.active_weight
-            if share.rows + 1 <= own + 1e-9:
+            if share.holders + 1 <= own + 1e-9:
                 return True
         return False
+
+    def _raise_floor(self, last: Share | None) -> None:
+        """Raise the floor to what a waiting child was served least, or if none waits to what the last one was."""
+        least = self.waiting_children.first or last
+        if least is not None:
+            self.floor = max(self.floor, least.served)
 
 
 class ShareQueue:
@@ -160,25 +190,32 @@ class Fairness:
         """The share of a sequence, which counts as active from now on.
 
         Args:
-            weight: of the key, relative to other keys'.
-            priority: among the key's sequences; smaller is more urgent.
+            weight: of the key from now on, relative to other keys'; a multiple of 1 / 1024.
+            priority: among the key's sequences, within ±`MOST_PRIORITY`; smaller is more urgent.
         """
         share = self._root
         for name, relative in ((key, weight), (priority, LEVEL**-priority), (adapter_set, 1.0)):
             child = share.children.get(name)
             if child is None:
                 child = share.children[name] = Share(name, share)
-            if not child.active:
-                child.weight = relative
+            if child.active:
+                share.active_weight += relative - child.weight
+            child.weight = relative
             share = child
         share.active += 1
         if share.active == 1:
-            self._activate(share)
+            for each in share.line():
+                parent = each.parent
+                assert parent is not None
+                parent.active += 1
+                parent.active_weight += each.weight
+                if parent.active > 1:
+                    break
             self._by_set.setdefault(adapter_set, ShareQueue()).add(share)
         return share
 
     def leave(self, share: Share) -> None:
-        """Count a sequence as gone."""
+        """Count a sequence as gone, which does not wait any more."""
         share.active -= 1
         if share.active:
             return
@@ -191,11 +228,8 @@ class Fairness:
             if each.active or parent is None:
                 return
             parent.active -= 1
-            parent.active_weight = parent.active_weight - each.weight if parent.active else 0.0
-            parent.active_children.discard(each)
-            least = parent.active_children.first
-            parent.time = max(parent.time, each.served if least is None else least.served)
-            if each.served <= parent.time or len(parent.children) > MOST_IDLE:  # it would begin there anyway
+            parent.active_weight -= each.weight
+            if each.served <= parent.floor or len(parent.children) > MOST_IDLE:  # it would begin there anyway
                 del parent.children[each.name]
 
     @property
@@ -212,18 +246,3 @@ class Fairness:
     def shares(self, adapter_set: AdapterSet) -> Iterable[Share]:
         """The active shares of a set."""
         return self._by_set.get(adapter_set, ())
-
-    @staticmethod
-    def _activate(share: Share) -> None:
-        for each in share.line():
-            parent = each.parent
-            assert parent is not None
-            least = parent.active_children.first
-            if least is not None:
-                parent.time = max(parent.time, least.served)
-            each.served = max(each.served, parent.time)
-            parent.active_children.add(each)
-            parent.active += 1
-            parent.active_weight += each.weight
-            if parent.active > 1:
-                return

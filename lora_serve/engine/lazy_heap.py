@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Any, Generic, TypeVar
 
@@ -35,12 +35,12 @@ class LazyHeap(Generic[T]):
         """Add an item, or tell that its rank has shrunk."""
         self._entries[item] = number = next(self._numbers)
         heappush(self._heap, (self._rank(item), number, item))
+        self._drop_void()
 
     def discard(self, item: T) -> None:
         """Remove an item, if it is there."""
         self._entries.pop(item, None)
-        if not self._entries:
-            self._heap.clear()
+        self._drop_void()
 
     @property
     def first(self) -> T | None:
@@ -54,3 +54,9 @@ class LazyHeap(Generic[T]):
             else:
                 return item
         return None
+
+    def _drop_void(self) -> None:
+        """Rebuild the heap once most of its entries are void."""
+        if len(self._heap) > 2 * len(self._entries) + 16:
+            self._heap = [entry for entry in self._heap if self._entries.get(entry[2]) == entry[1]]
+            heapify(self._heap)

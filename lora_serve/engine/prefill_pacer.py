@@ -24,8 +24,9 @@ STRETCH = 1.6  # times a decode step: the gap that is allowed where none is stat
 WAITING = 5.0  # how many streams a waiting prompt counts as: of it nothing is there yet
 UNNOTICED_GAP = 0.025  # seconds; a shorter gap is always allowed where none is stated
 MOST_HELD = 0.1  # seconds for which prompts wait for others
+PROBE = 8  # of so many chunks one is half as large: sizes that never differ do not tell what is fixed of a cost
 GRANULE = 4  # the smallest budget; others are rounded down by up to a fifth, so that the shapes of batches repeat
-MOST_GROWTH = 2  # times recent steps: what far larger ones cost is a guess
+MOST_GROWTH = 1.5  # times recent steps: what far larger ones cost is a guess
 FIRST = 16  # prompt tokens beside sequences that decode before their cost is known
 
 
@@ -65,6 +66,7 @@ class PrefillPacer:
         self._demand: Demand | None = None  # of the step that is being run
         self._held = 0.0  # seconds since when prompts wait and none was computed
         self._waited = 0.0  # seconds that those prompts have waited in this time, summed over them
+        self._chunks = 0
         self._largest = FIRST  # prompt tokens of recent steps
 
     def budget(self, demand: Demand) -> int:
@@ -75,11 +77,11 @@ class PrefillPacer:
 
     def record(self, decoding: int, prompt: int, seconds: float) -> None:
         """Record a finished step: sequences that decoded, prompt tokens computed, duration in seconds."""
-        self.costs.record(decoding, prompt, seconds)
+        learnt = self.costs.record(decoding, prompt, seconds)
         demand, self._demand = self._demand, None
         if prompt or demand is None:
             self._held = self._waited = 0.0
-            if prompt:
+            if prompt and learnt:
                 self._largest = max(prompt, int(0.9 * self._largest), FIRST)
         else:
             self._held += seconds
@@ -93,7 +95,9 @@ class PrefillPacer:
         gap = self._gap(demand)
         chunk = self._chunk(demand, gap)
         self.gap_kept = self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) <= 1.05 * gap
-        return max(GRANULE, int(min(chunk, MOST_GROWTH * self._largest)))
+        self._chunks += 1
+        chunk = int(min(chunk, MOST_GROWTH * self._largest))
+        return max(GRANULE, chunk if self._chunks % PROBE else min(chunk, demand.tokens) // 2)
 
     def _should_hold(self, demand: Demand) -> bool:
         """Whether prompts had better wait for one more step that only decodes."""

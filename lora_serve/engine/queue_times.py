@@ -1,4 +1,4 @@
-"""How long sequences wait in the queue: the oldest one, and one that comes now."""
+"""How long sequences wait in the queue, from the rate at which they are started while some wait."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ STARTS = 64  # that the rate is taken from
 
 
 class QueueTimes:
-    """Estimates waits from the rate at which sequences are started."""
+    """Estimates the wait of a sequence that comes now."""
 
     def __init__(self) -> None:
-        self._starts: deque[float] = deque(maxlen=STARTS)
+        self._starts: deque[float] = deque(maxlen=STARTS)  # by the clock of `_busy`
         self._counted = 0
+        self._busy = 0.0  # seconds in which sequences waited
+        self._recorded = 0.0
 
-    def record(self, started: int, now: float) -> None:
-        """Record how many sequences have been started since the engine began."""
+    def record(self, started: int, waiting: int, now: float) -> None:
+        """Record how many sequences have been started since the engine began, and how many wait."""
+        if waiting:
+            self._busy += now - self._recorded
+        self._recorded = now
         for _ in range(min(STARTS, started - self._counted)):
-            self._starts.append(now)
+            self._starts.append(self._busy)
         self._counted = started
 
-    def expected(self, waiting: int, now: float) -> float:
+    def expected(self, waiting: int) -> float:
         """Seconds that a sequence waits which comes after `waiting` others; 0 before the rate is known."""
-        if not waiting or len(self._starts) < 2:
-            return 0.0
-        return waiting * (now - self._starts[0]) / len(self._starts)
+        return waiting * (self._busy - self._starts[0]) / len(self._starts) if self._starts else 0.0

@@ -4,8 +4,8 @@ Pure decisions over plain state: no tensors, no clock. Under a token budget, seq
 token each; prefills take the rest in chunks, and beside sequences that decode no more than the prefill budget. Who is
 owed most (`fairness.py`) starts first. A newcomer with a right to a row of a full step gets one at once: sequences that
 are owed least take turns in the other rows, and keep their KV meanwhile. When KV blocks run out, the youngest sequence
-is preempted: its blocks are freed and it is prefilled again later (mostly from the prefix cache). A step's work does
-not depend on how many sequences wait.
+is preempted: its blocks are freed and it is prefilled again later (mostly from the prefix cache); so is one whose
+adapter had to leave memory. A step's work does not depend on how many sequences wait.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lora_serve.engine.waiting import InTurn, WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
 PrefillBudget = Callable[[Demand], int]  # → prompt tokens of this step
+
+MOST_HOLDERS = 2  # times the sequences of a step: that hold KV blocks, because newcomers with a right to a row come
 
 _order = attrgetter("order")
 
@@ -56,6 +58,11 @@ class ScheduledSequence:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token after the prompt, and not the rest of a prompt."""
+        return self.count == 1 and self.start >= self.seq.prompt_end
 
     @property
     def awaits_token(self) -> bool:
@@ -147,6 +154,9 @@ class Scheduler:
         running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
         self._check_loaded(dict.fromkeys([*ready, *(seq.digests for seq in running)]), is_loaded)  # may be evicted
+        for seq in running:
+            if seq.digests in self._unloaded:  # others need the memory first: it must not hold what they wait for
+                self._preempt(seq)
         running = [seq for seq in running if seq.digests not in self._unloaded]
         scheduled = self._fill(
             [seq for seq in running if resident.issuperset(seq.digests)],
@@ -169,9 +179,17 @@ class Scheduler:
 
     def mark_launched(self, part: ScheduledSequence) -> None:
         """Record that a part was launched, so that the next step can be scheduled before its outputs are read."""
-        part.seq.computed = part.end
+        seq = part.seq
+        seq.last_step = self.step
+        # What is computed again after a preemption is not charged again. A token that was sampled was charged then; one
+        # that a grammar forced was not.
+        start = max(part.start, seq.charged)
+        forced = max(0, part.end - max(start, seq.prompt_end) - 1)
+        seq.share.charge(max(0, min(part.end, seq.prompt_end) - start) + forced, int(part.samples))
+        seq.charged = max(seq.charged, part.end)
+        seq.computed = part.end
         if part.samples:
-            part.seq.tokens.append(IN_FLIGHT_TOKEN)
+            seq.tokens.append(IN_FLIGHT_TOKEN)
 
     def mark_computed(self, part: ScheduledSequence) -> None:
         """Record that the KV of a part was computed; its full blocks are added to the prefix index."""
@@ -187,11 +205,13 @@ class Scheduler:
         """Remove a waiting or running sequence and free its blocks (`forget`: drop them from the prefix index)."""
         if seq in self.running:
             self.running.remove(seq)
-            seq.share.add_rows(-1)
+            seq.share.add_holders(-1)
         else:
             self.waiting.remove(seq)
         self._free(seq, forget=forget)
         self.fairness.leave(seq.share)
+        if not seq.share.active:
+            self.rotation.forget(seq.share)
         if seq.digests in self.fairness.adapter_sets:
             return
         if seq.digests in self._unloaded:
@@ -230,38 +250,44 @@ class Scheduler:
     ) -> list[ScheduledSequence]:
         """Fill a step with running sequences, then with waiting ones of the `ready` adapter sets."""
         before = set(self.running)
-        rows = self._owed_most(running, self.max_seqs)
+        rows = self._owed_most(running, min(self.max_seqs, self.max_tokens))
         decoding = [seq for seq in rows if seq.pending == 1]
         prefilling = sorted((seq for seq in rows if seq.pending > 1), key=_turn)
         queue = self.waiting.in_turn(ready)
         free = self.max_seqs - len(self.running)
-        newcomer = self._newcomer(queue.first) if free <= 0 else None
+        newcomer = self._newcomer(queue) if free <= 0 else None
         able = int(newcomer is not None) if free <= 0 else min(free, self.waiting.count(ready))
         budget = self.max_tokens - len(decoding)
         if prefill_budget is not None and decoding and len(prefilling) + able:
-            budget = min(budget, prefill_budget(self._demand(decoding, prefilling, queue.first, able)))
-        if newcomer is not None and budget > 0 and len(rows) == self.max_seqs:
-            staying = set(self._owed_most(rows, self.max_seqs - 1))
-            decoding = [seq for seq in decoding if seq in staying]
-            prefilling = [seq for seq in prefilling if seq in staying]
+            following = prefilling[0] if prefilling else newcomer or queue.first
+            budget = min(budget, prefill_budget(self._demand(decoding, prefilling, following, able)))
+        if newcomer is not None and len(rows) == self.max_seqs:
+            if budget <= 0 or (prefilling and _turn(prefilling[0]) < _turn(newcomer)):
+                newcomer = None  # others' prompts come first
+            else:
+                staying = set(self._owed_most(rows, self.max_seqs - 1))
+                decoding = [seq for seq in decoding if seq in staying]
+                prefilling = [seq for seq in prefilling if seq in staying]
         scheduled: list[ScheduledSequence] = []
         self._continue(decoding, scheduled, self.max_tokens)
+        if prefilling and before.issubset(self.running):
+            budget = self._admit(queue, newcomer, scheduled, budget, before=_turn(prefilling[0]))
         budget = self._continue(prefilling, scheduled, budget)
         if before.issubset(self.running):  # otherwise there is no memory for more
-            self._admit(queue, newcomer, scheduled, budget)
-        preempted = before.difference(self.running)
-        scheduled = [part for part in scheduled if part.seq not in preempted]
-        for part in scheduled:
-            part.seq.last_step = self.step
-            part.seq.share.charge(max(0, min(part.end, part.seq.prompt_end) - part.start), int(part.samples))
-        return scheduled
+            self._admit(queue, None if newcomer in self.running else newcomer, scheduled, budget)
+        holders = set(self.running)
+        return [part for part in scheduled if part.seq in holders]
 
     def _demand(
-        self, decoding: list[Sequence], prefilling: list[Sequence], first: Sequence | None, able: int
+        self, decoding: list[Sequence], prefilling: list[Sequence], following: Sequence | None, able: int
     ) -> Demand:
-        """What the prefill budget depends on; `able`: how many waiting sequences could start."""
+        """What the prefill budget depends on.
+
+        Args:
+            following: whose prompt is next.
+            able: how many waiting sequences could start.
+        """
         tokens = sum(seq.pending for seq in prefilling) + self.waiting.mean_tokens * able
-        following = prefilling[0] if prefilling else first
         oldest = 0.0 if following is None else following.arrived
         return Demand(len(decoding), len(prefilling) + able, int(tokens), oldest)
 
@@ -273,9 +299,12 @@ class Scheduler:
         chosen = set(sorted(seqs, key=_turn_in_step)[:rows])
         return [seq for seq in seqs if seq in chosen]
 
-    def _newcomer(self, seq: Sequence | None) -> Sequence | None:
-        """The first waiting sequence, if it has a right to a row although all are taken."""
-        if seq is None or len(self.running) >= 2 * self.max_seqs or not seq.share.is_entitled(self.max_seqs):
+    def _newcomer(self, queue: InTurn) -> Sequence | None:
+        """The next waiting sequence that has a right to a row although all are taken, if there is KV for it."""
+        if len(self.running) >= MOST_HOLDERS * self.max_seqs:
+            return None
+        seq = queue.first_entitled(self.max_seqs)
+        if seq is None:
             return None
         blocks = -(-len(seq.tokens) // self.pool.block_size)
         return seq if blocks + len(self.running) <= self.pool.free else None
@@ -314,17 +343,35 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, queue: InTurn, newcomer: Sequence | None, scheduled: list[ScheduledSequence], budget: int) -> None:
-        """Start waiting sequences, those owed most first, until one does not fit; the `newcomer` in a full step."""
-        while budget > 0 and (seq := queue.first) is not None:
-            if len(self.running) >= self.max_seqs and seq is not newcomer:
-                return
+    def _admit(
+        self,
+        queue: InTurn,
+        newcomer: Sequence | None,
+        scheduled: list[ScheduledSequence],
+        budget: int,
+        *,
+        before: tuple[Rank, int] | None = None,
+    ) -> int:
+        """Start waiting sequences in turn until one does not fit, or the `newcomer` if all rows are taken.
+
+        Args:
+            before: only those whose turn is before this one.
+
+        Returns: the remaining token budget.
+        """
+        while budget > 0:
+            full = len(self.running) >= self.max_seqs
+            seq = newcomer if full else queue.first
+            if seq is None or (before is not None and _turn(seq) >= before):
+                break
             part = self._start(seq, budget)
             if part is None:
-                return
-            queue.remove_first()
+                break
+            newcomer = None if seq is newcomer else newcomer
+            queue.remove(seq)
             scheduled.append(part)
             budget -= part.count
+        return budget
 
     def _start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
         """Start a waiting sequence with its first chunk; None if there are not enough free blocks."""
@@ -345,7 +392,7 @@ class Scheduler:
             self.prefix_tokens += len(seq.request.prompt)
             self.prefix_hits += seq.cached
         self.running.append(seq)
-        seq.share.add_rows(1)
+        seq.share.add_holders(1)
         return ScheduledSequence(seq, start, count)
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
@@ -357,7 +404,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        seq.share.add_rows(-1)
+        seq.share.add_holders(-1)
         self._free(seq)
         self.waiting.add(seq)
         self.preemptions += 1

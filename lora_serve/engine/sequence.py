@@ -64,6 +64,7 @@ class Sequence:
         matcher: state of its grammar, advanced by every token of the output; None if it has none.
         arrived: when its request was admitted, in seconds on the engine's clock.
         last_step: number of the last step that it had a row in.
+        charged: up to which position its tokens were charged to its share.
         share: what it is charged to; set when it is queued.
         sampled_row: row of its last sampled token in `SampledTokens`, on the device.
         virtual: number of virtual tokens; an adapter that has them is the sequence's only one.
@@ -88,6 +89,7 @@ class Sequence:
     sampled_row: int = 0
     arrived: float = 0.0
     last_step: int = 0
+    charged: int = 0
     share: Share = field(init=False)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 
-from lora_serve.engine.fairness import AdapterSet, Fairness, Rank, ShareQueue
+from lora_serve.engine.fairness import AdapterSet, Fairness, Rank, Share, ShareQueue
 
 LONGEST = 4  # quanta for which a set keeps its slots while one waits that is owed less
 
@@ -61,6 +61,10 @@ class SlotRotation:
         """Note that other shares than before may be active in a set."""
         if adapter_set in self._queue:
             self._wait(adapter_set)
+
+    def forget(self, share: Share) -> None:
+        """Note that a share is not active any more."""
+        self._shares.discard(share)
 
     def remove(self, adapter_set: AdapterSet) -> None:
         """Remove a set that no sequence needs any more, or that is no longer in host memory."""
@@ -156,12 +160,8 @@ class SlotRotation:
 
     def _first(self) -> AdapterSet | None:
         """The waiting set that is owed most."""
-        while (share := self._shares.first) is not None:
-            if share.active and share.name in self._queue:
-                found: AdapterSet = share.name
-                return found
-            self._shares.discard(share)
-        return None
+        share = self._shares.first
+        return None if share is None else share.name
 
     def _wait(self, adapter_set: AdapterSet) -> None:
         self._queue.add(adapter_set)

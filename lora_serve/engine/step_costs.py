@@ -14,11 +14,14 @@ import numpy as np
 
 NOISE = 0.05  # standard deviation of a duration, of the duration
 MOST_SURPRISE = 3.0  # standard deviations; what is beyond counts as much as this (another process was busy)
+SHORTEST, LONGEST = 1e-5, 600.0  # seconds that a step is taken to last
 ENOUGH = 3  # steps with prompt tokens
+FEW = 10  # prompt tokens that may take as long as a step
 ROWS = 64  # that double a step in which all decode: about twice as many on a GPU, half as many on a CPU
-# Standard deviations of decode, fixed and token: at first, of the first duration, and of their change in a step, of a
-# duration. Contexts grow, so the first changes most; the second is a property of device and software.
-AT_FIRST = np.array([1.0, 0.3, 0.01])
+# Standard deviations of decode, fixed and token: at first, of the first duration (the last one divided by its prompt
+# tokens), and of their change in a step, of a duration. Contexts grow, so the first changes most; the second is a
+# property of device and software.
+AT_FIRST = np.array([1.0, 0.3, 1.0])
 CHANGE = np.array([0.02, 5e-4, 1e-3])
 
 
@@ -29,26 +32,34 @@ class StepCosts:
         self._parts = np.zeros(3)
         self._covariance: np.ndarray[tuple[int, int], np.dtype[np.float64]] = np.zeros((3, 3))
         self._with_prompt = self._without = 0  # steps seen
+        self._warm = False
 
-    def record(self, decoding: int, prompt: int, seconds: float) -> None:
-        """Learn from a finished step: rows that decoded, prompt tokens, duration."""
+    def record(self, decoding: int, prompt: int, seconds: float) -> bool:
+        """Learn from a finished step: rows that decoded, prompt tokens, duration; returns whether it was an example."""
+        if not self._warm:  # the first step also loads and records what later ones find
+            self._warm = True
+            return False
+        seconds = min(max(seconds, SHORTEST), LONGEST)
         if not (self._with_prompt or self._without):
-            self._covariance = np.diag((AT_FIRST * seconds) ** 2)
+            self._covariance = np.diag((AT_FIRST * seconds / (1.0, 1.0, prompt or FEW)) ** 2)
         self._with_prompt += prompt > 0
         self._without += prompt == 0
         count = np.array([1 + decoding / ROWS, prompt > 0, prompt])
         expected = float(self._parts @ count)
-        self._covariance += np.diag((CHANGE * max(expected, 1e-9)) ** 2)
+        self._covariance += np.diag((CHANGE * max(expected, SHORTEST)) ** 2)
         shared = self._covariance @ count
-        variance = float(count @ shared) + (NOISE * max(expected, 1e-9)) ** 2
+        variance = max(0.0, float(count @ shared)) + (NOISE * max(expected, SHORTEST)) ** 2
         most = MOST_SURPRISE * variance**0.5
         surprise = max(-most, min(most, seconds - expected))
         self._parts += shared * (surprise / variance)
         self._covariance -= np.outer(shared, shared) / variance
+        floor = (1e-6 * SHORTEST) ** 2  # rounding must not make a variance negative
+        np.fill_diagonal(self._covariance, np.maximum(self._covariance.diagonal(), floor))
         for part in range(3):  # what would be negative is 0, and the others are what they are then most likely
             if self._parts[part] < 0:
                 self._parts -= self._covariance[part] * (self._parts[part] / self._covariance[part, part])
         self._parts = np.maximum(0.0, self._parts)
+        return True
 
     @property
     def known(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
-from heapq import heappop, heappush
 from operator import attrgetter
 
 from lora_serve.engine.fairness import AdapterSet, Rank, Share, ShareQueue
@@ -21,13 +20,14 @@ class WaitingQueue:
         self._by_share: dict[Share, deque[Sequence]] = {}  # oldest first
         self._by_set: dict[AdapterSet, ShareQueue] = {}
         self._counts: dict[AdapterSet, int] = {}
-        self._length = self._tokens = 0
+        self._sizes: dict[Sequence, int] = {}  # tokens when they came; they may grow meanwhile
+        self._tokens = 0
 
     def __repr__(self) -> str:
-        return f"<WaitingQueue {self._length} sequences, {len(self._by_set)} adapter sets>"
+        return f"<WaitingQueue {len(self)} sequences, {len(self._by_set)} adapter sets>"
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._sizes)
 
     def __iter__(self) -> Iterator[Sequence]:
         return (seq for queue in self._by_share.values() for seq in queue)
@@ -40,7 +40,7 @@ class WaitingQueue:
     @property
     def mean_tokens(self) -> float:
         """Tokens of a waiting sequence, on average; 0 if there is none."""
-        return self._tokens / self._length if self._length else 0.0
+        return self._tokens / len(self) if self._sizes else 0.0
 
     @property
     def adapter_sets(self) -> Iterable[AdapterSet]:
@@ -58,15 +58,16 @@ class WaitingQueue:
         else:
             queue.append(seq)
         self._counts[seq.digests] = self._counts.get(seq.digests, 0) + 1
-        self._length += 1
+        self._sizes[seq] = len(seq.tokens)
         self._tokens += len(seq.tokens)
+        seq.share.begin_waiting()
 
     def remove(self, seq: Sequence) -> None:
         """Remove a sequence. Raises ValueError if it is not in the queue."""
         queue = self._by_share.get(seq.share, deque())
         queue.remove(seq)
-        self._length -= 1
-        self._tokens -= len(seq.tokens)
+        self._tokens -= self._sizes.pop(seq)
+        seq.share.end_waiting()
         self._counts[seq.digests] -= 1
         if queue:
             return
@@ -100,22 +101,28 @@ class InTurn:
 
     def __init__(self, queue: WaitingQueue, adapter_sets: Iterable[AdapterSet]) -> None:
         self._queue = queue
-        self._heap: list[tuple[Rank, int, Sequence]] = []
+        self._firsts: dict[AdapterSet, tuple[Rank, int, Sequence]] = {}
         for adapter_set in adapter_sets:
-            self._push(adapter_set)
+            self._look_up(adapter_set)
 
     @property
     def first(self) -> Sequence | None:
         """The sequence that is next; None if none is left."""
-        return self._heap[0][2] if self._heap else None
+        return min(self._firsts.values(), default=(None, None, None))[2]
 
-    def remove_first(self) -> None:
-        """Remove the first sequence, from the queue too."""
-        seq = heappop(self._heap)[2]
+    def first_entitled(self, rows: int) -> Sequence | None:
+        """Of the first sequences of all sets, the next one that has a right to one of so many rows."""
+        entitled = (entry for entry in self._firsts.values() if entry[2].share.is_entitled(rows))
+        return min(entitled, default=(None, None, None))[2]
+
+    def remove(self, seq: Sequence) -> None:
+        """Remove a sequence that was first, from the queue too."""
         self._queue.remove(seq)
-        self._push(seq.digests)
+        self._look_up(seq.digests)
 
-    def _push(self, adapter_set: AdapterSet) -> None:
+    def _look_up(self, adapter_set: AdapterSet) -> None:
         seq = self._queue.first_of(adapter_set)
-        if seq is not None:
-            heappush(self._heap, (seq.share.rank, seq.order, seq))
+        if seq is None:
+            self._firsts.pop(adapter_set, None)
+        else:
+            self._firsts[adapter_set] = (seq.share.rank, seq.order, seq)

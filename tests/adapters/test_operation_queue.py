@@ -93,3 +93,14 @@ def test_serve_errors_that_are_raised_are_results() -> None:
     results = list[ServeError]()
     next_step(raise_now(INVALID), results.append)(results.append)
     assert results == [INVALID]
+
+
+def test_thousands_of_operations_that_end_at_once_do_not_nest() -> None:
+    queue, results, slow = OperationQueue(), list[Any](), list[Done]()
+    queue.run("a", slow.append, results.append)
+    for number in range(5000):
+        queue.run("a", lambda end, number=number: end(number), results.append)
+    slow[0]("slow")
+    assert results == ["slow", *range(5000)]
+    queue.run("a", lambda end: end("after"), results.append)
+    assert results[-1] == "after"

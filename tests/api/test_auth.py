@@ -66,7 +66,7 @@ def test_without_a_key_file_there_are_no_keys() -> None:
         (f"user: {{hash: '{hash_key('x')}', amdin: true}}", "user.amdin"),
         (f"user: {{hash: '{hash_key('x')}', adapters: poet}}", "user.adapters"),
         (f"user: {{hash: '{hash_key('x')}', adapters: [poet], metrics: true}}", "user: metrics tell of all adapters"),
-        (f"user: {{hash: '{hash_key('x')}', share: 0}}", "user.share: Input should be greater than 0"),
+        (f"user: {{hash: '{hash_key('x')}', share: 0}}", "user.share: Input should be greater than or equal to 0.01"),
         (f"a: {hash_key('x')}\nb: {hash_key('x')}", "b and a have the same key"),
     ],
 )

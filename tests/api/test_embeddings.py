@@ -111,7 +111,7 @@ async def test_fields_that_change_nothing_are_accepted(server: StubCompletionApp
         ({"encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
         ({"truncate_prompt_tokens": CONTEXT + 1}, "truncate_prompt_tokens", f"the context ({CONTEXT})"),
-        ({"priority": 33}, "priority", "less than or equal to 32"),
+        ({"priority": 9}, "priority", "less than or equal to 8"),
         ({"temperature": 0}, "temperature", "unknown parameter"),
         ({"messages": []}, "messages", "unknown parameter"),
         ({"adapter": "poet", "model": "clerk"}, "adapter", "different adapters"),

@@ -52,3 +52,14 @@ def test_it_agrees_with_sorting_whatever_happens() -> None:
         assert (None if first is None else ranks[first]) == min((ranks[each] for each in present), default=None)
         assert (len(heap), item in heap) == (len(present), item in present)
     assert len(heap._heap) < 1000  # void entries do not pile up
+
+
+def test_void_entries_behind_a_small_one_are_dropped() -> None:
+    ranks = {"small": 0, "large": 1}
+    heap = LazyHeap(ranks.__getitem__)
+    heap.add("small")
+    for _ in range(10_000):
+        heap.add("large")
+        heap.discard("large")
+    assert len(heap._heap) < 50
+    assert heap.first == "small"

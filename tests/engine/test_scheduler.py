@@ -103,7 +103,7 @@ def test_beside_sequences_that_decode_prompts_keep_within_the_prefill_budget() -
     assert asked == [Demand(1, 2, 8, 0.0), Demand(2, 1, 4, 0.0)]
 
 
-def test_no_more_sequences_than_allowed_hold_kv() -> None:
+def test_no_more_sequences_than_allowed_are_in_a_step() -> None:
     s = scheduler(seqs=2)
     for order in range(4):
         s.add(sequence(order, 2))
@@ -390,3 +390,57 @@ def schedule_calls(waiting: int, adapters: int) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+def test_a_sequence_whose_adapter_leaves_memory_gives_up_its_blocks_and_row() -> None:
+    s = scheduler(seqs=1)
+    s.add(sequence(0, 3, "a"))
+    run(s)
+    s.add(sequence(1, 3, "b"))
+    work = run(s, {"b"}.__contains__)
+    assert (shape(work), [seq.order for seq in s.waiting]) == ([(1, 0, 3)], [0])
+
+
+def test_a_newcomer_with_a_right_to_a_row_does_not_wait_behind_anothers_long_prompt() -> None:
+    s = scheduler(seqs=2, tokens=8)
+    s.add(sequence(0, 4, tenant="hog"))
+    run(s)
+    s.add(sequence(1, 200, tenant="hog"))
+    run(s)
+    s.add(sequence(2, 2, tenant="other"))
+    for _ in range(3):
+        work = run(s)
+        assert len(work) == 2  # no row is kept free for somebody who cannot start
+        if 2 in (part.seq.order for part in work):
+            break
+    else:
+        pytest.fail("the newcomer waits")
+
+
+def test_what_is_computed_is_charged_once() -> None:
+    s = scheduler(tokens=32)
+    s.add(seq := sequence(0, 10))
+    for part in s.schedule(all_loaded):
+        s.mark_launched(part)
+    s.schedule(all_loaded)  # scheduled, and left out of the step that is launched
+    assert seq.share.served == 10 + 2
+    seq.append_known([5, 6, 7, 8])  # forced by a grammar
+    for part in s.schedule(all_loaded):
+        s.mark_launched(part)
+    assert seq.share.served == 12 + 3 + 2
+    s._preempt(seq)
+    for part in s.schedule(all_loaded):
+        s.mark_launched(part)
+    assert seq.share.served == 17 + 2
+
+
+def test_tokens_that_come_while_a_sequence_waits_do_not_falsify_how_many_wait() -> None:
+    s = scheduler()
+    s.add(seq := sequence(0, 10))
+    for part in s.schedule(all_loaded):
+        s.mark_launched(part)
+    s._preempt(seq)
+    seq.append_known([5] * 50)
+    s.remove(seq)
+    s.add(sequence(1, 30))
+    assert s.waiting.mean_tokens == 30

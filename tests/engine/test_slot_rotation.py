@@ -16,6 +16,7 @@ def assign(rotation: SlotRotation, step: int, wanted: Iterable[AdapterSet], pinn
     for each in before - sets.keys():
         for share in list(rotation._fairness.shares(each)):
             rotation._fairness.leave(share)
+            rotation.forget(share)
         rotation.remove(each)
     for each in sets:
         if each not in before:

@@ -45,6 +45,7 @@ def test_a_change_is_learnt_and_an_outlier_is_not() -> None:
 
 def test_nothing_is_known_before_steps_of_both_kinds() -> None:
     costs = StepCosts()
+    costs.record(4, 100, 9.0)  # the first step is no example of the others
     assert not costs.known
     costs.record(4, 0, 0.02)
     assert not costs.known

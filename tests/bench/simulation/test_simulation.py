@@ -107,3 +107,39 @@ def test_the_best_schedule_waits_for_others_only_where_that_pays() -> None:
     assert speed(free, 64) == pytest.approx(64 / 0.005, rel=0.05)
     assert speed(fixed, 1) == pytest.approx(64 / (64 * 0.005 + 0.02), rel=0.02)
     assert 0.8 < speed(fixed, 64) / speed(free, 64) < 1.0
+
+
+def test_memory_for_one_adapter_is_enough_for_requests_of_two() -> None:
+    """The oldest request's adapter takes the place of one whose sequences run: they must not keep what it needs."""
+    hardware = Hardware(CPU_INT8, slots=4, host=1 << 20, seqs=8, kv_tokens=1000)
+    simulation = Simulation(hardware, {"a": 1 << 20, "b": 1 << 20})
+    for client in range(6):
+        simulation.closed_loop([Job(40, 60, "b", key=str(client))] * 20)
+    simulation.open_loop([(1.0, Job(600, 5, "a", key="long"))])
+    served = simulation.run(10_000)
+    assert all(each.finished is not None and not each.failed for each in served)
+
+
+def test_one_who_asked_for_little_for_long_stops_nobody_when_it_asks_for_more() -> None:
+    simulation = Simulation(Hardware(CPU_INT8, seqs=8), {})
+    for _ in range(7):
+        simulation.closed_loop([Job(10, 200, key="steady")] * 1000)
+    for _ in range(2):
+        simulation.closed_loop([Job(10, 20, key="modest")] * 10_000)
+    for _ in range(20):
+        simulation.closed_loop([Job(10, 200, key="modest")] * 1000, start=60.0)
+    served = simulation.run(90.0)
+    silence = max(gap for each in served if each.job.key == "steady" for gap in each.gaps)
+    assert silence < 0.5
+
+
+def test_costs_are_learnt_although_the_first_step_is_slow_and_all_begin_together() -> None:
+    simulation = Simulation(Hardware(CPU_INT8, seqs=32), {})
+    simulation.runner.extra = [1.0]
+    for _ in range(8):
+        simulation.closed_loop([Job(10, 400)] * 100)
+    for client in range(2):
+        simulation.closed_loop([Job(4000, 2)] * 100, start=5.0 + client)
+    served = simulation.run(120.0)
+    gaps = sorted(gap for each in served if each.job.prompt == 10 for gap in each.gaps)
+    assert gaps[int(0.99 * len(gaps))] < 0.06
