@@ -219,7 +219,7 @@ class Stats(msgspec.Struct):
     Attributes:
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
-        gap_kept: whether prompts keep the bound on the time between two tokens of a stream.
+        gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
     """
 
     waiting: int = 0
@@ -242,7 +242,7 @@ class Stats(msgspec.Struct):
     adapter_slots: int = 0
     oldest_wait: float = 0.0
     expected_wait: float = 0.0
-    gap_kept: bool = True
+    gaps_exceeded_total: int = 0
     step_costs: dict[str, float] = {}
 
 

@@ -32,6 +32,10 @@ TOTALS = {  # totals in `Stats` → metric name and help text
     "prefix_hit_tokens_total": ("lora_serve_prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
     "preemptions_total": ("lora_serve_preemptions", "Sequences put back into the queue for want of KV blocks."),
     "steps_total": ("lora_serve_steps", "Steps of the engine."),
+    "gaps_exceeded_total": (
+        "lora_serve_prefill_gaps_exceeded",
+        "Steps whose prompts exceed the bound on gaps in streams.",
+    ),
 }
 TOTALS_BY_TIER = {  # totals in `Stats` by tier
     "cache_hits_total": ("lora_serve_adapter_hits", "Adapters found in a tier."),
@@ -222,7 +226,6 @@ class _EngineCollector(Collector):
             ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
             ("lora_serve_queue_oldest_seconds", "How long the oldest sequence in the queue waits.", stats.oldest_wait),
             ("lora_serve_queue_expected_seconds", "How long one that comes now would wait.", stats.expected_wait),
-            ("lora_serve_prefill_gap_kept", "Whether prompts keep the bound on gaps in streams.", stats.gap_kept),
             ("vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("vllm:num_requests_running", "Sequences being served.", stats.running),
             ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", usage),

@@ -218,6 +218,7 @@ class AdapterMemory:
             self._device_slots.evict(version.slot)
             version.slot = None
             self._evictions["device"] += 1
+            self.changed |= not version.in_host  # if it is leased, it must be read again
 
     # --- statistics ----------------------------------------------------------------------------------------------
 

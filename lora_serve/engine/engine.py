@@ -287,7 +287,7 @@ class Engine:
             waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
             oldest_wait=max((now - seq.arrived for seq in scheduler.waiting.oldest), default=0.0),
             expected_wait=self._queue_times.expected(len(scheduler.waiting)),
-            gap_kept=self._pacer.gap_kept,
+            gaps_exceeded_total=self._pacer.gaps_exceeded,
             step_costs={"decode": costs.decode(1), "prompt": costs.fixed, "prompt_token": costs.per_token},
         )
         self._registry.fill_stats(stats)

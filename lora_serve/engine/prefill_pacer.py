@@ -47,7 +47,7 @@ class PrefillPacer:
 
     Attributes:
         costs: what was learnt from the durations of steps.
-        gap_kept: whether the last budget kept the bound on gaps.
+        gaps_exceeded: budgets that exceeded the bound on gaps, because none that is worth its cost keeps it.
 
     Args:
         itl_target: seconds between two tokens of a sequence that should not be exceeded; None: chosen from the costs.
@@ -61,7 +61,7 @@ class PrefillPacer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.costs = StepCosts()
-        self.gap_kept = True
+        self.gaps_exceeded = 0
         self._itl_target, self._ttft_target, self._clock = itl_target, ttft_target, clock
         self._demand: Demand | None = None  # of the step that is being run
         self._held = 0.0  # seconds since when prompts wait and none was computed
@@ -94,7 +94,7 @@ class PrefillPacer:
             return 0
         gap = self._gap(demand)
         chunk = self._chunk(demand, gap)
-        self.gap_kept = self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) <= 1.05 * gap
+        self.gaps_exceeded += self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) > 1.05 * gap
         self._chunks += 1
         chunk = int(min(chunk, MOST_GROWTH * self._largest))
         return max(GRANULE, chunk if self._chunks % PROBE else min(chunk, demand.tokens) // 2)
