@@ -1,12 +1,17 @@
-"""Lowers adapters in processes of their own, of low priority and with bounded memory and CPU time.
+"""Lowers adapters in processes of their own, with bounded memory and CPU time, and in small slices beside requests.
 
 Each adapter is lowered in a fresh process, forked from one that has imported everything: a crash, a kill or a leak
 costs that adapter alone, and starting one takes milliseconds. A limit is the kernel's: memory that is not there, or the
 end of the process.
+
+While requests run, a process runs for `SLICE` and is stopped for `PAUSE`, again and again. A low priority would not do:
+steps compute on all cores and wait for the slowest, so one whole slice of the system's for somebody else, or a core
+that is taken for as long as lowering takes, is a gap in every stream.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -14,7 +19,9 @@ import os
 import pickle
 import resource
 import signal
-import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -29,6 +36,8 @@ from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, Lo
 from lora_serve.errors import AdapterInvalid, EngineFault, Failure, ServeError
 
 # Imported once, not by each process; the second one comes with a base whose weights it reads.
+SLICE, PAUSE = 0.003, 0.015  # seconds
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _IMPORTED = [__name__, "lora_serve.model.checkpoint_weights"]
 log = logging.getLogger(__name__)
 
@@ -58,7 +67,7 @@ class Compiler:
     """Lowers adapters for one resident base. Methods may be called from any thread.
 
     Attributes:
-        niceness: of the processes from now on: 0 before there are steps to disturb.
+        is_busy: whether requests run, which lowering must not delay; asked from any thread.
 
     Args:
         context: what adapters are lowered for.
@@ -68,7 +77,7 @@ class Compiler:
         self.fingerprint = context.fingerprint
         self._context = pickle.dumps(context)
         self._limits = limits
-        self.niceness = 0
+        self.is_busy: Callable[[], bool] = lambda: False
         self._processes = multiprocessing.get_context("forkserver")
 
     def lower(self, job: LoweringJob) -> LoweredVersion:
@@ -78,7 +87,7 @@ class Compiler:
         """
         start_compilers()
         results, sender = self._processes.Pipe(duplex=False)
-        arguments = (sender, self._context, msgspec.json.encode(job), self._limits, self.niceness)
+        arguments = (sender, self._context, msgspec.json.encode(job), self._limits)
         try:
             process = self._start(arguments)
         except (OSError, EOFError):  # the process that they are forked from was killed; it is started again
@@ -86,6 +95,7 @@ class Compiler:
         finally:
             sender.close()
         try:
+            self._wait(process, results)
             outcome = msgspec.json.decode(results.recv_bytes(), type=_Outcome)
         except EOFError:
             process.join()
@@ -102,18 +112,27 @@ class Compiler:
             raise outcome.failure.error()
         return outcome.version
 
+    def _wait(self, process: BaseProcess, results: Connection) -> None:
+        """Wait for what a process sends, or for its end; beside requests let it run in slices."""
+        assert process.pid is not None
+        while not results.poll(SLICE):
+            if self.is_busy():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGSTOP)
+                    time.sleep(PAUSE)
+                    os.kill(process.pid, signal.SIGCONT)
+
     def _start(self, arguments: tuple[Any, ...]) -> BaseProcess:
         process = self._processes.Process(target=_main, args=arguments, daemon=True)
         process.start()
         return process
 
 
-def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits, niceness: int) -> None:
+def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits) -> None:
     """Lower one adapter in this process, and send the result or the failure."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains, then ends this too
         signal.signal(number, signal.SIG_IGN)
-    os.nice(niceness)
     torch.set_num_threads(1)
     gc.disable()  # the process ends with this adapter, of which there may be 100,000 small tensors
     try:
@@ -134,10 +153,9 @@ def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimit
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    """Let the system kill this process when its parent ends, also while it is stopped."""
+    with suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _bound(limits: CompilerLimits, context: LoweringContext) -> None:

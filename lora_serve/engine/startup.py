@@ -44,7 +44,6 @@ from lora_serve.model.self_check import blocks_needed, refusing
 log = logging.getLogger(__name__)
 
 MIN_KV_BLOCKS = 2  # for the check of replayed steps
-BACKGROUND = 19  # niceness of compiler processes beside a running engine
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
 
 
@@ -126,7 +125,7 @@ def _build_parts(
     notes = [*loaded.notes, *base.notes, *store.notes]
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
-    registry, operations = _open_adapters(
+    registry, operations, compiler = _open_adapters(
         config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes
     )
     fairness = Fairness()
@@ -138,6 +137,7 @@ def _build_parts(
         max_tokens=limits.tokens,
         prefix_cache=config.prefix_cache,
     )
+    compiler.is_busy = lambda: bool(scheduler.running)
     listed = operations.describe_all()
     info = EngineInfo(
         model=config.served_name(),
@@ -177,7 +177,7 @@ def _open_adapters(
     wake: Callable[[], None],
     progress: Callable[[str, float], None],
     notes: list[str],
-) -> tuple[Registry, AdapterOperations]:
+) -> tuple[Registry, AdapterOperations, Compiler]:
     """The adapters of the store and of `config.adapters`; what the operator should know of them is added to `notes`."""
     host = int(config.adapter_cache_memory)
     elements = host // loaded.dtype.itemsize
@@ -199,8 +199,7 @@ def _open_adapters(
     notes += open_store(registry, residency, publisher, config.served_name(), report)
     if config.adapters is not None:
         notes += publish_folders(registry, operations, residency, config.adapters, report)
-    compiler.niceness = BACKGROUND
-    return registry, operations
+    return registry, operations, compiler
 
 
 def device_of(name: str) -> torch.device:

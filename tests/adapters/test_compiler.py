@@ -98,18 +98,34 @@ def test_a_crash_costs_one_adapter(tmp_path: Path) -> None:
     assert compiler().lower(dora(tmp_path / "b")).summary.rank == 4
 
 
-def test_adapters_are_lowered_at_the_same_time_and_at_low_priority(tmp_path: Path) -> None:
+def test_adapters_are_lowered_at_the_same_time(tmp_path: Path) -> None:
     slow = compiler(wait)
-    slow.niceness = 19
     jobs = [dora(tmp_path / str(number)) for number in range(2)]
     threads = [threading.Thread(target=_lower_and_fail, args=(slow, job)) for job in jobs]
     for thread in threads:
         thread.start()
-    children = _wait_for_children(2, niceness=19)
+    children = _wait_for_children(2)
     for child in children:
         child.kill()
     for thread in threads:
         thread.join()
+
+
+def test_beside_requests_lowering_runs_in_slices_and_ends_all_the_same(tmp_path: Path) -> None:
+    computing = compiler(take_time)
+    computing.is_busy = lambda: True
+    thread = threading.Thread(target=_lower_and_fail, args=(computing, dora(tmp_path / "a")))
+    thread.start()
+    (child,) = _wait_for_children(1)
+    begin, before = time.monotonic(), child.cpu_times()
+    time.sleep(1.0)
+    after, seconds = child.cpu_times(), time.monotonic() - begin
+    assert 0 < after.user + after.system - before.user - before.system < 0.5 * seconds
+    child.kill()  # perhaps while it is stopped
+    thread.join()
+    sliced = compiler()
+    sliced.is_busy = lambda: True
+    assert sliced.lower(dora(tmp_path / "b")).summary.rank == 4
 
 
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path) -> None:
@@ -132,12 +148,12 @@ def _lower_and_fail(slow: Compiler, job: LoweringJob) -> None:
         slow.lower(job)
 
 
-def _wait_for_children(count: int, parent: psutil.Process | None = None, *, niceness: int = 0) -> list[psutil.Process]:
+def _wait_for_children(count: int, parent: psutil.Process | None = None) -> list[psutil.Process]:
     """The processes that lower adapters, once there are so many: children of the process that was forked from."""
     parent, deadline = parent or psutil.Process(), time.monotonic() + 30
     while time.monotonic() < deadline:
         running = (child for each in parent.children() for child in each.children())
-        found = [child for child in running if child.status() != psutil.STATUS_ZOMBIE and child.nice() == niceness]
+        found = [child for child in running if child.status() != psutil.STATUS_ZOMBIE]
         if len(found) == count:
             return found
         time.sleep(0.05)
