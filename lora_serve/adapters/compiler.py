@@ -19,6 +19,7 @@ import os
 import pickle
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -153,9 +154,24 @@ def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimit
 
 
 def _end_with_parent() -> None:
-    """Let the system kill this process when its parent ends, also while it is stopped."""
+    """End this process when the engine's ends, also while it is stopped.
+
+    The process that it was forked from ends with the engine, once nobody else holds its pipe; then the system kills
+    this one.
+    """
+    alive = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_alive_fd", None)
+    if alive is not None:
+        os.close(alive)
     with suppress(AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _bound(limits: CompilerLimits, context: LoweringContext) -> None:

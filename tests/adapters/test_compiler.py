@@ -128,16 +128,21 @@ def test_beside_requests_lowering_runs_in_slices_and_ends_all_the_same(tmp_path:
     assert sliced.lower(dora(tmp_path / "b")).summary.rank == 4
 
 
-def test_no_process_outlives_the_one_that_started_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_process_outlives_the_one_that_started_it(tmp_path: Path, busy: bool) -> None:
     script = f"""
 import sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from test_compiler import compiler, dora, wait
-compiler(wait).lower(dora(Path({str(tmp_path / "a")!r})))
+waiting = compiler(wait)
+waiting.is_busy = lambda: {busy}
+waiting.lower(dora(Path({str(tmp_path / "a")!r})))
 """
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
         children = _wait_for_children(1, psutil.Process(parent.pid))
+        while busy and children[0].status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
         os.kill(parent.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
