@@ -103,7 +103,7 @@ class Simulation:
         budget = Budget(hardware.slots, hardware.host, hardware.device)
         self.residency = Residency(budget)
         slots: Any = self.slots
-        self.registry = Registry(self.residency, slots, disk, disk)
+        self.registry = Registry(self.residency, slots, disk, disk, self.time)
         for name, size in adapters.items():
             self.registry.add_version(Summary(_digest(name), "", "", size, "", 16, 1, size, {}, Traits()), 0.0)
             self.registry.set_name(name, NameRecord([_digest(name)]))
@@ -114,7 +114,7 @@ class Simulation:
             fairness,
             max_seqs=hardware.seqs,
             max_tokens=hardware.tokens,
-            prefix_cache=False,
+            prefix_cache=True,
         )
         nothing: Any = _Nothing()
         runner: Any = self.runner
@@ -161,7 +161,7 @@ class Simulation:
         self.served[id] = Served(job, self.time.now)
         uses = () if job.adapter is None else (AdapterUse(job.adapter),)
         sampling = Sampling(job.output, temperature=0.0, ignore_eos=True)
-        request = Request(id, [1] * job.prompt, sampling, uses, job.key, None, job.priority, job.weight)
+        request = Request(id, [len(self.served)] * job.prompt, sampling, uses, job.key, None, job.priority, job.weight)
         self.engine.receive(Generate(request))
         if job.patience is not None:
             self.time.at(self.time.now + job.patience, lambda: self.engine.receive(Abort(id)))
@@ -198,6 +198,6 @@ def _digest(name: str) -> str:
 def _info(hardware: Hardware) -> EngineInfo:
     return EngineInfo(
         model="simulated", root="", device="simulated", dtype="bfloat16", kernels="simulated", max_model_len=CONTEXT,
-        vocab_size=1000, eos_token_ids=(), kv_tokens=hardware.kv_tokens, adapter_slots=hardware.slots, adapters=0,
+        vocab_size=1 << 30, eos_token_ids=(), kv_tokens=hardware.kv_tokens, adapter_slots=hardware.slots, adapters=0,
         parameters=0, created=0,
     )  # fmt: skip

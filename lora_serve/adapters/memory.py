@@ -21,6 +21,7 @@ from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, EngineFault, ServeError, Unavailable
 from lora_serve.messages import Stats
 
+TURN = 0.25  # seconds for which an adapter stays in host memory while others that are needed wait
 MOST_LOADS = 2  # at the same time: while one is read, the next is ready to be
 Loaded = Callable[[ServeError | None], None]
 
@@ -35,6 +36,7 @@ class AdapterMemory:
 
     Args:
         on_load_ended: called with a version for which no load is under way or wanted any more.
+        clock: seconds.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class AdapterMemory:
         publisher: Publisher,
         workers: Workers,
         on_load_ended: Callable[[Version], None],
+        clock: Callable[[], float],
     ) -> None:
         self.changed = True
         self._residency, self._device_slots, self._publisher = residency, device_slots, publisher
-        self._workers, self._on_load_ended = workers, on_load_ended
+        self._workers, self._on_load_ended, self._clock = workers, on_load_ended, clock
         self._adapters: dict[str, Adapter] = {}  # in host memory
         self._arrived: list[str] = []
         self._wanted: dict[str, list[Loaded]] = {}  # digests to load for operations, and who waits for each
@@ -88,6 +91,11 @@ class AdapterMemory:
     def is_coming(self, version: Version) -> bool:
         """Whether a version is being loaded, or will be for an operation."""
         return version.loading or version.digest in self._wanted
+
+    def take_turns(self) -> None:
+        """Where memory holds fewer adapters than are in use: end turns that have lasted for long enough."""
+        if self._residency.unmet and self._residency.end_turns(self._clock(), TURN):
+            self.changed = True
 
     def load_next(self) -> None:
         """Load what is needed most, in place of what is needed least."""
@@ -143,7 +151,7 @@ class AdapterMemory:
         version.failure = error
         if not isinstance(result, ServeError):
             adapter, seconds = result
-            version.in_host = True
+            version.in_host, version.since = True, self._clock()
             self._arrived.append(version.digest)
             self._adapters[version.digest] = adapter
             self._loads["host"] += 1

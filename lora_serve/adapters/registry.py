@@ -45,10 +45,18 @@ class Registry:
 
     Args:
         residency: the state of all adapters; changed by this class and `AdapterMemory` only.
+        clock: seconds, for turns in a host memory that is too small.
     """
 
-    def __init__(self, residency: Residency, device_slots: DeviceSlots, publisher: Publisher, workers: Workers) -> None:
-        self.memory = AdapterMemory(residency, device_slots, publisher, workers, self._on_load_ended)
+    def __init__(
+        self,
+        residency: Residency,
+        device_slots: DeviceSlots,
+        publisher: Publisher,
+        workers: Workers,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.memory = AdapterMemory(residency, device_slots, publisher, workers, self._on_load_ended, clock)
         self._residency, self._publisher, self._workers = residency, publisher, workers
         self._impossible = False  # whether requests may have become impossible
 
@@ -102,6 +110,7 @@ class Registry:
     def poll(self) -> bool:
         """Handle the results of finished work and start loads; returns whether anything finished."""
         finished = self._workers.poll()
+        self.memory.take_turns()
         if self.memory.changed:
             self.memory.load_next()
         return finished

@@ -52,6 +52,8 @@ class Version:
         loading, in_host, slot: whether it is on its way to host memory or there, and its slot on the device.
         failure: of its last load; it is not tried again before it has no leases and is wanted.
         used: when it was last used, on the clock of `Residency`.
+        turn: number of the lease since which it is the next one's turn; see `end_turns`.
+        since: when it came into host memory, in seconds.
         last_used: when a request last asked for it, in seconds since the epoch.
         evict_when_unused: whether an operator asked for its eviction.
     """
@@ -65,6 +67,8 @@ class Version:
     slot: int | None = None
     failure: ServeError | None = None
     used: int = 0
+    turn: int = 0
+    since: float = 0.0
     last_used: float | None = None
     evict_when_unused: bool = False
 
@@ -209,8 +213,19 @@ class Residency:
 
     @property
     def leased(self) -> list[Version]:
-        """Leased versions, the one with the oldest lease first."""
-        return sorted(self._leased.values(), key=lambda version: next(iter(version.leases)))
+        """Leased versions, the one whose turn it is first: that with the oldest lease, counted from its last turn."""
+        return sorted(self._leased.values(), key=lambda version: max(version.turn, next(iter(version.leases))))
+
+    def end_turns(self, now: float, length: float) -> bool:
+        """Let versions that have been in host memory for so many seconds come after those that are missing now.
+
+        For a memory that holds fewer adapters than are in use. Returns whether there are any.
+        """
+        over = [version for version in self._leased.values() if version.in_host and now - version.since >= length]
+        for version in over:
+            self._leases += 1
+            version.turn, version.since = self._leases, now
+        return bool(over)
 
     # --- pins ----------------------------------------------------------------------------------------------------
 
@@ -258,9 +273,9 @@ class Residency:
     def decide_loads(self, wanted: Sequence[str] = (), limit: int = 1) -> Loads:
         """What to load into host memory next, and what to evict for it.
 
-        Pinned versions come first, then leased ones by their oldest lease, then `wanted` ones. Each stays or comes
-        only if it fits beside those before it, so the oldest request's adapters always come together, and whoever waits
-        becomes the oldest. Of the others, the least recently used (LRU) are evicted, and only as far as needed.
+        Pinned versions come first, then leased ones by their turn, then `wanted` ones. Each stays or comes only if it
+        fits beside those before it, so the oldest request's adapters always come together, and whoever waits becomes
+        the oldest. Of the others, the least recently used (LRU) are evicted, and only as far as needed.
 
         Args:
             wanted: versions that an operator asked for.

@@ -61,6 +61,23 @@ def test_a_younger_lease_gives_way_to_an_older_one_and_not_the_reverse() -> None
     assert state.decide_loads() == Loads([], [], [])
 
 
+def test_a_memory_that_holds_fewer_than_are_in_use_is_used_in_turns() -> None:
+    state = residency(a=60, b=60)
+    load(state, "a")
+    lease(state, "a", "b")
+    assert state.decide_loads() == Loads([], [], [])
+    assert state.unmet
+    assert not state.end_turns(now=0.9, length=1.0)
+    assert state.end_turns(now=1.0, length=1.0)
+    assert state.decide_loads() == Loads(["a"], ["b"], [])
+    state.versions["a"].in_host = False
+    load(state, "b")
+    state.versions["b"].since = 1.0
+    assert not state.end_turns(now=1.9, length=1.0)
+    assert state.end_turns(now=2.0, length=1.0)
+    assert state.decide_loads() == Loads(["b"], ["a"], [])
+
+
 def test_what_is_loading_counts_and_is_not_loaded_twice() -> None:
     state = residency(host=80, a=40, b=40, c=40)
     lease(state, "a", "b", "c")

@@ -10,7 +10,7 @@ import pytest
 from bench.report import Goal
 from bench.simulation import scenarios
 from bench.simulation.best import best_throughput
-from bench.simulation.costs import CPU_INT8, H200_INTENDED, H200_MEASURED, Costs
+from bench.simulation.costs import CPU_BF16, CPU_INT8, H200_INTENDED, H200_MEASURED, Costs
 from bench.simulation.serving import Hardware, Job, Simulation
 
 DEVICES = [CPU_INT8, H200_MEASURED, H200_INTENDED]
@@ -39,7 +39,12 @@ def test_others_keep_their_share_beside_one_with_ten_times_the_load(by_key: bool
 
 
 def test_twice_as_many_hot_adapters_as_slots_do_not_make_the_first_token_late() -> None:
-    assert_met(scenarios.cliff(CPU_INT8).goals)
+    assert_met(scenarios.cliff(CPU_BF16, "slots").goals)
+    assert_met(scenarios.cliff(CPU_INT8, "slots").goals)
+
+
+def test_twice_as_many_hot_adapters_as_host_memory_holds_take_turns_in_it() -> None:
+    assert_met(scenarios.cliff(CPU_BF16, "host memory").goals)
 
 
 def test_requests_that_are_aborted_leave_nothing_and_delay_nobody_for_ever() -> None:
