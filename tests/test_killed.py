@@ -122,4 +122,4 @@ def test_what_was_answered_is_there(tmp_path: Path, victim: Literal["engine", "s
         assert {path.relative_to(store).parts[1] for path in (store / "set-aside").rglob("*")} <= {"versions"}
         named = {variant_digest(each) for numbers in uploads.known.values() for each in numbers if each is not None}
         assert not aside & named
-    assert uploads.answered > kills
+    assert uploads.answered >= kills
