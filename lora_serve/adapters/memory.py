@@ -21,7 +21,7 @@ from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, EngineFault, ServeError, Unavailable
 from lora_serve.messages import Stats
 
-TURN = 0.25  # seconds for which an adapter stays in host memory while others that are needed wait
+TURN = 0.5  # seconds for which an adapter stays in host memory while others that are needed wait
 MOST_LOADS = 2  # at the same time: while one is read, the next is ready to be
 Loaded = Callable[[ServeError | None], None]
 

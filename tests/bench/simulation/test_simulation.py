@@ -44,7 +44,8 @@ def test_twice_as_many_hot_adapters_as_slots_do_not_make_the_first_token_late() 
 
 
 def test_twice_as_many_hot_adapters_as_host_memory_holds_take_turns_in_it() -> None:
-    assert_met(scenarios.cliff(CPU_BF16, "host memory").goals)
+    outcome = scenarios.cliff(CPU_BF16, "host memory")
+    assert outcome.goals[0].value < 2  # 4 if each kept its place until its requests end
 
 
 def test_requests_that_are_aborted_leave_nothing_and_delay_nobody_for_ever() -> None:
