@@ -36,9 +36,9 @@ import torch
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
 from lora_serve.errors import AdapterInvalid, EngineFault, Failure, ServeError
 
-# Imported once, not by each process; the second one comes with a base whose weights it reads.
 SLICE, PAUSE = 0.003, 0.015  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Imported once, not by each process; the second one comes with a base whose weights it reads.
 _IMPORTED = [__name__, "lora_serve.model.checkpoint_weights"]
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class Compiler:
         finally:
             sender.close()
         try:
+            results.recv_bytes()  # it begins; stopped before, it would outlive this process
             self._wait(process, results)
             outcome = msgspec.json.decode(results.recv_bytes(), type=_Outcome)
         except EOFError:
@@ -132,6 +133,7 @@ class Compiler:
 def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits) -> None:
     """Lower one adapter in this process, and send the result or the failure."""
     _end_with_parent()
+    results.send_bytes(b"")
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains, then ends this too
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
