@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, repeat
 
 from bench.report import Goal
 from bench.serving.adapter_figures import fair_shares, median
@@ -53,11 +53,6 @@ def figures(served: Sequence[Served], window: tuple[float, float]) -> dict[str, 
     }
 
 
-def _same(job: Job) -> Iterator[Job]:
-    while True:
-        yield job
-
-
 def _varied(job: Job, seed: int) -> Iterator[Job]:
     """Jobs of half to one and a half times the sizes."""
     draw = random.Random(seed)
@@ -96,8 +91,8 @@ def long_prompts(costs: Costs) -> Outcome:
     device = hardware(costs)
     simulation = Simulation(device, {})
     for client in range(7):
-        simulation.closed_loop(_same(Job(64, 2000)), start=0.01 * client)
-    simulation.closed_loop(_same(Job(4000, 4)), start=1.0, think=0.5)
+        simulation.closed_loop(repeat(Job(64, 2000)), start=0.01 * client)
+    simulation.closed_loop(repeat(Job(4000, 4)), start=1.0, think=0.5)
     seconds = 600 * costs.step(8, 0, 0, [])
     served = simulation.run(max(20.0, seconds, 6000 * costs.token * 5))
     outcome = Outcome("7 streams beside prompts of 4,000 tokens", costs.name)
@@ -121,7 +116,7 @@ def burst(costs: Costs, adapters: bool) -> Outcome:
     names = [f"a{number}" for number in range(8)]
     simulation = Simulation(hardware(costs), dict.fromkeys(names, SIZES[costs.name]))
     for client in range(8):
-        jobs = _same(Job(64, 64, names[client] if adapters else None))
+        jobs = repeat(Job(64, 64, names[client] if adapters else None))
         simulation.closed_loop(islice(jobs, 1), start=20.0 * client)  # so that adapters are in memory, and costs known
         simulation.closed_loop(islice(jobs, 4), start=200.0)
     served = simulation.run(1000.0)
@@ -205,9 +200,6 @@ def aborts(costs: Costs) -> Outcome:
     outcome.goals.append(Goal(0, "requests served whole", done / len(whole), 1.0, f"{done} of {len(whole)}"))
     outcome.goals.append(Goal(0, "KV blocks and sequences left", left, 0, "", at_most=True))
     return outcome
-
-
-Scenario = Callable[[Costs], list[Outcome]]
 
 
 def all_outcomes(costs: Costs, *, quick: bool = False) -> Iterator[Outcome]:

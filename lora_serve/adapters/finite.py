@@ -22,12 +22,10 @@ def check_finite(lowered: Lowered, dtype: torch.dtype) -> None:
     held = {module: list(override.tensors.values()) for module, override in lowered.overrides.items()}
     if lowered.prefix is not None:
         held["the virtual tokens"] = list(lowered.prefix.tensors.values())
-    for module, delta in lowered.deltas.items():
-        held.setdefault(module, []).extend((delta.a, delta.b))
     found = [
         module
-        for module, tensors in held.items()
-        if not all(_extreme(tensor) <= limit for tensor in tensors if tensor.numel())
+        for module in dict.fromkeys([*held, *lowered.deltas])
+        if not all(_extreme(tensor) <= limit for tensor in held.get(module, ()))
         or (module in lowered.deltas and not _fits(lowered.deltas[module], limit))
     ]
     if found:
@@ -38,18 +36,20 @@ def check_finite(lowered: Lowered, dtype: torch.dtype) -> None:
 
 
 def _extreme(tensor: Tensor) -> float:
-    """The largest magnitude; NaN if there is one."""
+    """The largest magnitude; NaN if there is one, 0 if it is empty."""
+    if not tensor.numel():
+        return 0.0
     low, high = tensor.aminmax()
     return float(torch.maximum(-low, high))
 
 
 def _fits(delta: Delta, limit: float) -> bool:
-    """Whether ‖A‖ times the largest ‖B_o‖ is within a limit, of A [rank, in] and B [rank, out]."""
-    a, b = delta.a, delta.b
-    if not (a.numel() and b.numel()):
-        return True
+    """Whether all numbers of A [rank, in] and B [rank, out], and ‖A‖ times the largest ‖B_o‖, are within a limit."""
+    a, b = _extreme(delta.a), _extreme(delta.b)
+    if not (a <= limit and b <= limit):
+        return False
     # ‖A‖ is at most its largest element times the root of their number: this is far quicker, and mostly enough.
-    if _extreme(a) * a.numel() ** 0.5 * _extreme(b) * b.shape[0] ** 0.5 <= limit:
+    if a * delta.a.numel() ** 0.5 * b * delta.b.shape[0] ** 0.5 <= limit:
         return True
-    norms = torch.linalg.vector_norm(b, dim=0, dtype=torch.float64)
-    return float(torch.linalg.vector_norm(a, dtype=torch.float64) * norms.max()) <= limit
+    norms = torch.linalg.vector_norm(delta.b, dim=0, dtype=torch.float64)
+    return float(torch.linalg.vector_norm(delta.a, dtype=torch.float64) * norms.max()) <= limit

@@ -53,12 +53,7 @@ class Share:
     @property
     def rank(self) -> Rank:
         """Order in which shares are served."""
-        served = [self.served]
-        share = self.parent
-        while share is not None and share.parent is not None:
-            served.append(share.served)
-            share = share.parent
-        return tuple(reversed(served))
+        return tuple(share.served for share in self.line())[::-1]
 
     def line(self) -> Iterator[Share]:
         """This share and those above it, without the root."""

@@ -78,8 +78,9 @@ class WaitingQueue:
             del self._by_set[seq.digests], self._counts[seq.digests]
 
     def of(self, adapter_set: AdapterSet) -> list[Sequence]:
-        """Sequences that need exactly these adapters."""
-        return [seq for share, queue in self._by_share.items() for seq in queue if seq.digests == adapter_set]
+        """Sequences that need exactly these adapters, oldest first."""
+        shares = self._by_set.get(adapter_set, ())
+        return sorted((seq for share in shares for seq in self._by_share[share]), key=_order)
 
     def count(self, adapter_sets: Iterable[AdapterSet]) -> int:
         """How many sequences need one of these sets."""
