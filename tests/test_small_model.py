@@ -143,14 +143,21 @@ def test_responses_call_functions_and_hold_text_to_a_schema(openai: OpenAI) -> N
     call = next(item for item in called.output if item.type == "function_call")
     jsonschema.validate(json.loads(call.arguments), ARGUMENTS)
     form: Any = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
-    answer = openai.responses.create(model=MODEL, input="Who?", text={"format": form}, max_output_tokens=80)
+    answer = openai.responses.create(
+        model=MODEL, input="Who?", text={"format": form}, max_output_tokens=80, temperature=0
+    )
     jsonschema.validate(json.loads(answer.output_text), PERSON)
 
 
 def test_messages_call_tools(anthropic: Anthropic) -> None:
     tool: Any = {"name": "weather", "input_schema": ARGUMENTS}
     answer = anthropic.messages.create(
-        model=MODEL, max_tokens=80, messages=[USER], tools=[tool], tool_choice={"type": "any"}
+        model=MODEL,
+        max_tokens=80,
+        messages=[USER],
+        tools=[tool],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        extra_body={"temperature": 0},
     )
     assert answer.stop_reason == "tool_use"
     use = next(block for block in answer.content if block.type == "tool_use")
