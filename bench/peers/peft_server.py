@@ -11,40 +11,22 @@ with PEFT's `adapter_names`, so each uses the fastest way that PEFT has. Greedy,
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import queue
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-BASE = "base"
+from bench.peers.completions_app import Completion, build
+
 GATHER = 0.02  # seconds that a batch waits for further requests after its first
-
-
-@dataclass
-class Completion:
-    """A request: prompt token ids, number of output tokens, adapter (None: the base), queue of its output."""
-
-    prompt: list[int]
-    count: int
-    adapter: str | None
-    loop: asyncio.AbstractEventLoop
-    tokens: asyncio.Queue[int | Exception] = field(default_factory=asyncio.Queue)
-
-    def put(self, token: int | Exception) -> None:
-        self.loop.call_soon_threadsafe(self.tokens.put_nowait, token)
 
 
 class BatchStreamer(BaseStreamer):
@@ -65,11 +47,11 @@ class BatchStreamer(BaseStreamer):
         pass
 
 
-class Generator:
+class StaticBatches:
     """The model, and the thread that runs batches one after the other."""
 
     def __init__(self, model: str, adapters: Sequence[Path], batch_size: int) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.adapters = [folder.name for folder in adapters]
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         self._model: Any = base
@@ -85,6 +67,10 @@ class Generator:
 
     def submit(self, request: Completion) -> None:
         self._waiting.put(request)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens)
+        return text
 
     def _run(self) -> None:
         while True:
@@ -130,48 +116,6 @@ class Generator:
             )
 
 
-def build(generator: Generator) -> FastAPI:
-    """The HTTP application around a generator."""
-    app = FastAPI()
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model"} for name in (BASE, *generator.adapters)]}
-
-    @app.post("/v1/completions")
-    async def completions(http: Request) -> Response:
-        body = await http.json()
-        name = body["model"]
-        if name not in (BASE, *generator.adapters):
-            return JSONResponse({"error": {"message": f"no model {name}"}}, 404)
-        adapter = None if name == BASE else name
-        request = Completion(body["prompt"], body["max_tokens"], adapter, asyncio.get_running_loop())
-        generator.submit(request)
-        if body.get("stream"):
-            return StreamingResponse(_events(generator, request), media_type="text/event-stream")
-        ids = [token for token in [await request.tokens.get() for _ in range(request.count)] if isinstance(token, int)]
-        return JSONResponse(
-            {"choices": [{"index": 0, "text": generator.tokenizer.decode(ids), "finish_reason": "length"}]}
-        )
-
-    return app
-
-
-async def _events(generator: Generator, request: Completion) -> AsyncIterator[str]:
-    def event(**content: Any) -> str:
-        return f"data: {json.dumps(content)}\n\n"
-
-    for number in range(1, request.count + 1):
-        token = await request.tokens.get()
-        if isinstance(token, Exception):
-            yield event(error={"message": f"{type(token).__name__}: {token}"})
-            return
-        finish = "length" if number == request.count else None
-        yield event(choices=[{"index": 0, "text": generator.tokenizer.decode([token]), "finish_reason": finish}])
-    yield event(choices=[], usage={"prompt_tokens": len(request.prompt), "completion_tokens": request.count})
-    yield "data: [DONE]\n\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -180,7 +124,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     folders = sorted(args.adapters.iterdir()) if args.adapters else []
-    uvicorn.run(build(Generator(args.model, folders, args.batch_size)), port=args.port, log_level="warning")
+    uvicorn.run(build(StaticBatches(args.model, folders, args.batch_size)), port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":
