@@ -4,10 +4,12 @@
     python -m bench.serving.adapter_laws --model .bench/tiny/model --laws 4 --adapters 2000
     python -m bench.serving.adapter_laws --model demo/model --quick
 
-Laws: 4 registry, 5 cliff, 6 stall, 7 cold start, 8 rank isolation, 9 memory, 10 fairness, 15 time to publish. What each
-compares is in its function's docstring. What is compared runs in turns on one server, and figures are medians of the
-repeats. Adapters are PEFT folders with random weights, made for the model (of Llama's or Qwen2's architecture) in a
-temporary folder: TMPDIR chooses the disk, which needs about 20 GB for the 0.5B shape. `--device cuda` measures a GPU.
+Laws: 4 registry, 5 cliff, 6 stall, 7 cold start, 8 rank isolation, 9 memory, 10 fairness, 15 time to publish,
+16 arrival. What each compares is in its function's docstring. What is compared runs in turns on one server, and
+figures are medians of the repeats. Adapters are PEFT folders with random weights, made for the model (of Llama's or
+Qwen2's architecture) in a temporary folder: TMPDIR chooses the disk, which needs about 20 GB for the 0.5B shape.
+`--device cuda` measures a GPU; `--serve` adds options of the server, such as `--adapter-slots 32
+--adapter-cache-memory 62MiB` for law 4 with adapters that do not all fit.
 
 On a quiet machine of two cores all laws take some 15 to 20 minutes with the 0.5B shape; the JSON has each one's time.
 A third is law 4, which publishes twice as many adapters as `--adapters` says: of rank 8, and of mixed ranks. Those are
@@ -37,6 +39,7 @@ from bench.serving import residency_laws, throughput_laws
 from bench.serving.adapter_server import Scale, Workspace
 from bench.serving.adapter_sets import AdapterMaker
 from bench.serving.adapter_traffic import Sizes
+from bench.serving.arrival_law import arrival
 from bench.serving.load import token_range
 from bench.serving.throughput_laws import Figures, Law
 from bench.shapes import shape_of
@@ -50,6 +53,7 @@ LAWS: dict[int, Law] = {
     9: residency_laws.memory,
     10: throughput_laws.fairness,
     15: residency_laws.publish,
+    16: arrival,
 }
 FULL = Scale(adapters=2000, started=64, repeats=3, seconds=8.0)
 QUICK = Scale(adapters=60, started=6, repeats=1, seconds=3.0)

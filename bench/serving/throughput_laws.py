@@ -65,7 +65,9 @@ def registry(workspace: Workspace) -> tuple[list[Goal], Figures]:
         above, below = speed[f"{kind}, {many}"], speed[f"{kind}, {FEW}"]
         of = f"{above:.1f} ÷ {below:.1f} tok/s, base {speed['base']:.1f}"
         goals.append(Goal(4, f"registry: {many} ÷ {FEW} adapters, {kind}", above / below, target, of))
-    return goals, {"throughput": speed, "modules": modules}
+    waits = {name: [wait for run in each for wait in ttfts(run.timings, run.window)] for name, each in runs.items()}
+    ttft = {name: {"median": median(each), "p99": percentile(each, 0.99)} for name, each in waits.items()}
+    return goals, {"throughput": speed, "ttft": ttft, "modules": modules}
 
 
 def cliff(workspace: Workspace) -> tuple[list[Goal], Figures]:
