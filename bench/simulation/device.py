@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.simulation.costs import Costs
 from lora_serve.engine.runner import LaunchSampling, Outputs, SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 
 TOKEN = 7
 

@@ -14,7 +14,8 @@ from lora_serve.engine.admission import check, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
+from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import BadRequest, EngineFault, Failure, Overloaded, ServeError
 from lora_serve.messages import EngineInfo
