@@ -52,7 +52,7 @@ class AdapterMemory:
         self._residency, self._device_slots, self._publisher = residency, device_slots, publisher
         self._workers, self._on_load_ended, self._clock = workers, on_load_ended, clock
         self._adapters: dict[str, Adapter] = {}  # in host memory
-        self._copying: set[str] = set()  # on their way to the device, as far as was known when last asked
+        self._copying: dict[str, float] = {}  # digest → when the copy to the device should be complete
         self._arrived: list[str] = []
         self._wanted: dict[str, list[Loaded]] = {}  # digests to load for operations, and who waits for each
         self._hits: Counter[str] = Counter(host=0, device=0)
@@ -209,13 +209,13 @@ class AdapterMemory:
             except Unavailable:  # the step that needs it will try again
                 return
 
-    def copying(self) -> Set[str]:
-        """Digests of the versions whose host-to-device copies are not complete."""
-        if self._copying:
-            self._copying = {
-                digest for digest in self._copying if not self._is_copied(self._residency.versions[digest])
-            }
-        return self._copying
+    def copying(self, within: float = 0.0) -> Set[str]:
+        """Digests of the versions whose host-to-device copies are not expected to end in so many seconds from now."""
+        if not self._copying:
+            return frozenset()
+        versions, now = self._residency.versions, self._clock()
+        self._copying = {digest: end for digest, end in self._copying.items() if not self._is_copied(versions[digest])}
+        return {digest for digest, end in self._copying.items() if not now <= end <= now + within}  # late ones included
 
     def wait_for_copies(self, digests: Iterable[str]) -> None:
         """Make the next step wait for the copies of resident versions."""
@@ -237,7 +237,8 @@ class AdapterMemory:
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
         if not self._is_copied(version):
-            self._copying.add(version.digest)
+            begin = max([self._clock(), *self._copying.values()])  # one after the other
+            self._copying[version.digest] = begin + version.bytes / self._device_slots.copier.bytes_per_second
         self._loads["device"] += 1
         self._seconds["device"] += time.perf_counter() - started
         return version.slot
@@ -246,7 +247,7 @@ class AdapterMemory:
         if version.slot is not None:
             self._device_slots.evict(version.slot)
             version.slot = None
-            self._copying.discard(version.digest)
+            self._copying.pop(version.digest, None)
             self._evictions["device"] += 1
             self.changed |= not version.in_host  # if it is leased, it must be read again
 

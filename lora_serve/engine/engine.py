@@ -180,7 +180,9 @@ class Engine:
         memory, pinned = self._registry.memory, self._registry.pinned
         beginning = self._scheduler.assign_slots(memory.holds, pinned, arrived=memory.take_arrived())
         memory.prefetch(beginning, keep=lambda version: self._scheduler.rotation.holds(version.digest))
-        return self._scheduler.schedule(self._pacer.budget, memory.copying())
+        # What is copied before the step in flight ends delays nothing.
+        hidden = self._pacer.costs.decode(1) if self.step_in_flight else 0.0
+        return self._scheduler.schedule(self._pacer.budget, memory.copying(hidden))
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""

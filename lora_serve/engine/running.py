@@ -1,6 +1,9 @@
 """The sequences that hold KV blocks: started, extended, preempted when blocks run out.
 
-A preempted sequence's blocks are freed; it waits again, and is prefilled again later, mostly from the prefix cache.
+The youngest sequence of the share that was served most (`fairness.py`) gives up its blocks. It waits again, and is
+prefilled again later, mostly from the prefix cache, once there are blocks for all of its tokens: so it does not take
+them from those that it had to make room for. Nobody waits for ever: the oldest sequence of the share that was served
+least keeps its blocks, and only new tokens, of which there is an end, change which share that is.
 """
 
 from __future__ import annotations
@@ -9,12 +12,18 @@ from array import array
 from collections.abc import Iterator
 from operator import attrgetter
 
+from lora_serve.engine.fairness import Rank
 from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.engine.waiting import WaitingQueue
 from lora_serve.kv.pool import BlockPool
 
 _order = attrgetter("order")
+
+
+def _served(seq: Sequence) -> tuple[Rank, int]:
+    """Order in which sequences keep their blocks: by what their shares were served, then by age."""
+    return seq.share.rank, seq.order
 
 
 class RunningSequences:
@@ -60,11 +69,15 @@ class RunningSequences:
         return -(-len(seq.tokens) // self._pool.block_size) + len(self) <= self._pool.free
 
     def start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
-        """Start a waiting sequence with its first chunk; None if there are not enough free blocks."""
+        """Start a waiting sequence with its first chunk; None if there are not enough free blocks for that.
+
+        One that was preempted needs them for all of its tokens.
+        """
         found = self._cached_blocks(seq)
         start = len(found) * self._pool.block_size
         count = min(len(seq.tokens) - start, budget)
-        missing = -(-(start + count) // self._pool.block_size) - len(found)
+        end = start + count if seq.cached is None else len(seq.tokens)
+        missing = -(-end // self._pool.block_size) - len(found)
         # One spare block per running sequence for its next tokens, so that starting one does not preempt others.
         if missing + len(self) > self._pool.free_after_holding(found):
             return None
@@ -88,9 +101,9 @@ class RunningSequences:
             if blocks is not None:
                 seq.blocks.extend(blocks)
                 return True
-            youngest = max(self._seqs, key=_order)
-            self.preempt(youngest)
-            if youngest is seq:
+            victim = max(self._seqs, key=_served)
+            self.preempt(victim)
+            if victim is seq:
                 return False
         return True
 

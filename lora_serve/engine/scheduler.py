@@ -254,7 +254,7 @@ class Scheduler:
         """Schedule running sequences; returns the remaining token budget."""
         for seq in seqs:
             if seq not in self.running:
-                continue  # just preempted for an older one
+                continue  # just preempted for another one
             count = min(seq.pending, budget)
             if count > 0 and self.running.extend(seq, seq.computed + count):
                 scheduled.append(ScheduledSequence(seq, seq.computed, count))

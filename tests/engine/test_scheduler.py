@@ -162,6 +162,34 @@ def test_a_sequence_whose_adapter_is_not_loaded_lets_others_pass() -> None:
     assert {item.seq.order for item in run(s)} == {0, 1}
 
 
+def test_a_sequence_whose_adapter_is_being_copied_is_left_out_unless_nothing_else_can_run() -> None:
+    s = scheduler()
+    s.add(sequence(0, 3, "copied"))
+    s.add(sequence(1, 3, "coming"))
+    assert s.assign_slots(all_loaded) == ["copied", "coming"]  # both turns begin: the copies may begin too
+    work = s.schedule(copying={"coming"})
+    assert shape(work) == [(0, 0, 3)]
+    for item in work:
+        s.mark_launched(item)
+    assert (s.assign_slots(all_loaded), shape(s.schedule(copying={"copied", "coming"}))) == ([], [(0, 3, 1), (1, 0, 3)])
+
+
+def test_a_copy_that_is_not_complete_does_not_count_as_a_prompt_that_waits() -> None:
+    asked: list[Demand] = []
+
+    def budget(demand: Demand) -> int:
+        asked.append(demand)
+        return 100
+
+    s = scheduler()
+    s.add(sequence(0, 3))
+    run(s)
+    s.add(sequence(1, 3, "coming"))
+    s.assign_slots(all_loaded)
+    assert shape(s.schedule(budget, {"coming"})) == [(0, 3, 1)]
+    assert not asked
+
+
 def test_adapters_that_outnumber_slots_take_turns() -> None:
     s = scheduler(slots=1, tokens=64)
     for order in range(3):
