@@ -219,8 +219,8 @@ class ActiveRequests:
         self._queue(seq)
 
     def _queue(self, seq: Sequence) -> None:
+        self._events.append(Admitted(seq.request.id, list(seq.adapters), len(self._scheduler.waiting)))
         self._scheduler.add(seq)
-        self._events.append(Admitted(seq.request.id, list(seq.adapters)))
 
     def _new_sequence(self, request: Request, leases: list[Lease]) -> Sequence:
         sampling = request.sampling

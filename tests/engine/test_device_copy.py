@@ -123,8 +123,9 @@ def test_a_copy_begins_with_the_adapters_turn_and_not_with_its_first_step(folder
     evict_all_from_device(session)
     device_slots(session).copier = copier = SlowCopier()
     session.send("base", [5, 9, 33], max_tokens=40)
+    steps(session, 1)
     session.send("waits", [5, 9, 33], adapter="two", max_tokens=4)
-    steps(session, 3)
+    steps(session, 1)
     assert (count(session, "waits"), len(copier.events)) == (0, 1)
     session.engine.close()
 
