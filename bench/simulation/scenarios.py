@@ -124,10 +124,9 @@ def long_prompts(costs: Costs) -> Outcome:
     waits = [each.ttft for each in served if each.job.prompt == 4000 and each.tokens]
     alone = sum(costs.step(0, min(device.tokens, 4000 - done), 0, []) for done in range(0, 4000, device.tokens))
     outcome.figures["prompt"] = median(waits)
-    gap, kept = (
-        outcome.figures["ITL p99"],
-        simulation.engine._pacer.gaps_exceeded < 0.01 * len(simulation.runner.steps),
-    )  # of 100 gaps
+    gap = outcome.figures["ITL p99"]
+    # Of 100 gaps one may be longer: where the pacer said of more steps that they are, it did not promise this p99.
+    kept = simulation.engine._pacer.gaps_exceeded < 0.01 * len(simulation.runner.steps)
     allowed = max(0.025, 1.6 * costs.step(7, 0, 7 * 1100, []))  # their contexts grow to 2,000 tokens
     outcome.figures["gap kept"] = float(kept)
     if kept:
