@@ -179,7 +179,9 @@ class Engine:
     def _schedule(self) -> list[ScheduledSequence]:
         memory, pinned = self._registry.memory, self._registry.pinned
         beginning = self._scheduler.assign_slots(memory.holds, pinned, arrived=memory.take_arrived())
-        memory.prefetch(beginning, keep=lambda version: self._scheduler.rotation.holds(version.digest))
+        # What is on the device alone leaves memory with its slot: not before the step, in which it may still run.
+        holds = self._scheduler.rotation.holds
+        memory.prefetch(beginning, keep=lambda version: holds(version.digest) or not version.in_host)
         # What is copied before the step in flight ends delays nothing.
         hidden = self._pacer.costs.decode(1) if self.step_in_flight else 0.0
         return self._scheduler.schedule(self._pacer.budget, memory.copying(hidden))

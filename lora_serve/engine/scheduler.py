@@ -75,7 +75,7 @@ class Scheduler:
         self._pinned: Set[str] = frozenset()
         # Of the step that was begun: sequences that may run, in order of age; adapters with slots; sets that have all.
         self._runnable: list[Sequence] = []
-        self._resident: Set[str] = frozenset()
+        self._resident: set[str] = set()
         self._ready: list[AdapterSet] = []
 
     def __repr__(self) -> str:
@@ -208,7 +208,7 @@ class Scheduler:
             budget = self._admit(queue, newcomer, scheduled, budget, before=_turn(prefilling[0]))
         budget = self._continue(prefilling, scheduled, budget)
         if before.issubset(self.running):  # otherwise there is no memory for more
-            self._admit(queue, None if newcomer in self.running else newcomer, scheduled, budget)
+            self._admit(queue, None if newcomer is None or newcomer in self.running else newcomer, scheduled, budget)
         holders = set(self.running)
         return [part for part in scheduled if part.seq in holders]
 

@@ -74,7 +74,8 @@ class StepCosts:
     @property
     def fixed_known(self) -> bool:
         """Whether what is fixed of a step with prompt tokens was told apart from what each of them costs."""
-        return float(self._covariance[1, 1]) ** 0.5 < KNOWN * float(self._parts[0] + self._parts[1])
+        deviation, shortest = float(self._covariance[1, 1]) ** 0.5, float(self._parts[0] + self._parts[1])
+        return bool(deviation < KNOWN * shortest)
 
     @property
     def fixed(self) -> float:
