@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from lora_serve.messages import Stats, Update
+from lora_serve.request import Admitted
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_ADAPTER_LABELS = 200  # adapters with their own label; each costs memory here and in Prometheus
@@ -115,6 +116,9 @@ class Metrics:
         self._sequences = histogram("batch_sequences", "Sequences in a step.", COUNTS)
         self._tokens = histogram("batch_tokens", "Tokens in a step.", COUNTS)
         self._adapters = histogram("batch_adapters", "Distinct adapters in a step.", (0, *COUNTS))
+        self._ahead = histogram(
+            "queue_ahead", "Sequences that waited already when a request joined the queue.", (0, *COUNTS)
+        )
         self._step = histogram("step_seconds", "Seconds a step took.", STEP_SECONDS)
         by_endpoint = ("endpoint",)
         self._first_token = histogram(
@@ -132,6 +136,9 @@ class Metrics:
 
     def observe(self, update: Update) -> None:
         """Process an engine update; register with `EngineClient.observe`."""
+        for event in update.events:
+            if isinstance(event, Admitted):
+                self._ahead.observe(event.ahead)
         if update.step is not None:
             self._sequences.observe(update.step.sequences)
             self._tokens.observe(update.step.tokens)

@@ -120,10 +120,14 @@ class Served(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
-    """First event of a request unless it is refused: it is queued and holds leases on its adapters."""
+    """First event of a request unless it is refused: it is queued and holds leases on its adapters.
+
+    `ahead` is the number of sequences that waited already.
+    """
 
     request_id: str
     adapters: list[Served]
+    ahead: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):

@@ -118,7 +118,8 @@ class Driver:
             self.scheduler.add(seq)
         rows: dict[int, list[Tensor]] = {seq.order: [] for seq in seqs}
         while self.scheduler.running or self.scheduler.waiting:
-            scheduled = self.scheduler.schedule(lambda digest: True)
+            self.scheduler.assign_slots(lambda digest: True)
+            scheduled = self.scheduler.schedule()
             batch, owners = build_batch(scheduled, self.slots, self.scheduler.pool.block_size)
             logits = self.base.forward(batch).clone()  # the next pass may write over it
             for part, own in owners:

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lora_serve.messages import Stats, StepReport, Update
 from lora_serve.metrics import MOST_ADAPTER_LABELS, Metrics
+from lora_serve.request import Admitted, Tokens
 
 
 class FakeEngineMetrics:
@@ -34,6 +35,14 @@ class FakeEngineMetrics:
 @pytest.fixture
 def engine() -> FakeEngineMetrics:
     return FakeEngineMetrics()
+
+
+def test_how_many_were_ahead_of_a_request_is_counted_when_it_joins_the_queue(engine: FakeEngineMetrics) -> None:
+    engine.metrics.observe(Update([Admitted("one", [], ahead=0), Tokens("other", [5]), Admitted("two", [], ahead=7)]))
+    read = engine.read()
+    assert read["lora_serve_queue_ahead_bucket{le=0.0}"] == 1
+    assert read["lora_serve_queue_ahead_bucket{le=8.0}"] == 2
+    assert read["lora_serve_queue_ahead_sum"] == 7
 
 
 def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineMetrics) -> None:

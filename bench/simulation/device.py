@@ -8,8 +8,9 @@ from itertools import count
 from typing import Any
 
 from bench.simulation.costs import Costs
+from lora_serve.adapters.device_copy import DeviceCopier
 from lora_serve.engine.runner import LaunchSampling, Outputs, SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 
 TOKEN = 7
 
@@ -92,6 +93,8 @@ class SimulatedAdapter:
 
 class SimulatedSlots:
     """Device slots whose copies take time."""
+
+    bytes_per_second = DeviceCopier.bytes_per_second
 
     def __init__(self, slots: int, costs: Costs, time: VirtualTime) -> None:
         self.copier = self

@@ -16,17 +16,40 @@ from bench.simulation.costs import CPU_BF16, CPU_INT8, H200_INTENDED, H200_MEASU
 from bench.simulation.serving import Hardware, Job, Served, Simulation
 
 MB = 1 << 20
+POINTS = 100  # of a line in a plot
 SIZES = {CPU_BF16.name: 18 * MB, CPU_INT8.name: 18 * MB, H200_MEASURED.name: 80 * MB, H200_INTENDED.name: 80 * MB}
 
 
 @dataclass
 class Outcome:
-    """What a load gave: goals, and figures for the table."""
+    """What a load gave: goals, figures for the table, and lines for the plots.
+
+    Attributes:
+        clients, with_adapters: of a load that is compared with the best schedule.
+        gaps: between tokens: share of them that are at most so many ms.
+        waits: for the first token: time in seconds, and median of the requests sent around then in ms.
+    """
 
     name: str
     device: str
     goals: list[Goal] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    clients: int | None = None
+    with_adapters: bool = False
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    waits: list[tuple[float, float]] = field(default_factory=list)
+
+    def observe(self, served: Sequence[Served], window: tuple[float, float]) -> None:
+        """Take figures from the requests in a window, and lines from all."""
+        self.figures = figures(served, window)
+        gaps = sorted(gap for each in served for gap in each.gaps)
+        if gaps:
+            self.gaps = [(n / POINTS, 1e3 * percentile(gaps, n / POINTS)) for n in range(1, POINTS + 1)]
+        by_time = sorted((each.sent, each.ttft) for each in served if each.tokens)
+        some = max(1, len(by_time) // POINTS)
+        for begin in range(0, len(by_time), some):
+            part = by_time[begin : begin + some]
+            self.waits.append((part[len(part) // 2][0], 1e3 * median([wait for _, wait in part])))
 
 
 def hardware(costs: Costs, **changes: object) -> Hardware:
@@ -79,7 +102,8 @@ def throughput(costs: Costs, clients: int, adapters: int, prompt: int = 128, out
     seconds = 40 * output * costs.step(min(clients, device.seqs), 0, 0, [size] * min(adapters, clients))
     served = simulation.run(seconds)
     outcome = Outcome(f"{clients} clients, {adapters} adapters, {prompt} + {output} tokens", costs.name)
-    outcome.figures = figures(served, (0.25 * seconds, seconds)) | {"best tok/s": best}
+    outcome.observe(served, (0.25 * seconds, seconds))
+    outcome.clients, outcome.with_adapters, outcome.figures["best tok/s"] = clients, adapters > 0, best
     reached = outcome.figures["tok/s"]
     of = f"{reached:.0f} ÷ {best:.0f} tok/s"
     outcome.goals.append(Goal(0, "throughput ÷ best schedule", reached / best, 0.9, of))
@@ -96,11 +120,13 @@ def long_prompts(costs: Costs) -> Outcome:
     seconds = 600 * costs.step(8, 0, 0, [])
     served = simulation.run(max(20.0, seconds, 6000 * costs.token * 5))
     outcome = Outcome("7 streams beside prompts of 4,000 tokens", costs.name)
-    outcome.figures = figures([each for each in served if each.job.prompt == 64], (1.0, simulation.time.now))
+    outcome.observe([each for each in served if each.job.prompt == 64], (1.0, simulation.time.now))
     waits = [each.ttft for each in served if each.job.prompt == 4000 and each.tokens]
     alone = sum(costs.step(0, min(device.tokens, 4000 - done), 0, []) for done in range(0, 4000, device.tokens))
     outcome.figures["prompt"] = median(waits)
-    gap, kept = outcome.figures["ITL p99"], simulation.engine._pacer.gaps_exceeded < 0.02 * len(simulation.runner.steps)
+    gap = outcome.figures["ITL p99"]
+    # Of 100 gaps one may be longer: where the pacer said of more steps that they are, it did not promise this p99.
+    kept = simulation.engine._pacer.gaps_exceeded < 0.01 * len(simulation.runner.steps)
     allowed = max(0.025, 1.6 * costs.step(7, 0, 7 * 1100, []))  # their contexts grow to 2,000 tokens
     outcome.figures["gap kept"] = float(kept)
     if kept:
@@ -121,7 +147,7 @@ def burst(costs: Costs, adapters: bool) -> Outcome:
         simulation.closed_loop(islice(jobs, 4), start=200.0)
     served = simulation.run(1000.0)
     outcome = Outcome(f"8 arrive together, {'own adapters' if adapters else 'base'}", costs.name)
-    outcome.figures = figures(served, (200.0, simulation.time.now))
+    outcome.observe(served, (200.0, simulation.time.now))
     return outcome
 
 
@@ -139,7 +165,7 @@ def power_law(costs: Costs, adapters: int, slots: int = 64) -> Outcome:
         simulation.closed_loop(jobs(), start=0.01 * client)
     seconds = 6000 * costs.step(16, 0, 0, [size] * 12)
     outcome = Outcome(f"{adapters} adapters by a power law, {slots} slots", costs.name)
-    outcome.figures = figures(simulation.run(seconds), (0.5 * seconds, seconds))  # most were loaded before
+    outcome.observe(simulation.run(seconds), (0.5 * seconds, seconds))  # most were loaded before
     return outcome
 
 
@@ -159,7 +185,7 @@ def hog(costs: Costs, by_key: bool, clients: Sequence[int] = (20, 2, 2)) -> tupl
     speeds = [figures(group, window)["tok/s"] for group in groups]
     what = "keys" if by_key else "adapters"
     outcome = Outcome(f"{' : '.join(map(str, clients))} clients of {what}, batches of 8", costs.name)
-    outcome.figures = figures(served, window)
+    outcome.observe(served, window)
     shares = fair_shares(clients, 8)
     kept = min(speed / (share * sum(speeds)) for speed, share in zip(speeds[1:], shares[1:], strict=True))
     tokens = " : ".join(f"{speed:.0f}" for speed in speeds)
@@ -193,7 +219,7 @@ def aborts(costs: Costs) -> Outcome:
         simulation.closed_loop(islice(_varied(Job(200, 100, "a0", patience=patience), client), 20))
     served = simulation.run(10_000.0)
     outcome = Outcome("24 clients, a third of which lose patience", costs.name)
-    outcome.figures = figures(served, (0.0, simulation.time.now))
+    outcome.observe(served, (0.0, simulation.time.now))
     whole = [each for each in served if each.job.patience is None]
     done = sum(each.finished is not None and len(each.tokens) == each.job.output for each in whole)
     left = simulation.scheduler.pool.used + len(simulation.scheduler.running) + len(simulation.scheduler.waiting)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 
@@ -52,6 +52,7 @@ class AdapterMemory:
         self._residency, self._device_slots, self._publisher = residency, device_slots, publisher
         self._workers, self._on_load_ended, self._clock = workers, on_load_ended, clock
         self._adapters: dict[str, Adapter] = {}  # in host memory
+        self._copying: dict[str, float] = {}  # digest → when the copy to the device should be complete
         self._arrived: list[str] = []
         self._wanted: dict[str, list[Loaded]] = {}  # digests to load for operations, and who waits for each
         self._hits: Counter[str] = Counter(host=0, device=0)
@@ -186,25 +187,43 @@ class AdapterMemory:
             self._evict_from_device(self._residency.versions[digest])
         return {version.digest: self._assign_slot(version) for version in versions}
 
-    def prefetch(self, version: Version) -> None:
-        """Assign a slot to a version before it is used, if that evicts none that is leased."""
-        if not version.in_host or version.slot is not None:  # perhaps deleted meanwhile
-            return
-        evict = self._residency.decide_slots([version.digest])
-        if evict is not None and not any(self._residency.versions[digest].leases for digest in evict):
-            self.assign_slots([version.digest])
+    def prefetch(self, digests: Iterable[str], keep: Callable[[Version], bool]) -> None:
+        """Assign slots to versions before a step uses them, so that their copies run beside other steps.
 
-    def copied(self, digests: Iterable[str]) -> bool:
-        """Whether the host-to-device copies of resident versions are complete."""
-        return all(map(self._device_slots.copied, self._slots(digests)))
+        Does nothing where they are not in host memory, or do not fit beside the versions to `keep`.
+        """
+        versions = self._residency.versions
+        coming = [digest for digest in digests if digest in versions and versions[digest].slot is None]
+        coming = [digest for digest in coming if versions[digest].in_host]
+        if not coming:
+            return
+        kept = [version.digest for version in self._residency.resident if keep(version)]
+        evict = self._residency.decide_slots([*coming, *kept])
+        if evict is None:
+            return
+        for digest in evict:
+            self._evict_from_device(versions[digest])
+        for digest in coming:
+            try:
+                self._assign_slot(versions[digest])
+            except Unavailable:  # the step that needs it will try again
+                return
+
+    def copying(self, within: float = 0.0) -> Set[str]:
+        """Digests of the versions whose host-to-device copies are not expected to end in so many seconds from now."""
+        if not self._copying:
+            return frozenset()
+        versions, now = self._residency.versions, self._clock()
+        self._copying = {digest: end for digest, end in self._copying.items() if not self._is_copied(versions[digest])}
+        return {digest for digest, end in self._copying.items() if not now <= end <= now + within}  # late ones included
 
     def wait_for_copies(self, digests: Iterable[str]) -> None:
         """Make the next step wait for the copies of resident versions."""
-        self._device_slots.wait_for_copies(self._slots(digests))
+        slots = [self._residency.versions[digest].slot for digest in digests if digest in self._copying]
+        self._device_slots.wait_for_copies([slot for slot in slots if slot is not None])
 
-    def _slots(self, digests: Iterable[str]) -> list[int]:
-        slots = (self._residency.versions[digest].slot for digest in digests)
-        return [slot for slot in slots if slot is not None]
+    def _is_copied(self, version: Version) -> bool:
+        return version.slot is not None and self._device_slots.copied(version.slot)
 
     def _assign_slot(self, version: Version) -> int:
         self._residency.touch(version)
@@ -217,6 +236,9 @@ class AdapterMemory:
             version.slot = self._device_slots.load(self._adapters[version.digest])
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
+        if not self._is_copied(version):
+            begin = max([self._clock(), *self._copying.values()])  # one after the other
+            self._copying[version.digest] = begin + version.bytes / self._device_slots.copier.bytes_per_second
         self._loads["device"] += 1
         self._seconds["device"] += time.perf_counter() - started
         return version.slot
@@ -225,6 +247,7 @@ class AdapterMemory:
         if version.slot is not None:
             self._device_slots.evict(version.slot)
             version.slot = None
+            self._copying.pop(version.digest, None)
             self._evictions["device"] += 1
             self.changed |= not version.in_host  # if it is leased, it must be read again
 

@@ -68,7 +68,7 @@ class AdapterOperations:
         version.evict_when_unused = False
 
         def on_loaded(_: None) -> None:
-            self._registry.memory.prefetch(version)
+            self._registry.memory.prefetch([version.digest], keep=lambda other: bool(other.leases))
             done(self.describe(name))
 
         self._registry.memory.load(version, if_successful(on_loaded, done))

@@ -14,7 +14,8 @@ from lora_serve.engine.admission import check, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
+from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import BadRequest, EngineFault, Failure, Overloaded, ServeError
 from lora_serve.messages import EngineInfo
@@ -218,8 +219,8 @@ class ActiveRequests:
         self._queue(seq)
 
     def _queue(self, seq: Sequence) -> None:
+        self._events.append(Admitted(seq.request.id, list(seq.adapters), len(self._scheduler.waiting)))
         self._scheduler.add(seq)
-        self._events.append(Admitted(seq.request.id, list(seq.adapters)))
 
     def _new_sequence(self, request: Request, leases: list[Lease]) -> Sequence:
         sampling = request.sampling

@@ -26,7 +26,8 @@ from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
 from lora_serve.engine.prefill_pacer import PrefillPacer
 from lora_serve.engine.queue_times import QueueTimes
 from lora_serve.engine.runner import Runner
-from lora_serve.engine.scheduler import ScheduledSequence, Scheduler
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
+from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.startup import build_parts
 from lora_serve.errors import Failure, ServeError, Unavailable
 from lora_serve.messages import (
@@ -176,10 +177,14 @@ class Engine:
         return self._process_in_flight() or report if self._runner.out_of_memory else report
 
     def _schedule(self) -> list[ScheduledSequence]:
-        memory = self._registry.memory
-        return self._scheduler.schedule(
-            memory.holds, self._registry.pinned, self._pacer.budget, arrived=memory.take_arrived()
-        )
+        memory, pinned = self._registry.memory, self._registry.pinned
+        beginning = self._scheduler.assign_slots(memory.holds, pinned, arrived=memory.take_arrived())
+        # What is on the device alone leaves memory with its slot: not before the step, in which it may still run.
+        holds = self._scheduler.rotation.holds
+        memory.prefetch(beginning, keep=lambda version: holds(version.digest) or not version.in_host)
+        # What is copied before the step in flight ends delays nothing.
+        hidden = self._pacer.costs.decode(1) if self.step_in_flight else 0.0
+        return self._scheduler.schedule(self._pacer.budget, memory.copying(hidden))
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""
@@ -204,7 +209,7 @@ class Engine:
         tokens = sum(part.count for part in step.scheduled)
         decoding = sum(part.decodes for part in step.scheduled)
         self._pacer.record(decoding, tokens - decoding, seconds)
-        self._queue_times.record(self._scheduler.started, len(self._scheduler.waiting), now)
+        self._queue_times.record(self._scheduler.running.started, len(self._scheduler.waiting), now)
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def _shrink_after_out_of_memory(self) -> None:
@@ -280,9 +285,9 @@ class Engine:
             running=len(scheduler.running),
             kv_blocks_used=pool.used,
             kv_blocks=pool.blocks,
-            prefix_tokens_total=scheduler.prefix_tokens,
-            prefix_hit_tokens_total=scheduler.prefix_hits,
-            preemptions_total=scheduler.preemptions,
+            prefix_tokens_total=scheduler.running.prefix_tokens,
+            prefix_hit_tokens_total=scheduler.running.prefix_hits,
+            preemptions_total=scheduler.running.preemptions,
             steps_total=self._steps,
             waiting_adapters=sorted({adapter.name for seq in scheduler.waiting for adapter in seq.adapters}),
             oldest_wait=max((now - seq.arrived for seq in scheduler.waiting.oldest), default=0.0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lora_serve.adapters.memory import AdapterMemory
 from lora_serve.engine.runner import LaunchSampling, Outputs, Runner, SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.errors import ServeError
 
 
@@ -45,12 +45,10 @@ class LaunchedStep:
 def launch(scheduled: list[ScheduledSequence], runner: Runner, memory: AdapterMemory, started: float) -> LaunchedStep:
     """Assign slots to the step's adapters and launch its forward pass. Only sequences whose adapters do not fit fail.
 
-    Sequences whose adapters are still being copied to the device are left out while others can run; they keep their KV
-    blocks and are scheduled again.
+    The step waits for those of its adapters that are still being copied to the device.
     """
     slots, failed = _assign_slots(scheduled, memory)
-    resident = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
-    going = [part for part in resident if memory.copied(part.seq.digests)] or resident
+    going = [part for part in scheduled if all(digest in slots for digest in part.seq.digests)]
     memory.wait_for_copies(_digests(going))
     launch_sampling = runner.launch(going, slots) if going else (lambda: list)
     parts = going + [output.part for output in failed]

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.kernels.host_device_copy import DeviceToHostCopy
 

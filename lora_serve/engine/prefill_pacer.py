@@ -4,7 +4,7 @@ A step with prompt tokens delays the next token of every sequence that decodes: 
 bound on the gap between two tokens limits, and on some devices by a fixed time, however few they are. So prompts
 
 - wait together until they have waited as long as the fixed time delays all who decode, which loses least in sum, but
-  never longer than a person notices (`MOST_HELD`);
+  never longer than a person notices (`MOST_HELD`), or than a few times the fixed time;
 - are then computed in chunks as large as the bound on gaps allows, or whole if no chunk worth its fixed time keeps it;
 - are computed in larger chunks if the first token would otherwise come later than is wanted. Where both cannot be kept,
   both are exceeded by the same factor.
@@ -23,8 +23,9 @@ from lora_serve.engine.step_costs import StepCosts
 STRETCH = 1.6  # times a decode step: the gap that is allowed where none is stated
 WAITING = 5.0  # how many streams a waiting prompt counts as: of it nothing is there yet
 UNNOTICED_GAP = 0.025  # seconds; a shorter gap is always allowed where none is stated
-MOST_HELD = 0.1  # seconds for which prompts wait for others
-PROBE = 8  # of so many chunks one is half as large: sizes that never differ do not tell what is fixed of a cost
+MOST_HELD = 0.1  # seconds for which prompts wait for others,
+MOST_FIXED = 4.0  # or so many times what any of them adds to a step
+PROBE = 8  # while it is not known what is fixed of a cost, one of so many chunks is half as large, which tells it
 GRANULE = 4  # the smallest budget; others are rounded down by up to a fifth, so that the shapes of batches repeat
 MOST_GROWTH = 1.5  # times recent steps: what far larger ones cost is a guess
 FIRST = 16  # prompt tokens beside sequences that decode before their cost is known
@@ -97,12 +98,16 @@ class PrefillPacer:
         self.gaps_exceeded += self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) > 1.05 * gap
         self._chunks += 1
         chunk = int(min(chunk, MOST_GROWTH * self._largest))
-        return max(GRANULE, chunk if self._chunks % PROBE else min(chunk, demand.tokens) // 2)
+        if self._chunks % PROBE == 0 and not self.costs.fixed_known:
+            chunk = min(chunk, demand.tokens) // 2
+        return max(GRANULE, chunk)
 
     def _should_hold(self, demand: Demand) -> bool:
         """Whether prompts had better wait for one more step that only decodes."""
         step, fixed = self.costs.decode(demand.decoding), self.costs.fixed
-        longest = MOST_HELD if self._ttft_target is None else min(MOST_HELD, self._ttft_target / 4)
+        longest = max(MOST_HELD, MOST_FIXED * fixed)
+        if self._ttft_target is not None:
+            longest = min(longest, self._ttft_target / 4)
         early = self._waited + step * demand.prefills / 2 < fixed * demand.decoding
         return early and self._held + step < longest
 

@@ -18,7 +18,7 @@ from lora_serve.engine.batch_builder import LogitsRows, build_batch
 from lora_serve.engine.logprobs import PendingLogprobs, logprobs
 from lora_serve.engine.pooling import PendingSums, sum_hidden
 from lora_serve.engine.sampler import PendingSamples, SamplingRow, sample
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.token_masks import MaskOrError, TokenMasks
 from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.kernels.host_device_copy import to_device

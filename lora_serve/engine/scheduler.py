@@ -3,20 +3,20 @@
 Pure decisions over plain state: no tensors, no clock. Under a token budget, sequences that decode come first with one
 token each; prefills take the rest in chunks, and beside sequences that decode no more than the prefill budget. Who is
 owed most (`fairness.py`) starts first. A newcomer with a right to a row of a full step gets one at once: sequences that
-are owed least take turns in the other rows, and keep their KV meanwhile. When KV blocks run out, the youngest sequence
-is preempted: its blocks are freed and it is prefilled again later (mostly from the prefix cache); so is one whose
-adapter had to leave memory. A step's work does not depend on how many sequences wait.
+are owed least take turns in the other rows, and keep their KV meanwhile. A sequence whose adapter is being copied to
+the device is left out while others can run; one whose adapter had to leave memory is preempted. A step's work does not
+depend on how many sequences wait.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Collection, Iterable, Set
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections.abc import Callable, Collection, Set
 
 from lora_serve.engine.fairness import AdapterSet, Fairness, Rank
+from lora_serve.engine.loaded_sets import IsLoaded, LoadedSets
 from lora_serve.engine.prefill_pacer import Demand
+from lora_serve.engine.running import RunningSequences
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.engine.waiting import InTurn, WaitingQueue
@@ -25,8 +25,6 @@ from lora_serve.kv.pool import BlockPool
 PrefillBudget = Callable[[Demand], int]  # → prompt tokens of this step
 
 MOST_HOLDERS = 2  # times the sequences of a step: that hold KV blocks, because newcomers with a right to a row come
-
-_order = attrgetter("order")
 
 
 def _turn(seq: Sequence) -> tuple[Rank, int]:
@@ -39,40 +37,8 @@ def _turn_in_step(seq: Sequence) -> tuple[Rank, int]:
     return seq.share.rank, seq.last_step
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
-    """One sequence's part of a step: its tokens `start` to `end` are computed.
-
-    `samples`: whether its next token is sampled, because this part includes the last of its tokens, and it generates.
-    """
-
-    seq: Sequence
-    start: int
-    count: int
-    samples: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        samples = self.end == len(self.seq.tokens) and self.seq.pooling is None  # fixed now: the tokens grow later
-        object.__setattr__(self, "samples", samples)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is one token after the prompt, and not the rest of a prompt."""
-        return self.count == 1 and self.start >= self.seq.prompt_end
-
-    @property
-    def awaits_token(self) -> bool:
-        """Whether its next token is still to be sampled: a grammar may have forced it since the launch."""
-        tokens = self.seq.tokens
-        return self.samples and (len(tokens) == self.end or tokens[self.end] == IN_FLIGHT_TOKEN)
-
-
 class Scheduler:
-    """Waiting and running sequences, and what each step computes.
+    """Waiting and running sequences, and what each step computes: `assign_slots`, then `schedule`.
 
     Attributes:
         running: sequences that hold KV blocks.
@@ -102,17 +68,15 @@ class Scheduler:
         self.fairness = fairness
         self.max_seqs = max_seqs
         self.max_tokens = max_tokens
-        self.prefix_cache = prefix_cache
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
+        self.running = RunningSequences(pool, self.waiting, prefix_cache=prefix_cache)
         self.step = 0
-        self.preemptions = 0
-        self.started = 0
-        self.prefix_tokens = 0
-        self.prefix_hits = 0
-        self._unloaded: dict[AdapterSet, None] = {}  # not known to be in memory
-        self._unloaded_with: dict[str, set[AdapterSet]] = {}  # those of them that contain an adapter
-        self._new: list[AdapterSet] = []  # those of `_unloaded` that were not looked up yet
+        self._loaded = LoadedSets(rotation, lambda: fairness.adapter_sets)
+        self._pinned: Set[str] = frozenset()
+        # Of the step that was begun: sequences that may run, in order of age; adapters with slots; sets that have all.
+        self._runnable: list[Sequence] = []
+        self._resident: set[str] = set()
+        self._ready: list[AdapterSet] = []
 
     def __repr__(self) -> str:
         return f"<Scheduler {len(self.running)} running, {len(self.waiting)} waiting, step {self.step}, {self.pool!r}>"
@@ -126,46 +90,54 @@ class Scheduler:
         if is_needed:
             self.rotation.update(seq.digests)
         elif seq.digests:
-            self._mark_unloaded(seq.digests)
-            self._new.append(seq.digests)
+            self._loaded.add(seq.digests)
 
-    def schedule(
-        self,
-        is_loaded: Callable[[str], bool],
-        pinned: Set[str] = frozenset(),
-        prefill_budget: PrefillBudget | None = None,
-        *,
-        arrived: Collection[str] = (),
-    ) -> list[ScheduledSequence]:
-        """Schedule one step and allocate its KV blocks.
+    def assign_slots(
+        self, is_loaded: IsLoaded, pinned: Set[str] = frozenset(), *, arrived: Collection[str] = ()
+    ) -> list[str]:
+        """Begin a step: assign device slots; returns the adapters whose turn begins, which may have to be copied.
 
         Args:
             is_loaded: whether an adapter (by digest) is in memory, so that it can get a slot at once.
             pinned: adapters that always keep their slot.
-            prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
             arrived: adapters that came into memory since the last step.
         """
         self.step += 1
-        new, self._new = self._new, []
-        self._check_loaded(
-            [*new, *(each for digest in arrived for each in self._unloaded_with.get(digest, ()))], is_loaded
-        )
-        resident = self.rotation.assign(self.step, pinned, lambda each: self._check_loaded([each], is_loaded))
-        running = [seq for seq in sorted(self.running, key=_order) if not seq.last_token_in_flight]
+        self._pinned = pinned
+        self._loaded.look_up(arrived, is_loaded)
+        self._resident = self.rotation.assign(self.step, pinned, lambda each: self._loaded.check([each], is_loaded))
+        running = [seq for seq in self.running.by_age if not seq.last_token_in_flight]
         ready = self.rotation.resident_sets() if self.waiting else []
-        self._check_loaded(dict.fromkeys([*ready, *(seq.digests for seq in running)]), is_loaded)  # may be evicted
+        self._loaded.check(dict.fromkeys([*ready, *(seq.digests for seq in running)]), is_loaded)  # may be evicted
         for seq in running:
-            if seq.digests in self._unloaded:  # others need the memory first: it must not hold what they wait for
-                self._preempt(seq)
-        running = [seq for seq in running if seq.digests not in self._unloaded]
-        scheduled = self._fill(
-            [seq for seq in running if resident.issuperset(seq.digests)],
-            [adapter_set for adapter_set in ready if adapter_set not in self._unloaded],
-            prefill_budget,
-        )
+            if seq.digests not in self._loaded:  # others need the memory first: it must not hold what they wait for
+                self.running.preempt(seq)
+        self._runnable = [seq for seq in running if seq.digests in self._loaded]
+        self._ready = [adapter_set for adapter_set in ready if adapter_set in self._loaded]
+        return self.rotation.began
+
+    def schedule(
+        self, prefill_budget: PrefillBudget | None = None, copying: Set[str] = frozenset()
+    ) -> list[ScheduledSequence]:
+        """Schedule the step that was begun and allocate its KV blocks.
+
+        Args:
+            prefill_budget: limit on prompt tokens beside sequences that decode; None: the token budget only.
+            copying: adapters whose copies to the device are not complete.
+        """
+        resident = [seq for seq in self._runnable if self._resident.issuperset(seq.digests)]
+        scheduled: list[ScheduledSequence] = []
+        if copying:
+            scheduled = self._fill(
+                [seq for seq in resident if copying.isdisjoint(seq.digests)],
+                [each for each in self._ready if copying.isdisjoint(each)],
+                prefill_budget,
+            )
+        if not scheduled:  # if only such can run whose adapters are being copied, the step waits for the copies
+            scheduled = self._fill(resident, self._ready, prefill_budget)
         if not scheduled:
             # The resident adapters' sequences cannot start because paused ones hold the KV blocks: resume these.
-            scheduled = self._fill(self._resumable(running, pinned), [], prefill_budget)
+            scheduled = self._fill(self._resumable(), [], prefill_budget)
         return scheduled
 
     @property
@@ -193,57 +165,19 @@ class Scheduler:
 
     def mark_computed(self, part: ScheduledSequence) -> None:
         """Record that the KV of a part was computed; its full blocks are added to the prefix index."""
-        seq = part.seq
-        size = self.pool.block_size
-        done = min(part.end, seq.computed)  # 0 if it was preempted meanwhile
-        findable = done if self.prefix_cache else min(done, seq.virtual)
-        while (seq.indexed + 1) * size <= findable:
-            self.pool.index(seq.blocks[seq.indexed], seq.prefix_key(seq.indexed, size))
-            seq.indexed += 1
+        self.running.mark_computed(part)
 
     def remove(self, seq: Sequence, *, forget: bool = False) -> None:
         """Remove a waiting or running sequence and free its blocks (`forget`: drop them from the prefix index)."""
         if seq in self.running:
-            self.running.remove(seq)
-            seq.share.add_holders(-1)
+            self.running.remove(seq, forget=forget)
         else:
             self.waiting.remove(seq)
-        self._free(seq, forget=forget)
         self.fairness.leave(seq.share)
         if not seq.share.active:
             self.rotation.forget(seq.share)
-        if seq.digests in self.fairness.adapter_sets:
-            return
-        if seq.digests in self._unloaded:
-            self._unmark_unloaded(seq.digests)
-        elif seq.digests:
-            self.rotation.remove(seq.digests)
-
-    def _check_loaded(self, adapter_sets: Iterable[AdapterSet], is_loaded: Callable[[str], bool]) -> bool:
-        """Update which adapter sets are in memory, so that they can get slots; whether all of these are."""
-        for adapter_set in adapter_sets:
-            if adapter_set not in self.fairness.adapter_sets:  # its last sequence left
-                continue
-            loaded, was_unloaded = all(map(is_loaded, adapter_set)), adapter_set in self._unloaded
-            if loaded and was_unloaded:
-                self._unmark_unloaded(adapter_set)
-                self.rotation.add(adapter_set)
-            elif not loaded and not was_unloaded:
-                self._mark_unloaded(adapter_set)
-                self.rotation.remove(adapter_set)
-        return not any(adapter_set in self._unloaded for adapter_set in adapter_sets)
-
-    def _mark_unloaded(self, adapter_set: AdapterSet) -> None:
-        self._unloaded[adapter_set] = None
-        for digest in adapter_set:
-            self._unloaded_with.setdefault(digest, set()).add(adapter_set)
-
-    def _unmark_unloaded(self, adapter_set: AdapterSet) -> None:
-        del self._unloaded[adapter_set]
-        for digest in adapter_set:
-            self._unloaded_with[digest].remove(adapter_set)
-            if not self._unloaded_with[digest]:
-                del self._unloaded_with[digest]
+        if seq.digests not in self.fairness.adapter_sets:
+            self._loaded.remove(seq.digests)
 
     def _fill(
         self, running: list[Sequence], ready: list[AdapterSet], prefill_budget: PrefillBudget | None
@@ -274,7 +208,7 @@ class Scheduler:
             budget = self._admit(queue, newcomer, scheduled, budget, before=_turn(prefilling[0]))
         budget = self._continue(prefilling, scheduled, budget)
         if before.issubset(self.running):  # otherwise there is no memory for more
-            self._admit(queue, None if newcomer in self.running else newcomer, scheduled, budget)
+            self._admit(queue, None if newcomer is None or newcomer in self.running else newcomer, scheduled, budget)
         holders = set(self.running)
         return [part for part in scheduled if part.seq in holders]
 
@@ -304,17 +238,14 @@ class Scheduler:
         if len(self.running) >= MOST_HOLDERS * self.max_seqs:
             return None
         seq = queue.first_entitled(self.max_seqs)
-        if seq is None:
-            return None
-        blocks = -(-len(seq.tokens) // self.pool.block_size)
-        return seq if blocks + len(self.running) <= self.pool.free else None
+        return seq if seq is not None and self.running.has_blocks_for(seq) else None
 
-    def _resumable(self, running: list[Sequence], pinned: Set[str]) -> list[Sequence]:
+    def _resumable(self) -> list[Sequence]:
         """Running sequences, oldest first, as long as all their adapters fit the slots; ignores the rotation."""
         chosen: list[Sequence] = []
         digests: set[str] = set()
-        for seq in running:
-            if self.rotation.fits(more := digests.union(seq.digests), pinned):
+        for seq in self._runnable:
+            if self.rotation.fits(more := digests.union(seq.digests), self._pinned):
                 digests = more
                 chosen.append(seq)
         return chosen
@@ -323,25 +254,12 @@ class Scheduler:
         """Schedule running sequences; returns the remaining token budget."""
         for seq in seqs:
             if seq not in self.running:
-                continue  # just preempted for an older one
+                continue  # just preempted for another one
             count = min(seq.pending, budget)
-            if count > 0 and self._extend(seq, seq.computed + count):
+            if count > 0 and self.running.extend(seq, seq.computed + count):
                 scheduled.append(ScheduledSequence(seq, seq.computed, count))
                 budget -= count
         return budget
-
-    def _extend(self, seq: Sequence, tokens: int) -> bool:
-        """Allocate blocks for `tokens` tokens of a running sequence; if there are none, preempt younger sequences."""
-        while (more := -(-tokens // self.pool.block_size) - len(seq.blocks)) > 0:
-            blocks = self.pool.allocate(more)
-            if blocks is not None:
-                seq.blocks.extend(blocks)
-                return True
-            youngest = max(self.running, key=_order)
-            self._preempt(youngest)
-            if youngest is seq:
-                return False
-        return True
 
     def _admit(
         self,
@@ -364,7 +282,7 @@ class Scheduler:
             seq = newcomer if full else queue.first
             if seq is None or (before is not None and _turn(seq) >= before):
                 break
-            part = self._start(seq, budget)
+            part = self.running.start(seq, budget)
             if part is None:
                 break
             newcomer = None if seq is newcomer else newcomer
@@ -372,45 +290,3 @@ class Scheduler:
             scheduled.append(part)
             budget -= part.count
         return budget
-
-    def _start(self, seq: Sequence, budget: int) -> ScheduledSequence | None:
-        """Start a waiting sequence with its first chunk; None if there are not enough free blocks."""
-        found = self._cached_blocks(seq)
-        start = len(found) * self.pool.block_size
-        count = min(len(seq.tokens) - start, budget)
-        missing = -(-(start + count) // self.pool.block_size) - len(found)
-        # One spare block per running sequence for its next tokens, so that starting one does not preempt others.
-        if missing + len(self.running) > self.pool.free_after_holding(found):
-            return None
-        self.pool.hold(found)
-        seq.blocks = array("i", found + (self.pool.allocate(missing) or []))
-        seq.computed = start
-        seq.indexed = len(found)
-        if seq.cached is None:
-            self.started += 1
-            seq.cached = max(0, start - seq.virtual)
-            self.prefix_tokens += len(seq.request.prompt)
-            self.prefix_hits += seq.cached
-        self.running.append(seq)
-        seq.share.add_holders(1)
-        return ScheduledSequence(seq, start, count)
-
-    def _cached_blocks(self, seq: Sequence) -> list[int]:
-        """Indexed blocks that hold the sequence's prefix; at least its last token is always computed."""
-        use_cache = self.prefix_cache and not seq.needs_whole_prompt
-        size = self.pool.block_size
-        whole = (len(seq.tokens) - 1 if use_cache else seq.virtual) // size
-        return self.pool.find(seq.prefix_key(block, size) for block in range(whole))
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        seq.share.add_holders(-1)
-        self._free(seq)
-        self.waiting.add(seq)
-        self.preemptions += 1
-
-    def _free(self, seq: Sequence, *, forget: bool = False) -> None:
-        self.pool.release(seq.blocks, forget=forget)
-        seq.blocks = array("i")
-        seq.computed = 0
-        seq.indexed = 0

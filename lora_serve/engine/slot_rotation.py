@@ -19,6 +19,9 @@ LONGEST = 4  # quanta for which a set keeps its slots while one waits that is ow
 class SlotRotation:
     """Assignment of device slots to adapter sets, in turns.
 
+    Attributes:
+        began: adapters whose turn began in the last `assign`.
+
     Args:
         fairness: which sets are owed most; all needed ones are active there.
         slots: maximum number of adapters on the device.
@@ -37,6 +40,7 @@ class SlotRotation:
     ) -> None:
         self.slots = slots
         self.capacity = capacity
+        self.began: list[str] = []
         self._quantum = quantum
         self._size = size
         self._fairness = fairness
@@ -89,6 +93,7 @@ class SlotRotation:
             is_loaded: whether a set is still in host memory; asked before it gets slots. One that is not must have been
                 removed when this returns.
         """
+        self.began = []
         if pinned != self._pinned:
             self._repin(pinned)
         if self._stale:
@@ -116,6 +121,10 @@ class SlotRotation:
         )
         return [(), *found]
 
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter has a slot, pinned ones included."""
+        return digest in self._since or digest in self._pinned
+
     def fits(self, digests: Set[str], pinned: Set[str] = frozenset()) -> bool:
         """Whether these adapters fit on the device together with the pinned ones."""
         together = digests | pinned
@@ -123,7 +132,7 @@ class SlotRotation:
         return few and (self.capacity is None or sum(map(self._size, together)) <= self.capacity)
 
     def _is_resident(self, adapter_set: AdapterSet) -> bool:
-        return all(digest in self._since or digest in self._pinned for digest in adapter_set)
+        return all(map(self.holds, adapter_set))
 
     def _admit(self, step: int, adapter_set: AdapterSet, yielding: list[AdapterSet]) -> bool:
         """Assign slots to a set if enough are free or held by adapters whose turn is over; adds the sets that yield."""
@@ -146,6 +155,7 @@ class SlotRotation:
         for digest in members:  # the turn of the whole set begins now
             self._since.pop(digest, None)
             self._since[digest] = step
+        self.began += members
         return True
 
     def _turn_is_over(self, step: int, digest: str, following: AdapterSet) -> bool:

@@ -19,10 +19,13 @@ ENOUGH = 3  # steps with prompt tokens
 FEW = 10  # prompt tokens that may take as long as a step
 ROWS = 64  # that double a step in which all decode: about twice as many on a GPU, half as many on a CPU
 # Standard deviations of decode, fixed and token: at first, of the first duration (the last one divided by its prompt
-# tokens), and of their change in a step, of a duration. Contexts grow, so the first changes most; the second is a
-# property of device and software.
-AT_FIRST = np.array([1.0, 0.3, 1.0])
-CHANGE = np.array([0.02, 5e-4, 1e-3])
+# tokens), if that has prompt tokens and if it has none and says nothing of what is fixed; and of their change in a step
+# that has them, of what they add to it, at least `LEAST` of its duration. Contexts grow, so the first and the last
+# change most; the second is a property of device and software.
+AT_FIRST, AT_FIRST_WITHOUT_PROMPT = np.array([1.0, 0.2, 1.0]), np.array([1.0, 1.0, 1.0])
+CHANGE = np.array([0.02, 0.01, 0.02])
+LEAST = 0.02
+KNOWN = 0.05  # of a short step's duration: a standard deviation
 
 
 class StepCosts:
@@ -41,12 +44,14 @@ class StepCosts:
             return False
         seconds = min(max(seconds, SHORTEST), LONGEST)
         if not (self._with_prompt or self._without):
-            self._covariance = np.diag((AT_FIRST * seconds / (1.0, 1.0, prompt or FEW)) ** 2)
+            parts = AT_FIRST if prompt else AT_FIRST_WITHOUT_PROMPT
+            self._covariance = np.diag((parts * seconds / (1.0, 1.0, prompt or FEW)) ** 2)
         self._with_prompt += prompt > 0
         self._without += prompt == 0
         count = np.array([1 + decoding / ROWS, prompt > 0, prompt])
         expected = float(self._parts @ count)
-        self._covariance += np.diag((CHANGE * max(expected, SHORTEST)) ** 2)
+        change = CHANGE * np.maximum(self._parts * count, LEAST * max(expected, SHORTEST))
+        self._covariance += np.diag(np.divide(change, count, out=np.zeros(3), where=count > 0) ** 2)
         shared = self._covariance @ count
         variance = max(0.0, float(count @ shared)) + (NOISE * max(expected, SHORTEST)) ** 2
         most = MOST_SURPRISE * variance**0.5
@@ -65,6 +70,12 @@ class StepCosts:
     def known(self) -> bool:
         """Whether enough steps were seen: of both kinds, or some with prompt tokens, to tell what is fixed of them."""
         return self._with_prompt >= ENOUGH or bool(self._with_prompt and self._without)
+
+    @property
+    def fixed_known(self) -> bool:
+        """Whether what is fixed of a step with prompt tokens was told apart from what each of them costs."""
+        deviation, shortest = float(self._covariance[1, 1]) ** 0.5, float(self._parts[0] + self._parts[1])
+        return bool(deviation < KNOWN * shortest)
 
     @property
     def fixed(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.batch_builder import build_batch
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.request import Request, Sampling, Served

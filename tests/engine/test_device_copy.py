@@ -41,6 +41,8 @@ class SlowCopy(PendingCopy):
 class SlowCopier(DeviceCopier):
     """Copies that stay pending until the test completes them."""
 
+    bytes_per_second = 1.0
+
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.events: list[Later] = []
@@ -113,6 +115,19 @@ def test_other_streams_continue_while_an_adapter_is_copied(session: Session) -> 
     session.run()
     assert (count(session, "base"), count(session, "waits")) == (40, 4)
     assert copier.pinned == 1
+
+
+def test_a_copy_begins_with_the_adapters_turn_and_not_with_its_first_step(folder: Path, tmp_path: Path) -> None:
+    session = Session(tmp_path, adapters=folder, max_num_seqs=1)
+    load(session, "two")
+    evict_all_from_device(session)
+    device_slots(session).copier = copier = SlowCopier()
+    session.send("base", [5, 9, 33], max_tokens=40)
+    steps(session, 1)
+    session.send("waits", [5, 9, 33], adapter="two", max_tokens=4)
+    steps(session, 1)
+    assert (count(session, "waits"), len(copier.events)) == (0, 1)
+    session.engine.close()
 
 
 def test_if_nothing_else_can_run_the_step_waits_for_the_copy(session: Session) -> None:

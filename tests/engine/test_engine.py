@@ -43,6 +43,14 @@ def test_greedy_batches_equal_generate_of_transformers(session: Session) -> None
     assert session.blocks_used == 0
 
 
+def test_a_request_is_told_how_many_wait_before_it(session: Session) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        session.send(str(index), prompt, max_tokens=1)
+    session.run()
+    admitted = [session.events[str(index)][0] for index in range(len(PROMPTS))]
+    assert [event.ahead for event in admitted if isinstance(event, Admitted)] == [0, 1, 2, 3]
+
+
 def test_a_seeded_request_gives_the_same_tokens_beside_any_others(session: Session) -> None:
     options = {"temperature": 1.0, "seed": 7, "top_p": 0.9}
     alone = session.ask("alone", PROMPTS[0], **options)

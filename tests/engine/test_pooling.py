@@ -9,7 +9,7 @@ import torch
 
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.pooling import EmbeddingSums, pooled_positions
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.request import EmbeddingParams, Pooling, Request, Sampling, Served
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.engine.runner import Runner, SequenceOutput
-from lora_serve.engine.scheduler import ScheduledSequence
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.errors import EngineFault, Unavailable
 from lora_serve.model.batch import Batch

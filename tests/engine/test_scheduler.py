@@ -15,7 +15,8 @@ from lora_serve.adapters.residency import Budget, Residency, Version
 from lora_serve.adapters.traits import Traits
 from lora_serve.engine.fairness import Fairness
 from lora_serve.engine.prefill_pacer import Demand
-from lora_serve.engine.scheduler import PrefillBudget, ScheduledSequence, Scheduler
+from lora_serve.engine.scheduled_sequence import ScheduledSequence
+from lora_serve.engine.scheduler import PrefillBudget, Scheduler
 from lora_serve.engine.sequence import IN_FLIGHT_TOKEN, Sequence
 from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.kv.pool import BlockPool
@@ -48,11 +49,18 @@ def all_loaded(digest: str) -> bool:
     return True
 
 
+def schedule(
+    s: Scheduler, loaded: Callable[[str], bool] = all_loaded, budget: PrefillBudget | None = None
+) -> list[ScheduledSequence]:
+    s.assign_slots(loaded, arrived=list(s._loaded._unloaded_with))
+    return s.schedule(budget)
+
+
 def run(
     s: Scheduler, loaded: Callable[[str], bool] = all_loaded, budget: PrefillBudget | None = None
 ) -> list[ScheduledSequence]:
     """One step in which every sampled sequence gets a token (its own order) and leaves at its limit."""
-    work = s.schedule(loaded, prefill_budget=budget, arrived=list(s._unloaded_with))
+    work = schedule(s, loaded, budget)
     for item in work:
         s.mark_launched(item)
     process_outputs(s, work)
@@ -118,7 +126,7 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache_except_for_its_last_toke
     run(s)
     s.add(sequence(1, prompt))
     assert shape(run(s)) == [(0, 12, 1), (1, 8, 4)]
-    assert s.prefix_hits == 8
+    assert s.running.prefix_hits == 8
 
 
 def test_another_adapter_or_tenant_never_finds_the_same_prompt() -> None:
@@ -129,7 +137,7 @@ def test_another_adapter_or_tenant_never_finds_the_same_prompt() -> None:
     s.add(sequence(1, prompt, "a"))
     s.add(sequence(2, prompt, tenant="someone"))
     run(s)
-    assert s.prefix_hits == 0
+    assert s.running.prefix_hits == 0
 
 
 def test_the_youngest_is_preempted_when_blocks_run_out_and_finishes_later() -> None:
@@ -137,7 +145,7 @@ def test_the_youngest_is_preempted_when_blocks_run_out_and_finishes_later() -> N
     for order in range(2):
         s.add(sequence(order, 7))
     steps = [run(s) for _ in range(40)]
-    assert s.preemptions >= 1
+    assert s.running.preemptions >= 1
     assert not s.running
     assert not s.waiting
     assert s.pool.free == 5
@@ -152,6 +160,34 @@ def test_a_sequence_whose_adapter_is_not_loaded_lets_others_pass() -> None:
     assert shape(run(s, lambda digest: digest != "slow")) == [(1, 0, 3)]
     assert shape(run(s))[0][0] == 1
     assert {item.seq.order for item in run(s)} == {0, 1}
+
+
+def test_a_sequence_whose_adapter_is_being_copied_is_left_out_unless_nothing_else_can_run() -> None:
+    s = scheduler()
+    s.add(sequence(0, 3, "copied"))
+    s.add(sequence(1, 3, "coming"))
+    assert s.assign_slots(all_loaded) == ["copied", "coming"]  # both turns begin: the copies may begin too
+    work = s.schedule(copying={"coming"})
+    assert shape(work) == [(0, 0, 3)]
+    for item in work:
+        s.mark_launched(item)
+    assert (s.assign_slots(all_loaded), shape(s.schedule(copying={"copied", "coming"}))) == ([], [(0, 3, 1), (1, 0, 3)])
+
+
+def test_a_copy_that_is_not_complete_does_not_count_as_a_prompt_that_waits() -> None:
+    asked: list[Demand] = []
+
+    def budget(demand: Demand) -> int:
+        asked.append(demand)
+        return 100
+
+    s = scheduler()
+    s.add(sequence(0, 3))
+    run(s)
+    s.add(sequence(1, 3, "coming"))
+    s.assign_slots(all_loaded)
+    assert shape(s.schedule(budget, {"coming"})) == [(0, 3, 1)]
+    assert not asked
 
 
 def test_adapters_that_outnumber_slots_take_turns() -> None:
@@ -211,7 +247,7 @@ def test_virtual_tokens_are_computed_once_for_all_tenants_even_without_a_prefix_
     s.add(sequence(1, 6, "a", tenant="two", traits=virtual))
     s.add(sequence(2, 6, "b", tenant="one", traits=virtual))
     assert shape(run(s)) == [(0, 15, 1), (1, 8, 7), (2, 0, 15)]
-    assert (s.prefix_hits, s.running[1].cached) == (0, 0)
+    assert (s.running.prefix_hits, list(s.running)[1].cached) == (0, 0)
 
 
 def test_virtual_tokens_are_found_even_if_the_prompt_must_be_computed() -> None:
@@ -232,8 +268,8 @@ def test_virtual_tokens_do_not_count_as_cached_prompt_tokens() -> None:
     for order in range(2):
         s.add(sequence(order, list(range(8)), "a", traits=Traits(virtual=6)))
         run(s)
-    assert s.running[1].cached == 6  # three blocks of 4, of which 6 tokens are virtual
-    assert (s.prefix_hits, s.prefix_tokens) == (6, 16)
+    assert list(s.running)[1].cached == 6  # three blocks of 4, of which 6 tokens are virtual
+    assert (s.running.prefix_hits, s.running.prefix_tokens) == (6, 16)
 
 
 def test_an_invoked_adapter_finds_the_base_s_prompt_up_to_its_invocation() -> None:
@@ -311,7 +347,7 @@ def test_random_load_always_ends_with_every_block_back() -> None:
             if s.waiting and rng.random() < 0.1:
                 s.remove(rng.choice(list(s.waiting)))
             if s.running and rng.random() < 0.1:
-                s.remove(rng.choice(s.running))
+                s.remove(rng.choice(list(s.running)))
         for _ in range(3000):
             if not s.running and not s.waiting:
                 break
@@ -337,7 +373,7 @@ def test_steps_scheduled_while_one_is_in_flight_give_the_same_tokens_and_leak_no
             s.add(seq)
         step_in_flight: list[ScheduledSequence] = []
         for _ in range(3000):
-            work = s.schedule(all_loaded)
+            work = schedule(s)
             assert not any(item.seq.last_token_in_flight for item in work if not item.samples)
             for item in work:
                 s.mark_launched(item)
@@ -355,10 +391,10 @@ def test_a_sequence_whose_last_token_is_in_flight_is_not_scheduled_again() -> No
     s = scheduler()
     s.add(seq := sequence(0, 3))
     seq.limit = 4
-    for item in s.schedule(all_loaded):
+    for item in schedule(s):
         s.mark_launched(item)
     assert (seq.tokens[-1], seq.last_token_in_flight) == (IN_FLIGHT_TOKEN, True)
-    assert s.schedule(all_loaded) == []
+    assert schedule(s) == []
 
 
 @pytest.mark.parametrize("adapters", [0, 200], ids=["base only", "200 adapters on 4 slots"])
@@ -375,7 +411,7 @@ def schedule_calls(waiting: int, adapters: int) -> int:
     for order in range(4, waiting + 4):
         s.add(sequence(order, 3, f"a{order % adapters}" if adapters else None))
     for _ in range(60):  # until every adapter has been looked up
-        s.schedule(all_loaded)
+        schedule(s)
     assert len(s.waiting) == waiting
     calls = 0
 
@@ -386,7 +422,7 @@ def schedule_calls(waiting: int, adapters: int) -> int:
     sys.setprofile(count)
     try:
         for _ in range(8):
-            s.schedule(all_loaded)
+            schedule(s)
     finally:
         sys.setprofile(None)
     return calls
@@ -420,16 +456,16 @@ def test_a_newcomer_with_a_right_to_a_row_does_not_wait_behind_anothers_long_pro
 def test_what_is_computed_is_charged_once() -> None:
     s = scheduler(tokens=32)
     s.add(seq := sequence(0, 10))
-    for part in s.schedule(all_loaded):
+    for part in schedule(s):
         s.mark_launched(part)
-    s.schedule(all_loaded)  # scheduled, and left out of the step that is launched
+    schedule(s)  # scheduled, and left out of the step that is launched
     assert seq.share.served == 10 + 2
     seq.append_known([5, 6, 7, 8])  # forced by a grammar
-    for part in s.schedule(all_loaded):
+    for part in schedule(s):
         s.mark_launched(part)
     assert seq.share.served == 12 + 3 + 2
-    s._preempt(seq)
-    for part in s.schedule(all_loaded):
+    s.running.preempt(seq)
+    for part in schedule(s):
         s.mark_launched(part)
     assert seq.share.served == 17 + 2
 
@@ -437,9 +473,9 @@ def test_what_is_computed_is_charged_once() -> None:
 def test_tokens_that_come_while_a_sequence_waits_do_not_falsify_how_many_wait() -> None:
     s = scheduler()
     s.add(seq := sequence(0, 10))
-    for part in s.schedule(all_loaded):
+    for part in schedule(s):
         s.mark_launched(part)
-    s._preempt(seq)
+    s.running.preempt(seq)
     seq.append_known([5] * 50)
     s.remove(seq)
     s.add(sequence(1, 30))

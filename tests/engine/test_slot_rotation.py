@@ -39,6 +39,15 @@ def test_after_a_quantum_the_longest_waiting_set_gets_the_slot() -> None:
     assert resident == [{"a"}] * 3 + [{"b"}] * 3 + [{"c"}] * 3 + [{"a"}]
 
 
+def test_it_says_whose_turn_began() -> None:
+    rotation = SlotRotation(Fairness(), 1, 3)
+    began = []
+    for step in range(1, 8):
+        assign(rotation, step, [("a",), ("b",), ("c",)])
+        began.append(rotation.began)
+    assert began == [["a"], [], [], ["b"], [], [], ["c"]]
+
+
 def test_a_slot_is_free_as_soon_as_its_adapter_is_not_needed() -> None:
     rotation = SlotRotation(Fairness(), 1, 100)
     assign(rotation, 1, [("a",)])
