@@ -20,14 +20,6 @@ namespace {
 constexpr int64_t KEYS = 32;  // positions in a tile
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
 
-// Whether scores of bf16 queries and keys use the dot product instruction of bf16 pairs: exact products, float sums. On
-// Zen it is as fast as an FMA; cores with fp16 arithmetic are Intel's, and there it is slower than widening.
-#if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
-constexpr bool DOTS = true;
-#else
-constexpr bool DOTS = false;
-#endif
-
 struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
 
 void check_pool([[maybe_unused]] const Pool& pool, [[maybe_unused]] int64_t blocks) {

@@ -16,32 +16,40 @@ struct Segment {
     size_t shrunk;  // offset of its result of shrink [rows, ranks]
 };
 
+// sum + x * w: a vector of each, or with `DOTS` one of pairs of bf16 (2W numbers)
+template <class X> constexpr size_t STEP = DOTS && std::is_same_v<X, Bf16> ? 2 * W : W;  // inputs at once
+template <class X, class T_> INLINE V multiply_add(V sum, const X* x, const T_* w) {
+    if constexpr (STEP<X> == W) return sum + load(x) * load(w);
+    else return dot_pair(sum, (U)load((const float*)x), (U)load((const float*)w));
+}
+
 // acc[T, R] (a vector each) += x[T, from:to] @ a[R, from:to].T by lanes; rows of `a` are n long, `next` is prefetched
-template <class T_, int T, int R>
-void dots(const float* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t from, size_t to, float* acc) {
+template <class X, class T_, int T, int R>
+void dots(const X* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t from, size_t to, float* acc) {
+    constexpr size_t S = STEP<X>;
     V sum[T * R];
     UNROLL
     for (int i = 0; i < T * R; i++) sum[i] = from ? load(acc + i * W) : V{};
     size_t k = from;
-    for (; k + W <= to; k += W) {
-        V w[R];
+    for (; k + S <= to; k += S) {
         UNROLL
-        for (int r = 0; r < R; r++) {
-            w[r] = load(a + r * n + k);
+        for (int r = 0; r < R; r++)
             if (k * sizeof(T_) % 64 == 0) __builtin_prefetch(next + r * n + k, 0, 2);
-        }
         UNROLL
-        for (int t = 0; t < T; t++) {
-            V v = load(x + t * ldx + k);
+        for (int t = 0; t < T; t++)
             UNROLL
-            for (int r = 0; r < R; r++) sum[t * R + r] += v * w[r];
-        }
+            for (int r = 0; r < R; r++) sum[t * R + r] = multiply_add(sum[t * R + r], x + t * ldx + k, a + r * n + k);
     }
     if (k < to)
         for (int r = 0; r < R; r++) {
-            V w = load_part(a + r * n + k, to - k);
+            T_ w[S] = {};
+            memcpy(w, a + r * n + k, (to - k) * sizeof(T_));
             UNROLL
-            for (int t = 0; t < T; t++) sum[t * R + r] += load(x + t * ldx + k) * w;
+            for (int t = 0; t < T; t++) {
+                X part[S] = {};
+                memcpy(part, x + t * ldx + k, (to - k) * sizeof(X));
+                sum[t * R + r] = multiply_add(sum[t * R + r], part, w);
+            }
         }
     UNROLL
     for (int i = 0; i < T * R; i++) store(acc + i * W, sum[i]);
@@ -60,8 +68,8 @@ template <int T, int R> void finish(const float* acc, float weight, float* out, 
 
 // out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc holds rows * ranks vectors; `after` is prefetched after
 // `a`
-template <class T_>
-void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* after, size_t n, int64_t ranks,
+template <class X, class T_>
+void shrink_tile(int rows, const X* x, size_t ldx, const T_* a, const T_* after, size_t n, int64_t ranks,
                  float weight, float* out, size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
@@ -71,8 +79,8 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* af
             size_t to = std::min(n, k + DEPTH);
             int64_t r = 0;
             for (; r + R <= ranks; r += R)
-                dots<T_, T, R>(x, ldx, a + r * n, r + 2 * R <= ranks ? a + (r + R) * n : after, n, k, to, acc + r * T * W);
-            for (; r < ranks; r++) dots<T_, T, 1>(x, ldx, a + r * n, a + (r + 1) * n, n, k, to, acc + r * T * W);
+                dots<X, T_, T, R>(x, ldx, a + r * n, r + 2 * R <= ranks ? a + (r + R) * n : after, n, k, to, acc + r * T * W);
+            for (; r < ranks; r++) dots<X, T_, T, 1>(x, ldx, a + r * n, a + (r + 1) * n, n, k, to, acc + r * T * W);
         }
         int64_t r = 0;
         for (; r + R <= ranks; r += R) finish<T, R>(acc + r * T * W, weight, out + r, ldo);
@@ -80,64 +88,61 @@ void shrink_tile(int rows, const float* x, size_t ldx, const T_* a, const T_* af
     });
 }
 
-// sum[T, C * W] = h[T, ranks] @ b[ranks, C * W], without a widened copy of the weights; `next` is prefetched
-template <class T_, int T, int C>
-void stream(const float* h, size_t ldh, const T_* b, const T_* next, size_t ldb, size_t ranks, float* sum) {
-    V acc[T][C] = {};
+// out[T, C * W] += h[T, ranks] @ b[ranks, C * W]; `next` is prefetched, if there is one
+template <class T_, class O, int T, int C, bool NEXT>
+void expand_tile(const float* h, size_t ldh, const T_* b, const T_* next, size_t ldb, size_t ranks, O* out, size_t ldo) {
+    V sum[T][C] = {};
     for (size_t r = 0; r < ranks; r++) {
         UNROLL
         for (int c = 0; c < C; c++) {
             V w = load(b + r * ldb + c * W);
-            if (c * W * sizeof(T_) % 64 == 0) __builtin_prefetch(next + r * ldb + c * W, 0, 2);
+            if (NEXT && c * W * sizeof(T_) % 64 == 0) __builtin_prefetch(next + r * ldb + c * W, 0, 2);
             UNROLL
-            for (int t = 0; t < T; t++) acc[t][c] += w * h[t * ldh + r];
+            for (int t = 0; t < T; t++) sum[t][c] += w * h[t * ldh + r];
         }
     }
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int c = 0; c < C; c++) store(sum + (t * C + c) * W, acc[t][c]);
+        for (int c = 0; c < C; c++) {
+            O* at = out + t * ldo + c * W;
+            store(at, load(at) + sum[t][c]);
+        }
 }
 
-struct Matrix { char* data; size_t stride, type; };  // stride in bytes
-
-void add_tile(Matrix out, int64_t row, int rows, size_t column, size_t n, const float* sum, size_t lds) {
-    with_type(out.type, [&](auto* type) {
-        using O = std::remove_pointer_t<decltype(type)>;
-        for (int t = 0; t < rows; t++)
-            add_row(reinterpret_cast<O*>(out.data + (row + t) * out.stride) + column, n, sum + t * lds);
-    });
-}
-
-// out[first : first + rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` is prefetched after `b`
-template <class T_>
-void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb, size_t ranks, Matrix out,
-            int64_t first, int64_t rows, size_t from, size_t to, float* wide) {
+// out[rows, from : to] += h[rows, ranks] @ b[ranks, from : to]; `after` is prefetched after `b`
+template <class T_, class O>
+void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb, size_t ranks, O* out, size_t ldo,
+            int64_t rows, size_t from, size_t to, float* wide) {
     after += from;
-    float sum[8 * 8 * W];
     if (rows <= TILE)
         with_rows((int)rows, [&](auto t) {
             constexpr int T = decltype(t)::value;
             constexpr int C = T <= 2 ? 8 : T <= 4 ? 4 : 2;
             for (; from + C * W <= to; from += C * W) {
                 bool more = from + 2 * C * W <= to;
-                stream<T_, T, C>(h, ldh, b + from, more ? b + from + C * W : after, ldb, ranks, sum);
-                add_tile(out, first, T, from, C * W, sum, C * W);
+                const T_* next = more ? b + from + C * W : after;
+                expand_tile<T_, O, T, C, true>(h, ldh, b + from, next, ldb, ranks, out + from, ldo);
             }
         });
-    for (; from < to; from += 2 * W) {  // a panel of columns, widened once for all rows
-        size_t n = std::min<size_t>(2 * W, to - from);
+    constexpr size_t N = 2 * W;
+    for (; from < to; from += N) {  // a panel of columns, widened once for all rows
+        size_t n = std::min(N, to - from);
         for (size_t r = 0; r < ranks; r++) {
-            if (n <= W) store(wide + r * 2 * W + W, V{});
-            widen_row(b + r * ldb + from, n, wide + r * 2 * W);
+            if (n <= W) store(wide + r * N + W, V{});
+            widen_row(b + r * ldb + from, n, wide + r * N);
         }
         for (int64_t row = 0; row < rows; row += TILE) {
-            for (int64_t next = row + TILE; next < std::min<int64_t>(row + 2 * TILE, rows); next++)
-                __builtin_prefetch(out.data + (first + next) * out.stride + from * (out.type == FP32 ? 4 : 2), 1);
+            O* at = out + row * ldo + from;
+            for (int64_t next = TILE; next < std::min<int64_t>(2 * TILE, rows - row); next++)
+                __builtin_prefetch(at + next * ldo, 1);
             with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t) {
                 constexpr int T = decltype(t)::value;
-                panel<T, false>(h + row * ldh, ldh, wide, 2 * W, ranks, sum, 2 * W);
-                add_tile(out, first + row, T, from, n, sum, 2 * W);
+                const float *own = h + row * ldh, *none = nullptr;
+                if (n == N) return expand_tile<float, O, T, 2, false>(own, ldh, wide, none, N, ranks, at, ldo);
+                float sum[TILE * N] = {};
+                expand_tile<float, float, T, 2, false>(own, ldh, wide, none, N, ranks, sum, N);
+                for (int i = 0; i < T; i++) add_row(at + i * ldo, n, sum + i * N);
             });
         }
     }
@@ -173,11 +178,13 @@ struct Work {
                 int64_t to = thread + 1 == threads ? s.ranks : cut(hi, at, each, s.ranks, 8);
                 at += each * s.ranks;
                 if (from >= to) continue;
-                with_type(call.type, [&](auto* type) {
-                    auto* source = (decltype(type))call.x + (s.first + row) * call.x_stride;
-                    for (int t = 0; t < rows; t++) widen_row(source + t * call.x_stride, in, x + t * ldx);
-                });
-                float* out = shrunk + s.shrunk + row * s.ranks;
+                bool pairs = DOTS && call.type == BF16 && group.type == BF16;
+                if (!pairs)
+                    with_type(call.type, [&](auto* type) {
+                        auto* source = (decltype(type))call.x + (s.first + row) * call.x_stride;
+                        for (int t = 0; t < rows; t++) widen_row(source + t * call.x_stride, in, x + t * ldx);
+                    });
+                float *out = shrunk + s.shrunk + row * s.ranks, *acc = x + TILE * ldx;
                 for (int64_t m = 0, offset = 0; m < group.modules; offset += rank(m, s), m++) {
                     int64_t begin = std::max(from, offset), end = std::min(to, offset + rank(m, s));
                     if (begin >= end) continue;
@@ -185,7 +192,14 @@ struct Work {
                         auto* a = (decltype(type))group.a[m * group.slots + s.slot] + (begin - offset) * in;
                         bool last = m + 1 == group.modules;
                         auto* after = (decltype(type))group.a[last ? following(s).slot : (m + 1) * group.slots + s.slot];
-                        shrink_tile(rows, x, ldx, a, after, in, end - begin, s.weight, out + begin, s.ranks, x + TILE * ldx);
+                        if constexpr (DOTS && std::is_same_v<decltype(a), Bf16*>)
+                            if (pairs) {
+                                auto* own = (const Bf16*)call.x + (s.first + row) * call.x_stride;
+                                shrink_tile(rows, own, (size_t)call.x_stride, a, after, in, end - begin, s.weight,
+                                            out + begin, s.ranks, acc);
+                                return;
+                            }
+                        shrink_tile(rows, x, ldx, a, after, in, end - begin, s.weight, out + begin, s.ranks, acc);
                     });
                 }
             }
@@ -201,8 +215,6 @@ struct Work {
             at += each * columns;
             if (from >= to) continue;
             DeltaOutput output = call.output[m];
-            size_t bytes = call.type == FP32 ? 4 : 2;
-            Matrix out{(char*)output.data, (size_t)output.stride * bytes, (size_t)call.type};
             for (const Segment& s : segments) {
                 int64_t ranks = rank(m, s), offset = 0;
                 if (ranks == 0) continue;
@@ -210,8 +222,11 @@ struct Work {
                 with_type(group.type, [&](auto* type) {
                     auto* b = (decltype(type))group.b[m * group.slots + s.slot];
                     auto* after = (decltype(type))group.b[m * group.slots + following(s).slot];
-                    expand(shrunk + s.shrunk + offset, s.ranks, b, after, columns, ranks, out, s.first, s.rows, from, to,
-                           wide);
+                    with_type(call.type, [&](auto* element) {
+                        auto* out = (decltype(element))output.data + s.first * output.stride;
+                        expand(shrunk + s.shrunk + offset, s.ranks, b, after, columns, ranks, out, output.stride, s.rows,
+                               from, to, wide);
+                    });
                 });
             }
         }
@@ -275,7 +290,7 @@ extern "C" int64_t lora_delta(const DeltaCall* call) {
     if (segments.empty()) return 0;
     work.shrunk = scratch(memory, floats);
     size_t own = std::max(TILE * padded(group.in) + most * TILE * W, most * 2 * W);
-    constexpr size_t SMALL = 1 << 18;  // weights; with fewer, one thread is done before another is awake
+    constexpr size_t SMALL = 1 << 15;  // weights; with fewer, one thread is done before another is awake
     parallel(weights < SMALL ? 1 : (int)call->threads, [&](int thread, int threads) {
         static thread_local std::vector<float> mine;
         float* room = scratch(mine, own);
