@@ -176,3 +176,29 @@ def test_an_index_outside_the_pool_is_refused_and_nothing_is_written(native: Nat
     assert not keys.any()
     with pytest.raises(TypeError, match="pool's type"):
         native.write_kv(keys, values, k.half(), k.half(), torch.tensor([0, 1]))
+
+
+LONG = dataclasses.replace(CASE, kv_heads=1, share=3, sequences=[(3, 3001), (1, 1025), (40, 1040), (1, 1024), (1, 60)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "with_sinks"), [(None, False), (1500, True), (40, True)])
+def test_a_long_context_is_split_over_threads_with_the_same_bits(
+    native: NativeKernels, dtype: torch.dtype, window: int | None, with_sinks: bool
+) -> None:
+    q, keys, values, metadata = dataclasses.replace(LONG, dtype=dtype).tensors()
+    sinks = torch.randn(q.shape[1]) if with_sinks else None
+    torch.set_num_threads(1)
+    whole = native.attention(q, keys, values, metadata, 0.125, window, None, sinks)
+    assert_near(whole, reference.attention(q, keys, values, metadata, 0.125, window, None, sinks))
+    for threads in (2, 16):  # of 16, more than there are sequences and heads
+        torch.set_num_threads(threads)
+        assert torch.equal(native.attention(q, keys, values, metadata, 0.125, window, None, sinks), whole)
+    start = 0
+    for i, (rows, context) in enumerate(LONG.sequences):
+        for row in range(rows):
+            at = context - rows + row + 1
+            alone = AttentionMetadata(int32(0, 1), int32(at), metadata.block_table[i : i + 1], 1, at)
+            got = native.attention(q[start + row : start + row + 1], keys, values, alone, 0.125, window, None, sinks)
+            assert torch.equal(got[0], whole[start + row])
+        start += rows

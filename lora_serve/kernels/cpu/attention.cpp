@@ -3,24 +3,25 @@
 // A unit of work is (sequence, run of query rows, some kv heads). It takes all query heads that share a kv head, so
 // that each key and value is read and widened once for all of them; several kv heads where there are enough units,
 // since a position's heads are neighbours in memory. Keys are processed in tiles that begin at multiples of KEYS
-// whatever the batch, with an online softmax over the tiles; the context is never gathered into a copy.
-//
-// With few rows (decode) keys and values are used straight from registers (`compare` for q · k, `weigh` for p · v);
-// with more, they are widened into buffers first (`load_*`) that all rows read (`multiply*`). Either way a score sums
-// over its dimensions in ascending order and an output over its keys, so both give the same bits.
+// whatever the batch, with an online softmax over the tiles; the context is never gathered into a copy. The softmax
+// begins anew at multiples of PART, and its parts are merged in order: where there are fewer units than threads, each
+// part is a unit of its own (split over the context, as in Flash-Decoding), with the same bits.
 #include <algorithm>
 #include <atomic>
-#include <limits>
 
+#include "attention_tiles.h"
 #include "calls.h"
-#include "simd.h"
 
 namespace {
 
-constexpr int64_t KEYS = 32;  // positions in a tile
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
+constexpr int64_t PART = 1024;  // positions in a part of the context, a multiple of KEYS
 
-struct Unit { int64_t sequence, head, heads, first, tokens; };  // kv heads; first: of the sequence's rows in this step
+struct Unit {
+    int64_t sequence, head, heads, first, tokens;  // kv heads; first: of the sequence's rows in this step
+    int64_t from, to;                              // positions whose keys it takes
+    float* state;                                  // where its State is kept, if it is one part of several; else null
+};
 
 void check_pool([[maybe_unused]] const Pool& pool, [[maybe_unused]] int64_t blocks) {
 #ifdef LORA_CHECKED
@@ -28,314 +29,91 @@ void check_pool([[maybe_unused]] const Pool& pool, [[maybe_unused]] int64_t bloc
 #endif
 }
 
-INLINE V tangent(V x) {  // hyperbolic tangent
-    V positive = x < 0 ? -x : x;
-    V e = power_of_two(positive * (-2 * LOG2E));
-    V value = (1.0f - e) / (1.0f + e);
-    return x < 0 ? -value : value;
-}
-
-// Addresses of the keys or values at a tile's positions, for one head.
-struct Places {
-    const char* const* first;  // of the unit's first kv head
-    int64_t offset;
-    const char* operator[](int64_t j) const { return first[j] + offset; }
-};
+constexpr size_t whole_panels(int64_t dim) { return ((size_t)dim + 2 * W - 1) / (2 * W) * 2 * W; }
 
 // Scratch memory of one unit; rows are padded to whole vectors.
 struct Room {
-    size_t kd, vd, rows;  // padded widths
-    float *q, *out, *score, *keys, *values, *top, *sum;  // top: largest score; sum: of probabilities, W parts of it
-    Room(std::vector<float>& memory, size_t rows, size_t key_dim, size_t value_dim)
-        : kd((key_dim + 2 * W - 1) / (2 * W) * 2 * W), vd((value_dim + 2 * W - 1) / (2 * W) * 2 * W), rows(rows) {
-        float* p = scratch(memory, rows * (kd + vd + KEYS + W + 1) + TILE + KEYS * (kd + vd) + gaps(7));
+    size_t kd, vd;  // padded widths
+    float *q, *score, *keys, *values, *states;
+    Room(std::vector<float>& memory, size_t rows, int64_t key_dim, int64_t value_dim)
+        : kd(whole_panels(key_dim)), vd(whole_panels(value_dim)) {
+        float* p = scratch(memory, rows * (kd + KEYS) + KEYS * (kd + vd) + gaps(4) + 2 * State::floats(rows, vd));
         auto take = [&](size_t n) { return part_of(p, n); };
         keys = take(KEYS * kd);
         values = take(KEYS * vd);
         score = take(rows * KEYS);
         q = take(rows * kd);
-        out = take(rows * vd);
-        top = take(rows + TILE);  // `soften` takes TILE at once
-        sum = take(rows * W);
+        states = p;
     }
 };
 
-// Dimensions from `d` of keys j..j+W, transposed: pair p (of two-byte types; half the shuffles) or dimension p of all
-// W keys in block[p]; zeros for keys from n on and dimensions from `dim` on.
-template <class T_> INLINE void load_block(Places row, int64_t j, int64_t n, size_t d, size_t dim, V* block) {
-    size_t bytes = std::min(sizeof(V), (dim - d) * sizeof(T_));
-    if (j + W <= n && bytes == sizeof(V)) {
-        UNROLL
-        for (int i = 0; i < W; i++) block[i] = load((const float*)(row[j + i] + d * sizeof(T_)));
-    } else {
-        UNROLL
-        for (int i = 0; i < W; i++) {
-            V part = {};  // a copy of unknown length would keep all of `block` out of the registers
-            if (j + i < n) memcpy(&part, row[j + i] + d * sizeof(T_), bytes);
-            block[i] = part;
-        }
+// The rows of a unit: those of its first kv head, then those of the next.
+struct Rows {
+    int64_t share, rows, count, start, length, position;  // rows: of one kv head; position: of row 0's token
+    const Unit& unit;
+    Rows(const AttentionCall& call, const Unit& unit) : share(call.heads / call.kv_heads), unit(unit) {
+        rows = unit.tokens * share;
+        count = rows * unit.heads;
+        start = call.query_start[unit.sequence];
+        length = call.query_start[unit.sequence + 1] - start;
+        position = call.context[unit.sequence] - length + unit.first;
     }
-    transpose(block);
-}
+    int64_t token(int64_t r) const { return start + unit.first + r % rows / share; }
+    int64_t head(int64_t r) const { return (unit.head + r / rows) * share + r % share; }
+    Sight sight(const AttentionCall& call) const { return {call.window, position, share}; }
+    // Where few rows use values straight from registers, their outputs are in the order of `load_two`.
+    bool few() const { return rows <= TILE; }
+    bool direct(const AttentionCall& call) const { return few() && call.values.dim % (2 * W) == 0; }
+};
 
-// keys[dim][KEYS] = n rows of T_, transposed and widened (Dot: [pair of dim][KEYS], not widened); zeros from row n on.
-template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
-    constexpr size_t EACH = 4 / sizeof(T_);
-    for (int64_t j = 0; j < KEYS; j += W)
-        for (size_t d = 0; d < dim; d += W * EACH) {
-            V block[W];
-            load_block<T_>(row, j, n, d, dim, block);
-            UNROLL
-            for (int i = 0; i < W; i++) {
-                __builtin_prefetch(next[j + i] + d * sizeof(T_), 0, 2);
-                if constexpr (EACH == 1 || Dot) {
-                    store(keys + (d / EACH + i) * KEYS + j, block[i]);
-                } else {
-                    store(keys + (d + 2 * i) * KEYS + j, first_of_pair<T_>((U)block[i]));
-                    store(keys + (d + 2 * i + 1) * KEYS + j, second_of_pair<T_>((U)block[i]));
-                }
-            }
-        }
-}
-
-// sum[T] += q[T rows of kd] * key: one dimension of W keys (score_element), or a pair of dimensions (score_pair).
-template <int T> INLINE void score_element(V* sum, V key, const float* q, size_t kd) {
-    UNROLL
-    for (int t = 0; t < T; t++) sum[t] += key * q[t * kd];
-}
-template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd) {
-    UNROLL
-    for (int t = 0; t < T; t++) {
-        uint32_t pair;
-        memcpy(&pair, q + t * kd, sizeof pair);
-        sum[t] = dot_pair(sum[t], key, U{} + pair);
-    }
-}
-
-// Scores of few rows: score[rows, KEYS] = q[rows, dim] . n keys of T_, transposed and widened in registers.
-template <class T_, bool Dot>
-void compare(int64_t rows, const float* q, size_t kd, Places row, int64_t n, size_t dim, float* score) {
-    constexpr size_t EACH = 4 / sizeof(T_);
-    with_rows((int)rows, [&](auto t_) {
-        constexpr int T = decltype(t_)::value;
-        for (int64_t j = 0; j < n; j += W) {
-            V sum[T] = {};
-            for (size_t d = 0; d < dim; d += W * EACH) {
-                V block[W];
-                load_block<T_>(row, j, n, d, dim, block);
-                UNROLL
-                for (int i = 0; i < W; i++) {
-                    if constexpr (Dot) {
-                        score_pair<T>(sum, (U)block[i], q + d / 2 + i, kd);
-                    } else if constexpr (EACH == 1) {
-                        score_element<T>(sum, block[i], q + d + i, kd);
-                    } else {
-                        score_element<T>(sum, first_of_pair<T_>((U)block[i]), q + d + 2 * i, kd);
-                        score_element<T>(sum, second_of_pair<T_>((U)block[i]), q + d + 2 * i + 1, kd);
-                    }
-                }
-            }
-            UNROLL
-            for (int t = 0; t < T; t++) store(score + t * KEYS + j, sum[t]);
+// Writes the outputs of a unit whose softmax is complete.
+void write(const AttentionCall& call, const Rows& own, State total) {
+    size_t vd = call.values.dim;
+    if (own.direct(call))
+        with_type(call.values.type, [&](auto* type) {
+            using T_ = std::remove_pointer_t<decltype(type)>;
+            for (float* p = total.out; p < total.out + own.count * total.width; p += 2 * W) sort_two<T_>(p, Lanes{});
+        });
+    with_type(call.q_type, [&](auto* type) {
+        using T_ = std::remove_pointer_t<decltype(type)>;
+        for (int64_t r = 0; r < own.count; r++) {
+            T_* to = (T_*)call.out + (own.token(r) * call.heads + own.head(r)) * vd;
+            float *out = total.out + r * total.width, sum = ::total(load(total.sum + r * W));
+            size_t d = 0;
+            for (; d + W <= vd; d += W) store(to + d, load(out + d) / sum);
+            if (d < vd) store_part(to + d, load(out + d) / sum, vd - d);
         }
     });
-}
-
-// score[rows, KEYS] = q[rows, pairs] . keys[pairs, KEYS]
-void multiply_pairs(int64_t rows, const float* q, size_t kd, const float* keys, size_t pairs, float* score) {
-    for (int64_t j = 0; j < KEYS; j += 2 * W)
-        for (int64_t row = 0; row < rows; row += TILE)
-            with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t_) {
-                constexpr int T = decltype(t_)::value;
-                V left[T] = {}, right[T] = {};
-                for (size_t p = 0; p < pairs; p++) {
-                    score_pair<T>(left, (U)load(keys + p * KEYS + j), q + row * kd + p, kd);
-                    score_pair<T>(right, (U)load(keys + p * KEYS + j + W), q + row * kd + p, kd);
-                }
-                UNROLL
-                for (int t = 0; t < T; t++) {
-                    store(score + (row + t) * KEYS + j, left[t]);
-                    store(score + (row + t) * KEYS + j + W, right[t]);
-                }
-            });
-}
-
-template <class T_>
-void load_values(Places row, Places next, int64_t n, size_t dim, size_t width, float* values) {
-    for (int64_t j = 0; j < KEYS; j++) {
-        float* to = values + j * width;
-        size_t done = 0;
-        if (j < n) {
-            widen_row((const T_*)row[j], dim, to);
-            done = padded(dim);
-            for (size_t d = 0; d < dim * sizeof(T_); d += 64) __builtin_prefetch(next[j] + d, 0, 2);
-        }
-        for (; done < width; done += W) store(to + done, V{});
-    }
-}
-
-// Lane t of the result is the largest lane of r[t], for TILE vectors.
-template <int D = W / 2> INLINE V largests(V* r) {
-    UNROLL
-    for (int i = 0; i < TILE; i++)
-        if constexpr (D == TILE) r[i] = larger(r[i], swapped<D>(r[i], Lanes{}));
-        else if (i < D) r[i] = larger(low<D>(r[i], r[i + D], Lanes{}), high<D>(r[i], r[i + D], Lanes{}));
-    if constexpr (D > 1) return largests<D / 2>(r);
-    return r[0];
-}
-
-// The keys that a row sees: its sequence's up to its own position, or the last `window` of these.
-struct Sight {
-    int64_t window, position, share;  // position of row 0; rows per position
-    int64_t newest(int64_t row) const { return position + row / share; }
-    int64_t oldest(int64_t row) const { return window ? std::max<int64_t>(0, newest(row) - window + 1) : 0; }
-};
-
-// State of the online softmax after the tiles so far.
-struct Running {
-    float *out, *top, *sum;  // as in Room
-    size_t width;            // of a row of `out`
-};
-
-// One step of the online softmax, for rows `row`.. < `row` + `rows` <= `row` + TILE and the tile of keys from `first`:
-// replaces unscaled scores by probabilities relative to the rows' largest scores so far, and rescales `sum` and `out`
-// where a largest score has grown.
-INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t rows, int64_t first, float* score,
-                   Running run) {
-    constexpr int N = KEYS / W;
-    V low = V{} - std::numeric_limits<float>::infinity(), most[TILE];
-    bool whole = first >= sight.oldest(row + rows - 1) && first + KEYS - 1 <= sight.newest(row);
-    I lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
-    for (int t = 0; t < TILE; t++) most[t] = low;
-    score += row * KEYS;
-    for (int t = 0; t < rows; t++)
-        for (int c = 0; c < N; c++) {
-            V s = load(score + t * KEYS + c * W) * scale;
-            if (cap > 0) s = tangent(s / cap) * (cap * LOG2E);
-            if (!whole) {
-                int32_t from = (int32_t)(sight.oldest(row + t) - first), to = (int32_t)(sight.newest(row + t) - first);
-                s = (lane >= from - c * W) & (lane <= to - c * W) ? s : low;
-            }
-            store(score + t * KEYS + c * W, s);
-            most[t] = larger(most[t], s);
-        }
-    V old = {}, base, shrink;
-    memcpy(&old, run.top + row, TILE * sizeof(float));
-    V now = larger(old, largests(most));
-    base = now == low ? V{} : now;  // low: no key seen yet
-    shrink = power_of_two(old - base);
-    memcpy(run.top + row, &now, TILE * sizeof(float));
-    for (int t = 0; t < rows; t++) {
-        V part = {};
-        UNROLL
-        for (int c = 0; c < N; c++) {
-            V p = power_of_two(load(score + t * KEYS + c * W) - base[t]);
-            store(score + t * KEYS + c * W, p);
-            part += p;
-        }
-        float *sum = run.sum + (row + t) * W, *out = run.out + (row + t) * run.width;
-        store(sum, load(sum) * shrink[t] + part);
-        if (shrink[t] != 1.0f)
-            for (size_t d = 0; d < run.width; d += W) store(out + d, load(out + d) * shrink[t]);
-    }
-}
-
-// c[rows, n] = (Add: c +) a[rows, k] @ b[k, n], n a multiple of 2W
-template <bool Add>
-void multiply(int64_t rows, const float* a, size_t lda, const float* b, size_t n, size_t k, float* c) {
-    for (size_t d = 0; d < n; d += 2 * W)
-        for (int64_t row = 0; row < rows; row += TILE)
-            with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t) {
-                panel<decltype(t)::value, Add>(a + row * lda, lda, b + d, n, k, c + row * n + d, n);
-            });
-}
-
-// Loads 2W values in the order that is cheapest for their type (bf16: even ones, then odd ones); `sort_two` restores
-// their own order.
-template <class T_> INLINE void load_two(const T_* p, V& left, V& right) {
-    if constexpr (std::is_same_v<T_, Bf16>) {
-        U pairs;
-        memcpy(&pairs, p, sizeof pairs);
-        left = first_of_pair<Bf16>(pairs);
-        right = second_of_pair<Bf16>(pairs);
-    } else {
-        left = load(p);
-        right = load(p + W);
-    }
-}
-template <class T_, int... J> INLINE void sort_two(float* p, std::integer_sequence<int, J...>) {
-    if constexpr (std::is_same_v<T_, Bf16>) {
-        V left = load(p), right = load(p + W);
-        store(p, pick<(J / 2 + J % 2 * W)...>(left, right));
-        store(p + W, pick<(W / 2 + J / 2 + J % 2 * W)...>(left, right));
-    }
-}
-
-// Weighted values of few rows: out[rows, dim] += score[rows, n] @ n values of T_, widened in registers; `dim` is a
-// multiple of 2W. The next tile's keys are prefetched here too, spread evenly: the CPU drops prefetches in a burst.
-template <class T_>
-void weigh(int64_t rows, const float* score, Places row, Places next, Places next_key, int64_t n, size_t dim,
-           float* out, size_t width) {
-    for (int64_t r = 0; r < rows; r += TILE)
-        with_rows((int)std::min<int64_t>(TILE, rows - r), [&](auto t_) {
-            constexpr int T = decltype(t_)::value;
-            for (size_t d = 0; d < dim; d += 2 * W) {
-                V sum[T][2];
-                UNROLL
-                for (int t = 0; t < T; t++)
-                    for (int c = 0; c < 2; c++) sum[t][c] = load(out + (r + t) * width + d + c * W);
-                for (int64_t j = 0; j < n; j++) {
-                    V left, right;
-                    load_two((const T_*)row[j] + d, left, right);
-                    __builtin_prefetch(next[j] + d * sizeof(T_), 0, 2);
-                    __builtin_prefetch(next_key[j] + d * sizeof(T_), 0, 2);
-                    UNROLL
-                    for (int t = 0; t < T; t++) {
-                        float p = score[(r + t) * KEYS + j];
-                        sum[t][0] += left * p;
-                        sum[t][1] += right * p;
-                    }
-                }
-                UNROLL
-                for (int t = 0; t < T; t++)
-                    for (int c = 0; c < 2; c++) store(out + (r + t) * width + d + c * W, sum[t][c]);
-            }
-        });
 }
 
 // Attention of one unit. False where the block table names a block that is not in the pool.
 bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
-    int64_t share = call.heads / call.kv_heads, rows = unit.tokens * share;  // rows of one kv head
-    int64_t start = call.query_start[unit.sequence], length = call.query_start[unit.sequence + 1] - start;
-    int64_t context = call.context[unit.sequence], position = context - length + unit.first;
+    Rows own(call, unit);
+    int64_t rows = own.rows;
     size_t kd = call.keys.dim, vd = call.values.dim;
-    float infinity = std::numeric_limits<float>::infinity();
     float scale = (float)call.scale * (call.softcap > 0 ? 1.0f : LOG2E);
 
-    // The token and query head of the unit's row r: the rows of its first kv head, then those of the next.
-    auto token = [&](int64_t r) { return start + unit.first + r % rows / share; };
-    auto head = [&](int64_t r) { return (unit.head + r / rows) * share + r % share; };
+    auto head = [&](int64_t r) { return own.head(r); };
+    float *memory = room.states, *kept = unit.state;
+    State total(memory, own.count, room.vd), part(kept ? kept : memory, own.count, room.vd);
+    part.clear(nullptr, head);
     bool dots = DOTS && call.q_type == BF16 && call.keys.type == BF16;
     with_type(call.q_type, [&](auto* type) {
-        for (int64_t r = 0; r < rows * unit.heads; r++) {
-            auto from = (decltype(type))(call.q + token(r) * call.q_token + head(r) * call.q_head);
-            float *q = room.q + r * room.kd, *sum = room.sum + r * W;
+        for (int64_t r = 0; r < own.count; r++) {
+            auto from = (decltype(type))(call.q + own.token(r) * call.q_token + own.head(r) * call.q_head);
+            float* q = room.q + r * room.kd;
             std::fill(q, q + room.kd, 0.0f);
             if (dots) memcpy(q, from, kd * sizeof(Bf16));
             else widen_row(from, kd, q);
-            room.top[r] = call.sinks ? call.sinks[head(r)] * LOG2E : -infinity;
-            std::fill(sum, sum + W, 0.0f);
-            if (call.sinks) *sum = 1.0f;
         }
     });
-    std::fill(room.out, room.out + rows * unit.heads * room.vd, 0.0f);
 
-    Sight sight = {call.window, position, share};
+    Sight sight = own.sight(call);
     const int32_t* table = call.block_table + unit.sequence * call.table_width;
-    int64_t end = position + unit.tokens, first = sight.oldest(0) / KEYS * KEYS;
+    int64_t end = std::min(unit.to, own.position + unit.tokens);
+    int64_t first = std::max(unit.from, sight.oldest(0) / KEYS * KEYS);
     const char *places[2][2][KEYS];  // [this or next tile][keys, values]
-    bool sound = true, few = rows <= TILE, direct = few && vd % (2 * W) == 0;
+    bool sound = true, merged = false, few = own.few(), direct = own.direct(call);
     auto find = [&](int which, int64_t from) {
         from = std::min(from, end - 1);
         int64_t j = 0, n = std::min(KEYS, end - from), entry = from / call.block_size, offset = from % call.block_size;
@@ -362,8 +140,8 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
             auto of = [&](int tile, int side) {
                 return Places{places[tile][side], h * (side ? call.values : call.keys).head};
             };
-            float *q = room.q + h * rows * room.kd, *out = room.out + h * rows * room.vd;
-            Running run = {out, room.top + h * rows, room.sum + h * rows * W, room.vd};
+            float *q = room.q + h * rows * room.kd, *out = part.out + h * rows * room.vd;
+            Running run = {out, part.top + h * rows, part.sum + h * rows * W, room.vd};
             with_type(call.keys.type, [&](auto* type) {
                 using T_ = std::remove_pointer_t<decltype(type)>;
                 Places here = of(which, 0), next = of(which ^ 1, 0);
@@ -387,24 +165,69 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
                 multiply<true>(rows, room.score, KEYS, room.values, room.vd, KEYS, out);
             });
         }
-    }
-    if (direct)
-        with_type(call.values.type, [&](auto* type) {
-            using T_ = std::remove_pointer_t<decltype(type)>;
-            for (float* p = room.out; p < room.out + rows * unit.heads * room.vd; p += 2 * W) sort_two<T_>(p, Lanes{});
-        });
-    with_type(call.q_type, [&](auto* type) {
-        using T_ = std::remove_pointer_t<decltype(type)>;
-        for (int64_t r = 0; r < rows * unit.heads; r++) {
-            T_* to = (T_*)call.out + (token(r) * call.heads + head(r)) * vd;
-            float *out = room.out + r * room.vd, sum = total(load(room.sum + r * W));
-            size_t d = 0;
-            for (; d + W <= vd; d += W) store(to + d, load(out + d) / sum);
-            if (d < vd) store_part(to + d, load(out + d) / sum, vd - d);
+        bool last = first + KEYS >= end;
+        if (unit.state || !(last || (first + KEYS) % PART == 0)) continue;
+        if (last && !merged && !call.sinks) {
+            write(call, own, part);  // as if merged into none
+            return true;
         }
-    });
+        if (!merged) total.clear(call.sinks, head);
+        merged = true;
+        total.merge(part);
+        if (last) write(call, own, total);
+        else part.clear(nullptr, head);
+    }
     return true;
 }
+
+// Outputs of a unit whose parts were units of their own: these, in order.
+void combine(const AttentionCall& call, const Unit* parts, size_t count, Room& room) {
+    Rows own(call, parts[0]);
+    float* memory = room.states;
+    State total(memory, own.count, room.vd);
+    total.clear(call.sinks, [&](int64_t r) { return own.head(r); });
+    for (size_t i = 0; i < count; i++) {
+        float* kept = parts[i].state;
+        total.merge(State(kept, own.count, room.vd));
+    }
+    write(call, own, total);
+}
+
+// Units that are cut into the parts of their contexts.
+struct Cuts {
+    std::vector<Unit> parts;
+    std::vector<size_t> begins;  // of each cut unit's parts, and their end
+
+    // Replaces units of several parts by these.
+    void cut(const AttentionCall& call, std::vector<Unit>& units) {
+        static thread_local std::vector<float> memory;
+        size_t floats = 0, vd = whole_panels(call.values.dim);
+        std::vector<Unit> whole;
+        for (const Unit& unit : units) {
+            Rows own(call, unit);
+            int64_t begin = own.sight(call).oldest(0) / PART * PART;
+            if (unit.to - begin <= PART) {
+                whole.push_back(unit);
+                continue;
+            }
+            begins.push_back(parts.size());
+            for (int64_t from = begin; from < unit.to; from += PART) {
+                parts.push_back(unit);
+                parts.back().from = from;
+                parts.back().to = std::min(unit.to, from + PART);
+                floats += State::floats(own.count, vd);
+            }
+        }
+        begins.push_back(parts.size());
+        float* state = scratch(memory, floats);
+        for (Unit& part : parts) {
+            part.state = state;
+            state += State::floats(Rows(call, part).count, vd);
+        }
+        units.swap(whole);
+        units.insert(units.end(), parts.begin(), parts.end());
+    }
+};
 
 }  // namespace
 
@@ -453,6 +276,7 @@ extern "C" int64_t lora_attention(const AttentionCall* call) {
         check_rows(call->q + h * call->q_head, call->tokens, call->q_token, call->keys.dim * bytes_of(call->q_type));
     static thread_local std::vector<Unit> memory;
     std::vector<Unit>& units = memory;
+    Cuts cuts;
     units.clear();
     int64_t share = call->heads / call->kv_heads, most = std::max<int64_t>(1, ROWS / share);
     int64_t work = 0, rows = 0, enough = 4 * call->threads;
@@ -464,24 +288,26 @@ extern "C" int64_t lora_attention(const AttentionCall* call) {
         for (int64_t first = 0; first < length; first += most) {
             int64_t tokens = std::min(most, length - first), heads = std::max<int64_t>(1, ROWS / (tokens * share));
             heads = std::min(heads, std::max<int64_t>(1, call->sequences * call->kv_heads / enough));
+            int64_t end = context - length + first + tokens;
             for (int64_t h = 0; h < call->kv_heads; h += heads)
-                units.push_back({i, h, std::min(heads, call->kv_heads - h), first, tokens});
+                units.push_back({i, h, std::min(heads, call->kv_heads - h), first, tokens, 0, end, nullptr});
             rows = std::max(rows, heads * tokens * share);
         }
         work += length ? context * call->kv_heads * (length * share + 16) : 0;
     }
+    if ((int64_t)units.size() < call->threads) cuts.cut(*call, units);
     // The longest contexts first, so that no thread works on a long one alone at the end.
-    auto reach = [&](const Unit& u) {
-        return call->context[u.sequence] - (call->query_start[u.sequence + 1] - call->query_start[u.sequence]) +
-               u.first + u.tokens;
-    };
-    std::stable_sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) { return reach(a) > reach(b); });
-    std::atomic<int64_t> next{0}, wrong{0};
-    parallel(work < 4096 ? 1 : (int)call->threads, [&](int, int) {
+    std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.to - a.from > b.to - b.from; });
+    std::atomic<int64_t> next{0}, next_cut{0}, wrong{0};
+    parallel(work < 4096 ? 1 : (int)call->threads, [&](int, int threads) {
         static thread_local std::vector<float> mine;
         Room room(mine, rows, call->keys.dim, call->values.dim);
         for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < (int64_t)units.size();)
             if (!attend(*call, units[u], room)) wrong = units[u].sequence + 1;
+        if (cuts.parts.empty()) return;
+        if (threads > 1) barrier();
+        for (size_t u; (u = (size_t)next_cut.fetch_add(1, std::memory_order_relaxed)) + 1 < cuts.begins.size();)
+            combine(*call, &cuts.parts[cuts.begins[u]], cuts.begins[u + 1] - cuts.begins[u], room);
     });
     return wrong;
 }

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("calls.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
-HEADERS = ("calls.h", "simd.h", "panels.h")
+HEADERS = ("calls.h", "simd.h", "attention_tiles.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
