@@ -52,6 +52,8 @@ class Timer:
     def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
+        self._first_token = metrics._first_token.labels(endpoint)
+        self._between_tokens = metrics._between_tokens.labels(endpoint)
         self._adapter = BASE
         self._begun = metrics._clock()
         self._last: float | None = None
@@ -67,11 +69,10 @@ class Timer:
             return
         now = self._metrics._clock()
         if self._last is None:
-            self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
+            self._first_token.observe(now - self._begun)
         else:
-            gap = self._metrics._between_tokens.labels(self._endpoint)
             for _ in range(count):
-                gap.observe((now - self._last) / count)
+                self._between_tokens.observe((now - self._last) / count)
         self._last = now
 
     def end(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
