@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder with a tokenizer and a chat template")
     parser.add_argument("--streams", type=lambda text: [int(each) for each in text.split(",")], default=[8, 64, 256])
     parser.add_argument("--apis", type=lambda text: text.split(","), default=list(PATHS), help="of chat,completions")
-    parser.add_argument("--step-ms", type=float, default=50.0, help="from one token of a stream to the next")
+    parser.add_argument("--step-ms", type=float, default=5.0, help="from one token of a stream to the next")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is given")
     args = parser.parse_args(given)

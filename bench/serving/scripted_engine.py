@@ -1,6 +1,6 @@
 """The real server around an engine without a model: every stream gets the next token of a text in every step.
 
-    python -m bench.serving.scripted_engine serve MODEL --step-ms 50 --port 8000
+    python -m bench.serving.scripted_engine serve MODEL --step-ms 5 --port 8000
 
 Of MODEL only the tokenizer is used. What the API process costs can so be measured alone: the engine's process, its
 messages and the whole HTTP side are the ones that serve.
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("serve",))
     parser.add_argument("model", help="folder with a tokenizer.json")
-    parser.add_argument("--step-ms", type=float, default=50.0, help="from one step's begin to the next one's")
+    parser.add_argument("--step-ms", type=float, default=5.0, help="from one step's begin to the next one's")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(given)
     return serve(args.model, args.step_ms, args.port)
