@@ -3,8 +3,8 @@
     python -m bench.serving.api_cost --model .bench/qwen2.5-0.5b/model --streams 8,64,256
 
 The server is the real one around `bench.serving.scripted_engine`, which gives every stream one token per step. A chunk
-per token shows that the API process keeps up: if it does not, it sends several tokens in one chunk. The last line printed
-is JSON.
+per token shows that the API process keeps up: if it does not, it sends several tokens in one chunk. Longer steps cost
+more per token, because the caches are cold after them. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reader(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self.chunks = 0
-        self.started = asyncio.get_running_loop().create_future()
+        self.started, self.left = (asyncio.get_running_loop().create_future() for _ in range(2))
         self.error = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -65,6 +65,7 @@ class Reader(asyncio.Protocol):
         self.error = self.error or "the server closed the connection"
         if not self.started.done():
             self.started.set_result(None)
+        self.left.set_result(None)
 
 
 def request(api: str, host: str) -> bytes:
@@ -75,8 +76,10 @@ def request(api: str, host: str) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def measure(url: str, pid: int, api: str, streams: int, seconds: float, step: float) -> Cost:
-    """Open streams, measure for some seconds, and leave."""
+async def measure(
+    url: str, pid: int, api: str, streams: int, *, step: float, seconds: float, settle: float = SETTLE
+) -> Cost:
+    """Open streams, measure for some seconds, and leave; times are in seconds."""
     address = urlsplit(url)
     loop = asyncio.get_running_loop()
     readers = [
@@ -84,7 +87,7 @@ async def measure(url: str, pid: int, api: str, streams: int, seconds: float, st
         for _ in range(streams)
     ]
     await asyncio.gather(*(reader.started for reader in readers))
-    await asyncio.sleep(SETTLE)
+    await asyncio.sleep(settle)
     before, chunks, begin = cpu_seconds(pid), sum(reader.chunks for reader in readers), loop.time()
     await asyncio.sleep(seconds)
     used, end = cpu_seconds(pid) - before, loop.time()
@@ -93,6 +96,7 @@ async def measure(url: str, pid: int, api: str, streams: int, seconds: float, st
         raise RuntimeError(f"a stream failed: {failed}")
     for reader in readers:
         reader.transport.abort()
+    await asyncio.gather(*(reader.left for reader in readers))
     tokens = streams * (end - begin) / step
     return Cost(api, streams, chunks / tokens, chunks / (end - begin), 1e6 * used / tokens)
 
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for _ in range(args.repeats):
             for api in args.apis:
                 for streams in args.streams:
-                    measuring = measure(url, process.pid, api, streams, args.seconds, args.step_ms / 1e3)
+                    measuring = measure(url, process.pid, api, streams, step=args.step_ms / 1e3, seconds=args.seconds)
                     runs.setdefault((api, streams), []).append(uvloop.run(measuring))
     costs = [middle(each) for each in runs.values()]
     print(cost_table(costs))

@@ -59,8 +59,8 @@ class ScriptedEngine:
         events, self._events = self._events, []
         if not self._running:
             return Update(events)
-        self._next = max(self._next + self._pace, time.monotonic())
-        time.sleep(self._next - time.monotonic() if self._next > time.monotonic() else 0)
+        self._next = max(self._next + self._pace, now := time.monotonic())
+        time.sleep(self._next - now)
         for id, (request, sent) in list(self._running.items()):
             events.append(Tokens(id, [self._script[sent % len(self._script)]]))
             self._running[id] = (request, sent + 1)

@@ -125,7 +125,7 @@ class EngineProcess:
         Raises: `msgspec.DecodeError` on anything that is not a message.
         """
         while not self._socket.closed:
-            with suppress(zmq.Again):
+            if self._socket.get(zmq.EVENTS) & zmq.POLLIN:
                 return decode_from_engine(self._socket.recv(zmq.NOBLOCK))
             if self._ended:
                 break
