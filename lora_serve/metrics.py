@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -52,8 +53,6 @@ class Timer:
     def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
-        self._first_token = metrics._first_token.labels(endpoint)
-        self._between_tokens = metrics._between_tokens.labels(endpoint)
         self._adapter = BASE
         self._begun = metrics._clock()
         self._last: float | None = None
@@ -69,11 +68,15 @@ class Timer:
             return
         now = self._metrics._clock()
         if self._last is None:
-            self._first_token.observe(now - self._begun)
+            self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
         else:
             for _ in range(count):
-                self._between_tokens.observe((now - self._last) / count)
+                self._gaps.observe((now - self._last) / count)
         self._last = now
+
+    @cached_property
+    def _gaps(self) -> Histogram:
+        return self._metrics._between_tokens.labels(self._endpoint)
 
     def end(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
         """The request has ended: `outcome` is a finish reason or an error kind. A second call is ignored."""

@@ -117,7 +117,7 @@ class EngineProcess:
         """Queue a message on the socket, in order; does nothing once the process is closed."""
         if not self._socket.closed:
             self._socket.send(encode(message), zmq.NOBLOCK)  # never fails: there is no high-water mark
-            self._wake()  # the socket tells only once that a message has arrived, and sending may have consumed that
+            self._wake()  # sending may have consumed the socket's only signal that a message has arrived
 
     async def receive(self) -> FromEngine | None:
         """The next message; None once the process has ended and all its messages were read.
