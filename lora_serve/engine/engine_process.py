@@ -125,8 +125,9 @@ class EngineProcess:
         Raises: `msgspec.DecodeError` on anything that is not a message.
         """
         while not self._socket.closed:
-            if self._socket.get(zmq.EVENTS) & zmq.POLLIN:
-                return decode_from_engine(self._socket.recv(zmq.NOBLOCK))
+            if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                message: FromEngine = decode_from_engine(self._socket.recv(zmq.NOBLOCK))
+                return message
             if self._ended:
                 break
             self._arrival = self._loop.create_future()
