@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -70,10 +71,13 @@ class Timer:
         if self._last is None:
             self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
         else:
-            gap = self._metrics._between_tokens.labels(self._endpoint)
             for _ in range(count):
-                gap.observe((now - self._last) / count)
+                self._gaps.observe((now - self._last) / count)
         self._last = now
+
+    @cached_property
+    def _gaps(self) -> Histogram:
+        return self._metrics._between_tokens.labels(self._endpoint)
 
     def end(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
         """The request has ended: `outcome` is a finish reason or an error kind. A second call is ignored."""

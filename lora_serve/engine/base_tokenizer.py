@@ -6,6 +6,8 @@ which transformers' general tokenizer reads. The result is compared with sentenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -30,6 +32,17 @@ def load_base_tokenizer(model: str, revision: str | None) -> Any:
     if _file(model, TOKENIZER, revision) is None:
         return _read_sentencepiece(model, revision)
     return PreTrainedTokenizerFast.from_pretrained(model, revision=revision or "main")
+
+
+def decoder(tokenizer: Any, *, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """A tokenizer's `decode` without clean-up of spaces.
+
+    If the tokenizer does not override it, without transformers' layers, which take three times as long as the decoding.
+    """
+    kind, plain = type(tokenizer), PreTrainedTokenizerFast
+    if issubclass(kind, plain) and kind.decode is plain.decode and kind._decode is plain._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    return partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
 def _read_sentencepiece(model: str, revision: str | None) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lora_serve.engine.base_tokenizer import decoder
+
 UNFINISHED = "\ufffd"  # what an incomplete UTF-8 character decodes to
 LONGEST_CHARACTER = 8  # tokens; a character that is not complete by then never will be
 CONTEXT = 6  # prompt tokens that decide whether a space precedes the first token
@@ -35,12 +37,11 @@ class Detokenizer:
         include_stop: bool = False,
         hidden: frozenset[int] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._hidden = hidden
-        self._window = self._visible(prompt[-CONTEXT:])
-        self._known = len(self._window)  # tokens of the window whose text was returned
+        self._decode = decoder(tokenizer, skip_special_tokens=hidden is None)
+        self._begin_window(self._visible(prompt[-CONTEXT:]))
         self._held = ""
         self.stop_string: str | None = None  # the one that ended the text
 
@@ -53,38 +54,34 @@ class Detokenizer:
         """Add tokens; returns the text that can be sent now, which is empty after a stop string."""
         if self.stopped:
             return ""
-        text = "".join(self._next(token) for token in self._visible(token_ids))
-        return self._release(self._held + text)
+        text = self._held
+        for token in token_ids if self._hidden is None else self._visible(token_ids):
+            text += self._next(token)
+        return self._release(text) if self._stop else text
 
     def flush(self) -> str:
         """End the text; returns what was held back, even incomplete characters."""
         if self.stopped:
             return ""
-        text, self._held = self._held + self._fresh(), ""
+        text, self._held = self._held + self._decode(self._window)[len(self._before) :], ""
         return text
+
+    def _begin_window(self, token_ids: list[int]) -> None:
+        """Start a window at tokens whose text was returned."""
+        self._window = token_ids
+        self._known = len(token_ids)
+        self._before = self._decode(token_ids)
 
     def _next(self, token: int) -> str:
         self._window.append(token)
-        fresh = self._fresh()
+        fresh = self._decode(self._window)[len(self._before) :]
         pending = len(self._window) - self._known
         if not fresh and pending > LONGEST_CHARACTER:
             del self._window[self._known]  # a token without text
         if not fresh or (fresh.endswith(UNFINISHED) and pending < LONGEST_CHARACTER):
             return ""
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
+        self._begin_window(self._window[self._known :])
         return fresh
-
-    def _fresh(self) -> str:
-        """Text that the window's other tokens add to its first `_known` ones."""
-        before = self._decode(self._window[: self._known])
-        return self._decode(self._window)[len(before) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=self._hidden is None, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def _visible(self, token_ids: Sequence[int]) -> list[int]:
         return [token for token in token_ids if self._hidden is None or token not in self._hidden]

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import zmq
-import zmq.asyncio
 
 from lora_serve.config import ServeConfig
 from lora_serve.engine.cores import physical_cores
@@ -42,12 +41,19 @@ log = logging.getLogger(__name__)
 class EngineProcess:
     """A running engine process; created by `spawn`, ended by `close`, which may be called at any time."""
 
-    def __init__(self, process: Process, context: zmq.asyncio.Context, socket: zmq.asyncio.Socket, folder: str) -> None:
+    def __init__(
+        self, process: Process, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], folder: str
+    ) -> None:
         self._process = process
         self._context = context
         self._socket = socket
         self._folder = folder
+        self._loop = asyncio.get_running_loop()
+        self._arrival: asyncio.Future[None] | None = None  # what `receive` waits for
+        self._loop.add_reader(socket.fileno(), self._wake)
         self._exit = asyncio.create_task(process.wait())
+        self._exit.add_done_callback(lambda exit: self._loop.call_later(FINAL_MESSAGES, self._end))
+        self._ended = False  # no further messages will arrive
 
     def __repr__(self) -> str:
         status = self._process.returncode
@@ -62,9 +68,9 @@ class EngineProcess:
         """Start `command` with the configuration on its standard input and a new socket."""
         threads = config.threads or physical_cores()
         folder = tempfile.mkdtemp(prefix="lora-serve-")  # mode 0700: only this user can reach the socket in it
-        context = zmq.asyncio.Context()
+        context = zmq.Context()
         try:
-            socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
+            socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
             socket.sndhwm = 0  # sending never blocks; the client's limit on open streams bounds the queue
             socket.linger = 0
             address = f"ipc://{folder}/engine"
@@ -110,21 +116,23 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         """Queue a message on the socket, in order; does nothing once the process is closed."""
         if not self._socket.closed:
-            self._socket.send(encode(message))  # never waits: there is no high-water mark
+            self._socket.send(encode(message), zmq.NOBLOCK)  # never fails: there is no high-water mark
+            self._wake()  # sending may have consumed the socket's only signal that a message has arrived
 
     async def receive(self) -> FromEngine | None:
         """The next message; None once the process has ended and all its messages were read.
 
         Raises: `msgspec.DecodeError` on anything that is not a message.
         """
-        receiving = asyncio.ensure_future(self._socket.recv())
-        try:
-            await asyncio.wait({receiving, self._exit}, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                await asyncio.wait({receiving}, timeout=FINAL_MESSAGES)
-            return decode_from_engine(receiving.result()) if receiving.done() else None
-        finally:
-            receiving.cancel()
+        while not self._socket.closed:
+            if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                message: FromEngine = decode_from_engine(self._socket.recv(zmq.NOBLOCK))
+                return message
+            if self._ended:
+                break
+            self._arrival = self._loop.create_future()
+            await self._arrival
+        return None
 
     async def wait_for_exit(self, timeout: float) -> bool:
         """Whether the process exits within `timeout` seconds."""
@@ -149,8 +157,20 @@ class EngineProcess:
     def destroy(self) -> None:
         """Kill the process and remove its socket and folder, without waiting."""
         self.kill()
+        if not self._socket.closed:
+            self._loop.remove_reader(self._socket.fileno())
         self._context.destroy(linger=0)
+        self._end()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wake(self) -> None:
+        """Have `receive` look for a message."""
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._wake()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is None:

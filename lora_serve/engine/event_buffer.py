@@ -27,7 +27,7 @@ class EventBuffer:
         self._limit = limit
         self._waiting: deque[Event] = deque()
         self._tokens = 0
-        self._arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
 
     def __repr__(self) -> str:
         return f"<EventBuffer {len(self._waiting)} events, {self._tokens}/{self._limit} tokens waiting>"
@@ -42,16 +42,20 @@ class EventBuffer:
                 return False
             self._tokens += len(event.token_ids)
         self._waiting.append(event)
-        self._arrived.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
         return True
 
     async def get(self) -> Event:
         """Wait for the next event; consecutive unread token events are merged into one."""
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
+        if not self._waiting:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         event = self._waiting.popleft()
         if not isinstance(event, Tokens):
+            return event
+        if not self._waiting:
+            self._tokens = 0
             return event
         pieces = [event]
         while self._waiting and isinstance(following := self._waiting[0], Tokens):

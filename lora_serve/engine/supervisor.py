@@ -147,6 +147,7 @@ class Supervisor:
             while (message := await child.receive()) is not None:
                 self._heartbeat.beat()
                 self._on_message(message)
+                await asyncio.sleep(0)  # what waits for the message goes on before the next one
         except ValueError as error:  # includes msgspec's errors
             return f"it sent what is not a message ({error})"
         return f"its process ended: {child!r}"

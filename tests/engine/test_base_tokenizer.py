@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import PreTrainedTokenizerFast
 
-from lora_serve.engine.base_tokenizer import load_base_tokenizer
+from lora_serve.engine.base_tokenizer import decoder, load_base_tokenizer
 
 TEXTS = [
     "今天天气很好，我们去公园散步吧。", "百川的大模型支持中文和英文。", "The quick brown fox jumps over the lazy dog.",
@@ -83,3 +84,27 @@ def test_any_other_code_of_a_checkpoint_s_own_is_refused(tmp_path: Path) -> None
     file.write_text(file.read_text().replace("BaichuanTokenizer", "ChatGLMTokenizer"))
     with pytest.raises(ValueError, match="custom code"):
         load_base_tokenizer(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_decoding_without_transformers_layers_gives_what_it_gives_with_them(tmp_path: Path, skip: bool) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = load_base_tokenizer(str(tmp_path), None)
+    decode = decoder(tokenizer, skip_special_tokens=skip)
+    for text in TEXTS:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for part in (ids, ids[:1], ids[2:5], ids[-1:], []):
+            expected = tokenizer.decode(part, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert decode(part) == expected
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(tmp_path: Path) -> None:
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **options: Any) -> str:
+            return super()._decode(*args, **options).upper()
+
+    save_tokenizer(tmp_path)
+    backend = load_base_tokenizer(str(tmp_path), None).backend_tokenizer
+    ids = backend.encode("the fox").ids
+    assert decoder(PreTrainedTokenizerFast(tokenizer_object=backend), skip_special_tokens=True)(ids) == "the fox"
+    assert decoder(Shouting(tokenizer_object=backend), skip_special_tokens=True)(ids) == "THE FOX"

@@ -17,8 +17,9 @@ from fake_engine import Act
 
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import EngineClient
+from lora_serve.engine.engine_process import EngineProcess
 from lora_serve.errors import AdapterNotFound, EngineFault, ModelUnsupported, Overloaded, Unavailable
-from lora_serve.messages import ListAdapters, LoadAdapter, PinAdapter, Update
+from lora_serve.messages import Abort, Call, ListAdapters, LoadAdapter, PinAdapter, Reply, Update
 from lora_serve.request import Admitted, Event, Finished, Request, Sampling, Tokens
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
@@ -61,6 +62,12 @@ def end(events: list[Event]) -> Finished:
     return events[-1]
 
 
+async def reply(child: EngineProcess) -> Reply:
+    while not isinstance(message := await child.receive(), Reply):
+        assert message is not None
+    return message
+
+
 async def until(true: Callable[[], bool], seconds: float = 8.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -86,6 +93,22 @@ async def test_concurrent_streams_get_their_own_events_in_order() -> None:
         assert events[0] == Admitted(f"r{n}", [])
         assert tokens(events) == list(range(n + 1))
         assert events[-1] == Finished(f"r{n}", "length")
+
+
+async def test_a_message_that_has_arrived_is_read_even_if_one_is_sent_first() -> None:
+    """Sending consumes the socket's signal, and it signals no other message before this one is read."""
+    child = await EngineProcess.spawn(COMMAND, config())
+    try:
+        await child.wait_until_ready(lambda stage, fraction: None)
+        for id in range(4):
+            child.send(Call(id, ListAdapters()))
+            answer = asyncio.ensure_future(reply(child))
+            await asyncio.sleep(0)
+            time.sleep(0.03)  # the answer arrives while the loop does not run
+            child.send(Abort("unknown"))
+            assert (await asyncio.wait_for(answer, 5)).id == id
+    finally:
+        await child.close()
 
 
 async def test_a_closed_stream_aborts_its_request_and_late_events_are_ignored() -> None:
@@ -275,6 +298,7 @@ PARENT = """
 import asyncio, sys
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import EngineClient
+from lora_serve.engine.engine_process import EngineProcess
 
 async def main():
     client = EngineClient(ServeConfig(model="fake"), command=sys.argv[1:])

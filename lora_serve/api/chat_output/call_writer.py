@@ -108,7 +108,7 @@ class CallWriter:
     def take_events(self) -> list[OutputEvent]:
         """The events since the last call, those that continue each other joined."""
         events, self._events = self._events, []
-        return list(_joined(events))
+        return events if len(events) < 2 else list(_joined(events))
 
 
 def _joined(events: list[OutputEvent]) -> Iterator[OutputEvent]:

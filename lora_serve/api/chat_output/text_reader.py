@@ -98,7 +98,7 @@ class TextReader:
             if found:
                 end = found.start()
             else:
-                overlap = _overlap(self._text, self._next, markers)
+                overlap = _overlap(self._text, self._next, markers) if markers else 0
                 end = len(self._text)
                 if not self._ended or (self._cut_off and overlap >= CERTAIN):
                     end -= overlap
@@ -113,7 +113,7 @@ class TextReader:
 
 def _overlap(text: str, start: int, markers: tuple[str, ...]) -> int:
     """Length of the longest suffix of `text[start:]` that begins a marker."""
-    longest = min(len(text) - start, max(map(len, markers), default=0))
+    longest = min(len(text) - start, max(map(len, markers)))
     for length in range(longest, 0, -1):
         suffix = text[len(text) - length :]
         if any(marker.startswith(suffix) for marker in markers):

@@ -96,9 +96,10 @@ class ChatCompletionCall:
         if options is not None and options.include_usage:
             yield frame | {"choices": [], "usage": usage_so_far()}
 
-    def shown(self, events: Sequence[OutputEvent]) -> list[OutputEvent]:
-        hide = self.body.include_reasoning is False
-        return [event for event in events if not (hide and isinstance(event, ReasoningDelta))]
+    def shown(self, events: Sequence[OutputEvent]) -> Sequence[OutputEvent]:
+        if self.body.include_reasoning is not False:
+            return events
+        return [event for event in events if not isinstance(event, ReasoningDelta)]
 
     def frame(self, running: RunningCall, kind: str) -> dict[str, Any]:
         frame = {"id": self.call.id, "object": kind, "created": self.call.created}

@@ -36,7 +36,7 @@ from lora_serve.errors import BadRequest
 from lora_serve.request import Logprob
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChatOutput:
     """New output of a choice; the last one has the finish reason: stop, length or tool_calls.
 
