@@ -44,6 +44,8 @@ INLINE U with_signs_of(U w, U x) { return (U)_mm_sign_epi8((__m128i)x, (__m128i)
 INLINE Pairs multiplied(U w, U x) { return (Pairs)_mm_maddubs_epi16((__m128i)w, (__m128i)x); }
 INLINE I added(Pairs p) { return (I)_mm_madd_epi16((__m128i)p, (__m128i)(Pairs{} + 1)); }
 #endif
+// Keeps the compiler from adding up first and last what is still to be computed, for which there are no registers.
+INLINE I in_order(I sum) { asm("" : "+v"(sum)); return sum; }
 #endif
 
 // sum + the dot product of a lane's four weights, unsigned or SIGNED, with four signed bytes of a row
@@ -53,7 +55,7 @@ INLINE I dot_bytes(I sum, U w, U x) {
 #elif defined(__AVXVNNI__)
     return (I)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 #elif defined(PAIRS_OF_BYTES)
-    return sum + added(multiplied(magnitudes(w), with_signs_of(w, x)));
+    return in_order(sum + added(multiplied(magnitudes(w), with_signs_of(w, x))));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
 #elif defined(__aarch64__)
@@ -69,7 +71,7 @@ INLINE I dot_bytes(I sum, U w, U x) {
 // The same over a group of int4's weights, 0 to 15: sums begin at zero, and `group_sum` gives them with what they start at.
 INLINE I dot_nibbles(I sum, U w, U x) {
 #ifdef PAIRS_OF_BYTES
-    return (I)((Pairs)sum + multiplied(w, x));
+    return in_order((I)((Pairs)sum + multiplied(w, x)));
 #else
     return dot_bytes(sum, w, x);
 #endif

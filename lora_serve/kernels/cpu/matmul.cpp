@@ -79,6 +79,35 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
     }
 }
 
+// acc[2][T] += one lane of T rows, `ld` bytes apart, @ both halves (sides) of a panel's outputs. Each number of a row is
+// broadcast once, for both sides, and then not kept: there are no registers for them.
+template <int64_t K, int T> INLINE void multiply_lane(const char* rows, size_t ld, size_t lane, const char* at, V (*acc)[T]) {
+    auto each_row = [&](auto number, auto add) {
+        UNROLL
+        for (int t = 0; t < T; t++) {
+            auto x = number(rows + t * ld);
+            add(acc[0][t], 0, x);
+            add(acc[1][t], 1, x);
+        }
+    };
+    U w[2] = {load_lanes(at), load_lanes(at + W * 4)};
+    if constexpr (K == DOT) {
+        each_row([&](const char* row) { return lane_of(row + lane * 4); },
+                 [&](V& sum, int side, U x) { sum = dot_pair(sum, x, w[side]); });
+    } else if constexpr (K == F32) {
+        each_row([&](const char* row) { return ((const float*)row)[lane]; },
+                 [&](V& sum, int side, float x) { sum += (V)w[side] * x; });
+    } else {
+        using Two = std::conditional_t<K == B16, Bf16, Fp16>;
+        V first[2] = {first_of_pair<Two>(w[0]), first_of_pair<Two>(w[1])};
+        V second[2] = {second_of_pair<Two>(w[0]), second_of_pair<Two>(w[1])};
+        each_row([&](const char* row) { return ((const float*)row)[2 * lane]; },
+                 [&](V& sum, int side, float x) { sum += first[side] * x; });
+        each_row([&](const char* row) { return ((const float*)row)[2 * lane + 1]; },
+                 [&](V& sum, int side, float x) { sum += second[side] * x; });
+    }
+}
+
 // sum[T, P * COLUMNS] (+)= rows x [T, from : to] (in lanes) @ the same lanes of P panels
 template <int64_t K, int T, int P>
 void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes, size_t from, size_t to, float* sum,
@@ -101,24 +130,7 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
                 UNROLL
                 for (int side = 0; side < 2; side += S) pass_stretch<K, S, T>(x, at, side, acc[p] + side);
             } else {
-                UNROLL
-                for (int side = 0; side < 2; side++) {
-                    U w = load_lanes(at + side * W * 4);
-                    UNROLL
-                    for (int t = 0; t < T; t++) {
-                        const char* row = rows + t * ld;
-                        V& mine = acc[p][side][t];
-                        if constexpr (K == DOT) {
-                            mine = dot_pair(mine, lane_of(row + k * 4), w);
-                        } else if constexpr (K == F32) {
-                            mine += (V)w * ((const float*)row)[k];
-                        } else {
-                            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-                            mine += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
-                            mine += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
-                        }
-                    }
-                }
+                multiply_lane<K, T>(rows, ld, k, at, acc[p]);
             }
         }
     }
