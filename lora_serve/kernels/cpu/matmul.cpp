@@ -82,29 +82,23 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
 // acc[2][T] += one lane of T rows, `ld` bytes apart, @ both halves (sides) of a panel's outputs. Each number of a row is
 // broadcast once, for both sides, and then not kept: there are no registers for them.
 template <int64_t K, int T> INLINE void multiply_lane(const char* rows, size_t ld, size_t lane, const char* at, V (*acc)[T]) {
-    auto each_row = [&](auto number, auto add) {
+    U w[2] = {load_lanes(at), load_lanes(at + W * 4)};
+    constexpr int NUMBERS = K == B16 || K == F16 ? 2 : 1;
+    UNROLL
+    for (int i = 0; i < NUMBERS; i++) {
+        V wide[2] = {(V)w[0], (V)w[1]};
+        if constexpr (NUMBERS == 2) {
+            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
+            for (V& v : wide) v = i ? second_of_pair<Two>((U)v) : first_of_pair<Two>((U)v);
+        }
         UNROLL
         for (int t = 0; t < T; t++) {
-            auto x = number(rows + t * ld);
-            add(acc[0][t], 0, x);
-            add(acc[1][t], 1, x);
+            const char* x = rows + t * ld + (NUMBERS * lane + i) * 4;
+            UNROLL
+            for (int side = 0; side < 2; side++)
+                if constexpr (K == DOT) acc[side][t] = dot_pair(acc[side][t], lane_of(x), w[side]);
+                else acc[side][t] += wide[side] * *(const float*)x;
         }
-    };
-    U w[2] = {load_lanes(at), load_lanes(at + W * 4)};
-    if constexpr (K == DOT) {
-        each_row([&](const char* row) { return lane_of(row + lane * 4); },
-                 [&](V& sum, int side, U x) { sum = dot_pair(sum, x, w[side]); });
-    } else if constexpr (K == F32) {
-        each_row([&](const char* row) { return ((const float*)row)[lane]; },
-                 [&](V& sum, int side, float x) { sum += (V)w[side] * x; });
-    } else {
-        using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-        V first[2] = {first_of_pair<Two>(w[0]), first_of_pair<Two>(w[1])};
-        V second[2] = {second_of_pair<Two>(w[0]), second_of_pair<Two>(w[1])};
-        each_row([&](const char* row) { return ((const float*)row)[2 * lane]; },
-                 [&](V& sum, int side, float x) { sum += first[side] * x; });
-        each_row([&](const char* row) { return ((const float*)row)[2 * lane + 1]; },
-                 [&](V& sum, int side, float x) { sum += second[side] * x; });
     }
 }
 
