@@ -34,11 +34,17 @@ FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wno-psabi",
 )
-MORE_FLAGS = tuple(shlex.split(os.environ.get("LORA_SERVE_KERNEL_FLAGS", "")))  # behind the others, so that they win
-CHECKED = "-DLORA_CHECKED" in MORE_FLAGS
 LIBRARIES = ("-lstdc++",)  # a C compiler that accepts C++ (CXX=gcc) does not link it by itself
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds
+
+
+def more_flags() -> list[str]:
+    """Compiler flags that the environment adds; they come after the others, so that they win."""
+    return shlex.split(os.environ.get("LORA_SERVE_KERNEL_FLAGS", ""))
+
+
+CHECKED = "-DLORA_CHECKED" in more_flags()
 
 
 class BuildError(Exception):
@@ -55,7 +61,7 @@ def library() -> Path:
     """
     here = Path(__file__).parent
     compiler = _compiler()
-    flags = (*FLAGS, *MORE_FLAGS)
+    flags = (*FLAGS, *more_flags())
     key = hashlib.sha256()
     for part in (*flags, *LIBRARIES, *compiler, _run([*compiler, "--version"]), platform.machine(), _cpu_features()):
         key.update(part.encode() + b"\0")
