@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-tests=("${@:-tests/kernels/test_matmul.py tests/kernels/test_delta.py tests/kernels/test_attention_kernels.py}")
+tests=${*:-tests/kernels/test_matmul.py tests/kernels/test_delta.py tests/kernels/test_attention_kernels.py}
 
 for tool in qemu-aarch64 qemu-x86_64 aarch64-linux-gnu-g++ mmdebstrap; do
     command -v "$tool" >/dev/null || { echo "emulated: skipped, no $tool"; exit 0; }
@@ -18,7 +18,7 @@ run() { # flags of the kernels, then the Python
     export LORA_SERVE_KERNEL_FLAGS=$1
     echo "emulated: ${*:2:3}, kernels with $1"
     # shellcheck disable=SC2086
-    "${@:2}" -m pytest -p no:cacheprovider ${tests[*]}
+    "${@:2}" -m pytest -p no:cacheprovider $tests
 }
 
 if [ ! -e .emulated/complete ]; then
@@ -27,7 +27,7 @@ if [ ! -e .emulated/complete ]; then
     # 2.10.0 is the last torch whose aarch64 package needs no libraries of a GPU; the tests' other packages are pure
     # Python or come for aarch64 too.
     "$python" -m pip install --quiet --disable-pip-version-check --target .emulated/site --no-deps \
-        --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform any --only-binary=:all: \
+        --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --only-binary=:all: \
         --python-version 3.11 torch==2.10.0 \
         $(grep -Eh '^(numpy|filelock|typing-extensions|sympy|networkx|jinja2|fsspec|mpmath|markupsafe|setuptools|hypothesis|sortedcontainers|pytest|pytest-asyncio|pytest-timeout|iniconfig|packaging|pluggy|pygments|attrs)==' \
             requirements/serve.txt requirements/dev.txt)
