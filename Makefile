@@ -12,7 +12,7 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test asan check format gpu-check gpu-wheels clean
+.PHONY: serve test asan older-cpus emulated check format gpu-check gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -25,14 +25,31 @@ test: $(VENV)/.dev  ## all tests, two files at a time, or ARGS="tests/engine -k 
 ASAN_TESTS := tests/kernels tests/adapters/test_device_slots.py tests/model/test_recorded_steps.py \
 	tests/engine/test_loading_beside_steps.py
 
+ASAN_FLAGS := -O1 -g1 -fsanitize=address -fno-omit-frame-pointer -DLORA_CHECKED \
+	--param=asan-instrumentation-with-call-threshold=0# which compiles in a fifth of the time
+
 asan: $(VENV)/.dev  ## these tests under AddressSanitizer, on a debug build of the kernels, or ARGS="tests/kernels"
 	@compiler=$${CXX:-$$(command -v c++ || command -v g++ || true)}; \
 	runtime=$$(for part in libasan.so libstdc++.so; do $${compiler:-false} -print-file-name=$$part; done 2>/dev/null); \
 	case "$$runtime" in /*libasan*) ;; *) echo "asan: skipped, $${compiler:-no compiler} has no AddressSanitizer"; exit 0;; esac; \
-	export LORA_SERVE_CHECKED=1 OMP_WAIT_POLICY=passive; \
+	export LORA_SERVE_KERNEL_FLAGS="$(ASAN_FLAGS)" OMP_WAIT_POLICY=passive; \
 	$(BIN)/python -c 'from lora_serve.kernels.cpu.build import library; library()' || exit 1; \
 	LD_PRELOAD="$$(echo $$runtime)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/pytest -p no:cacheprovider --ignore-glob='*/test_gpu_*' $(or $(ARGS),$(ASAN_TESTS))
+
+# Builds for CPUs that have less than this one: AVX2 only, and AVX-512 without bf16.
+OLDER_CPUS := -march=x86-64-v3 -mno-avx512bf16
+
+older-cpus: $(VENV)/.dev  ## the kernels' tests on builds for older x86-64 CPUs, or OLDER_CPUS="-march=x86-64"
+	@if [ "$$(uname -m)" != x86_64 ]; then echo "older-cpus: skipped, this is no x86-64"; exit 0; fi; \
+	for flags in $(OLDER_CPUS); do \
+		echo "older-cpus: $$flags"; \
+		LORA_SERVE_KERNEL_FLAGS=$$flags OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+		$(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --ignore-glob='*/test_gpu_*' tests/kernels || exit 1; \
+	done
+
+emulated: $(VENV)/.dev  ## the kernels' tests on emulated CPUs: aarch64 with and without dot products, x86-64 with AVX2
+	PYTHON=$(BIN)/python bash tests/emulated.sh
 
 check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff check .
@@ -51,7 +68,7 @@ gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for
 	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)
 
 clean:
-	rm -rf $(VENV) .venv-gpu wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .emulated wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_serve.kernels.cpu import build
 from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.cpu.build import BuildError, library
 from lora_serve.kernels.select import select
@@ -46,6 +48,46 @@ def test_another_compiler_builds_another_library(cache: Path, tmp_path: Path, mo
     first = library()
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo so > "$OUT"') + " -O1")
     assert library() != first
+
+
+def test_flags_of_the_environment_come_last_and_build_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo "$@" > "$OUT"'))
+    monkeypatch.delenv("LORA_SERVE_KERNEL_FLAGS", raising=False)
+    first = library()
+    monkeypatch.setenv("LORA_SERVE_KERNEL_FLAGS", "-march=x86-64-v3 '-DTEXT=two words'")
+    assert library() != first
+    flags = library().read_text()
+    assert flags.index("-march=native") < flags.index("-march=x86-64-v3 -DTEXT=two words")
+
+
+def test_another_cpu_builds_another_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, 'echo so > "$OUT"'))
+    first = library()
+    monkeypatch.setattr(build, "_cpu_features", lambda: "flags: fewer")
+    assert library() != first
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86-64")
+def test_a_library_for_another_cpu_is_refused_and_the_warning_names_what_is_missing(
+    cache: Path,
+    tmp_path: Path,
+    native: NativeKernels,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    has = build._cpu_features().split()
+    missing = next((name for name in ("avx512fp16", "avx512f") if name.replace("fp16", "_fp16") not in has), None)
+    if missing is None:
+        pytest.skip("this CPU has everything")
+    sources = Path(build.__file__).parent
+    only = f"{' '.join(build._compiler())} -shared -fPIC -m{missing} {sources / 'features.cpp'} -lstdc++"
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'{only} -o "$OUT"'))
+    kernels = select(CPU)
+    assert kernels.name == "reference"
+    (message,) = caplog.messages
+    assert "compiled for a CPU that has avx512" in message
 
 
 def test_servers_that_start_together_share_one_complete_library(

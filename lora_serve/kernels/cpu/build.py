@@ -4,10 +4,10 @@ The library lies in the user's cache under a name that hashes everything it depe
 CPU's features (`-march=native` depends on them). It is moved there by a rename, so servers that start together never
 see half of it. Where the build fails, `select` falls back to another backend.
 
-With LORA_SERVE_WITHOUT_BF16=1 in the environment the CPU's instructions for bf16 are not used, as on one that has none.
-With LORA_SERVE_CHECKED=1 it is a debug build under AddressSanitizer, whose calls check all memory that they are about
-to read and write. Such a library loads only where the sanitizer's runtime was loaded first; `make asan` does that for
-the tests.
+LORA_SERVE_KERNEL_FLAGS in the environment adds compiler flags: `-march=x86-64-v3` builds what an older CPU runs,
+`-mno-avx512bf16` leaves an instruction out. A library for another CPU is refused when it is loaded (features.cpp).
+With -DLORA_CHECKED among them it is a debug build, whose calls check all memory that they are about to read and write;
+it also needs AddressSanitizer's flags and runtime, as `make asan` gives them to the tests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("calls.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
-HEADERS = ("calls.h", "simd.h", "attention_tiles.h", "panels.h")
+SOURCES = ("calls.cpp", "features.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
+HEADERS = ("calls.h", "simd.h", "attention_tiles.h", "byte_dots.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -34,20 +34,17 @@ FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wno-psabi",
 )
-CHECKED = os.environ.get("LORA_SERVE_CHECKED") == "1"
-CHECKED_FLAGS = (  # added to the others
-    "-O1",
-    "-g1",
-    "-fsanitize=address",
-    "--param=asan-instrumentation-with-call-threshold=0",  # compiles in a fifth of the time
-    "-fno-omit-frame-pointer",
-    "-DLORA_CHECKED",
-)
-WITHOUT_BF16 = os.environ.get("LORA_SERVE_WITHOUT_BF16") == "1"
-WITHOUT_BF16_FLAGS = ("-mno-avx512bf16",)  # added to the others
 LIBRARIES = ("-lstdc++",)  # a C compiler that accepts C++ (CXX=gcc) does not link it by itself
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 300  # seconds
+
+
+def more_flags() -> list[str]:
+    """Compiler flags that the environment adds; they come after the others, so that they win."""
+    return shlex.split(os.environ.get("LORA_SERVE_KERNEL_FLAGS", ""))
+
+
+CHECKED = "-DLORA_CHECKED" in more_flags()
 
 
 class BuildError(Exception):
@@ -64,7 +61,7 @@ def library() -> Path:
     """
     here = Path(__file__).parent
     compiler = _compiler()
-    flags = (*FLAGS, *CHECKED_FLAGS * CHECKED, *WITHOUT_BF16_FLAGS * WITHOUT_BF16)
+    flags = (*FLAGS, *more_flags())
     key = hashlib.sha256()
     for part in (*flags, *LIBRARIES, *compiler, _run([*compiler, "--version"]), platform.machine(), _cpu_features()):
         key.update(part.encode() + b"\0")

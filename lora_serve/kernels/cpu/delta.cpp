@@ -57,13 +57,15 @@ void dots(const X* x, size_t ldx, const T_* a, const T_* next, size_t n, size_t 
 
 // out[T, R] = weight * (acc[T, R] summed over lanes)
 template <int T, int R> void finish(const float* acc, float weight, float* out, size_t ldo) {
-    V lanes[W] = {};
-    UNROLL
-    for (int i = 0; i < T * R; i++) lanes[i] = load(acc + i * W);
-    float sum[W];
-    store(sum, sums(lanes) * weight);
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) out[t * ldo + r] = sum[t * R + r];
+    for (int first = 0; first < T * R; first += W) {
+        V lanes[W] = {};
+        UNROLL
+        for (int i = 0; i < W; i++)
+            if (first + i < T * R) lanes[i] = load(acc + (first + i) * W);
+        float sum[W];
+        store(sum, sums(lanes) * weight);
+        for (int i = first; i < std::min(T * R, first + W); i++) out[i / R * ldo + i % R] = sum[i - first];
+    }
 }
 
 // out[rows, ranks] = weight * x[rows, n] @ a[ranks, n].T; acc holds rows * ranks vectors; `after` is prefetched after
@@ -73,7 +75,7 @@ void shrink_tile(int rows, const X* x, size_t ldx, const T_* a, const T_* after,
                  float weight, float* out, size_t ldo, float* acc) {
     with_rows(rows, [&](auto t) {
         constexpr int T = decltype(t)::value;
-        constexpr int R = T == 1 ? 8 : T == 2 ? W / 2 : T <= W / 4 ? 4 : 2;  // T * R sums fit one vector's lanes
+        constexpr int R = T == 1 ? 8 : T == 2 ? (W == 16 ? 8 : 4) : T <= W / 4 ? 4 : 2;  // T * R sums fit the registers
         constexpr size_t DEPTH = T < 8 ? 2048 : 1024;                        // inputs: x stays cached for all ranks
         for (size_t k = 0; k < n; k += DEPTH) {
             size_t to = std::min(n, k + DEPTH);
@@ -118,7 +120,7 @@ void expand(const float* h, size_t ldh, const T_* b, const T_* after, size_t ldb
     if (rows <= TILE)
         with_rows((int)rows, [&](auto t) {
             constexpr int T = decltype(t)::value;
-            constexpr int C = T <= 2 ? 8 : T <= 4 ? 4 : 2;
+            constexpr int C = T <= REGISTERS / 16 ? 8 : T <= REGISTERS / 8 ? 4 : 2;
             for (; from + C * W <= to; from += C * W) {
                 bool more = from + 2 * C * W <= to;
                 const T_* next = more ? b + from + C * W : after;

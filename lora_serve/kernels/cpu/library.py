@@ -27,12 +27,16 @@ class Library:
     """Functions of a shared library that `build.library` built; any thread may call them.
 
     Raises:
-        BuildError: the library does not lay out the arguments of its calls as `calls` packs them.
+        BuildError: it was compiled for another CPU, or lays out the arguments of its calls otherwise than `calls`.
         OSError: it cannot be loaded.
     """
 
     def __init__(self, path: Path) -> None:
         self._loaded = ctypes.CDLL(str(path))
+        missing_feature = self._loaded["lora_missing_feature"]
+        missing_feature.restype = ctypes.c_char_p
+        if missing := missing_feature():
+            raise BuildError(f"the library is compiled for a CPU that has {missing.decode()}, which this one has not")
         self._thread = _ThreadRecording()
         size = self.call("lora_struct_size")
         for name, struct in CALLS.items():

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "byte_dots.h"
 #include "calls.h"
 #include "panels.h"
 
@@ -27,16 +28,6 @@ INLINE U lane_of(const char* p) {  // one lane, broadcast
     return U{} + lane;
 }
 
-// sum + the dot product of a lane's four unsigned bytes with four signed ones
-INLINE I dot_bytes(I sum, U w, U x) {
-#if defined(__AVX512VNNI__)
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-#else
-    for (int b = 0; b < 4; b++) sum += (I)((w >> (8 * b)) & 255) * ((I)(x << (24 - 8 * b)) >> 24);
-    return sum;
-#endif
-}
-
 // Prefetches lanes of a panel: into the second-level cache, except where enough arithmetic lies between loads for the
 // first-level one. (Measured on Zen 4.)
 template <bool NEAR> INLINE void ask_for(const char* p, size_t lanes) {
@@ -54,7 +45,7 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int s = 0; s < S; s++) whole[s][t] = (I)lane_of(x + t * next);
+        for (int s = 0; s < S; s++) whole[s][t] = K == INT4 ? I{} : (I)lane_of(x + t * next);
     UNROLL
     for (size_t i = 0; i < lanes; i++) {
         const char* four = x + sizeof(Head) + i * width;
@@ -65,20 +56,49 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
             if constexpr (K == INT4) {
                 U low = w & 0x0f0f0f0f;
                 UNROLL
-                for (int t = 0; t < T; t++) whole[s][t] = dot_bytes(whole[s][t], low, lane_of(own + t * next));
+                for (int t = 0; t < T; t++) whole[s][t] = dot_nibbles(whole[s][t], low, lane_of(own + t * next));
                 w = (w >> 4) & 0x0f0f0f0f;
                 own += 4;
+                UNROLL
+                for (int t = 0; t < T; t++) whole[s][t] = dot_nibbles(whole[s][t], w, lane_of(own + t * next));
+            } else {
+                w = int8_weights(w);
+                UNROLL
+                for (int t = 0; t < T; t++) whole[s][t] = dot_bytes(whole[s][t], w, lane_of(own + t * next));
             }
-            UNROLL
-            for (int t = 0; t < T; t++) whole[s][t] = dot_bytes(whole[s][t], w, lane_of(own + t * next));
         }
     }
     UNROLL
     for (int s = 0; s < S; s++) {
         V scale = K == INT4 ? load((const Bf16*)(at + GROUP_SCALES) + (side + s) * W) : V{} + 1.0f;
         UNROLL
-        for (int t = 0; t < T; t++)
-            acc[s][t] += to_float(whole[s][t]) * (scale * ((const Head*)(x + t * next))->step);
+        for (int t = 0; t < T; t++) {
+            I all = K == INT4 ? group_sum(whole[s][t], (I)lane_of(x + t * next)) : whole[s][t];
+            acc[s][t] += to_float(all) * (scale * ((const Head*)(x + t * next))->step);
+        }
+    }
+}
+
+// acc[2][T] += one lane of T rows, `ld` bytes apart, @ both halves (sides) of a panel's outputs. Each number of a row is
+// broadcast once, for both sides, and then not kept: there are no registers for them.
+template <int64_t K, int T> INLINE void multiply_lane(const char* rows, size_t ld, size_t lane, const char* at, V (*acc)[T]) {
+    U w[2] = {load_lanes(at), load_lanes(at + W * 4)};
+    constexpr int NUMBERS = K == B16 || K == F16 ? 2 : 1;
+    UNROLL
+    for (int i = 0; i < NUMBERS; i++) {
+        V wide[2] = {(V)w[0], (V)w[1]};
+        if constexpr (NUMBERS == 2) {
+            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
+            for (V& v : wide) v = i ? second_of_pair<Two>((U)v) : first_of_pair<Two>((U)v);
+        }
+        UNROLL
+        for (int t = 0; t < T; t++) {
+            const char* x = rows + t * ld + (NUMBERS * lane + i) * 4;
+            UNROLL
+            for (int side = 0; side < 2; side++)
+                if constexpr (K == DOT) acc[side][t] = dot_pair(acc[side][t], lane_of(x), w[side]);
+                else acc[side][t] += wide[side] * *(const float*)x;
+        }
     }
 }
 
@@ -100,28 +120,11 @@ void multiply(const char* rows, size_t ld, const char* panel, size_t panel_bytes
             const char* at = panel + p * panel_bytes + lane_at(K, k);
             ask_for<K == INT4 && (T > 4)>(at, STEP);
             if constexpr (small) {
-                constexpr int S = T <= (K == INT4 ? 2 : 4) ? 2 : 1;  // halves at once, as registers allow
+                constexpr int S = T <= REGISTERS / (K == INT4 ? 16 : 8) ? 2 : 1;  // halves at once, as registers allow
                 UNROLL
                 for (int side = 0; side < 2; side += S) pass_stretch<K, S, T>(x, at, side, acc[p] + side);
             } else {
-                UNROLL
-                for (int side = 0; side < 2; side++) {
-                    U w = load_lanes(at + side * W * 4);
-                    UNROLL
-                    for (int t = 0; t < T; t++) {
-                        const char* row = rows + t * ld;
-                        V& mine = acc[p][side][t];
-                        if constexpr (K == DOT) {
-                            mine = dot_pair(mine, lane_of(row + k * 4), w);
-                        } else if constexpr (K == F32) {
-                            mine += (V)w * ((const float*)row)[k];
-                        } else {
-                            using Two = std::conditional_t<K == B16, Bf16, Fp16>;
-                            mine += first_of_pair<Two>(w) * ((const float*)row)[2 * k];
-                            mine += second_of_pair<Two>(w) * ((const float*)row)[2 * k + 1];
-                        }
-                    }
-                }
+                multiply_lane<K, T>(rows, ld, k, at, acc[p]);
             }
         }
     }
@@ -178,7 +181,8 @@ struct Work {
     template <class T> void stretch(const T* x, size_t n, char* to) const {
         if (n < shared_of(call.kind)) memset(to, 0, stretch_of(call.kind));
         Head head{0, step_of(x, n)};
-        head.start = -offset_of(call.kind) * round_row(x, n, head.step, 0, to + sizeof head);
+        int32_t offset = call.kind == INT8 && SIGNED ? 0 : offset_of(call.kind);
+        head.start = -offset * round_row(x, n, head.step, 0, to + sizeof head);
         memcpy(to, &head, sizeof head);
     }
 
@@ -208,7 +212,8 @@ struct Work {
         with_kind(call.kind, [&](auto kind) {
             constexpr int64_t K = decltype(kind)::value;
             with_rows((int)call.rows, [&](auto t) {
-                constexpr int T = decltype(t)::value, P = K == INT8 ? 1 : T <= 2 ? 4 : T <= 4 ? 2 : 1;
+                constexpr int T = decltype(t)::value;
+                constexpr int P = K == INT8 ? 1 : T <= REGISTERS / 16 ? 4 : T <= REGISTERS / 8 ? 2 : 1;
                 int64_t panel = span.from;
                 for (; panel + P <= span.to; panel += P) {
                     multiply<K, T, P>(rows, ld, o.weight + panel * bytes, bytes, 0, lanes, sum, P * COLUMNS, false);
@@ -268,7 +273,7 @@ extern "C" int64_t lora_columns() { return (int64_t)COLUMNS; }
 
 // Whether this CPU has a dot product instruction for pairs of bf16.
 extern "C" int64_t lora_has_dot() {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return 1;
 #else
     return 0;

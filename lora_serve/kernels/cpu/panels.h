@@ -51,6 +51,12 @@ inline int64_t scales_bytes(int64_t out) { return (int64_t)(panels_of(out) * COL
 INLINE I nearest(V v) {  // halves to even
 #if defined(__AVX512F__)
     return (I)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+    return (I)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__aarch64__)
+    return (I)vcvtnq_s32_f32((float32x4_t)v);
+#elif defined(__x86_64__)
+    return (I)_mm_cvtps_epi32((__m128)v);
 #else
     I i;
     for (int j = 0; j < W; j++) i[j] = (int32_t)std::nearbyint(v[j]);
@@ -68,7 +74,18 @@ INLINE void store_bytes(char* p, I i) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)i));
 #else
-    for (int j = 0; j < W; j++) p[j] = (char)i[j];
+    H h = narrowed((U)i & 255);
+#if defined(__AVX2__)
+    h = (H)_mm_packus_epi16((__m128i)h, (__m128i)h);
+#elif defined(__aarch64__)
+    uint16x4_t half = (uint16x4_t)h;
+    h = (H)vreinterpret_u16_u8(vmovn_u16(vcombine_u16(half, half)));
+#else
+    char bytes[W];
+    for (int j = 0; j < W; j++) bytes[j] = (char)h[j];
+    memcpy(&h, bytes, W);
+#endif
+    memcpy(p, &h, W);
 #endif
 }
 

@@ -12,8 +12,10 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -31,12 +33,17 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int W = 16;  // floats in a vector
+// W: floats in a vector. A wider one than the CPU's would be taken apart by the compiler, often lane by lane.
+#if defined(__AVX512F__)
+constexpr int W = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int W = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int W = 4, REGISTERS = 32;
 #else
-constexpr int W = 8;
+constexpr int W = 4, REGISTERS = 16;
 #endif
-constexpr int TILE = W / 2;  // most rows of a micro-kernel: TILE x 2 sums fill half the registers
+constexpr int TILE = W == 16 ? 8 : 4;  // most rows of a micro-kernel: TILE x 2 sums fill at most half the registers
 
 typedef float V __attribute__((vector_size(W * 4)));
 typedef uint32_t U __attribute__((vector_size(W * 4)));
@@ -61,13 +68,20 @@ INLINE U widened(H h) {
     return (U)_mm512_cvtepu16_epi32((__m256i)h);
 #elif defined(__AVX2__)
     return (U)_mm256_cvtepu16_epi32((__m128i)h);
+#elif defined(__aarch64__)
+    return (U)vmovl_u16((uint16x4_t)h);
 #else
     return __builtin_convertvector(h, U);
 #endif
 }
-INLINE H narrowed(U u) {
+INLINE H narrowed(U u) {  // the lower halves
 #if defined(__AVX512F__)
     return (H)_mm512_cvtepi32_epi16((__m512i)u);
+#elif defined(__AVX2__)
+    __m256i low = (__m256i)(u & 0xffff);
+    return (H)_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+#elif defined(__aarch64__)
+    return (H)vmovn_u32((uint32x4_t)u);
 #else
     return __builtin_convertvector(u, H);
 #endif
@@ -82,6 +96,8 @@ INLINE V load(const Bf16* p) {
 INLINE void store(Bf16* p, V v) {
 #if defined(__AVX512BF16__)
     auto h = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    auto h = vcvt_bf16_f32((float32x4_t)v);
 #else
     U u = (U)v;
     U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -98,18 +114,8 @@ INLINE void store(Fp16* p, V v) { __m256i h = _mm512_cvtps_ph((__m512)v, 0); mem
 INLINE V load(const Fp16* p) { __m128i h; memcpy(&h, p, sizeof h); return (V)_mm256_cvtph_ps(h); }
 INLINE void store(Fp16* p, V v) { __m128i h = _mm256_cvtps_ph((__m256)v, 0); memcpy(p, &h, sizeof h); }
 #elif defined(__aarch64__)
-INLINE V load(const Fp16* p) {
-    __fp16 h[W];
-    memcpy(h, p, sizeof h);
-    V v;
-    for (int i = 0; i < W; i++) v[i] = h[i];
-    return v;
-}
-INLINE void store(Fp16* p, V v) {
-    __fp16 h[W];
-    for (int i = 0; i < W; i++) h[i] = (__fp16)v[i];
-    memcpy(p, h, sizeof h);
-}
+INLINE V load(const Fp16* p) { uint16x4_t h; memcpy(&h, p, sizeof h); return (V)vcvt_f32_f16((float16x4_t)h); }
+INLINE void store(Fp16* p, V v) { float16x4_t h = vcvt_f16_f32((float32x4_t)v); memcpy(p, &h, sizeof h); }
 #else
 INLINE float from_half(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;
@@ -174,6 +180,8 @@ constexpr bool DOTS = false;
 INLINE V dot_pair(V sum, U x, U y) {
 #if defined(__AVX512BF16__)
     return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (V)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)x, (bfloat16x8_t)y);
 #else
     sum += first_of_pair<Bf16>(x) * first_of_pair<Bf16>(y);
     return sum + second_of_pair<Bf16>(x) * second_of_pair<Bf16>(y);
@@ -260,6 +268,8 @@ template <int D = W / 2> INLINE V sums(V* r) {
 INLINE V larger(V a, V b) {  // b where either is NaN
 #if defined(__AVX512F__)
     return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
 #endif
