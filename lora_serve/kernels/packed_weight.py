@@ -33,7 +33,7 @@ SPANS = (13.5, 14.1, 14.7, 15.3, 15.9)  # steps that the range of a group is cut
 _MOST = 127  # largest integer in int8
 _LAST = 15  # largest integer in int4
 _TOP = 63 / 32  # largest s
-_CHUNK = 1 << 20  # weights that are fitted at a time, which bounds the memory for it
+_CHUNK, _CHUNK_ON_GPU = 1 << 18, 1 << 22  # weights that are fitted at a time: what a CPU's caches hold
 _LEAST = 1e-30  # smallest scale or step; where numbers are smaller, the integers are zero
 
 
@@ -109,7 +109,7 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     """
     weight = weight.detach()
     if scheme == "int4":
-        chunks = weight.split(max(1, _CHUNK // weight.shape[1]))
+        chunks = weight.split(max(1, (_CHUNK if weight.is_cpu else _CHUNK_ON_GPU) // weight.shape[1]))
         q, scale, levels = zip(*(_quantize_groups(chunk, importance) for chunk in chunks), strict=True)
         return torch.cat(q), torch.cat(scale), torch.cat(levels)
     grouped = _grouped(weight, weight.shape[1])
@@ -150,16 +150,16 @@ def _quantize_groups(weight: Tensor, importance: Tensor | None) -> tuple[Tensor,
     all_costs, all_x = _sum(costs), _sum(costs * x)
     error, s, z = torch.full_like(span, torch.inf), torch.ones_like(span), torch.zeros_like(span)
     for steps in SPANS:
-        q = ((x - least) * (steps / span)).round().clamp(0, _LAST)
+        q = (x - least).mul_(steps / span).round_().clamp_(0, _LAST)
         cost_q = costs * q
-        sum_q, sum_qq, sum_qx = _sum(cost_q), _sum(cost_q * q), _sum(cost_q * x)
+        sum_q, sum_qq, sum_qx = _sum(cost_q), _sum(q.mul_(cost_q)), _sum(cost_q.mul_(x))
         fitted = (all_costs * sum_qx - sum_q * all_x) / (all_costs * sum_qq - sum_q * sum_q)
         own = _round_step(fitted / scale)
         step = own * scale
         zero = (8 * (step * sum_q - all_x) / (step * all_costs)).round().clamp(0, (1 << ZERO_BITS) - 1)
-        q = (x / step + zero / 8).round().clamp(0, _LAST)
-        off = step * (q - zero / 8) - x
-        found = _sum(costs * off * off)
+        q = (x / step).add_(zero / 8).round_().clamp_(0, _LAST)
+        off = q.sub_(zero / 8).mul_(step).sub_(x)
+        found = _sum(off.square_().mul_(costs))
         better = found < error
         error, s, z = (torch.where(better, new, old) for new, old in ((found, error), (own, s), (zero, z)))
     q = (x / (s * scale) + z / 8).round().clamp(0, _LAST)
