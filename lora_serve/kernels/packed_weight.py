@@ -109,7 +109,8 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     """
     weight = weight.detach()
     if scheme == "int4":
-        chunks = weight.split(max(1, (_CHUNK if weight.is_cpu else _CHUNK_ON_GPU) // weight.shape[1]))
+        rows = max(1, (_CHUNK if weight.is_cpu else _CHUNK_ON_GPU) // weight.shape[1])
+        chunks = (weight[first : first + rows] for first in range(0, max(1, weight.shape[0]), rows))
         q, scale, levels = zip(*(_quantize_groups(chunk, importance) for chunk in chunks), strict=True)
         return torch.cat(q), torch.cat(scale), torch.cat(levels)
     grouped = _grouped(weight, weight.shape[1])
