@@ -66,6 +66,7 @@ class BaseShape:
         names: names of the base (for warnings about adapters trained on another).
         vocabulary: digest of the tokenizer's vocabulary; empty if unknown.
         quantized: how the base's weights are quantised, or empty (for reports).
+        rounding: digest of what else their rounding depends on, or empty.
         body: path of the model without its LM head, which adapters for embeddings are trained on.
         divided: modules whose weight's rows are divided by their lengths; `weight` and `parameter` give the quotients.
     """
@@ -87,6 +88,7 @@ class BaseShape:
     names: tuple[str, ...] = ()
     vocabulary: str = ""
     quantized: str = ""
+    rounding: str = ""
     body: str = ""
     divided: frozenset[str] = frozenset()
 

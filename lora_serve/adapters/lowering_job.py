@@ -74,7 +74,8 @@ class LoweringContext:
     @property
     def fingerprint(self) -> str:
         """Digest of all that a lowered form depends on besides the adapter's files."""
-        depends = (_release(), self.fingerprint_of_base, self.base.quantized, str(self.dtype))
+        base = self.base
+        depends = (_release(), self.fingerprint_of_base, base.quantized, base.rounding, str(self.dtype))
         return sha256("\n".join(depends).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ class RunningSequences:
     """
 
     def __init__(self, pool: BlockPool, waiting: WaitingQueue, *, prefix_cache: bool) -> None:
-        self._pool, self._waiting, self._prefix_cache = pool, waiting, prefix_cache
+        self._pool, self._waiting, self.prefix_cache = pool, waiting, prefix_cache
         self._seqs: dict[Sequence, None] = {}
         self.started = 0
         self.prefix_tokens = 0
@@ -127,14 +127,14 @@ class RunningSequences:
         seq = part.seq
         size = self._pool.block_size
         done = min(part.end, seq.computed)  # 0 if it was preempted meanwhile
-        findable = done if self._prefix_cache else min(done, seq.virtual)
+        findable = done if self.prefix_cache else min(done, seq.virtual)
         while (seq.indexed + 1) * size <= findable:
             self._pool.index(seq.blocks[seq.indexed], seq.prefix_key(seq.indexed, size))
             seq.indexed += 1
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
         """Indexed blocks that hold the sequence's prefix; at least its last token is always computed."""
-        use_cache = self._prefix_cache and not seq.needs_whole_prompt
+        use_cache = self.prefix_cache and not seq.needs_whole_prompt
         size = self._pool.block_size
         whole = (len(seq.tokens) - 1 if use_cache else seq.virtual) // size
         return self._pool.find(seq.prefix_key(block, size) for block in range(whole))

@@ -206,8 +206,14 @@ class Kernels(Protocol):
     graph_buckets: GraphBuckets | None
     has_grouped_linear: bool
 
-    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        """Lay out the weights [out, in] (fp32, bf16 or fp16) of layers that read the same input, for `linear`."""
+    def pack(
+        self, weights: Sequence[Tensor], scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> list[PackedWeight]:
+        """Lay out the weights [out, in] (fp32, bf16 or fp16) of layers that read the same input, for `linear`.
+
+        Args:
+            importance: of the inputs, [in]; see `packed_weight.quantize`.
+        """
         ...
 
     def unpack(self, packed: PackedWeight) -> Tensor:
@@ -229,7 +235,9 @@ class Kernels(Protocol):
         """
         ...
 
-    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+    def pack_experts(
+        self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> PackedExpertWeights:
         """Lay out one layer of a mixture's experts, weights [experts, out, in], for `grouped_linear`."""
         ...
 

@@ -38,11 +38,13 @@ class ReferenceKernels:
     graph_buckets: GraphBuckets | None = None
     has_grouped_linear = True
 
-    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
-        return [_pack(weight, scheme) for weight in weights]
+    def pack(
+        self, weights: Sequence[Tensor], scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> list[PackedWeight]:
+        return [_pack(weight, scheme, importance) for weight in weights]
 
     def unpack(self, packed: PackedWeight) -> Tensor:
-        return packed.data if packed.scale is None else dequantize(packed.data, packed.scale)
+        return packed.data if packed.scale is None else dequantize(packed.data, packed.scale, packed.levels)
 
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, packed.data)
@@ -57,8 +59,10 @@ class ReferenceKernels:
             outputs.append((y if bias is None else y + bias.float()).to(x.dtype))
         return outputs
 
-    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
-        return PackedExpertWeights.pack(weights, lambda weight: _pack(weight, scheme))
+    def pack_experts(
+        self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> PackedExpertWeights:
+        return PackedExpertWeights.pack(weights, lambda weight: _pack(weight, scheme, importance))
 
     def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
         y = x.new_zeros(x.shape[0], weights.shape[0])
@@ -161,7 +165,7 @@ class ReferenceKernels:
         return out
 
 
-def _pack(weight: Tensor, scheme: Scheme | None) -> PackedWeight:
+def _pack(weight: Tensor, scheme: Scheme | None, importance: Tensor | None) -> PackedWeight:
     shape = (weight.shape[0], weight.shape[1])
-    data, scale = (weight, None) if scheme is None else quantize(weight, scheme)
-    return PackedWeight(shape, weight.dtype, scheme, data, scale)
+    data, scale, levels = (weight, None, None) if scheme is None else quantize(weight, scheme, importance)
+    return PackedWeight(shape, weight.dtype, scheme, data, scale, levels)

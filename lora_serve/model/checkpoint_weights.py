@@ -92,6 +92,7 @@ class CheckpointWeights:
         tied: path of the embedding whose weight the head shares; empty if it has its own.
         divided: modules whose weight's rows are divided by their lengths at load.
         schemes: how the resident base's sites were quantised at load, by site.
+        importance: of their inputs for that, by site; one for all experts.
         external: whether the checkpoint itself is quantised, so that its library has to load it as a whole.
     """
 
@@ -102,6 +103,7 @@ class CheckpointWeights:
     tied: str = ""
     divided: frozenset[str] = frozenset()
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     external: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,7 +121,9 @@ class CheckpointWeights:
             weight = self._parameter(site, module, "weight")
             weight = weight.T if isinstance(module, Conv1D) else weight
         scheme = self.schemes.get(site)
-        return weight.detach() if scheme is None else dequantize(*quantize(weight, scheme))
+        if scheme is None:
+            return weight.detach()
+        return dequantize(*quantize(weight, scheme, self.importance.get(site.partition("[")[0])))
 
     def parameter(self, path: str) -> Tensor:
         """A parameter by its path in the model, as the checkpoint has it. Raises KeyError if there is none."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import DeltaGroup
+from lora_serve.model.expert_rows import STACKED
 from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.external_quantization import is_externally_quantized
@@ -45,9 +46,14 @@ def pack(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext
     """
     _install_linears(loaded, device_slots, context, packed=True)
     if loaded.scheme is not None and context.kernels.has_grouped_linear:
-        for module in loaded.model.modules():
+        for path, module in loaded.model.named_modules():
             if isinstance(module, AdaptedExperts):
-                module.base = PackedExperts(module.base, context.kernels, loaded.scheme)
+                own = {
+                    name: loaded.importance[f"{path}.{name}"]
+                    for name in STACKED
+                    if f"{path}.{name}" in loaded.importance
+                }
+                module.base = PackedExperts(module.base, context.kernels, loaded.scheme, own)
     for parameter in loaded.model.parameters():
         if parameter.is_cpu:  # one tensor of a memory-mapped file keeps the whole file in memory
             parameter.data = parameter.data.clone()
@@ -67,7 +73,7 @@ def _install_group(
     model: Any = loaded.model
     modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
-    bases = _pack(modules, context, loaded) if packed else modules
+    bases = _pack(modules, context, loaded, loaded.importance.get(names[0])) if packed else modules
     shared = SharedInput(bases, group, context.kernels)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits
@@ -77,10 +83,12 @@ def _install_group(
             _replace(model, loaded.shape.input_embedding, PackedEmbedding(base.packed, context.kernels))
 
 
-def _pack(modules: list[Any], context: ForwardContext, loaded: LoadedModel) -> list[PackedLinear | ExternalLinear]:
+def _pack(
+    modules: list[Any], context: ForwardContext, loaded: LoadedModel, importance: Tensor | None
+) -> list[PackedLinear | ExternalLinear]:
     """Pack modules together; if any is externally quantised, that one is kept and the others are packed one by one."""
     if not any(map(is_externally_quantized, modules)):
-        return [*PackedLinear.pack(modules, context.kernels, loaded.scheme)]
+        return [*PackedLinear.pack(modules, context.kernels, loaded.scheme, importance)]
     return [
         ExternalLinear(each) if is_externally_quantized(each) else PackedLinear.pack([each], context.kernels)[0]
         for each in modules

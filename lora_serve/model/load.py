@@ -6,15 +6,16 @@ A model that flat batches with paged attention would serve wrongly is refused, b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,6 +36,7 @@ from lora_serve.model.external_quantization import (
     prepare_modules,
 )
 from lora_serve.model.identity_experts import mark_experts
+from lora_serve.model.importance import importance_digest, measure_importance, text_tokens
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
@@ -60,6 +62,7 @@ class LoadedModel:
         notes: remarks for the operator, in the start-up summary.
         replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
         oracle: the untouched model's logits, for the self-check.
+        importance: see `measure_importance`; empty where no weight will be int4.
         headless: whether the checkpoint has no LM head, so that it can only embed.
         pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
         loaded_whole: bytes of the checkpoint if single weights of it cannot be read (`CheckpointWeights`); else 0.
@@ -86,6 +89,7 @@ class LoadedModel:
     pooling: Pooling | None = None
     not_embedding: str = ""
     loaded_whole: int = 0
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def load(
@@ -169,7 +173,14 @@ def _load(
     divided = divide_head(model)
     progress("observing the forward pass", 0.8)
     observed = _observe(name, model, device, quantized)
-    oracle = _compute_oracle(model, device, quantized)
+    importance: dict[str, Tensor] = {}
+    with _eager_attention(model):
+        with eager_experts(model):
+            oracle = compute_oracle(model, device, external=quantized is not None)
+        if scheme == "int4":
+            progress("measuring which inputs matter", 0.83)
+            ids = text_tokens(name, revision, model.get_input_embeddings().weight.shape[0])
+            importance = measure_importance(model, observed.groups, ids[:max_model_len], device)
     _remove_step_dependent_branches(model)
     generation = _generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -177,12 +188,21 @@ def _load(
     shape = build_base_shape(
         model,
         observed,
-        partial(CheckpointWeights, name, revision, model.dtype, divided=divided, external=quantized is not None),
+        partial(
+            CheckpointWeights,
+            name,
+            revision,
+            model.dtype,
+            divided=divided,
+            importance=importance,
+            external=quantized is not None,
+        ),
         scheme=scheme,
         quantizes_experts=quantizes_experts,
         names=(name, str(getattr(config, "_name_or_path", "")), *names),
         vocabulary=vocabulary_digest(Path(name)),
         quantized=scheme or (quantized.label if quantized else ""),
+        rounding=importance_digest(importance),
         divided=divided,
     )
     headless = f"{shape.head}.weight" in loading_info["missing_keys"]
@@ -213,6 +233,7 @@ def _load(
         headless=headless,
         pooling=pooling,
         not_embedding=not_embedding,
+        importance=importance,
         loaded_whole=0 if quantized is None else sum(file.stat().st_size for file in weight_files(name, revision)),
     )
 
@@ -245,12 +266,12 @@ def _observe(name: str, model: Any, device: torch.device, quantized: Quantizatio
         ) from error
 
 
-def _compute_oracle(model: Any, device: torch.device, quantized: Quantization | None) -> Oracle:
-    """The model's logits under its own eager attention, before any module is replaced."""
+@contextmanager
+def _eager_attention(model: Any) -> Iterator[None]:
+    """The model's own eager attention, before any module is replaced."""
     model.set_attn_implementation("eager")
     try:
-        with eager_experts(model):
-            return compute_oracle(model, device, external=quantized is not None)
+        yield
     finally:
         model.set_attn_implementation(PAGED_ATTENTION)
 

@@ -22,9 +22,10 @@ class PackedExperts(nn.Module):
 
     Args:
         scheme: how to quantise them, if their size allows it.
+        importance: of the inputs, by parameter, for that.
     """
 
-    def __init__(self, stacked: nn.Module, kernels: Kernels, scheme: Scheme) -> None:
+    def __init__(self, stacked: nn.Module, kernels: Kernels, scheme: Scheme, importance: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.stacked: Any = stacked
         self.packed: dict[str, PackedExpertWeights] = {}
@@ -33,7 +34,8 @@ class PackedExperts(nn.Module):
             weight = stacked._parameters.pop(name, None)
             if weight is not None:
                 weights = out_first(stacked, weight)
-                self.packed[name] = kernels.pack_experts(weights, scheme_for(scheme, weights.shape[2]))
+                own = scheme_for(scheme, weights.shape[2])
+                self.packed[name] = kernels.pack_experts(weights, own, importance.get(name))
 
     def expert_weight(self, parameter: str, expert: int) -> Tensor:
         """One expert's weight [out, in], float32; unpacked on every call."""

@@ -29,17 +29,24 @@ class PackedLinear(nn.Module):
         self._transposed = transposed
 
     @classmethod
-    def pack(cls, modules: Sequence[Any], kernels: Kernels, scheme: Scheme | None = None) -> list[PackedLinear]:
+    def pack(
+        cls,
+        modules: Sequence[Any],
+        kernels: Kernels,
+        scheme: Scheme | None = None,
+        importance: Tensor | None = None,
+    ) -> list[PackedLinear]:
         """Pack linear modules that read the same input.
 
         Args:
             scheme: how to quantise the weights, if their size allows it.
+            importance: of the inputs, for that.
         """
         transposed = [isinstance(module, Conv1D) for module in modules]
         weights = [
             module.weight.T if turned else module.weight for module, turned in zip(modules, transposed, strict=True)
         ]
-        packed = kernels.pack(weights, scheme_for(scheme, weights[0].shape[1]))
+        packed = kernels.pack(weights, scheme_for(scheme, weights[0].shape[1]), importance)
         return [
             cls(own, module.bias, kernels, transposed=turned)
             for own, module, turned in zip(packed, modules, transposed, strict=True)

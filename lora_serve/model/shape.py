@@ -27,6 +27,7 @@ def build_base_shape(
     quantizes_experts: bool = False,
     vocabulary: str = "",
     quantized: str = "",
+    rounding: str = "",
     divided: frozenset[str] = frozenset(),
 ) -> BaseShape:
     """Describe a traced model.
@@ -36,7 +37,7 @@ def build_base_shape(
         weights_of: makes the reader of its checkpoint, from the remaining arguments of `CheckpointWeights`.
         scheme: how its linear modules will be quantised.
         quantizes_experts: whether its experts will be, too.
-        names, vocabulary, quantized, divided: see `BaseShape`.
+        names, vocabulary, quantized, rounding, divided: see `BaseShape`.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     sites: dict[str, Site] = {}
@@ -92,6 +93,7 @@ def build_base_shape(
         names=names,
         vocabulary=vocabulary,
         quantized=quantized,
+        rounding=rounding,
         body=paths.get(id(model.base_model), ""),
         divided=divided,
     )

@@ -83,7 +83,7 @@ def test_an_alora_reuses_the_base_s_kv_up_to_its_invocation(tmp_path: Path) -> N
     driver.teach([LONG], decode=0, look_up=True)
     before = driver.computed
     got = driver.teach([prompt], decode=4, adapters=[[(invoked.digest, 1.0)]], look_up=True)[0]
-    assert driver.scheduler.prefix_hits == 16  # the 4 whole blocks of 19 tokens
+    assert driver.scheduler.running.prefix_hits == 16  # the 4 whole blocks of 19 tokens
     assert driver.computed - before == len(prompt) - 16 + 4
     torch.testing.assert_close(got, truth(invoked.model, driver.sequences[0], prompt)[-5:], atol=1e-4, rtol=1e-4)
 
@@ -93,9 +93,9 @@ def test_kv_after_the_invocation_is_shared_by_the_adapter_s_requests_only(tmp_pa
     driver, prompt = invoked.driver, [*LONG, *INVOCATION, *LONG]
     driver.teach([prompt], decode=0, adapters=[[(invoked.digest, 1.0)]], look_up=True)
     for routes, hits in (([], 16), ([(invoked.digest, 1.0)], 40), ([(invoked.other, 1.0)], 0)):
-        before = driver.scheduler.prefix_hits
+        before = driver.scheduler.running.prefix_hits
         got = driver.teach([prompt], decode=1, adapters=[routes], look_up=True)[0]
-        assert driver.scheduler.prefix_hits - before == hits
+        assert driver.scheduler.running.prefix_hits - before == hits
         tokens = driver.sequences[0]
         wanted = {
             (): lambda tokens: logits(invoked.base, tokens),
@@ -110,7 +110,7 @@ def test_an_alora_that_is_never_invoked_shares_all_kv_with_the_base(tmp_path: Pa
     driver = invoked.driver
     driver.teach([LONG], decode=0, adapters=[[(invoked.digest, 1.0)]], look_up=True)
     got = driver.teach([LONG], decode=2, look_up=True)[0]
-    assert driver.scheduler.prefix_hits == 16
+    assert driver.scheduler.running.prefix_hits == 16
     torch.testing.assert_close(got, logits(invoked.base, driver.sequences[0])[-3:], atol=1e-4, rtol=1e-4)
 
 
@@ -157,9 +157,9 @@ def test_an_alora_that_replaces_parts_of_the_base_shares_kv_with_itself_only(tmp
         ([*LONG, 30, *INVOCATION, 7], own, 16),  # its own is, wherever it is invoked
         ([*LONG, 31], [], 16),
     ):
-        before = driver.scheduler.prefix_hits
+        before = driver.scheduler.running.prefix_hits
         got = driver.teach([prompt], decode=2, adapters=[routes], look_up=True)[0]
-        assert driver.scheduler.prefix_hits - before == hits
+        assert driver.scheduler.running.prefix_hits - before == hits
         model = alora.model if routes else reference("llama")
         expected = truth(model, driver.sequences[0], prompt) if routes else logits(model, driver.sequences[0])
         torch.testing.assert_close(got, expected[-3:], atol=1e-4, rtol=1e-4)

@@ -142,18 +142,18 @@ def test_virtual_tokens_are_computed_once_and_found_by_every_request(tmp_path: P
     assert shared.rows([60, 21, 7], 0) == 2 + 3 + 2  # a block of 4 is found, what shares one with the prompt is not
     assert shared.rows([5, 9, 33], 1) == 9 + 3 + 2
     assert shared.rows([60, 21, 7], 1) == 1 + 3 + 2
-    assert scheduler.prefix_hits == 0  # of the prompts' own tokens
+    assert scheduler.running.prefix_hits == 0  # of the prompts' own tokens
     assert shared.rows([60, 21, 7, 40, 41, 42], 0) == 4 + 2
-    assert scheduler.prefix_hits == 2  # those that share a block with the last two virtual tokens
+    assert scheduler.running.prefix_hits == 2  # those that share a block with the last two virtual tokens
     assert shared.rows([60, 21, 7, 40, 41, 42, 43], 0) == 1 + 2
-    assert scheduler.prefix_hits == 2 + 6
+    assert scheduler.running.prefix_hits == 2 + 6
 
 
 def test_virtual_tokens_are_found_even_if_prompts_are_not_looked_up(tmp_path: Path) -> None:
     shared = Shared(tmp_path)
     assert shared.rows([5, 9, 33], 1, look_up=False) == 9 + 3 + 2
     assert shared.rows([5, 9, 33], 1, look_up=False) == 1 + 3 + 2
-    shared.driver.scheduler.prefix_cache = False
+    shared.driver.scheduler.running.prefix_cache = False
     assert shared.rows([5, 9, 33], 1) == 1 + 3 + 2
     assert shared.rows([5, 9, 33, 34, 35, 36], 0) == 6 + 6 + 2
     assert shared.rows([5, 9, 33, 34, 35, 36], 0) == 2 + 6 + 2

@@ -51,12 +51,16 @@ class NativeKernels:
         self.write_kv, self.attention = attention.write_kv, attention.attention
         self.delta = NativeDelta(self._library).delta
 
-    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
+    def pack(
+        self, weights: Sequence[Tensor], scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> list[PackedWeight]:
         """Each weight by itself, as `linear` reads them one after the other."""
-        return [self._matmul.pack(weight, scheme) for weight in weights]
+        return [self._matmul.pack(weight, scheme, importance) for weight in weights]
 
-    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
-        return PackedExpertWeights.pack(weights, lambda weight: self._matmul.pack(weight, scheme))
+    def pack_experts(
+        self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> PackedExpertWeights:
+        return PackedExpertWeights.pack(weights, lambda weight: self._matmul.pack(weight, scheme, importance))
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
         add, record_on = self._pointwise.add, self._library.record_on

@@ -68,7 +68,7 @@ INLINE I dot_bytes(I sum, U w, U x) {
 #endif
 }
 
-// The same over a group of int4's weights, 0 to 15: sums begin at zero, and `group_sum` gives them with what they start at.
+// The same over a group of int4's weights, 0 to 15: sums begin at zero, and are complete after `group_sum`.
 INLINE I dot_nibbles(I sum, U w, U x) {
 #ifdef PAIRS_OF_BYTES
     return in_order((I)((Pairs)sum + multiplied(w, x)));
@@ -76,11 +76,11 @@ INLINE I dot_nibbles(I sum, U w, U x) {
     return dot_bytes(sum, w, x);
 #endif
 }
-INLINE I group_sum(I sum, I start) {
+INLINE I group_sum(I sum) {
 #ifdef PAIRS_OF_BYTES
-    return start + added((Pairs)sum);
+    return added((Pairs)sum);
 #else
-    return start + sum;
+    return sum;
 #endif
 }
 

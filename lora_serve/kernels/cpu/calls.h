@@ -77,7 +77,7 @@ struct DeltaCall {
 
 struct LinearOutput {
     const char* weight;
-    const float* scale;  // INT8: [panels * COLUMNS]
+    const float* scale;  // INT8, INT4: [panels * COLUMNS]
     const char* bias;    // of the rows' type, or null
     char* y;
     int64_t stride, out;
@@ -95,7 +95,7 @@ struct GroupedLinearCall {
     int64_t stride, rows, in, out, type, threads, kind, experts;
     const char* weight;
     int64_t weight_stride;  // in bytes
-    const float* scale;     // INT8: [experts, panels * COLUMNS]
+    const float* scale;     // INT8, INT4: [experts, panels * COLUMNS]
     const char* bias;       // [experts, out] of the rows' type, or null
     char* y;                // [rows, out]
     const int64_t* end;     // [experts]
@@ -104,12 +104,13 @@ struct GroupedLinearCall {
 // --- packing.cpp ---
 
 struct PackCall {
-    char* weight;  // [out, in], contiguous; unpacked from INT8 and INT4 it is float32
+    char* weight;  // [out, in], contiguous; packed in INT4 it is integers (bytes), unpacked from INT8 and INT4 float32
     int64_t out, in;
     int64_t type;  // of the weights that are packed
     int64_t kind;
     char* packed;
-    float* scale;  // INT8: [panels * COLUMNS]
+    float* scale;        // INT8, INT4: [panels * COLUMNS]
+    const char* levels;  // packed in INT4: [out, in / GROUP], of two bytes
     int64_t threads;
 };
 

@@ -45,7 +45,7 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
-        for (int s = 0; s < S; s++) whole[s][t] = K == INT4 ? I{} : (I)lane_of(x + t * next);
+        for (int s = 0; s < S; s++) whole[s][t] = K == INT8 ? (I)lane_of(x + t * next) : I{};
     UNROLL
     for (size_t i = 0; i < lanes; i++) {
         const char* four = x + sizeof(Head) + i * width;
@@ -70,11 +70,22 @@ template <int64_t K, int S, int T, class A> INLINE void pass_stretch(const char*
     }
     UNROLL
     for (int s = 0; s < S; s++) {
-        V scale = K == INT4 ? load((const Bf16*)(at + GROUP_SCALES) + (side + s) * W) : V{} + 1.0f;
+        V scale{}, zero{};
+        if constexpr (K == INT4) {
+            H levels;
+            memcpy(&levels, at + GROUP_LEVELS + (side + s) * W * 2, sizeof levels);
+            scale = scale_of_levels(widened(levels));
+            zero = zero_of_levels(widened(levels)) * scale;
+        }
         UNROLL
         for (int t = 0; t < T; t++) {
-            I all = K == INT4 ? group_sum(whole[s][t], (I)lane_of(x + t * next)) : whole[s][t];
-            acc[s][t] += to_float(all) * (scale * ((const Head*)(x + t * next))->step);
+            const Head& head = *(const Head*)(x + t * next);
+            if constexpr (K == INT4) {
+                acc[s][t] += to_float(group_sum(whole[s][t])) * (scale * head.step);
+                acc[s][t] -= zero * head.eighth;
+            } else {
+                acc[s][t] += to_float(whole[s][t]) * head.step;
+            }
         }
     }
 }
@@ -180,9 +191,10 @@ struct Work {
     }
     template <class T> void stretch(const T* x, size_t n, char* to) const {
         if (n < shared_of(call.kind)) memset(to, 0, stretch_of(call.kind));
-        Head head{0, step_of(x, n)};
-        int32_t offset = call.kind == INT8 && SIGNED ? 0 : offset_of(call.kind);
-        head.start = -offset * round_row(x, n, head.step, 0, to + sizeof head);
+        Head head{{0}, step_of(x, n)};
+        int32_t sum = round_row(x, n, head.step, 0, to + sizeof head);
+        if (call.kind == INT4) head.eighth = (float)sum * (head.step / 8);
+        else if (!SIGNED) head.start = -OFFSET * sum;
         memcpy(to, &head, sizeof head);
     }
 
@@ -197,7 +209,7 @@ struct Work {
                 for (int64_t c = 0; c < n; c += W) {
                     int64_t m = std::min<int64_t>(W, n - c);
                     V v = load(sum + t * lds + c);
-                    if (call.kind == INT8) v *= load(o.scale + column + c);
+                    if (call.kind == INT8 || call.kind == INT4) v *= load(o.scale + column + c);
                     if (bias) v += load_some(bias + c, (size_t)m);
                     store_some(y + c, v, (size_t)m);
                 }
@@ -288,7 +300,7 @@ extern "C" int64_t lora_linear(const LinearCall* call) {
     for (int64_t i = 0; i < call->outputs; i++) {
         const LinearOutput& o = call->output[i];
         check_memory(o.weight, packed_bytes(call->kind, o.out, call->in));
-        if (call->kind == INT8) check_memory(o.scale, scales_bytes(o.out));
+        if (call->kind == INT8 || call->kind == INT4) check_memory(o.scale, scales_bytes(o.out));
         if (o.bias) check_memory(o.bias, o.out * each);
         check_rows(o.y, call->rows, o.stride * each, o.out * each);
     }

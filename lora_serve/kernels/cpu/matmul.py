@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
-from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme
+from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme, quantize
 
 _INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
@@ -35,16 +35,21 @@ class NativeLinear:
         if library.number("lora_has_dot") and self._seconds(_DOT) < self._seconds(self._bf16):
             self._bf16 = _DOT
 
-    def pack(self, weight: Tensor, scheme: Scheme | None = None) -> PackedWeight:
+    def pack(self, weight: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None) -> PackedWeight:
         shape = (weight.shape[0], weight.shape[1])
         if scheme == "int4" and shape[1] % GROUP:
             raise ValueError(f"{shape[1]} inputs are not a multiple of int4's groups of {GROUP}")
         source = weight.detach().contiguous()  # kept alive until the call is over
         empty = PackedWeight(shape, weight.dtype, scheme, torch.empty(0, dtype=torch.uint8))
         data = torch.empty(self._bytes(self._call(source, empty)), dtype=torch.uint8)
-        scale = torch.zeros(-(-shape[0] // self._columns) * self._columns) if scheme == "int8" else None
+        scale = None if scheme is None else torch.zeros(-(-shape[0] // self._columns) * self._columns)
         packed = replace(empty, data=data, scale=scale)
-        self._pack(self._call(source, packed))
+        levels = None
+        if scheme == "int4":
+            source, scales, levels = quantize(source, scheme, importance)
+            assert scale is not None
+            scale[: shape[0]] = scales
+        self._pack(self._call(source, packed, levels))
         return packed
 
     def unpack(self, packed: PackedWeight) -> Tensor:
@@ -153,7 +158,7 @@ class NativeLinear:
             return _INT8 if scheme == "int8" else _INT4
         return self._bf16 if dtype is torch.bfloat16 else type_number(dtype)
 
-    def _call(self, weight: Tensor, packed: PackedWeight) -> bytes:
+    def _call(self, weight: Tensor, packed: PackedWeight, levels: Tensor | None = None) -> bytes:
         return CALLS["PackCall"].pack(
             weight=weight.data_ptr(),
             out=packed.shape[0],
@@ -162,6 +167,7 @@ class NativeLinear:
             kind=self._kind(packed.dtype, packed.scheme),
             packed=packed.data.data_ptr(),
             scale=0 if packed.scale is None else packed.scale.data_ptr(),
+            levels=0 if levels is None else levels.data_ptr(),
             threads=torch.get_num_threads(),
         )
 

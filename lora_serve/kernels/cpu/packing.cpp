@@ -1,5 +1,5 @@
-// Packs weights into panels (panels.h describes the layout), quantising them if the kind is INT8 or INT4, and unpacks
-// them.
+// Packs weights into panels (panels.h describes the layout), and unpacks them. INT8 is quantised here; INT4 comes as
+// integers, scales and levels (packed_weight.py).
 //
 // W outputs at a time: each one's weights become a row of lanes, and the rows are transposed into one side of a panel.
 #include <algorithm>
@@ -8,20 +8,6 @@
 #include "panels.h"
 
 namespace {
-
-// int4's scale: the group's number of the largest magnitude becomes -8, as there is one more integer below zero.
-template <class T> float scale_of(const T* x) {
-    float high = 0, low = 0;
-    for (size_t i = 0; i < GROUP; i += W) {
-        V v = load(x + i);
-        for (int j = 0; j < W; j++) {
-            high = std::max(high, v[j]);
-            low = std::min(low, v[j]);
-        }
-    }
-    float scale = (high >= -low ? high : low) / -8;
-    return std::abs(scale) < LEAST ? LEAST : scale;
-}
 
 struct Packing {
     const PackCall& call;
@@ -49,44 +35,44 @@ struct Packing {
         }
     }
 
-    // Converts one output's weights to lanes, quantised if the kind is; writes its scales, in int4 one for each group.
-    template <class T> void shrink(const T* x, char* to, float* scale, char* group_scale) const {
+    // Converts one output's weights to lanes, quantised in INT8, whose scale it writes.
+    template <class T> void shrink(const T* x, char* to, float* scale) const {
         if (call.kind == INT8) {
             *scale = step_of(x, in);
-            round_row(x, in, *scale, offset_of(INT8), to);
-        } else if (call.kind == INT4) {
-            char bytes[GROUP];
-            for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
-                Bf16* kept = (Bf16*)group_scale;
-                store_part(kept, V{} + scale_of(x + i), 1);
-                round_row<true>(x + i, GROUP, load_part(kept, 1)[0], offset_of(INT4), bytes);
-                for (size_t b = 0; b < GROUP; b += 8, to += 4) {
-                    uint32_t low, high;
-                    memcpy(&low, bytes + b, 4);
-                    memcpy(&high, bytes + b + 4, 4);
-                    low |= high << 4;
-                    memcpy(to, &low, 4);
-                }
-            }
+            round_row(x, in, *scale, OFFSET, to);
         } else {
             memcpy(to, x, in * sizeof(T));
         }
     }
+    // The same of INT4's integers; `place` is where its first level belongs.
+    void shrink_groups(const char* q, const char* level, char* to, char* place) const {
+        for (size_t i = 0; i < in; i += 8, to += 4) {
+            uint32_t low, high;
+            memcpy(&low, q + i, 4);
+            memcpy(&high, q + i + 4, 4);
+            low |= high << 4;
+            memcpy(to, &low, 4);
+        }
+        for (size_t i = 0; i < in; i += GROUP, level += 2, place += GROUP_BYTES) memcpy(place, level, 2);
+    }
     // The inverse, for INT8 and INT4.
-    void widen(float* x, const uint8_t* from, const float* scale, const char* group_scale) const {
+    void widen(float* x, const uint8_t* from, float scale, const char* place) const {
         if (call.kind == INT8) {
-            for (size_t i = 0; i < in; i++) x[i] = (float)(from[i] - offset_of(INT8)) * *scale;
+            for (size_t i = 0; i < in; i++) x[i] = (float)(from[i] - OFFSET) * scale;
             return;
         }
-        for (size_t i = 0; i < in; i += GROUP, group_scale += GROUP_BYTES) {
-            float step = load_part((const Bf16*)group_scale, 1)[0];
+        for (size_t i = 0; i < in; i += GROUP, place += GROUP_BYTES) {
+            uint16_t level;
+            memcpy(&level, place, 2);
+            float step = scale_of_levels(U{} + level)[0] / 8;
+            int32_t zero = level & 0x7f;
             for (size_t b = 0; b < GROUP; b += 8, from += 4)
                 for (size_t j = 0; j < 8; j++)
-                    x[i + b + j] = (float)((from[j % 4] >> (j & 4) & 15) - offset_of(INT4)) * step;
+                    x[i + b + j] = (float)(8 * (from[j % 4] >> (j & 4) & 15) - zero) * step * scale;
         }
     }
 
-    // body(side, its groups' scales, scratch rows, first output, outputs) for all sides, divided among the threads
+    // body(side, its levels, scratch rows, first output, outputs) for all sides, divided among the threads
     template <class F> void each_side(F body) const {
         int64_t sides = 2 * (int64_t)panels_of(call.out);
         parallel((int)call.threads, [&](int thread, int threads) {
@@ -94,34 +80,39 @@ struct Packing {
             float* rows = scratch(memory, W * ld);
             for (int64_t s = sides * thread / threads; s < sides * (thread + 1) / threads; s++) {
                 char* side = call.packed + s / 2 * (int64_t)lane_at(call.kind, lanes) + s % 2 * W * 4;
-                char* group_scales = side + GROUP_SCALES - s % 2 * W * 2;
-                body(side, group_scales, rows, s * W, std::clamp<int64_t>(call.out - s * W, 0, W));
+                char* levels = side + GROUP_LEVELS - s % 2 * W * 2;
+                body(side, levels, rows, s * W, std::clamp<int64_t>(call.out - s * W, 0, W));
             }
         });
     }
     void pack() const {
-        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
+        each_side([&](char* side, char* levels, float* rows, int64_t first, int64_t count) {
             std::fill(rows, rows + W * ld, 0.0f);
-            if (call.kind == INT4 && count < W)
-                for (size_t k = 0; k < lanes; k += GROUP_LANES) memset(group_scales + lane_at(INT4, k), 0, W * 2);
-            with_type(call.type, [&](auto* type) {
-                using T = std::remove_pointer_t<decltype(type)>;
+            if (call.kind == INT4) {
+                if (count < W)
+                    for (size_t k = 0; k < lanes; k += GROUP_LANES) memset(levels + lane_at(INT4, k), 0, W * 2);
                 for (int64_t i = 0; i < count; i++)
-                    shrink((const T*)call.weight + (first + i) * call.in, (char*)(rows + i * ld),
-                           call.scale + first + i, group_scales + 2 * i);
-            });
+                    shrink_groups(call.weight + (first + i) * call.in, call.levels + (first + i) * (call.in / (int64_t)GROUP) * 2,
+                                  (char*)(rows + i * ld), levels + 2 * i);
+            } else {
+                with_type(call.type, [&](auto* type) {
+                    using T = std::remove_pointer_t<decltype(type)>;
+                    for (int64_t i = 0; i < count; i++)
+                        shrink((const T*)call.weight + (first + i) * call.in, (char*)(rows + i * ld), call.scale + first + i);
+                });
+            }
             turn(rows, side);
         });
     }
     void unpack() const {
         bool small = call.kind == INT8 || call.kind == INT4;
         size_t size = in * (small || call.type == FP32 ? 4 : 2);
-        each_side([&](char* side, char* group_scales, float* rows, int64_t first, int64_t count) {
+        each_side([&](char* side, char* levels, float* rows, int64_t first, int64_t count) {
             turn_back(side, rows);
             for (int64_t i = 0; i < count; i++) {
                 char* x = call.weight + (size_t)(first + i) * size;
                 const float* row = rows + i * ld;
-                if (small) widen((float*)x, (const uint8_t*)row, call.scale + first + i, group_scales + 2 * i);
+                if (small) widen((float*)x, (const uint8_t*)row, call.scale[first + i], levels + 2 * i);
                 else memcpy(x, row, size);
             }
         });
@@ -131,7 +122,7 @@ struct Packing {
 void check_packed(const PackCall& call) {
     check_memory(&call, sizeof call);
     check_memory(call.packed, packed_bytes(call.kind, call.out, call.in));
-    if (call.kind == INT8) check_memory(call.scale, scales_bytes(call.out));
+    if (call.kind == INT8 || call.kind == INT4) check_memory(call.scale, scales_bytes(call.out));
 }
 
 }  // namespace
@@ -143,7 +134,8 @@ extern "C" int64_t lora_packed_bytes(const PackCall* call) {
 
 // Packs a weight [out, in] into panels.
 extern "C" int64_t lora_pack(const PackCall* call) {
-    check_memory(call->weight, call->out * call->in * bytes_of(call->type));
+    check_memory(call->weight, call->out * call->in * (call->kind == INT4 ? 1 : bytes_of(call->type)));
+    if (call->kind == INT4) check_memory(call->levels, call->out * (call->in / (int64_t)GROUP) * 2);
     check_packed(*call);
     Packing(*call).pack();
     return 0;

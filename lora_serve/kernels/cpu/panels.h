@@ -4,11 +4,11 @@
 // sides). Consecutive inputs of one output that fill 32 bits are a lane: one float, two inputs of a two-byte type, four
 // of int8, or eight of int4, whose low nibbles are the first four. A panel is an array [lanes][COLUMNS] of them, so
 // that one vector load gives W outputs the same inputs. In int4 the lanes of GROUP inputs are followed by the group's
-// scales.
+// levels (packed_weight.py), two bytes for each output.
 //
-// Quantised weights are stored unsigned, with an offset added. They are multiplied with rows rounded to signed bytes: a
-// group of inputs that share a step is stored as a Head and then its bytes. What the offset adds to a sum over the
-// group is subtracted at its start (Head::start).
+// Quantised weights are stored unsigned, in int8 with 128 added. They are multiplied with rows rounded to signed bytes: a
+// group of inputs that share a step is stored as a Head and then its bytes. What int8's 128 and int4's zero points add to
+// a sum over the group is taken from it with the help of the head.
 #pragma once
 #include <cmath>
 
@@ -18,19 +18,22 @@ namespace {
 
 enum Kind : int64_t { F32, B16, F16, INT8, INT4, DOT };  // DOT: B16, multiplied by the dot product of bf16 pairs
 constexpr size_t COLUMNS = 2 * W;                        // outputs of a panel
-constexpr size_t GROUP = 32;                             // inputs that share a scale in int4, and a step of its rows
+constexpr size_t GROUP = 32;                             // inputs that share a level in int4, and a step of its rows
 constexpr size_t RUN = 64;                               // inputs that share a step of int8's rows
 constexpr size_t GROUP_LANES = GROUP / 8;
-constexpr size_t GROUP_SCALES = GROUP_LANES * COLUMNS * 4;          // offset of a group's bf16 scales, bytes
-constexpr size_t GROUP_BYTES = GROUP_SCALES + COLUMNS * 2;          // a group in a panel, with its scales
+constexpr size_t GROUP_LEVELS = GROUP_LANES * COLUMNS * 4;          // offset of a group's levels, bytes
+constexpr size_t GROUP_BYTES = GROUP_LEVELS + COLUMNS * 2;          // a group in a panel, with its levels
 constexpr float LEAST = 1e-30f;                                     // smallest step
 
 struct Head {
-    int32_t start;
+    union {
+        int32_t start;  // INT8: -128 times the sum of the group's bytes
+        float eighth;   // INT4: an eighth of what the group's numbers, rounded, sum up to
+    };
     float step;
 };
 
-constexpr int32_t offset_of(int64_t kind) { return kind == INT8 ? 128 : 8; }
+constexpr int32_t OFFSET = 128;  // of INT8
 constexpr size_t shared_of(int64_t kind) { return kind == INT8 ? RUN : GROUP; }  // inputs that share a row's step
 constexpr size_t inputs_of_lane(int64_t kind) { return kind == F32 ? 1 : kind == INT8 ? 4 : kind == INT4 ? 8 : 2; }
 inline size_t lanes_of(int64_t kind, int64_t in) {
@@ -44,7 +47,7 @@ constexpr size_t lane_at(int64_t kind, size_t lane) {  // offset in a panel, byt
 inline int64_t packed_bytes(int64_t kind, int64_t out, int64_t in) {
     return (int64_t)(panels_of(out) * lane_at(kind, lanes_of(kind, in)));
 }
-inline int64_t scales_bytes(int64_t out) { return (int64_t)(panels_of(out) * COLUMNS * 4); }  // of INT8
+inline int64_t scales_bytes(int64_t out) { return (int64_t)(panels_of(out) * COLUMNS * 4); }  // of INT8 and INT4
 
 // --- integers ---------------------------------------------------------------------------------------------------
 
@@ -70,6 +73,9 @@ INLINE V to_float(I i) {
     return __builtin_convertvector(i, V);
 #endif
 }
+// s and z of int4's levels, as floats
+INLINE V scale_of_levels(U level) { return (V)(((level & 0xff80) << 11) + (112u << 23)); }
+INLINE V zero_of_levels(U level) { return to_float((I)(level & 0x7f)); }
 INLINE void store_bytes(char* p, I i) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)i));
@@ -105,16 +111,12 @@ template <class T> INLINE float step_of(const T* x, size_t n) {
     float step = ((V)largest_whole(peak))[0] / 127;
     return step < LEAST ? LEAST : step;
 }
-// bytes[padded(n)] = round(x[n] / step) + offset (NIBBLES: within -8..7 before it); returns the sum without offsets.
-template <bool NIBBLES = false, class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
+// bytes[padded(n)] = round(x[n] / step) + offset; returns the sum without offsets.
+template <class T> INLINE int32_t round_row(const T* x, size_t n, float step, int32_t offset, char* bytes) {
     float inverse = 1 / step;
     U sum{};
     for (size_t i = 0; i < n; i += W) {
         I whole = nearest(load_some(x + i, n - i) * inverse);
-        if (NIBBLES) {
-            whole = whole < -8 ? I{} - 8 : whole;
-            whole = whole > 7 ? I{} + 7 : whole;
-        }
         sum += (U)whole;
         store_bytes(bytes + i, whole + offset);
     }

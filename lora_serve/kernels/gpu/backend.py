@@ -54,10 +54,12 @@ class GpuKernels:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def pack(self, weights: Sequence[Tensor], scheme: Scheme | None = None) -> list[PackedWeight]:
+    def pack(
+        self, weights: Sequence[Tensor], scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> list[PackedWeight]:
         """Weights of one type are laid out as one matrix, so that `linear` is one product."""
         if scheme is not None:
-            return matmul.merge([matmul.pack(weight, scheme) for weight in weights])
+            return matmul.merge([matmul.pack(weight, scheme, importance) for weight in weights])
         if len(weights) == 1 or any(each.dtype is not weights[0].dtype for each in weights):
             return self._plain.pack(weights)
         merged = torch.cat(tuple(weights)).split_with_sizes([each.shape[0] for each in weights])
@@ -82,7 +84,9 @@ class GpuKernels:
                 y += bias
         return list(outputs)
 
-    def pack_experts(self, weights: Tensor, scheme: Scheme | None = None) -> PackedExpertWeights:
+    def pack_experts(
+        self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
+    ) -> PackedExpertWeights:
         """Not supported: `has_grouped_linear` is false."""
         raise NotImplementedError
 

@@ -9,11 +9,11 @@ can capture it.
 Weights are stored in runs of 64 inputs, the last padded with zeros; within a run, neighbouring outputs are contiguous.
 
     int8:  data int8 [runs, out, 64], scale float32 [out]
-    int4:  data int8 [runs, out, 32]; byte i is 8 + q[i] in its lower half and q[i + 32] in its upper one
-           scale int32 [runs, out]; the first group's scale and a sixteenth of the second's, as two bf16, first one low
+    int4:  data int8 [runs, out, 32]; byte i is q[i] in its lower half and q[i + 32] - 8 in its upper one
+           scale float32 [out], levels int32 [runs, out]; the first group's level in the lower half
 
 Unpacking int4 takes only masks, which work on four numbers at once where shifts work on one: the upper half is used as
-sixteen times its number, and the 8 added in the lower half is subtracted as eight times the sum of the row's integers.
+sixteen times its number. The zero points, and the 8, are accounted for by the sums of the rows' integers.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class MatmulTiling(NamedTuple):
 
 
 class RoundedRows(NamedTuple):
-    """Rows rounded to integers: int8 [groups, rows, size], steps float32 and, for int4, excess int32 [groups, rows]."""
+    """Rows rounded to integers: int8 [groups, rows, size], steps float32 and, for int4, sums int32 [groups, rows]."""
 
     whole: Tensor
     step: Tensor
-    excess: Tensor | None
+    total: Tensor | None
 
 
 def tiling(rows: int, out: int, runs: int, wide: int, processors: int) -> MatmulTiling:
@@ -81,7 +81,7 @@ def tiling(rows: int, out: int, runs: int, wide: int, processors: int) -> Matmul
     )
 
 
-def pack(weight: Tensor, scheme: Scheme) -> PackedWeight:
+def pack(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> PackedWeight:
     """Lay out one weight [out, in].
 
     Raises:
@@ -93,27 +93,23 @@ def pack(weight: Tensor, scheme: Scheme) -> PackedWeight:
         raise TypeError(f"{weight.dtype} is not fp32, bf16 or fp16")
     if scheme == "int4" and width % GROUP:
         raise ValueError(f"{width} inputs are not a multiple of int4's groups of {GROUP}")
-    whole, scale = quantize(weight, scheme)
+    whole, scale, levels = quantize(weight, scheme, importance)
     runs = functional.pad(whole, (0, -width % RUN)).view(out, -1, RUN).transpose(0, 1)  # [runs, out, RUN]
-    if scheme == "int8":
-        return PackedWeight((out, width), weight.dtype, scheme, runs.contiguous(), scale[:, 0])
-    low, high = runs[..., :GROUP], runs[..., GROUP:]
-    pairs = functional.pad(scale, (0, -scale.shape[1] % 2)).view(out, -1, 2)
-    pairs = torch.stack([pairs[..., 0], pairs[..., 1] / 16], 2).bfloat16().view(torch.int32)  # [out, runs, 1]
-    data = (low + 8) | (high << 4)
-    return PackedWeight((out, width), weight.dtype, scheme, data.contiguous(), pairs[..., 0].T.contiguous())
+    if levels is None:
+        return PackedWeight((out, width), weight.dtype, scheme, runs.contiguous(), scale)
+    data = runs[..., :GROUP] | (runs[..., GROUP:] - 8 << 4)
+    pairs = functional.pad(levels, (0, -levels.shape[1] % 2)).view(torch.int32)  # [out, runs]
+    return PackedWeight((out, width), weight.dtype, scheme, data.contiguous(), scale, pairs.T.contiguous())
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    whole, scale = packed.data, packed.scale
-    assert scale is not None
-    if packed.scheme == "int4":
-        whole = torch.cat([(whole & 15) - 8, whole & -16], 2)
-        scale = scale[..., None].contiguous().view(torch.bfloat16).float()  # [runs, out, 2]
-    else:
-        scale = scale[None, :, None]
-    whole, scale = (each.transpose(0, 1).flatten(1) for each in (whole, scale))  # [out, inputs], [out, groups]
-    return dequantize(whole, scale)[:, : packed.shape[1]].contiguous()
+    whole, levels, width = packed.data, None, packed.shape[1]
+    assert packed.scale is not None
+    if packed.levels is not None:
+        whole = torch.cat([whole & 15, (whole >> 4) + 8], 2)
+        levels = packed.levels.T.contiguous().view(torch.int16)[:, : width // GROUP]  # [out, groups]
+    whole = whole.transpose(0, 1).flatten(1)[:, :width].contiguous()  # [out, inputs]
+    return dequantize(whole, packed.scale, levels)
 
 
 def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
@@ -122,8 +118,12 @@ def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
         return list(layers)
     outs = [packed.shape[0] for packed in layers]
     data = torch.cat([packed.data for packed in layers], 1).split_with_sizes(outs, 1)
-    scale = torch.cat([packed.scale for packed in layers if packed.scale is not None], -1).split_with_sizes(outs, -1)
-    return [replace(packed, data=d, scale=s) for packed, d, s in zip(layers, data, scale, strict=True)]
+    scale = torch.cat([packed.scale for packed in layers if packed.scale is not None]).split_with_sizes(outs)
+    joined = [replace(packed, data=d, scale=s) for packed, d, s in zip(layers, data, scale, strict=True)]
+    if layers[0].levels is None:
+        return joined
+    levels = torch.cat([packed.levels for packed in layers if packed.levels is not None], 1).split_with_sizes(outs, 1)
+    return [replace(packed, levels=own) for packed, own in zip(joined, levels, strict=True)]
 
 
 def linear(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
@@ -150,12 +150,12 @@ def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
     groups = triton.cdiv(width, RUN) * (RUN // size)
     whole = torch.empty(groups, rows, size, dtype=torch.int8, device=x.device)
     step = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
-    excess = torch.empty(groups, rows, dtype=torch.int32, device=x.device) if scheme == "int4" else None
+    total = torch.empty(groups, rows, dtype=torch.int32, device=x.device) if scheme == "int4" else None
     tile = PROGRAM // size
     round_rows[rows, triton.cdiv(groups, tile)](
-        x, whole, step, excess, x.stride(0), rows, groups, WIDTH=width, SIZE=size, TILE=tile
+        x, whole, step, total, x.stride(0), rows, groups, WIDTH=width, SIZE=size, TILE=tile
     )
-    return RoundedRows(whole, step, excess)
+    return RoundedRows(whole, step, total)
 
 
 def merged_layer(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[PackedWeight, Tensor | None] | None:
@@ -164,12 +164,14 @@ def merged_layer(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[
         return layers[0]
     first = layers[0][0]
     data = neighbours([packed.data for packed, _ in layers], 1)
-    scale = neighbours([packed.scale for packed, _ in layers if packed.scale is not None], -1)
-    if data is None or scale is None:
+    scale = neighbours([packed.scale for packed, _ in layers if packed.scale is not None], 0)
+    own = [packed.levels for packed, _ in layers if packed.levels is not None]
+    levels = neighbours(own, 1) if own else None
+    if data is None or scale is None or (own and levels is None):
         return None
     known = [bias for _, bias in layers if bias is not None]
     parts = [known[0].new_zeros(packed.shape[0]) if bias is None else bias for packed, bias in layers] if known else []
-    whole = replace(first, shape=(data.shape[1], first.shape[1]), data=data, scale=scale)
+    whole = replace(first, shape=(data.shape[1], first.shape[1]), data=data, scale=scale, levels=levels)
     return whole, torch.cat(parts) if parts else None
 
 
@@ -196,7 +198,7 @@ def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     sums = torch.empty(p.splits, rows, out, dtype=torch.float32, device=x.device) if cut else y
     multiply[triton.cdiv(rows, p.block_m), triton.cdiv(out, p.block_n), p.splits](
-        *(*shared, packed.data, packed.scale, None if cut else bias, sums),
+        *(*shared, packed.data, packed.scale, packed.levels, None if cut else bias, sums),
         *(rows, out, packed.data.stride(0) // wide, runs, p.span),
         INT4=int4,
         RUN=RUN,

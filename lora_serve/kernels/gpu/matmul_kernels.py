@@ -18,7 +18,7 @@ NOT_SPECIALIZED = ["rows", "groups", "runs", "span", "splits"]
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def round_rows(
-    x: tl.tensor, whole: tl.tensor, step: tl.tensor, excess: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
+    x: tl.tensor, whole: tl.tensor, step: tl.tensor, total: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
     groups: tl.tensor,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -27,9 +27,9 @@ def round_rows(
     Semantics; a step is NaN where not all of x is finite:
 
         x[t, g * SIZE + i] ≈ step[g, t] * whole[g, t, i]
-        excess[g, t] = 8 * whole[g, t].sum()
+        total[g, t] = whole[g, t].sum()
 
-    Shapes: x [rows, WIDTH], whole int8 [groups, rows, SIZE], step float32 and excess int32 (or None) [groups, rows].
+    Shapes: x [rows, WIDTH], whole int8 [groups, rows, SIZE], step float32 and total int32 (or None) [groups, rows].
     Program: (row, TILE groups).
     """
     row = tl.program_id(0).to(tl.int64)
@@ -44,31 +44,43 @@ def round_rows(
     numbers = ((near + ROUND) - ROUND).to(tl.int8)
     tl.store(whole + (place * SIZE)[:, None] + tl.arange(0, SIZE)[None, :], numbers, mask=inside[:, None])
     tl.store(step + place, size + tl.sum(part - part, 1), mask=inside)  # a maximum would leave NaN out
-    if excess is not None:
-        tl.store(excess + place, 8 * tl.sum(numbers.to(tl.int32), 1), mask=inside)
+    if total is not None:
+        tl.store(total + place, tl.sum(numbers.to(tl.int32), 1), mask=inside)
 
 
 @triton.jit
 def product(
-    whole: tl.tensor, weights: tl.tensor, step: tl.tensor, excess: tl.tensor, m: tl.tensor, here: tl.tensor,
+    whole: tl.tensor, weights: tl.tensor, step: tl.tensor, m: tl.tensor, here: tl.tensor,
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """step[m] * (whole[m] @ weights.T - excess[m]), rounded only at the end; excess may be None.
-
-    Shapes: whole [rows, SIZE], weights [BLOCK_N, SIZE], m and here [BLOCK_M].
-    """
+    """step[m] * (whole[m] @ weights.T), rounded only at the end: whole [rows, SIZE], weights [BLOCK_N, SIZE]."""
     part = tl.load(whole + (m * SIZE)[:, None] + tl.arange(0, SIZE)[None, :], mask=here[:, None], other=0)
     size = tl.load(step + m, mask=here, other=0.0)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    if excess is not None:
-        sums -= tl.load(excess + m, mask=here, other=0)[:, None]
     return tl.dot(part, tl.trans(weights), sums, out_dtype=tl.int32).to(tl.float32) * size[:, None]
+
+
+@triton.jit
+def group_product(
+    whole: tl.tensor, weights: tl.tensor, level: tl.tensor, step: tl.tensor, total: tl.tensor, m: tl.tensor,
+    here: tl.tensor,
+    TIMES: tl.constexpr, BELOW: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """step[m] * s * (whole[m] @ weights.T / TIMES + (BELOW - z / 8) * total[m]), with s and z of the level [BLOCK_N].
+
+    The level may have other bits above its sixteen.
+    """
+    s = (((level & 0xFF80) << 11) + (112 << 23)).to(tl.float32, bitcast=True)
+    zero = (BELOW - (level & 0x7F).to(tl.float32) / 8) * s
+    sums = tl.load(total + m, mask=here, other=0).to(tl.float32) * tl.load(step + m, mask=here, other=0.0)
+    part = product(whole, weights, step, m, here, SIZE, BLOCK_M, BLOCK_N)
+    return part * (s / TIMES)[None, :] + sums[:, None] * zero[None, :]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def multiply(
-    whole: tl.tensor, step: tl.tensor, excess: tl.tensor, data: tl.tensor, scale: tl.tensor, bias: tl.tensor,
-    y: tl.tensor, rows: tl.tensor, out: tl.tensor, stride: tl.tensor, runs: tl.tensor, span: tl.tensor,
+    whole: tl.tensor, step: tl.tensor, total: tl.tensor, data: tl.tensor, scale: tl.tensor, levels: tl.tensor,
+    bias: tl.tensor, y: tl.tensor, rows: tl.tensor, out: tl.tensor, stride: tl.tensor, runs: tl.tensor, span: tl.tensor,
     INT4: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -77,13 +89,15 @@ def multiply(
     Semantics, in the layouts of `matmul.py`, r over the split's runs of 64 inputs:
 
         int8:  y[split, t, o] = scale[o] * sum(step[r, t] * (whole[r, t] @ data[r, o])) + bias[o]
-        int4:  y[split, t, o] = sum(
-                   step[2r, t] * low(scale[r, o]) * (whole[2r, t] @ (data[r, o] & 15) - excess[2r, t])
-                   + step[2r + 1, t] * high(scale[r, o]) * (whole[2r + 1, t] @ (data[r, o] & -16))
+        int4:  y[split, t, o] = scale[o] * sum(
+                   step[2r, t] * s(2r, o) * (whole[2r, t] @ (data[r, o] & 15) - z(2r, o) / 8 * total[2r, t])
+                   + step[2r + 1, t] * s(2r + 1, o)
+                     * (whole[2r + 1, t] @ (data[r, o] & -16) / 16 + (8 - z(2r + 1, o) / 8) * total[2r + 1, t])
                ) + bias[o]
 
-    with low and high the bf16 in the halves of a word. Integer products are exact.
-    Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data (and in int4's scale); bias may be None.
+    with s and z of levels[r, o]. Integer products are exact.
+    Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data and levels. In int8 levels is None; bias
+    may be None.
     Program: (BLOCK_M rows, BLOCK_N outputs, split).
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -96,28 +110,26 @@ def multiply(
     whole += first * rows * RUN
     step += first * rows * (RUN // GROUP)
     if INT4:
-        scale += first * stride
-        excess += first * rows * (RUN // GROUP)
+        levels += first * stride
+        total += first * rows * (RUN // GROUP)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(0, tl.minimum(span, runs - split * span), num_stages=STAGES):
         weights = tl.load(data + (n * WIDE)[:, None] + tl.arange(0, WIDE)[None, :], mask=inside[:, None], other=0)
         if INT4:
-            scales = tl.load(scale + n, mask=inside, other=0)
-            low = (scales << 16).to(tl.float32, bitcast=True)  # bf16 is the upper half of float32
-            high = (scales & -65536).to(tl.float32, bitcast=True)
-            part = product(whole, weights & 15, step, excess, m, here, GROUP, BLOCK_M, BLOCK_N)
-            sums += part * low[None, :]
-            part = product(whole + rows * GROUP, weights & -16, step + rows, None, m, here, GROUP, BLOCK_M, BLOCK_N)
-            sums += part * high[None, :]
-            scale += stride
-            excess += rows * (RUN // GROUP)
+            level = tl.load(levels + n, mask=inside, other=0)
+            sums += group_product(whole, weights & 15, level, step, total, m, here, 1, 0, GROUP, BLOCK_M, BLOCK_N)
+            sums += group_product(
+                whole + rows * GROUP, weights & -16, level >> 16, step + rows, total + rows, m, here, 16, 8, GROUP,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            levels += stride
+            total += rows * (RUN // GROUP)
         else:
-            sums += product(whole, weights, step, None, m, here, RUN, BLOCK_M, BLOCK_N)
+            sums += product(whole, weights, step, m, here, RUN, BLOCK_M, BLOCK_N)
         data += stride * WIDE
         whole += rows * RUN
         step += rows * (RUN // GROUP)
-    if not INT4:
-        sums *= tl.load(scale + n, mask=inside, other=0.0)[None, :]
+    sums *= tl.load(scale + n, mask=inside, other=0.0)[None, :]
     if bias is not None:
         sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     y += (split * rows + tl.program_id(0) * BLOCK_M).to(tl.int64) * out

@@ -95,10 +95,13 @@ def test_verdicts_compare_each_case_with_its_target() -> None:
         return Quality(20.0, ratio, 0.0, 1.0, 0.0)
 
     costs = {"float32": near(0.998), "bfloat16": near(1.5), "int8, float32": near(0.9), "int8, bfloat16": near(1.02)}
+    costs |= {"int4, float32": near(1.05), "int4, bfloat16": near(1.07)}
     assert verdicts(costs) == [
         "float32: perplexity 0.2 % away from transformers' in float32, at most 0.1 %: not met",
         "int8, float32: perplexity -10 % above transformers' in float32, at most 1 %: met",
         "int8, bfloat16: perplexity 2 % above transformers' in float32, at most 1 %: not met",
+        "int4, float32: perplexity 5 % above transformers' in float32, at most 6 %: met",
+        "int4, bfloat16: perplexity 7 % above transformers' in float32, at most 6 %: not met",
     ]
 
 
