@@ -38,7 +38,7 @@ class DeviceCopier:
     """Copies adapters to one device, one after the other.
 
     Attributes:
-        bytes_per_second: that are copied at least.
+        bytes_per_second: an estimate; only how long sequences wait depends on it.
     """
 
     bytes_per_second = 10e9

@@ -76,7 +76,8 @@ class EngineProcess:
             address = f"ipc://{folder}/engine"
             socket.bind(address)
             # The engine takes its options from standard input only, and its own number of threads.
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("LORA_SERVE_")}
+            options = {name for name in os.environ if name.startswith("LORA_SERVE_")} - {"LORA_SERVE_KERNEL_FLAGS"}
+            environment = {name: value for name, value in os.environ.items() if name not in options}
             environment["OMP_NUM_THREADS"] = str(threads)
             process = await asyncio.create_subprocess_exec(
                 *command, address, str(os.getpid()), stdin=PIPE, env=environment
@@ -114,9 +115,10 @@ class EngineProcess:
         raise EngineFault(f"the engine process ended while it started ({self._exit_cause()})")
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message on the socket, in order; does nothing once the process is closed."""
+        """Queue a message on the socket, in order; does nothing once the process has died or is closed."""
         if not self._socket.closed:
-            self._socket.send(encode(message), zmq.NOBLOCK)  # never fails: there is no high-water mark
+            with suppress(zmq.Again):  # the engine's end is gone, which `receive` will say; there is no high-water mark
+                self._socket.send(encode(message), zmq.NOBLOCK)
             self._wake()  # sending may have consumed the socket's only signal that a message has arrived
 
     async def receive(self) -> FromEngine | None:

@@ -42,16 +42,20 @@ Question: Why does ice float on water? Answer: Because water expands when it fre
 """
 
 
-def text_tokens(name: str, revision: str | None, vocab_size: int) -> list[int]:
-    """`TEXT` in the tokens of a checkpoint; random ones if it has no tokenizer that can be read."""
+def text_tokens(name: str, revision: str | None, vocab_size: int) -> list[int] | None:
+    """`TEXT` in the tokens of a checkpoint; None if it has no tokenizer that transformers can read."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         ids: list[int] = tokenizer(TEXT)["input_ids"]
     except Exception:  # tokenizers raise errors of their own
-        ids = []
-    if not ids or max(ids) >= vocab_size:
-        ids = torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-    return ids[:TOKENS]
+        return None
+    return ids[:TOKENS] if ids and max(ids) < vocab_size else None
+
+
+def random_tokens(vocab_size: int) -> list[int]:
+    """Tokens to read instead of `TEXT`, always the same ones; what they show of a trained model is worth less."""
+    ids: list[int] = torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    return ids
 
 
 @torch.no_grad()  # not inference mode: see `compute_oracle`

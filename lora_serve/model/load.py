@@ -36,7 +36,7 @@ from lora_serve.model.external_quantization import (
     prepare_modules,
 )
 from lora_serve.model.identity_experts import mark_experts
-from lora_serve.model.importance import importance_digest, measure_importance, text_tokens
+from lora_serve.model.importance import importance_digest, measure_importance, random_tokens, text_tokens
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
@@ -179,7 +179,10 @@ def _load(
             oracle = compute_oracle(model, device, external=quantized is not None)
         if scheme == "int4":
             progress("measuring which inputs matter", 0.83)
-            ids = text_tokens(name, revision, model.get_input_embeddings().weight.shape[0])
+            ids = text_tokens(name, revision, vocabulary := model.get_input_embeddings().weight.shape[0])
+            if ids is None:
+                notes.append("warning: int4 is fitted to random tokens: there is no tokenizer to read a text with")
+                ids = random_tokens(vocabulary)
             importance = measure_importance(model, observed.groups, ids[:max_model_len], device)
     _remove_step_dependent_branches(model)
     generation = _generation_config(name, revision, model)

@@ -282,6 +282,27 @@ async def test_a_failed_restart_is_retried(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 3
 
 
+async def test_what_is_sent_to_an_engine_that_has_just_died_ends_like_what_was_running() -> None:
+    async with engine() as client:
+        os.kill(engine_pid(), signal.SIGKILL)
+        time.sleep(0.1)  # its end of the socket is gone, and this process has not heard of it
+        stream = asyncio.create_task(read(client.generate(request("late"))))
+        call = asyncio.create_task(client.call(ListAdapters()))
+        assert end(await asyncio.wait_for(stream, 5.0)).reason == "error"
+        with pytest.raises(Unavailable):
+            await call
+        await until(lambda: client.ready, 5.0)
+        begun = time.monotonic()
+        await client.drain(10.0)  # no reader is left over
+        assert time.monotonic() - begun < 2.0
+
+
+async def test_a_client_can_be_stopped_when_its_engine_has_just_died() -> None:
+    async with engine():
+        os.kill(engine_pid(), signal.SIGKILL)
+        time.sleep(0.1)
+
+
 async def test_the_engine_does_not_outlive_a_killed_parent() -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PARENT, *COMMAND, stdout=asyncio.subprocess.PIPE
@@ -298,7 +319,6 @@ PARENT = """
 import asyncio, sys
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import EngineClient
-from lora_serve.engine.engine_process import EngineProcess
 
 async def main():
     client = EngineClient(ServeConfig(model="fake"), command=sys.argv[1:])

@@ -22,13 +22,20 @@ def launch(s: Scheduler, steps: int) -> None:
         run(s)
 
 
+def launch_until_preempted(s: Scheduler) -> None:
+    for _ in range(1000):
+        if s.running.preemptions:
+            return
+        run(s)
+    raise AssertionError("nobody was preempted")
+
+
 def test_who_was_served_most_gives_up_its_blocks_however_old_it_is() -> None:
     s = scheduler(blocks=10, prefix=False)
     s.add(served := long_sequence(0, "hog", 12, 100))
     launch(s, 12)
     s.add(owed := long_sequence(1, "other", 4, 100))
-    while not s.running.preemptions:
-        launch(s, 1)
+    launch_until_preempted(s)
     assert (list(s.running), list(s.waiting)) == ([owed], [served])
 
 
@@ -37,8 +44,7 @@ def test_of_one_share_the_youngest_gives_up_its_blocks() -> None:
     seqs = [long_sequence(order, "one", 7, 20) for order in range(2)]
     for seq in seqs:
         s.add(seq)
-    while not s.running.preemptions:
-        launch(s, 1)
+    launch_until_preempted(s)
     assert list(s.running) == seqs[:1]
 
 
@@ -48,8 +54,7 @@ def test_one_that_was_preempted_starts_again_once_all_of_it_fits() -> None:
     s.add(first := long_sequence(0, "a", 16, 20))
     launch(s, 4)
     s.add(second := long_sequence(1, "b", 16, 20))
-    while not s.running.preemptions:
-        launch(s, 1)
+    launch_until_preempted(s)
     (loser,) = s.waiting
     winner = first if loser is second else second
     while winner in s.running:

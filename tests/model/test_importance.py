@@ -21,6 +21,7 @@ from lora_serve.model.importance import (
     TOKENS,
     importance_digest,
     measure_importance,
+    random_tokens,
     text_tokens,
 )
 from lora_serve.model.linear import AdaptedLinear
@@ -61,8 +62,10 @@ def test_importance_is_the_mean_square_of_each_input_to_a_power_of_four() -> Non
 def test_the_text_is_in_the_tokens_of_the_checkpoint_and_at_random_without_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert text_tokens(MODEL, None, 1 << 20) == tokenizer(TEXT)["input_ids"][:TOKENS]
-    random = text_tokens(str(tmp_path), None, 60)
-    assert random == text_tokens(str(tmp_path), None, 60)
+    assert text_tokens(str(tmp_path), None, 1 << 20) is None
+    assert text_tokens(MODEL, None, 10) is None  # the base has fewer tokens than its tokenizer
+    random = random_tokens(60)
+    assert random == random_tokens(60)
     assert len(set(random)) > 30
     assert max(random) < 60
 

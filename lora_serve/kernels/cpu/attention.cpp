@@ -34,7 +34,7 @@ constexpr size_t whole_panels(int64_t dim) { return ((size_t)dim + 2 * W - 1) / 
 // Scratch memory of one unit; rows are padded to whole vectors.
 struct Room {
     size_t kd, vd;  // padded widths
-    float *q, *score, *keys, *values, *states;
+    float *q, *score, *keys, *values;
     Room(std::vector<float>& memory, size_t rows, int64_t key_dim, int64_t value_dim)
         : kd(whole_panels(key_dim)), vd(whole_panels(value_dim)) {
         float* p = scratch(memory, rows * (kd + KEYS) + KEYS * (kd + vd) + gaps(4) + 2 * State::floats(rows, vd));
@@ -44,7 +44,17 @@ struct Room {
         score = take(rows * KEYS);
         q = take(rows * kd);
         states = p;
+        floats = 2 * State::floats(rows, vd);
     }
+    // Memory for two states of a unit.
+    float* for_states() {
+        forget_gaps(states, floats);
+        return states;
+    }
+
+  private:
+    float* states;
+    size_t floats;
 };
 
 // The rows of a unit: those of its first kv head, then those of the next.
@@ -94,7 +104,7 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     float scale = (float)call.scale * (call.softcap > 0 ? 1.0f : LOG2E);
 
     auto head = [&](int64_t r) { return own.head(r); };
-    float *memory = room.states, *kept = unit.state;
+    float *memory = room.for_states(), *kept = unit.state;
     State total(memory, own.count, room.vd), part(kept ? kept : memory, own.count, room.vd);
     part.clear(nullptr, head);
     bool dots = DOTS && call.q_type == BF16 && call.keys.type == BF16;
@@ -183,7 +193,7 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
 // Outputs of a unit whose parts were units of their own: these, in order.
 void combine(const AttentionCall& call, const Unit* parts, size_t count, Room& room) {
     Rows own(call, parts[0]);
-    float* memory = room.states;
+    float* memory = room.for_states();
     State total(memory, own.count, room.vd);
     total.clear(call.sinks, [&](int64_t r) { return own.head(r); });
     for (size_t i = 0; i < count; i++) {

@@ -21,7 +21,10 @@ extern "C" const char* lora_missing_feature() {
     NEEDS(__AVX512DQ__, "avx512dq") NEEDS(__AVX512VL__, "avx512vl") NEEDS(__AVX512IFMA__, "avx512ifma")
     NEEDS(__AVX512VBMI__, "avx512vbmi") NEEDS(__AVX512VBMI2__, "avx512vbmi2") NEEDS(__AVX512VNNI__, "avx512vnni")
     NEEDS(__AVX512BITALG__, "avx512bitalg") NEEDS(__AVX512VPOPCNTDQ__, "avx512vpopcntdq")
-#ifdef __AVX512BF16__  // names that older compilers do not know
+#if defined(__clang__) || __GNUC__ >= 11  // names that older compilers do not know
+    NEEDS(__F16C__, "f16c")
+#endif
+#ifdef __AVX512BF16__
     NEEDS(__AVX512BF16__, "avx512bf16")
 #endif
 #ifdef __AVXVNNI__

@@ -45,7 +45,7 @@ struct Packing {
         }
     }
     // The same of INT4's integers; `place` is where its first level belongs.
-    void shrink_groups(const char* q, const char* level, char* to, char* place) const {
+    void to_lanes(const char* q, const char* level, char* to, char* place) const {
         for (size_t i = 0; i < in; i += 8, to += 4) {
             uint32_t low, high;
             memcpy(&low, q + i, 4);
@@ -92,7 +92,7 @@ struct Packing {
                 if (count < W)
                     for (size_t k = 0; k < lanes; k += GROUP_LANES) memset(levels + lane_at(INT4, k), 0, W * 2);
                 for (int64_t i = 0; i < count; i++)
-                    shrink_groups(call.weight + (first + i) * call.in, call.levels + (first + i) * (call.in / (int64_t)GROUP) * 2,
+                    to_lanes(call.weight + (first + i) * call.in, call.levels + (first + i) * (call.in / (int64_t)GROUP) * 2,
                                   (char*)(rows + i * ld), levels + 2 * i);
             } else {
                 with_type(call.type, [&](auto* type) {

@@ -384,6 +384,13 @@ inline void check_rows([[maybe_unused]] const void* p, [[maybe_unused]] int64_t 
 #endif
 }
 
+// Lets memory be taken apart anew that was before.
+inline void forget_gaps([[maybe_unused]] float* memory, [[maybe_unused]] size_t n) {
+#ifdef LORA_CHECKED
+    __asan_unpoison_memory_region(memory, n * sizeof(float));
+#endif
+}
+
 constexpr size_t GAP = 16;  // floats between parts of a thread's memory, which only a checked build leaves
 // The next n floats of memory that is taken apart; a checked build puts a gap behind them that nobody may touch.
 inline float* part_of(float*& memory, size_t n) {
