@@ -76,8 +76,8 @@ class EngineProcess:
             address = f"ipc://{folder}/engine"
             socket.bind(address)
             # The engine takes its options from standard input only, and its own number of threads.
-            options = {name for name in os.environ if name.startswith("LORA_SERVE_")} - {"LORA_SERVE_KERNEL_FLAGS"}
-            environment = {name: value for name, value in os.environ.items() if name not in options}
+            ours = {name for name in os.environ if name.startswith("LORA_SERVE_")} - {"LORA_SERVE_KERNEL_FLAGS"}
+            environment = {name: value for name, value in os.environ.items() if name not in ours}
             environment["OMP_NUM_THREADS"] = str(threads)
             process = await asyncio.create_subprocess_exec(
                 *command, address, str(os.getpid()), stdin=PIPE, env=environment

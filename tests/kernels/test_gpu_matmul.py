@@ -8,7 +8,7 @@ import interpreter  # noqa: F401  (before the kernels)
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near, pack_one
 from torch import Tensor
@@ -64,6 +64,7 @@ def assert_equals_reference(x: Tensor, each: list[Tensor], biases: list[Tensor |
     rows=st.sampled_from([1, 2, 17, 40]),
     biased=st.lists(st.booleans(), min_size=3, max_size=3),
 )
+@example(0, torch.float32, "int4", [1, 1], 1, 1, [False] * 3)  # layers of one output that were merged
 def test_it_equals_the_reference(
     seed: int, dtype: torch.dtype, scheme: Scheme, outs: list[int], wide: int, rows: int, biased: list[bool]
 ) -> None:
