@@ -107,9 +107,8 @@ def unpack(packed: PackedWeight) -> Tensor:
     assert packed.scale is not None
     if packed.levels is not None:
         whole = torch.cat([whole & 15, (whole >> 4) + 8], 2)
-        pairs = packed.levels.T.clone(
-            memory_format=torch.contiguous_format
-        )  # `contiguous` keeps strides of a single row
+        # Not `contiguous`, which keeps the strides of a single row.
+        pairs = packed.levels.T.clone(memory_format=torch.contiguous_format)
         levels = pairs.view(torch.int16)[:, : width // GROUP]  # [out, groups]
     whole = whole.transpose(0, 1).flatten(1)[:, :width].contiguous()  # [out, inputs]
     return dequantize(whole, packed.scale, levels)
