@@ -19,6 +19,7 @@ from contextlib import suppress
 import zmq
 
 from lora_serve.config import ServeConfig
+from lora_serve.engine.arrival import Arrival
 from lora_serve.engine.cores import physical_cores
 from lora_serve.errors import EngineFault
 from lora_serve.messages import (
@@ -49,8 +50,8 @@ class EngineProcess:
         self._socket = socket
         self._folder = folder
         self._loop = asyncio.get_running_loop()
-        self._arrival: asyncio.Future[None] | None = None  # what `receive` waits for
-        self._loop.add_reader(socket.fileno(), self._wake)
+        self._arrival = Arrival()  # what `receive` waits for
+        self._loop.add_reader(socket.fileno(), self._arrival.wake)
         self._exit = asyncio.create_task(process.wait())
         self._exit.add_done_callback(lambda exit: self._loop.call_later(FINAL_MESSAGES, self._end))
         self._ended = False  # no further messages will arrive
@@ -119,7 +120,7 @@ class EngineProcess:
         if not self._socket.closed:
             with suppress(zmq.Again):  # the engine's end is gone, which `receive` will say; there is no high-water mark
                 self._socket.send(encode(message), zmq.NOBLOCK)
-            self._wake()  # sending may have consumed the socket's only signal that a message has arrived
+            self._arrival.wake()  # sending may have consumed the socket's only signal that a message has arrived
 
     async def receive(self) -> FromEngine | None:
         """The next message; None once the process has ended and all its messages were read.
@@ -132,8 +133,7 @@ class EngineProcess:
                 return message
             if self._ended:
                 break
-            self._arrival = self._loop.create_future()
-            await self._arrival
+            await self._arrival.wait()
         return None
 
     async def wait_for_exit(self, timeout: float) -> bool:
@@ -165,14 +165,9 @@ class EngineProcess:
         self._end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _wake(self) -> None:
-        """Have `receive` look for a message."""
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
     def _end(self) -> None:
         self._ended = True
-        self._wake()
+        self._arrival.wake()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.returncode is None:

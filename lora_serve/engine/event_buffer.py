@@ -6,11 +6,11 @@ too far behind is cut off.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Iterable
 from typing import TypeVar
 
+from lora_serve.engine.arrival import Arrival
 from lora_serve.request import Event, Tokens
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class EventBuffer:
         self._limit = limit
         self._waiting: deque[Event] = deque()
         self._tokens = 0
-        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+        self._arrival = Arrival()
 
     def __repr__(self) -> str:
         return f"<EventBuffer {len(self._waiting)} events, {self._tokens}/{self._limit} tokens waiting>"
@@ -42,15 +42,13 @@ class EventBuffer:
                 return False
             self._tokens += len(event.token_ids)
         self._waiting.append(event)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+        self._arrival.wake()
         return True
 
     async def get(self) -> Event:
         """Wait for the next event; consecutive unread token events are merged into one."""
         if not self._waiting:
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
+            await self._arrival.wait()
         event = self._waiting.popleft()
         if not isinstance(event, Tokens):
             return event

@@ -31,18 +31,18 @@ INLINE U magnitudes(U w) { return (U)_mm512_abs_epi8((__m512i)w); }
 INLINE U with_signs_of(U w, U x) {
     return (U)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), __m512i{}, (__m512i)x);
 }
-INLINE Pairs multiply_pairs(U w, U x) { return (Pairs)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
-INLINE I add_pairs(Pairs p) { return (I)_mm512_madd_epi16((__m512i)p, (__m512i)(Pairs{} + 1)); }
+INLINE Pairs pair_products(U w, U x) { return (Pairs)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+INLINE I pair_sums(Pairs p) { return (I)_mm512_madd_epi16((__m512i)p, (__m512i)(Pairs{} + 1)); }
 #elif defined(__AVX2__)
 INLINE U magnitudes(U w) { return (U)_mm256_abs_epi8((__m256i)w); }
 INLINE U with_signs_of(U w, U x) { return (U)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
-INLINE Pairs multiply_pairs(U w, U x) { return (Pairs)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
-INLINE I add_pairs(Pairs p) { return (I)_mm256_madd_epi16((__m256i)p, (__m256i)(Pairs{} + 1)); }
+INLINE Pairs pair_products(U w, U x) { return (Pairs)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+INLINE I pair_sums(Pairs p) { return (I)_mm256_madd_epi16((__m256i)p, (__m256i)(Pairs{} + 1)); }
 #else
 INLINE U magnitudes(U w) { return (U)_mm_abs_epi8((__m128i)w); }
 INLINE U with_signs_of(U w, U x) { return (U)_mm_sign_epi8((__m128i)x, (__m128i)w); }
-INLINE Pairs multiply_pairs(U w, U x) { return (Pairs)_mm_maddubs_epi16((__m128i)w, (__m128i)x); }
-INLINE I add_pairs(Pairs p) { return (I)_mm_madd_epi16((__m128i)p, (__m128i)(Pairs{} + 1)); }
+INLINE Pairs pair_products(U w, U x) { return (Pairs)_mm_maddubs_epi16((__m128i)w, (__m128i)x); }
+INLINE I pair_sums(Pairs p) { return (I)_mm_madd_epi16((__m128i)p, (__m128i)(Pairs{} + 1)); }
 #endif
 // Keeps the compiler from adding up first and last what is still to be computed, for which there are no registers.
 INLINE I in_order(I sum) { asm("" : "+v"(sum)); return sum; }
@@ -55,7 +55,7 @@ INLINE I dot_bytes(I sum, U w, U x) {
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
     return (I)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
 #elif defined(PAIRS_OF_BYTES)
-    return in_order(sum + add_pairs(multiply_pairs(magnitudes(w), with_signs_of(w, x))));
+    return in_order(sum + pair_sums(pair_products(magnitudes(w), with_signs_of(w, x))));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
 #elif defined(__aarch64__)
@@ -71,14 +71,14 @@ INLINE I dot_bytes(I sum, U w, U x) {
 // The same over a group of int4's weights, 0 to 15: sums begin at zero, and are complete after `group_sum`.
 INLINE I dot_nibbles(I sum, U w, U x) {
 #ifdef PAIRS_OF_BYTES
-    return in_order((I)((Pairs)sum + multiply_pairs(w, x)));
+    return in_order((I)((Pairs)sum + pair_products(w, x)));
 #else
     return dot_bytes(sum, w, x);
 #endif
 }
 INLINE I group_sum(I sum) {
 #ifdef PAIRS_OF_BYTES
-    return add_pairs((Pairs)sum);
+    return pair_sums((Pairs)sum);
 #else
     return sum;
 #endif

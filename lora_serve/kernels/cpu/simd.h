@@ -355,12 +355,19 @@ template <class F> void parallel([[maybe_unused]] int threads, F body) {
     body(0, 1);
 }
 
+// Lets memory be taken apart anew (`part_of`) that was before.
+template <class T> void forget_gaps([[maybe_unused]] T* memory, [[maybe_unused]] size_t n) {
+#ifdef LORA_CHECKED
+    __asan_unpoison_memory_region(memory, n * sizeof(T));
+#endif
+}
+
 // Memory of the calling thread, which grows and is kept; its contents are undefined. In a checked build it is never larger
 // than asked for.
 template <class T> T* scratch(std::vector<T>& memory, size_t n) {
 #ifdef LORA_CHECKED
     if (memory.size() != n) std::vector<T>(n).swap(memory);
-    __asan_unpoison_memory_region(memory.data(), n * sizeof(T));  // gaps of the last use
+    forget_gaps(memory.data(), n);
 #endif
     if (memory.size() < n) memory.resize(n + n / 4);
     return memory.data();
@@ -381,13 +388,6 @@ inline void check_rows([[maybe_unused]] const void* p, [[maybe_unused]] int64_t 
                        [[maybe_unused]] int64_t bytes) {
 #ifdef LORA_CHECKED
     for (int64_t row = 0; row < rows; row++) check_memory((const char*)p + row * stride, bytes);
-#endif
-}
-
-// Lets memory be taken apart anew that was before.
-inline void forget_gaps([[maybe_unused]] float* memory, [[maybe_unused]] size_t n) {
-#ifdef LORA_CHECKED
-    __asan_unpoison_memory_region(memory, n * sizeof(float));
 #endif
 }
 
