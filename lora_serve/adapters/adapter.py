@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -237,13 +237,19 @@ class Lowered:
         return f"it replaces or rescales parts of the base ({fixed[0]})" if fixed else ""
 
 
-@dataclass(frozen=True)
-class MatrixOffsets:
+class MatrixOffsets(NamedTuple):
     """Element offsets of one module's A and B in the flat tensor; their sizes follow from the rank and the site."""
 
     a: int
     b: int
     rank: int
+
+    def views(self, site: Site, flat: Tensor) -> Delta:
+        """A and B as views into a flat tensor."""
+        return Delta(
+            a=flat.as_strided((self.rank, site.in_features), (site.in_features, 1), self.a),
+            b=flat.as_strided((self.rank, site.out_features), (site.out_features, 1), self.b),
+        )
 
 
 @dataclass(frozen=True)
@@ -267,17 +273,10 @@ class Adapter:
     def nbytes(self) -> int:
         return self.flat.numel() * self.flat.element_size()
 
-    def delta(self, site: Site, flat: Tensor | None = None) -> Delta | None:
-        """A site's A and B as views into `flat` (default: the host tensor); None if it has no delta."""
+    def delta(self, site: Site) -> Delta | None:
+        """A site's A and B as views into the host tensor; None if it has no delta."""
         offsets = self.offsets.get(site.name)
-        if offsets is None:
-            return None
-        source = self.flat if flat is None else flat
-        rank = offsets.rank
-        return Delta(
-            a=source.as_strided((rank, site.in_features), (site.in_features, 1), offsets.a),
-            b=source.as_strided((rank, site.out_features), (site.out_features, 1), offsets.b),
-        )
+        return None if offsets is None else offsets.views(site, self.flat)
 
     def override_views(self, flat: Tensor) -> tuple[dict[str, ModuleOverride], Prefix | None]:
         """The overrides and the prefix as views into `flat`, a copy of this adapter's flat tensor."""

@@ -7,23 +7,43 @@ and no maximum rank. On a CPU the host tensor is used without a copy; on a GPU i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
+from lora_serve.adapters.adapter import Adapter, BaseShape, MatrixOffsets, ModuleOverride, Prefix, Site
 from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
-from lora_serve.kernels.contract import DeltaGroup, pointer_tables
+from lora_serve.kernels.contract import Delta, DeltaGroup, pointer_tables
 
 
 class ResidentAdapter(NamedTuple):
-    """A resident adapter: its device tensor and sites, and its copy while that may be running."""
+    """A resident adapter: its device tensor, the offsets in it by site, and its copy while that may be running."""
 
     flat: Tensor
-    sites: list[str]
+    offsets: dict[str, MatrixOffsets]
     copy: PendingCopy | None
+
+
+class SlotGroup(DeltaGroup):
+    """Pointer tables that device slots fill; a delta's tensors are views that are made when they are asked for."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        slots: int,
+        dtype: torch.dtype,
+        tables: tuple[Tensor, Tensor, Tensor],
+        delta: Callable[[Site, int], Delta | None],
+    ) -> None:
+        outputs = tuple(site.out_features for site in sites)
+        super().__init__(sites[0].in_features, outputs, slots, dtype, tables[0].device, tables)
+        self._sites, self._delta = sites, delta
+
+    def get(self, module: int, slot: int) -> Delta | None:
+        return self._delta(self._sites[module], slot)
 
 
 class DeviceSlots:
@@ -48,21 +68,14 @@ class DeviceSlots:
         self.prefixes: dict[int, Prefix] = {}
         self.ranks: dict[int, int] = {}
         self._tables = pointer_tables(sum(map(len, base.groups)), slots + 1, device)
-        self._rows: dict[str, tuple[int, DeltaGroup, int]] = {}  # site → row of the tables, group, module of the group
+        self._rows: dict[str, int] = {}  # of the tables, by site
         row = 0
         for names in base.groups:
             a, b, rank = (table[row : row + len(names)] for table in self._tables)
-            group = self.groups[names] = DeltaGroup(
-                base.sites[names[0]].in_features,
-                tuple(base.sites[name].out_features for name in names),
-                slots + 1,
-                dtype,
-                device,
-                tables=(a, b, rank),
-            )
-            self._rows |= {name: (row + module, group, module) for module, name in enumerate(names)}
+            sites = [base.sites[name] for name in names]
+            self.groups[names] = SlotGroup(sites, slots + 1, dtype, (a, b, rank), self._delta)
+            self._rows |= {name: row + module for module, name in enumerate(names)}
             row += len(names)
-        self._base = base
         self._device = device
         self._free = list(range(slots, 0, -1))
         self._resident: dict[int, ResidentAdapter] = {}  # by slot
@@ -93,21 +106,15 @@ class DeviceSlots:
         """
         flat, copy = self.copier.copy(adapter.flat)
         slot = self._free.pop()
-        self._resident[slot] = ResidentAdapter(flat, list(adapter.offsets), copy)
-        start, step = flat.data_ptr(), flat.element_size()
-        pin_memory = self._device.type == "cuda"
-        columns = [torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pin_memory) for table in self._tables]
-        entries = [column.numpy() for column in columns]  # a shared view: setting single elements of a tensor is slow
-        for name, offsets in adapter.offsets.items():
-            row, group, module = self._rows[name]
-            group.deltas[module][slot] = adapter.delta(self._base.sites[name], flat)
-            for entry, value in zip(
-                entries, (start + step * offsets.a, start + step * offsets.b, offsets.rank), strict=True
-            ):
-                entry[row] = value
-        for table, column in zip(self._tables, columns, strict=True):
+        self._resident[slot] = ResidentAdapter(flat, adapter.offsets, copy)
+        rows = [self._rows[name] for name in adapter.offsets]
+        places = np.array(list(adapter.offsets.values()), np.int64).reshape(-1, 3)  # of A and of B, and ranks
+        start, step, pin_memory = flat.data_ptr(), flat.element_size(), self._device.type == "cuda"
+        for table, values in zip(self._tables, (*(start + step * places.T[:2]), places.T[2]), strict=True):
+            column = torch.zeros(table.shape[0], dtype=table.dtype, pin_memory=pin_memory)
+            column.numpy()[rows] = values
             table[:, slot].copy_(column, non_blocking=True)  # one copy per table, not per module
-        self.ranks[slot] = max((offsets.rank for offsets in adapter.offsets.values()), default=0)
+        self.ranks[slot] = int(places[:, 2].max(initial=0))
         overrides, prefix = adapter.override_views(flat)
         if overrides:
             self.overrides[slot] = overrides
@@ -117,13 +124,16 @@ class DeviceSlots:
 
     def evict(self, slot: int) -> None:
         """Zero a slot and free the device memory of its adapter."""
-        resident = self._resident.pop(slot)
+        del self._resident[slot]
         for table in self._tables:
             table[:, slot] = 0
-        for name in resident.sites:
-            _, group, module = self._rows[name]
-            group.deltas[module][slot] = None
         self.overrides.pop(slot, None)
         self.prefixes.pop(slot, None)
         self.ranks.pop(slot, None)
         self._free.append(slot)
+
+    def _delta(self, site: Site, slot: int) -> Delta | None:
+        """The delta of the resident adapter of a slot, if there is one."""
+        resident = self._resident.get(slot)
+        offsets = None if resident is None else resident.offsets.get(site.name)
+        return None if resident is None or offsets is None else offsets.views(site, resident.flat)

@@ -106,7 +106,7 @@ class AdapterMemory:
             self._evict_from_host(self._residency.versions[digest])
         for digest in loads.load:
             version = self._residency.versions[digest]
-            version.loading = True
+            self._residency.begin_load(version)
             self._read(version)
         busy = Unavailable("the memory for adapters is taken by those in use", retry_after=1)
         for digest in loads.refuse:
@@ -146,13 +146,11 @@ class AdapterMemory:
         self._publisher.lower_again(version.digest, on_stored)
 
     def _finish(self, version: Version, result: tuple[Adapter, float] | ServeError) -> None:
-        version.loading = False
         self.changed = True
         error = result if isinstance(result, ServeError) else None
-        version.failure = error
+        self._residency.end_load(version, self._clock(), error)
         if not isinstance(result, ServeError):
             adapter, seconds = result
-            version.in_host, version.since = True, self._clock()
             self._arrived.append(version.digest)
             self._adapters[version.digest] = adapter
             self._loads["host"] += 1
@@ -171,7 +169,7 @@ class AdapterMemory:
             return
         if self._residency.budget.device is None:  # its slot points to this memory
             self._evict_from_device(version)
-        version.in_host = False
+        self._residency.leave_host(version)
         del self._adapters[version.digest]
         self._evictions["host"] += 1
 
@@ -197,7 +195,7 @@ class AdapterMemory:
         coming = [digest for digest in coming if versions[digest].in_host]
         if not coming:
             return
-        kept = [version.digest for version in self._residency.resident if keep(version)]
+        kept = [version.digest for version in self._residency.device if keep(version)]
         evict = self._residency.decide_slots([*coming, *kept])
         if evict is None:
             return
@@ -233,20 +231,21 @@ class AdapterMemory:
             raise EngineFault("an adapter was scheduled that is not in memory")
         started = time.perf_counter()
         try:
-            version.slot = self._device_slots.load(self._adapters[version.digest])
+            slot = self._device_slots.load(self._adapters[version.digest])
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
+        self._residency.enter_device(version, slot)
         if not self._is_copied(version):
             begin = max([self._clock(), *self._copying.values()])  # one after the other
             self._copying[version.digest] = begin + version.bytes / self._device_slots.copier.bytes_per_second
         self._loads["device"] += 1
         self._seconds["device"] += time.perf_counter() - started
-        return version.slot
+        return slot
 
     def _evict_from_device(self, version: Version) -> None:
         if version.slot is not None:
             self._device_slots.evict(version.slot)
-            version.slot = None
+            self._residency.leave_device(version)
             self._copying.pop(version.digest, None)
             self._evictions["device"] += 1
             self.changed |= not version.in_host  # if it is leased, it must be read again
@@ -257,7 +256,7 @@ class AdapterMemory:
         """Fill in the statistics of the memory tiers."""
         residency = self._residency
         stats.adapter_slots = residency.budget.slots
-        stats.bytes = {"host": residency.host_bytes, "device": residency.device_bytes}
+        stats.bytes = {"host": residency.host_bytes, "device": residency.device.bytes}
         stats.evictions_total = dict(self._evictions)
         stats.cache_hits_total, stats.cache_misses_total = dict(self._hits), dict(self._misses)
         stats.loads_total, stats.load_seconds_total = dict(self._loads), dict(self._seconds)

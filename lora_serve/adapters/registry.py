@@ -136,7 +136,7 @@ class Registry:
     def fill_stats(self, stats: Stats) -> None:
         """Fill in the statistics of adapters."""
         names = {record.versions[0]: name for name, record in self._residency.names.items()}
-        resident = (version.digest for version in self._residency.resident)
+        resident = (version.digest for version in self._residency.device)
         stats.resident = sorted(names[digest] for digest in resident if digest in names)
         stats.adapters = sum(not record.unlisted for record in self._residency.names.values())
         self.memory.fill_stats(stats)

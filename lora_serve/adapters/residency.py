@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from lora_serve.adapters.lowered_file import Summary
+from lora_serve.adapters.memory_tier import MemoryTier
 from lora_serve.adapters.store.records import NameRecord
 from lora_serve.errors import AdapterBusy, BadRequest, ServeError, TooLarge
 from lora_serve.names import adapter_not_found
@@ -49,9 +50,9 @@ class Version:
         bytes: in memory.
         names: that refer to it.
         leases: numbers of the leases on it, oldest first.
-        loading, in_host, slot: whether it is on its way to host memory or there, and its slot on the device.
+        loading, in_host, slot: whether it is on its way to host memory or there, and its slot on the device; set by
+            `Residency`.
         failure: of its last load; it is not tried again before it has no leases and is wanted.
-        used: when it was last used, on the clock of `Residency`.
         turn: number of the lease since which it is the next one's turn; see `end_turns`.
         since: when it came into host memory, in seconds.
         last_used: when a request last asked for it, in seconds since the epoch.
@@ -66,7 +67,6 @@ class Version:
     in_host: bool = False
     slot: int | None = None
     failure: ServeError | None = None
-    used: int = 0
     turn: int = 0
     since: float = 0.0
     last_used: float | None = None
@@ -110,6 +110,7 @@ class Residency:
         names: what each name refers to; of its versions, those after the first are older ones, newest first.
         versions: by digest; every version that a name refers to or a lease is held on.
         pinned: digests of pinned versions, wherever they are.
+        host, device: the versions in host memory and on the device.
         unmet: whether pinned or leased versions were missing in memory at the last decision: a release may help them.
 
     Args:
@@ -122,14 +123,16 @@ class Residency:
         self.versions: dict[str, Version] = {}
         self.pinned: Set[str] = frozenset()
         self.unmet = False
+        self.host: MemoryTier[Version] = MemoryTier()
+        self.device: MemoryTier[Version] = MemoryTier()
+        self._loading: dict[str, Version] = {}
         self._keep_versions = keep_versions
         self._leased: dict[str, Version] = {}
         self._leases = 0  # given out so far
-        self._clock = 0
 
     def __repr__(self) -> str:
         taken = f"{self.host_bytes} of {self.budget.host} bytes"
-        slots = f"{len(self.resident)} of {self.budget.slots} slots"
+        slots = f"{len(self.device)} of {self.budget.slots} slots"
         return f"<Residency {len(self.names)} names, {len(self.versions)} versions, {taken}, {slots}>"
 
     # --- names ---------------------------------------------------------------------------------------------------
@@ -208,8 +211,8 @@ class Residency:
 
     def touch(self, version: Version) -> None:
         """Make a version the most recently used one."""
-        self._clock += 1
-        version.used = self._clock
+        self.host.touch(version)
+        self.device.touch(version)
 
     @property
     def leased(self) -> list[Version]:
@@ -288,8 +291,7 @@ class Residency:
         order = dict.fromkeys([*sorted(self.pinned), *(version.digest for version in self.leased), *wanted])
         staying: set[str] = set()
         missing: list[Version] = []
-        loading = [version for version in self.versions.values() if version.loading]
-        room = self.budget.host - sum(version.bytes for version in loading)
+        room = self.budget.host - self._loading_bytes
         for version in map(self.versions.__getitem__, order):
             if version.loading or (version.slot is not None and not version.in_host):
                 continue
@@ -303,7 +305,7 @@ class Residency:
         load: list[str] = []
         evict: list[str] = []
         free = self.budget.host - self.host_bytes
-        for version in missing[: max(0, limit - len(loading))]:
+        for version in missing[: max(0, limit - len(self._loading))]:
             evicted = self._evictable(version.bytes - free, staying | set(evict))
             free += self._bytes(evicted) - version.bytes
             evict += evicted
@@ -315,14 +317,13 @@ class Residency:
         missing = [version for digest in dict.fromkeys(digests) if (version := self.versions[digest]).slot is None]
         if not missing:
             return []
-        resident = self.resident
-        slots = len(resident) + len(missing) - self.budget.slots
+        slots = len(self.device) + len(missing) - self.budget.slots
         excess = 0
         if self.budget.device is not None:
-            excess = self.device_bytes + self._bytes(version.digest for version in missing) - self.budget.device
+            excess = self.device.bytes + self._bytes(version.digest for version in missing) - self.budget.device
         keep = {*digests, *self.pinned}
         evict: list[str] = []
-        for version in resident:
+        for version in self.device:
             if slots <= 0 and excess <= 0:
                 break
             if version.digest not in keep:
@@ -333,30 +334,52 @@ class Residency:
     def _evictable(self, needed: int, keep: Set[str]) -> list[str]:
         """The least recently used versions in host memory that free `needed` bytes, none of `keep`."""
         found: list[str] = []
-        for version in sorted(self.versions.values(), key=lambda each: each.used):
+        for version in self.host:
             if needed <= 0:
                 break
-            if version.in_host and version.digest not in keep:
+            if version.digest not in keep:
                 found.append(version.digest)
                 needed -= version.bytes
         return found
 
-    # --- bytes ---------------------------------------------------------------------------------------------------
+    # --- tiers ---------------------------------------------------------------------------------------------------
 
-    @property
-    def resident(self) -> list[Version]:
-        """Versions on the device, least recently used first."""
-        resident = [version for version in self.versions.values() if version.slot is not None]
-        return sorted(resident, key=lambda version: version.used)
+    def begin_load(self, version: Version) -> None:
+        """Note that a version is being read into host memory, whose bytes it takes from now on."""
+        version.loading = True
+        self._loading[version.digest] = version
+
+    def end_load(self, version: Version, now: float, failure: ServeError | None = None) -> None:
+        """Note that a version is in host memory, or why it is not; `now` in seconds."""
+        version.loading, version.failure = False, failure
+        del self._loading[version.digest]
+        if failure is None:
+            version.in_host, version.since = True, now
+            self.host.add(version)
+
+    def leave_host(self, version: Version) -> None:
+        """Note that a version has left host memory."""
+        version.in_host = False
+        self.host.remove(version)
+
+    def enter_device(self, version: Version, slot: int) -> None:
+        """Note that a version has a slot on the device."""
+        version.slot = slot
+        self.device.add(version)
+
+    def leave_device(self, version: Version) -> None:
+        """Note that a version has lost its slot."""
+        version.slot = None
+        self.device.remove(version)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that are taken, or will be by loads that have begun."""
-        return sum(version.bytes for version in self.versions.values() if version.in_host or version.loading)
+        return self.host.bytes + self._loading_bytes
 
     @property
-    def device_bytes(self) -> int:
-        return sum(version.bytes for version in self.versions.values() if version.slot is not None)
+    def _loading_bytes(self) -> int:
+        return sum(version.bytes for version in self._loading.values())
 
     def _bytes(self, digests: Iterable[str]) -> int:
         return sum(self.versions[digest].bytes for digest in digests)

@@ -46,5 +46,18 @@ def test_eviction_zeroes_the_column_and_frees_exactly_what_was_allocated() -> No
         assert torch.equal(group.a, before[names][0])
         assert group.a.data_ptr() == before[names][1]
         assert not group.rank.any()
-        assert all(delta is None for row in group.deltas for delta in row)
+        assert all(group.get(module, slot) is None for module in range(len(names)) for slot in slots)
     assert device_slots.load(adapter("c")) in slots
+
+
+def test_a_slot_s_deltas_are_views_into_the_device_tensor_while_it_is_resident() -> None:
+    device_slots = DeviceSlots(BASE, 2, torch.float32, CPU)
+    found = adapter("a", rank=3)
+    slot = device_slots.load(found)
+    group = device_slots.groups[("layers.0.q_proj", "layers.0.k_proj")]
+    delta, own = group.get(1, slot), found.delta(BASE.sites["layers.0.k_proj"])
+    assert delta is not None
+    assert own is not None
+    assert torch.equal(delta.a, own.a)
+    assert delta.b.data_ptr() == own.b.data_ptr() == group.b[1, slot].item()
+    assert group.get(1, 3 - slot) is None

@@ -173,7 +173,7 @@ def test_the_least_recently_used_adapter_is_evicted_from_its_slot(harness: Regis
     harness.registry.memory.assign_slots(digests[:3])
     harness.registry.memory.assign_slots(digests[:1])
     harness.registry.memory.assign_slots(digests[3:])
-    assert [version.digest for version in harness.residency.resident] == [digests[2], digests[0], digests[3]]
+    assert [version.digest for version in harness.residency.device] == [digests[2], digests[0], digests[3]]
 
 
 def test_a_version_that_cannot_be_read_ends_its_requests_and_the_next_request_tries_again(

@@ -190,7 +190,7 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
         if residency.decide_slots(ready) is not None:
             registry.memory.assign_slots(ready)
         assert residency.host_bytes <= 3000
-        assert harness.device_slots.bytes == residency.device_bytes
+        assert harness.device_slots.bytes == residency.device.bytes
     for lease in leases:
         registry.release(lease)
     harness.wait_until(lambda: len(answers) == asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,8 +30,8 @@ def lease(state: Residency, *names: str) -> list[int]:
 
 def load(state: Residency, *names: str) -> None:
     for name in names:
-        state.versions[name].in_host = True
-        state.touch(state.versions[name])
+        state.begin_load(state.versions[name])
+        state.end_load(state.versions[name], now=0.0)
 
 
 def test_leased_versions_are_loaded_oldest_lease_first_and_the_least_recently_used_are_evicted() -> None:
@@ -70,7 +71,7 @@ def test_a_memory_that_holds_fewer_than_are_in_use_is_used_in_turns() -> None:
     assert not state.end_turns(now=0.9, length=1.0)
     assert state.end_turns(now=1.0, length=1.0)
     assert state.decide_loads() == Loads(["a"], ["b"], [])
-    state.versions["a"].in_host = False
+    state.leave_host(state.versions["a"])
     load(state, "b")
     state.versions["b"].since = 1.0
     assert not state.end_turns(now=1.9, length=1.0)
@@ -81,7 +82,7 @@ def test_a_memory_that_holds_fewer_than_are_in_use_is_used_in_turns() -> None:
 def test_what_is_loading_counts_and_is_not_loaded_twice() -> None:
     state = residency(host=80, a=40, b=40, c=40)
     lease(state, "a", "b", "c")
-    state.versions["a"].loading = True
+    state.begin_load(state.versions["a"])
     assert state.host_bytes == 40
     assert state.decide_loads(limit=3) == Loads([], ["b"], [])
     assert state.decide_loads(limit=1) == Loads([], [], [])
@@ -108,7 +109,7 @@ def test_an_operation_s_load_is_refused_while_requests_take_all_memory() -> None
 
 def test_on_a_gpu_what_is_on_the_device_needs_no_host_memory() -> None:
     state = residency(host=40, device=80, a=40, b=40)
-    state.versions["a"].slot = 1
+    state.enter_device(state.versions["a"], 1)
     lease(state, "a", "b")
     assert state.decide_loads() == Loads([], ["b"], [])
 
@@ -116,8 +117,7 @@ def test_on_a_gpu_what_is_on_the_device_needs_no_host_memory() -> None:
 def test_slots_go_to_the_least_recently_used_versions_that_are_neither_needed_nor_pinned() -> None:
     state = residency(a=10, b=20, c=30, d=40)
     for slot, name in enumerate("abc"):
-        state.versions[name].slot = slot
-        state.touch(state.versions[name])
+        state.enter_device(state.versions[name], slot)
     assert state.decide_slots(["a"]) == []
     assert state.decide_slots(["d"]) == ["a"]
     state.apply("a", NameRecord(["a"], pinned=True))
@@ -128,10 +128,9 @@ def test_slots_go_to_the_least_recently_used_versions_that_are_neither_needed_no
 def test_slots_are_bounded_by_the_device_s_bytes_too() -> None:
     state = residency(device=60, slots=9, a=10, b=20, c=30, d=40)
     for slot, name in enumerate("abc"):
-        state.versions[name].slot = slot
-        state.touch(state.versions[name])
+        state.enter_device(state.versions[name], slot)
     assert state.decide_slots(["d"]) == ["a", "b", "c"]
-    state.versions["c"].slot = None
+    state.leave_device(state.versions["c"])
     assert state.decide_slots(["c"]) == []
     assert state.decide_slots(["a", "d"]) == ["b"]
 
@@ -207,10 +206,10 @@ def test_under_random_use_memory_is_never_exceeded_and_the_oldest_request_is_alw
             decision = state.decide_loads(limit=8)
             for digest in decision.evict:
                 version = state.versions[digest]
-                version.in_host = False
-                version.slot = None if device is None else version.slot
-            for digest in decision.load:
-                state.versions[digest].in_host = True
+                if device is None and version.slot is not None:
+                    state.leave_device(version)
+                state.leave_host(version)
+            load(state, *decision.load)
             assert state.host_bytes <= 100
             assert not set(decision.evict) & (state.pinned | {"none"})
             if held:
@@ -219,11 +218,29 @@ def test_under_random_use_memory_is_never_exceeded_and_the_oldest_request_is_alw
                 evict = state.decide_slots([oldest.digest])
                 assert evict is not None
                 for digest in evict:
-                    state.versions[digest].slot = None
-                oldest.slot = 1
+                    state.leave_device(state.versions[digest])
+                if oldest.slot is None:
+                    state.enter_device(oldest, 1)
                 state.touch(oldest)
-                assert len(state.resident) <= 3
-                assert device is None or state.device_bytes <= device
+                assert len(state.device) <= 3
+                assert device is None or state.device.bytes <= device
                 if rng.random() < 0.7:
                     state.release(oldest, number)
                     held.pop(0)
+
+
+def test_decisions_do_not_depend_on_how_many_versions_are_on_disk() -> None:
+    class NotIterated(dict[str, Version]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("a decision looked at every version")
+
+        values = items = keys = __iter__  # type: ignore[assignment]
+
+    state = residency(a=40, b=40, c=40, d=40)
+    load(state, "a", "b")
+    lease(state, "c", "d")
+    state.versions = NotIterated(state.versions)
+    assert state.decide_loads(limit=2) == Loads(["a", "b"], ["c", "d"], [])
+    assert state.decide_slots(["a", "b"]) == []
+    assert state.host_bytes == 80
+    assert repr(state) == "<Residency 4 names, 4 versions, 80 of 100 bytes, 0 of 3 slots>"

@@ -72,7 +72,7 @@ def device_slots(session: Session) -> DeviceSlots:
 
 def evict_all_from_device(session: Session) -> None:
     memory = session.engine._registry.memory
-    for version in memory._residency.resident:
+    for version in list(memory._residency.device):
         memory._evict_from_device(version)
 
 

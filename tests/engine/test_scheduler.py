@@ -313,9 +313,10 @@ def all_finish(rng: random.Random, device: int | None) -> bool:
     for _ in range(600):
         for part in run(s, lambda digest: versions[digest].in_memory):
             for digest in residency.decide_slots(part.seq.digests) or ():
-                versions[digest].slot = None
+                residency.leave_device(versions[digest])
             for digest in part.seq.digests:
-                versions[digest].slot = 1
+                if versions[digest].slot is None:
+                    residency.enter_device(versions[digest], 1)
                 residency.touch(versions[digest])
         left = {seq.order for seq in (*s.running, *s.waiting)}
         for order in leases.keys() - left:
@@ -323,12 +324,14 @@ def all_finish(rng: random.Random, device: int | None) -> bool:
                 residency.release(version, number)
         loads = residency.decide_loads()
         for digest in loads.evict:
-            versions[digest].in_host = False
-            versions[digest].slot = None if device is None else versions[digest].slot
+            if device is None and versions[digest].slot is not None:
+                residency.leave_device(versions[digest])
+            residency.leave_host(versions[digest])
         for digest in loads.load:
-            versions[digest].in_host = True
+            residency.begin_load(versions[digest])
+            residency.end_load(versions[digest], now=0.0)
         assert residency.host_bytes <= 3
-        assert residency.device_bytes <= 2
+        assert residency.device.bytes <= 2
     return not s.running and not s.waiting
 
 
