@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,23 @@ class KVTensors:
         """Replace the tensors by new, zeroed ones with another number of blocks."""
 
         def make(heads: int, dim: int) -> Tensor:
-            return torch.zeros(blocks + 1, self._block_size, heads, dim, dtype=self._dtype, device=self._device)
+            return _zeros((blocks + 1, self._block_size, heads, dim), self._dtype, self._device)
 
         self.keys.clear()
         self.values.clear()
         self.keys += [make(layer.kv_heads, layer.key_dim) for layer in self._layers]
         self.values += [make(layer.kv_heads, layer.value_dim) for layer in self._layers]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU in huge pages where the system has them, as a step reads blocks from all over the pool."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:

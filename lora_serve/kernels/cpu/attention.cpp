@@ -17,6 +17,11 @@ namespace {
 constexpr int64_t ROWS = 64;  // rows (tokens x heads of the kv head) of one unit, about
 constexpr int64_t PART = 1024;  // positions in a part of the context, a multiple of KEYS
 
+// Whether scores and outputs are sums of dot products of pairs of bf16.
+bool in_pairs(const AttentionCall& call) {
+    return DOTS && call.q_type == BF16 && call.keys.type == BF16 && call.values.type == BF16;
+}
+
 struct Unit {
     int64_t sequence, head, heads, first, tokens;  // kv heads; first: of the sequence's rows in this step
     int64_t from, to;                              // positions whose keys it takes
@@ -71,7 +76,7 @@ struct Rows {
     int64_t token(int64_t r) const { return start + unit.first + r % rows / share; }
     int64_t head(int64_t r) const { return (unit.head + r / rows) * share + r % share; }
     Sight sight(const AttentionCall& call) const { return {call.window, position, share}; }
-    // Where few rows use values straight from registers, their outputs are in the order of `load_two`.
+    // Where few rows use widened values straight from registers, their outputs are in the order of `load_two`.
     bool few() const { return rows <= TILE; }
     bool direct(const AttentionCall& call) const { return few() && call.values.dim % (2 * W) == 0; }
 };
@@ -79,7 +84,7 @@ struct Rows {
 // Writes the outputs of a unit whose softmax is complete.
 void write(const AttentionCall& call, const Rows& own, State total) {
     size_t vd = call.values.dim;
-    if (own.direct(call))
+    if (own.direct(call) && !in_pairs(call))
         with_type(call.values.type, [&](auto* type) {
             using T_ = std::remove_pointer_t<decltype(type)>;
             for (float* p = total.out; p < total.out + own.count * total.width; p += 2 * W) sort_two<T_>(p, Lanes{});
@@ -107,13 +112,13 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
     float *memory = room.for_states(), *kept = unit.state;
     State total(memory, own.count, room.vd), part(kept ? kept : memory, own.count, room.vd);
     part.clear(nullptr, head);
-    bool dots = DOTS && call.q_type == BF16 && call.keys.type == BF16;
+    bool pairs = in_pairs(call);
     with_type(call.q_type, [&](auto* type) {
         for (int64_t r = 0; r < own.count; r++) {
             auto from = (decltype(type))(call.q + own.token(r) * call.q_token + own.head(r) * call.q_head);
             float* q = room.q + r * room.kd;
             std::fill(q, q + room.kd, 0.0f);
-            if (dots) memcpy(q, from, kd * sizeof(Bf16));
+            if (pairs) memcpy(q, from, kd * sizeof(Bf16));
             else widen_row(from, kd, q);
         }
     });
@@ -146,33 +151,47 @@ bool attend(const AttentionCall& call, const Unit& unit, Room& room) {
         find(which ^ 1, first + KEYS);
         if (!sound) return false;
         int64_t n = std::min(KEYS, end - first);
+        Prefetch next_keys(places[which ^ 1][0], unit.heads * call.keys.head);
+        Prefetch next_values(places[which ^ 1][1], unit.heads * call.values.head);
         for (int64_t h = 0; h < unit.heads; h++) {
-            auto of = [&](int tile, int side) {
-                return Places{places[tile][side], h * (side ? call.values : call.keys).head};
-            };
-            float *q = room.q + h * rows * room.kd, *out = part.out + h * rows * room.vd;
+            Places keys{places[which][0], h * call.keys.head}, values{places[which][1], h * call.values.head};
+            float *q = room.q + h * rows * room.kd, *out = part.out + h * rows * room.vd, *score = room.score;
             Running run = {out, part.top + h * rows, part.sum + h * rows * W, room.vd};
+            auto soften_all = [&](auto pairs_) {
+                for (int64_t r = 0; r < rows; r += TILE) {
+                    int64_t some = std::min<int64_t>(TILE, rows - r);
+                    soften<decltype(pairs_)::value>(scale, (float)call.softcap, sight, r, some, first, score, run);
+                }
+            };
+            if constexpr (DOTS)
+                if (pairs) {
+                    if (few) {
+                        compare<Bf16, true>(rows, q, room.kd, keys, next_keys, n, kd, score);
+                    } else {
+                        load_keys<Bf16, true>(keys, next_keys, n, kd, room.keys);
+                        multiply_pairs<false>(rows, q, room.kd, room.keys, KEYS, (kd + 1) / 2, score);
+                    }
+                    soften_all(std::true_type{});
+                    if (direct) {
+                        weigh_pairs(rows, score, values, next_values, n, vd, out, room.vd);
+                    } else {
+                        load_values_in_pairs(values, next_values, n, vd, room.vd, room.values);
+                        multiply_pairs<true>(rows, score, KEYS, room.values, room.vd, (n + 1) / 2, out);
+                    }
+                    continue;
+                }
             with_type(call.keys.type, [&](auto* type) {
                 using T_ = std::remove_pointer_t<decltype(type)>;
-                Places here = of(which, 0), next = of(which ^ 1, 0);
-                if constexpr (DOTS && std::is_same_v<T_, Bf16>)
-                    if (dots) {
-                        if (few) return compare<T_, true>(rows, q, room.kd, here, n, kd, room.score);
-                        load_keys<T_, true>(here, next, n, kd, room.keys);
-                        return multiply_pairs(rows, q, room.kd, room.keys, (kd + 1) / 2, room.score);
-                    }
-                if (few) return compare<T_, false>(rows, q, room.kd, here, n, kd, room.score);
-                load_keys<T_, false>(here, next, n, kd, room.keys);
-                multiply<false>(rows, q, room.kd, room.keys, KEYS, kd, room.score);
+                if (few) return compare<T_, false>(rows, q, room.kd, keys, next_keys, n, kd, score);
+                load_keys<T_, false>(keys, next_keys, n, kd, room.keys);
+                multiply<false>(rows, q, room.kd, room.keys, KEYS, kd, score);
             });
-            for (int64_t r = 0; r < rows; r += TILE)
-                soften(scale, (float)call.softcap, sight, r, std::min<int64_t>(TILE, rows - r), first, room.score, run);
+            soften_all(std::false_type{});
             with_type(call.values.type, [&](auto* type) {
                 using T_ = std::remove_pointer_t<decltype(type)>;
-                Places here = of(which, 1), next = of(which ^ 1, 1);
-                if (direct) return weigh<T_>(rows, room.score, here, next, of(which ^ 1, 0), n, vd, out, room.vd);
-                load_values<T_>(here, next, n, vd, room.vd, room.values);
-                multiply<true>(rows, room.score, KEYS, room.values, room.vd, KEYS, out);
+                if (direct) return weigh<T_>(rows, score, values, next_values, n, vd, out, room.vd);
+                load_values<T_>(values, next_values, n, vd, room.vd, room.values);
+                multiply<true>(rows, score, KEYS, room.values, room.vd, KEYS, out);
             });
         }
         bool last = first + KEYS >= end;

@@ -1,24 +1,17 @@
-// One tile of keys of paged attention: scores, the online softmax, and weighted values, for some rows of queries.
+// One tile of keys of paged attention: scores and weighted values, for some rows of queries.
 //
-// With few rows (decode) keys and values are used straight from registers (`compare` for q · k, `weigh` for p · v);
-// with more, they are widened into buffers first (`load_*`) that all rows read (`multiply*`). Either way a score sums
+// With few rows (decode) keys and values are used straight from registers (`compare` for q · k, `weigh*` for p · v);
+// with more, they are prepared in buffers first (`load_*`) that all rows read (`multiply*`). Either way a score sums
 // over its dimensions in ascending order and an output over its keys, so both give the same bits.
+//
+// Where the CPU multiplies pairs of bf16 (`DOTS`), a score is a sum over pairs of dimensions and an output one over pairs
+// of positions, whose probabilities are rounded to bf16 as in GPUs' attention kernels.
 #pragma once
 #include <algorithm>
-#include <limits>
 
-#include "simd.h"
+#include "attention_softmax.h"
 
 namespace {
-
-constexpr int64_t KEYS = 32;  // positions in a tile
-
-INLINE V tangent(V x) {  // hyperbolic tangent
-    V positive = x < 0 ? -x : x;
-    V e = power_of_two(positive * (-2 * LOG2E));
-    V value = (1.0f - e) / (1.0f + e);
-    return x < 0 ? -value : value;
-}
 
 // Addresses of the keys or values at a tile's positions, for one head.
 struct Places {
@@ -27,38 +20,25 @@ struct Places {
     const char* operator[](int64_t j) const { return first[j] + offset; }
 };
 
-// State of the online softmax of some rows, after some tiles of keys.
-struct State {
-    float *out, *top, *sum;  // [rows, width], unscaled; largest scores [rows]; W parts of the sums of probabilities [rows, W]
-    size_t rows, width;
+// Prefetches a tile's keys or values while another tile is in use: a vector a step, of all heads of a unit, in the order
+// in which they lie in memory, which the CPU reads faster than one head after the other. Evenly spread steps, since it
+// drops prefetches in a burst. Loops step a copy of their own, as a compiler keeps only that in registers.
+class Prefetch {
+    const char* const *place, * const* last;
+    const char *at, *end;  // at the current position
+    int64_t bytes;         // of a position
 
-    State(float*& memory, size_t rows, size_t width) : rows(rows), width(width) {
-        out = part_of(memory, rows * width);
-        top = part_of(memory, rows + TILE);  // `soften` takes TILE at once
-        sum = part_of(memory, rows * W);
-    }
-    static size_t floats(size_t rows, size_t width) { return rows * (width + W + 1) + TILE + gaps(3); }
-
-    // No keys yet. A sink is a score without a value.
-    template <class F> void clear(const float* sinks, F head) {
-        std::fill(out, out + rows * width, 0.0f);
-        std::fill(sum, sum + rows * W, 0.0f);
-        for (size_t r = 0; r < rows; r++) {
-            top[r] = sinks ? sinks[head(r)] * LOG2E : -std::numeric_limits<float>::infinity();
-            if (sinks) sum[r * W] = 1.0f;
+  public:
+    Prefetch(const char* const (&places)[KEYS], int64_t bytes)
+        : place(places), last(places + KEYS), at(nullptr), end(nullptr), bytes(bytes) {}
+    void step() {
+        if (at >= end) {
+            if (place == last) return;
+            at = *place++;
+            end = at + bytes;
         }
-    }
-    // Adds the keys of another state.
-    void merge(const State& more) {
-        for (size_t r = 0; r < rows; r++) {
-            V old = V{} + top[r], other = V{} + more.top[r], now = larger(old, other);
-            V base = now == V{} - std::numeric_limits<float>::infinity() ? V{} : now;
-            V mine = power_of_two(old - base), theirs = power_of_two(other - base);
-            top[r] = now[0];
-            store(sum + r * W, load(sum + r * W) * mine + load(more.sum + r * W) * theirs);
-            for (size_t d = r * width; d < (r + 1) * width; d += W)
-                store(out + d, load(out + d) * mine + load(more.out + d) * theirs);
-        }
+        __builtin_prefetch(at, 0, 2);
+        at += sizeof(V);
     }
 };
 
@@ -81,15 +61,16 @@ template <class T_> INLINE void load_block(Places row, int64_t j, int64_t n, siz
 }
 
 // keys[dim][KEYS] = n rows of T_, transposed and widened (Dot: [pair of dim][KEYS], not widened); zeros from row n on.
-template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n, size_t dim, float* keys) {
+template <class T_, bool Dot> void load_keys(Places row, Prefetch& ahead, int64_t n, size_t dim, float* keys) {
     constexpr size_t EACH = 4 / sizeof(T_);
+    Prefetch next = ahead;
     for (int64_t j = 0; j < KEYS; j += W)
         for (size_t d = 0; d < dim; d += W * EACH) {
             V block[W];
             load_block<T_>(row, j, n, d, dim, block);
             UNROLL
             for (int i = 0; i < W; i++) {
-                __builtin_prefetch(next[j + i] + d * sizeof(T_), 0, 2);
+                next.step();
                 if constexpr (EACH == 1 || Dot) {
                     store(keys + (d / EACH + i) * KEYS + j, block[i]);
                 } else {
@@ -98,14 +79,16 @@ template <class T_, bool Dot> void load_keys(Places row, Places next, int64_t n,
                 }
             }
         }
+    ahead = next;
 }
 
-// sum[T] += q[T rows of kd] * key: one dimension of W keys (score_element), or a pair of dimensions (score_pair).
-template <int T> INLINE void score_element(V* sum, V key, const float* q, size_t kd) {
+// sum[T] += q[T rows of kd] * key: one dimension of W keys (add_element), or a pair of dimensions (add_pair). The latter
+// also for sum[T] += p[T rows] * value: a pair of positions of W dimensions.
+template <int T> INLINE void add_element(V* sum, V key, const float* q, size_t kd) {
     UNROLL
     for (int t = 0; t < T; t++) sum[t] += key * q[t * kd];
 }
-template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd) {
+template <int T> INLINE void add_pair(V* sum, U key, const float* q, size_t kd) {
     UNROLL
     for (int t = 0; t < T; t++) {
         uint32_t pair;
@@ -116,10 +99,11 @@ template <int T> INLINE void score_pair(V* sum, U key, const float* q, size_t kd
 
 // Scores of few rows: score[rows, KEYS] = q[rows, dim] . n keys of T_, transposed and widened in registers.
 template <class T_, bool Dot>
-void compare(int64_t rows, const float* q, size_t kd, Places row, int64_t n, size_t dim, float* score) {
+void compare(int64_t rows, const float* q, size_t kd, Places row, Prefetch& ahead, int64_t n, size_t dim, float* score) {
     constexpr size_t EACH = 4 / sizeof(T_);
     with_rows((int)rows, [&](auto t_) {
         constexpr int T = decltype(t_)::value;
+        Prefetch next = ahead;
         for (int64_t j = 0; j < n; j += W) {
             V sum[T] = {};
             for (size_t d = 0; d < dim; d += W * EACH) {
@@ -127,120 +111,125 @@ void compare(int64_t rows, const float* q, size_t kd, Places row, int64_t n, siz
                 load_block<T_>(row, j, n, d, dim, block);
                 UNROLL
                 for (int i = 0; i < W; i++) {
+                    next.step();
                     if constexpr (Dot) {
-                        score_pair<T>(sum, (U)block[i], q + d / 2 + i, kd);
+                        add_pair<T>(sum, (U)block[i], q + d / 2 + i, kd);
                     } else if constexpr (EACH == 1) {
-                        score_element<T>(sum, block[i], q + d + i, kd);
+                        add_element<T>(sum, block[i], q + d + i, kd);
                     } else {
-                        score_element<T>(sum, first_of_pair<T_>((U)block[i]), q + d + 2 * i, kd);
-                        score_element<T>(sum, second_of_pair<T_>((U)block[i]), q + d + 2 * i + 1, kd);
+                        add_element<T>(sum, first_of_pair<T_>((U)block[i]), q + d + 2 * i, kd);
+                        add_element<T>(sum, second_of_pair<T_>((U)block[i]), q + d + 2 * i + 1, kd);
                     }
                 }
             }
             UNROLL
             for (int t = 0; t < T; t++) store(score + t * KEYS + j, sum[t]);
         }
+        ahead = next;
     });
 }
 
-// score[rows, KEYS] = q[rows, pairs] . keys[pairs, KEYS]
-void multiply_pairs(int64_t rows, const float* q, size_t kd, const float* keys, size_t pairs, float* score) {
-    for (int64_t j = 0; j < KEYS; j += 2 * W)
+// c[rows, n] = (Add: c +) a[rows, pairs] . b[pairs, n], of pairs of bf16; n a multiple of 2W
+template <bool Add>
+void multiply_pairs(int64_t rows, const float* a, size_t lda, const float* b, size_t n, size_t pairs, float* c) {
+    for (size_t d = 0; d < n; d += 2 * W)
         for (int64_t row = 0; row < rows; row += TILE)
             with_rows((int)std::min<int64_t>(TILE, rows - row), [&](auto t_) {
                 constexpr int T = decltype(t_)::value;
-                V left[T] = {}, right[T] = {};
+                V left[T], right[T];
+                float* to = c + row * n + d;
+                UNROLL
+                for (int t = 0; t < T; t++) {
+                    left[t] = Add ? load(to + t * n) : V{};
+                    right[t] = Add ? load(to + t * n + W) : V{};
+                }
                 for (size_t p = 0; p < pairs; p++) {
-                    score_pair<T>(left, (U)load(keys + p * KEYS + j), q + row * kd + p, kd);
-                    score_pair<T>(right, (U)load(keys + p * KEYS + j + W), q + row * kd + p, kd);
+                    add_pair<T>(left, (U)load(b + p * n + d), a + row * lda + p, lda);
+                    add_pair<T>(right, (U)load(b + p * n + d + W), a + row * lda + p, lda);
                 }
                 UNROLL
                 for (int t = 0; t < T; t++) {
-                    store(score + (row + t) * KEYS + j, left[t]);
-                    store(score + (row + t) * KEYS + j + W, right[t]);
+                    store(to + t * n, left[t]);
+                    store(to + t * n + W, right[t]);
                 }
             });
 }
 
+// 2W dimensions of the values of positions j and j + 1 as pairs; zeros for a position from n on.
+INLINE void load_value_pairs(Places row, int64_t j, int64_t n, size_t d, size_t dim, U& left, U& right) {
+    static const char none[sizeof(U)] = {};
+    const char *first = row[j] + d * sizeof(Bf16), *second = j + 1 < n ? row[j + 1] + d * sizeof(Bf16) : none;
+    U x = {}, y = {};
+    if (d + 2 * W <= dim) {
+        memcpy(&x, first, sizeof x);
+        memcpy(&y, second, sizeof y);
+    } else {
+        memcpy(&x, first, (dim - d) * sizeof(Bf16));
+        memcpy(&y, second, (dim - d) * sizeof(Bf16));
+    }
+    interleave(x, y, left, right, std::make_integer_sequence<int, 2 * W>{});
+}
+
+// values[(n + 1) / 2, width] = pairs of n rows of bf16
+inline void load_values_in_pairs(Places row, Prefetch& ahead, int64_t n, size_t dim, size_t width, float* values) {
+    Prefetch next = ahead;
+    for (int64_t j = 0; j < n; j += 2)
+        for (size_t d = 0; d < dim; d += 2 * W) {
+            U left, right;
+            load_value_pairs(row, j, n, d, dim, left, right);
+            next.step();
+            next.step();
+            store(values + j / 2 * width + d, (V)left);
+            store(values + j / 2 * width + d + W, (V)right);
+        }
+    ahead = next;
+}
+
+// Weighted values of few rows: out[rows, dim] += p[rows, n] @ n values of bf16, both as pairs; `dim` is a multiple of 2W.
+inline void weigh_pairs(int64_t rows, const float* p, Places row, Prefetch& ahead, int64_t n, size_t dim, float* out,
+                        size_t width) {
+    with_rows((int)rows, [&](auto t_) {
+        constexpr int T = decltype(t_)::value;
+        Prefetch next = ahead;
+        for (size_t d = 0; d + 2 * W <= dim; d += 2 * W) {
+            V left[T], right[T];
+            UNROLL
+            for (int t = 0; t < T; t++) {
+                left[t] = load(out + t * width + d);
+                right[t] = load(out + t * width + d + W);
+            }
+            for (int64_t j = 0; j < n; j += 2) {
+                U first, second;
+                load_value_pairs(row, j, n, d, d + 2 * W, first, second);
+                next.step();
+                next.step();
+                add_pair<T>(left, first, p + j / 2, KEYS);
+                add_pair<T>(right, second, p + j / 2, KEYS);
+            }
+            UNROLL
+            for (int t = 0; t < T; t++) {
+                store(out + t * width + d, left[t]);
+                store(out + t * width + d + W, right[t]);
+            }
+        }
+        ahead = next;
+    });
+}
+
 template <class T_>
-void load_values(Places row, Places next, int64_t n, size_t dim, size_t width, float* values) {
+void load_values(Places row, Prefetch& ahead, int64_t n, size_t dim, size_t width, float* values) {
+    Prefetch next = ahead;
     for (int64_t j = 0; j < KEYS; j++) {
         float* to = values + j * width;
         size_t done = 0;
         if (j < n) {
             widen_row((const T_*)row[j], dim, to);
             done = padded(dim);
-            for (size_t d = 0; d < dim * sizeof(T_); d += 64) __builtin_prefetch(next[j] + d, 0, 2);
+            for (size_t d = 0; d < dim * sizeof(T_); d += sizeof(V)) next.step();
         }
         for (; done < width; done += W) store(to + done, V{});
     }
-}
-
-// Lane t of the result is the largest lane of r[t], for TILE vectors.
-template <int D = W / 2> INLINE V largests(V* r) {
-    UNROLL
-    for (int i = 0; i < TILE; i++)
-        if constexpr (D == TILE) r[i] = larger(r[i], swapped<D>(r[i], Lanes{}));
-        else if (i < D) r[i] = larger(low<D>(r[i], r[i + D], Lanes{}), high<D>(r[i], r[i + D], Lanes{}));
-    if constexpr (D > 1) return largests<D / 2>(r);
-    return r[0];
-}
-
-// The keys that a row sees: its sequence's up to its own position, or the last `window` of these.
-struct Sight {
-    int64_t window, position, share;  // position of row 0; rows per position
-    int64_t newest(int64_t row) const { return position + row / share; }
-    int64_t oldest(int64_t row) const { return window ? std::max<int64_t>(0, newest(row) - window + 1) : 0; }
-};
-
-// The part of a State that is one kv head's.
-struct Running {
-    float *out, *top, *sum;
-    size_t width;
-};
-
-// One step of the online softmax, for rows `row`.. < `row` + `rows` <= `row` + TILE and the tile of keys from `first`:
-// replaces unscaled scores by probabilities relative to the rows' largest scores so far, and rescales `sum` and `out`
-// where a largest score has grown.
-INLINE void soften(float scale, float cap, Sight sight, int64_t row, int64_t rows, int64_t first, float* score,
-                   Running run) {
-    constexpr int N = KEYS / W;
-    V low = V{} - std::numeric_limits<float>::infinity(), most[TILE];
-    bool whole = first >= sight.oldest(row + rows - 1) && first + KEYS - 1 <= sight.newest(row);
-    I lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
-    for (int t = 0; t < TILE; t++) most[t] = low;
-    score += row * KEYS;
-    for (int t = 0; t < rows; t++)
-        for (int c = 0; c < N; c++) {
-            V s = load(score + t * KEYS + c * W) * scale;
-            if (cap > 0) s = tangent(s / cap) * (cap * LOG2E);
-            if (!whole) {
-                int32_t from = (int32_t)(sight.oldest(row + t) - first), to = (int32_t)(sight.newest(row + t) - first);
-                s = (lane >= from - c * W) & (lane <= to - c * W) ? s : low;
-            }
-            store(score + t * KEYS + c * W, s);
-            most[t] = larger(most[t], s);
-        }
-    V old = {}, base, shrink;
-    memcpy(&old, run.top + row, TILE * sizeof(float));
-    V now = larger(old, largests(most));
-    base = now == low ? V{} : now;  // low: no key seen yet
-    shrink = power_of_two(old - base);
-    memcpy(run.top + row, &now, TILE * sizeof(float));
-    for (int t = 0; t < rows; t++) {
-        V part = {};
-        UNROLL
-        for (int c = 0; c < N; c++) {
-            V p = power_of_two(load(score + t * KEYS + c * W) - base[t]);
-            store(score + t * KEYS + c * W, p);
-            part += p;
-        }
-        float *sum = run.sum + (row + t) * W, *out = run.out + (row + t) * run.width;
-        store(sum, load(sum) * shrink[t] + part);
-        if (shrink[t] != 1.0f)
-            for (size_t d = 0; d < run.width; d += W) store(out + d, load(out + d) * shrink[t]);
-    }
+    ahead = next;
 }
 
 // c[rows, n] = (Add: c +) a[rows, k] @ b[k, n], n a multiple of 2W
@@ -275,13 +264,13 @@ template <class T_, int... J> INLINE void sort_two(float* p, std::integer_sequen
 }
 
 // Weighted values of few rows: out[rows, dim] += score[rows, n] @ n values of T_, widened in registers; `dim` is a
-// multiple of 2W. The next tile's keys are prefetched here too, spread evenly: the CPU drops prefetches in a burst.
+// multiple of 2W.
 template <class T_>
-void weigh(int64_t rows, const float* score, Places row, Places next, Places next_key, int64_t n, size_t dim,
-           float* out, size_t width) {
+void weigh(int64_t rows, const float* score, Places row, Prefetch& ahead, int64_t n, size_t dim, float* out, size_t width) {
     for (int64_t r = 0; r < rows; r += TILE)
         with_rows((int)std::min<int64_t>(TILE, rows - r), [&](auto t_) {
             constexpr int T = decltype(t_)::value;
+            Prefetch next = ahead;
             for (size_t d = 0; d < dim; d += 2 * W) {
                 V sum[T][2];
                 UNROLL
@@ -290,8 +279,7 @@ void weigh(int64_t rows, const float* score, Places row, Places next, Places nex
                 for (int64_t j = 0; j < n; j++) {
                     V left, right;
                     load_two((const T_*)row[j] + d, left, right);
-                    __builtin_prefetch(next[j] + d * sizeof(T_), 0, 2);
-                    __builtin_prefetch(next_key[j] + d * sizeof(T_), 0, 2);
+                    for (size_t b = 0; b < 2 * W * sizeof(T_); b += sizeof(V)) next.step();
                     UNROLL
                     for (int t = 0; t < T; t++) {
                         float p = score[(r + t) * KEYS + j];
@@ -303,6 +291,7 @@ void weigh(int64_t rows, const float* score, Places row, Places next, Places nex
                 for (int t = 0; t < T; t++)
                     for (int c = 0; c < 2; c++) store(out + (r + t) * width + d + c * W, sum[t][c]);
             }
+            ahead = next;
         });
 }
 

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("calls.cpp", "features.cpp", "delta.cpp", "attention.cpp", "matmul.cpp", "packing.cpp", "pointwise.cpp")
-HEADERS = ("calls.h", "simd.h", "attention_tiles.h", "byte_dots.h", "panels.h")
+HEADERS = ("calls.h", "simd.h", "attention_softmax.h", "attention_tiles.h", "byte_dots.h", "panels.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -188,6 +188,20 @@ INLINE V dot_pair(V sum, U x, U y) {
 #endif
 }
 
+// Pairs of bf16 from 2W floats in their order, rounded to nearest even.
+INLINE U rounded_pairs(V first, V second) {
+#if defined(__AVX512BF16__)
+    return (U)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    Bf16 both[2 * W];
+    store(both, first);
+    store(both + W, second);
+    U pairs;
+    memcpy(&pairs, both, sizeof pairs);
+    return pairs;
+#endif
+}
+
 // The last n < W elements of a row; the lanes after them are zero.
 template <class T> INLINE V load_part(const T* p, size_t n) {
     T part[W] = {};
@@ -239,6 +253,17 @@ template <int... J> INLINE V pick(V a, V b) {
 #endif
 }
 using Lanes = std::make_integer_sequence<int, W>;
+// Pairs of x[i] and y[i], two-byte elements of two vectors: `left` for the first W of them, `right` for the others.
+template <int... J> INLINE void interleave(U x, U y, U& left, U& right, std::integer_sequence<int, J...>) {
+    typedef uint16_t E __attribute__((vector_size(W * 4)));
+#if defined(__clang__) || __GNUC__ >= 12
+    left = (U)__builtin_shufflevector((E)x, (E)y, (J / 2 + J % 2 * 2 * W)...);
+    right = (U)__builtin_shufflevector((E)x, (E)y, (W + J / 2 + J % 2 * 2 * W)...);
+#else
+    left = (U)__builtin_shuffle((E)x, (E)y, E{(J / 2 + J % 2 * 2 * W)...});
+    right = (U)__builtin_shuffle((E)x, (E)y, E{(W + J / 2 + J % 2 * 2 * W)...});
+#endif
+}
 template <int D, int... J> INLINE V low(V a, V b, std::integer_sequence<int, J...>) {
     return pick<((J & D) ? W + J - D : J)...>(a, b);
 }
@@ -247,16 +272,44 @@ template <int D, int... J> INLINE V high(V a, V b, std::integer_sequence<int, J.
 }
 template <int D, int... J> INLINE V swapped(V a, std::integer_sequence<int, J...>) { return pick<(J ^ D)...>(a, a); }
 
-// Transposes a W x W matrix in place.
-template <int D = W / 2> INLINE void transpose(V* r) {
+// The even quarters (four lanes each) of a, then those of b; Odd: the odd ones.
+template <int Odd, int... J> INLINE V quarters(V a, V b, std::integer_sequence<int, J...>) {
+    return pick<(J / 4 * 8 % W + Odd * 4 + J % 4 + J / (W / 2) * W)...>(a, b);
+}
+// In each quarter: D lanes of a and D of b by turns, from the quarters' lower halves; Upper: from the upper ones.
+template <int D, int Upper, int... J> INLINE V zipped(V a, V b, std::integer_sequence<int, J...>) {
+    return pick<(J / 4 * 4 + Upper * 2 + (D == 1 ? J % 4 / 2 : J % 2) + (D == 1 ? J % 2 : J % 4 / 2) * W)...>(a, b);
+}
+
+// Transposes a W x W matrix in place: 4 x 4 matrices within quarters of vectors first, by instructions that need no
+// vector of indices, then the quarters.
+INLINE void transpose(V* r) {
+    V t[W];
     UNROLL
-    for (int i = 0; i < W; i++)
-        if (!(i & D)) {
-            V a = r[i], b = r[i + D];
-            r[i] = low<D>(a, b, Lanes{});
-            r[i + D] = high<D>(a, b, Lanes{});
+    for (int i = 0; i < W; i += 4) {
+        V a = zipped<1, 0>(r[i], r[i + 1], Lanes{}), b = zipped<1, 1>(r[i], r[i + 1], Lanes{});
+        V c = zipped<1, 0>(r[i + 2], r[i + 3], Lanes{}), d = zipped<1, 1>(r[i + 2], r[i + 3], Lanes{});
+        t[i] = zipped<2, 0>(a, c, Lanes{});
+        t[i + 1] = zipped<2, 1>(a, c, Lanes{});
+        t[i + 2] = zipped<2, 0>(b, d, Lanes{});
+        t[i + 3] = zipped<2, 1>(b, d, Lanes{});
+    }
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+        if constexpr (W == 4) r[k] = t[k];
+        if constexpr (W == 8) {
+            r[k] = quarters<0>(t[k], t[4 + k], Lanes{});
+            r[4 + k] = quarters<1>(t[k], t[4 + k], Lanes{});
         }
-    if constexpr (D > 1) transpose<D / 2>(r);
+        if constexpr (W == 16) {
+            V a = quarters<0>(t[k], t[4 + k], Lanes{}), b = quarters<1>(t[k], t[4 + k], Lanes{});
+            V c = quarters<0>(t[8 + k], t[12 + k], Lanes{}), d = quarters<1>(t[8 + k], t[12 + k], Lanes{});
+            r[k] = quarters<0>(a, c, Lanes{});
+            r[4 + k] = quarters<0>(b, d, Lanes{});
+            r[8 + k] = quarters<1>(a, c, Lanes{});
+            r[12 + k] = quarters<1>(b, d, Lanes{});
+        }
+    }
 }
 // Lane i of the result is the sum of r[i]; every r[i] is summed in the same order.
 template <int D = W / 2> INLINE V sums(V* r) {
