@@ -26,6 +26,7 @@ from pydantic_settings import (
     get_subcommand,
 )
 
+from lora_serve import log_format
 from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.names import NAME_PATTERN
@@ -120,9 +121,7 @@ def serve(config: ServeConfig) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.modules["torch"] = None  # type: ignore[assignment]
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_format.configure(config.log_level, config.log_format, "")
     # Imported here, so that the other commands start faster.
     from lora_serve import server
     from lora_serve.api.app import create_app

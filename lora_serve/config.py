@@ -130,6 +130,7 @@ class ServeConfig(BaseSettings):
         60.0, gt=0, description="seconds without a heartbeat before the engine is restarted"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
+    log_format: Literal["text", "json"] = Field("text", description="text lines, or one JSON object a line")
 
     def served_name(self) -> str:
         """Name of the base in the API: as configured, or the name of a local folder."""

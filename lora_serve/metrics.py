@@ -133,6 +133,7 @@ class Metrics:
         )
         self._whole = histogram("request_seconds", "From a request's arrival to its end.", REQUEST_SECONDS, by_endpoint)
         self._requests = counter("requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"))
+        self._errors = counter("http_errors", "HTTP requests that ended with an error.", ("status", "error"))
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._completion_tokens = counter("completion_tokens", "Generated tokens of ended requests.")
         self._adapter_requests = counter("adapter_requests", "Ended requests by adapter.", ("adapter",))
@@ -154,6 +155,10 @@ class Metrics:
     def begin(self, endpoint: str) -> Timer:
         """Start timing a request; it counts as the base's until `Timer.admitted` names an adapter."""
         return Timer(self, endpoint)
+
+    def count_error(self, status: int, kind: str) -> None:
+        """Count an HTTP request that ended with an error of this kind."""
+        self._errors.labels(str(status), kind).inc()
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format (`CONTENT_TYPE`)."""

@@ -130,11 +130,12 @@ class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
     ahead: int = 0
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+class Tokens(msgspec.Struct, frozen=True, tag="tokens", omit_defaults=True):
     """New tokens of a sequence, in order.
 
     `prompt_logprobs`, if requested, comes once, with the first of these: one entry per prompt token, None first.
-    `cached` is the number of prompt tokens found in the prefix cache; meaningful in the first only.
+    `cached` is the number of prompt tokens found in the prefix cache, `queued` the seconds from arrival to the first
+    step; meaningful in the first only.
     """
 
     request_id: str
@@ -142,6 +143,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
     cached: int = 0
+    queued: float = 0.0
 
 
 class Embedded(msgspec.Struct, frozen=True, tag="embedded"):

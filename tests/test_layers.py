@@ -32,7 +32,9 @@ PACKAGES = (
     Package(2, "adapters", ("adapters",)),
     Package(2, "kv", ("kv",)),
     Package(1, "kernels", ("kernels",)),
-    Package(1, "shared types", ("request", "messages", "config", "errors", "names", "adapter_files", "malloc")),
+    Package(
+        1, "shared types", ("request", "messages", "config", "errors", "names", "adapter_files", "log_format", "malloc")
+    ),
 )
 
 # Libraries that only some packages may import; any other may be imported anywhere.

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import errors
+from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import ReceivedUpload, receive_upload
 from lora_serve.errors import BadRequest
@@ -103,7 +104,7 @@ async def publish(request: Request, services: ServicesDep, caller: Administrator
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
-        return await _publish(services, name, upload.folder, replace=False)
+        return await _publish(request, services, name, upload.folder, replace=False)
 
 
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
@@ -127,7 +128,7 @@ async def publish_version(name: AdapterName, request: Request, services: Service
     async with _receive(request, services) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
-        return await _publish(services, name, upload.folder, replace=True)
+        return await _publish(request, services, name, upload.folder, replace=True)
 
 
 @router.get("/adapters", responses=_responses(AdapterList))
@@ -144,38 +145,50 @@ async def show(name: AdapterName, services: ServicesDep, caller: Authorized) -> 
 
 
 @router.post("/adapters/{name}/load", responses=_responses(AdapterInfo, 404, 422))
-async def load(name: AdministeredAdapter, services: ServicesDep) -> Info:
+async def load(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Load an adapter into memory ahead of the first request."""
-    return await _call(services, LoadAdapter(name))
+    return await _change(request, services, "load", LoadAdapter(name))
 
 
 @router.post("/adapters/{name}/evict", responses=_responses(AdapterInfo, 404, 409))
-async def evict(name: AdministeredAdapter, services: ServicesDep) -> Info:
+async def evict(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Evict an adapter from memory once no request uses it; it stays published."""
-    return await _call(services, EvictAdapter(name))
+    return await _change(request, services, "evict", EvictAdapter(name))
 
 
 @router.post("/adapters/{name}/pin", responses=_responses(AdapterInfo, 404, 409, 422))
-async def pin(name: AdministeredAdapter, services: ServicesDep) -> Info:
+async def pin(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Load an adapter and exclude it from LRU eviction."""
-    return await _call(services, PinAdapter(name, pinned=True))
+    return await _change(request, services, "pin", PinAdapter(name, pinned=True))
 
 
 @router.post("/adapters/{name}/unpin", responses=_responses(AdapterInfo, 404))
-async def unpin(name: AdministeredAdapter, services: ServicesDep) -> Info:
+async def unpin(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Allow an adapter to be evicted again."""
-    return await _call(services, PinAdapter(name, pinned=False))
+    return await _change(request, services, "unpin", PinAdapter(name, pinned=False))
 
 
 @router.delete("/adapters/{name}", responses=_responses(DeletedAdapter, 404))
-async def delete(name: AdministeredAdapter, services: ServicesDep) -> dict[str, Any]:
+async def delete(name: AdministeredAdapter, request: Request, services: ServicesDep) -> dict[str, Any]:
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
+    record_of(request.scope).changes.append(Change("delete", name))
     await services.engine.call(DeleteAdapter(name))
     return {"name": name, "deleted": True}
 
 
-async def _publish(services: Services, name: str, folder: Path, *, replace: bool) -> Info:
-    return await _call(services, Publish(name, str(folder), replace=replace))
+async def _publish(request: Request, services: Services, name: str, folder: Path, *, replace: bool) -> Info:
+    return await _change(request, services, "publish", Publish(name, str(folder), replace=replace))
+
+
+async def _change(
+    request: Request, services: Services, action: str, operation: Publish | LoadAdapter | EvictAdapter | PinAdapter
+) -> Info:
+    """Run an operation that changes an adapter, and record it for the audit log, with the version that it is about."""
+    changes = record_of(request.scope).changes
+    changes.append(Change(action, operation.name))
+    info = await _call(services, operation)
+    changes[-1] = Change(action, operation.name, info["versions"][0]["digest"])
+    return info
 
 
 async def _call(

@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from lora_serve.api import admin, error_handlers, lora_routes
+from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, Keys, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
@@ -29,6 +30,7 @@ from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
+QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds
 
 router = APIRouter(tags=["server"])
 
@@ -65,6 +67,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         )
     if keys is None and not is_public(config.host):
         app.add_middleware(LocalOrigin, host=config.host, allow_origin=config.allow_origin)
+    app.add_middleware(AccessLog, metrics=metrics, quiet_paths=QUIET_PATHS)
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)

@@ -20,6 +20,7 @@ from starlette.types import Scope
 from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthropic
 from lora_serve.api.methods import allowed_methods
 from lora_serve.api.request_id import request_id
+from lora_serve.api.request_record import record_of
 from lora_serve.errors import Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field name in a message
@@ -138,7 +139,8 @@ def install(app: FastAPI) -> None:
 
 
 def _shape(scope: Scope, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """The error JSON of the API that a request's path belongs to."""
+    """The error JSON of the API that a request's path belongs to; the request's record gets the error too."""
+    record_of(scope).error = (code or HTTPStatus(status).name.lower(), message)
     if is_anthropic(scope["path"]):
         return anthropic_error(status, message, param, code, request_id(scope))
     return _openai_error(status, message, param, code)

@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openai.schemas import Strict
 from lora_serve.api.openapi import errors
+from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import AdapterExists, BadRequest, ServeError
@@ -71,27 +72,33 @@ class SGLangLoras(Strict):
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=errors(409, 422, 507))
-async def load_lora_adapter(body: LoadLora, services: ServicesDep, caller: Administrator) -> str:
+async def load_lora_adapter(body: LoadLora, request: Request, services: ServicesDep, caller: Administrator) -> str:
     """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
     base = body.base_model_name
     if base is not None and base not in base_names(services):
         raise BadRequest(f"the base of this server is {engine_info(services).model}", param="base_model_name")
+    record_of(request.scope).changes.append(Change("publish", body.lora_name))
     await _load(body.lora_name, body.lora_path, services, caller, replace=body.load_inplace)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404))
-async def unload_lora_adapter(body: UnloadLora, services: ServicesDep, caller: Administrator) -> str:
+async def unload_lora_adapter(body: UnloadLora, request: Request, services: ServicesDep, caller: Administrator) -> str:
     """Take an adapter out of memory and of the list of models. Its folder, or what was uploaded, stays."""
+    record_of(request.scope).changes.append(Change("unload", body.lora_name))
     await _unload(body.lora_name, services, caller)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 @router.post("/load_lora_adapter", responses=errors(409, 422, 507))
-async def load_sglang_lora(body: LoadSGLangLora, services: ServicesDep, caller: Administrator) -> SGLangLoras:
+async def load_sglang_lora(
+    body: LoadSGLangLora, request: Request, services: ServicesDep, caller: Administrator
+) -> SGLangLoras:
     """Publish an adapter from a folder on the server, which must be below one of --adapter-roots."""
+    record_of(request.scope).changes.append(Change("publish", body.lora_name))
     await _load(body.lora_name, body.lora_path, services, caller, replace=False)
     if body.pinned:
+        record_of(request.scope).changes.append(Change("pin", body.lora_name))
         try:
             await services.engine.call(PinAdapter(body.lora_name, pinned=True))
         except ServeError:
@@ -101,8 +108,11 @@ async def load_sglang_lora(body: LoadSGLangLora, services: ServicesDep, caller: 
 
 
 @router.post("/unload_lora_adapter", responses=errors(404))
-async def unload_sglang_lora(body: UnloadSGLangLora, services: ServicesDep, caller: Administrator) -> SGLangLoras:
+async def unload_sglang_lora(
+    body: UnloadSGLangLora, request: Request, services: ServicesDep, caller: Administrator
+) -> SGLangLoras:
     """Take an adapter out of memory and of the list of models. Its folder, or what was uploaded, stays."""
+    record_of(request.scope).changes.append(Change("unload", body.lora_name))
     await _unload(body.lora_name, services, caller)
     return await _list(services, caller)
 

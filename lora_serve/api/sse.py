@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from lora_serve.api import error_handlers
+from lora_serve.api.request_record import record_of
 from lora_serve.errors import EngineFault, ServeError
 
 T = TypeVar("T")
@@ -95,10 +96,12 @@ class SSEResponse(Response):
                 async for event in events:
                     await send(_chunk(self._format.encode(event)))
             except ServeError as error:
+                record_of(scope).error = (error.kind, error.message)
                 await send(_chunk(self._format.encode(self._format.error(error))))
             except Exception:  # a bug
                 log.exception("a stream failed; request id: %s", scope.get("state", {}).get("request_id"))
                 fault = EngineFault("the server failed on this request")
+                record_of(scope).error = (fault.kind, fault.message)
                 await send(_chunk(self._format.encode(self._format.error(fault))))
         # Not if it was cancelled: then the client has left, or does not read.
         done = self._format.done

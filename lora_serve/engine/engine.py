@@ -192,6 +192,7 @@ class Engine:
             return None
         step = launch(scheduled, self._runner, self._registry.memory, self._clock())
         for part in step.scheduled:
+            part.seq.started = part.seq.started or step.started
             self._scheduler.mark_launched(part)
         return step
 

@@ -22,6 +22,7 @@ from typing import NoReturn, Protocol
 
 import msgspec
 
+from lora_serve import log_format
 from lora_serve.config import ServeConfig
 from lora_serve.engine.connection import Connection, Waker
 from lora_serve.errors import EngineFault, Failure, ServeError
@@ -180,11 +181,7 @@ def main(build: Build, arguments: Sequence[str]) -> NoReturn:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent has a stuck engine dump its stacks before it kills it
     config = ServeConfig.model_validate_json(sys.stdin.read())
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s",
-    )
+    log_format.configure(config.log_level, config.log_format, f"engine[{os.getpid()}]")
     end(run(build, address, config, end_soon))
 
 

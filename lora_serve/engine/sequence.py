@@ -62,7 +62,8 @@ class Sequence:
         indexed: how many of `blocks` are in the prefix index (or were found there).
         cached: prompt tokens found in the prefix cache when it first ran; None before that.
         matcher: state of its grammar, advanced by every token of the output; None if it has none.
-        arrived: when its request was admitted, in seconds on the engine's clock.
+        arrived, started: when its request was admitted, and its first step launched (0: not yet), in seconds on the
+            engine's clock.
         last_step: number of the last step that it had a row in.
         charged: up to which position its tokens were charged to its share.
         share: what it is charged to; set when it is queued.
@@ -88,6 +89,7 @@ class Sequence:
     matcher: GrammarMatcher | None = None
     sampled_row: int = 0
     arrived: float = 0.0
+    started: float = 0.0
     last_step: int = 0
     charged: int = 0
     share: Share = field(init=False)

@@ -17,6 +17,7 @@ import msgspec
 
 from lora_serve.api.auth import Caller
 from lora_serve.api.openai.schemas import Generation
+from lora_serve.api.request_record import RequestRecord
 from lora_serve.api.services import Services
 from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import EngineFault, ServeError
@@ -85,8 +86,9 @@ def requests_at_once(services: Services) -> int:
 class RunningChoice:
     """A choice on the engine: `admit`, then `outputs`; `close` on every path."""
 
-    def __init__(self, choice: Choice, services: Services, endpoint: str) -> None:
+    def __init__(self, choice: Choice, services: Services, endpoint: str, record: RequestRecord) -> None:
         self.choice = choice
+        self._record = record
         self.adapters: list[Served] = []  # once admitted
         self._timer = services.metrics.begin(endpoint)
         self._events = services.engine.generate(choice.request)
@@ -110,6 +112,7 @@ class RunningChoice:
             raise
         assert isinstance(first, Admitted)
         self.adapters = first.adapters
+        self._record.admitted(self.choice.request, first.adapters)
         if first.adapters:
             self._timer.admitted(first.adapters[0].name)
 
@@ -128,6 +131,7 @@ class RunningChoice:
             raise
         finally:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)
+            self._record.finish = outcome
             await self._events.aclose()  # if a stop string ended it, this aborts the request in the engine
 
     async def close(self) -> None:
@@ -139,6 +143,7 @@ class RunningChoice:
         index = self.choice.index
         if isinstance(event, Tokens):
             self._timer.token(len(event.token_ids))
+            self._record.generated(event)
             self._generated += len(event.token_ids)
             return ChoiceOutput(
                 index,
@@ -159,6 +164,7 @@ class RunningChoice:
             ended = ChoiceOutput(index, self._text.flush(), finish_reason=event.reason)
             if event.stop_token is not None:  # a generated token, though it has no text
                 self._generated += 1
+                self._record.completion_tokens += 1
                 ended.tokens = [event.stop_token]
                 ended.logprobs = [] if event.stop_logprob is None else [event.stop_logprob]
             ended.generated = self._generated
@@ -172,8 +178,9 @@ class RunningCall:
     So a call with more choices than the queue takes is served by an idle server, and never fills the queue alone.
     """
 
-    def __init__(self, services: Services, endpoint: str, choices: Sequence[Choice]) -> None:
+    def __init__(self, services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord) -> None:
         self._services = services
+        self._record = record
         self._endpoint = endpoint
         self._later = deque(choices)
         self._opened: list[RunningChoice] = []
@@ -241,15 +248,17 @@ class RunningCall:
         if self._opened and (served := self.adapters):  # the same versions, even if there are new ones by now
             uses = tuple(AdapterUse(each.name, each.digest, each.weight) for each in served)
             choice = replace(choice, request=msgspec.structs.replace(choice.request, adapters=uses))
-        opened = RunningChoice(choice, self._services, self._endpoint)
+        opened = RunningChoice(choice, self._services, self._endpoint, self._record)
         self._opened.append(opened)
         return opened
 
 
 @asynccontextmanager
-async def start_choices(services: Services, endpoint: str, choices: Sequence[Choice]) -> AsyncIterator[RunningCall]:
-    """Start a call's choices; closes all at the end. Raises the first refusal."""
-    call = RunningCall(services, endpoint, choices)
+async def start_choices(
+    services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord
+) -> AsyncIterator[RunningCall]:
+    """Start a call's choices, and record what they do; closes all at the end. Raises the first refusal."""
+    call = RunningCall(services, endpoint, choices, record)
     try:
         await call.start()
         yield call

@@ -33,6 +33,7 @@ from lora_serve.api.openai.preprocess import (
 from lora_serve.api.openai.respond import model_fields
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
+from lora_serve.api.request_record import record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
@@ -63,6 +64,9 @@ async def _respond(body: EmbeddingBody, request: Request, services: Services, ca
     try:
         embeddings = await cancel_on_disconnect(request, _embed_all(services, requests, timer))
         timer.end("stop", tokens, 0)
+        record = record_of(request.scope)
+        for each, (_, adapters) in zip(requests, embeddings, strict=True):
+            record.admitted(each, adapters)
     except ServeError as error:
         timer.end(error.kind, 0, 0)
         raise

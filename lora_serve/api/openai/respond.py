@@ -12,6 +12,7 @@ from lora_serve.api.auth import Caller
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, collect_outputs, start_choices
 from lora_serve.api.openai.preprocess import explain_not_found
 from lora_serve.api.openai.schemas import Generation, StreamOptions
+from lora_serve.api.request_record import record_of
 from lora_serve.api.services import Services
 from lora_serve.api.sse import CHUNKS, FastJSONResponse, SSEResponse, StreamFormat, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound
@@ -45,7 +46,7 @@ async def respond(
         try:
             call = await cancel_on_disconnect(http, prepare)
             running = await cancel_on_disconnect(
-                http, stack.enter_async_context(start_choices(services, endpoint, call.choices))
+                http, stack.enter_async_context(start_choices(services, endpoint, call.choices, record_of(http.scope)))
             )
         except AdapterNotFound as error:
             raise await explain_not_found(error, body, services, caller) from None

@@ -1,0 +1,76 @@
+"""What one HTTP request was and came to, for logs, usage and quotas; never a prompt, a key or generated text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from starlette.types import Scope
+
+from lora_serve.request import Request, Served, Tokens
+
+
+class Change(NamedTuple):
+    """What a request changed, or tried to: for the audit log.
+
+    Attributes:
+        action: publish, delete, load, evict, pin, unpin, unload.
+        name: of the adapter.
+        digest: of the version; empty if none was named or made.
+    """
+
+    action: str
+    name: str
+    digest: str = ""
+
+
+@dataclass
+class RequestRecord:
+    """One HTTP request, filled in while it is served.
+
+    Attributes:
+        begun: when it arrived, in seconds on the monotonic clock.
+        served: the adapter versions that serve it, as name@digest; empty for the base.
+        prompt_tokens, completion_tokens: of all its choices; a prompt with several choices counts once.
+        queued: seconds from arrival in the engine to the first step, of its first choice; None if none ran.
+        first_token: seconds from arrival to the first token; None if there was none.
+        finish: how the choice that ended last did: a finish reason, "abort", or the kind of its error.
+        error: kind and message of the error that it ended with, if any.
+        changes: what it changed.
+    """
+
+    begun: float = field(default_factory=time.monotonic)
+    served: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    queued: float | None = None
+    first_token: float | None = None
+    finish: str | None = None
+    error: tuple[str, str] | None = None
+    changes: list[Change] = field(default_factory=list)
+    _prompt: list[int] | None = None
+
+    def admitted(self, request: Request, adapters: Sequence[Served]) -> None:
+        """The engine admitted one of its choices."""
+        if self._prompt is not request.prompt:  # copies of a prompt share it
+            self.prompt_tokens += len(request.prompt)
+        self._prompt = request.prompt
+        self.served = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
+
+    def generated(self, tokens: Tokens) -> None:
+        """One of its choices has new tokens."""
+        self.completion_tokens += len(tokens.token_ids)
+        if self.first_token is None:
+            self.first_token = time.monotonic() - self.begun
+            self.queued = tokens.queued
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of a request, begun when it is first asked for."""
+    state = scope.setdefault("state", {})
+    if "record" not in state:
+        state["record"] = RequestRecord()
+    record: RequestRecord = state["record"]
+    return record
