@@ -1,5 +1,6 @@
-"""The `lora-serve` command: `serve` runs the server, `adapter` manages a running one, `store` works on its folder.
+"""The `lora-serve` command.
 
+`serve` runs the server, `adapter` manages a running one, `store` works on its folder, `key` on the file of API keys.
 Options are parsed here and errors printed; the work is done elsewhere.
 """
 
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
-    CliPositionalArg,
     CliSubCommand,
     SettingsConfigDict,
     SettingsError,
@@ -29,19 +28,11 @@ from pydantic_settings import (
 from lora_serve import log_format
 from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
-from lora_serve.names import NAME_PATTERN
+from lora_serve.key_commands import KeyCommand, KeyCommands
 from lora_serve.remote import AdapterCommand, RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 
 POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
-
-
-class Key(BaseModel):
-    """Make an API key: prints the key, to be given to its user, and the line for the --api-key-file."""
-
-    name: CliPositionalArg[str] = Field(pattern=f"^{NAME_PATTERN}$", description="whose key it is")
-    admin: bool = Field(False, description="may also publish and delete adapters")
-    metrics: bool = Field(False, description="may also read /metrics")
 
 
 class Cli(BaseSettings):
@@ -58,7 +49,7 @@ class Cli(BaseSettings):
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
     store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
-    key: CliSubCommand[Key] = Field(description="make an API key")
+    key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match chosen:
             case ServeConfig():
                 return serve(chosen)
-            case Key():
-                make_key(chosen)
-            case RemoteCommand() | StoreCommand():
+            case RemoteCommand() | StoreCommand() | KeyCommand():
                 chosen.run()
     except ServeError as error:
         return print_error(1, error.message)
@@ -89,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> Any:
     """The validated subcommand. --help and unknown options end the process, as in argparse."""
     chosen = get_subcommand(CliApp.run(Cli, cli_args=list(arguments) or ["--help"]), cli_exit_on_error=False)
-    if isinstance(chosen, AdapterCommand | StoreCommands):
+    if isinstance(chosen, AdapterCommand | StoreCommands | KeyCommands):
         return get_subcommand(chosen, cli_exit_on_error=False)
     return chosen
 
@@ -125,7 +114,7 @@ def serve(config: ServeConfig) -> int:
     # Imported here, so that the other commands start faster.
     from lora_serve import server
     from lora_serve.api.app import create_app
-    from lora_serve.api.auth import load_keys
+    from lora_serve.api.key_file import load_keys
 
     keys = load_keys(config.api_key_file)
     return server.serve(
@@ -153,15 +142,3 @@ def load_tokenizer(config: ServeConfig) -> Any:
         except (OSError, ValueError) as error:
             raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {error}") from error
     return tokenizer
-
-
-def make_key(key: Key) -> None:
-    """Print a new API key and its entry for the key file."""
-    from lora_serve.api.auth import hash_key
-
-    secret = f"sk-{secrets.token_urlsafe(32)}"
-    print(f"key of {key.name}, shown only now: {secret}")
-    allowed = [permission for permission in ("admin", "metrics") if getattr(key, permission)]
-    hashed = hash_key(secret)
-    entry = ", ".join([f'hash: "{hashed}"', *(f"{permission}: true" for permission in allowed)])
-    print(f"{key.name}: {{{entry}}}" if allowed else f"{key.name}: {hashed}")

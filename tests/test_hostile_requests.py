@@ -17,7 +17,7 @@ import pytest
 import yaml
 from server_process import ServerProcess
 
-from lora_serve.api.auth import hash_key
+from lora_serve.api.key_file import hash_key
 
 KEY = {"Authorization": "Bearer sk-neighbour"}
 MB = 1 << 20

@@ -23,7 +23,11 @@ class Package(NamedTuple):
 
 OUTSIDE = ("arrival", "client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
 PACKAGES = (
-    Package(7, "command line", ("__main__", "cli", "server", "http_protocol", "remote", "reports", "store_commands")),
+    Package(
+        7,
+        "command line",
+        ("__main__", "cli", "server", "http_protocol", "remote", "reports", "store_commands", "key_commands"),
+    ),
     Package(6, "api", ("api",)),
     Package(5, "metrics", ("metrics",)),
     Package(5, "engine from outside", tuple(f"engine.{module}" for module in OUTSIDE)),

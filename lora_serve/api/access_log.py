@@ -1,4 +1,4 @@
-"""The access log, a line for every request, and the audit log, a line for every change of an adapter.
+"""What remains of requests: a line in the access log, a line in the audit log for every change, and usage.
 
 A line has the request's id, the key's name, the route, the status, the adapter versions, tokens and times: never a
 prompt, a key or generated text. Probes and scrapes are logged at level debug.
@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_serve.api.request_record import Change, RequestRecord, record_of
+from lora_serve.api.usage import UsageRecords
 from lora_serve.metrics import Metrics
 
 LONGEST_PATH = 200  # characters of a path in a line
@@ -24,15 +25,15 @@ audit = logging.getLogger("lora_serve.audit")
 
 
 class AccessLog:
-    """ASGI middleware: logs every request when it has ended, and counts those that ended with an error.
+    """ASGI middleware: logs every request when it has ended, and counts errors and usage.
 
     Args:
         quiet_paths: paths that are logged at level debug.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, quiet_paths: Container[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageRecords, quiet_paths: Container[str]) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics, self._usage = metrics, usage
         self._quiet_paths = quiet_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +54,9 @@ class AccessLog:
         finally:
             if record.error is not None:
                 self._metrics.count_error(status, record.error[0])
+            if record.prompt_tokens:  # it was admitted
+                tokens = record.prompt_tokens, record.completion_tokens
+                self._usage.add(_key(scope) or "", record.adapter_names, *tokens)
             level = logging.DEBUG if scope["path"] in self._quiet_paths and status < 400 else logging.INFO
             _write(access, level, f"{scope['method']} {_path(scope)} {status}", _fields(scope, record))
             for change in record.changes:

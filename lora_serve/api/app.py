@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from lora_serve.api import admin, error_handlers, lora_routes
+from lora_serve.api import admin, error_handlers, lora_routes, usage_routes
 from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
-from lora_serve.api.auth import Authorized, Keys, MetricsReader
+from lora_serve.api.auth import Authorized, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
+from lora_serve.api.key_file import Keys
 from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
 from lora_serve.api.openai import chat, completions, embeddings, models, responses, tokenize
@@ -25,11 +27,14 @@ from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
+from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
+RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
+USAGE_FILE = "usage.sqlite"  # in the adapter store's folder
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds
 
 router = APIRouter(tags=["server"])
@@ -50,7 +55,10 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
-    app.state.services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics)
+    usage = UsageRecords(lambda: None if engine.info is None else Path(engine.info.store) / USAGE_FILE)
+    services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage)
+    app.state.services = services
+    app.router.add_event_handler("shutdown", usage.close)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(ContentEncoding)
@@ -63,15 +71,26 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
             allow_origins=config.allow_origin,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After", "ETag"],
+            expose_headers=["X-Request-Id", "Retry-After", "ETag", *RATE_HEADERS],
         )
     if keys is None and not is_public(config.host):
         app.add_middleware(LocalOrigin, host=config.host, allow_origin=config.allow_origin)
-    app.add_middleware(AccessLog, metrics=metrics, quiet_paths=QUIET_PATHS)
+    app.add_middleware(AccessLog, metrics=metrics, usage=usage, quiet_paths=QUIET_PATHS)
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
-    for routes in (completions, chat, responses, messages_api, embeddings, models, tokenize, admin, lora_routes):
+    for routes in (
+        completions,
+        chat,
+        responses,
+        messages_api,
+        embeddings,
+        models,
+        tokenize,
+        admin,
+        lora_routes,
+        usage_routes,
+    ):
         app.include_router(routes.router)
     app.include_router(router)
     return app

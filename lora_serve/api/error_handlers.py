@@ -44,6 +44,7 @@ STATUS = {
     "unsupported_media_type": 415,
     "adapter_invalid": 422,
     "overloaded": 429,
+    "rate_limit_exceeded": 429,
     "engine_fault": 500,
     "server_error": 500,
     "model_unsupported": 500,
@@ -73,6 +74,20 @@ class Forbidden(ServeError):
     kind = "forbidden"
 
 
+class RateLimited(ServeError):
+    """The key has used up a quota.
+
+    Args:
+        headers: what is left of the quota.
+    """
+
+    kind = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float, headers: dict[str, str]) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.headers = headers
+
+
 class UnsupportedMedia(ServeError):
     """The body is in a format or encoding that is not read here."""
 
@@ -90,13 +105,14 @@ def body(error: ServeError) -> dict[str, Any]:
 
 
 def headers(error: ServeError) -> dict[str, str]:
-    """Response headers of an error: Retry-After, WWW-Authenticate."""
+    """Response headers of an error: Retry-After, WWW-Authenticate, what is left of a quota."""
     if isinstance(error, Unauthenticated):
         return {"WWW-Authenticate": "Bearer"}
     seconds = error.retry_after
     if seconds is None and isinstance(error, Overloaded | Unavailable):
         seconds = 1.0
-    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
+    left = error.headers if isinstance(error, RateLimited) else {}
+    return left if seconds is None else left | {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 def response(error: ServeError, scope: Scope) -> JSONResponse:

@@ -15,7 +15,8 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from lora_serve.api import archive
-from lora_serve.api.auth import Administrator, Caller
+from lora_serve.api.auth import Administrator
+from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openai.schemas import Strict

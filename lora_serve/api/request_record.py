@@ -33,6 +33,7 @@ class RequestRecord:
     Attributes:
         begun: when it arrived, in seconds on the monotonic clock.
         served: the adapter versions that serve it, as name@digest; empty for the base.
+        adapter_names: of these; joined by + where there are several.
         prompt_tokens, completion_tokens: of all its choices; a prompt with several choices counts once.
         queued: seconds from arrival in the engine to the first step, of its first choice; None if none ran.
         first_token: seconds from arrival to the first token; None if there was none.
@@ -43,6 +44,7 @@ class RequestRecord:
 
     begun: float = field(default_factory=time.monotonic)
     served: list[str] = field(default_factory=list)
+    adapter_names: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     queued: float | None = None
@@ -58,6 +60,7 @@ class RequestRecord:
             self.prompt_tokens += len(request.prompt)
         self._prompt = request.prompt
         self.served = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
+        self.adapter_names = "+".join(adapter.name for adapter in adapters)
 
     def generated(self, tokens: Tokens) -> None:
         """One of its choices has new tokens."""

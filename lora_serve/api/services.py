@@ -10,10 +10,12 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
-from lora_serve.api.auth import Keys
+from lora_serve.api.key_file import Keys
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openai.item_memory import ItemMemory
+from lora_serve.api.quotas import Quotas
+from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Unavailable
 from lora_serve.messages import EngineInfo, Operation, Stats, Update
@@ -66,6 +68,8 @@ class Services:
         encoder: tokenizes texts of any length with it.
         chat: how the base writes messages; None if it has no chat template.
         keys: API keys; None allows every caller everything.
+        quotas: of the keys.
+        usage: tokens by key, adapter and day.
         items: output items that an input of `/v1/responses` may refer to.
     """
 
@@ -76,6 +80,8 @@ class Services:
     config: ServeConfig
     keys: Keys | None
     metrics: Metrics
+    usage: UsageRecords
+    quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)
 
     @property

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,10 +69,14 @@ class SSEResponse(Response):
     """
 
     def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], held: AsyncExitStack, format: StreamFormat = CHUNKS
+        self,
+        events: AsyncGenerator[dict[str, Any], None],
+        held: AsyncExitStack,
+        format: StreamFormat = CHUNKS,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
         )
         del self.headers["content-length"]
         self._events = events

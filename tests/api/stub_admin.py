@@ -16,7 +16,7 @@ import msgspec
 from fastapi import FastAPI
 
 from lora_serve.api.app import create_app
-from lora_serve.api.auth import Keys
+from lora_serve.api.key_file import Keys
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound
 from lora_serve.messages import (

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_serve.api.app import create_app
-from lora_serve.api.auth import Keys
+from lora_serve.api.key_file import Keys
 from lora_serve.api.openai.response_logprobs import _alphabet
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterNotFound, Failure, ServeError

@@ -10,7 +10,8 @@ import pytest
 from stub_admin import StubAdminApp
 from stub_completions import StubCompletionApp
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.errors import Overloaded
 
 Lines = list[tuple[str, dict[str, Any]]]

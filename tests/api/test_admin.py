@@ -11,7 +11,8 @@ import pytest
 import uvicorn
 from stub_admin import FILES, REPORT, StubAdminApp, adapter_folder, refusal, tar
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.cli import main
 from lora_serve.errors import AdapterInvalid
 from lora_serve.messages import (

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from stub_admin import FILES, StubAdminApp, refusal
 
-from lora_serve.api.auth import RECHECK, Caller, KeyFile, Keys, hash_key, load_keys
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import RECHECK, KeyFile, Keys, hash_key, load_keys
 from lora_serve.errors import BadRequest
 from lora_serve.messages import AdapterInfo, AdapterVersion
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from stub_completions import CONTEXT, StubCompletionApp, byte_tokenizer, events
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AdapterInfo, AdapterVersion
 
 

@@ -13,7 +13,7 @@ import pytest
 from stub_admin import refusal
 from stub_completions import BOS, CONTEXT, StubCompletionApp, byte_tokenizer
 
-from lora_serve.api.auth import KeyFile, hash_key
+from lora_serve.api.key_file import KeyFile, hash_key
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.request import AdapterUse, EmbeddingParams
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from stub_admin import StubAdminApp
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.limits import BODIES_IN_MEMORY, SMALL_BODY
 
 LARGEST = 200_000  # bytes of a body

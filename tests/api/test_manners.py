@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from stub_admin import FILES, StubAdminApp, refusal
 from stub_completions import StubCompletionApp, events
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.config import ServeConfig
 
 JSON = {"Content-Type": "application/json"}

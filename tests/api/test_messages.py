@@ -17,7 +17,8 @@ from stub_completions import CONTEXT, StubCompletionApp, byte_tokenizer
 
 from lora_serve import errors as tree
 from lora_serve.api.anthropic.message_schemas import MessageReply
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AdapterInfo
 
 TEMPLATE = (

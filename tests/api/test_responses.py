@@ -22,7 +22,8 @@ from openai.types.responses import (
 from pydantic import BaseModel, TypeAdapter
 from stub_completions import StubCompletionApp, byte_tokenizer
 
-from lora_serve.api.auth import Caller, Keys, hash_key
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.openai.response_object import ResponseObject
 from lora_serve.errors import Overloaded
 from lora_serve.messages import AdapterInfo

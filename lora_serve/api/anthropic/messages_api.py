@@ -20,7 +20,8 @@ from lora_serve.api.anthropic.message_schemas import (
     MessageReply,
     MessageTokenCount,
 )
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepare_chat
 from lora_serve.api.openai.chat_prompt import chat_format
@@ -63,8 +64,15 @@ async def create_message(body: CreateMessage, request: Request, services: Servic
     """Generate the next message of a conversation; streamed if requested."""
     chat = to_chat_completion(body, body.max_tokens, chat_format(services))
     show_thinking = body.thinking is None or body.thinking.display != "omitted"
-    prepare = _prepare(chat, services, caller, show_thinking)
-    return await respond(request, chat, services, caller, "messages", prepare, _stream_format(request))
+    return await respond(
+        request,
+        chat,
+        services,
+        caller,
+        "messages",
+        lambda: _prepare(chat, services, caller, show_thinking),
+        _stream_format(request),
+    )
 
 
 @router.post("/v1/messages/count_tokens", responses=ERRORS)

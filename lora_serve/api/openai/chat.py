@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, ChatMessage, MadeToolCall, prepare_chat
@@ -32,7 +33,7 @@ router = APIRouter(tags=["openai"], route_class=JSONRoute)
 )
 async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete a conversation; streamed if requested."""
-    return await respond(request, body, services, caller, "chat", _prepare(body, services, caller))
+    return await respond(request, body, services, caller, "chat", lambda: _prepare(body, services, caller))
 
 
 @dataclass(frozen=True)

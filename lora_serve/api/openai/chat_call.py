@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.api.auth import Caller
+from lora_serve.api.caller import Caller
 from lora_serve.api.chat_output import (
     OutputEvent,
     OutputParser,

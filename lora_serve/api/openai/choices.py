@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from lora_serve.api.auth import Caller
+from lora_serve.api.caller import Caller
 from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.request_record import RequestRecord
 from lora_serve.api.services import Services

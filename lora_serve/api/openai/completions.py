@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, make_choices
 from lora_serve.api.openai.documented_bodies import EVENT_STREAM, CompletionReply
@@ -44,7 +45,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 )
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
-    return await respond(request, body, services, caller, "completions", _prepare(body, services, caller))
+    return await respond(request, body, services, caller, "completions", lambda: _prepare(body, services, caller))
 
 
 @dataclass(frozen=True)

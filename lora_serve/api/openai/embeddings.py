@@ -16,7 +16,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.choices import requests_at_once
 from lora_serve.api.openai.documented_bodies import EmbeddingReply
@@ -51,8 +52,12 @@ Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapter
 )
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
+    adapters = [use.name for use in resolve_adapters(body, services, caller)]
     try:
-        return await _respond(body, request, services, caller)
+        with services.quotas.use(caller, adapters, record_of(request.scope)) as quota:
+            response = await _respond(body, request, services, caller)
+        response.headers.update(quota)
+        return response
     except AdapterNotFound as error:
         raise await explain_not_found(error, body, services, caller) from None
 

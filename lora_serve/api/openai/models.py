@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter
 
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
 from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
 from lora_serve.api.openapi import errors

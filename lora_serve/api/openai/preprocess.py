@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.api.auth import Caller
+from lora_serve.api.caller import Caller
 from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from fastapi import Request, Response
 
-from lora_serve.api.auth import Caller
+from lora_serve.api.caller import Caller
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, collect_outputs, start_choices
-from lora_serve.api.openai.preprocess import explain_not_found
+from lora_serve.api.openai.preprocess import explain_not_found, resolve_adapters
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.request_record import record_of
 from lora_serve.api.services import Services
@@ -38,23 +38,25 @@ async def respond(
     services: Services,
     caller: Caller,
     endpoint: str,
-    prepare: Awaitable[ApiCall],
+    prepare: Callable[[], Awaitable[ApiCall]],
     format: StreamFormat = CHUNKS,
 ) -> Response:
     """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
+    record = record_of(http.scope)
     async with AsyncExitStack() as stack:
+        adapters = [use.name for use in resolve_adapters(body, services, caller)]
+        quota = stack.enter_context(services.quotas.use(caller, adapters, record))
         try:
-            call = await cancel_on_disconnect(http, prepare)
+            call = await cancel_on_disconnect(http, prepare())
             running = await cancel_on_disconnect(
-                http, stack.enter_async_context(start_choices(services, endpoint, call.choices, record_of(http.scope)))
+                http, stack.enter_async_context(start_choices(services, endpoint, call.choices, record))
             )
         except AdapterNotFound as error:
             raise await explain_not_found(error, body, services, caller) from None
         if not body.stream:
-            return FastJSONResponse(
-                call.full_response(running, await cancel_on_disconnect(http, collect_outputs(running)))
-            )
-        return SSEResponse(call.chunks(running), stack.pop_all(), format)
+            outputs = await cancel_on_disconnect(http, collect_outputs(running))
+            return FastJSONResponse(call.full_response(running, outputs), headers=quota)
+        return SSEResponse(call.chunks(running), stack.pop_all(), format, quota)
 
 
 def model_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:

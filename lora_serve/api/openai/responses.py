@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api import error_handlers
-from lora_serve.api.auth import Authorized, Caller
+from lora_serve.api.auth import Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, prepare_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion
@@ -79,7 +80,7 @@ async def create_response(
     chat = to_chat_completion(body, lambda id_: services.items.find(caller.name, id_))
     try:
         return await respond(
-            request, chat, services, caller, "responses", _prepare(body, chat, services, caller), EVENTS
+            request, chat, services, caller, "responses", lambda: _prepare(body, chat, services, caller), EVENTS
         )
     except ServeError as error:
         raise response_error(error) from None

@@ -1,0 +1,139 @@
+"""Usage: requests and tokens by key, adapter and day (UTC), kept in an SQLite file.
+
+Written by a thread of its own, in the order of `add`, so that no request waits for the disk. If the process is killed,
+what the thread had not written yet is lost: a few milliseconds' worth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+MOST_UNWRITTEN = 10_000  # requests; while the disk does not write, further ones are not counted
+
+log = logging.getLogger(__name__)
+
+SCHEMA = """
+create table if not exists usage (
+    day text not null, key text not null, adapter text not null,
+    requests integer not null, prompt_tokens integer not null, completion_tokens integer not null,
+    primary key (day, key, adapter)
+) without rowid
+"""
+ADD = """
+insert into usage values (?, ?, ?, 1, ?, ?) on conflict do update set
+    requests = requests + 1,
+    prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+    completion_tokens = completion_tokens + excluded.completion_tokens
+"""
+READ = """
+select * from usage where day between ? and ? and (?3 is null or key = ?3) and (?4 is null or adapter = ?4)
+order by day, key, adapter limit ?5
+"""
+
+
+class DayUsage(NamedTuple):
+    """What one key used of one adapter on one day; `key` and `adapter` are empty without keys and for the base."""
+
+    day: str
+    key: str
+    adapter: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageRecords:
+    """The usage of a server.
+
+    Args:
+        path: returns the file, which is made if need be; None while it is not known, and then nothing is kept.
+        today: the current day in UTC.
+    """
+
+    def __init__(
+        self, path: Callable[[], Path | None], today: Callable[[], date] = lambda: datetime.now(UTC).date()
+    ) -> None:
+        self._path, self._today = path, today
+        self._thread = ThreadPoolExecutor(1, "usage")
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+        self._unwritten: list[tuple[str, str, str, int, int]] = []
+        self._submitted = self._failed = False
+
+    def add(self, key: str, adapter: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a request. Does not wait, and does not fail."""
+        with self._lock:
+            if len(self._unwritten) < MOST_UNWRITTEN:
+                self._unwritten.append((self._today().isoformat(), key, adapter, prompt_tokens, completion_tokens))
+            submit = not self._submitted
+            self._submitted = True
+        if submit:
+            self._thread.submit(self._write)
+
+    async def read(
+        self, first: date, last: date, key: str | None = None, adapter: str | None = None, limit: int = 10_000
+    ) -> list[DayUsage]:
+        """Usage of some days, by day, key and adapter; `key`, `adapter`: of this one only."""
+
+        def read() -> list[DayUsage]:
+            self._write()
+            connection = self._open()
+            if connection is None:
+                return []
+            rows: Sequence[tuple[str, str, str, int, int, int]] = connection.execute(
+                READ, (first.isoformat(), last.isoformat(), key, adapter, limit)
+            ).fetchall()
+            return [DayUsage(*row) for row in rows]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, read)
+
+    def close(self) -> None:
+        """Write what is left."""
+
+        def close() -> None:
+            self._write()
+            if self._connection is not None:
+                self._connection.close()
+
+        self._thread.submit(close)
+        self._thread.shutdown()
+
+    def _write(self) -> None:
+        with self._lock:
+            added, self._unwritten = self._unwritten, []
+            self._submitted = False
+        if not added:
+            return
+        try:
+            connection = self._open()
+            if connection is not None:
+                with connection:
+                    connection.executemany(ADD, added)
+            self._failed = False
+        except (sqlite3.Error, OSError) as error:
+            with self._lock:  # again with what comes next
+                self._unwritten = [*added, *self._unwritten][:MOST_UNWRITTEN]
+            if not self._failed:
+                log.error("usage cannot be written at the moment: %s", error)
+            self._failed = True
+
+    def _open(self) -> sqlite3.Connection | None:
+        if self._connection is None and (path := self._path()) is not None:
+            connection = sqlite3.connect(path)
+            try:
+                connection.execute("pragma journal_mode = wal")
+                connection.execute("pragma synchronous = normal")
+                connection.execute(SCHEMA)
+            except sqlite3.Error:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
