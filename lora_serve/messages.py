@@ -217,6 +217,8 @@ class Stats(msgspec.Struct):
     seconds (`engine/step_costs.py`).
 
     Attributes:
+        resident, resident_in_host, pinned: names of adapters whose current version is on the device, in host memory,
+            pinned; every name of a version.
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
@@ -237,6 +239,8 @@ class Stats(msgspec.Struct):
     load_seconds_total: dict[str, float] = {}
     bytes: dict[str, int] = {}
     resident: list[str] = []
+    resident_in_host: list[str] = []
+    pinned: list[str] = []
     waiting_adapters: list[str] = []
     adapters: int = 0
     adapter_slots: int = 0

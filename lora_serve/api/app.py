@@ -52,7 +52,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         openapi_url=None if keys else "/openapi.json",
         strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
-    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
+    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, block_size=config.kv_block_size)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
     usage = UsageRecords(lambda: None if engine.info is None else Path(engine.info.store) / USAGE_FILE)
