@@ -26,7 +26,17 @@ PACKAGES = (
     Package(
         7,
         "command line",
-        ("__main__", "cli", "server", "http_protocol", "remote", "reports", "store_commands", "key_commands"),
+        (
+            "__main__",
+            "cli",
+            "server",
+            "http_protocol",
+            "remote",
+            "reports",
+            "store_commands",
+            "key_commands",
+            "option_errors",
+        ),
     ),
     Package(6, "api", ("api",)),
     Package(5, "metrics", ("metrics",)),
