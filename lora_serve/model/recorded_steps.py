@@ -58,7 +58,7 @@ class RecordedSteps:
         return 0
 
     def check(self, checks: Checks, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """Ignores `same`: the calls are the same, so the logits must be bit-identical. One pair of batches shows that."""
+        """Ignores `same`: the calls are the same, so logits must be bit-identical. One pair of batches shows that."""
         right = replays_right(self, self._eager, checks[0], torch.equal)
         self._checked = True
         if not right:

@@ -52,7 +52,7 @@ class StepExecutor(Protocol):
         ...
 
     def check(self, checks: Checks, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """Replay steps that were recorded with each first batch on the second; disable replay if the eager logits differ.
+        """Replay steps that were recorded with each first batch on the second; disable replay if the logits differ.
 
         Args:
             checks: decode batches of one shape, and batches with prompts.

@@ -78,7 +78,7 @@ def test_a_batch_finds_the_smallest_bucket_that_holds_it_or_a_reason(batch: Batc
 
 
 def assert_padding_is_harmless(bucket: BatchShape, batch: Batch) -> None:
-    """Whatever the memory held: all indices are in range, and padding is in no sequence and writes to the scratch block."""
+    """Whatever the memory held: all indices are in range; padding is in no sequence and writes to the scratch block."""
     rows, sequences = len(batch.token_ids), len(batch.context)
     memory = torch.full((InputBuffers.size_of(bucket) + 7,), 0x7FC0FFEE, dtype=torch.int32)
     buffers = InputBuffers(bucket, CPU, memory)

@@ -2,8 +2,8 @@
 
 A sequence with one row decodes: the query heads that share a kv head form one tile, and the context is split over
 programs, as one row alone would leave most of the device idle. A sequence with more rows prefills: its rows and the
-query heads of a kv head are cut into tiles, each of which loops over the context that it may see. Each kernel returns
-at once for the other's sequences.
+query heads of a kv head are cut into tiles, each of which loops over the context that it may see; a tile finds its
+sequence on the device. Each kernel returns at once for the other's sequences.
 
 Grids depend only on shapes, `max_query_len` and `max_context_len`; the rest is read on the device. So the host never
 waits for the device, and a captured graph stays valid while sequences grow, end (0 rows) and begin.
@@ -26,6 +26,7 @@ EVERYTHING = 1 << 30  # a window longer than any context
 MOST_SPLITS = 32
 LEAST_PART = 128  # fewest tokens of a split: fewer would cost more to combine than they save
 PROGRAMS = 4  # per multiprocessor; about half are resident, the rest evens out contexts of different lengths
+MIXED_PROGRAMS = 4096  # of a step with prompts: which sequences decode, and share them, only the device knows
 INTERPRETED = 32  # multiprocessors assumed in the interpreter: few, yet enough to split contexts
 LOG2E = math.log2(math.e)
 
@@ -58,10 +59,9 @@ def _tokens(kib: int, width: int, itemsize: int) -> int:
     return min(64, max(16, (kib << 10) // (2 * width * itemsize)))
 
 
-def splits_of(programs: int, reach: int, processors: int) -> int:
-    """Number of splits of each context, where `programs` would read up to `reach` tokens each without."""
-    wanted = -(-PROGRAMS * processors // programs)
-    return max(1, min(wanted, -(-reach // LEAST_PART), MOST_SPLITS))
+def splits_of(programs: int, reach: int, enough: int) -> int:
+    """Number of splits of each context, where `programs` would read up to `reach` tokens each without, of `enough`."""
+    return max(1, min(-(-enough // programs), -(-reach // LEAST_PART), MOST_SPLITS))
 
 
 def attention(
@@ -74,7 +74,9 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`Kernels.attention`; rows of no sequence are undefined. The maxima in `metadata` may be too large.
+    """`Kernels.attention`. The maxima in `metadata` may be too large.
+
+    Rows after those of all sequences are 0, so that padding stays finite; undefined if `max_query_len` is 1.
 
     Heads are 8 to 256 wide, sequences up to 65,535. Raises ValueError or TypeError for shapes, strides or types that do
     not fit.
@@ -109,26 +111,37 @@ def attention(
 
     tile = decode_tile(share, width, dtype.itemsize)
     columns = kv_heads * triton.cdiv(share, tile.rows)
-    splits = splits_of(columns * sequences, min(metadata.max_context_len, reach), processors(q.device, INTERPRETED))
+    mixed, enough = metadata.max_query_len > 1, PROGRAMS * processors(q.device, INTERPRETED)
+    most = max(enough, MIXED_PROGRAMS) if mixed else enough
+    splits = splits_of(columns * sequences, min(metadata.max_context_len, reach), most)
     cut = splits > 1
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
     parts = torch.empty(*cuts, value_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(*cuts, 2, dtype=torch.float32, device=q.device)
-    part = {"LEAST_PART": LEAST_PART, "TILE": tile.tokens}
+    part = {"MIXED": mixed and cut, "LEAST_PART": LEAST_PART, "TILE": tile.tokens}
+    cutting = (splits, triton.cdiv(enough, columns))
     decode[columns, splits, sequences](
-        *given, parts, sums, *numbers, *strides, splits, CUT=cut, ROWS=tile.rows, **part, **shape, num_warps=tile.warps
-    )
+        *given, parts, sums, *numbers, *strides, *cutting, CUT=cut, ROWS=tile.rows, **part, **shape,
+        num_warps=tile.warps,
+    )  # fmt: skip
     if cut:
         combine[heads, sequences](
-            out, parts, sums, metadata.query_start, metadata.context, reach, splits,
+            out, parts, sums, metadata.query_start, metadata.context, reach, *cutting,
             SPLITS=MOST_SPLITS, VALUE_DIM=value_dim, VALUE_PAD=value_pad, **part,
         )  # fmt: skip
 
-    if metadata.max_query_len > 1:
+    if mixed:
         tile = prefill_tile(width, dtype.itemsize, hopper(q.device))
-        rows = min(metadata.max_query_len, tokens) * share
-        prefill[triton.cdiv(rows, tile.rows), kv_heads, sequences](
-            *given, *numbers, *strides, ROWS=tile.rows, TILE=tile.tokens, **shape, num_warps=tile.warps
+        prefill[tokens * share // tile.rows + sequences, kv_heads](
+            *given,
+            *numbers,
+            *strides,
+            sequences,
+            tokens,
+            ROWS=tile.rows,
+            TILE=tile.tokens,
+            **shape,
+            num_warps=tile.warps,
         )
     return out
 
