@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_serve.kernels.contract import AttentionMetadata
-from lora_serve.kernels.gpu.attention import attention, decode_tile, splits_of
+from lora_serve.kernels.gpu.attention import _plan, attention, decode_tile, splits_of
 from lora_serve.kernels.gpu.attention_kernels import sequence_of, used_splits
 from lora_serve.kernels.reference import ReferenceKernels
 
@@ -241,6 +241,17 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert splits_of(programs=8 * 32, reach=1 << 17, enough=528) == 3
     assert splits_of(programs=8 * 256, reach=1 << 17, enough=528) == 1
     assert decode_tile(share=4, width=128, itemsize=2) == (16, 64, 4)
+
+
+def test_calls_of_one_kind_are_checked_and_planned_once() -> None:
+    q, keys, values, metadata = CASE.tensors()
+    _plan.cache_clear()
+    for _ in range(3):  # layers
+        attention(q, keys.clone(), values.clone(), metadata, 0.125)
+    assert (_plan.cache_info().misses, _plan.cache_info().hits) == (1, 2)
+    for _ in range(2):  # what does not fit is refused every time
+        with pytest.raises(TypeError, match="share a type"):
+            attention(q, keys, values.half(), metadata, 0.125)
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
