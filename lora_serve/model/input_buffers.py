@@ -155,10 +155,10 @@ class InputBuffers:
                 columns = tuple(zip(*segments, strict=True)) or ((),) * 4
                 for part, numbers in zip(own, columns[:4], strict=True):
                     _set(part, numbers)
-        rows = blocks.numpy()
-        for row, numbers in zip(rows, batch.block_tables, strict=False):
-            row[: len(numbers)] = numbers
-        rows[len(batch.block_tables) :, :1] = 0
+        tables = blocks.numpy()
+        for table, numbers in zip(tables, batch.block_tables, strict=False):
+            table[: len(numbers)] = numbers
+        tables[len(batch.block_tables) :, :1] = 0
 
     def _split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the int64 parts (token ids, positions, KV indices, logits rows) and of the 32-bit parts."""

@@ -142,7 +142,7 @@ def _plan(
     softcap: float | None,
     device: torch.device,
 ) -> Plan | None:
-    """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None if there is nothing to do."""
+    """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None: there is nothing to do."""
     *given, sinks = [None if each is None else _Layout(*each) for each in layouts]
     q, keys, values, query_start, context, table = cast("list[_Layout]", given)
     _check(q, keys, values, query_start, context, table, sinks)
