@@ -43,7 +43,7 @@ class KernelsWithFakeGraphs(GpuKernels):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
-    kernels = KernelsWithFakeGraphs((STEP + 1,))
+    kernels = KernelsWithFakeGraphs((STEP + 1,) if architecture == "llama" else ())
     driver = Driver(save(architecture, tmp_path / "base"), kernels=kernels, max_tokens=STEP)
     assert driver.base._steps.disabled is None
     targets = ["q_proj", "v_proj", "down_proj"]
@@ -57,13 +57,14 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     rows = driver.teach(PROMPTS, decode=3, adapters=[routes[index] for index in which])
     for index, tokens, got in zip(which, driver.sequences, rows, strict=True):
         torch.testing.assert_close(got, logits(models[index], tokens), atol=1e-4, rtol=1e-4)
-    prompts, decoding, adapted_prompts, adapted_decoding = kernels.recordings
-    assert adapted_decoding.replays >= 2
-    assert adapted_prompts.replays >= 2  # prompts in two chunks, the second beside sequences that decode
-    before = prompts.replays, decoding.replays
-    driver.teach(PROMPTS[:2], decode=3)
-    assert prompts.replays > before[0]
-    assert decoding.replays - before[1] >= 2
+    half = len(kernels.recordings) // 2
+    plain, adapted = kernels.recordings[:half], kernels.recordings[half:]
+    assert len(adapted) == (2 if architecture == "llama" else 1)
+    # Of prompts, which come in two chunks, the second beside sequences that decode; and of decoding steps.
+    assert all(each.replays >= 2 for each in adapted)
+    before = [each.replays for each in plain]
+    driver.teach(PROMPTS[:2], decode=2)
+    assert all(each.replays > replays for each, replays in zip(plain, before, strict=True))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
