@@ -45,7 +45,7 @@ class CudaGraphs:
     def __call__(self, batch: Batch) -> Tensor:
         bucket = find_bucket(self._graphs, batch, self._eager.ranks)
         if isinstance(bucket, str):
-            if bucket not in self._reasons:
+            if self._graphs and bucket not in self._reasons:
                 self._reasons.add(bucket)
                 log.info("steps without a CUDA graph: %s", bucket)
             return self._eager(batch)

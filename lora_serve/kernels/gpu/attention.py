@@ -65,7 +65,7 @@ def splits_of(programs: int, reach: int, enough: int) -> int:
     return max(1, min(-(-enough // programs), -(-reach // LEAST_PART), MOST_SPLITS))
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """What calls of one kind launch: grids, arguments that are numbers, and options by name.
 
     Attributes:
@@ -141,7 +141,7 @@ def _plan(
     window: int | None,
     softcap: float | None,
     device: torch.device,
-) -> Plan | None:
+) -> AttentionPlan | None:
     """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None: there is nothing to do."""
     *given, sinks = [None if each is None else _Layout(*each) for each in layouts]
     q, keys, values, query_start, context, table = cast("list[_Layout]", given)
@@ -176,7 +176,7 @@ def _plan(
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
     part = {"MIXED": mixed and cut, "LEAST_PART": LEAST_PART, "TILE": tile.tokens}
     rows = prefill_tile(width, dtype.itemsize, hopper(device))
-    return Plan(
+    return AttentionPlan(
         parts=(*cuts, value_dim),
         sums=(*cuts, 2),
         # Softmax takes powers of two; with a cap, `scale` is applied before the hyperbolic tangent and `cap` after it.
