@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_serve.engine.step_costs import padded
-
-# Tokens of steps that are replayed from graphs on a GPU.
-BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+from lora_serve.kernels.gpu.graph_sizes import GRAPH_SIZES
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ H200_MEASURED = Costs(
 # The same with mixed steps replayed too, padded to buckets: what is intended, confirmed by no device.
 H200_INTENDED = Costs(
     "H200, 8B, mixed steps replayed (intended)", decode=0.0049, row=2.6e-5, prompts=(0.0005, 0.0008), token=2.2e-5,
-    context=2.2e-8, adapter_byte=1 / 2.5e12, read_byte=1 / 1.5e9, copy_byte=1 / 55e9, overlaps=True, buckets=BUCKETS,
+    context=2.2e-8, adapter_byte=1 / 2.5e12, read_byte=1 / 1.5e9, copy_byte=1 / 55e9, overlaps=True,
+    buckets=GRAPH_SIZES.tokens,
 )  # fmt: skip
 ALL = (CPU_BF16, CPU_INT8, H200_MEASURED, H200_INTENDED)

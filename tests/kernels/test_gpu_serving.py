@@ -15,7 +15,8 @@ from parity import logits, make_adapter, read_adapter
 from support import reference, save
 
 from lora_serve.kernels.contract import GraphBuckets
-from lora_serve.kernels.gpu.backend import MAX_RANK, MAX_SEGMENT_ROWS, GpuKernels
+from lora_serve.kernels.gpu.backend import GpuKernels
+from lora_serve.kernels.gpu.graph_sizes import MAX_RANK, MAX_SEGMENT_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns about heads and ties
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_serve.kernels.contract import GraphBuckets
-from lora_serve.kernels.gpu.backend import MAX_RANK, MAX_SEGMENT_ROWS, ROWS, SEQUENCES, TOKENS
+from lora_serve.kernels.gpu.graph_sizes import GRAPH_SIZES
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.graph_buckets import KINDS, bucket_shapes, find_bucket, kind_of
 from lora_serve.model.input_buffers import BatchShape, InputBuffers, split_segments
@@ -146,16 +146,15 @@ def test_decode_steps_get_decode_buckets_and_others_do_not() -> None:
 
 
 def test_the_gpus_buckets_waste_little_and_are_few() -> None:
-    sizes = GraphBuckets(ROWS, MAX_SEGMENT_ROWS, MAX_RANK, TOKENS, SEQUENCES)
-    shapes = bucket_shapes(sizes, 256, 2048, blocks=512, context=8192)
+    shapes = bucket_shapes(GRAPH_SIZES, 256, 2048, blocks=512, context=8192)
     assert {kind: sum(kind_of(shape) == kind for shape in shapes) for kind in KINDS} == {
         "steps with prompts": 27,
         "decode steps": 20,
         "steps with prompts and adapters": 27,
         "decode steps with adapters": 20,
     }
-    assert sum(kind_of(shape) == KINDS[0] for shape in bucket_shapes(sizes, 64, 2048, 512, 8192)) == 15
-    padded = [next(size for size in TOKENS if size >= tokens) / tokens for tokens in range(256, 2049)]
+    assert sum(kind_of(shape) == KINDS[0] for shape in bucket_shapes(GRAPH_SIZES, 64, 2048, 512, 8192)) == 15
+    padded = [next(size for size in GRAPH_SIZES.tokens if size >= tokens) / tokens for tokens in range(256, 2049)]
     assert max(padded) < 1.34
     assert sum(padded) / len(padded) < 1.13
     assert find_bucket(shapes, batch_of([2048 - 63] + [1] * 63, [0] * 64), {}) == next(

@@ -124,7 +124,7 @@ def attention(
     return out
 
 
-class _Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """Of a tensor, without its memory."""
 
     shape: torch.Size
@@ -143,8 +143,8 @@ def _plan(
     device: torch.device,
 ) -> AttentionPlan | None:
     """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None: there is nothing to do."""
-    *given, sinks = [None if each is None else _Layout(*each) for each in layouts]
-    q, keys, values, query_start, context, table = cast("list[_Layout]", given)
+    *given, sinks = [None if each is None else TensorLayout(*each) for each in layouts]
+    q, keys, values, query_start, context, table = cast("list[TensorLayout]", given)
     _check(q, keys, values, query_start, context, table, sinks)
     tokens, heads, key_dim = q.shape
     _, size, kv_heads, value_dim = values.shape
@@ -193,13 +193,13 @@ def _plan(
 
 
 def _check(
-    q: _Layout,
-    keys: _Layout,
-    values: _Layout,
-    query_start: _Layout,
-    context: _Layout,
-    table: _Layout,
-    sinks: _Layout | None,
+    q: TensorLayout,
+    keys: TensorLayout,
+    values: TensorLayout,
+    query_start: TensorLayout,
+    context: TensorLayout,
+    table: TensorLayout,
+    sinks: TensorLayout | None,
 ) -> None:
     """Raise for shapes, types and strides that the kernels cannot read."""
     heads, key_dim = q.shape[1:]
