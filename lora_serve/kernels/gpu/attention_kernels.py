@@ -242,9 +242,8 @@ def prefill(
     contexts are the longest, start first. Tiles of the last sequence go on over rows of no sequence, which become 0.
     """
     kv_head = tl.program_id(1)
-    sequence, pair = sequence_of(
-        tl.num_programs(0) - 1 - tl.program_id(0), query_start, sequences, SHARE, ROWS
-    )  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, pair = sequence_of(tile, query_start, sequences, SHARE, ROWS)
     start = tl.load(query_start + sequence)
     rows = tl.load(query_start + sequence + 1) - start
     last = sequence == sequences - 1
