@@ -117,7 +117,7 @@ class Engine:
             parts.registry,
             parts.operations,
             parts.grammars,
-            PrefillPacer(config.itl_target, config.ttft_target),
+            PrefillPacer(config.itl_target, config.ttft_target, buckets=parts.runner.token_buckets),
             max_queue=config.max_queue,
         )
 

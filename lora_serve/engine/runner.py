@@ -8,7 +8,7 @@ which may depend on earlier tokens (penalties, grammars), needs the outputs of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,11 @@ class Runner:
     def overlaps(self) -> bool:
         """Whether a step may be launched before the outputs of the last one are read."""
         return self._tokens is not None
+
+    @property
+    def token_buckets(self) -> Sequence[int]:
+        """Numbers of tokens that steps with prompt tokens are padded to, ascending."""
+        return self._base.token_buckets
 
     def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> LaunchSampling:
         """Launch one step's forward pass. If the batch fails, its sequences are retried one by one, once.

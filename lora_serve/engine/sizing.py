@@ -102,7 +102,8 @@ def measure_memory(
     passes = torch.cuda.max_memory_allocated(device) - before
     _release_cached_memory()
     free, total = torch.cuda.mem_get_info(device)
-    graphs = base.graph_memory(limits.seqs, lambda: torch.cuda.mem_get_info(device)[0])
+    blocks = -(-longest // config.kv_block_size)
+    graphs = base.graph_memory(limits.seqs, limits.tokens, blocks, lambda: torch.cuda.mem_get_info(device)[0])
     _release_cached_memory()
     return GpuMemory(total, total - free, passes, graphs, adapters)
 

@@ -161,16 +161,20 @@ ReplaySupport = Literal["none", "recorded_steps", "cuda_graphs"]
 
 @dataclass(frozen=True)
 class GraphBuckets:
-    """Decode batch sizes for which CUDA graphs are captured at start; each serves smaller batches too.
+    """Sizes of steps for which CUDA graphs are captured at start; each serves smaller steps too.
 
     Attributes:
-        rows: the sizes, ascending.
-        max_segment_rows, max_rank: bounds of a graph's segments; see `Segments`.
+        rows: of steps in which every sequence decodes, ascending.
+        max_segment_rows: bound of such a step's segments; see `Segments`.
+        max_rank: bound of the segments of all steps.
+        tokens, sequences: of steps with prompt tokens, ascending; every number of tokens with every one of sequences.
     """
 
     rows: tuple[int, ...]
     max_segment_rows: int
     max_rank: int
+    tokens: tuple[int, ...] = ()
+    sequences: tuple[int, ...] = ()
 
 
 class Recording(Protocol):

@@ -205,6 +205,46 @@ def test_attention_equals_the_reference(kernels: GpuKernels, case: AttentionCase
     assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
 
 
+@gpu_only
+@pytest.mark.parametrize("sequences", [64, 256])
+def test_a_replayed_mixed_step_attends_to_what_its_metadata_says_now(kernels: GpuKernels, sequences: int) -> None:
+    """One graph of 768 rows: prompts, chunks and decoding sequences of any number, padding after them."""
+    rows, width = 768, 512
+    keys, values = (draw(2000, 16, 8, 128, dtype=BF16) for _ in range(2))
+    q = draw(rows, 32, 128, dtype=BF16)
+    start, context = int32([0] * (sequences + 1)), int32([1] * sequences)
+    table = torch.zeros(sequences, width, dtype=torch.int32, device=DEVICE)
+    bucket = AttentionMetadata(start, context, table, rows, 16 * width)
+    graph = CapturedGraph(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    out = graph.record(lambda: kernels.attention(q, keys, values, bucket, 128**-0.5))
+    assert graph.unsupported is None
+    for case in (
+        [(1, 900)] * 32 + [(512, 512)],
+        [(1, 8000), (700, 1700)],
+        [(2, 2)] * 60 + [(1, 1), (1, 17)],
+        [(768, 768)],
+        [(1, 40)] * 64,
+        [(0, 1), (300, 300), (0, 1), (1, 5)],
+    ):
+        counts, used = [own for own, _ in case], sum(own for own, _ in case)
+        begins = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        start.copy_(int32(begins + [used] * (sequences - len(case))))
+        context.copy_(int32([length for _, length in case] + [1] * (sequences - len(case))))
+        table.zero_()
+        for i, (_, length) in enumerate(case):
+            blocks = -(-length // 16)
+            table[i, :blocks] = 1 + torch.randperm(1999, device=DEVICE)[:blocks].int()
+        q.copy_(draw(rows, 32, 128, dtype=BF16))
+        q[used:] = float("nan")
+        keys[0] = values[0] = float("nan")
+        graph.replay()
+        exact = AttentionMetadata(
+            start[: len(case) + 1], context[: len(case)], table[: len(case)], max(counts), max(own for _, own in case)
+        )
+        assert_near(out[:used], REFERENCE.attention(q[:used], keys, values, exact, 128**-0.5))
+        assert not out[used:].any()
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_attention_equals_torchs_attention(kernels: GpuKernels, dtype: torch.dtype) -> None:
     case = replace(LLAMA, dtype=dtype, sequences=sized(PREFILLING, [(5, 20), (1, 30)]))  # type: ignore[arg-type]

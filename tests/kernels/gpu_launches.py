@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -77,7 +78,7 @@ def recorded_launches(module: ModuleType, kernels: dict[str, str], targets: tupl
 
 
 def attention_builds() -> Iterator[Build]:
-    """Every tile, without options and with window, softcap and sinks, split and not."""
+    """Every tile, without options and with window, softcap and sinks; contexts split and not; prompts and none."""
     copies = "cp.async.cg.shared.global"  # sixteen bytes each
     kernels = {"decode": copies, "prefill": copies, "combine": "ld.global.v4"}
     real = attention.processors, attention.hopper
@@ -88,11 +89,13 @@ def attention_builds() -> Iterator[Build]:
         q, keys, values, metadata = case.tensors()
         sinks = torch.zeros(8 * share, dtype=dtype)
         with recorded_launches(attention, kernels, (90,) if hopper else (80, 89)) as rows:
+            attention._plan.cache_clear()  # it depends on the device
             attention.processors, attention.hopper = lambda *_: 132, lambda _, hopper=hopper: hopper  # type: ignore[assignment,misc]
-            attention.attention(q, keys, values, metadata, 0.1, window=64, softcap=30.0, sinks=sinks)
-            attention.processors = lambda *_: 1  # type: ignore[assignment]
-            attention.attention(q, keys, values, metadata, 0.1)
+            attention.attention(q, keys, values, metadata, 0.1, window=300, softcap=30.0, sinks=sinks)
+            attention.attention(q, keys, values, replace(metadata, max_context_len=64), 0.1)
+            attention.attention(q, keys, values, replace(metadata, max_query_len=1), 0.1)
         attention.processors, attention.hopper = real
+        attention._plan.cache_clear()
         yield from rows
 
 

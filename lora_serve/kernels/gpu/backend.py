@@ -18,13 +18,10 @@ from lora_serve.kernels.gpu import matmul
 from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.delta import delta
+from lora_serve.kernels.gpu.graph_sizes import GRAPH_SIZES
 from lora_serve.kernels.gpu.pointwise import gated_activation, rms_norm, rope, write_kv
 from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
-
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-MAX_SEGMENT_ROWS = 16  # rows that a tensor core multiplies at once
-MAX_RANK = 1024  # CUDA graphs have scratch memory for it; adapters of higher rank are served without graphs
 
 
 class GpuKernels:
@@ -34,7 +31,7 @@ class GpuKernels:
     """
 
     name = "triton"
-    graph_buckets: GraphBuckets | None = GraphBuckets(ROWS, MAX_SEGMENT_ROWS, MAX_RANK)
+    graph_buckets: GraphBuckets | None = GRAPH_SIZES
     has_grouped_linear = False
 
     delta = staticmethod(delta)
