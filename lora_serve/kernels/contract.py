@@ -279,7 +279,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """Add the low-rank delta of each row's adapter to the base's outputs, in place.
 
         Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
@@ -290,6 +290,19 @@ class Kernels(Protocol):
 
         Shapes: x [tokens, in], outputs[m] [tokens, out_m]; x and outputs share a dtype (fp32, bf16, fp16), the
         group's dtype may differ from it. Inputs have unit stride in the last dimension.
+        """
+        ...
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        """`linear`, then `delta` on its outputs: one operation, so that a backend may run parts of both at once.
+
+        Shapes: x [rows, in] with unit stride in the last dimension; the layers are the group's modules, in order.
         """
         ...
 

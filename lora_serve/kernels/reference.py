@@ -98,7 +98,7 @@ class ReferenceKernels:
         """Not supported: `replay` is "none"."""
         raise NotImplementedError
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         if segments.count == 0:
             return
         runs = zip(
@@ -116,6 +116,17 @@ class ReferenceKernels:
                     shrunk = rows @ delta.a.float().T  # [rows, rank]
                     sums = output[start:end].float() + weight * (shrunk @ delta.b.float())
                     output[start:end] = sums.to(output.dtype)
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        outputs = self.linear(x, layers)
+        self.delta(x, outputs, group, segments)
+        return outputs
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         size = keys.shape[1]

@@ -31,18 +31,24 @@ class SharedInput:
         """Output [..., out] of one of the modules for x [..., in], with deltas added."""
         if x is not self._input or module not in self._outputs:
             rows = x.reshape(-1, self._group.in_features)
-            if len(self._layers) == len(self._bases):
-                outputs = self._kernels.linear(rows, self._layers)
-            else:
-                outputs = [base(rows) for base in self._bases]
-            if segments is not None:
-                self._kernels.delta(rows, outputs, self._group, segments)
+            outputs = self._compute(rows, segments)
             self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._outputs.pop(module)
         if not self._outputs:
             self._input = None
         return y
+
+    def _compute(self, rows: Tensor, segments: Segments | None) -> list[Tensor]:
+        """Outputs [rows, out] of all modules, with deltas added."""
+        if len(self._layers) == len(self._bases):
+            if segments is None:
+                return self._kernels.linear(rows, self._layers)
+            return self._kernels.adapted_linear(rows, self._layers, self._group, segments)
+        outputs = [base(rows) for base in self._bases]
+        if segments is not None:
+            self._kernels.delta(rows, outputs, self._group, segments)
+        return outputs
 
 
 class AdaptedLinear(nn.Module):

@@ -32,7 +32,9 @@ class RecordedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> RecordedKernel:
         return self
 
-    def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
+    def __call__(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constexprs: Any
+    ) -> None:
         given = dict(zip(self._kernel.arg_names, args, strict=False))
         types = {name: _type(value) for name, value in given.items() if value is not None}
         constexprs |= {name: None for name, value in given.items() if value is None}
@@ -48,6 +50,7 @@ class RecordedKernel:
                 aligned,
                 warps=num_warps,
                 stages=num_stages,
+                dependent=launch_pdl,
                 vectors=self._vectors,
                 targets=self._targets,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_serve.kernels.contract import GraphBuckets, ReplaySupport
+from lora_serve.kernels.contract import DeltaGroup, GraphBuckets, ReplaySupport, Segments
 from lora_serve.kernels.cpu.attention import NativeAttention
 from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.kernels.cpu.delta import NativeDelta
@@ -61,6 +61,17 @@ class NativeKernels:
         self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
     ) -> PackedExpertWeights:
         return PackedExpertWeights.pack(weights, lambda weight: self._matmul.pack(weight, scheme, importance))
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        outputs = self.linear(x, layers)
+        self.delta(x, outputs, group, segments)
+        return outputs
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
         add, record_on = self._pointwise.add, self._library.record_on
