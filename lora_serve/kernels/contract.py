@@ -258,6 +258,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, rounded to their dtype, and the `rms_norm` of that: to the bits of the two operations by themselves.
+
+        Shapes: x and y [..., width] of one dtype; both results as x, contiguous.
+        """
+        ...
+
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...

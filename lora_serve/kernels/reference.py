@@ -79,6 +79,12 @@ class ReferenceKernels:
         n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
 
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
+
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         if activation == "silu":
             return nn.functional.silu(gate) * up

@@ -47,7 +47,7 @@ class NativeKernels:
         self.unpack, self.lookup, self.linear = self._matmul.unpack, self._matmul.lookup, self._matmul.linear
         self.grouped_linear = self._matmul.grouped_linear
         self.rms_norm, self.gated_activation = self._pointwise.rms_norm, self._pointwise.gated_activation
-        self.rope = self._pointwise.rope
+        self.add_rms_norm, self.rope = self._pointwise.add_rms_norm, self._pointwise.rope
         self.write_kv, self.attention = attention.write_kv, attention.attention
         self.delta = NativeDelta(self._library).delta
 

@@ -7,6 +7,7 @@ pool) cannot be checked without waiting, so the caller must pass valid ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import DeltaGroup, GraphBuckets, ReplaySupport, Segments
-from lora_serve.kernels.gpu import matmul
+from lora_serve.kernels.gpu import matmul, pointwise
 from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.delta import DeltaCall, adds_nothing, delta
 from lora_serve.kernels.gpu.plan_table import PlanTable, current
-from lora_serve.kernels.gpu.pointwise import gated_activation, rms_norm, rope, write_kv
 from lora_serve.kernels.gpu.stream_fork import StreamFork
 from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
@@ -43,15 +43,17 @@ class GpuKernels:
     graph_buckets: GraphBuckets | None = GraphBuckets(ROWS, MAX_SEGMENT_ROWS, MAX_RANK)
     has_grouped_linear = False
 
-    write_kv = staticmethod(write_kv)
     attention = staticmethod(attention)
-    rms_norm = staticmethod(rms_norm)
-    gated_activation = staticmethod(gated_activation)
-    rope = staticmethod(rope)
 
     def __init__(self, plans: PlanTable | None = None, fork: StreamFork | None = None) -> None:
         self._plans = current() if plans is None else plans
         self._fork = StreamFork() if fork is None else fork
+        dependent = self._plans.dependent_pointwise
+        self.rms_norm = partial(pointwise.rms_norm, dependent=dependent)
+        self.add_rms_norm = partial(pointwise.add_rms_norm, dependent=dependent)
+        self.gated_activation = partial(pointwise.gated_activation, dependent=dependent)
+        self.rope = partial(pointwise.rope, dependent=dependent)
+        self.write_kv = partial(pointwise.write_kv, dependent=dependent)
         self.replay: ReplaySupport = "cuda_graphs" if torch.cuda.is_available() else "none"
         self._plain = ReferenceKernels()  # linear layers in full precision
         self._graphs: WeakSet[CapturedGraph] = WeakSet()

@@ -18,7 +18,7 @@ in the tables) are not checked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_serve.kernels.checks import check_delta, check_delta_input
 from lora_serve.kernels.contract import DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta_kernels import expand, shrink
-from lora_serve.kernels.gpu.device import TYPES, processors
+from lora_serve.kernels.gpu.device import TYPES, launch_options, processors
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, PlanTable, rows_bucket
 
 MEASURED = torch.bfloat16  # type of rows and weights that plans are measured with
@@ -171,7 +171,7 @@ class DeltaCall:
             COUNT=among,
             num_warps=plan.shrink_warps,
             num_stages=3,
-            **self._dependent(),
+            **launch_options(plan.launch == "dependent"),
         )
 
     def expand(self, outputs: Sequence[Tensor]) -> None:
@@ -196,19 +196,12 @@ class DeltaCall:
                 COUNT=among,
                 num_warps=plan.expand_warps,
                 num_stages=1,
-                **self._dependent(),
+                **launch_options(plan.launch == "dependent"),
             )
 
     def _where(self) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
         rank, segments = self._group.rank, self._segments
         return rank, rank.stride(0), segments.start, segments.end, segments.slot
-
-    def _dependent(self) -> dict[str, Any]:
-        """The launch's options; the second is one that only compilers for NVIDIA's GPUs know."""
-        return {"DEPENDENT": True, "launch_pdl": True} if self._launch.plan.launch == "dependent" else NOT_DEPENDENT
-
-
-NOT_DEPENDENT = {"DEPENDENT": False}
 
 
 def adds_nothing(x: Tensor, segments: Segments) -> bool:

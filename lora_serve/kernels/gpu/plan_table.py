@@ -183,7 +183,7 @@ def write(file: PlanFile, folder: Path = FOLDER) -> Path:
 
 
 def find(card: str, capability: tuple[int, int], folder: Path = FOLDER) -> PlanTable:
-    """The plans for a card: its own, or of its compute capability, or none; a broken file is left out, with a warning."""
+    """The plans for a card: its own, or of its compute capability, or none; a broken file is only warned of."""
     files = []
     for path in sorted(folder.glob("*.json")):
         try:
