@@ -34,7 +34,7 @@ class LayerParts:
     mlp: str
     first_norm: str
     second_norm: str
-    defaults: Mapping[str, Any]
+    defaults: dict[str, Any]
 
 
 def fuse_residuals(model: nn.Module, dtype: torch.dtype) -> None:
@@ -61,7 +61,7 @@ def _fuse_list(layers: nn.ModuleList, beside: list[nn.Module], dtype: torch.dtyp
         after = layers[index + 1].get_submodule(following.first_norm) if following is not None else None
         if index + 1 == len(found) and len(last) == 1:
             after = last[0]
-        layer.forward = MethodType(_forward_of(parts, after), layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_forward_of(parts, after), layer)
 
 
 def _forward_of(parts: LayerParts, after: Any) -> Any:
@@ -126,7 +126,7 @@ def _agrees(
         for seed, name in enumerate((parts.attention, parts.mlp, parts.first_norm, parts.second_norm)):
             twin._modules[name] = _LinearMap(name, seed, calls, gives_tuple=name == parts.attention)
         if fused:
-            twin.forward = MethodType(_forward_of(parts, None), twin)  # type: ignore[method-assign]
+            twin.forward = MethodType(_forward_of(parts, None), twin)
         try:
             results.append((twin(x, **given), calls))
         except Exception:  # it wants arguments of a kind, or gives something else, and so is left alone
