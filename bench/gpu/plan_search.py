@@ -39,6 +39,7 @@ DECODE_AXES: Axes = {
     "splits": (1, 2, 4, 8, 16),
     "block_n": (128, 256, 512, 1024),
     "launch": ("beside", "in_turn", "dependent"),
+    "gated": (True, False),
     "expand_warps": (4, 8),
     "block_k": (256, 512),
 }
@@ -201,8 +202,11 @@ class Tuner:
         for name, values in axes.items():
             for value in values:
                 candidate = _changed(best, name, value)
-                dependent = value == "dependent" and not self.dependent
-                if candidate is not None and not dependent and not self.over and cost(candidate) < GAIN * cost(best):
+                if candidate is None or (value == "dependent" and not self.dependent) or self.over:
+                    continue
+                if name == "gated" and not getattr(cases[0], "gated", False):
+                    continue
+                if cost(candidate) < GAIN * cost(best):
                     best = candidate
         plans[problem] = best
         if cost(best) == float("inf"):

@@ -80,17 +80,22 @@ class DeltaCase:
             ]
             self._layers.append([(packed, None) for packed in kernels.pack(weights)])
             self._groups.append(_random_deltas(group, ranks, device))
+        self.gated = group.name == "gate+up"
         self.segments = _segments(rows, len(ranks), device, long=long, rank=max(ranks))
         self._wanted: list[Tensor] = []
 
     def run(self) -> list[list[Tensor]]:
         """All layers with deltas, one after the other."""
-        pairs = zip(self._layers, self._groups, strict=True)
-        return [self.kernels.adapted_linear(self.x, layers, group, self.segments) for layers, group in pairs]
+        return [self._call(self.kernels, layer) for layer in range(self.calls)]
 
     def base(self) -> list[list[Tensor]]:
-        """All layers without."""
-        return [self.kernels.linear(self.x, layers) for layers in self._layers]
+        """All layers without deltas."""
+        found = [self.kernels.linear(self.x, layers) for layers in self._layers]
+        return [[self.kernels.gated_activation(*pair, "silu")] for pair in found] if self.gated else found
+
+    def _call(self, kernels: Kernels, layer: int) -> list[Tensor]:
+        given = (self.x, self._layers[layer], self._groups[layer], self.segments)
+        return [kernels.adapted_gated_linear(*given, "silu")] if self.gated else kernels.adapted_linear(*given)
 
     @property
     def calls(self) -> int:
@@ -98,9 +103,8 @@ class DeltaCase:
 
     def error(self) -> float:
         """The largest error of the first layer, relative to its largest output."""
-        given = (self.x, self._layers[0], self._groups[0], self.segments)
-        self._wanted = self._wanted or REFERENCE.adapted_linear(*given)
-        got = self.kernels.adapted_linear(*given)
+        self._wanted = self._wanted or self._call(REFERENCE, 0)
+        got = self._call(self.kernels, 0)
         return max(relative_error(*pair) for pair in zip(got, self._wanted, strict=True))
 
 

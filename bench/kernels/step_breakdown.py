@@ -53,7 +53,7 @@ def instrument(timers: Timers) -> None:
         kernels = select(*args)
         public = [name for name in dir(kernels) if not name.startswith("_") and callable(getattr(kernels, name))]
         for name in public:
-            if name == "adapted_linear":  # its parts are timed
+            if name in ("adapted_linear", "adapted_gated_linear"):  # their parts are timed
                 continue
             setattr(kernels, name, timers.timed(_linear if name == "linear" else name, getattr(kernels, name)))
         return kernels

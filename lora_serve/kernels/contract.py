@@ -315,6 +315,20 @@ class Kernels(Protocol):
         """
         ...
 
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        """`adapted_linear` of two layers, then `gated_activation` of their outputs: the inner part of a gated MLP.
+
+        Shapes: as there; the layers have the same number of outputs; returns [rows, out] in x's dtype.
+        """
+        ...
+
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         """Store this step's keys and values in the block pool.
 

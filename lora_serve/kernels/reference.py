@@ -134,6 +134,17 @@ class ReferenceKernels:
         self.delta(x, outputs, group, segments)
         return outputs
 
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        gate, up = self.adapted_linear(x, layers, group, segments)
+        return self.gated_activation(gate, up, activation)
+
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         size = keys.shape[1]
         block, offset = kv_index // size, kv_index % size

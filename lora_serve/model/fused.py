@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import Activation, Kernels
+from lora_serve.model.linear import gated_output
 
 FORMULA_TOLERANCE = 1e-5  # relative error, in float32, of what is the same formula
 ROUNDING_FACTOR = 1.5  # error of a kernel in the model's dtype over that of the module
@@ -69,7 +70,10 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        y: Tensor = down(self._kernels.gated_activation(gate(x), up(x), self._activation))
+        inner = gated_output(gate, up, x, self._activation)
+        if inner is None:
+            inner = self._kernels.gated_activation(gate(x), up(x), self._activation)
+        y: Tensor = down(inner)
         return y
 
 

@@ -16,7 +16,11 @@ from lora_serve.kernels.gpu import delta
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, PlanTable, rows_bucket
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LOADS = {"shrink": "cp.async.cg.shared.global", "expand": "ld.global.v4"}  # sixteen bytes each
+LOADS = {
+    "expand_gated": "ld.global.v4",
+    "shrink": "cp.async.cg.shared.global",
+    "expand": "ld.global.v4",
+}  # sixteen bytes each
 PLANS = [  # besides the one by rule
     DeltaPlan(4, 16, 512, 512, 16, 4, 8, "dependent"),
     DeltaPlan(2, 64, 64, 256, 16, 8, 4, "dependent"),
@@ -47,6 +51,10 @@ def delta_builds() -> Iterator[Build]:
         with recorded_launches(delta, LOADS, targets) as found, processors_of_a_gpu():
             for table in launches:
                 delta.delta(x, outputs, group, segments, table)
+                if longest == 1:
+                    mlp = DeltaGroup(4096, (14336, 14336), 8, weights, CPU)
+                    both = [torch.zeros(rows, 14336, dtype=dtype) for _ in range(2)]
+                    delta.DeltaCall(x, mlp, segments, table).expand_gated(both, "silu")
         for row in found:
             if row.dependent:
                 row = replace(row, targets=(90,))  # no older GPU has dependent launches

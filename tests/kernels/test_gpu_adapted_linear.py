@@ -9,18 +9,21 @@ from contextlib import contextmanager
 import interpreter  # noqa: F401  (before the kernels)
 import pytest
 import torch
-from kernel_cases import MIXED, DeltaCase, assert_near, pack_one, segments_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import MIXED, DeltaCase, assert_near, composed_cases, pack_one, segments_of
 from torch import Tensor
 
-from lora_serve.kernels.contract import Segments
+from lora_serve.kernels.contract import Activation, Segments
 from lora_serve.kernels.gpu import delta as delta_module
 from lora_serve.kernels.gpu.backend import GpuKernels
-from lora_serve.kernels.gpu.plan_table import NO_PLANS
+from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, Launch, PlanTable
 from lora_serve.kernels.gpu.stream_fork import StreamFork
 from lora_serve.kernels.packed_weight import PackedWeight
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
+BF16 = torch.bfloat16
 CASE = dataclasses.replace(MIXED, segments=[(0, 1, 1, 1.0), (1, 4, 2, 0.5), (6, 20, 3, 1.0)])
 LONG = dataclasses.replace(CASE, tokens=200, segments=[(3, 190, 3, 1.0)])
 Layers = list[tuple[PackedWeight, Tensor | None]]
@@ -68,8 +71,8 @@ class FakeCuda:
 class Watched(GpuKernels):
     """Records on which stream, and after what, each part of `adapted_linear` is launched."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__(NO_PLANS, StreamFork(cuda))
+    def __init__(self, cuda: FakeCuda, plans: PlanTable = NO_PLANS) -> None:
+        super().__init__(plans, StreamFork(cuda))
         self.cuda = cuda
         self._fork.prepare()
 
@@ -96,6 +99,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         def expand(self, outputs: Sequence[Tensor]) -> None:
             cuda.launch("expand")
             super().expand(outputs)
+
+        def expand_gated(self, outputs: Sequence[Tensor], activation: Activation) -> Tensor:
+            cuda.launch("expand and gate")
+            return super().expand_gated(outputs, activation)  # type: ignore[no-any-return]
 
     monkeypatch.setattr("lora_serve.kernels.gpu.backend.DeltaCall", WatchedCall)
     return cuda
@@ -167,6 +174,66 @@ def test_quantised_layers_get_deltas_too(scheme: str) -> None:
     )
     for mine, right in zip(got, wanted, strict=True):
         assert_near(mine, right)
+
+
+class EveryPlan(dict[DeltaProblem, DeltaPlan]):
+    """One plan for every problem."""
+
+    def get(self, problem: DeltaProblem, default: DeltaPlan | None = None) -> DeltaPlan:  # type: ignore[override]
+        return self.plan
+
+    def __init__(self, plan: DeltaPlan) -> None:
+        self.plan = plan
+
+
+def gated_table(launch: Launch = "in_turn", *, splits: int = 2, block_n: int = 16, gated: bool = True) -> PlanTable:
+    table = PlanTable()
+    table.delta = EveryPlan(DeltaPlan(splits, 16, 64, block_n, 16, 4, 4, launch, gated))
+    return table
+
+
+def gated_case(case: DeltaCase) -> DeltaCase:
+    """With two projections of one width, in bfloat16."""
+    ranks = [case.ranks[0], case.ranks[-1]]
+    return dataclasses.replace(case, out_features=(48, 48), ranks=ranks, dtype=BF16, weights=BF16)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    composed_cases(),
+    st.sampled_from(["silu", "gelu_tanh"]),
+    st.sampled_from(["in_turn", "dependent"]),
+    st.sampled_from([1, 8]),
+    st.sampled_from([16, 64]),
+)
+def test_a_gated_mlps_inner_part_equals_the_reference(
+    case: DeltaCase, activation: Activation, launch: Launch, splits: int, block_n: int
+) -> None:
+    case = gated_case(case)
+    torch.manual_seed(1)
+    x, _ = case.rows()
+    weights = [torch.randn(out, case.in_features).to(BF16) / 10 for out in case.out_features]
+    given = (x, [(each, None) for each in REFERENCE.pack(weights)], case.group(), case.bounded(), activation)
+    got = GpuKernels(gated_table(launch, splits=splits, block_n=block_n)).adapted_gated_linear(*given)
+    assert got.is_contiguous()
+    assert_near(got, REFERENCE.adapted_gated_linear(*given))
+
+
+def test_gated_in_one_kernel_and_in_two_single_rows_have_the_same_bits(cuda: FakeCuda) -> None:
+    case = gated_case(dataclasses.replace(CASE, segments=[(0, 1, 1, 1.0), (2, 3, 2, 0.5), (2, 3, 3, 1.0)]))
+    x, _ = case.rows()
+    weights = [torch.randn(out, case.in_features).to(BF16) / 10 for out in case.out_features]
+    results = []
+    for gated in (True, False):
+        kernels = Watched(cuda, gated_table("beside", gated=gated))
+        layers = [(each, None) for each in kernels.pack(weights)]
+        results.append(kernels.adapted_gated_linear(x, layers, case.group(), case.bounded(), "silu"))
+    assert torch.equal(*results)
+    assert [work for _, work, _ in cuda.launched] == [
+        *("scratch", "shrink", "product", "expand and gate"),
+        *("scratch", "shrink", "product", "expand"),
+    ]
+    assert cuda.launched[3] == ("main", "expand and gate", frozenset({"scratch", "shrink", "product"}))
 
 
 def test_an_input_that_does_not_fit_is_refused_before_anything_is_launched(cuda: FakeCuda) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_serve.kernels.contract import DeltaGroup, GraphBuckets, ReplaySupport, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, GraphBuckets, ReplaySupport, Segments
 from lora_serve.kernels.cpu.attention import NativeAttention
 from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.kernels.cpu.delta import NativeDelta
@@ -72,6 +72,17 @@ class NativeKernels:
         outputs = self.linear(x, layers)
         self.delta(x, outputs, group, segments)
         return outputs
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        gate, up = self.adapted_linear(x, layers, group, segments)
+        return self.gated_activation(gate, up, activation)
 
     def new_recording(self, *, check_values: bool) -> CallRecording:
         add, record_on = self._pointwise.add, self._library.record_on

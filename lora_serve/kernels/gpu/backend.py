@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import DeltaGroup, GraphBuckets, ReplaySupport, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, GraphBuckets, ReplaySupport, Segments
 from lora_serve.kernels.gpu import matmul, pointwise
 from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
@@ -110,13 +110,36 @@ class GpuKernels:
         if adds_nothing(x, segments):
             return self.linear(x, layers)
         call = DeltaCall(x, group, segments, self._plans)
+        outputs = self._linear_and_shrink(x, layers, call)
+        call.expand(outputs)
+        return outputs
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        """As planned, by two kernels for the delta and one to gate, or by two for both."""
+        if adds_nothing(x, segments):
+            return self.gated_activation(*self.linear(x, layers), activation)
+        call = DeltaCall(x, group, segments, self._plans)
+        outputs = self._linear_and_shrink(x, layers, call)
+        if call.gated:
+            return call.expand_gated(outputs, activation)
+        call.expand(outputs)
+        return self.gated_activation(*outputs, activation)
+
+    def _linear_and_shrink(
+        self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]], call: DeltaCall
+    ) -> list[Tensor]:
         if call.beside and self._fork.ready:
             with self._fork.beside(call.shrink):
-                outputs = self.linear(x, layers)
-        else:
-            outputs = self.linear(x, layers)
-            call.shrink()
-        call.expand(outputs)
+                return self.linear(x, layers)
+        outputs = self.linear(x, layers)
+        call.shrink()
         return outputs
 
     def pack_experts(

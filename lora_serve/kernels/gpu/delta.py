@@ -24,10 +24,11 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_serve.kernels.checks import check_delta, check_delta_input
-from lora_serve.kernels.contract import DeltaGroup, Segments
+from lora_serve.kernels.checks import check_delta, check_delta_input, check_gated
+from lora_serve.kernels.contract import Activation, DeltaGroup, Segments
 from lora_serve.kernels.gpu.delta_kernels import expand, shrink
 from lora_serve.kernels.gpu.device import TYPES, launch_options, processors
+from lora_serve.kernels.gpu.gated_delta_kernel import expand_gated
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, PlanTable, rows_bucket
 
 MEASURED = torch.bfloat16  # type of rows and weights that plans are measured with
@@ -82,7 +83,7 @@ def launch_of(
     return DeltaLaunch(
         plan=plan,
         tiles=tiles,
-        among=1 if short else next((size for size in AMONG if size >= count), triton.next_power_of_2(count)),
+        among=1 if short else _among(count),
         splits=triton.next_power_of_2(triton.cdiv(group.in_features, span)),
         span=span,
         capacity=triton.cdiv(segments.max_rank, COLUMNS) * COLUMNS,
@@ -114,6 +115,11 @@ def plan_by_rule(rows: int, group: DeltaGroup, segments: Segments, dtype: torch.
         expand_warps=4,
         launch="in_turn" if many else "beside",
     )
+
+
+def _among(count: int) -> int:
+    """The number of segments that a program searches if it must search `count`."""
+    return int(next((size for size in AMONG if size >= count), triton.next_power_of_2(count)))
 
 
 def _tiles(rows: int, segments: Segments, block_m: int) -> int:
@@ -198,6 +204,34 @@ class DeltaCall:
                 num_stages=1,
                 **launch_options(plan.launch == "dependent"),
             )
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gated MLP's two projections are planned to be expanded and gated by one kernel."""
+        return self._launch.plan.gated and len(self._group.out_features) == 2
+
+    def expand_gated(self, outputs: Sequence[Tensor], activation: Activation) -> Tensor:
+        """Launch ·B and the gated activation of the two outputs, which are left as they are; the result."""
+        check_delta(self._x, outputs, self._group)
+        gate, up = outputs
+        check_gated(gate, up)
+        group, segments, (plan, _, _, splits, _, capacity) = self._group, self._segments, self._launch
+        rows, width = gate.shape
+        y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+        expand_gated[triton.cdiv(width, plan.block_n), rows](
+            *(gate, up, y, gate.stride(0), up.stride(0), width, self._h),
+            *(group.b, group.b.stride(0), *self._where(), segments.weight, segments.count, rows, capacity),
+            DTYPE=TYPES[group.dtype],
+            SPLITS=splits,
+            BLOCK_R=plan.block_r,
+            BLOCK_N=plan.block_n,
+            COUNT=_among(segments.count),
+            SILU=activation == "silu",
+            num_warps=plan.expand_warps,
+            num_stages=1,
+            **launch_options(plan.launch == "dependent"),
+        )
+        return y
 
     def _where(self) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
         rank, segments = self._group.rank, self._segments

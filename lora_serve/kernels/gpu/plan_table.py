@@ -52,6 +52,7 @@ class DeltaPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         block_r: ranks per iteration.
         shrink_warps, expand_warps: of a program.
         launch: "beside": shrink, while a CUDA graph is captured; "dependent": both.
+        gated: whether the projections of a gated MLP are expanded and gated by one kernel, a row to a program.
     """
 
     splits: int
@@ -62,6 +63,7 @@ class DeltaPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shrink_warps: int
     expand_warps: int
     launch: Launch
+    gated: bool = False
 
     def __post_init__(self) -> None:
         _check_range("splits", self.splits, 1, 16)

@@ -150,6 +150,15 @@ def _norm(
 
 
 @triton.jit
+def gate_values(g: tl.tensor, u: tl.tensor, SILU: tl.constexpr) -> tl.tensor:
+    """activation(g) * u in their dtype; the activation in float32, then rounded to it."""
+    wide = g.to(tl.float32)
+    power = wide if SILU else GELU * (wide + 0.044715 * wide * wide * wide)
+    active = (wide / (1.0 + tl.exp(-power))).to(g.dtype)  # (1 + tanh z) / 2 is the logistic function of 2 z
+    return (active.to(tl.float32) * u.to(tl.float32)).to(g.dtype)
+
+
+@triton.jit
 def _gated(
     gate: tl.tensor, up: tl.tensor, y: tl.tensor, gate_row: tl.tensor, up_row: tl.tensor,
     SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -161,11 +170,9 @@ def _gated(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = d < WIDTH
-    g = tl.load(gate + row * gate_row + d, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + d, mask=inside, other=0.0).to(tl.float32)
-    power = g if SILU else GELU * (g + 0.044715 * g * g * g)  # (1 + tanh z) / 2 is the logistic function of 2 z
-    active = (g / (1.0 + tl.exp(-power))).to(y.dtype.element_ty)
-    tl.store(y + row * WIDTH + d, (active.to(tl.float32) * u).to(y.dtype.element_ty), mask=inside)
+    g = tl.load(gate + row * gate_row + d, mask=inside, other=0.0)
+    u = tl.load(up + row * up_row + d, mask=inside, other=0.0)
+    tl.store(y + row * WIDTH + d, gate_values(g, u, SILU), mask=inside)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from lora_serve.kernels.gpu.plan_table import DeltaPlan, MatmulPlan, PlanTable
 from lora_serve.kernels.packed_weight import PackedWeight
 
 MODEL = "tiny"
-GROUPS = [Group(MODEL, "gate+up", 32, (48, 16))]
+GROUPS = [Group(MODEL, "gate+up", 32, (48, 48))]
 
 
 @pytest.fixture(autouse=True)
