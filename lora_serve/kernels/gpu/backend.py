@@ -124,13 +124,15 @@ class GpuKernels:
     ) -> Tensor:
         """As planned, by two kernels for the delta and one to gate, or by two for both."""
         if adds_nothing(x, segments):
-            return self.gated_activation(*self.linear(x, layers), activation)
+            gate, up = self.linear(x, layers)
+            return self.gated_activation(gate, up, activation)
         call = DeltaCall(x, group, segments, self._plans)
         outputs = self._linear_and_shrink(x, layers, call)
         if call.gated:
             return call.expand_gated(outputs, activation)
         call.expand(outputs)
-        return self.gated_activation(*outputs, activation)
+        gate, up = outputs
+        return self.gated_activation(gate, up, activation)
 
     def _linear_and_shrink(
         self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]], call: DeltaCall

@@ -9,7 +9,8 @@ Offsets within a tile fit 32 bits; a tile's own offset takes 64. Every matrix be
 `tl.multiple_of` on pointers from the tables tells the compiler: without it each element would be a load of its own.
 
 DEPENDENT: launched while the kernel before still runs (programmatic dependent launch). Until `gdc_wait` such a program
-reads only what no kernel of the step writes: segments, pointer tables, the adapters' matrices.
+writes nothing and reads only what no kernel of the step writes: segments, pointer tables, the adapters' matrices. All
+programs wait, also those with nothing to do: a kernel that ended before the one before it would let a third one start.
 """
 
 from __future__ import annotations
@@ -317,3 +318,5 @@ def expand(
             gdc_wait()
             tall_was = tl.load(places, mask=there, other=0.0)
         tl.store(places, (tall_was.to(tl.float32) + tall).to(tall_was.dtype), mask=there & (column > 0))
+    elif DEPENDENT:
+        gdc_wait()

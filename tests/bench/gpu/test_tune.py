@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu import plan_search, tune
 from bench.gpu.plan_search import GraphTimer, PlanFails, Run, Tuner
 from bench.gpu.tuning_problems import DeltaCase, Group, delta_cases, groups
-from lora_serve.kernels.contract import DeltaGroup, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, Segments
 from lora_serve.kernels.gpu import plan_table
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.plan_table import DeltaPlan, MatmulPlan, PlanTable
@@ -89,12 +89,17 @@ def test_quantised_layers_are_tuned_too() -> None:
 class WrongInSplits(GpuKernels):
     """A backend whose plans of two splits, the fastest ones, give other results."""
 
-    def adapted_linear(
-        self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]], group: DeltaGroup, segments: Segments
-    ) -> list[Tensor]:
-        outputs = super().adapted_linear(x, layers, group, segments)
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        y = super().adapted_gated_linear(x, layers, group, segments, activation)
         wrong = any(plan.splits == 2 for plan in [*self._plans.delta.values()][-1:])
-        return [1.1 * output if wrong else output for output in outputs]
+        return 1.1 * y if wrong else y
 
 
 def test_a_plan_with_other_results_is_never_chosen() -> None:
