@@ -262,6 +262,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, rounded to their dtype, and the `rms_norm` of that: to the bits of the two operations by themselves.
+
+        Shapes: x and y [..., width] of one dtype; both results as x, contiguous.
+        """
+        ...
+
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...
@@ -283,7 +292,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """Add the low-rank delta of each row's adapter to the base's outputs, in place.
 
         Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
@@ -294,6 +303,33 @@ class Kernels(Protocol):
 
         Shapes: x [tokens, in], outputs[m] [tokens, out_m]; x and outputs share a dtype (fp32, bf16, fp16), the
         group's dtype may differ from it. Inputs have unit stride in the last dimension.
+        """
+        ...
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        """`linear`, then `delta` on its outputs: one operation, so that a backend may run parts of both at once.
+
+        Shapes: x [rows, in] with unit stride in the last dimension; the layers are the group's modules, in order.
+        """
+        ...
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        """`adapted_linear` of two layers, then `gated_activation` of their outputs: the inner part of a gated MLP.
+
+        Shapes: as there; the layers have the same number of outputs; returns [rows, out] in x's dtype.
         """
         ...
 

@@ -79,6 +79,12 @@ class ReferenceKernels:
         n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
 
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
+
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         if activation == "silu":
             return nn.functional.silu(gate) * up
@@ -98,7 +104,7 @@ class ReferenceKernels:
         """Not supported: `replay` is "none"."""
         raise NotImplementedError
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         if segments.count == 0:
             return
         runs = zip(
@@ -116,6 +122,28 @@ class ReferenceKernels:
                     shrunk = rows @ delta.a.float().T  # [rows, rank]
                     sums = output[start:end].float() + weight * (shrunk @ delta.b.float())
                     output[start:end] = sums.to(output.dtype)
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        outputs = self.linear(x, layers)
+        self.delta(x, outputs, group, segments)
+        return outputs
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        gate, up = self.adapted_linear(x, layers, group, segments)
+        return self.gated_activation(gate, up, activation)
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         size = keys.shape[1]

@@ -12,9 +12,10 @@ from kernels.kernel_cases import AttentionCase, assert_near
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Segments
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
+from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, Launch, PlanTable
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = here
@@ -137,6 +138,63 @@ def test_a_replayed_graph_reads_what_slots_point_at_now(kernels: GpuKernels) -> 
         REFERENCE.delta(x, wanted, group, segments)
         for got, right in zip(outputs, wanted, strict=True):
             assert_near(got, right)
+
+
+class EveryProblem(dict[DeltaProblem, DeltaPlan]):
+    """One plan for every problem."""
+
+    def __init__(self, plan: DeltaPlan) -> None:
+        self._plan = plan
+
+    def get(self, problem: DeltaProblem, default: DeltaPlan | None = None) -> DeltaPlan:  # type: ignore[override]
+        return self._plan
+
+
+def launching(launch: Launch, block_n: int) -> PlanTable:
+    """Plans with this launch for every problem, and for pointwise kernels if it is dependent."""
+    table = PlanTable()
+    table.delta = EveryProblem(DeltaPlan(4, 16, 256, block_n, 16, 4, 4, launch))
+    table.dependent_pointwise = launch == "dependent"
+    return table
+
+
+LAUNCHES: list[Launch] = ["in_turn", "beside", "dependent"]
+
+
+@gpu_only
+@pytest.mark.parametrize("block_n", [128, 512])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_layers_with_deltas_in_a_graph_equal_the_reference(launch: Launch, block_n: int) -> None:
+    """A few layers one after the other, so that each kernel's launch meets those of its neighbours."""
+    if launch == "dependent" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no older GPU has dependent launches")
+    torch.manual_seed(0)
+    kernels = GpuKernels(launching(launch, block_n))
+    case = Deltas(1024, (1024, 1024), ((1, 16), (1, 64), (3, 8), (1, 0), (16, 16)))
+    group, segments = case.group(BF16), replace(case.bounds(), max_rows=16, max_rank=1024)
+    weights = [draw(out, 1024, dtype=BF16, scale=1024**-0.5) for out in case.out_features]
+    layers = [(packed, None) for packed in kernels.pack(weights)]
+    scale = draw(1024, dtype=BF16)
+    x = draw(case.rows, 1024, dtype=BF16)
+
+    def forward(own: Kernels) -> Tensor:
+        y = own.rms_norm(x, scale, 1e-5, plus_one=False)
+        for _ in range(4):
+            gate, up = own.adapted_linear(y, layers, group, segments)
+            y = own.add_rms_norm(x, own.gated_activation(gate, up, "silu"), scale, 1e-5, plus_one=False)[1]
+        return y
+
+    recording = kernels.new_recording(check_values=True)
+    result = torch.empty_like(x)
+    recording.record(lambda: result.copy_(forward(kernels)))
+    assert recording.unsupported is None
+    for _ in range(20):
+        x.copy_(draw(case.rows, 1024, dtype=BF16))
+        recording.replay()
+        eager = forward(kernels)
+        assert_near(result, eager)
+    wanted = forward(REFERENCE)
+    assert (result.float() - wanted.float()).norm() < 0.05 * wanted.float().norm()  # four layers' roundings
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -295,6 +353,9 @@ def test_norms_and_gated_activations_equal_the_reference(
     for plus_one in (False, True):
         got, wanted = (each.rms_norm(x, weight, 1e-5, plus_one=plus_one) for each in (kernels, REFERENCE))
         assert_near(got, wanted)
+        total, normed = kernels.add_rms_norm(x, up, weight, 1e-5, plus_one=plus_one)
+        assert torch.equal(total, x + up)
+        assert torch.equal(normed, kernels.rms_norm(x + up, weight, 1e-5, plus_one=plus_one))
     activations: list[Activation] = ["silu", "gelu_tanh"]
     for activation in activations:
         assert_near(kernels.gated_activation(x, up, activation), REFERENCE.gated_activation(x, up, activation))

@@ -33,7 +33,9 @@ class RecordedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> RecordedKernel:
         return self
 
-    def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
+    def __call__(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constexprs: Any
+    ) -> None:
         given = dict(zip(self._kernel.arg_names, args, strict=False))
         types = {name: _type(value) for name, value in given.items() if value is not None}
         constexprs |= {name: None for name, value in given.items() if value is None}
@@ -49,6 +51,7 @@ class RecordedKernel:
                 aligned,
                 warps=num_warps,
                 stages=num_stages,
+                dependent=launch_pdl,
                 vectors=self._vectors,
                 targets=self._targets,
             )
@@ -104,14 +107,17 @@ def pointwise_builds() -> Iterator[Build]:
     kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write"), "ld.global.v4")
     with recorded_launches(pointwise, kernels, (90,)) as rows:
         x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
-        pointwise.rms_norm(x, x[0], 1e-6, plus_one=False)
-        pointwise.rms_norm(x[:, :128], x[0, :128], 1e-6, plus_one=True)
-        pointwise.gated_activation(gate, gate, "silu")
-        pointwise.gated_activation(gate, gate, "gelu_tanh")
-        for dim in (80, 128):
-            q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
-            turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)
-            pointwise.rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], turn, turn)
-            pool = torch.zeros(4, 16, 8, dim).bfloat16()
-            pointwise.write_kv(pool, pool, k, k, index)
+        for dependent in (False, True):
+            for wide, weight in ((x, x[0]), (x[:, :128], x[0, :128])):
+                pointwise.rms_norm(wide, weight, 1e-6, plus_one=False, dependent=dependent)
+                pointwise.add_rms_norm(wide, wide, weight, 1e-6, plus_one=True, dependent=dependent)
+            pointwise.gated_activation(gate, gate, "silu", dependent=dependent)
+            pointwise.gated_activation(gate, gate, "gelu_tanh", dependent=dependent)
+            for dim in (80, 128):
+                q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
+                turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)
+                heads = [each.transpose(0, 1)[None] for each in (q, k)]
+                pointwise.rope(*heads, turn, turn, dependent=dependent)  # type: ignore[misc]
+                pool = torch.zeros(4, 16, 8, dim).bfloat16()
+                pointwise.write_kv(pool, pool, k, k, index, dependent=dependent)
     yield from rows
