@@ -1,6 +1,7 @@
 """The `lora-serve` command.
 
-`serve` runs the server, `adapter` manages a running one, `store` works on its folder, `key` on the file of API keys.
+`serve` runs the server, `adapter` and `top` manage and show a running one, `store` works on its folder, `key` on the
+file of API keys.
 Options are parsed here and errors printed; the work is done elsewhere.
 """
 
@@ -31,6 +32,7 @@ from lora_serve.key_commands import KeyCommand, KeyCommands
 from lora_serve.option_errors import check_environment, check_model, describe_invalid_options, describe_parse_error
 from lora_serve.remote import AdapterCommand, RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
+from lora_serve.top_command import TopCommand
 
 POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
 
@@ -49,6 +51,7 @@ class Cli(BaseSettings):
 
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    top: CliSubCommand[TopCommand] = Field(description="show what a running server does")
     store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
     key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")
 

@@ -38,7 +38,12 @@ class RemoteCommand(BaseModel, ABC):
         """Execute the command. Raises: `ServeError`."""
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
-        """Send one request and return the JSON of the answer.
+        """Send one request and return the JSON of the answer; arguments and errors as of `fetch`."""
+        content = self.fetch(method, path, **body)
+        return json.loads(content) if content else None
+
+    def fetch(self, method: str, path: str, **body: Any) -> bytes:
+        """Send one request and return the body of the answer.
 
         Args:
             body: `data` and `files` of a multipart form, as httpx takes them; files are streamed.
@@ -64,7 +69,7 @@ class RemoteCommand(BaseModel, ABC):
             raise Unavailable(f"no answer from {self.url} ({failure})") from failure
         if not answer.is_success:
             raise ServeError(f"{answer.status_code}: {_reason(answer.content)}")
-        return json.loads(answer.content) if answer.content else None
+        return answer.content
 
     def send(self, method: str, where: str, path: Path, name: str | None = None) -> Any:
         """Upload the adapter at `path`, a folder or an archive. Raises `BadRequest` if it is neither."""

@@ -36,6 +36,7 @@ PACKAGES = (
             "store_commands",
             "key_commands",
             "option_errors",
+            "top_command",
         ),
     ),
     Package(6, "api", ("api",)),
@@ -56,7 +57,7 @@ TENSORS = ("engine inside", "model", "adapters", "kv", "kernels")
 ALLOWED_IN = {
     "fastapi": ("api",),
     "starlette": ("api",),
-    "prometheus_client": ("metrics",),
+    "prometheus_client": ("metrics", "command line"),
     "uvicorn": ("command line",),
     "rich": ("command line",),
     "httpx": ("command line",),
