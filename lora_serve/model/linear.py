@@ -7,7 +7,7 @@ first of them is called; the others return their stored output. A batch without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -17,9 +17,21 @@ from lora_serve.model.packed_linear import PackedLinear
 
 
 class SharedInput:
-    """Base layers that read the same input: their pointer tables, and outputs that were computed together."""
+    """Base layers that read the same input: their pointer tables, and outputs that were computed together.
 
-    def __init__(self, bases: Sequence[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
+    Args:
+        complete: makes an output, in place, of what layers and deltas give, which is a part of a sum in row-parallel
+            layers (`adapters/sharding.py`); None: that is the output.
+    """
+
+    def __init__(
+        self,
+        bases: Sequence[nn.Module],
+        group: DeltaGroup,
+        kernels: Kernels,
+        complete: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.complete = complete
         self._bases = bases
         self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
@@ -37,6 +49,8 @@ class SharedInput:
                 outputs = [base(rows) for base in self._bases]
             if segments is not None:
                 self._kernels.delta(rows, outputs, self._group, segments)
+            if self.complete is not None:
+                outputs = [self.complete(y) for y in outputs]
             self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._outputs.pop(module)
@@ -75,6 +89,10 @@ class AdaptedLinear(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def complete(self, y: Tensor) -> Tensor:
+        """The module's output, of what `base` gives for some rows."""
+        return y if self._shared.complete is None else self._shared.complete(y)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
