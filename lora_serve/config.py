@@ -83,6 +83,9 @@ class ServeConfig(BaseSettings):
         None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="devices of this machine that share the base's layers, a process for each"
+    )
     threads: int = Field(0, ge=0, description="compute threads (0: one per physical core)")
     native_kernels: bool = Field(True, description="use the C++ or Triton kernels; otherwise plain torch")
 

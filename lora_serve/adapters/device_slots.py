@@ -94,6 +94,10 @@ class DeviceSlots:
     def __repr__(self) -> str:
         return f"<DeviceSlots {len(self._resident)} of {self.slots} slots, {self.bytes} bytes>"
 
+    def __contains__(self, slot: object) -> bool:
+        """Whether there is an adapter in a slot."""
+        return slot in self._resident
+
     @property
     def bytes(self) -> int:
         return sum(resident.flat.nbytes for resident in self._resident.values())

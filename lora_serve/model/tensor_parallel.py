@@ -22,11 +22,16 @@ LOOPBACK = "127.0.0.1"
 dist: Any = torch.distributed  # whose stubs leave much of this out
 
 
+class RanksOutOfStep(RuntimeError):
+    """A rank failed within a forward pass, in which the others wait for it: all of them have to be started again."""
+
+
 class TensorParallel:
     """One rank's end of the groups. Constructed in all ranks at once.
 
     Args:
-        meeting_point: a file that does not exist yet, in a folder that only this user can read.
+        meeting_point: a file that does not exist yet, in a folder that only this user can read; no longer needed
+            afterwards.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, meeting_point: Path) -> None:
@@ -34,6 +39,7 @@ class TensorParallel:
         store = dist.FileStore(str(meeting_point), size)
         self._agreement = _gloo(dist.PrefixStore("agreement", store), rank, size)
         self._steps = _nccl(dist.PrefixStore("steps", store), rank, size) if device.type == "cuda" else self._agreement
+        self.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first call
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in place where that is contiguous."""
