@@ -157,6 +157,13 @@ class ServeConfig(BaseSettings):
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
         return value
 
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("quantize") is not None:
+            raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
+        return value
+
     @field_validator("allow_origin")
     @classmethod
     def _origins_are_as_browsers_send_them(cls, value: list[str], info: ValidationInfo) -> list[str]:

@@ -30,18 +30,20 @@ def main(arguments: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the whole group; the engine decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
+    # Imported here, when it is sure that this process ends with its parent: importing torch takes seconds.
+    from lora_serve.engine.follower import follow
     from lora_serve.engine.rank_commands import RankConnection
 
     connection = RankConnection(socket.socket(fileno=descriptor))
-    join, _ = connection.receive()
+    try:
+        join, _ = connection.receive()
+    except EOFError:
+        end(0)
     logging.basicConfig(
         level=ServeConfig.model_validate_json(join.config).log_level.upper(),
         stream=sys.stderr,
         format=f"%(asctime)s %(levelname)s rank {join.rank}[%(process)d] %(name)s: %(message)s",
     )
-    # Imported here, after it is sure that this process ends with its parent: importing torch takes seconds.
-    from lora_serve.engine.follower import follow
-
     try:
         follow(connection, join)
     except EOFError:

@@ -145,9 +145,7 @@ def _load(
     _refuse_unsupported(name, config)
     quantized = find_quantization(name, config, device)
     if parallel is not None and (quantized is not None or scheme is not None):
-        raise ModelUnsupported(
-            "a quantised base cannot be shared by devices; leave --tensor-parallel or --quantize away"
-        )
+        raise ModelUnsupported(f"{name!r} is quantised, and cannot be shared by devices; leave --tensor-parallel away")
     # The whole model of several devices fits none of them: it stays mapped from its files until it is cut.
     whole = device if parallel is None else torch.device("cpu")
     if quantized is not None:

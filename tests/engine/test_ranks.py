@@ -90,12 +90,10 @@ def test_two_processes_generate_what_one_does(
     assert ranks() == []
 
 
-def test_what_devices_cannot_share_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_shared_is_refused_and_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(ModelUnsupported, match="gpt2 has no plan for tensor parallelism"):
         Session(tmp_path, architecture="gpt2", tensor_parallel=2)
     until(lambda: ranks() == [])
-    with pytest.raises(ModelUnsupported, match="a quantised base cannot be shared"):
-        Session(tmp_path, tensor_parallel=2, quantize="int8")
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
