@@ -92,6 +92,9 @@ class ServeConfig(BaseSettings):
         None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="devices of this machine that share the base's layers, a process for each"
+    )
     threads: int = Field(0, ge=0, description="compute threads (0: one per physical core)")
     native_kernels: bool = Field(True, description="use the C++ or Triton kernels; otherwise plain torch")
 
@@ -162,6 +165,13 @@ class ServeConfig(BaseSettings):
         if value is not None and (value / CONFIG).exists():
             parent = value.resolve().parent
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
+        return value
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("quantize") is not None:
+            raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
         return value
 
     @field_validator("allow_origin")

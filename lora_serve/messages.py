@@ -184,7 +184,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
     generates no text. `store`: folder of the published adapters. `adapters`: how many are listed, and
-    `broken_adapters` how many of them cannot be served.
+    `broken_adapters` how many of them cannot be served. `tensor_parallel`: how many devices share the base; `device` is
+    the first.
     """
 
     model: str
@@ -208,6 +209,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     headless: bool = False
     store: str = ""
     broken_adapters: int = 0
+    tensor_parallel: int = 1
 
 
 class Stats(msgspec.Struct):

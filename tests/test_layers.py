@@ -21,7 +21,16 @@ class Package(NamedTuple):
     modules: tuple[str, ...]  # below lora_serve, submodules included; the longest match wins
 
 
-OUTSIDE = ("arrival", "client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
+OUTSIDE = (
+    "arrival",
+    "client",
+    "connection",
+    "engine_process",
+    "event_buffer",
+    "process_main",
+    "rank_main",
+    "supervisor",
+)
 PACKAGES = (
     Package(
         7,

@@ -23,6 +23,7 @@ from lora_serve.engine.token_masks import MaskOrError, TokenMasks
 from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.base import ResidentBase
+from lora_serve.model.tensor_parallel import RanksOutOfStep
 from lora_serve.request import Logprob
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,8 @@ class Runner:
     ) -> LaunchSampling:
         try:
             return self._attempt(scheduled, slots, keep_logits=retried)
-        except torch.AcceleratorError:
-            raise  # the device is unusable from now on
+        except (torch.AcceleratorError, RanksOutOfStep):
+            raise  # the device is unusable from now on, or the other devices wait for what was not computed
         except Exception as error:
             if len(scheduled) == 1:
                 log.exception("the forward pass failed for one sequence")

@@ -85,6 +85,8 @@ class ResidentBase:
 
         `vocab` is the largest of the rows' vocabularies; tokens that are not in a row's own are -inf.
         """
+        if self._sampled is not None and self._loaded.parallel is not None:
+            self._loaded.parallel.broadcast(self._sampled)  # tokens are sampled by rank 0 alone
         overrides = self._overrides.for_batch(batch)
         if not overrides and not batch.virtual_rows and not batch.hidden_rows:
             return self._steps(batch)
@@ -211,6 +213,8 @@ class ResidentBase:
                 with InFloat32(), eager_experts(self._model):
                     check(self._eager, oracle, size, oracle.float32_tolerance)
             except torch.OutOfMemoryError as error:  # what is served needs less memory: see below
+                if loaded.parallel is not None:  # the other ranks wait in the middle of the check
+                    raise
                 log.info("%s: float32 self-check skipped: %s", oracle.kind, str(error).partition("\n")[0])
             finally:
                 context.kv = own

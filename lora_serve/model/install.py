@@ -76,7 +76,9 @@ def _install_group(
     modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
     bases = _pack(modules, context, loaded, loaded.importance.get(names[0])) if packed else modules
-    shared = SharedInput(bases, group, context.kernels)
+    parallel, sharding = loaded.parallel, loaded.sharding
+    partial = sharding is not None and names[0] in sharding.row_parallel
+    shared = SharedInput(bases, group, context.kernels, parallel.all_reduce if parallel and partial else None)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits
         _replace(model, name, AdaptedLinear(base, shared, index, context, logits_rows_only=head))

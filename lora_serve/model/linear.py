@@ -7,7 +7,7 @@ first of them is called; the others return their stored output. A batch without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -17,9 +17,21 @@ from lora_serve.model.packed_linear import PackedLinear
 
 
 class SharedInput:
-    """Base layers that read the same input: their pointer tables, and outputs that were computed together."""
+    """Base layers that read the same input: their pointer tables, and outputs that were computed together.
 
-    def __init__(self, bases: Sequence[nn.Module], group: DeltaGroup, kernels: Kernels) -> None:
+    Args:
+        complete: makes an output, in place, of what layers and deltas give, which is a part of a sum in row-parallel
+            layers (`adapters/sharding.py`); None: that is the output.
+    """
+
+    def __init__(
+        self,
+        bases: Sequence[nn.Module],
+        group: DeltaGroup,
+        kernels: Kernels,
+        complete: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.complete = complete
         self._bases = bases
         self._layers = [(base.packed, base.bias) for base in bases if isinstance(base, PackedLinear)]
         self._group = group
@@ -32,6 +44,8 @@ class SharedInput:
         if x is not self._input or module not in self._outputs:
             rows = x.reshape(-1, self._group.in_features)
             outputs = self._compute(rows, segments)
+            if self.complete is not None:
+                outputs = [self.complete(y) for y in outputs]
             self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._outputs.pop(module)
@@ -41,7 +55,7 @@ class SharedInput:
 
     def gated(self, x: Tensor, segments: Segments | None, activation: Activation) -> Tensor | None:
         """activation(first(x)) * second(x) of two modules with deltas, by one call; None where there is none."""
-        if segments is None or len(self._layers) != 2 or len(self._bases) != 2:
+        if segments is None or self.complete is not None or len(self._layers) != 2 or len(self._bases) != 2:
             return None
         rows = x.reshape(-1, self._group.in_features)
         y = self._kernels.adapted_gated_linear(rows, self._layers, self._group, segments, activation)
@@ -100,6 +114,10 @@ class AdaptedLinear(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def complete(self, y: Tensor) -> Tensor:
+        """The module's output, of what `base` gives for some rows."""
+        return y if self._shared.complete is None else self._shared.complete(y)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
