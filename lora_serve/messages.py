@@ -221,6 +221,7 @@ class Stats(msgspec.Struct):
     Attributes:
         resident, resident_in_host, pinned: names of adapters whose current version is on the device, in host memory,
             pinned; every name of a version.
+        versions_resident: how many versions are on the device.
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
@@ -243,6 +244,7 @@ class Stats(msgspec.Struct):
     resident: list[str] = []
     resident_in_host: list[str] = []
     pinned: list[str] = []
+    versions_resident: int = 0
     waiting_adapters: list[str] = []
     adapters: int = 0
     adapter_slots: int = 0

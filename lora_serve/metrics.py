@@ -243,7 +243,7 @@ class _EngineCollector(Collector):
             ("lora_serve_kv_blocks", "KV blocks in all.", stats.kv_blocks),
             ("lora_serve_kv_usage_ratio", "KV blocks in use, 0 to 1.", usage),
             ("lora_serve_adapters", "Published adapters.", stats.adapters),
-            ("lora_serve_adapters_resident", "Adapters on the device.", len(stats.resident)),
+            ("lora_serve_adapters_resident", "Adapters on the device.", stats.versions_resident),
             ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
             ("lora_serve_queue_oldest_seconds", "How long the oldest sequence in the queue waits.", stats.oldest_wait),
             ("lora_serve_queue_expected_seconds", "How long one that comes now would wait.", stats.expected_wait),

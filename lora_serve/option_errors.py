@@ -20,14 +20,15 @@ from lora_serve.errors import BadRequest, ModelUnsupported
 
 PREFIX = "LORA_SERVE_"
 OTHER_VARIABLES = ("API_KEY", "KERNEL_FLAGS")  # of other commands, and of the kernels' build
-# What Kubernetes puts into every container for a Service named lora-serve.
-SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+# What Kubernetes puts into every container for a Service named lora-serve, or lora-serve-something.
+SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 
 def check_environment(environment: MutableMapping[str, str]) -> None:
     """Refuse variables that look like options and are none, and drop what Kubernetes sets. Raises BadRequest."""
-    if "://" in environment.get(f"{PREFIX}PORT", ""):
-        del environment[f"{PREFIX}PORT"]
+    for variable, value in list(environment.items()):
+        if variable.startswith(PREFIX) and variable.endswith("PORT") and "://" in value:  # of such a Service too
+            del environment[variable]
     known = [*(name.upper() for name in ServeConfig.model_fields), *OTHER_VARIABLES]
     for variable in sorted(environment):
         name = variable.removeprefix(PREFIX)
@@ -79,13 +80,16 @@ def check_model(name: str) -> None:
     if path.is_dir():
         return
     parts = path.parts
-    is_path = name.startswith(("/", ".", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
     if path.is_file():
         raise ModelUnsupported(f"{name} is a file; name the folder of the model")
-    if is_path:
-        parent = path.parent if path.parent.is_dir() else None
-        siblings = [each.name for each in parent.iterdir() if each.is_dir()] if parent else []
-        raise ModelUnsupported(f"there is no folder {name}{_meant(path.name, siblings, f'{parent}/')}")
+    try:
+        siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        siblings = []
+    meant = _meant(path.name, siblings, f"{path.parent}/") if len(parts) > 1 else ""
+    # A folder may have the name of an organisation on the hub: then it is a path only if it resembles one.
+    if name.startswith(("/", ".", "~")) or len(parts) > 2 or meant:
+        raise ModelUnsupported(f"there is no folder {name}{meant}")
 
 
 def _where(option: str, arguments: Sequence[str], positional: Sequence[str], environment: Mapping[str, str]) -> str:

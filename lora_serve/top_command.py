@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from lora_serve.errors import ServeError, Unavailable
 from lora_serve.remote import RemoteCommand
 
 ROWS = 20  # adapters that are shown
@@ -139,6 +141,10 @@ class TopCommand(RemoteCommand):
     once: bool = Field(False, description="show it once and end (also if the output is not a terminal)")
 
     def run(self) -> None:
+        with suppress(KeyboardInterrupt):  # the way to end it
+            self._show()
+
+    def _show(self) -> None:
         console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
         before = self._read()
         time.sleep(self.interval)
@@ -147,16 +153,21 @@ class TopCommand(RemoteCommand):
             console.print(draw(interval))
             return
         with Live(draw(interval), console=console, screen=True, auto_refresh=False) as live:
-            try:
-                while True:
-                    time.sleep(self.interval)
+            while True:
+                time.sleep(self.interval)
+                try:
                     interval = Interval(interval.after, self._read())
+                except Unavailable as error:  # it may come back
+                    live.update(error.message, refresh=True)
+                else:
                     live.update(draw(interval), refresh=True)
-            except KeyboardInterrupt:
-                return
 
     def _read(self) -> Reading:
-        return Reading.of(self.fetch("GET", "/metrics").decode(), time.monotonic())
+        content = self.fetch("GET", "/metrics")
+        try:
+            return Reading.of(content.decode(), time.monotonic())
+        except ValueError:
+            raise ServeError(f"{self.url}/metrics are not metrics of lora-serve") from None
 
 
 def draw(interval: Interval) -> RenderableType:

@@ -129,3 +129,11 @@ def test_without_a_terminal_it_is_printed_once(url: str, capsys: pytest.CaptureF
 def test_a_server_that_does_not_answer_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", "--url", "http://127.0.0.1:1"]) == 1
     assert "no answer from http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_what_is_no_metrics_is_reported(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Metrics, "render", lambda self: b"<html>{ hello </html>")
+    assert main(["top", "--url", url]) == 1
+    assert "are not metrics" in capsys.readouterr().err

@@ -137,6 +137,7 @@ class Registry:
         """Fill in the statistics of adapters."""
         residency = self._residency
         stats.resident = residency.current_names(residency.device)
+        stats.versions_resident = len(residency.device)
         stats.resident_in_host = residency.current_names(residency.host)
         stats.pinned = residency.current_names(residency.versions[digest] for digest in residency.pinned)
         stats.adapters = sum(not record.unlisted for record in self._residency.names.values())

@@ -55,7 +55,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, block_size=config.kv_block_size)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
-    usage = UsageRecords(lambda: None if engine.info is None else Path(engine.info.store) / USAGE_FILE)
+    usage = UsageRecords(lambda: Path(info.store) / USAGE_FILE if (info := engine.info) and info.store else None)
     services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage)
     app.state.services = services
     app.router.add_event_handler("shutdown", usage.close)

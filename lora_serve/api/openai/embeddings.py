@@ -34,7 +34,7 @@ from lora_serve.api.openai.preprocess import (
 from lora_serve.api.openai.respond import model_fields
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
-from lora_serve.api.request_record import record_of
+from lora_serve.api.request_record import RequestRecord, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
@@ -67,11 +67,10 @@ async def _respond(body: EmbeddingBody, request: Request, services: Services, ca
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
-        embeddings = await cancel_on_disconnect(request, _embed_all(services, requests, timer))
+        embeddings = await cancel_on_disconnect(
+            request, _embed_all(services, requests, timer, record_of(request.scope))
+        )
         timer.end("stop", tokens, 0)
-        record = record_of(request.scope)
-        for each, (_, adapters) in zip(requests, embeddings, strict=True):
-            record.admitted(each, adapters)
     except ServeError as error:
         timer.end(error.kind, 0, 0)
         raise
@@ -139,13 +138,15 @@ async def _tokenize(services: Services, texts: list[str], limit: int | None, *, 
         raise BadRequest(f"truncate_prompt_tokens: {error}", param="truncate_prompt_tokens") from None
 
 
-async def _embed_all(services: Services, requests: Sequence[EngineRequest], timer: Timer) -> list[Embedding]:
+async def _embed_all(
+    services: Services, requests: Sequence[EngineRequest], timer: Timer, record: RequestRecord
+) -> list[Embedding]:
     """Run all requests; their embeddings in order. Raises the first `ServeError`, and then aborts the rest."""
     running = asyncio.Semaphore(requests_at_once(services))
 
     async def embed_one(request: EngineRequest) -> Embedding:
         async with running:
-            return await _embed(services, request, timer)
+            return await _embed(services, request, timer, record)
 
     tasks = [asyncio.ensure_future(embed_one(request)) for request in requests]
     try:
@@ -159,7 +160,7 @@ async def _embed_all(services: Services, requests: Sequence[EngineRequest], time
     return embeddings
 
 
-async def _embed(services: Services, request: EngineRequest, timer: Timer) -> Embedding:
+async def _embed(services: Services, request: EngineRequest, timer: Timer, record: RequestRecord) -> Embedding:
     vector: bytes | None = None
     adapters: list[Served] = []
     async with aclosing(services.engine.generate(request)) as events:
@@ -167,6 +168,7 @@ async def _embed(services: Services, request: EngineRequest, timer: Timer) -> Em
             match event:
                 case Admitted():
                     adapters = event.adapters
+                    record.admitted(request, adapters)
                     if adapters:
                         timer.admitted(adapters[0].name)
                 case Embedded():
