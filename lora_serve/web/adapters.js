@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { Confirm } from "./dialogs.js";
-import { ago, bytes, count, short } from "./format.js";
+import { ago, bytes, count, counted, short } from "./format.js";
 import { Report } from "./report.js";
 import { Residency, TierPicture } from "./residency.js";
 import { html, useState } from "./ui.js";
@@ -76,8 +76,8 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
           <${TierPicture} tiers=${newest.tiers} />
           <p class="hint about">
             ${newest.report.method ?? "adapter"} · rank ${newest.rank} · ${bytes(newest.memory_bytes)} ·
-            ${" "}${versions.length === 1 ? "1 version" : `${versions.length} versions`}
-            ${latest ? ` · ${count(used("lora_serve_adapter_requests_total"))} requests, ${count(used("lora_serve_adapter_tokens_total"))} tokens` : ""}
+            ${" "}${counted(versions.length, "version")}
+            ${latest ? ` · ${counted(used("lora_serve_adapter_requests_total"), "request")}, ${counted(used("lora_serve_adapter_tokens_total"), "token")}` : ""}
           </p>`}
         <div class="actions">
           ${newest && html`<button type="button" aria-label=${`Try ${name}`} onClick=${() => onTry(name)}>Try</button>`}

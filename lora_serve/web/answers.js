@@ -1,6 +1,6 @@
 // One column of the playground: its turns, and how fast the last answer came.
 
-import { count, duration } from "./format.js";
+import { count, counted, duration } from "./format.js";
 import { pace } from "./generation.js";
 import { Tokens } from "./tokens.js";
 import { html, useEffect, useRef, useState } from "./ui.js";
@@ -49,7 +49,7 @@ function Speed({ answer }) {
   const parts = [
     answer.first !== null && ["first token", duration(answer.first)],
     speed !== null && ["", `${count(speed)} tokens/s`],
-    answer.generated !== null && ["", `${count(answer.generated)} tokens`],
+    answer.generated !== null && ["", counted(answer.generated, "token")],
     ended && ["", ended],
   ].filter(Boolean);
   return html`

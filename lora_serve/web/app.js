@@ -36,10 +36,10 @@ function App() {
 
   const keyed = session.state === "key" || hasKey();
   return html`
-    <a class="skip" href="#${view}" onClick=${(event) => (event.preventDefault(), main.current.focus())}>
-      Skip to the content
-    </a>
     <header class="top">
+      <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), main.current.focus())}>
+        Skip to the content
+      </a>
       <span class="brand"><img src=${new URL("icon.svg", import.meta.url)} alt="" width="24" height="24" /> lora-serve</span>
       <nav aria-label="Views">
         ${Object.entries(VIEWS).map(([name, title]) => html`

@@ -20,22 +20,22 @@ function charts(samples) {
   const now = (name) => pairs.map(([, after]) => after.value(name));
   const over = (find) => windows.map(([before, after]) => find(before, after));
   return [
-    { title: "Tokens per second, by adapter", show: perSecond, lines: tokensByAdapter(pairs) },
-    { title: "Time to first token", show: duration, lines: [
+    { title: "Tokens per second, by adapter", show: perSecond, least: 10, lines: tokensByAdapter(pairs) },
+    { title: "Time to first token", show: duration, least: 0.01, lines: [
       ["median", over((before, after) => quantile(before, after, TTFT, 0.5))],
       ["95th percentile", over((before, after) => quantile(before, after, TTFT, 0.95))],
     ] },
-    { title: "Between two tokens", show: duration, lines: [
+    { title: "Between two tokens", show: duration, least: 0.01, lines: [
       ["median", over((before, after) => quantile(before, after, ITL, 0.5))],
       ["95th percentile", over((before, after) => quantile(before, after, ITL, 0.95))],
     ] },
-    { title: "A batch, on average", show: count, lines: [
+    { title: "A batch, on average", show: count, least: 1, lines: [
       ["sequences", over((before, after) => mean(before, after, "lora_serve_batch_sequences"))],
       ["adapters", over((before, after) => mean(before, after, "lora_serve_batch_adapters"))],
       ["tokens", over((before, after) => mean(before, after, "lora_serve_batch_tokens"))],
     ] },
-    { title: "KV cache in use", show: percent, most: 1, lines: [["used", now("lora_serve_kv_usage_ratio")]] },
-    { title: "Sequences", show: count, lines: [
+    { title: "KV cache in use", show: percent, least: 1, lines: [["used", now("lora_serve_kv_usage_ratio")]] },
+    { title: "Sequences", show: count, least: 1, lines: [
       ["running", now("lora_serve_sequences_running")],
       ["waiting", now("lora_serve_sequences_waiting")],
     ] },
@@ -79,14 +79,14 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const lineColor = (index) => `--line-${index % 7}`;
 
 /** A chart with the latest values beside the names of its lines, which is also how it is read without seeing it. */
-function Chart({ title, lines, show, times, most }) {
+function Chart({ title, lines, show, times, least }) {
   const place = useRef();
   const plot = useRef(null);
   const names = lines.map(([name]) => name).join("\n");
   const data = [times, ...lines.map(([, values]) => values)];
 
   useEffect(() => {
-    plot.current = new uPlot(options(lines, show, most, place.current.clientWidth), data, place.current);
+    plot.current = new uPlot(options(lines, show, least, place.current.clientWidth), data, place.current);
     const resized = new ResizeObserver(([{ contentRect }]) =>
       plot.current.setSize({ width: contentRect.width, height: HEIGHT }));
     resized.observe(place.current);
@@ -113,13 +113,13 @@ function Chart({ title, lines, show, times, most }) {
     </figure>`;
 }
 
-function options(lines, show, most, width) {
+function options(lines, show, least, width) {
   const axis = { stroke: () => color("--muted"), grid: { stroke: () => color("--line"), width: 1 }, ticks: { show: false } };
   return {
     width, height: HEIGHT, legend: { show: false }, cursor: { drag: { setScale: false }, points: { size: 6 } },
-    scales: { y: { range: (_, low, high) => [0, most ?? Math.max(high * 1.15, 1e-3)] } },
+    scales: { y: { range: (_, low, high) => [0, Math.max(least, high * (least === 1 && high <= 1 ? 1 : 1.15))] } },
     axes: [
-      { ...axis, values: (_, ticks) => ticks.map((tick) => clock(tick)), space: 90 },
+      { ...axis, values: (_, ticks) => ticks.map((tick) => clock(tick)), space: 90, size: 30 },
       { ...axis, size: 62, space: 34, values: (_, ticks) => ticks.map((tick) => show(tick)) },
     ],
     series: [{}, ...lines.map(([label], index) => ({

@@ -2,7 +2,7 @@
 
 import { ApiError, ROOT, attempt, call, hasKey } from "./api.js";
 import { Dialog, KeyForm } from "./dialogs.js";
-import { Fields, example, typeOf } from "./schema.js";
+import { Fields, example, prose, typeOf } from "./schema.js";
 import { classes, html, render, useEffect, useState } from "./ui.js";
 
 function Reference() {
@@ -88,13 +88,13 @@ function Operation({ method, path, spec, root }) {
         <span class="hint">${spec.summary}</span></summary>
       ${open && html`
         <div class="stack">
-          ${spec.description && html`<p>${spec.description}</p>`}
+          ${spec.description && html`<p>${prose(spec.description)}</p>`}
           ${spec.parameters?.length > 0 && html`
             <h3>Parameters</h3>
             <ul class="fields">${spec.parameters.map((each) => html`
               <li><code>${each.name}</code> <span class="type">${typeOf(each.schema, root)}, in ${each.in}</span>
                 ${each.description && html`<p class="hint">${each.description}</p>`}</li>`)}</ul>`}
-          ${body && html`<h3>Body <span class="hint">${body[0]}</span></h3><${Fields} schema=${body[1].schema} root=${root} />`}
+          ${body && html`<h3>Body <span class="hint">${body[0]}</span></h3><${Fields} schema=${body[1].schema} root=${root} marked />`}
           <h3>Responses</h3>
           <ul class="fields">${Object.entries(spec.responses).map(([status, response]) => html`
             <li><code>${status}</code> <span class="type">${response.description}</span>

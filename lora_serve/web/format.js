@@ -1,8 +1,11 @@
 // Numbers, sizes and times as people read them.
 
-const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const tenths = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 
-export const count = (value) => number.format(value);
+export const count = (value) => tenths.format(value >= 100 ? Math.round(value) : value);
+
+/** A number with its noun. */
+export const counted = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
 
 /** Bytes, in powers of 1024. */
 export function bytes(value) {
@@ -27,6 +30,10 @@ export function ago(time) {
   return new Date(time * 1000).toLocaleDateString();
 }
 
-export const percent = (value) => `${(100 * value).toFixed(value > 0.999 || value < 0.0995 ? 1 : 0)} %`;
+/** A share (0 to 1) in percent; a tiny one as less than it can show. */
+export function percent(value) {
+  if (value > 0 && value < 0.0005) return "<0.1\u00a0%";
+  return `${tenths.format(100 * value)}\u00a0%`;
+}
 
 export const short = (digest) => digest.slice(0, 12);

@@ -35,22 +35,22 @@ function limits(schema) {
   return found.filter(([key]) => key in direct).map(([key, words]) => words + direct[key]).join(", ");
 }
 
-/** The fields of a schema, nested. */
-export function Fields({ schema: given, root, depth = 0 }) {
+/** The fields of a schema, nested. `marked`: say which are required. */
+export function Fields({ schema: given, root, marked = false, depth = 0 }) {
   const objects = objectsIn(given, root);
   if (!objects.length || depth >= DEEPEST) return null;
   return objects.map(({ schema, name }) => html`
     <div class="object">
       ${objects.length > 1 && name && html`<p class="hint">${name}</p>`}
-      ${depth > 0 && schema.description && html`<p class="hint">${schema.description}</p>`}
+      ${depth > 0 && schema.description && html`<p class="hint">${prose(schema.description)}</p>`}
       <ul class="fields">
         ${Object.entries(schema.properties).map(([field, each]) => html`
           <li>
-            <code>${field}</code> <span class="type">${typeOf(each, root)}</span>
-            ${schema.required?.includes(field) && html`<span class="badge">required</span>`}
+            <code>${field}</code> <span class="type">${typeOf(each, root)}</span>${" "}
+            ${marked && schema.required?.includes(field) && html`<span class="badge">required</span>`}
             ${limits(each) && html`<span class="hint"> ${limits(each)}</span>`}
-            ${each.description && html`<p class="hint">${each.description}</p>`}
-            ${objectsIn(each, root).length > 0 && depth + 1 < DEEPEST && html`<${Nested} schema=${each} root=${root} depth=${depth + 1} />`}
+            ${each.description && html`<p class="hint">${prose(each.description)}</p>`}
+            ${objectsIn(each, root).length > 0 && depth + 1 < DEEPEST && html`<${Nested} schema=${each} root=${root} marked=${marked} depth=${depth + 1} />`}
           </li>`)}
       </ul>
     </div>`);
@@ -65,6 +65,10 @@ function objectsIn(given, root) {
   if (schema.items) return objectsIn(schema.items, root);
   return (alternatives(schema) ?? []).flatMap((each) => objectsIn(each, root));
 }
+
+/** A description, with what stands between backticks as code. */
+export const prose = (text) =>
+  text.split("`").map((part, index) => (index % 2 ? html`<code>${part}</code>` : part));
 
 /** A value that a schema allows: its required fields, as simple as they may be. */
 export function example(given, root) {

@@ -42,5 +42,8 @@ export function Settings({ mode, settings, onChange }) {
       <input type="checkbox" checked=${settings.probabilities}
         onChange=${(event) => set("probabilities", event.target.checked || undefined)} />
       Token probabilities
-    </label>`;
+    </label>
+    ${settings.probabilities && html`
+      <p class="hint">The darker a token, the less likely it was. Point at it, or move to it with the arrow keys, to see
+        what else could have come.</p>`}`;
 }
