@@ -145,7 +145,9 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._completion_tokens = counter("completion_tokens", "Generated tokens of ended requests.")
         self._adapter_requests = counter("adapter_requests", "Ended requests by adapter.", ("adapter",))
-        self._adapter_tokens = counter("adapter_tokens", "Generated tokens by adapter, also of running requests.", ("adapter",))
+        self._adapter_tokens = counter(
+            "adapter_tokens", "Generated tokens by adapter, also of running requests.", ("adapter",)
+        )
 
     def observe(self, update: Update) -> None:
         """Process an engine update; register with `EngineClient.observe`."""

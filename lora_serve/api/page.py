@@ -1,8 +1,8 @@
 """The page at `/`, the API reference at `/docs`, and their files in `lora_serve/web`: one static bundle, read at start.
 
-It contains nothing secret, so it needs no key; what it shows it asks the API for, with the key that its user enters. Files
-are served below a folder named by the digest of all of them, so that browsers keep them for good and ask again for the two
-documents only. What is not in the bundle has no path.
+It contains nothing secret, so it needs no key; what it shows it asks the API for, with the key that its user enters.
+Files are served below a folder named by the digest of all of them, so that browsers keep them for good and ask again
+for the two documents only. What is not in the bundle has no path.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ export const picked = (files) => [...files].map((file) => ({ path: file.webkitRe
 
 /** Dropped files and folders as {path, file}. */
 export async function dropped(items) {
-  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  return (await Promise.all(entries.map((entry) => walk(entry, 0)))).flat();
+  const files = [...items].filter((item) => item.kind === "file");
+  const entries = files.map((item) => item.webkitGetAsEntry() ?? item.getAsFile()); // now: a drop's items do not last
+  const found = entries.map((entry) => (entry instanceof File ? picked([entry]) : walk(entry, 0)));
+  return (await Promise.all(found)).flat();
 }
 
 async function walk(entry, depth) {

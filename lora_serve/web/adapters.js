@@ -56,6 +56,7 @@ export function AdaptersView({ session, metrics, onTry }) {
 
 function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
   const { name, pinned, broken, versions } = adapter;
+  const [open, setOpen] = useState(false);
   const [newest] = versions;
   const used = (metric) => latest?.value(metric, { adapter: name }) ?? 0;
   const resident = newest?.tiers.some((tier) => tier !== "disk");
@@ -91,9 +92,9 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
       </div>
       ${broken && html`<p class="error">${broken}</p>`}
       ${newest && html`
-        <details>
+        <details onToggle=${(event) => setOpen(event.target.open)}>
           <summary>Versions and report<span class="unseen"> of ${name}</span></summary>
-          ${versions.map((version, index) => html`
+          ${open && versions.map((version, index) => html`
             <section class="version" aria-label=${`Version ${short(version.digest)}`}>
               <h4><code>${name}@${short(version.digest)}</code> <${TierPicture} tiers=${version.tiers} />
                 <span class="hint">${index ? "" : "newest, "}published ${ago(version.created)}${

@@ -60,6 +60,7 @@ function App() {
           <h1 id="key-title">This server needs an API key</h1>
           <${KeyForm} problem=${session.problem} onDone=${session.connect} />
         </section>`}
+      ${ready && session.problem && html`<p class="error" role="status">${session.problem} Trying again…</p>`}
       ${ready && html`
         <div hidden=${view !== "playground"}><${Playground} session=${session} tried=${tried} /></div>
         ${view === "adapters" && html`

@@ -8,7 +8,8 @@ const REFRESH = 4000; // ms between two looks at the list of adapters
 
 /** Connect, and keep the list of adapters fresh while the page is seen.
  *
- * `state` is "connecting", "key" (one is needed; `problem` says what is wrong with the one given), "down", or "ready".
+ * `state` is "connecting", "key" (one is needed), "down", or "ready"; `problem` says what is wrong, with the key or with
+ * the server.
  */
 export function useSession() {
   const [session, setSession] = useState({ state: "connecting", adapters: [] });
@@ -25,9 +26,8 @@ export function useSession() {
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       const needsKey = error.status === 401;
-      setSession({
-        state: needsKey ? "key" : "down", problem: needsKey && !hasKey() ? null : error.message, adapters: [],
-      });
+      const problem = needsKey && !hasKey() ? null : error.message;
+      setSession({ state: needsKey ? "key" : "down", problem, adapters: [] });
       if (!needsKey) setTimeout(connect, RETRY);
     }
   }
@@ -35,9 +35,10 @@ export function useSession() {
   async function refresh() {
     try {
       const { data } = await call("GET", "v1/adapters");
-      setSession((before) => (before.state === "ready" ? { ...before, adapters: data } : before));
+      setSession((before) => (before.state === "ready" ? { ...before, adapters: data, problem: null } : before));
     } catch (error) {
-      if (error.status === 401 || error.status === 0) connect();
+      if (error.status === 401) connect();
+      else setSession((before) => ({ ...before, problem: error.message })); // what is on the page stays
     }
   }
 
