@@ -186,6 +186,7 @@ def test_adapters_are_composed_with_weights_and_the_request_can_be_copied(
     column.get_by_label("Adapter of column B, adapter 2").select_option("reverse")
     column.get_by_role("slider", name="Weight of reverse").fill("0.25")
     column.get_by_label("Weight of shout, as a number").fill("0.5")
+    page.get_by_label("Min p").press_sequentially("0.05")
     page.get_by_label("Message").fill("it's")
     page.get_by_role("button", name="Copy as curl").click()
     text = page.get_by_role("dialog").locator("pre").inner_text()
@@ -193,6 +194,7 @@ def test_adapters_are_composed_with_weights_and_the_request_can_be_copied(
     assert '"name": "shout",\n      "weight": 0.5' in text
     assert '"name": "reverse",\n      "weight": 0.25' in text
     assert r"it'\''s" in text
+    assert text.count('"min_p": 0.05') == 2
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Send").click()
     expect(column.locator(".served")).to_contain_text("shout@")

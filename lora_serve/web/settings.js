@@ -1,5 +1,6 @@
 // Settings of a request; what is left empty is the server's default.
 
+import { NumberField } from "./number_field.js";
 import { html } from "./ui.js";
 
 const NUMBERS = [
@@ -30,8 +31,8 @@ export function Settings({ mode, settings, onChange }) {
     <div class="grid">
       ${NUMBERS.map(([name, label, limits]) => html`
         <label class="field">${label}
-          <input type="number" ...${limits} placeholder="default" value=${settings[name] ?? ""}
-            onInput=${(event) => set(name, event.target.value && Number(event.target.value))} />
+          <${NumberField} ...${limits} placeholder="default" value=${settings[name]}
+            onChange=${(value) => set(name, value ?? undefined)} />
         </label>`)}
     </div>
     <label class="field">Stop at
