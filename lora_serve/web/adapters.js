@@ -42,7 +42,8 @@ export function AdaptersView({ session, metrics, onTry }) {
           onInput=${(event) => setFilter(event.target.value)} />
       </div>
       <p class=${said?.problem ? "error" : "hint"} role="status">${said?.text ?? ""}</p>
-      ${!shown.length && html`<p class="empty">${adapters.length ? "No name has this in it." : "Nothing is published yet."}</p>`}
+      ${!shown.length && html`
+        <p class="empty">${adapters.length ? "No name has this in it." : "Nothing is published yet."}</p>`}
       <ul class="adapters">
         ${shown.map((adapter) => html`
           <${Adapter} key=${adapter.name} adapter=${adapter} admin=${permissions.admin} latest=${metrics.latest}
@@ -50,7 +51,8 @@ export function AdaptersView({ session, metrics, onTry }) {
       </ul>
     </section>
     ${deleting && html`
-      <${Confirm} title=${`Delete ${deleting}?`} action="Delete" onConfirm=${() => remove(deleting)} onClose=${() => setDeleting(null)}
+      <${Confirm} title=${`Delete ${deleting}?`} action="Delete"
+        onConfirm=${() => remove(deleting)} onClose=${() => setDeleting(null)}
         text="All its versions are deleted once running requests have finished. This cannot be undone." />`}`;
 }
 
@@ -58,7 +60,7 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
   const { name, pinned, broken, versions } = adapter;
   const [open, setOpen] = useState(false);
   const [newest] = versions;
-  const used = (metric) => latest?.value(metric, { adapter: name }) ?? 0;
+  const used = (what) => latest.value(`lora_serve_adapter_${what}_total`, { adapter: name });
   const resident = newest?.tiers.some((tier) => tier !== "disk");
   const action = (label, does, done, off) => html`
     <button type="button" aria-label=${`${label} ${name}`} disabled=${off} onClick=${() => onChange(name, does, done)}>
@@ -78,7 +80,7 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
           <p class="hint about">
             ${newest.report.method ?? "adapter"} · rank ${newest.rank} · ${bytes(newest.memory_bytes)} ·
             ${" "}${counted(versions.length, "version")}
-            ${latest ? ` · ${counted(used("lora_serve_adapter_requests_total"), "request")}, ${counted(used("lora_serve_adapter_tokens_total"), "token")}` : ""}
+            ${latest ? ` · ${counted(used("requests"), "request")}, ${counted(used("tokens"), "token")}` : ""}
           </p>`}
         <div class="actions">
           ${newest && html`<button type="button" aria-label=${`Try ${name}`} onClick=${() => onTry(name)}>Try</button>`}
@@ -87,7 +89,8 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
             ${action("Evict", "evict", "left memory", !resident || pinned)}
             ${pinned ? action("Unpin", "unpin", "may be evicted again") : action("Pin", "pin", "stays in memory")}`}
           ${admin && html`
-            <button type="button" class="danger quiet" aria-label=${`Delete ${name}`} onClick=${() => onDelete(name)}>Delete</button>`}
+            <button type="button" class="danger quiet" aria-label=${`Delete ${name}`}
+              onClick=${() => onDelete(name)}>Delete</button>`}
         </div>
       </div>
       ${broken && html`<p class="error">${broken}</p>`}

@@ -27,7 +27,9 @@ export function Turns({ turns, mode, name, empty }) {
       <div ref=${end}></div>
     </div>
     ${last && html`<${Announcer} answer=${last.answer} name=${name} />`}
-    <footer class="stats">${last ? html`<${Speed} answer=${last.answer} />` : html`<span>No answer yet</span>`}</footer>`;
+    <footer class="stats">
+      ${last ? html`<${Speed} answer=${last.answer} />` : html`<span>No answer yet</span>`}
+    </footer>`;
 }
 
 function Answer({ answer }) {

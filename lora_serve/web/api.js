@@ -26,8 +26,10 @@ export class ApiError extends Error {
 
 const noAnswer = () => new ApiError(0, "The server does not answer.");
 
+const authorization = () => (key ? { Authorization: `Bearer ${key}` } : {});
+
 async function send(method, path, body, signal) {
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const headers = authorization();
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
@@ -57,7 +59,8 @@ export const read = async (path) => (await send("GET", path)).text();
 
 /** A response, whatever its status, for people who try the API out. */
 export async function attempt(method, path, body) {
-  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+  const headers = authorization();
+  if (body) headers["Content-Type"] = "application/json";
   const response = await fetch(new URL(path, ROOT), { method, headers, body, credentials: "omit" });
   return { status: response.status, type: response.headers.get("Content-Type") ?? "", text: await response.text() };
 }

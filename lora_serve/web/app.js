@@ -7,6 +7,7 @@ import { Dialog, KeyForm } from "./dialogs.js";
 import { Playground } from "./playground.js";
 import { useMetrics } from "./series.js";
 import { useSession } from "./session.js";
+import { Brand, KeyCard } from "./shell.js";
 import { html, render, useEffect, useRef, useState } from "./ui.js";
 
 const VIEWS = { playground: "Playground", adapters: "Adapters", charts: "Charts" };
@@ -40,7 +41,7 @@ function App() {
       <a class="skip" href="#main" onClick=${(event) => (event.preventDefault(), main.current.focus())}>
         Skip to the content
       </a>
-      <span class="brand"><img src=${new URL("icon.svg", import.meta.url)} alt="" width="24" height="24" /> lora-serve</span>
+      <${Brand} />
       <nav aria-label="Views">
         ${Object.entries(VIEWS).map(([name, title]) => html`
           <a href="#${name}" aria-current=${view === name ? "page" : undefined}>${title}</a>`)}
@@ -55,11 +56,7 @@ function App() {
     <main ref=${main} tabindex="-1" id="main">
       ${session.state === "connecting" && html`<p class="notice" role="status">Connecting…</p>`}
       ${session.state === "down" && html`<p class="notice" role="status">${session.problem} Trying again…</p>`}
-      ${session.state === "key" && html`
-        <section class="card narrow" aria-labelledby="key-title">
-          <h1 id="key-title">This server needs an API key</h1>
-          <${KeyForm} problem=${session.problem} onDone=${session.connect} />
-        </section>`}
+      ${session.state === "key" && html`<${KeyCard} problem=${session.problem} onDone=${session.connect} />`}
       ${ready && session.problem && html`<p class="error" role="status">${session.problem} Trying again…</p>`}
       ${ready && html`
         <div hidden=${view !== "playground"}><${Playground} session=${session} tried=${tried} /></div>

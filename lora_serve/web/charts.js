@@ -114,7 +114,8 @@ function Chart({ title, lines, show, times, least }) {
 }
 
 function options(lines, show, least, width) {
-  const axis = { stroke: () => color("--muted"), grid: { stroke: () => color("--line"), width: 1 }, ticks: { show: false } };
+  const grid = { stroke: () => color("--line"), width: 1 };
+  const axis = { stroke: () => color("--muted"), grid, ticks: { show: false } };
   return {
     width, height: HEIGHT, legend: { show: false }, cursor: { drag: { setScale: false }, points: { size: 6 } },
     scales: { y: { range: (_, low, high) => [0, Math.max(least, high * (least === 1 && high <= 1 ? 1 : 1.15))] } },
@@ -128,4 +129,4 @@ function options(lines, show, least, width) {
   };
 }
 
-const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { timeStyle: "medium" });

@@ -16,7 +16,10 @@ function options(adapters) {
   return { newest: served.map((adapter) => ({ name: adapter.name, version: adapter.versions[0] })), older };
 }
 
-/** Choose adapters. `choice`: a list of {name, weight}; empty is the base. `onChange` gets what makes a new one of it. */
+/** Choose adapters. `choice`: a list of {name, weight}; empty is the base.
+ *
+ * `onChange` gets what makes a new one of it.
+ */
 export function AdapterChoice({ label, choice, adapters, onChange }) {
   const { newest, older } = options(adapters);
   const all = [...newest, ...older];
@@ -24,14 +27,16 @@ export function AdapterChoice({ label, choice, adapters, onChange }) {
   const set = (index, change) =>
     onChange((before) => before.map((each, at) => (at === index ? { ...each, ...change } : each)));
   const left = newest.filter(({ name }) => composable(name) && !choice.some((each) => each.name === name));
-  const mayAdd = choice.length > 0 && choice.length < MOST && choice.every(({ name }) => composable(name)) && left.length;
+  const isSum = choice.length > 0 && choice.every(({ name }) => composable(name));
+  const mayAdd = isSum && choice.length < MOST && left.length > 0;
+  const add = () => onChange((before) => [...before, { name: left[0].name, weight: 1 }]);
 
+  const option = ({ name }) => html`<option value=${name}>${name}</option>`;
   const select = (value, title, base, onSelect) => html`
     <select aria-label=${title} value=${value} onChange=${(event) => onSelect(event.target.value)}>
       ${base && html`<option value="">Base model</option>`}
-      <optgroup label="Adapters">${newest.map(({ name }) => html`<option value=${name}>${name}</option>`)}</optgroup>
-      ${older.length > 0 && html`
-        <optgroup label="Older versions">${older.map(({ name }) => html`<option value=${name}>${name}</option>`)}</optgroup>`}
+      <optgroup label="Adapters">${newest.map(option)}</optgroup>
+      ${older.length > 0 && html`<optgroup label="Older versions">${older.map(option)}</optgroup>`}
     </select>`;
 
   if (!choice.length) {
@@ -52,10 +57,7 @@ export function AdapterChoice({ label, choice, adapters, onChange }) {
             <button type="button" class="quiet" aria-label=${`Remove ${name}`}
               onClick=${() => onChange((before) => before.filter((_, at) => at !== index))}>✕</button>`}
         </div>`)}
-      ${mayAdd ? html`
-        <button type="button" class="quiet add" onClick=${() => onChange((before) => [...before, { name: left[0].name, weight: 1 }])}>
-          + Add an adapter to the sum
-        </button>` : null}
+      ${mayAdd && html`<button type="button" class="quiet add" onClick=${add}>+ Add an adapter to the sum</button>`}
     </div>`;
 }
 

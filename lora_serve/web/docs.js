@@ -3,6 +3,7 @@
 import { ApiError, ROOT, attempt, call, hasKey } from "./api.js";
 import { Dialog, KeyForm } from "./dialogs.js";
 import { Fields, example, prose, typeOf } from "./schema.js";
+import { Brand, KeyCard } from "./shell.js";
 import { classes, html, render, useEffect, useState } from "./ui.js";
 
 function Reference() {
@@ -22,20 +23,17 @@ function Reference() {
   const groups = root ? byTag(root, filter.toLowerCase()) : [];
   return html`
     <header class="top">
-      <span class="brand"><img src=${new URL("icon.svg", import.meta.url)} alt="" width="24" height="24" /> lora-serve</span>
+      <${Brand} />
       <nav aria-label="Views">
         <a href=".#playground">Playground</a> <a href=".#adapters">Adapters</a> <a href=".#charts">Charts</a>
         <a href="docs" aria-current="page">API</a>
       </nav>
       ${root && html`<span class="model">version ${root.info.version}</span>`}
-      ${(needsKey || hasKey()) && html`<button type="button" class="quiet key" onClick=${() => setAsksKey(true)}>Key</button>`}
+      ${(needsKey || hasKey()) && html`
+        <button type="button" class="quiet key" onClick=${() => setAsksKey(true)}>Key</button>`}
     </header>
     <main>
-      ${needsKey && html`
-        <section class="card narrow" aria-labelledby="key-title">
-          <h1 id="key-title">This server needs an API key</h1>
-          <${KeyForm} problem=${hasKey() ? problem : null} onDone=${load} />
-        </section>`}
+      ${needsKey && html`<${KeyCard} problem=${hasKey() ? problem : null} onDone=${load} />`}
       ${problem && !needsKey && html`<p class="notice" role="alert">${problem}</p>`}
       ${root && html`
         <div class="bar-row">
@@ -94,7 +92,9 @@ function Operation({ method, path, spec, root }) {
             <ul class="fields">${spec.parameters.map((each) => html`
               <li><code>${each.name}</code> <span class="type">${typeOf(each.schema, root)}, in ${each.in}</span>
                 ${each.description && html`<p class="hint">${each.description}</p>`}</li>`)}</ul>`}
-          ${body && html`<h3>Body <span class="hint">${body[0]}</span></h3><${Fields} schema=${body[1].schema} root=${root} marked />`}
+          ${body && html`
+            <h3>Body <span class="hint">${body[0]}</span></h3>
+            <${Fields} schema=${body[1].schema} root=${root} marked />`}
           <h3>Responses</h3>
           <ul class="fields">${Object.entries(spec.responses).map(([status, response]) => html`
             <li><code>${status}</code> <span class="type">${response.description}</span>
@@ -115,7 +115,9 @@ function Try({ method, path, spec, schema, root }) {
     event.preventDefault();
     const filled = path.replace(/\{(\w+)(:path)?\}/g, (_, name) => encodeURIComponent(values[name] ?? ""));
     const url = new URL(filled.slice(1), ROOT);
-    for (const { name, in: place } of parameters) if (place === "query" && values[name]) url.searchParams.set(name, values[name]);
+    for (const { name, in: place } of parameters) {
+      if (place === "query" && values[name]) url.searchParams.set(name, values[name]);
+    }
     setReply({ text: "…" });
     try {
       setReply(await attempt(method.toUpperCase(), url, body || undefined));
@@ -128,7 +130,8 @@ function Try({ method, path, spec, schema, root }) {
       <h3>Try it</h3>
       ${parameters.map(({ name, required }) => html`
         <label class="field">${name}
-          <input required=${required} value=${values[name] ?? ""} onInput=${(event) => setValues({ ...values, [name]: event.target.value })} />
+          <input required=${required} value=${values[name] ?? ""}
+            onInput=${(event) => setValues({ ...values, [name]: event.target.value })} />
         </label>`)}
       ${schema && html`
         <label class="field">Body

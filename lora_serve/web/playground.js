@@ -85,9 +85,12 @@ export function Playground({ session, tried }) {
               <button type="button" aria-pressed=${mode === name}
                 onClick=${() => (mode !== name && clear(), setMode(name))}>${title}</button>`)}
           </div>
-          <button type="button" aria-pressed=${columns.length === 2} class="toggle" onClick=${compare}>Side by side</button>
+          <button type="button" aria-pressed=${columns.length === 2} class="toggle" onClick=${compare}>
+            Side by side
+          </button>
           <span class="spacer"></span>
-          <button type="button" class="quiet" onClick=${clear} disabled=${!columns.some((column) => column.turns.length)}>
+          <button type="button" class="quiet" onClick=${clear}
+            disabled=${!columns.some((column) => column.turns.length)}>
             Clear
           </button>
           <button type="button" class="quiet" disabled=${!prompt.trim() && !columns[0].turns.length}
@@ -95,18 +98,19 @@ export function Playground({ session, tried }) {
         </div>
         <div class=${classes("columns", columns.length === 2 && "two")}>
           ${columns.map((column, index) => html`
-            <section class="card column" key=${index} aria-label=${columns.length === 2 ? `Column ${"AB"[index]}` : "Answer"}>
+            <section class="card column" key=${index}
+              aria-label=${columns.length === 2 ? `Column ${"AB"[index]}` : "Answer"}>
               <${AdapterChoice} label=${columns.length === 2 ? `Adapter of column ${"AB"[index]}` : "Adapter"}
                 choice=${column.choice} adapters=${session.adapters}
                 onChange=${(change) => ((column.choice = change(column.choice)), changed())} />
               <${Turns} turns=${column.turns} mode=${mode} name=${nameOf(column, session)}
-                empty=${index ? "…and here the same prompt, answered with this." : "Answers appear here, token by token."} />
+                empty=${index ? "The same prompt, answered with this." : "Answers appear here, token by token."} />
             </section>`)}
         </div>
         <form class="card composer" onSubmit=${(event) => (event.preventDefault(), send())}>
           <label class="unseen" for="prompt">${mode === "chat" ? "Message" : "Prompt"}</label>
           <textarea id="prompt" ref=${field} rows=${mode === "chat" ? 2 : 4} value=${prompt} onKeyDown=${press}
-            placeholder=${mode === "chat" ? "Message (Enter sends)" : "Prompt (Ctrl+Enter sends); the model continues it"}
+            placeholder=${mode === "chat" ? "Message (Enter sends)" : "A text to continue (Ctrl+Enter sends)"}
             onInput=${(event) => setPrompt(event.target.value)}></textarea>
           ${running
             ? html`<button type="button" class="danger" onClick=${() => stopping.current.abort()}>Stop</button>`

@@ -1,6 +1,6 @@
 // Where adapters are, as pictures: disk, host memory, device.
 
-import { bytes, count } from "./format.js";
+import { bytes, count, counted } from "./format.js";
 import { html } from "./ui.js";
 
 export const TIERS = { disk: "Disk", host: "Host memory", device: "Device" };
@@ -14,7 +14,8 @@ export function TierPicture({ tiers }) {
     <svg class="tiers" viewBox="0 0 76 20" width="76" height="20" role="img" aria-label=${`on ${said.join(", ")}`}>
       <path d="M14 10h48" />
       ${names.map((tier, index) => html`
-        <rect x=${2 + index * 26} y="3" width="20" height="14" rx="4" class=${tiers.includes(tier) ? tier : "absent"} />`)}
+        <rect x=${2 + index * 26} y="3" width="20" height="14" rx="4"
+          class=${tiers.includes(tier) ? tier : "absent"} />`)}
     </svg>`;
 }
 
@@ -34,10 +35,12 @@ export function Residency({ adapters, latest }) {
           <section class="card tier ${tier}" aria-label=${title}>
             <h2>${title}</h2>
             <p><strong>${count(names.length)}</strong>
-              ${tier === "device" && slots ? ` of ${count(slots)} slots` : names.length === 1 ? " adapter" : " adapters"}
+              ${tier === "device" && slots ? `of ${counted(slots, "slot")}` : names.length === 1 ? "adapter" : "adapters"}
               <span class="value">${bytes(size(tier))}</span></p>
             ${tier === "device" && slots && html`
-              <div class="meter" aria-hidden="true"><span style=${{ width: `${(100 * names.length) / slots}%` }}></span></div>`}
+              <div class="meter" aria-hidden="true">
+                <span style=${{ width: `${(100 * names.length) / slots}%` }}></span>
+              </div>`}
             <ul class="chips">
               ${names.slice(0, MOST_SHOWN).map((name) => html`<li>${name}</li>`)}
               ${names.length > MOST_SHOWN && html`<li>and ${names.length - MOST_SHOWN} more</li>`}

@@ -28,8 +28,8 @@ export function typeOf(given, root) {
 
 function limits(schema) {
   const found = [
-    ["minimum", "at least "], ["exclusiveMinimum", "more than "], ["maximum", "at most "], ["maxLength", "characters at most "],
-    ["maxItems", "items at most "], ["pattern", "matches "],
+    ["minimum", "at least "], ["exclusiveMinimum", "more than "], ["maximum", "at most "],
+    ["maxLength", "characters at most "], ["maxItems", "items at most "], ["pattern", "matches "],
   ];
   const direct = alternatives(schema)?.find((each) => each.type && each.type !== "null") ?? schema;
   return found.filter(([key]) => key in direct).map(([key, words]) => words + direct[key]).join(", ");
@@ -50,7 +50,8 @@ export function Fields({ schema: given, root, marked = false, depth = 0 }) {
             ${marked && schema.required?.includes(field) && html`<span class="badge">required</span>`}
             ${limits(each) && html`<span class="hint"> ${limits(each)}</span>`}
             ${each.description && html`<p class="hint">${prose(each.description)}</p>`}
-            ${objectsIn(each, root).length > 0 && depth + 1 < DEEPEST && html`<${Nested} schema=${each} root=${root} marked=${marked} depth=${depth + 1} />`}
+            ${objectsIn(each, root).length > 0 && depth + 1 < DEEPEST && html`
+              <${Nested} schema=${each} root=${root} marked=${marked} depth=${depth + 1} />`}
           </li>`)}
       </ul>
     </div>`);
@@ -81,5 +82,6 @@ export function example(given, root) {
     return Object.fromEntries((schema.required ?? []).map((field) => [field, example(schema.properties[field], root)]));
   }
   if (schema.type === "array") return [example(schema.items ?? {}, root)];
-  return { string: "hello", integer: schema.minimum ?? 1, number: schema.minimum ?? 1, boolean: true, object: {} }[schema.type] ?? null;
+  const number = schema.minimum ?? 1;
+  return { string: "hello", integer: number, number, boolean: true, object: {} }[schema.type] ?? null;
 }

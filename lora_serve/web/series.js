@@ -48,7 +48,7 @@ export function mean(before, after, name) {
 
 /** A quantile of a histogram's observations between two samples, linear within a bucket; null without any. */
 export function quantile(before, after, name, part) {
-  const bounds = after.labels(`${name}_bucket`, "le").sort((a, b) => Number(a.replace("+", "")) - Number(b.replace("+", "")));
+  const bounds = after.labels(`${name}_bucket`, "le"); // in order; the last is +Inf
   const counts = bounds.map((le) => after.value(`${name}_bucket`, { le }) - before.value(`${name}_bucket`, { le }));
   const wanted = part * (counts.at(-1) ?? 0);
   if (!(wanted > 0)) return null;

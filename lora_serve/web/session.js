@@ -8,8 +8,8 @@ const REFRESH = 4000; // ms between two looks at the list of adapters
 
 /** Connect, and keep the list of adapters fresh while the page is seen.
  *
- * `state` is "connecting", "key" (one is needed), "down", or "ready"; `problem` says what is wrong, with the key or with
- * the server.
+ * `state` is "connecting", "key" (one is needed), "down", or "ready"; `problem` says what is wrong, with the key or
+ * with the server.
  */
 export function useSession() {
   const [session, setSession] = useState({ state: "connecting", adapters: [] });

@@ -26,7 +26,8 @@ export function Settings({ mode, settings, onChange }) {
   return html`
     ${mode === "chat" && html`
       <label class="field">System prompt
-        <textarea rows="3" value=${settings.system ?? ""} onInput=${(event) => set("system", event.target.value)}></textarea>
+        <textarea rows="3" value=${settings.system ?? ""}
+          onInput=${(event) => set("system", event.target.value)}></textarea>
       </label>`}
     <div class="grid">
       ${NUMBERS.map(([name, label, limits]) => html`
@@ -45,6 +46,6 @@ export function Settings({ mode, settings, onChange }) {
       Token probabilities
     </label>
     ${settings.probabilities && html`
-      <p class="hint">The more a token is shaded, the less likely it was. Point at it, or move to it with the arrow keys, to see
-        what else could have come.</p>`}`;
+      <p class="hint">The more a token is shaded, the less likely it was. Point at it, or move to it with the arrow keys,
+        to see what else could have come.</p>`}`;
 }

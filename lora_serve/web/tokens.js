@@ -35,8 +35,8 @@ export function Tokens({ answer }) {
 
   let left = answer.text.length;
   return html`
-    <div class="tokens" ref=${list} role="listbox" aria-label="Tokens and their probabilities" aria-orientation="horizontal"
-      onPointerOver=${show} onPointerLeave=${() => setShown(null)} onKeyDown=${move}
+    <div class="tokens" ref=${list} role="listbox" aria-label="Tokens and their probabilities"
+      aria-orientation="horizontal" onPointerOver=${show} onPointerLeave=${() => setShown(null)} onKeyDown=${move}
       onFocusIn=${show} onFocusOut=${() => setShown(null)}>
       ${tokens.map((token, index) => {
         const outside = left <= 0 && token.text !== "";

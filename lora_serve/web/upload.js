@@ -56,12 +56,15 @@ export function Upload({ adapters, onPublished }) {
 
   return html`
     <section class=${classes("card upload", over && "over")} aria-labelledby="upload-title"
-      onDragOver=${(event) => (event.preventDefault(), setOver(true))} onDragLeave=${() => setOver(false)} onDrop=${drop}>
+      onDragOver=${(event) => (event.preventDefault(), setOver(true))}
+      onDragLeave=${() => setOver(false)} onDrop=${drop}>
       <h2 id="upload-title">Upload an adapter</h2>
-      <p class="hint">Drop a PEFT folder, its files, or a .zip or .tar.gz here. Nothing is published before you have seen
-        the report.</p>
-      <input ref=${files} id="upload-files" type="file" multiple hidden onChange=${pick} aria-label="Files or an archive" />
-      <input ref=${folder} id="upload-folder" type="file" webkitdirectory hidden onChange=${pick} aria-label="A folder" />
+      <p class="hint">Drop a PEFT folder, its files, or a .zip or .tar.gz here. Nothing is published before you
+        have seen the report.</p>
+      <input ref=${files} id="upload-files" type="file" multiple hidden onChange=${pick}
+        aria-label="Files or an archive" />
+      <input ref=${folder} id="upload-folder" type="file" webkitdirectory hidden onChange=${pick}
+        aria-label="A folder" />
       <div class="actions start">
         <button type="button" disabled=${busy} onClick=${() => files.current.click()}>Choose files</button>
         <button type="button" disabled=${busy} onClick=${() => folder.current.click()}>Choose a folder</button>
@@ -81,7 +84,8 @@ export function Upload({ adapters, onPublished }) {
             <input value=${name} required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._\\-]*" spellcheck=${false}
               autocomplete="off" onInput=${(event) => setName(event.target.value)} />
           </label>
-          ${exists && html`<p class="hint">This name exists: it gets a new version. Running requests finish on the old one.</p>`}
+          ${exists && html`
+            <p class="hint">This name exists: it gets a new version. Running requests finish on the old one.</p>`}
           <div class="actions">
             <button type="button" onClick=${() => setState(IDLE)}>Cancel</button>
             <button class="primary">${exists ? "Publish a new version" : "Publish"}</button>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_scripts_and_styles_are_files_of_their_own() -> None:
     for name in ("index.html", "docs.html"):
         text = (WEB / name).read_text()
         assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=", text)
+
+
+def test_the_wheel_contains_every_file_of_the_bundle() -> None:
+    packaged = tomllib.loads((WEB.parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {path for pattern in packaged["lora_serve"] for path in WEB.parent.glob(pattern)}
+    assert found >= {path for path in WEB.rglob("*") if path.is_file()}
 
 
 def test_every_import_of_a_script_is_in_the_bundle() -> None:
