@@ -22,24 +22,27 @@ export function TierPicture({ tiers }) {
 /** All adapters by tier, with bytes and slots where the metrics are known. */
 export function Residency({ adapters, latest }) {
   const inTier = (tier) => adapters.filter(({ versions }) => versions.some((version) => version.tiers.includes(tier)));
-  const size = (tier) => {
-    const versions = inTier(tier).flatMap((adapter) => adapter.versions).filter((each) => each.tiers.includes(tier));
-    return versions.reduce((sum, each) => sum + (tier === "disk" ? each.file_bytes : each.memory_bytes), 0);
+  const contents = (tier) => { // names of one content share it
+    const found = adapters.flatMap((adapter) => adapter.versions).filter((version) => version.tiers.includes(tier));
+    return [...new Map(found.map((version) => [version.digest, version])).values()];
   };
   const slots = latest?.value("lora_serve_adapter_slots");
   return html`
     <div class="residency">
       ${Object.entries(TIERS).map(([tier, title]) => {
         const names = inTier(tier).map((adapter) => adapter.name);
+        const versions = contents(tier);
+        const inSlots = tier === "device" && slots > 0;
+        const size = versions.reduce((sum, each) => sum + (tier === "disk" ? each.file_bytes : each.memory_bytes), 0);
         return html`
           <section class="card tier ${tier}" aria-label=${title}>
             <h2>${title}</h2>
-            <p><strong>${count(names.length)}</strong>
-              ${tier === "device" && slots ? `of ${counted(slots, "slot")}` : names.length === 1 ? "adapter" : "adapters"}
-              <span class="value">${bytes(size(tier))}</span></p>
-            ${tier === "device" && slots && html`
+            <p><strong>${count(inSlots ? versions.length : names.length)}</strong>
+              ${inSlots ? `of ${counted(slots, "slot")}` : names.length === 1 ? "adapter" : "adapters"}
+              <span class="value">${bytes(size)}</span></p>
+            ${inSlots && html`
               <div class="meter" aria-hidden="true">
-                <span style=${{ width: `${(100 * names.length) / slots}%` }}></span>
+                <span style=${{ width: `${(100 * versions.length) / slots}%` }}></span>
               </div>`}
             <ul class="chips">
               ${names.slice(0, MOST_SHOWN).map((name) => html`<li>${name}</li>`)}

@@ -46,6 +46,6 @@ export function Settings({ mode, settings, onChange }) {
       Token probabilities
     </label>
     ${settings.probabilities && html`
-      <p class="hint">The more a token is shaded, the less likely it was. Point at it, or move to it with the arrow keys,
-        to see what else could have come.</p>`}`;
+      <p class="hint">The more a token is shaded, the less likely it was. Point at it, or move to it with the arrow
+        keys, to see what else could have come.</p>`}`;
 }
