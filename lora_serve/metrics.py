@@ -57,6 +57,7 @@ class Timer:
         self._adapter = BASE
         self._begun = metrics._clock()
         self._last: float | None = None
+        self._counted = 0  # tokens of the adapter
         self._ended = False
 
     def admitted(self, adapter: str) -> None:
@@ -68,12 +69,18 @@ class Timer:
         if count < 1:
             return
         now = self._metrics._clock()
+        self._adapter_tokens.inc(count)
+        self._counted += count
         if self._last is None:
             self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
         else:
             for _ in range(count):
                 self._gaps.observe((now - self._last) / count)
         self._last = now
+
+    @cached_property
+    def _adapter_tokens(self) -> Counter:
+        return self._metrics._adapter_tokens.labels(self._adapter)
 
     @cached_property
     def _gaps(self) -> Histogram:
@@ -84,6 +91,7 @@ class Timer:
         if self._ended:
             return
         self._ended = True
+        self._adapter_tokens.inc(max(0, completion_tokens - self._counted))  # an end token
         self._metrics._end(self._endpoint, self._adapter, outcome, self._begun, prompt_tokens, completion_tokens)
 
 
@@ -139,7 +147,9 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._completion_tokens = counter("completion_tokens", "Generated tokens of ended requests.")
         self._adapter_requests = counter("adapter_requests", "Ended requests by adapter.", ("adapter",))
-        self._adapter_tokens = counter("adapter_tokens", "Generated tokens by adapter.", ("adapter",))
+        self._adapter_tokens = counter(
+            "adapter_tokens", "Generated tokens by adapter, also of running requests.", ("adapter",)
+        )
         self._adapter_prompt_tokens = counter("adapter_prompt_tokens", "Prompt tokens by adapter.", ("adapter",))
 
     def observe(self, update: Update) -> None:
@@ -180,7 +190,6 @@ class Metrics:
         self._prompt_tokens.inc(prompt)
         self._completion_tokens.inc(completion)
         self._adapter_requests.labels(adapter).inc()
-        self._adapter_tokens.labels(adapter).inc(completion)
         self._adapter_prompt_tokens.labels(adapter).inc(prompt)
 
 

@@ -52,7 +52,8 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineM
     timer.token()
     engine.now += 0.2
     timer.token(2)
-    timer.end("stop", prompt_tokens=7, completion_tokens=3)
+    assert engine.read()["lora_serve_adapter_tokens_total{adapter=poet}"] == 3  # while it runs
+    timer.end("stop", prompt_tokens=7, completion_tokens=4)  # with an end token
     timer.end("abort", prompt_tokens=7, completion_tokens=3)
     read = engine.read()
     assert read["lora_serve_requests_total{endpoint=completions,outcome=stop}"] == 1
@@ -62,9 +63,9 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineM
     assert read["lora_serve_inter_token_seconds_count{endpoint=completions}"] == 2
     assert read["lora_serve_request_seconds_sum{endpoint=completions}"] == pytest.approx(0.7)
     assert read["lora_serve_prompt_tokens_total"] == 7
-    assert read["lora_serve_completion_tokens_total"] == 3
+    assert read["lora_serve_completion_tokens_total"] == 4
     assert read["lora_serve_adapter_requests_total{adapter=poet}"] == 1
-    assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 3
+    assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 4
 
 
 def ended(engine: FakeEngineMetrics, adapter: str) -> None:
