@@ -9,6 +9,7 @@ import peft
 import psutil
 import pytest
 import torch
+from embedding_parity import embed, embedding
 from engine_session import Session
 from parity import make_adapter
 from server_process import until
@@ -30,6 +31,7 @@ CONFIGS: dict[str, Any] = {
     "wide": peft.LoraConfig(r=24, target_modules=["v_proj", "up_proj", "down_proj"], bias="all", **TASK),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=6, **TASK),
 }
+EMBEDDER = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="FEATURE_EXTRACTION")
 PROMPTS = [[5, 9, 33, 60, 21], [7, 8, 40], list(range(3, 40))]  # the last one is prefilled in three chunks
 NAMES = [None, *CONFIGS]
 
@@ -37,7 +39,7 @@ NAMES = [None, *CONFIGS]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
-    for seed, (name, config) in enumerate(CONFIGS.items()):
+    for seed, (name, config) in enumerate((CONFIGS | {"embedder": EMBEDDER}).items()):
         make_adapter("qwen2", folder / name, seed, config, reload=False)
     return folder
 
@@ -62,14 +64,16 @@ def session(size: int, folder: Path, store: Path, *, overlap: bool = False, **op
 
 
 @pytest.fixture(scope="module")
-def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """What an engine generates that has the base whole."""
+def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[int]], torch.Tensor]:
+    """What an engine generates that has the base whole, and an embedding that it makes."""
     whole = session(1, folder, tmp_path_factory.mktemp("whole"))
     found = answers(whole)
+    embed(whole, "embedded", PROMPTS[2], adapter="embedder")
+    whole.run()
     whole.engine.close()
     each = [tuple(tuple(found[f"{name} {index}"]) for index in range(len(PROMPTS))) for name in NAMES]
     assert len(set(each)) == len(NAMES), "an adapter that changes nothing proves nothing"
-    return found
+    return found, embedding(whole, "embedded")
 
 
 def ranks() -> list[int]:
@@ -79,13 +83,17 @@ def ranks() -> list[int]:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["step by step", "overlapped"])
 def test_two_processes_generate_what_one_does(
-    overlap: bool, folder: Path, wanted: dict[str, list[int]], tmp_path: Path
+    overlap: bool, folder: Path, one: tuple[dict[str, list[int]], torch.Tensor], tmp_path: Path
 ) -> None:
+    wanted, embedded = one
     shared = session(2, folder, tmp_path, overlap=overlap, threads=2)
     assert shared.engine.info.tensor_parallel == 2
     assert len(ranks()) == 1
     assert torch.get_num_threads() == 1  # of 2
     assert answers(shared) == wanted
+    embed(shared, "embedded", PROMPTS[2], adapter="embedder")
+    shared.run()
+    torch.testing.assert_close(embedding(shared, "embedded"), embedded, atol=1e-5, rtol=1e-5)
     shared.engine.close()
     assert ranks() == []
 
