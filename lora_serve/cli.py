@@ -112,6 +112,7 @@ def print_error(status: int, *lines: str) -> int:
 
 def serve(config: ServeConfig) -> int:
     """Run the server until it is told to stop."""
+    check_model(config.model)
     # Only the engine process computes. Without torch, transformers loads its tokenizers alone: half the start-up time
     # and a quarter of the memory; None in sys.modules makes the import fail.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -123,7 +124,6 @@ def serve(config: ServeConfig) -> int:
     from lora_serve.api.app import create_app
     from lora_serve.api.key_file import load_keys
 
-    check_model(config.model)
     keys = load_keys(config.api_key_file)
     return server.serve(
         config,
