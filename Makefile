@@ -18,7 +18,7 @@ serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [P
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, two files at a time, or ARGS="tests/engine -k drain"
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 # Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
 # (the GPU's, in the interpreter; lowering and the store).
