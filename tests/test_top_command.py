@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from metrics_server import served_metrics
 
 from lora_serve.cli import main
 from lora_serve.messages import Stats, StepReport, Update
@@ -96,22 +95,13 @@ def url() -> Iterator[str]:
     for number in range(ROWS + 5):
         server.serve(f"adapter-{number}", 3, 0.1, 0.01)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # the base's name
-            server.serve("busy", 50, 0.1, 0.01)
-            server.metrics.observe(Update([], step=StepReport(3, 30, 2, 0.1)))
-            self.send_response(200 if self.path == "/metrics" else 404)
-            self.end_headers()
-            self.wfile.write(server.metrics.render())
+    def scrape() -> bytes:
+        server.serve("busy", 50, 0.1, 0.01)
+        server.metrics.observe(Update([], step=StepReport(3, 30, 2, 0.1)))
+        return server.metrics.render()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}"
-    http.shutdown()
-    http.server_close()
+    with served_metrics(scrape) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_without_a_terminal_it_is_printed_once(url: str, capsys: pytest.CaptureFixture[str]) -> None:

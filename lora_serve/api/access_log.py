@@ -66,10 +66,10 @@ class AccessLog:
 
 
 def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
-    """What a line says besides method, path and status; without what there is none of."""
+    """What a line says besides method, path and status; None where there is none of it."""
     state = scope["state"]
     kind, message = record.error or (None, None)
-    fields = {
+    return {
         "key": _key(scope),
         "adapter": "+".join(record.served) or None,
         "prompt_tokens": record.prompt_tokens or None,
@@ -83,19 +83,17 @@ def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
         "id": state.get("request_id"),
         "traceparent": state.get("traceparent"),
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _audit_fields(scope: Scope, change: Change, status: int) -> dict[str, Any]:
     client = scope.get("client")
-    fields = {
+    return {
         "status": status,
         "digest": change.digest or None,
         "key": _key(scope),
         "client": None if client is None else client[0],
         "id": scope["state"].get("request_id"),
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _quoted(text: str) -> str:
@@ -112,4 +110,5 @@ def _key(scope: Scope) -> str | None:
 
 def _write(log: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
     if log.isEnabledFor(level):
-        log.log(level, "%s", message, extra={"fields": fields})
+        given = {name: value for name, value in fields.items() if value is not None}
+        log.log(level, "%s", message, extra={"fields": given})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lora_serve import log_format
 from lora_serve.config import ServeConfig
 from lora_serve.engine.process_main import die_with_parent, end
 from lora_serve.errors import ServeError
@@ -39,11 +41,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         join, _ = connection.receive()
     except EOFError:
         end(0)
-    logging.basicConfig(
-        level=ServeConfig.model_validate_json(join.config).log_level.upper(),
-        stream=sys.stderr,
-        format=f"%(asctime)s %(levelname)s rank {join.rank}[%(process)d] %(name)s: %(message)s",
-    )
+    config = ServeConfig.model_validate_json(join.config)
+    log_format.configure(config.log_level, config.log_format, f"rank {join.rank}[{os.getpid()}]")
     try:
         follow(connection, join)
     except EOFError:

@@ -156,6 +156,7 @@ class AttentionMetadata:
 
 
 Activation = Literal["silu", "gelu_tanh"]
+Layers = Sequence[tuple[PackedWeight, Tensor | None]]  # weights and biases of layers that read the same input
 ReplaySupport = Literal["none", "recorded_steps", "cuda_graphs"]
 
 
@@ -228,7 +229,7 @@ class Kernels(Protocol):
         """unpack(packed)[ids] of a weight in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
         ...
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         """Up to eight layers that read the same input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
         The layers share dtype and scheme.
@@ -309,7 +310,7 @@ class Kernels(Protocol):
     def adapted_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
     ) -> list[Tensor]:
@@ -322,7 +323,7 @@ class Kernels(Protocol):
     def adapted_gated_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
         activation: Activation,

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_serve.kernels.composed import ComposedOperations
 from lora_serve.kernels.contract import (
     Activation,
     AttentionMetadata,
     DeltaGroup,
     GraphBuckets,
+    Layers,
     Recording,
     ReplaySupport,
     Segments,
@@ -30,7 +32,7 @@ from lora_serve.kernels.packed_weight import (
 )
 
 
-class ReferenceKernels:
+class ReferenceKernels(ComposedOperations):
     """`Kernels` in plain torch."""
 
     name = "reference"
@@ -49,7 +51,7 @@ class ReferenceKernels:
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, packed.data)
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         outputs = []
         for packed, bias in layers:
             if packed.scheme is None:
@@ -78,12 +80,6 @@ class ReferenceKernels:
         wide = x.float()
         n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (n * (1 + weight.float())).to(x.dtype) if plus_one else (n.to(x.dtype) * weight).to(x.dtype)
-
-    def add_rms_norm(
-        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
-    ) -> tuple[Tensor, Tensor]:
-        total = x + y
-        return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
 
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         if activation == "silu":
@@ -122,28 +118,6 @@ class ReferenceKernels:
                     shrunk = rows @ delta.a.float().T  # [rows, rank]
                     sums = output[start:end].float() + weight * (shrunk @ delta.b.float())
                     output[start:end] = sums.to(output.dtype)
-
-    def adapted_linear(
-        self,
-        x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
-        group: DeltaGroup,
-        segments: Segments,
-    ) -> list[Tensor]:
-        outputs = self.linear(x, layers)
-        self.delta(x, outputs, group, segments)
-        return outputs
-
-    def adapted_gated_linear(
-        self,
-        x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
-        group: DeltaGroup,
-        segments: Segments,
-        activation: Activation,
-    ) -> Tensor:
-        gate, up = self.adapted_linear(x, layers, group, segments)
-        return self.gated_activation(gate, up, activation)
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
         size = keys.shape[1]

@@ -6,23 +6,21 @@ import json
 import re
 import shutil
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
+from metrics_server import served_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from lora_serve.messages import Stats, StepReport, Update
-from lora_serve.metrics import CONTENT_TYPE, Metrics
+from lora_serve.metrics import Metrics
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana" / "lora-serve.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -54,6 +52,11 @@ class Served:
         timer.token(1)
         timer.end("stop", 10, 3)
         self.metrics.count_error(429, "overloaded")
+
+    def scrape(self) -> bytes:
+        """The metrics; every scrape finds more work done."""
+        self.work()
+        return self.metrics.render()
 
 
 def query_text(query: str) -> str:
@@ -113,33 +116,11 @@ def test_variables_are_read_from_a_metric_that_there_is(samples: dict[str, set[s
         assert name in samples
 
 
-@contextmanager
-def exposed(served: Served) -> Iterator[int]:
-    """A port at which the metrics can be scraped; every scrape finds more work done."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # the base's name
-            served.work()
-            self.send_response(200)
-            self.send_header("Content-Type", CONTENT_TYPE)
-            self.end_headers()
-            self.wfile.write(served.metrics.render())
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="there is no Prometheus here")
 def test_prometheus_answers_every_query_with_data(tmp_path: Path) -> None:
-    with exposed(Served()) as unused:
+    with served_metrics(Served().scrape) as unused:
         pass  # a port that is free again
-    with exposed(Served()) as port:
+    with served_metrics(Served().scrape) as port:
         (tmp_path / "prometheus.yml").write_text(
             "global: {scrape_interval: 1s}\n"
             f"scrape_configs: [{{job_name: lora-serve, static_configs: [{{targets: ['127.0.0.1:{port}']}}]}}]\n"

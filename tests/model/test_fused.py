@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -17,8 +17,7 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Segments
-from lora_serve.kernels.packed_weight import PackedWeight
+from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, fuse
 
@@ -206,7 +205,7 @@ class GatingKernels(ReferenceKernels):
     def adapted_gated_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
         activation: Activation,

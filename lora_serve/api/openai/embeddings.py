@@ -39,7 +39,7 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
 from lora_serve.metrics import Timer
-from lora_serve.request import Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
+from lora_serve.request import AdapterUse, Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
 from lora_serve.request import Request as EngineRequest
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
@@ -52,18 +52,20 @@ Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapter
 )
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
-    adapters = [use.name for use in resolve_adapters(body, services, caller)]
     try:
-        with services.quotas.use(caller, adapters, record_of(request.scope)) as quota:
-            response = await _respond(body, request, services, caller)
+        uses = resolve_adapters(body, services, caller)
+        with services.quotas.use(caller, [use.name for use in uses], record_of(request.scope)) as quota:
+            response = await _respond(body, request, services, caller, uses)
         response.headers.update(quota)
         return response
     except AdapterNotFound as error:
         raise await explain_not_found(error, body, services, caller) from None
 
 
-async def _respond(body: EmbeddingBody, request: Request, services: Services, caller: Caller) -> Response:
-    requests = await cancel_on_disconnect(request, _prepare(body, services, caller))
+async def _respond(
+    body: EmbeddingBody, request: Request, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> Response:
+    requests = await cancel_on_disconnect(request, _prepare(body, services, caller, uses))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
@@ -88,10 +90,11 @@ async def _respond(body: EmbeddingBody, request: Request, services: Services, ca
     )
 
 
-async def _prepare(body: EmbeddingBody, services: Services, caller: Caller) -> list[EngineRequest]:
+async def _prepare(
+    body: EmbeddingBody, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> list[EngineRequest]:
     """The engine's request for each input. Raises BadRequest and ContextExceeded that name the field."""
     info = engine_info(services)
-    uses = resolve_adapters(body, services, caller)
     if body.dimensions is not None and body.dimensions > info.hidden_size:
         raise BadRequest(f"an embedding has {info.hidden_size} dimensions", param="dimensions")
     prompts = await _prompts(body, services)

@@ -43,12 +43,6 @@ class NativePointwise:
         )
         return y
 
-    def add_rms_norm(
-        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
-    ) -> tuple[Tensor, Tensor]:
-        total = x + y  # which a recording turns into `add`
-        return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
-
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         check_gated(gate, up)
         width = gate.shape[-1]

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, GraphBuckets, ReplaySupport, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, GraphBuckets, Layers, ReplaySupport, Segments
 from lora_serve.kernels.gpu import matmul, pointwise
 from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
@@ -77,7 +77,7 @@ class GpuKernels:
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return self._plain.lookup(packed, ids)
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         """One product for layers that were packed together."""
         if layers[0][0].scheme is not None:
             return matmul.linear(x, layers, self._plans)
@@ -96,7 +96,7 @@ class GpuKernels:
     def adapted_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
     ) -> list[Tensor]:
@@ -114,7 +114,7 @@ class GpuKernels:
     def adapted_gated_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
         activation: Activation,
@@ -131,9 +131,7 @@ class GpuKernels:
         gate, up = outputs
         return self.gated_activation(gate, up, activation)
 
-    def _linear_and_shrink(
-        self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]], call: DeltaCall
-    ) -> list[Tensor]:
+    def _linear_and_shrink(self, x: Tensor, layers: Layers, call: DeltaCall) -> list[Tensor]:
         if call.beside and self._fork.ready:
             with self._fork.beside(call.shrink):
                 return self.linear(x, layers)

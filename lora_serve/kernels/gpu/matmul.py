@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from lora_serve.kernels.contract import Layers
 from lora_serve.kernels.gpu.device import TYPES, processors
 from lora_serve.kernels.gpu.matmul_kernels import add_splits, multiply, round_rows
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, MatmulPlan, MatmulProblem, PlanTable, rows_bucket
@@ -135,9 +136,7 @@ def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
     return [replace(packed, levels=own) for packed, own in zip(joined, levels, strict=True)]
 
 
-def linear(
-    x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]], table: PlanTable = NO_PLANS
-) -> list[Tensor]:
+def linear(x: Tensor, layers: Layers, table: PlanTable = NO_PLANS) -> list[Tensor]:
     """`Kernels.linear` for quantised layers.
 
     Raises:
@@ -169,7 +168,7 @@ def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
     return RoundedRows(whole, step, total)
 
 
-def merged_layer(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[PackedWeight, Tensor | None] | None:
+def merged_layer(layers: Layers) -> tuple[PackedWeight, Tensor | None] | None:
     """The one layer that has the outputs of all, if their weights are neighbours in memory; else None."""
     if len(layers) == 1:
         return layers[0]
@@ -226,7 +225,7 @@ def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor
     return y
 
 
-def check(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> None:
+def check(x: Tensor, layers: Layers) -> None:
     """Raise for shapes, types and strides that the kernels would misread."""
     if x.dtype not in TYPES:
         raise TypeError(f"{x.dtype} is not fp32, bf16 or fp16")

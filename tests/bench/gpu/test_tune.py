@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import kernels.interpreter  # noqa: F401  (before the kernels)
@@ -16,11 +16,10 @@ from torch import Tensor
 from bench.gpu import plan_search, tune
 from bench.gpu.plan_search import GraphTimer, PlanFails, Run, Tuner
 from bench.gpu.tuning_problems import DeltaCase, Group, delta_cases, groups
-from lora_serve.kernels.contract import Activation, DeltaGroup, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
 from lora_serve.kernels.gpu import plan_table
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.plan_table import DeltaPlan, MatmulPlan, PlanTable
-from lora_serve.kernels.packed_weight import PackedWeight
 
 MODEL = "tiny"
 GROUPS = [Group(MODEL, "gate+up", 32, (48, 48))]
@@ -92,7 +91,7 @@ class WrongInSplits(GpuKernels):
     def adapted_gated_linear(
         self,
         x: Tensor,
-        layers: Sequence[tuple[PackedWeight, Tensor | None]],
+        layers: Layers,
         group: DeltaGroup,
         segments: Segments,
         activation: Activation,
