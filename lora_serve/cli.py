@@ -26,10 +26,11 @@ from pydantic_settings import (
 )
 
 from lora_serve import log_format
+from lora_serve.adapter_commands import AdapterCommand
 from lora_serve.config import ServeConfig
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.key_commands import KeyCommand, KeyCommands
-from lora_serve.remote import AdapterCommand, RemoteCommand
+from lora_serve.remote import RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 
 POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")

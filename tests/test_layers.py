@@ -26,7 +26,18 @@ PACKAGES = (
     Package(
         7,
         "command line",
-        ("__main__", "cli", "server", "http_protocol", "remote", "reports", "store_commands", "key_commands"),
+        (
+            "__main__",
+            "cli",
+            "server",
+            "http_protocol",
+            "remote",
+            "remote_copies",
+            "adapter_commands",
+            "reports",
+            "store_commands",
+            "key_commands",
+        ),
     ),
     Package(6, "api", ("api",)),
     Package(5, "metrics", ("metrics",)),
@@ -37,7 +48,9 @@ PACKAGES = (
     Package(2, "kv", ("kv",)),
     Package(1, "kernels", ("kernels",)),
     Package(
-        1, "shared types", ("request", "messages", "config", "errors", "names", "adapter_files", "log_format", "malloc")
+        1,
+        "shared types",
+        ("request", "messages", "precondition", "config", "errors", "names", "adapter_files", "log_format", "malloc"),
     ),
 )
 

@@ -32,6 +32,7 @@ from lora_serve.api.openai.preprocess import (
     vocabulary_size,
 )
 from lora_serve.api.openai.respond import model_fields
+from lora_serve.api.openai.routing import routing_of
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
 from lora_serve.api.request_record import record_of
@@ -63,7 +64,7 @@ async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, ca
 
 
 async def _respond(body: EmbeddingBody, request: Request, services: Services, caller: Caller) -> Response:
-    requests = await cancel_on_disconnect(request, _prepare(body, services, caller))
+    requests = await cancel_on_disconnect(request, _prepare(body, request, services, caller))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
@@ -89,7 +90,7 @@ async def _respond(body: EmbeddingBody, request: Request, services: Services, ca
     )
 
 
-async def _prepare(body: EmbeddingBody, services: Services, caller: Caller) -> list[EngineRequest]:
+async def _prepare(body: EmbeddingBody, http: Request, services: Services, caller: Caller) -> list[EngineRequest]:
     """The engine's request for each input. Raises BadRequest and ContextExceeded that name the field."""
     info = engine_info(services)
     uses = resolve_adapters(body, services, caller)
@@ -100,9 +101,10 @@ async def _prepare(body: EmbeddingBody, services: Services, caller: Caller) -> l
         if len(prompt) > info.max_model_len:
             raise context_exceeded(info, len(prompt), 0, "input")
     id_, params, priority = f"embd-{uuid.uuid4().hex}", EmbeddingParams(body.dimensions), body.priority or 0
+    routing = routing_of(http, id_, body.user, services)
     return [
         EngineRequest(
-            f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params, priority, caller.share
+            f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params, priority, caller.share, routing
         )
         for index, prompt in enumerate(prompts)
     ]
