@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,6 @@ def change_alias(store: Store) -> None:
     store.set_alias("also", alias_of(store, "b"))
 
 
-def remove_alias(store: Store) -> None:
-    store.remove_alias("also")
-
-
 def alias_of(store: Store, name: str) -> AliasRecord:
     (digest,) = store.names()[name].versions[:1]
     return AliasRecord([TargetRecord(name, digest, 2.0), TargetRecord("a")], "user", 5.0)
@@ -76,7 +73,7 @@ def repair(store: Store) -> None:
     publish(store, "a", "of a")
 
 
-CHANGES = [publish_new, publish_known, remove, pin, replace_lowered, add_alias, change_alias, remove_alias]
+CHANGES = [publish_new, publish_known, remove, pin, replace_lowered, add_alias, change_alias]
 
 
 def make_store(root: Path) -> None:
@@ -217,6 +214,27 @@ def test_interrupted_a_repair_leaves_the_damaged_version_or_the_whole_one(
         again.close()
         kept = {(root / path).read_text() for path in listing(root) if path.endswith("model.safetensors")}
         assert kept >= {"cut", "of b"}
+
+
+@pytest.mark.parametrize("failure", [Killed, no_space])
+def test_an_alias_whose_removal_is_interrupted_is_there_or_gone(
+    tmp_path: Path, failure: Callable[[], BaseException]
+) -> None:
+    both = complete(tmp_path / "complete", lambda store: store.remove_alias("also"))
+    seen = []
+    for number in range(2):  # the removal, and waiting for the disk
+        root = tmp_path / f"{number}"
+        make_store(root)
+        opening = FailingDisk(NEVER, no_space)
+        Store(root, disk=opening).close()
+        failing = FailingDisk(opening.done + number, failure)
+        store = Store(root, disk=failing)
+        with suppress(Killed, StorageFull):
+            store.remove_alias("also")
+        assert failing.reached
+        store.close()
+        seen.append(state(root))
+    assert seen == [*both]
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
