@@ -87,8 +87,8 @@ def test_all_choices_of_a_call_are_of_one_target_in_a_composition_too(server: Se
 
 
 def test_rolling_back_to_a_version_that_the_alias_keeps_needs_no_upload(server: ServerProcess, tmp_path: Path) -> None:
-    versions = [server.http.put("/v1/adapters/mine", **variant(number)).raise_for_status() for number in range(2)]
-    del versions
+    for number in range(2):
+        server.http.put("/v1/adapters/mine", **variant(number)).raise_for_status()
     first, second = variant_digest(0), variant_digest(1)
     listed = server.http.get("/v1/adapters/mine").json()["versions"]
     assert [each["digest"] for each in listed] == [second]  # one is kept
@@ -159,6 +159,15 @@ def test_what_was_uploaded_comes_back_byte_for_byte_and_is_the_same_version_else
         there = other.http.get("/v1/adapters/loud")
         assert there.headers["ETag"] == f'"{digest}"'
         assert other.complete(TEXT, "loud") == TEXT.upper()
+        weights = tmp_path / "other" / "versions" / digest / "adapter_model.safetensors"
+        altered = bytearray(weights.read_bytes())
+        altered[-1] ^= 1
+        weights.write_bytes(altered)
+        capsys.readouterr()
+        assert main(["adapter", "pull", "loud", "--to", str(tmp_path / "y"), "--url", other.url]) == 1
+        assert capsys.readouterr().err.startswith(f"lora-serve: no answer from {other.url}")
+        assert not (tmp_path / "y").exists()
+        until(lambda: any("of adapter loud has been altered in the store" in line for line in other.log))
 
 
 @pytest.mark.parametrize("victim", ["engine", "server"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import tarfile
 from collections.abc import AsyncGenerator
@@ -32,6 +33,7 @@ CHUNK = 1 << 20  # bytes read at once
 BLOCK = tarfile.BLOCKSIZE
 TAR = "application/x-tar"
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
 Version = Annotated[
@@ -71,17 +73,22 @@ class TarResponse(StreamingResponse):
 
     def __init__(self, version: AdapterFiles) -> None:
         self._opened = ExitStack()
+        self._adapter = f"adapter {version.name}"
         files = [self._open(version, path) for path in sorted(version.files)]
         length = sum(BLOCK + size + -size % BLOCK for _, _, size, _ in files) + 2 * BLOCK
         headers = {
             "Content-Length": str(length),
             "Content-Disposition": f'attachment; filename="{version.name}-{version.digest[:12]}.tar"',
         }
-        super().__init__(_tar(files), headers=headers | etag_header(version.digest), media_type=TAR)
+        super().__init__(_tar(files, self._adapter), headers=headers | etag_header(version.digest), media_type=TAR)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._opened:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except AdapterBroken as error:  # too late for a status: the response stays incomplete
+                record_of(scope).error = (error.kind, error.message)
+                log.error("a download was ended: %s", error.message)
 
     def _open(self, version: AdapterFiles, path: str) -> tuple[str, IO[bytes], int, str]:
         size, digest = version.files[path]
@@ -93,10 +100,10 @@ class TarResponse(StreamingResponse):
         except OSError as error:
             reason = f"{path}: {error.strerror}"
         self._opened.close()
-        raise AdapterBroken(f"adapter {version.name} cannot be downloaded: {reason}", param="name")
+        raise AdapterBroken(f"{self._adapter} cannot be downloaded: {reason}", param="name")
 
 
-async def _tar(files: list[tuple[str, IO[bytes], int, str]]) -> AsyncGenerator[bytes, None]:
+async def _tar(files: list[tuple[str, IO[bytes], int, str]], adapter: str) -> AsyncGenerator[bytes, None]:
     """The tar of files, given as name, open file, size and SHA-256. Raises AdapterBroken if one has been altered."""
     for name, file, size, digest in files:
         member = tarfile.TarInfo(name)
@@ -110,7 +117,7 @@ async def _tar(files: list[tuple[str, IO[bytes], int, str]]) -> AsyncGenerator[b
             left -= len(chunk)
             yield chunk
         if left or hashed.hexdigest() != digest:
-            raise AdapterBroken(f"{name} has been altered in the store")
+            raise AdapterBroken(f"{name} of {adapter} has been altered in the store")
         yield bytes(-size % BLOCK)
     yield bytes(2 * BLOCK)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from stub_admin import FILES, StubAdminApp, refusal
 
+from lora_serve.api.download import TarResponse
+from lora_serve.api.request_record import record_of
 from lora_serve.messages import AdapterFiles, AdapterInfo, AdapterVersion, LocateFiles
 
 ALL = FILES | {"README.md": b"", "1_Pooling/config.json": b"x" * 512}
@@ -76,8 +80,16 @@ async def test_altered_files_are_not_sent_whole(server: StubAdminApp) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    answer = await server.ask("GET", FILES_OF)
-    assert len(answer.content) < int(answer.headers["Content-Length"])
+    scope: dict[str, Any] = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await TarResponse(server.engine.files)(scope, asyncio.Event().wait, send)  # type: ignore[arg-type]
+    assert sent[-1]["more_body"]  # the server closes the connection
+    why = "adapter_model.safetensors of adapter poet has been altered in the store"
+    assert record_of(scope).error == ("adapter_broken", why)
     weights.write_bytes(content[:-1])
     status, field, message = refusal(await server.ask("GET", FILES_OF))
     assert (status, field) == (409, "name")

@@ -29,6 +29,7 @@ def test_an_alias_survives_and_its_names_keep_what_it_names(tmp_path: Path) -> N
     assert store.names()["a"].versions == [third, old]
     with pytest.raises(AdapterBusy):
         store.drop(old)
+    store.drop(new)
     store.close()
     again = Store(tmp_path / "store")
     assert (again.aliases(), again.notes) == ({"prod": record}, [])
