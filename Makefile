@@ -12,13 +12,13 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test asan older-cpus emulated check format gpu-check gpu-wheels clean
+.PHONY: serve test asan older-cpus emulated check format gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, two files at a time, or ARGS="tests/engine -k drain"
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 # Native kernels, adapters that load, and steps that are recorded and replayed. Left out: what runs on no native kernel
 # (the GPU's, in the interpreter; lowering and the store).
@@ -63,6 +63,10 @@ format: $(VENV)/.dev
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
+
+gpu-tune:  ## on a machine with a GPU: measure launch plans of its kernels, for lora_serve/kernels/gpu/tuned
+	$(PYTHON) bench/gpu/check.py --only-install
+	.venv-gpu/bin/python -m bench.gpu.tune --json $(OUT)/tune.json $(ARGS)
 
 gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for GPU_PYTHON=3.12
 	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)

@@ -1,6 +1,7 @@
 """The `lora-serve` command.
 
-`serve` runs the server, `adapter` manages a running one, `store` works on its folder, `key` on the file of API keys.
+`serve` runs the server, `adapter` and `top` manage and show a running one, `store` works on its folder, `key` on the
+file of API keys.
 Options are parsed here and errors printed; the work is done elsewhere.
 """
 
@@ -11,8 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -28,10 +28,12 @@ from pydantic_settings import (
 from lora_serve import log_format
 from lora_serve.adapter_commands import AdapterCommand
 from lora_serve.config import ServeConfig
-from lora_serve.errors import ModelUnsupported, ServeError
+from lora_serve.errors import BadRequest, ModelUnsupported, ServeError
 from lora_serve.key_commands import KeyCommand, KeyCommands
+from lora_serve.option_errors import check_environment, check_model, describe_invalid_options, describe_parse_error
 from lora_serve.remote import RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
+from lora_serve.top_command import TopCommand
 
 POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
 
@@ -45,10 +47,12 @@ class Cli(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_exit_on_error=False,
     )
 
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    top: CliSubCommand[TopCommand] = Field(description="show what a running server does")
     store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
     key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")
 
@@ -60,11 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lora-serve {version('lora-serve')}")
         return 0
     try:
+        check_environment(os.environ)
         chosen = parse(given)
     except ValidationError as error:
-        return print_error(2, *describe_invalid_options(error))
-    except (SettingsError, yaml.YAMLError) as error:
+        return print_error(2, *describe_invalid_options(error, given, POSITIONAL, Cli.model_fields))
+    except SettingsError as error:
+        return print_error(2, describe_parse_error(error, options_of(given)))
+    except yaml.YAMLError as error:
         return print_error(2, " ".join(str(error).split()))
+    except BadRequest as error:
+        return print_error(2, error.message)
     try:
         match chosen:
             case ServeConfig():
@@ -84,6 +93,17 @@ def parse(arguments: Sequence[str]) -> Any:
     return chosen
 
 
+def options_of(arguments: Sequence[str]) -> list[str]:
+    """Names of the options that the subcommand of these arguments has."""
+    model: Any = Cli
+    for word in arguments:
+        field = model.model_fields.get(word.replace("-", "_"))
+        if field is None:
+            break
+        model = next(iter(each for each in get_args(field.annotation) if each is not type(None)))
+    return [name.replace("_", "-") for name in model.model_fields]
+
+
 def print_error(status: int, *lines: str) -> int:
     """Print lines to stderr and return `status`."""
     for line in lines:
@@ -91,21 +111,9 @@ def print_error(status: int, *lines: str) -> int:
     return status
 
 
-def describe_invalid_options(error: ValidationError) -> list[str]:
-    """One line per invalid option: its name on the command line and what is wrong with it."""
-    lines = []
-    for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ")
-        option = next((part for part in reversed(problem["loc"]) if isinstance(part, str)), "")
-        if option in Cli.model_fields:  # about the whole command
-            lines.append(message)
-        else:
-            lines.append(f"{option.upper() if option in POSITIONAL else '--' + option.replace('_', '-')}: {message}")
-    return lines
-
-
 def serve(config: ServeConfig) -> int:
     """Run the server until it is told to stop."""
+    check_model(config.model)
     # Only the engine process computes. Without torch, transformers loads its tokenizers alone: half the start-up time
     # and a quarter of the memory; None in sys.modules makes the import fail.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -127,8 +135,6 @@ def serve(config: ServeConfig) -> int:
 
 def load_tokenizer(config: ServeConfig) -> Any:
     """Load the base model's tokenizer, without running code that comes with it. Raises `ModelUnsupported`."""
-    if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
-        raise ModelUnsupported(f"there is no folder {config.model}")
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
     from lora_serve.engine.base_tokenizer import load_base_tokenizer
 

@@ -19,7 +19,18 @@ from pydantic_settings import (
 
 from lora_serve.names import CONFIG
 
+UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
 MOST_SEQS = 256  # default max_num_seqs on a GPU; on a CPU it is lower
+
+
+class Size(ByteSize):
+    """A number of bytes, shown as one writes it."""
+
+    def __str__(self) -> str:
+        whole = next((unit for unit in ("GiB", "MiB", "KiB") if self % UNITS[unit] == 0), None)
+        return str(int(self)) if whole is None else f"{self // UNITS[whole]}{whole}"
+
+    __repr__ = __str__
 
 
 def is_public(host: str) -> bool:
@@ -62,18 +73,16 @@ class ServeConfig(BaseSettings):
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
-    adapter_cache_memory: ByteSize = Field(ByteSize(2 << 30), description="host memory for adapters, e.g. 2GiB")
-    adapter_device_memory: ByteSize | None = Field(
+    adapter_cache_memory: Size = Field(Size(2 << 30), description="host memory for adapters, e.g. 2GiB")
+    adapter_device_memory: Size | None = Field(
         None,
         description="GPU memory for adapters; one request may use half of it (default: a tenth of the GPU's)",
     )
-    max_adapter_size: ByteSize = Field(ByteSize(2 << 30), description="maximum size of an adapter, unpacked")
+    max_adapter_size: Size = Field(Size(2 << 30), description="maximum size of an adapter, unpacked")
     keep_versions: int = Field(
         3, ge=1, description="versions of an adapter that stay in the store, the newest included"
     )
-    compiler_memory: ByteSize = Field(
-        ByteSize(8 << 30), description="memory that checking and lowering one adapter takes"
-    )
+    compiler_memory: Size = Field(Size(8 << 30), description="memory that checking and lowering one adapter takes")
     compiler_cpu_time: int = Field(120, ge=1, description="seconds of CPU time that lowering one adapter may take")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -83,6 +92,9 @@ class ServeConfig(BaseSettings):
         None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="devices of this machine that share the base's layers, a process for each"
+    )
     threads: int = Field(0, ge=0, description="compute threads (0: one per physical core)")
     native_kernels: bool = Field(True, description="use the C++ or Triton kernels; otherwise plain torch")
 
@@ -95,7 +107,7 @@ class ServeConfig(BaseSettings):
         ge=1,
         description="tokens in one step; longer prompts are split into chunks (default: 512; on a GPU 2048)",
     )
-    kv_cache_memory: ByteSize | None = Field(
+    kv_cache_memory: Size | None = Field(
         None, description="device memory for the KV cache, e.g. 4GiB (default: 1GiB; on a GPU all that is left)"
     )
     itl_target: float | None = Field(
@@ -123,7 +135,7 @@ class ServeConfig(BaseSettings):
     )
     insecure: bool = Field(False, description="allow a public --host without --api-key-file")
     adapter_roots: list[Path] = Field([], description="folders that /v1/load_lora_adapter may read from")
-    max_body: ByteSize = Field(ByteSize(8 << 20), description="maximum size of a JSON body")
+    max_body: Size = Field(Size(8 << 20), description="maximum size of a JSON body")
     max_n: int = Field(16, ge=1, description="maximum n of a request")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests have to finish after SIGTERM")
     heartbeat_timeout: float = Field(
@@ -153,6 +165,13 @@ class ServeConfig(BaseSettings):
         if value is not None and (value / CONFIG).exists():
             parent = value.resolve().parent
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
+        return value
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("quantize") is not None:
+            raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
         return value
 
     @field_validator("allow_origin")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ class KeyCommand(BaseModel, ABC):
     def run(self) -> None:
         """Execute the command. Raises: `ServeError`."""
         try:
-            self.act()
+            with _locked(self.path):
+                self.act()
         except OSError as error:
             raise ServeError(f"{error.filename or self.path}: {error.strerror or error}") from error
 
@@ -58,11 +61,14 @@ class KeyCommand(BaseModel, ABC):
     def write(self, entries: Any) -> None:
         """Replace the file as a whole, after it was checked; a new one can be read by its owner only."""
         path = self.path.resolve()  # not a link to it
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        status = path.stat() if path.exists() else None
+        mode, owner = (0o600, None) if status is None else (status.st_mode & 0o777, (status.st_uid, status.st_gid))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "w") as file:
                 os.fchmod(handle, mode)
+                if owner is not None and owner != (os.getuid(), os.getgid()):
+                    os.fchown(handle, *owner)  # the server's user must still be able to read it
                 _yaml().dump(entries, file)
                 file.flush()
                 os.fsync(handle)
@@ -102,7 +108,7 @@ class KeyAddCommand(KeyCommand):
             "limits": {name: value for name, value in limits.items() if value},
         }
         set_ = {name: value for name, value in given.items() if value or (name == "share" and value is not None)}
-        entries[self.name] = {"hash": hash_key(secret)} | set_
+        entries[_quoted(self.name)] = {"hash": hash_key(secret)} | set_
         self.write(entries)
         print(f"added {self.name} to {self.path}; its key is shown only now:", file=sys.stderr)
         print(secret)
@@ -159,6 +165,24 @@ def check(path: Path) -> None:
     from lora_serve.api.key_file import read_keys
 
     read_keys(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One command at a time for the key files of a folder: each reads the file and then replaces it."""
+    handle = os.open(path.resolve().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _quoted(name: str) -> Any:
+    """A name in quotes: without, YAML's versions do not agree on what `on` and `1_0` are."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    return DoubleQuotedScalarString(name)
 
 
 def _yaml() -> Any:

@@ -261,7 +261,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
     generates no text. `store`: folder of the published adapters. `adapters`: how many are listed, and
-    `broken_adapters` how many of them cannot be served.
+    `broken_adapters` how many of them cannot be served. `tensor_parallel`: how many devices share the base; `device` is
+    the first.
     """
 
     model: str
@@ -285,6 +286,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     headless: bool = False
     store: str = ""
     broken_adapters: int = 0
+    tensor_parallel: int = 1
 
 
 class Stats(msgspec.Struct):
@@ -294,6 +296,9 @@ class Stats(msgspec.Struct):
     seconds (`engine/step_costs.py`).
 
     Attributes:
+        resident, resident_in_host, pinned: names of adapters whose current version is on the device, in host memory,
+            pinned; every name of a version.
+        versions_resident: how many versions are on the device.
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
         sticky_headers: lower-case names of the headers that aliases go by.
@@ -315,6 +320,9 @@ class Stats(msgspec.Struct):
     load_seconds_total: dict[str, float] = {}
     bytes: dict[str, int] = {}
     resident: list[str] = []
+    resident_in_host: list[str] = []
+    pinned: list[str] = []
+    versions_resident: int = 0
     waiting_adapters: list[str] = []
     adapters: int = 0
     adapter_slots: int = 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from lora_serve.messages import Stats, Update
@@ -57,6 +57,7 @@ class Timer:
         self._adapter = BASE
         self._begun = metrics._clock()
         self._last: float | None = None
+        self._counted = 0  # tokens of the adapter
         self._ended = False
 
     def admitted(self, adapter: str) -> None:
@@ -68,12 +69,18 @@ class Timer:
         if count < 1:
             return
         now = self._metrics._clock()
+        self._adapter_tokens.inc(count)
+        self._counted += count
         if self._last is None:
             self._metrics._first_token.labels(self._endpoint).observe(now - self._begun)
         else:
             for _ in range(count):
                 self._gaps.observe((now - self._last) / count)
         self._last = now
+
+    @cached_property
+    def _adapter_tokens(self) -> Counter:
+        return self._metrics._adapter_tokens.labels(self._adapter)
 
     @cached_property
     def _gaps(self) -> Histogram:
@@ -84,6 +91,7 @@ class Timer:
         if self._ended:
             return
         self._ended = True
+        self._adapter_tokens.inc(max(0, completion_tokens - self._counted))  # an end token
         self._metrics._end(self._endpoint, self._adapter, outcome, self._begun, prompt_tokens, completion_tokens)
 
 
@@ -93,6 +101,7 @@ class Metrics:
     Args:
         engine_stats: returns the latest engine statistics.
         restarts: returns the number of engine restarts.
+        block_size: tokens of a KV block.
         clock: for durations.
         wall: seconds since the epoch, for the time of the last change.
     """
@@ -102,12 +111,13 @@ class Metrics:
         engine_stats: Callable[[], Stats],
         restarts: Callable[[], int],
         *,
+        block_size: int = 16,
         clock: Clock = time.perf_counter,
         wall: Clock = time.time,
     ) -> None:
         self._clock = clock
         self._registry = registry = CollectorRegistry()
-        self._engine = _EngineCollector(engine_stats, restarts, wall)
+        self._engine = _EngineCollector(engine_stats, restarts, block_size, wall)
         registry.register(self._engine)
         self._labelled: set[str] = set()
 
@@ -137,7 +147,10 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._completion_tokens = counter("completion_tokens", "Generated tokens of ended requests.")
         self._adapter_requests = counter("adapter_requests", "Ended requests by adapter.", ("adapter",))
-        self._adapter_tokens = counter("adapter_tokens", "Generated tokens by adapter.", ("adapter",))
+        self._adapter_tokens = counter(
+            "adapter_tokens", "Generated tokens by adapter, also of running requests.", ("adapter",)
+        )
+        self._adapter_prompt_tokens = counter("adapter_prompt_tokens", "Prompt tokens by adapter.", ("adapter",))
 
     def observe(self, update: Update) -> None:
         """Process an engine update; register with `EngineClient.observe`."""
@@ -177,7 +190,7 @@ class Metrics:
         self._prompt_tokens.inc(prompt)
         self._completion_tokens.inc(completion)
         self._adapter_requests.labels(adapter).inc()
-        self._adapter_tokens.labels(adapter).inc(completion)
+        self._adapter_prompt_tokens.labels(adapter).inc(prompt)
 
 
 class _MonotonicTotals:
@@ -202,8 +215,9 @@ class _MonotonicTotals:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], Stats], restarts: Callable[[], int], wall: Clock) -> None:
+    def __init__(self, stats: Callable[[], Stats], restarts: Callable[[], int], block_size: int, wall: Clock) -> None:
         self._stats = stats
+        self._block_size = block_size
         self._restarts = restarts
         self._wall = wall
         self._engine = restarts()
@@ -238,13 +252,16 @@ class _EngineCollector(Collector):
             ("lora_serve_kv_blocks", "KV blocks in all.", stats.kv_blocks),
             ("lora_serve_kv_usage_ratio", "KV blocks in use, 0 to 1.", usage),
             ("lora_serve_adapters", "Published adapters.", stats.adapters),
-            ("lora_serve_adapters_resident", "Adapters on the device.", len(stats.resident)),
+            ("lora_serve_adapters_resident", "Adapters on the device.", stats.versions_resident),
             ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
             ("lora_serve_queue_oldest_seconds", "How long the oldest sequence in the queue waits.", stats.oldest_wait),
             ("lora_serve_queue_expected_seconds", "How long one that comes now would wait.", stats.expected_wait),
             ("vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("vllm:num_requests_running", "Sequences being served.", stats.running),
             ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", usage),
+            ("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", len(stats.resident)),
+            ("vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.", len(stats.resident_in_host)),
+            ("vllm:max_gpu_lora_adapters", "Adapters that fit on the device at once.", stats.adapter_slots),
         ):
             yield GaugeMetricFamily(name, meaning, value)
         costs = GaugeMetricFamily(
@@ -265,6 +282,30 @@ class _EngineCollector(Collector):
                 total.add_metric([label] if field in TOTALS_BY_TIER else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
+        yield from self._for_routers(stats)
+
+    def _for_routers(self, stats: Stats) -> Iterator[Metric]:
+        """What LoRA-aware routers read: vLLM's older gauge, of adapters in use, and its newer ones, of residency."""
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache's blocks.", labels=["block_size", "num_gpu_blocks"]
+        )
+        config.add_metric([str(self._block_size), str(stats.kv_blocks)], 1)
+        yield config
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded", "1 for each adapter in memory.", labels=["adapter_name", "level", "pinned"]
+        )
+        on_device, pinned = set(stats.resident), set(stats.pinned)
+        for name in sorted({*stats.resident, *stats.resident_in_host}):
+            level = "gpu" if name in on_device else "cpu"
+            loaded.add_metric([name, level, str(name in pinned).lower()], 1)
+        yield loaded
+        seconds = SummaryMetricFamily(
+            "vllm:lora_adapter_load_seconds", "Seconds an adapter took to be loaded.", labels=["level"]
+        )
+        counts = dict(self._totals.by_label("loads_total"))
+        for tier, total in self._totals.by_label("load_seconds_total"):
+            seconds.add_metric([{"device": "gpu", "host": "cpu"}[tier]], int(counts.get(tier, 0)), total)
+        yield seconds
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Time of the last change of the adapters on the device and in the queue.",

@@ -35,7 +35,12 @@ class RemoteServer(BaseModel):
     api_key: str | None = Field(None, description="API key (or in the environment as LORA_SERVE_API_KEY)")
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
-        """Send one request and return the JSON of the answer.
+        """Send one request and return the JSON of the answer; arguments and errors as of `fetch`."""
+        content = self.fetch(method, path, **body)
+        return json.loads(content) if content else None
+
+    def fetch(self, method: str, path: str, **body: Any) -> bytes:
+        """Send one request and return the body of the answer.
 
         Args:
             body: `data` and `files` of a multipart form, as httpx takes them; files are streamed.
@@ -43,11 +48,10 @@ class RemoteServer(BaseModel):
         Raises: `ServeError` with the server's message; `Unavailable` if there is no answer.
         """
         with self._answer(method, path, **body) as answer:
-            content = answer.read()
-        return json.loads(content) if content else None
+            return bytes(answer.read())
 
     def download(self, path: str, target: IO[bytes]) -> str:
-        """Write what is at `path` to a file as it comes. Returns its entity tag. Raises as `ask`."""
+        """Write what is at `path` to a file as it comes. Returns its entity tag. Raises as `fetch`."""
         with self._answer("GET", path) as answer:
             for chunk in answer.iter_raw():
                 target.write(chunk)

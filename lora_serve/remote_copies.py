@@ -26,7 +26,7 @@ class CopyCommand(RemoteCommand):
     def name(self) -> str:
         return self.adapter.partition("@")[0]
 
-    def fetch(self, folder: Path) -> str:
+    def fetch_files(self, folder: Path) -> str:
         """Download the files of the version into an empty folder. Returns its digest, of which the files are checked.
 
         Raises: `ServeError`, also for files that are not complete or not those of the version.
@@ -64,7 +64,7 @@ class PullCommand(CopyCommand):
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as parent:
                 folder = Path(parent) / "files"
                 folder.mkdir()
-                digest = self.fetch(folder)
+                digest = self.fetch_files(folder)
                 folder.rename(target)  # also over an empty folder
         except OSError as error:
             raise ServeError(f"{error.filename or target}: {error.strerror or error}") from error
@@ -87,7 +87,7 @@ class PushCommand(CopyCommand):
             with tempfile.TemporaryDirectory(prefix="lora-serve-push-") as parent:
                 folder = Path(parent) / name.replace(os.sep, "_")
                 folder.mkdir()
-                digest = self.fetch(folder)
+                digest = self.fetch_files(folder)
                 answer = other.send("PUT" if self.replace else "POST", where, folder, name)
         except OSError as error:
             raise ServeError(f"{error.filename}: {error.strerror or error}") from error

@@ -204,10 +204,11 @@ def _progress() -> Generator[Callable[[str, float], None]]:
 def _print_summary(info: EngineInfo, host: str, port: int) -> None:
     table = Table.grid(padding=(0, 2))
     shown = f"[{host}]" if ":" in host else host
+    shared = f", shared by {info.tensor_parallel} processes" if info.tensor_parallel > 1 else ""
     broken = f" ({info.broken_adapters} of them broken)" if info.broken_adapters else ""
     rows = {
         "model": f"{info.model} ({info.parameters / 1e6:,.1f} M parameters)",
-        "device": f"{info.device}, {info.dtype}, {info.kernels} kernels",
+        "device": f"{info.device}, {info.dtype}, {info.kernels} kernels{shared}",
         "context": f"{info.max_model_len:,} tokens each, KV for {info.kv_tokens:,}",
         "adapters": f"{info.adapters} published{broken}, {info.adapter_slots} at once on the device",
         "store": info.store,

@@ -22,6 +22,7 @@ from lora_serve.kv.pool import BlockPool
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import load
+from lora_serve.model.tensor_parallel import TensorParallel
 from lora_serve.request import Request, Sampling, Served
 
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ class Driver:
 
     Args:
         kernels: None: selected by the device and `native`.
+        parallel: the ranks that share the base, all of which run the same steps.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Driver:
         scheme: Scheme | None = None,
         device: torch.device = CPU,
         kernels: Kernels | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self.kernels = kernels or select(device, native)
         self.loaded = load(
@@ -56,8 +59,9 @@ class Driver:
             progress=lambda stage, done: None,
             scheme=scheme,
             quantizes_experts=self.kernels.has_grouped_linear,
+            parallel=parallel,
         )
-        self.device_slots = DeviceSlots(self.loaded.shape, slots, self.loaded.dtype, device)
+        self.device_slots = DeviceSlots(self.loaded.shape, slots, self.loaded.dtype, device, self.loaded.sharding)
         kv = KVTensors(self.loaded.layers, 200, block_size, self.loaded.dtype, device)
         self.base = ResidentBase(self.loaded, self.device_slots, self.kernels, kv)
         self.base.self_check()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +49,7 @@ def test_comments_and_other_entries_stay_as_they_were(tmp_path: Path) -> None:
     )
     file.write_text(written)  # no line break at its end
     assert add(file, "new") == 0
-    assert file.read_text().startswith(written + "\nnew:\n")
+    assert file.read_text().startswith(written + '\n"new":\n')
     assert main(["key", "revoke", "new", "--file", str(file)]) == 0
     assert file.read_text() == written + "\n"
 
@@ -134,3 +137,28 @@ def test_the_file_may_be_named_in_the_environment(
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(tmp_path / "nowhere" / "keys.yaml", "a") == 1
     assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_commands_at_the_same_time_lose_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    command = [sys.executable, "-m", "lora_serve", "key", "add", "--file", str(file)]
+    running = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in "abcd"]
+    keys = [process.communicate(timeout=60)[0].decode().strip() for process in running]
+    assert {caller.name for key in keys if (caller := KeyFile(file).find(key))} == set("abcd")
+
+
+@pytest.mark.parametrize("name", ["yes", "on", "True", "1", "1_0", "null", "2024-01-01"])
+def test_a_name_is_the_text_that_was_given(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.yaml"
+    assert add(file, "other") == add(file, name) == 0
+    assert KeyFile(file).find(capsys.readouterr().out.split()[1]) == Caller(name)
+    assert main(["key", "revoke", name, "--file", str(file)]) == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to somebody else")
+def test_a_file_stays_its_owners(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    add(file, "a")
+    os.chown(file, 1234, 1234)
+    add(file, "b")
+    assert (file.stat().st_uid, file.stat().st_gid) == (1234, 1234)

@@ -21,7 +21,16 @@ class Package(NamedTuple):
     modules: tuple[str, ...]  # below lora_serve, submodules included; the longest match wins
 
 
-OUTSIDE = ("arrival", "client", "connection", "engine_process", "event_buffer", "process_main", "supervisor")
+OUTSIDE = (
+    "arrival",
+    "client",
+    "connection",
+    "engine_process",
+    "event_buffer",
+    "process_main",
+    "rank_main",
+    "supervisor",
+)
 PACKAGES = (
     Package(
         7,
@@ -37,6 +46,8 @@ PACKAGES = (
             "reports",
             "store_commands",
             "key_commands",
+            "option_errors",
+            "top_command",
         ),
     ),
     Package(6, "api", ("api",)),
@@ -59,7 +70,7 @@ TENSORS = ("engine inside", "model", "adapters", "kv", "kernels")
 ALLOWED_IN = {
     "fastapi": ("api",),
     "starlette": ("api",),
-    "prometheus_client": ("metrics",),
+    "prometheus_client": ("metrics", "command line"),
     "uvicorn": ("command line",),
     "rich": ("command line",),
     "httpx": ("command line",),

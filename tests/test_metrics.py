@@ -52,7 +52,8 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineM
     timer.token()
     engine.now += 0.2
     timer.token(2)
-    timer.end("stop", prompt_tokens=7, completion_tokens=3)
+    assert engine.read()["lora_serve_adapter_tokens_total{adapter=poet}"] == 3  # while it runs
+    timer.end("stop", prompt_tokens=7, completion_tokens=4)  # with an end token
     timer.end("abort", prompt_tokens=7, completion_tokens=3)
     read = engine.read()
     assert read["lora_serve_requests_total{endpoint=completions,outcome=stop}"] == 1
@@ -62,9 +63,9 @@ def test_a_request_is_counted_once_with_its_times_and_tokens(engine: FakeEngineM
     assert read["lora_serve_inter_token_seconds_count{endpoint=completions}"] == 2
     assert read["lora_serve_request_seconds_sum{endpoint=completions}"] == pytest.approx(0.7)
     assert read["lora_serve_prompt_tokens_total"] == 7
-    assert read["lora_serve_completion_tokens_total"] == 3
+    assert read["lora_serve_completion_tokens_total"] == 4
     assert read["lora_serve_adapter_requests_total{adapter=poet}"] == 1
-    assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 3
+    assert read["lora_serve_adapter_tokens_total{adapter=poet}"] == 4
 
 
 def ended(engine: FakeEngineMetrics, adapter: str) -> None:
@@ -144,3 +145,30 @@ def test_lora_info_has_one_set_of_adapters_and_the_time_of_its_last_change(engin
 def lora_info(engine: FakeEngineMetrics) -> dict[str, float]:
     name = "vllm:lora_requests_info"
     return {key.removeprefix(name): value for key, value in engine.read().items() if key.startswith(name)}
+
+
+def test_routers_see_every_adapter_in_memory_with_its_tier(engine: FakeEngineMetrics) -> None:
+    engine.stats = Stats(
+        adapter_slots=8,
+        kv_blocks=100,
+        resident=["a", "twin of a"],
+        resident_in_host=["a", "b", "twin of a"],
+        pinned=["b"],
+        loads_total={"host": 3, "device": 2},
+        load_seconds_total={"host": 1.5, "device": 0.25},
+    )
+    text = engine.metrics.render().decode()
+    assert [line for line in text.splitlines() if line.startswith("vllm:lora_adapter_loaded{")] == [
+        'vllm:lora_adapter_loaded{adapter_name="a",level="gpu",pinned="false"} 1.0',
+        'vllm:lora_adapter_loaded{adapter_name="b",level="cpu",pinned="true"} 1.0',
+        'vllm:lora_adapter_loaded{adapter_name="twin of a",level="gpu",pinned="false"} 1.0',
+    ]
+    for line in (
+        "vllm:num_gpu_loaded_lora_adapters 2.0",
+        "vllm:num_cpu_loaded_lora_adapters 3.0",
+        "vllm:max_gpu_lora_adapters 8.0",
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0',
+        'vllm:lora_adapter_load_seconds_count{level="gpu"} 2.0',
+        'vllm:lora_adapter_load_seconds_sum{level="cpu"} 1.5',
+    ):
+        assert line in text.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -96,7 +97,7 @@ def started_engine(
 
 
 def decode(engine: Engine, wake: threading.Event, work: EngineLoad, vocabulary: int) -> dict[str, dict[str, float]]:
-    """By mix of adapters: median seconds of a decode step with all clients, and tokens per second of the whole load."""
+    """By mix of adapters: median seconds and number of decode steps with all clients; tokens per second of all."""
     names = tuple(f"a{number:04}" for number in range(work.adapters))
     driver = Driver(engine, wake)
     load = Load(
@@ -107,7 +108,12 @@ def decode(engine: Engine, wake: threading.Event, work: EngineLoad, vocabulary: 
     for salt, mix in enumerate(MIXES):
         driver.run(replace(load, mix=mix, output=(4, 4), salt=100 + salt))
         result = driver.run(replace(load, mix=mix, salt=salt))
-        found[mix] = {"step": statistics.median(result.decode_steps), "tokens per second": result.throughput}
+        steps = result.decode_steps
+        found[mix] = {
+            "step": statistics.median(steps) if steps else math.nan,
+            "steps": len(steps),
+            "tokens per second": result.throughput,
+        }
     return found
 
 

@@ -163,9 +163,9 @@ class RandomBase:
         for slot in list(self._device_slots.ranks):
             self._device_slots.evict(slot)
 
-    def step(self, batch: Batch) -> Callable[[], Tensor]:
-        """A call that runs the step once, as the engine's runner does."""
-        return lambda: self._base.forward(batch)
+    def step(self, batch: Batch, *, eager: bool = False) -> Callable[[], Tensor]:
+        """A call that runs the step once, as the engine's runner does, or through the model's Python."""
+        return torch.inference_mode()(lambda: self._base._eager(batch)) if eager else lambda: self._base.forward(batch)
 
     @contextmanager
     def _recorded(self, what: str) -> Iterator[None]:
@@ -220,6 +220,23 @@ def prefill_batch(tokens: int, slot: int) -> Batch:
         logits_rows=[tokens - 1],
         adapter_rows=_adapter_rows([slot] * tokens),
         logits_adapter_rows=_adapter_rows([slot]),
+    )
+
+
+def mixed_batch(rows: int, context: int, tokens: int, slot: int) -> Batch:
+    """A step in which so many sequences decode at `context` tokens and a prompt is computed, all with one adapter."""
+    decode, prompt = decode_batch([slot] * rows, context), prefill_batch(tokens, slot)
+    first = 1 + rows * -(-context // BLOCK)  # KV block after those of the sequences that decode
+    return Batch(
+        token_ids=[*decode.token_ids, *prompt.token_ids],
+        positions=[*decode.positions, *prompt.positions],
+        kv_index=[*decode.kv_index, *range(first * BLOCK, first * BLOCK + tokens)],
+        query_start=[*decode.query_start, rows + tokens],
+        context=[*decode.context, tokens],
+        block_tables=[*decode.block_tables, range(first, first + -(-tokens // BLOCK))],
+        logits_rows=[*range(rows), rows + tokens - 1],
+        adapter_rows=_adapter_rows([slot] * (rows + tokens)),
+        logits_adapter_rows=_adapter_rows([slot] * (rows + 1)),
     )
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_serve.engine.step_costs import padded
+from lora_serve.kernels.gpu.graph_sizes import GRAPH_SIZES
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -24,6 +27,7 @@ class Costs:
         read_byte: per byte of an adapter, from disk to host memory.
         copy_byte: per byte of an adapter, from host memory to the device; on a CPU it stays where it is.
         overlaps: whether a step is scheduled while the one before it runs.
+        buckets: tokens that a step with prompt tokens is padded to; what it is padded by costs as prompt tokens do.
     """
 
     name: str
@@ -36,9 +40,12 @@ class Costs:
     read_byte: float
     copy_byte: float | None
     overlaps: bool
+    buckets: tuple[int, ...] = ()
 
     def step(self, decoding: int, prompt: int, context: int, adapter_bytes: Sequence[int]) -> float:
         """Seconds of a step."""
+        if prompt:
+            prompt = padded(decoding + prompt, self.buckets) - decoding
         fixed = self.decode + (self.prompts[bool(adapter_bytes)] if prompt else 0.0)
         rows = self.row * decoding + self.token * prompt + self.context * context
         return fixed + rows + self.adapter_byte * sum(adapter_bytes)
@@ -59,9 +66,10 @@ H200_MEASURED = Costs(
     "H200, 8B, as measured", decode=0.0049, row=2.6e-5, prompts=(0.0175, 0.0375), token=1.4e-5, context=2.2e-8,
     adapter_byte=1 / 1.0e12, read_byte=1 / 1.5e9, copy_byte=1 / 55e9, overlaps=True,
 )  # fmt: skip
-# The same with mixed steps replayed too: what the GPU issue intends, confirmed by no device.
+# The same with mixed steps replayed too, padded to buckets: what is intended, confirmed by no device.
 H200_INTENDED = Costs(
     "H200, 8B, mixed steps replayed (intended)", decode=0.0049, row=2.6e-5, prompts=(0.0005, 0.0008), token=2.2e-5,
     context=2.2e-8, adapter_byte=1 / 2.5e12, read_byte=1 / 1.5e9, copy_byte=1 / 55e9, overlaps=True,
+    buckets=GRAPH_SIZES.tokens,
 )  # fmt: skip
 ALL = (CPU_BF16, CPU_INT8, H200_MEASURED, H200_INTENDED)

@@ -120,7 +120,7 @@ class Simulation:
         runner: Any = self.runner
         self.engine = Engine(
             _info(hardware), self.scheduler, runner, self.registry, nothing, nothing,
-            PrefillPacer(itl_target, ttft_target, self.time), max_queue=1_000_000, clock=self.time,
+            PrefillPacer(itl_target, ttft_target, self.time, costs.buckets), max_queue=1_000_000, clock=self.time,
         )  # fmt: skip
         self.served: dict[str, Served] = {}
         self._next: dict[

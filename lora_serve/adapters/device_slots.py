@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, MatrixOffsets, ModuleOverride, Prefix, Site
 from lora_serve.adapters.device_copy import DeviceCopier, PendingCopy
+from lora_serve.adapters.sharding import Sharding
 from lora_serve.kernels.contract import Delta, DeltaGroup, pointer_tables
 
 
@@ -56,11 +57,21 @@ class DeviceSlots:
         copier: copies adapters to the device.
 
     Args:
-        base: sites and groups of the resident base.
+        base: the whole resident base, with its sites and groups.
         slots: maximum number of resident adapters.
+        sharding: what part of the base, and of every adapter, this device has; None: all of it.
     """
 
-    def __init__(self, base: BaseShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: BaseShape,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        sharding: Sharding | None = None,
+    ) -> None:
+        self._whole, self._sharding = base, sharding
+        base = base if sharding is None else sharding.shape(base)
         self.slots = slots
         self.copier = DeviceCopier(device)
         self.groups: dict[tuple[str, ...], DeltaGroup] = {}
@@ -83,6 +94,10 @@ class DeviceSlots:
     def __repr__(self) -> str:
         return f"<DeviceSlots {len(self._resident)} of {self.slots} slots, {self.bytes} bytes>"
 
+    def __contains__(self, slot: object) -> bool:
+        """Whether there is an adapter in a slot."""
+        return slot in self._resident
+
     @property
     def bytes(self) -> int:
         return sum(resident.flat.nbytes for resident in self._resident.values())
@@ -104,6 +119,9 @@ class DeviceSlots:
 
         Raises torch.OutOfMemoryError, without effect.
         """
+        if self._sharding is not None:
+            adapter = self._sharding.adapter(adapter, self._whole)
+            self.copier.pin_memory(adapter.flat)
         flat, copy = self.copier.copy(adapter.flat)
         slot = self._free.pop()
         self._resident[slot] = ResidentAdapter(flat, adapter.offsets, copy)

@@ -78,6 +78,37 @@ class PrefixLocations(msgspec.Struct, frozen=True, omit_defaults=True):
     values: tuple[Location, ...] = ()
 
 
+class FlatLayout(msgspec.Struct, frozen=True):
+    """Where each of an adapter's tensors is in its flat tensor.
+
+    Attributes:
+        deltas: element offsets of A and B, and the rank, by site.
+        overrides, prefix: everything else.
+    """
+
+    deltas: dict[str, tuple[int, int, int]] = {}
+    overrides: dict[str, OverrideLocations] = {}
+    prefix: PrefixLocations | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> FlatLayout:
+        return cls(
+            deltas={site: (offsets.a, offsets.b, offsets.rank) for site, offsets in adapter.offsets.items()},
+            overrides={module: _override_locations(override) for module, override in adapter.overrides.items()},
+            prefix=None if adapter.prefix is None else _prefix_locations(adapter.prefix),
+        )
+
+    def adapter(self, digest: str, flat: Tensor) -> Adapter:
+        """The adapter of that digest whose flat tensor this is."""
+        return Adapter(
+            digest,
+            flat,
+            {site: MatrixOffsets(*offsets) for site, offsets in self.deltas.items()},
+            {module: _override(locations, flat) for module, locations in self.overrides.items()},
+            None if self.prefix is None else _prefix(self.prefix, flat),
+        )
+
+
 class Summary(msgspec.Struct, frozen=True):
     """What is known of a lowered version besides its tensors.
 
@@ -105,12 +136,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Description(Summary, frozen=True):
-    """The summary, and where each tensor is.
-
-    Attributes:
-        deltas: element offsets of A and B, and the rank, by site.
-        overrides, prefix: everything else.
-    """
+    """The summary, and where each tensor is: see `FlatLayout`."""
 
     deltas: dict[str, tuple[int, int, int]] = {}
     overrides: dict[str, OverrideLocations] = {}
@@ -120,25 +146,30 @@ class Description(Summary, frozen=True):
     def summary(self) -> Summary:
         return Summary(**{name: getattr(self, name) for name in Summary.__struct_fields__})
 
+    @property
+    def layout(self) -> FlatLayout:
+        return FlatLayout(self.deltas, self.overrides, self.prefix)
+
 
 def describe(
     adapter: Adapter, fingerprint: str, *, modules: int, file_bytes: int, report: dict[str, Any], traits: Traits
 ) -> Description:
     """The description of an adapter in memory."""
+    layout = FlatLayout.of(adapter)
     return Description(
         digest=adapter.digest,
         fingerprint=fingerprint,
         dtype=_name(adapter.flat.dtype),
         nbytes=adapter.nbytes,
-        checksum=xxh3_128_hexdigest(_bytes(adapter.flat)),
+        checksum=xxh3_128_hexdigest(flat_bytes(adapter.flat)),
         rank=max((offsets.rank for offsets in adapter.offsets.values()), default=0),
         modules=modules,
         file_bytes=file_bytes,
         report=report,
         traits=traits,
-        deltas={site: (offsets.a, offsets.b, offsets.rank) for site, offsets in adapter.offsets.items()},
-        overrides={module: _override_locations(override) for module, override in adapter.overrides.items()},
-        prefix=None if adapter.prefix is None else _prefix_locations(adapter.prefix),
+        deltas=layout.deltas,
+        overrides=layout.overrides,
+        prefix=layout.prefix,
     )
 
 
@@ -150,7 +181,7 @@ def write(folder: Path, adapter: Adapter, description: Description) -> None:
     with path.open("wb") as file:
         head = MAGIC + len(encoded).to_bytes(8, "little") + xxh3_128_digest(encoded) + encoded
         file.write(head + bytes(-len(head) % PAGE))
-        file.write(_bytes(adapter.flat))
+        file.write(flat_bytes(adapter.flat))
         file.flush()
         os.fsync(file.fileno())
 
@@ -168,18 +199,12 @@ def read(folder: Path, digest: str) -> Adapter:
         file.seek(-file.tell() % PAGE, io.SEEK_CUR)
         dtype = getattr(torch, description.dtype)
         flat = torch.empty(description.nbytes // dtype.itemsize, dtype=dtype)
-        buffer = _bytes(flat)
+        buffer = flat_bytes(flat)
         if file.readinto(buffer) != description.nbytes or file.read(1):  # type: ignore[attr-defined]
             raise AdapterBroken("its stored weights are truncated")
     if xxh3_128_hexdigest(buffer) != description.checksum or description.digest != digest:
         raise AdapterBroken("its stored weights are not those that were written")
-    return Adapter(
-        digest,
-        flat,
-        {site: MatrixOffsets(*offsets) for site, offsets in description.deltas.items()},
-        {module: _override(locations, flat) for module, locations in description.overrides.items()},
-        None if description.prefix is None else _prefix(description.prefix, flat),
-    )
+    return description.layout.adapter(digest, flat)
 
 
 def verify(folder: Path) -> None:
@@ -248,7 +273,7 @@ def _prefix(locations: PrefixLocations, flat: Tensor) -> Prefix:
     )
 
 
-def _bytes(flat: Tensor) -> memoryview:
+def flat_bytes(flat: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, writable."""
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 

@@ -147,9 +147,11 @@ class Registry:
 
     def fill_stats(self, stats: Stats) -> None:
         """Fill in the statistics of adapters."""
-        names = {record.versions[0]: name for name, record in self._residency.names.items()}
-        resident = (version.digest for version in self._residency.device)
-        stats.resident = sorted(names[digest] for digest in resident if digest in names)
+        residency = self._residency
+        stats.resident = residency.current_names(residency.device)
+        stats.versions_resident = len(residency.device)
+        stats.resident_in_host = residency.current_names(residency.host)
+        stats.pinned = residency.current_names(residency.versions[digest] for digest in residency.pinned)
         stats.adapters = sum(not record.unlisted for record in self._residency.names.values())
         stats.sticky_headers = self.sticky_headers
         self.memory.fill_stats(stats)

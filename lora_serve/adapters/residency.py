@@ -152,6 +152,15 @@ class Residency:
         """The version that a plain name refers to. Raises AdapterNotFound."""
         return self.versions[self.record(name).versions[0]]
 
+    def current_names(self, versions: Iterable[Version]) -> list[str]:
+        """The listed names that have one of these as their current version, sorted."""
+        return sorted(
+            name
+            for version in versions
+            for name in version.names
+            if self.names[name].versions[0] == version.digest and not self.names[name].unlisted
+        )
+
     def check_publish(self, name: str, digest: str, size: int) -> None:
         """Check that a name may refer to a new version of `size` bytes in memory.
 

@@ -17,7 +17,7 @@ from lora_serve.api.request_record import Change, RequestRecord, record_of
 from lora_serve.api.usage import UsageRecords
 from lora_serve.metrics import Metrics
 
-LONGEST_PATH = 200  # characters of a path in a line
+LONGEST_TEXT = 200  # characters of a path or a name in a line
 DISCONNECTED = 499  # status of a request whose client left before the response began, as nginx has it
 
 access = logging.getLogger("lora_serve.access")
@@ -54,20 +54,22 @@ class AccessLog:
         finally:
             if record.error is not None:
                 self._metrics.count_error(status, record.error[0])
+            level = logging.DEBUG if scope["path"] in self._quiet_paths and status < 400 else logging.INFO
+            _write(access, level, f"{scope['method']} {_quoted(scope['path'])} {status}", _fields(scope, record))
             if record.prompt_tokens:  # it was admitted
                 tokens = record.prompt_tokens, record.completion_tokens
                 self._usage.add(_key(scope) or "", record.adapter_names, *tokens)
-            level = logging.DEBUG if scope["path"] in self._quiet_paths and status < 400 else logging.INFO
-            _write(access, level, f"{scope['method']} {_path(scope)} {status}", _fields(scope, record))
             for change in record.changes:
-                _write(audit, logging.INFO, f"{change.action} {change.name}", _audit_fields(scope, change, status))
+                _write(
+                    audit, logging.INFO, f"{change.action} {_quoted(change.name)}", _audit_fields(scope, change, status)
+                )
 
 
 def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
-    """What a line says besides method, path and status; without what there is none of."""
+    """What a line says besides method, path and status; None where there is none of it."""
     state = scope["state"]
     kind, message = record.error or (None, None)
-    fields = {
+    return {
         "key": _key(scope),
         "adapter": "+".join(record.served) or None,
         "prompt_tokens": record.prompt_tokens or None,
@@ -81,12 +83,11 @@ def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
         "id": state.get("request_id"),
         "traceparent": state.get("traceparent"),
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _audit_fields(scope: Scope, change: Change, status: int) -> dict[str, Any]:
     client = scope.get("client")
-    fields = {
+    return {
         "status": status,
         "digest": change.digest or None,
         "targets": change.targets or None,
@@ -94,13 +95,12 @@ def _audit_fields(scope: Scope, change: Change, status: int) -> dict[str, Any]:
         "client": None if client is None else client[0],
         "id": scope["state"].get("request_id"),
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _path(scope: Scope) -> str:
-    """The path, quoted where it could be taken for something else."""
-    path: str = scope["path"][:LONGEST_PATH]
-    return path if path.isprintable() and " " not in path else repr(path)
+def _quoted(text: str) -> str:
+    """A path or a name as the client sent it, cut, and quoted where it could be taken for something else."""
+    text = text[:LONGEST_TEXT]
+    return text if text.isprintable() and " " not in text else repr(text)
 
 
 def _key(scope: Scope) -> str | None:
@@ -111,4 +111,5 @@ def _key(scope: Scope) -> str | None:
 
 def _write(log: logging.Logger, level: int, message: str, fields: dict[str, Any]) -> None:
     if log.isEnabledFor(level):
-        log.log(level, "%s", message, extra={"fields": fields})
+        given = {name: value for name, value in fields.items() if value is not None}
+        log.log(level, "%s", message, extra={"fields": given})

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from lora_serve.api import admin, alias_routes, download, error_handlers, lora_routes, usage_routes
+from lora_serve.api import admin, alias_routes, download, error_handlers, key_routes, lora_routes, page, usage_routes
 from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, MetricsReader
@@ -35,7 +35,7 @@ from lora_serve.metrics import CONTENT_TYPE, Metrics
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
 USAGE_FILE = "usage.sqlite"  # in the adapter store's folder
-QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds
+QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are files of the page
 
 router = APIRouter(tags=["server"])
 
@@ -44,25 +44,27 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     """Build the application.
 
     Args:
-        keys: API keys; None allows every caller everything. With keys, the OpenAPI schema and its pages are not served.
+        keys: API keys; None allows every caller everything.
     """
     app = DocumentedAPI(
         title="lora-serve",
         version=version("lora-serve"),
-        openapi_url=None if keys else "/openapi.json",
+        docs_url=None,  # FastAPI's pages need files of other hosts; see `page.py`
+        redoc_url=None,
+        keys=keys is not None,
         strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
-    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts)
+    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, block_size=config.kv_block_size)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
-    usage = UsageRecords(lambda: None if engine.info is None else Path(engine.info.store) / USAGE_FILE)
+    usage = UsageRecords(lambda: Path(info.store) / USAGE_FILE if (info := engine.info) and info.store else None)
     services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage)
     app.state.services = services
     app.router.add_event_handler("shutdown", usage.close)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
     app.add_middleware(ContentEncoding)
-    app.add_middleware(RequireKey, open_paths=OPEN_PATHS)
+    app.add_middleware(RequireKey, open_paths={*OPEN_PATHS, *page.bundle()})
     app.add_middleware(ErrorResponses)
     app.add_middleware(HeadRequests)
     if config.allow_origin:
@@ -75,7 +77,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         )
     if keys is None and not is_public(config.host):
         app.add_middleware(LocalOrigin, host=config.host, allow_origin=config.allow_origin)
-    app.add_middleware(AccessLog, metrics=metrics, usage=usage, quiet_paths=QUIET_PATHS)
+    app.add_middleware(AccessLog, metrics=metrics, usage=usage, quiet_paths={*QUIET_PATHS, *page.bundle()})
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
@@ -92,6 +94,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         download,
         lora_routes,
         usage_routes,
+        key_routes,
+        page,
     ):
         app.include_router(routes.router)
     app.include_router(router)

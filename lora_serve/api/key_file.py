@@ -46,6 +46,20 @@ class _Entry(BaseModel):
         return self
 
 
+class UniqueLoader(yaml.SafeLoader):
+    """YAML in which no name occurs twice, and none is merged from elsewhere: a permission is where it is read."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "<< is not read here", key.start_mark)
+            if key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, "a name occurs twice", key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Keys:
     """All API keys of a server.
 
@@ -125,14 +139,21 @@ def _signature(path: Path) -> tuple[int, int] | None:
 def read_keys(path: Path) -> dict[str, Caller]:
     """Owners by the hash of their key."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), UniqueLoader)
+    except yaml.MarkedYAMLError as error:  # not with the line itself, in which there may be a key
+        where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise BadRequest(f"the key file cannot be read{where}: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadRequest(f"the key file cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise BadRequest("the key file must map names to hashed keys; `lora-serve key add NAME` does")
     callers: dict[str, Caller] = {}
     for name, value in content.items():
-        key, caller = _entry(str(name), value)
+        if not isinstance(name, str) or not name:
+            raise BadRequest(f"key file: the name of entry {len(callers) + 1} is no text: put it in quotes")
+        if name.startswith("sk-") or HASH.fullmatch(name):  # which is not repeated here
+            raise BadRequest(f"key file: entry {len(callers) + 1} has a key where its owner's name should be")
+        key, caller = _entry(name, value)
         if key in callers:
             raise BadRequest(f"key file: {name} and {callers[key].name} have the same key")
         callers[key] = caller

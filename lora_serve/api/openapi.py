@@ -65,9 +65,16 @@ def _error(status: int) -> dict[str, Any]:
 class DocumentedAPI(FastAPI):
     """A FastAPI application whose schema has the errors that routes have in common.
 
-    Which these are follows from whether a route takes a key and a body. The schema is served only without keys, so
-    it has them as optional.
+    Which these are follows from whether a route takes a key and a body. The schema is served to whoever may call the
+    API.
+
+    Args:
+        keys: whether keys are needed; otherwise they are optional in the schema.
     """
+
+    def __init__(self, *, keys: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._keys = keys
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -79,15 +86,15 @@ class DocumentedAPI(FastAPI):
             components |= reply.pop("$defs") | {ErrorReply.__name__: reply}
             for path in schema["paths"].values():
                 for operation in path.values():
-                    _document_errors(operation)
+                    _document_errors(operation, self._keys)
         return self.openapi_schema or {}
 
 
-def _document_errors(operation: dict[str, Any]) -> None:
+def _document_errors(operation: dict[str, Any], keys: bool) -> None:
     responses = operation["responses"]
     if responses.get("422", {}).get("description") == "Validation Error":
         del responses["422"]
-    if "security" in operation:
+    if "security" in operation and not keys:
         operation["security"].append({})
     if "4XX" in responses:
         return  # the errors of another API, documented by its routes

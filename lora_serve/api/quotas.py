@@ -104,6 +104,7 @@ class Quotas:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._sweep_at = SWEEP
         self._states: dict[tuple[str, str | None], QuotaState] = {}  # by key, and by adapter ("" is the base) or of all
 
     @contextmanager
@@ -135,14 +136,15 @@ class Quotas:
         wanted: list[tuple[str, str | None, Limits]] = [(key, None, caller.limits)]
         for name in adapters or ("",):
             wanted.append((f"{key} with {f'adapter {name}' if name else 'the base'}", name, caller.limits_per_adapter))
+        if len(self._states) > self._sweep_at:
+            self._states = {key: each for key, each in self._states.items() if not each.unused(now)}
+            self._sweep_at = max(SWEEP, 2 * len(self._states))  # so that a request's share of the sweeps is small
         found = []
         for of, adapter, limits in wanted:
             if not limits.model_fields_set:
                 continue
             state = self._states.get((caller.name, adapter))
             if state is None or state.limits != limits:  # new, or changed in the key file
-                if len(self._states) > SWEEP:
-                    self._states = {key: each for key, each in self._states.items() if not each.unused(now)}
                 state = self._states[caller.name, adapter] = QuotaState(limits, now)
             found.append((of, state))
         return found

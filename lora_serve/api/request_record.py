@@ -54,13 +54,13 @@ class RequestRecord:
     finish: str | None = None
     error: tuple[str, str] | None = None
     changes: list[Change] = field(default_factory=list)
-    _prompt: list[int] | None = None
+    _prompts: dict[int, list[int]] = field(default_factory=dict)  # by identity, and kept so that this is unique
 
     def admitted(self, request: Request, adapters: Sequence[Served]) -> None:
         """The engine admitted one of its choices."""
-        if self._prompt is not request.prompt:  # copies of a prompt share it
+        if id(request.prompt) not in self._prompts:  # the choices of a prompt share it
             self.prompt_tokens += len(request.prompt)
-        self._prompt = request.prompt
+            self._prompts[id(request.prompt)] = request.prompt
         self.served = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
         self.adapter_names = "+".join(adapter.name for adapter in adapters)
 

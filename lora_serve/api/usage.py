@@ -16,6 +16,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_serve.errors import StoreUnusable
+
 MOST_UNWRITTEN = 10_000  # requests; while the disk does not write, further ones are not counted
 
 log = logging.getLogger(__name__)
@@ -76,21 +78,27 @@ class UsageRecords:
             submit = not self._submitted
             self._submitted = True
         if submit:
-            self._thread.submit(self._write)
+            try:
+                self._thread.submit(self._write)
+            except RuntimeError:  # closed: this is one of the last requests
+                self._write()
 
     async def read(
         self, first: date, last: date, key: str | None = None, adapter: str | None = None, limit: int = 10_000
     ) -> list[DayUsage]:
-        """Usage of some days, by day, key and adapter; `key`, `adapter`: of this one only."""
+        """Usage of some days, by day, key and adapter; `key`, `adapter`: of this one only. Raises StoreUnusable."""
 
         def read() -> list[DayUsage]:
             self._write()
-            connection = self._open()
-            if connection is None:
-                return []
-            rows: Sequence[tuple[str, str, str, int, int, int]] = connection.execute(
-                READ, (first.isoformat(), last.isoformat(), key, adapter, limit)
-            ).fetchall()
+            try:
+                connection = self._open()
+                if connection is None:
+                    return []
+                rows: Sequence[tuple[str, str, str, int, int, int]] = connection.execute(
+                    READ, (first.isoformat(), last.isoformat(), key, adapter, limit)
+                ).fetchall()
+            except (sqlite3.Error, OSError) as error:
+                raise StoreUnusable(f"usage cannot be read at the moment: {error}") from error
             return [DayUsage(*row) for row in rows]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, read)
@@ -102,6 +110,7 @@ class UsageRecords:
             self._write()
             if self._connection is not None:
                 self._connection.close()
+                self._connection = None
 
         self._thread.submit(close)
         self._thread.shutdown()

@@ -13,6 +13,11 @@ import psutil
 SYSTEM = Path("/sys")
 
 
+def compute_threads(configured: int, ranks: int) -> int:
+    """Compute threads of each process of an engine: as configured, or one per core, divided among its ranks."""
+    return max(1, (configured or physical_cores()) // ranks)
+
+
 def physical_cores(system: Path = SYSTEM, allowed: set[int] | None = None) -> int:
     """Physical cores among the allowed CPUs, no more than the CPU quota of the cgroup; at least 1.
 

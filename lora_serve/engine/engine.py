@@ -25,6 +25,7 @@ from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
 from lora_serve.engine.prefill_pacer import PrefillPacer
 from lora_serve.engine.queue_times import QueueTimes
+from lora_serve.engine.ranks import Ranks
 from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.scheduler import Scheduler
@@ -67,6 +68,7 @@ class Engine:
     Args:
         info: the base model and limits, as reported to clients.
         max_queue: maximum number of waiting sequences.
+        ranks: the other processes that share the base.
         clock: seconds, from which durations of steps are taken.
     """
 
@@ -81,8 +83,10 @@ class Engine:
         pacer: PrefillPacer,
         *,
         max_queue: int,
+        ranks: Ranks | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._ranks = ranks
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
@@ -123,8 +127,9 @@ class Engine:
             parts.registry,
             parts.operations,
             parts.grammars,
-            PrefillPacer(config.itl_target, config.ttft_target),
+            PrefillPacer(config.itl_target, config.ttft_target, buckets=parts.runner.token_buckets),
             max_queue=config.max_queue,
+            ranks=parts.ranks,
         )
 
     @property
@@ -327,3 +332,5 @@ class Engine:
         self._requests.finish_all(Unavailable("the server is shutting down", retry_after=5))
         self._registry.close()
         self._grammars.close()
+        if self._ranks is not None:
+            self._ranks.close()

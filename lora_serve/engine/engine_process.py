@@ -20,7 +20,7 @@ import zmq
 
 from lora_serve.config import ServeConfig
 from lora_serve.engine.arrival import Arrival
-from lora_serve.engine.cores import physical_cores
+from lora_serve.engine.cores import compute_threads, physical_cores
 from lora_serve.errors import EngineFault
 from lora_serve.messages import (
     EngineInfo,
@@ -79,7 +79,7 @@ class EngineProcess:
             # The engine takes its options from standard input only, and its own number of threads.
             ours = {name for name in os.environ if name.startswith("LORA_SERVE_")} - {"LORA_SERVE_KERNEL_FLAGS"}
             environment = {name: value for name, value in os.environ.items() if name not in ours}
-            environment["OMP_NUM_THREADS"] = str(threads)
+            environment["OMP_NUM_THREADS"] = str(compute_threads(threads, config.tensor_parallel))
             process = await asyncio.create_subprocess_exec(
                 *command, address, str(os.getpid()), stdin=PIPE, env=environment
             )

@@ -9,13 +9,15 @@ bound on the gap between two tokens limits, and on some devices by a fixed time,
 - are computed in larger chunks if the first token would otherwise come later than is wanted. Where both cannot be kept,
   both are exceeded by the same factor.
 
+Where steps are padded to fixed sizes, a chunk fills one, unless it is all there is and its padding keeps the bound.
+
 The costs are learnt from recent steps (`StepCosts`). All this affects when a prompt is computed, never the output.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lora_serve.engine.step_costs import StepCosts
@@ -27,6 +29,7 @@ MOST_HELD = 0.1  # seconds for which prompts wait for others,
 MOST_FIXED = 4.0  # or so many times what any of them adds to a step
 PROBE = 8  # while it is not known what is fixed of a cost, one of so many chunks is half as large, which tells it
 GRANULE = 4  # the smallest budget; others are rounded down by up to a fifth, so that the shapes of batches repeat
+MOST_EXCEEDED = 1.05  # times a bound: what counts as keeping it
 MOST_GROWTH = 1.5  # times recent steps: what far larger ones cost is a guess
 FIRST = 16  # prompt tokens beside sequences that decode before their cost is known
 
@@ -53,6 +56,7 @@ class PrefillPacer:
     Args:
         itl_target: seconds between two tokens of a sequence that should not be exceeded; None: chosen from the costs.
         ttft_target: seconds to the first token that should not be exceeded; None: no bound.
+        buckets: numbers of tokens that steps with prompt tokens are padded to, ascending.
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class PrefillPacer:
         itl_target: float | None = None,
         ttft_target: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        buckets: Sequence[int] = (),
     ) -> None:
-        self.costs = StepCosts()
+        self.costs = StepCosts(buckets)
         self.gaps_exceeded = 0
         self._itl_target, self._ttft_target, self._clock = itl_target, ttft_target, clock
         self._demand: Demand | None = None  # of the step that is being run
@@ -74,7 +79,9 @@ class PrefillPacer:
         """Prompt tokens for a step; 0: let prompts wait."""
         self._demand = demand
         budget = self._budget(demand)
-        return budget if budget >= demand.tokens else _rounded(budget)
+        if budget == 0 or budget >= demand.tokens:
+            return budget
+        return self.costs.filling(demand.decoding, budget) if self.costs.buckets else _rounded(budget)
 
     def record(self, decoding: int, prompt: int, seconds: float) -> None:
         """Record a finished step: sequences that decoded, prompt tokens computed, duration in seconds."""
@@ -95,9 +102,11 @@ class PrefillPacer:
             return 0
         gap = self._gap(demand)
         chunk = self._chunk(demand, gap)
-        self.gaps_exceeded += self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) > 1.05 * gap
+        self.gaps_exceeded += self.costs.mixed(demand.decoding, min(chunk, demand.tokens)) > MOST_EXCEEDED * gap
         self._chunks += 1
-        chunk = int(min(chunk, MOST_GROWTH * self._largest))
+        # A bucket may be more than so many times the one before; what does not reach the next would never grow.
+        most = max(MOST_GROWTH * self._largest, self.costs.next_filling(demand.decoding, self._largest))
+        chunk = int(min(chunk, most))
         if self._chunks % PROBE == 0 and not self.costs.fixed_known:
             chunk = min(chunk, demand.tokens) // 2
         return max(GRANULE, chunk)
@@ -132,6 +141,8 @@ class PrefillPacer:
                 1.0, self.costs.mixed(demand.decoding, chunk) / gap
             ):
                 chunk *= 1.1
+        if chunk < demand.tokens or self.costs.mixed(demand.decoding, demand.tokens) > MOST_EXCEEDED * gap:
+            chunk = self.costs.filling(demand.decoding, int(chunk))
         return int(min(chunk, demand.tokens))
 
     def _lateness(self, demand: Demand, chunk: float) -> float:

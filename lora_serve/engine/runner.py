@@ -8,7 +8,7 @@ which may depend on earlier tokens (penalties, grammars), needs the outputs of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from lora_serve.engine.token_masks import MaskOrError, TokenMasks
 from lora_serve.errors import EngineFault, ServeError, Unavailable
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.base import ResidentBase
+from lora_serve.model.tensor_parallel import RanksOutOfStep
 from lora_serve.request import Logprob
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class Runner:
         """Whether a step may be launched before the outputs of the last one are read."""
         return self._tokens is not None
 
+    @property
+    def token_buckets(self) -> Sequence[int]:
+        """Numbers of tokens that steps with prompt tokens are padded to, ascending."""
+        return self._base.token_buckets
+
     def launch(self, scheduled: list[ScheduledSequence], slots: Mapping[str, int]) -> LaunchSampling:
         """Launch one step's forward pass. If the batch fails, its sequences are retried one by one, once.
 
@@ -112,8 +118,8 @@ class Runner:
     ) -> LaunchSampling:
         try:
             return self._attempt(scheduled, slots, keep_logits=retried)
-        except torch.AcceleratorError:
-            raise  # the device is unusable from now on
+        except (torch.AcceleratorError, RanksOutOfStep):
+            raise  # the device is unusable from now on, or the other devices wait for what was not computed
         except Exception as error:
             if len(scheduled) == 1:
                 log.exception("the forward pass failed for one sequence")

@@ -59,9 +59,14 @@ def step_limits(config: ServeConfig, device: torch.device) -> StepLimits:
 
 
 def adapter_memory(config: ServeConfig, device: torch.device) -> int | None:
-    """Bytes for adapters on the device; None on a CPU, where the host cache is the limit."""
+    """Bytes for adapters on the device; None on a CPU, where the host cache is the limit.
+
+    Where processes share a base, each has a copy of its part of an adapter, which counts as if it were whole.
+    """
     if config.adapter_device_memory is not None:
         return int(config.adapter_device_memory)
+    if config.tensor_parallel > 1 and device.type == "cpu":
+        return int(config.adapter_cache_memory)
     return torch.cuda.mem_get_info(device)[1] // ADAPTER_SHARE if device.type == "cuda" else None
 
 
@@ -102,7 +107,8 @@ def measure_memory(
     passes = torch.cuda.max_memory_allocated(device) - before
     _release_cached_memory()
     free, total = torch.cuda.mem_get_info(device)
-    graphs = base.graph_memory(limits.seqs, lambda: torch.cuda.mem_get_info(device)[0])
+    blocks = -(-longest // config.kv_block_size)
+    graphs = base.graph_memory(limits.seqs, limits.tokens, blocks, lambda: torch.cuda.mem_get_info(device)[0])
     _release_cached_memory()
     return GpuMemory(total, total - free, passes, graphs, adapters)
 

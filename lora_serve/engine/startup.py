@@ -1,4 +1,4 @@
-"""Build an engine from its configuration: load the base, check it, size KV, open the adapter store."""
+"""Build an engine from its configuration: the base in service, the adapter store, and what schedules requests."""
 
 from __future__ import annotations
 
@@ -23,38 +23,37 @@ from lora_serve.adapters.store.location import default_store_folder, describe_ot
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.config import ServeConfig
+from lora_serve.engine.base_setup import device_of, set_up_base
 from lora_serve.engine.base_tokenizer import load_base_tokenizer
 from lora_serve.engine.cores import physical_cores
 from lora_serve.engine.fairness import Fairness
 from lora_serve.engine.grammar_compiler import GrammarCompiler
-from lora_serve.engine.runner import Runner, SampledTokens
+from lora_serve.engine.ranks import Ranks
+from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduler import Scheduler
-from lora_serve.engine.sizing import adapter_memory, kv_memory, measure_memory, step_limits
 from lora_serve.engine.slot_rotation import SlotRotation
 from lora_serve.errors import BadRequest, ModelUnsupported
-from lora_serve.kernels.select import select
 from lora_serve.kv.pool import BlockPool
-from lora_serve.kv.tensors import KVTensors, bytes_per_token
 from lora_serve.messages import EngineInfo
-from lora_serve.model.base import ResidentBase
 from lora_serve.model.fingerprint import base_fingerprint
-from lora_serve.model.load import LoadedModel, load
-from lora_serve.model.self_check import blocks_needed, refusing
+from lora_serve.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
-MIN_KV_BLOCKS = 2  # for the check of replayed steps
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
 
 
 @dataclass(frozen=True)
 class EngineParts:
+    """What an engine is made of. `ranks`: the other processes that share its base, if there are any."""
+
     info: EngineInfo
     scheduler: Scheduler
     runner: Runner
     registry: Registry
     operations: AdapterOperations
     grammars: GrammarCompiler
+    ranks: Ranks | None
 
 
 def build_parts(
@@ -66,7 +65,7 @@ def build_parts(
         overlap: launch a step before the outputs of the previous one are read; None: on any device but a CPU.
     Raises ModelUnsupported if the base cannot be served.
     """
-    device = device_of(config.device)
+    device = device_of(config.device, size=config.tensor_parallel)
     try:
         return _build_parts(config, device, wake, progress, overlap)
     except torch.OutOfMemoryError as error:
@@ -83,41 +82,18 @@ def _build_parts(
     progress: Callable[[str, float], None],
     overlap: bool | None,
 ) -> EngineParts:
-    torch.set_num_threads(config.threads or physical_cores())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if config.adapters is not None:
         start_compilers()  # they import while the base is loaded
-    progress("building kernels", 0.0)
-    kernels = select(device, config.native_kernels)
-    loaded = load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=device,
-        progress=progress,
-        scheme=config.quantize,
-        quantizes_experts=kernels.has_grouped_linear,
-        names=(config.served_name(),),
-    )
-    limits = step_limits(config, device)
-    capacity = adapter_memory(config, device)
-    device_slots = DeviceSlots(loaded.shape, config.adapter_slots, loaded.dtype, device)
-    tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
-    kv = KVTensors(loaded.layers, blocks_needed(config.kv_block_size), config.kv_block_size, loaded.dtype, device)
-    with refusing(loaded.shape.model_type):
-        base = ResidentBase(loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
-    progress("checking the base against the model as it was loaded", 0.85)
-    base.self_check()
-    progress("allocating KV", 0.88)
-    longest = _requested_context(config, loaded)
-    gpu = measure_memory(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
-    memory = kv_memory(config, gpu, loaded.layers, loaded.dtype)
-    max_model_len = _max_model_len(config, loaded, memory, longest)
-    blocks = _kv_blocks(config, loaded, memory, max_model_len, limits.seqs)
-    kv.resize(blocks)
-    progress("preparing steps", 0.9)
-    base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
+    ranks = Ranks.start(config, device, overlap) if config.tensor_parallel > 1 else None
+    try:
+        setup = set_up_base(config, device, progress, overlap, None if ranks is None else ranks.parallel, ranks)
+    except BaseException:
+        if ranks is not None:
+            ranks.kill()
+        raise
+    loaded, base, limits = setup.loaded, setup.base, setup.limits
+    if ranks is not None:
+        ranks.following = True
     progress("opening the adapter store", 0.92)
     fingerprint = base_fingerprint(config.model, config.revision)
     root = config.store or default_store_folder(config.model, fingerprint)
@@ -126,12 +102,12 @@ def _build_parts(
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
     registry, operations, compiler = _open_adapters(
-        config, store, loaded, fingerprint, device_slots, capacity, wake, progress, notes
+        config, store, loaded, fingerprint, setup.device_slots, setup.adapter_bytes, wake, progress, notes
     )
     fairness = Fairness()
     scheduler = Scheduler(
-        BlockPool(blocks, config.kv_block_size),
-        SlotRotation(fairness, config.adapter_slots, QUANTUM, capacity, registry.bytes),
+        BlockPool(setup.blocks, config.kv_block_size),
+        SlotRotation(fairness, config.adapter_slots, QUANTUM, setup.adapter_bytes, registry.bytes),
         fairness,
         max_seqs=limits.seqs,
         max_tokens=limits.tokens,
@@ -144,11 +120,11 @@ def _build_parts(
         root=config.model,
         device=str(device),
         dtype=str(loaded.dtype).removeprefix("torch."),
-        kernels=kernels.name,
-        max_model_len=max_model_len,
+        kernels=setup.kernels,
+        max_model_len=setup.max_model_len,
         vocab_size=loaded.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
-        kv_tokens=blocks * config.kv_block_size,
+        kv_tokens=setup.blocks * config.kv_block_size,
         adapter_slots=config.adapter_slots,
         adapters=len(listed),
         broken_adapters=sum(each.broken is not None for each in listed),
@@ -161,10 +137,11 @@ def _build_parts(
         not_embedding=loaded.not_embedding,
         headless=loaded.headless,
         store=str(root),
+        tensor_parallel=config.tensor_parallel,
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
-    runner = Runner(base, config.kv_block_size, device, tokens)
-    return EngineParts(info, scheduler, runner, registry, operations, grammars)
+    runner = Runner(base, config.kv_block_size, device, setup.tokens)
+    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks)
 
 
 def _open_adapters(
@@ -202,23 +179,6 @@ def _open_adapters(
     return registry, operations, compiler
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name; "auto" and "cuda" mean the first GPU, "auto" the CPU if there is none.
-
-    Raises ModelUnsupported if there is no such device.
-    """
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ModelUnsupported(f"--device {name}: auto, cpu, cuda and cuda:N are known") from error
-    if device.type != "cuda":
-        return device
-    number = device.index or 0
-    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
-        raise ModelUnsupported(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here")
-    return torch.device("cuda", number)
-
-
 def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:
     """The base's tokenizer for grammars. Raises BadRequest if it has none of the kind that is needed."""
     try:
@@ -229,34 +189,3 @@ def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:
     except (OSError, ValueError, KeyError) as error:
         log.warning("structured output is not available: %s", error)
         raise BadRequest("structured output is not available with this model's tokenizer") from error
-
-
-def _requested_context(config: ServeConfig, loaded: LoadedModel) -> int:
-    """The configured context length, or the model's. Raises ModelUnsupported if it is more than the model's."""
-    wanted = config.max_model_len or loaded.max_model_len
-    if wanted > loaded.max_model_len:
-        raise ModelUnsupported(f"--max-model-len {wanted} is more than the base serves right ({loaded.max_model_len})")
-    return wanted
-
-
-def _max_model_len(config: ServeConfig, loaded: LoadedModel, memory: int, wanted: int) -> int:
-    """Context length that `memory` bytes of KV hold, at most `wanted`; a longer one is refused if it was configured."""
-    fits = memory // bytes_per_token(loaded.layers, loaded.dtype)
-    fits -= fits % config.kv_block_size
-    if fits < 2 * config.kv_block_size:
-        raise ModelUnsupported(
-            f"--kv-cache-memory {memory} holds {fits} tokens; "
-            f"a token takes {bytes_per_token(loaded.layers, loaded.dtype)} bytes"
-        )
-    if config.max_model_len is not None and wanted > fits:
-        raise ModelUnsupported(f"--max-model-len {wanted} needs more KV than --kv-cache-memory holds ({fits} tokens)")
-    if wanted > fits:
-        loaded.notes.append(f"context is {fits} instead of {wanted} tokens: that is what --kv-cache-memory holds")
-    return min(wanted, fits)
-
-
-def _kv_blocks(config: ServeConfig, loaded: LoadedModel, memory: int, max_model_len: int, seqs: int) -> int:
-    """KV blocks that fit `memory`, but no more than `seqs` sequences at full length could use."""
-    size = config.kv_block_size
-    fit = memory // (bytes_per_token(loaded.layers, loaded.dtype) * size)
-    return max(MIN_KV_BLOCKS, min(fit, seqs * -(-max_model_len // size)))

@@ -2,13 +2,18 @@
 
     seconds = decode · (1 + rows that decode ÷ 64) + (fixed + token · prompt tokens, if there are any)
 
-`fixed` is what any prompt token costs, however few: such a step may not be replayed from a graph, say. The three are
+`fixed` is what any prompt token costs, however few: such a step may not be replayed from a graph, say. Where steps with
+prompt tokens are padded to fixed sizes (buckets), what they are padded by counts as prompt tokens. The three are
 estimated from the durations by a Kalman filter, so that recent steps count most, each part changes as slowly as it does
 in fact, and what recent steps say nothing of stays as it was. What a row adds differs between devices; as the number of
 rows changes slowly, the error is small.
 """
 
 from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,10 +33,21 @@ LEAST = 0.02
 KNOWN = 0.05  # of a short step's duration: a standard deviation
 
 
-class StepCosts:
-    """Durations of steps by rows that decode and prompt tokens, in seconds."""
+def padded(tokens: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds so many tokens; beyond the last one nothing is padded."""
+    index = bisect_left(buckets, tokens)
+    return buckets[index] if index < len(buckets) else tokens
 
-    def __init__(self) -> None:
+
+class StepCosts:
+    """Durations of steps by rows that decode and prompt tokens, in seconds.
+
+    Args:
+        buckets: numbers of tokens that steps with prompt tokens are padded to, ascending.
+    """
+
+    def __init__(self, buckets: Sequence[int] = ()) -> None:
+        self.buckets = buckets
         self._parts = np.zeros(3)
         self._covariance: np.ndarray[tuple[int, int], np.dtype[np.float64]] = np.zeros((3, 3))
         self._with_prompt = self._without = 0  # steps seen
@@ -43,6 +59,7 @@ class StepCosts:
             self._warm = True
             return False
         seconds = min(max(seconds, SHORTEST), LONGEST)
+        prompt = self._padded(decoding, prompt)
         if not (self._with_prompt or self._without):
             parts = AT_FIRST if prompt else AT_FIRST_WITHOUT_PROMPT
             self._covariance = np.diag((parts * seconds / (1.0, 1.0, prompt or FEW)) ** 2)
@@ -93,8 +110,27 @@ class StepCosts:
 
     def mixed(self, rows: int, prompt: float) -> float:
         """Seconds of a step with prompt tokens."""
-        return self.decode(rows) + self.fixed + self.per_token * prompt
+        return self.decode(rows) + self.fixed + self.per_token * self._padded(rows, math.ceil(prompt))
 
     def prompt_within(self, rows: int, seconds: float) -> float:
         """Prompt tokens with which a step takes so long; negative if any take longer."""
         return (seconds - self.decode(rows) - self.fixed) / max(self.per_token, 1e-9)
+
+    def filling(self, rows: int, prompt: int) -> int:
+        """Prompt tokens, up to so many, that fill a bucket beside these rows; where that leaves none, the next bucket.
+
+        `prompt` itself where nothing is padded.
+        """
+        index = bisect_right(self.buckets, rows + prompt)
+        if not self.buckets or rows + prompt > self.buckets[-1]:
+            return prompt
+        below = self.buckets[index - 1] if index else 0
+        return (below if below > rows else self.buckets[index]) - rows
+
+    def next_filling(self, rows: int, prompt: int) -> int:
+        """Prompt tokens that fill the first bucket in which there are more of them than so many."""
+        return padded(rows + prompt + 1, self.buckets) - rows
+
+    def _padded(self, rows: int, prompt: int) -> int:
+        """Prompt tokens with what is padded."""
+        return padded(rows + prompt, self.buckets) - rows if prompt else 0

@@ -5,6 +5,8 @@ Values are not read. Each check raises ValueError or TypeError with what does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,9 +42,15 @@ def check_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Te
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit the pool {tuple(keys.shape)}")
 
 
-def check_delta(x: Tensor, outputs: list[Tensor], group: DeltaGroup) -> None:
-    tokens, width = x.shape
-    if width != group.in_features or x.stride(1) != 1 or len(outputs) != len(group.out_features):
+def check_delta_input(x: Tensor, group: DeltaGroup) -> None:
+    if x.ndim != 2 or x.shape[1] != group.in_features or x.stride(1) != 1:
+        raise ValueError(f"x {tuple(x.shape)} does not fit the group")
+
+
+def check_delta(x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup) -> None:
+    check_delta_input(x, group)
+    tokens = x.shape[0]
+    if len(outputs) != len(group.out_features):
         raise ValueError(f"x {tuple(x.shape)} with {len(outputs)} outputs does not fit the group")
     for output, features in zip(outputs, group.out_features, strict=True):
         if output.dtype is not x.dtype or output.shape != (tokens, features) or output.stride(1) != 1:

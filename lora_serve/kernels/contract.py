@@ -156,21 +156,26 @@ class AttentionMetadata:
 
 
 Activation = Literal["silu", "gelu_tanh"]
+Layers = Sequence[tuple[PackedWeight, Tensor | None]]  # weights and biases of layers that read the same input
 ReplaySupport = Literal["none", "recorded_steps", "cuda_graphs"]
 
 
 @dataclass(frozen=True)
 class GraphBuckets:
-    """Decode batch sizes for which CUDA graphs are captured at start; each serves smaller batches too.
+    """Sizes of steps for which CUDA graphs are captured at start; each serves smaller steps too.
 
     Attributes:
-        rows: the sizes, ascending.
-        max_segment_rows, max_rank: bounds of a graph's segments; see `Segments`.
+        rows: of steps in which every sequence decodes, ascending.
+        max_segment_rows: bound of such a step's segments; see `Segments`.
+        max_rank: bound of the segments of all steps.
+        tokens, sequences: of steps with prompt tokens, ascending; every number of tokens with every one of sequences.
     """
 
     rows: tuple[int, ...]
     max_segment_rows: int
     max_rank: int
+    tokens: tuple[int, ...] = ()
+    sequences: tuple[int, ...] = ()
 
 
 class Recording(Protocol):
@@ -224,7 +229,7 @@ class Kernels(Protocol):
         """unpack(packed)[ids] of a weight in full precision, without unpacking the rest: ids int64 [n] → [n, in]."""
         ...
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         """Up to eight layers that read the same input: y = x @ unpack(packed).T + bias, accumulated in float32.
 
         The layers share dtype and scheme.
@@ -258,6 +263,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def add_rms_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        """x + y, rounded to their dtype, and the `rms_norm` of that: to the bits of the two operations by themselves.
+
+        Shapes: x and y [..., width] of one dtype; both results as x, contiguous.
+        """
+        ...
+
     def gated_activation(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, both [..., width] of one dtype; the activation in float32, then rounded to it."""
         ...
@@ -279,7 +293,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         """Add the low-rank delta of each row's adapter to the base's outputs, in place.
 
         Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
@@ -290,6 +304,33 @@ class Kernels(Protocol):
 
         Shapes: x [tokens, in], outputs[m] [tokens, out_m]; x and outputs share a dtype (fp32, bf16, fp16), the
         group's dtype may differ from it. Inputs have unit stride in the last dimension.
+        """
+        ...
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        layers: Layers,
+        group: DeltaGroup,
+        segments: Segments,
+    ) -> list[Tensor]:
+        """`linear`, then `delta` on its outputs: one operation, so that a backend may run parts of both at once.
+
+        Shapes: x [rows, in] with unit stride in the last dimension; the layers are the group's modules, in order.
+        """
+        ...
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Layers,
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        """`adapted_linear` of two layers, then `gated_activation` of their outputs: the inner part of a gated MLP.
+
+        Shapes: as there; the layers have the same number of outputs; returns [rows, out] in x's dtype.
         """
         ...
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_serve.kernels.composed import ComposedOperations
 from lora_serve.kernels.contract import (
     Activation,
     AttentionMetadata,
     DeltaGroup,
     GraphBuckets,
+    Layers,
     Recording,
     ReplaySupport,
     Segments,
@@ -30,7 +32,7 @@ from lora_serve.kernels.packed_weight import (
 )
 
 
-class ReferenceKernels:
+class ReferenceKernels(ComposedOperations):
     """`Kernels` in plain torch."""
 
     name = "reference"
@@ -49,7 +51,7 @@ class ReferenceKernels:
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, packed.data)
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         outputs = []
         for packed, bias in layers:
             if packed.scheme is None:
@@ -98,7 +100,7 @@ class ReferenceKernels:
         """Not supported: `replay` is "none"."""
         raise NotImplementedError
 
-    def delta(self, x: Tensor, outputs: list[Tensor], group: DeltaGroup, segments: Segments) -> None:
+    def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         if segments.count == 0:
             return
         runs = zip(

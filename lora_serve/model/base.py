@@ -85,6 +85,8 @@ class ResidentBase:
 
         `vocab` is the largest of the rows' vocabularies; tokens that are not in a row's own are -inf.
         """
+        if self._sampled is not None and self._loaded.parallel is not None:
+            self._loaded.parallel.broadcast(self._sampled)  # tokens are sampled by rank 0 alone
         overrides = self._overrides.for_batch(batch)
         if not overrides and not batch.virtual_rows and not batch.hidden_rows:
             return self._steps(batch)
@@ -142,17 +144,30 @@ class ResidentBase:
         """
         size = self._kv.keys[0].shape[1]
         self._steps.prepare(max_rows, max_tokens, blocks, blocks * size)
-        lengths, ids = self._check_tokens()
+        lengths, (long, short) = self._check_tokens()
         last = [range(n - 1, n) for n in lengths]
+        decode = [
+            _sequences_batch([own[:1] for own in (short, long)], last, size),
+            _sequences_batch([own[-1:] for own in (long, short)], last, size),
+        ]
+        first, whole = range(1), [range(n) for n in lengths]
+        mixed = [
+            _sequences_batch([long[:1], short], [first, whole[1]], size),
+            _sequences_batch([long, short[:1]], [whole[0], first], size),
+        ]
         self._steps.check(
-            _sequences_batch([own[:1] for own in reversed(ids)], last, size),
-            _sequences_batch([own[-1:] for own in ids], last, size),
-            lambda x, y: relative_error(x, y) <= self._rounding,
+            [(decode[0], decode[1]), (mixed[0], mixed[1])], lambda x, y: relative_error(x, y) <= self._rounding
         )
 
-    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+    def graph_memory(self, max_rows: int, max_tokens: int, blocks: int, free: Callable[[], int]) -> int:
         """Bytes of device memory that CUDA graphs will take in `prepare`; `free` returns the free bytes."""
-        return self._steps.graph_memory(max_rows, free)
+        context = blocks * self._kv.keys[0].shape[1]
+        return self._steps.graph_memory(max_rows, max_tokens, blocks, context, free)
+
+    @property
+    def token_buckets(self) -> Sequence[int]:
+        """Numbers of rows that steps with prompt tokens are padded to, ascending; larger steps are not padded."""
+        return self._steps.token_buckets
 
     @property
     def notes(self) -> list[str]:
@@ -198,6 +213,8 @@ class ResidentBase:
                 with InFloat32(), eager_experts(self._model):
                     check(self._eager, oracle, size, oracle.float32_tolerance)
             except torch.OutOfMemoryError as error:  # what is served needs less memory: see below
+                if loaded.parallel is not None:  # the other ranks wait in the middle of the check
+                    raise
                 log.info("%s: float32 self-check skipped: %s", oracle.kind, str(error).partition("\n")[0])
             finally:
                 context.kv = own
@@ -208,7 +225,7 @@ class ResidentBase:
 
 
 def _sequences_batch(ids: list[list[int]], positions: list[range], block_size: int) -> Batch:
-    """A batch of base sequences at the given positions, each in a KV block of its own."""
+    """A batch of base sequences at the given positions, each in a KV block of its own; its last rows' logits."""
     counts = [len(each) for each in ids]
     return Batch(
         token_ids=[token for own in ids for token in own],
@@ -217,7 +234,7 @@ def _sequences_batch(ids: list[list[int]], positions: list[range], block_size: i
         query_start=[0, *accumulate(counts)],
         context=[own[-1] + 1 for own in positions],
         block_tables=[[i + 1] for i in range(len(ids))],
-        logits_rows=range(sum(counts)),
+        logits_rows=[end - 1 for end in accumulate(counts)],
     )
 
 

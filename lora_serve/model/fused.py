@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.kernels.contract import Activation, Kernels
+from lora_serve.model.linear import gated_output
 
 FORMULA_TOLERANCE = 1e-5  # relative error, in float32, of what is the same formula
 ROUNDING_FACTOR = 1.5  # error of a kernel in the model's dtype over that of the module
@@ -36,14 +37,25 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 class FusedRMSNorm(nn.Module):
-    """An RMS norm in one kernel call; see `Kernels.rms_norm`."""
+    """An RMS norm in one kernel call, with the addition before it if `add` made its input; see `Kernels.rms_norm`."""
 
     def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool, kernels: Kernels) -> None:
         super().__init__()
         self.weight = weight
         self._eps, self._plus_one, self._kernels = eps, plus_one, kernels
+        self._sum: Tensor | None = None
+        self._normed: Tensor | None = None  # of the sum, until it is asked for
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, and with it the sum's norm, which `forward` of the sum returns."""
+        self._sum, self._normed = self._kernels.add_rms_norm(x, y, self.weight, self._eps, plus_one=self._plus_one)
+        return self._sum
 
     def forward(self, x: Tensor) -> Tensor:
+        if x is self._sum and self._normed is not None:
+            normed = self._normed
+            self._sum = self._normed = None
+            return normed
         return self._kernels.rms_norm(x, self.weight, self._eps, plus_one=self._plus_one)
 
 
@@ -58,7 +70,10 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        y: Tensor = down(self._kernels.gated_activation(gate(x), up(x), self._activation))
+        inner = gated_output(gate, up, x, self._activation)
+        if inner is None:
+            inner = self._kernels.gated_activation(gate(x), up(x), self._activation)
+        y: Tensor = down(inner)
         return y
 
 
@@ -81,9 +96,11 @@ def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fuse
         return None
     if not _takes_one_input(module):
         return None
-    x = _rows(weight.shape[0])
+    x = probe_rows(weight.shape[0])
     # Not the module's own weights: these may all be one or zero, which hides whether one is added to them.
-    inputs = [each.to(weight.device, dtype) for each in (x, 0.6 + 0.5 * torch.randn(x.shape[-1], generator=_random()))]
+    inputs = [
+        each.to(weight.device, dtype) for each in (x, 0.6 + 0.5 * torch.randn(x.shape[-1], generator=probe_generator()))
+    ]
 
     def original(x: Tensor, weight: Tensor) -> Tensor:
         twin = copy.deepcopy(module)
@@ -104,11 +121,11 @@ def _fused_mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fused
     gate, up = module.gate_proj, module.up_proj
     if not isinstance(gate, nn.Linear) or not isinstance(up, nn.Linear) or not _takes_one_input(module):
         return None
-    width, inner, generator = 32, 48, _random()
+    width, inner, generator = 32, 48, probe_generator()
     weights = [torch.randn(inner, width, generator=generator) / width**0.5 for _ in range(2)]
     weights.append(torch.randn(width, inner, generator=generator) / inner**0.5)
     device = next(gate.parameters()).device
-    inputs = [each.to(device, dtype) for each in (_rows(width), *weights)]
+    inputs = [each.to(device, dtype) for each in (probe_rows(width), *weights)]
 
     def small(weights: Sequence[Tensor]) -> nn.Module:
         """The module with small linear modules: its own are large, and perhaps in a form that has no float32."""
@@ -148,8 +165,10 @@ def _fuse_rope(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     if own is None or parameter is None or hasattr(forward, "__wrapped__"):
         return
     device, dim = parameter.device, 64
-    heads = [_rows(dim * count).view(1, -1, count, dim).transpose(1, 2).to(device, dtype) for count in (4, 2)]
-    angles = torch.randn(2, 1, len(ROWS), dim, generator=_random()).to(device, dtype)  # cosines and sines, so to speak
+    heads = [probe_rows(dim * count).view(1, -1, count, dim).transpose(1, 2).to(device, dtype) for count in (4, 2)]
+    angles = torch.randn(2, 1, len(ROWS), dim, generator=probe_generator()).to(
+        device, dtype
+    )  # cosines and sines, so to speak
     # Dtypes of heads and of cosines; in float32 the self-check runs the model.
     kinds = {
         (kind, turned)
@@ -177,14 +196,14 @@ def _fuse_rope(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
     module.forward = MethodType(renamed, module)
 
 
-def _random() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def probe_generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def _rows(width: int) -> Tensor:
+def probe_rows(width: int) -> Tensor:
     """The probe's rows, float32 [1, len(ROWS), width]."""
     moments = torch.tensor(ROWS)[..., None]  # [rows, 2, 1]
-    return (moments[:, 0] + moments[:, 1] * torch.randn(len(ROWS), width, generator=_random()))[None]
+    return (moments[:, 0] + moments[:, 1] * torch.randn(len(ROWS), width, generator=probe_generator()))[None]
 
 
 def _takes_one_input(module: nn.Module) -> bool:

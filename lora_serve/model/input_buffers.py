@@ -1,8 +1,9 @@
 """A step's input tensors on the device: one allocation, filled on the host and copied at once.
 
 Recorded steps and CUDA graphs keep their input buffers and write every batch into the same memory. The buffers may hold
-more rows than a decode batch has: a padding row is a sequence of one token in the scratch KV block, a padding segment
-has no rows.
+more than a batch has. Where every sequence decodes, a padding row is a sequence of one token in the scratch KV block;
+elsewhere padding rows follow those of all sequences, write to that block, and padding sequences have no rows. A padding
+segment has no rows either.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def split_segments(segments: Sequence[AdapterRows], max_rows: int) -> list[Adapt
 class InputBuffers:
     """Memory for batches up to a given shape.
 
+    Args:
+        memory: int32, at least `size_of(shape)`, to be used; buffers that share it are written and read in turns. None:
+            memory of their own.
+
     Attributes:
         token_ids, positions, kv_index: int64 [rows].
         attention: sequence boundaries, context lengths and block tables.
@@ -87,15 +92,14 @@ class InputBuffers:
         segments, logits_segments: rows that share an adapter slot; None if all rows are the base's.
     """
 
-    def __init__(self, shape: BatchShape, device: torch.device) -> None:
+    def __init__(self, shape: BatchShape, device: torch.device, memory: Tensor | None = None) -> None:
         self._shape = shape
         self._device = device
-        rows, sequences, logits_rows, segments, logits_segments, blocks, *_ = shape
-        # In units of int32; the int64 parts come first, so that all of them are aligned.
-        self._lengths = [2 * rows, 2 * rows, 2 * rows, 2 * logits_rows, sequences + 1, sequences]
-        self._lengths += [each for count in (segments, max(0, logits_segments)) for each in [count] * 4]
+        _, sequences, _, _, logits_segments, blocks, *_ = shape
+        self._lengths = _lengths(shape)
         self._table = sum(self._lengths)  # offset of the block table
-        self._flat = torch.zeros(self._table + sequences * blocks, dtype=torch.int32, device=device)
+        size = self.size_of(shape)
+        self._flat = torch.zeros(size, dtype=torch.int32, device=device) if memory is None else memory[:size]
         wide, narrow = self._split(self._flat)
         self.token_ids, self.positions, self.kv_index, self.logits_rows = wide
         self.attention = AttentionMetadata(
@@ -108,6 +112,11 @@ class InputBuffers:
         self.segments = _segments(narrow[2:6], shape)
         self.logits_segments = self.segments if logits_segments < 0 else _segments(narrow[6:10], shape)
 
+    @staticmethod
+    def size_of(shape: BatchShape) -> int:
+        """Numbers that buffers of this shape take, each an int32."""
+        return sum(_lengths(shape)) + shape.sequences * shape.blocks
+
     @classmethod
     def of(cls, batch: Batch, ranks: Mapping[int, int], device: torch.device) -> InputBuffers:
         """New buffers of exactly the batch's shape, filled with it."""
@@ -116,12 +125,12 @@ class InputBuffers:
         return buffers
 
     def write(self, batch: Batch) -> None:
-        """Copy a batch into the buffers; only a decode batch may have fewer rows than they have.
+        """Copy a batch into the buffers, and padding after it.
 
         On a GPU this does not wait: the copy is ordered before the next kernels on the stream.
         """
         on_gpu = self._device.type != "cpu"
-        used = max(map(len, batch.block_tables), default=0) if on_gpu else self._shape.blocks
+        used = max(map(len, batch.block_tables), default=1) if on_gpu else self._shape.blocks
         flat = torch.empty(self._table, dtype=torch.int32, pin_memory=True) if on_gpu else self._flat[: self._table]
         table = self.attention.block_table[:, :used]
         blocks = torch.empty(*table.shape, dtype=torch.int32, pin_memory=True) if on_gpu else table
@@ -132,22 +141,24 @@ class InputBuffers:
 
     def _fill(self, flat: Tensor, blocks: Tensor, batch: Batch) -> None:
         wide, narrow = self._split(flat)
-        left = self._shape.rows - len(batch.token_ids)
+        rows, sequences, wanted = len(batch.token_ids), len(batch.context), len(batch.logits_rows)
+        all_decode = self._shape.max_query_len == 1
         for part, numbers in zip(wide, (batch.token_ids, batch.positions, batch.kv_index), strict=False):
             _set(part, numbers)
-        _set(wide[3], batch.logits_rows, range(len(batch.logits_rows), self._shape.logits_rows))
-        _set(narrow[0], batch.query_start, range(len(batch.token_ids) + 1, len(batch.token_ids) + left + 1))
-        _set(narrow[1], batch.context, [1] * left)
+        _set(wide[3], batch.logits_rows, range(wanted, self._shape.logits_rows) if all_decode else 0)
+        following = range(rows + 1, rows + 1 + self._shape.sequences - sequences)
+        _set(narrow[0], batch.query_start, following if all_decode else rows)
+        _set(narrow[1], batch.context, 1)
         for own, segments in ((narrow[2:6], batch.adapter_rows), (narrow[6:10], batch.logits_adapter_rows)):
             if own[0].shape[0]:
                 # Start, end, slot, weight; `first` is not needed.
                 columns = tuple(zip(*segments, strict=True)) or ((),) * 4
                 for part, numbers in zip(own, columns[:4], strict=True):
                     _set(part, numbers)
-        rows = blocks.numpy()
-        for row, numbers in zip(rows, batch.block_tables, strict=False):
-            row[: len(numbers)] = numbers
-        rows[len(batch.block_tables) :, :1] = 0
+        tables = blocks.numpy()
+        for table, numbers in zip(tables, batch.block_tables, strict=False):
+            table[: len(numbers)] = numbers
+        tables[len(batch.block_tables) :, :1] = 0
 
     def _split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the int64 parts (token ids, positions, KV indices, logits rows) and of the 32-bit parts."""
@@ -157,6 +168,13 @@ class InputBuffers:
         for weight in (5, 9):
             narrow[weight] = narrow[weight].view(torch.float32)
         return wide, narrow
+
+
+def _lengths(shape: BatchShape) -> list[int]:
+    """Sizes of the parts before the block table, in units of int32; int64 parts come first, so that all are aligned."""
+    rows, sequences, logits_rows, segments, logits_segments, *_ = shape
+    lengths = [2 * rows, 2 * rows, 2 * rows, 2 * logits_rows, sequences + 1, sequences]
+    return lengths + [each for count in (segments, max(0, logits_segments)) for each in [count] * 4]
 
 
 def _segments(parts: Sequence[Tensor], shape: BatchShape) -> Segments | None:

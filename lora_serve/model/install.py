@@ -18,6 +18,7 @@ from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.external_quantization import is_externally_quantized
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.fused import fuse
+from lora_serve.model.fused_residual import fuse_residuals
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
@@ -29,6 +30,7 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
     """Replace the modules of `loaded.model`; linear modules keep their own weights until `pack`."""
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
+    fuse_residuals(model, loaded.dtype)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
     for names, group in device_slots.groups.items():
         if _is_expert(names):
@@ -74,7 +76,9 @@ def _install_group(
     modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
     bases = _pack(modules, context, loaded, loaded.importance.get(names[0])) if packed else modules
-    shared = SharedInput(bases, group, context.kernels)
+    parallel, sharding = loaded.parallel, loaded.sharding
+    partial = sharding is not None and names[0] in sharding.row_parallel
+    shared = SharedInput(bases, group, context.kernels, parallel.all_reduce if parallel and partial else None)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits
         _replace(model, name, AdaptedLinear(base, shared, index, context, logits_rows_only=head))

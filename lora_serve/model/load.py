@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lora_serve.adapters.adapter import BaseShape
+from lora_serve.adapters.sharding import Sharding
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
@@ -39,8 +40,11 @@ from lora_serve.model.identity_experts import mark_experts
 from lora_serve.model.importance import importance_digest, measure_importance, random_tokens, text_tokens
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
+from lora_serve.model.parallel_plan import cut_model
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
 from lora_serve.model.shape import build_base_shape
+from lora_serve.model.shared_oracle import share_oracle
+from lora_serve.model.tensor_parallel import TensorParallel
 from lora_serve.request import Pooling
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -53,7 +57,8 @@ class LoadedModel:
     """A base model as loaded, before adapters are installed.
 
     Attributes:
-        layers: KV per token of each attention layer.
+        shape: of the whole base.
+        layers: KV per token of each attention layer, as far as it is on this device.
         windows: sliding window of each layer, which the modelling code may not pass on; None: full attention.
         max_model_len: the longest context that is served correctly.
         keeps_logits: whether the model's forward takes `logits_to_keep`.
@@ -66,6 +71,7 @@ class LoadedModel:
         headless: whether the checkpoint has no LM head, so that it can only embed.
         pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
         loaded_whole: bytes of the checkpoint if single weights of it cannot be read (`CheckpointWeights`); else 0.
+        parallel, sharding: the ranks that share the base, and this one's part; None: it is whole here.
     """
 
     model: nn.Module
@@ -90,6 +96,8 @@ class LoadedModel:
     not_embedding: str = ""
     loaded_whole: int = 0
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    parallel: TensorParallel | None = None
+    sharding: Sharding | None = None
 
 
 def load(
@@ -102,6 +110,7 @@ def load(
     scheme: Scheme | None = None,
     quantizes_experts: bool = False,
     names: tuple[str, ...] = (),
+    parallel: TensorParallel | None = None,
 ) -> LoadedModel:
     """Load a base model; raises ModelUnsupported if it cannot be served correctly.
 
@@ -109,6 +118,7 @@ def load(
         scheme: how its linear modules will be quantised when they are packed; None: not at all.
         quantizes_experts: whether its experts will be quantised as well, which the kernels decide.
         names: other names of the base besides `name`.
+        parallel: the ranks that share the base, each of which loads its part; None: all of it is loaded here.
     """
     progress("reading the model's configuration", 0.02)
     try:
@@ -116,7 +126,7 @@ def load(
     except Exception as error:  # some configurations validate themselves and raise errors of their own
         raise ModelUnsupported(f"the base model {name!r} cannot be read: {_first_line(error)}") from error
     with refusing(config.model_type):
-        return _load(name, config, revision, dtype, device, progress, scheme, quantizes_experts, names)
+        return _load(name, config, revision, dtype, device, progress, scheme, quantizes_experts, names, parallel)
 
 
 def _load(
@@ -129,10 +139,15 @@ def _load(
     scheme: Scheme | None,
     quantizes_experts: bool,
     names: tuple[str, ...],
+    parallel: TensorParallel | None,
 ) -> LoadedModel:
     notes: list[str] = []
     _refuse_unsupported(name, config)
     quantized = find_quantization(name, config, device)
+    if parallel is not None and (quantized is not None or scheme is not None):
+        raise ModelUnsupported(f"{name!r} is quantised, and cannot be shared by devices; leave --tensor-parallel away")
+    # The whole model of several devices fits none of them: it stays mapped from its files until it is cut.
+    whole = device if parallel is None else torch.device("cpu")
     if quantized is not None:
         if scheme is not None:
             raise ModelUnsupported(
@@ -165,18 +180,18 @@ def _load(
         raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
     model, loading_info = loaded
     if quantized is None:
-        model = model.to(device)
+        model = model.to(whole)
     else:
         prepare_modules(name, model, None if dtype == "auto" else getattr(torch, dtype))
     model = model.eval().requires_grad_(False)
     mark_experts(model)
     divided = divide_head(model)
     progress("observing the forward pass", 0.8)
-    observed = _observe(name, model, device, quantized)
+    observed = _observe(name, model, whole, quantized)
     importance: dict[str, Tensor] = {}
     with _eager_attention(model):
         with eager_experts(model):
-            oracle = compute_oracle(model, device, external=quantized is not None)
+            oracle = _oracle(model, whole, parallel, external=quantized is not None)
         if scheme == "int4":
             progress("measuring which inputs matter", 0.83)
             ids = text_tokens(name, revision, vocabulary := model.get_input_embeddings().weight.shape[0])
@@ -211,18 +226,24 @@ def _load(
     headless = f"{shape.head}.weight" in loading_info["missing_keys"]
     if headless:
         notes.append("the checkpoint has no LM head: it makes embeddings, no text")
+    vocab_size, parameters = parameter_shapes(model.get_output_embeddings())["weight"][0], _parameters(model)
+    layers, sharding = observed.layers, None
+    if parallel is not None:
+        progress("cutting the base for its devices", 0.84)
+        sharding, layers = cut_model(model, observed, parallel)
+        model = model.to(device)
     return LoadedModel(
         model=model,
         shape=shape,
-        layers=observed.layers,
+        layers=layers,
         windows=_windows(config, len(observed.layers)),
         max_model_len=max_model_len,
-        vocab_size=parameter_shapes(model.get_output_embeddings())["weight"][0],
+        vocab_size=vocab_size,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         dtype=model.dtype,
         device=device,
         keeps_logits="logits_to_keep" in inspect.signature(type(model).forward).parameters,
-        parameters=_parameters(model),
+        parameters=parameters,
         created=_created(name),
         generation_defaults={
             key: generation[key]
@@ -231,13 +252,16 @@ def _load(
         },
         notes=notes,
         scheme=scheme,
-        replayable=quantized is None or quantized.replayable,
+        # Recorded steps (CPU) know nothing of collectives; CUDA graphs capture NCCL's.
+        replayable=(quantized is None or quantized.replayable) and (parallel is None or device.type == "cuda"),
         oracle=oracle,
         headless=headless,
         pooling=pooling,
         not_embedding=not_embedding,
         importance=importance,
         loaded_whole=0 if quantized is None else sum(file.stat().st_size for file in weight_files(name, revision)),
+        parallel=parallel,
+        sharding=sharding,
     )
 
 
@@ -267,6 +291,14 @@ def _observe(name: str, model: Any, device: torch.device, quantized: Quantizatio
         raise ModelUnsupported(
             f"{name!r} is quantised ({quantized.label}), which does not run on {device}: {_first_line(error)}"
         ) from error
+
+
+def _oracle(model: Any, device: torch.device, parallel: TensorParallel | None, *, external: bool) -> Oracle:
+    """The oracle, computed by rank 0 alone if several ranks share the base."""
+    if parallel is None:
+        return compute_oracle(model, device, external=external)
+    own = compute_oracle(model, device, external=external) if parallel.rank == 0 else None
+    return share_oracle(own, parallel)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ formula is in `adapters.adapter.ModuleOverride`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from lora_serve.adapters.adapter import BaseShape, ModuleOverride
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.external_linear import ExternalLinear
+from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import rows_of, tensors_of
 from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
@@ -172,7 +173,8 @@ class _OverrideHook:
             output = _pad_vocabulary(output, self._parts)
         for part in self._parts:
             if part.override.parameters or part.override.gain_in is not None:
-                _recompute(self._module, part, inputs, output, layout)
+                complete = module.complete if isinstance(module, AdaptedLinear) else None
+                _recompute(self._module, part, inputs, output, layout, complete)
             if part.override.lookup is not None:
                 ids, y = layout.part(x, part.rows), layout.part(output, part.rows)
                 y += part.rows.weight * (part.override.lookup.a[ids] @ part.override.lookup.b)
@@ -185,17 +187,30 @@ class _OverrideHook:
         return output
 
 
-def _recompute(module: nn.Module, part: RowOverride, inputs: tuple[Any, ...], output: Any, layout: _Layout) -> None:
-    """Recompute a part's rows of `output` with the adapter's input gain and parameters."""
+def _recompute(
+    module: nn.Module,
+    part: RowOverride,
+    inputs: tuple[Any, ...],
+    output: Any,
+    layout: _Layout,
+    complete: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """Recompute a part's rows of `output` with the adapter's input gain and parameters.
+
+    Args:
+        complete: of a linear module; see `AdaptedLinear.complete`.
+    """
     args = [layout.part(value, part.rows) for value in inputs]
     if part.override.gain_in is not None:
         args[0] = (args[0].float() * part.override.gain_in).to(args[0].dtype)
     if isinstance(module, PackedLinear | PackedEmbedding | ExternalLinear):
         fresh = module.with_parameters(args[0], part.override.parameters)
+        fresh = fresh if complete is None else complete(fresh)
     elif isinstance(module, PackedExperts):
         fresh = module.with_parameters(args[0], args[1], args[2], part.override.parameters)
     else:
         fresh = _with_parameters(module, part.override.parameters).forward(*args)  # its hooks are for the whole batch
+        fresh = fresh if complete is None else complete(fresh)  # a linear module that is not packed
     for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
         layout.part(whole, part.rows)[..., : tensor.shape[-1]] = tensor
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_serve.kernels.contract import Kernels
 from lora_serve.model.batch import Batch
 from lora_serve.model.input_buffers import BatchShape, InputBuffers
-from lora_serve.model.step_executor import EagerSteps, ReplayableStep, replays_right
+from lora_serve.model.step_executor import Checks, EagerSteps, ReplayableStep, replays_right
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class RecordedSteps:
 
     def __init__(self, eager: EagerSteps, kernels: Kernels) -> None:
         self.disabled: str | None = None
+        self.token_buckets: Sequence[int] = ()
         self._eager = eager
         self._kernels = kernels
         self._steps: OrderedDict[BatchShape, ReplayableStep] = OrderedDict()  # least recently used first
@@ -53,12 +54,12 @@ class RecordedSteps:
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
         """Nothing is recorded ahead of time."""
 
-    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+    def graph_memory(self, max_rows: int, max_tokens: int, blocks: int, context: int, free: Callable[[], int]) -> int:
         return 0
 
-    def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """Ignores `same`: the calls are the same, so the logits must be bit-identical."""
-        right = replays_right(self, self._eager, (first, second), torch.equal)
+    def check(self, checks: Checks, same: Callable[[Tensor, Tensor], bool]) -> None:
+        """Ignores `same`: the calls are the same, so logits must be bit-identical. One pair of batches shows that."""
+        right = replays_right(self, self._eager, checks[0], torch.equal)
         self._checked = True
         if not right:
             self._disable("it depends on more than its input tensors")

@@ -5,7 +5,7 @@ All give the same logits. `recorded_steps.py` and `cuda_graphs.py` run what they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,16 +17,22 @@ from lora_serve.model.batch import Batch
 from lora_serve.model.input_buffers import InputBuffers
 
 ForwardPass = Callable[[InputBuffers], Tensor]  # the model on input buffers → logits [logits rows, vocab]
+Checks = Sequence[tuple[Batch, Batch]]  # pairs of batches: the second one's logits are compared
 
 
 class StepExecutor(Protocol):
     """Runs batches of one resident base.
 
     Attributes:
-        disabled: why steps, or steps with adapters, are not replayed; None if they are.
+        disabled: why steps, or some kinds of them, are not replayed; None if they are.
     """
 
     disabled: str | None
+
+    @property
+    def token_buckets(self) -> Sequence[int]:
+        """Numbers of rows that steps with prompt tokens are padded to, ascending; larger steps are not padded."""
+        ...
 
     def __call__(self, batch: Batch) -> Tensor:
         """Logits [logits rows, vocab] of a batch, valid until the next call."""
@@ -41,15 +47,15 @@ class StepExecutor(Protocol):
         """
         ...
 
-    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+    def graph_memory(self, max_rows: int, max_tokens: int, blocks: int, context: int, free: Callable[[], int]) -> int:
         """Bytes of device memory that `prepare` will take; `free` returns the free bytes."""
         ...
 
-    def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
-        """Replay a step that was recorded with `first` on `second`; disable replay if the eager logits differ.
+    def check(self, checks: Checks, same: Callable[[Tensor, Tensor], bool]) -> None:
+        """Replay steps that were recorded with each first batch on the second; disable replay if the logits differ.
 
         Args:
-            first, second: decode batches of one shape.
+            checks: decode batches of one shape, and batches with prompts.
             same: whether two logits tensors are equal up to rounding.
         """
         ...
@@ -68,6 +74,7 @@ class EagerSteps:
     ) -> None:
         self.forward, self.ranks, self.device = forward, ranks, device
         self.disabled = reason
+        self.token_buckets: Sequence[int] = ()
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.forward(InputBuffers.of(batch, self.ranks, self.device))
@@ -75,10 +82,10 @@ class EagerSteps:
     def prepare(self, max_rows: int, max_tokens: int, blocks: int, context: int) -> None:
         """Nothing is captured."""
 
-    def graph_memory(self, max_rows: int, free: Callable[[], int]) -> int:
+    def graph_memory(self, max_rows: int, max_tokens: int, blocks: int, context: int, free: Callable[[], int]) -> int:
         return 0
 
-    def check(self, first: Batch, second: Batch, same: Callable[[Tensor, Tensor], bool]) -> None:
+    def check(self, checks: Checks, same: Callable[[Tensor, Tensor], bool]) -> None:
         """Nothing is replayed."""
 
 

@@ -25,7 +25,21 @@ def test_a_published_adapter_can_be_leased_loaded_and_assigned_a_slot(harness: R
     assert harness.registry.memory.assign_slots([lease.digest]) == {lease.digest: 1}
     version = harness.operations.describe("a").versions[0]
     assert (version.tiers, version.leases, version.rank, version.modules) == (["disk", "host", "device"], 1, 4, 3)
-    assert harness.stats().resident == ["a"]
+    stats = harness.stats()
+    assert (stats.resident, stats.resident_in_host, stats.pinned) == (["a"], ["a"], [])
+
+
+def test_statistics_name_every_name_of_what_is_resident_and_no_older_version(harness: RegistryHarness) -> None:
+    first = harness.publish("a").versions[0].digest
+    harness.publish("twin")
+    harness.registry.acquire(AdapterUse("a"))
+    harness.load(first)
+    harness.registry.memory.assign_slots([first])
+    harness.run(lambda done: harness.operations.pin("twin", True, done))
+    assert harness.stats().resident == ["a", "twin"]
+    assert harness.stats().pinned == ["a", "twin"]  # they are one version, which stays
+    harness.publish("a", seed=1, replace=True)
+    assert harness.stats().resident == ["twin"]
 
 
 def test_unknown_names_and_versions_are_not_found(harness: RegistryHarness) -> None:

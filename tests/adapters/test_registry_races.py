@@ -11,6 +11,7 @@ from registry_harness import RegistryHarness
 
 from lora_serve.adapters.registry import Lease
 from lora_serve.errors import AdapterBroken, AdapterNotFound, ServeError
+from lora_serve.messages import AliasTarget, DeleteAlias, PutAlias
 from lora_serve.request import AdapterUse
 
 ACTIONS = ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
@@ -168,18 +169,26 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
         name = rng.choice("abcd")
         action = rng.choice(
             ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
+            + ("alias", "alias", "unalias")
         )
         asked += action not in ("acquire",)
         try:
             if action == "publish":
                 folder = harness.upload(rng.randrange(4) + 10 * number * rng.randrange(2))
                 harness.start_publish(name, folder, answers.append, replace=rng.random() < 0.8)
+            elif action == "alias":
+                known = residency.names[name].versions if name in residency.names else ["0"]
+                target = f"{name}@{rng.choice(known)}" if rng.random() < 0.7 else name
+                change = PutAlias(rng.choice("dxy"), [AliasTarget(target)])
+                harness.operations.aliases.put(change, answers.append)
+            elif action == "unalias":
+                harness.operations.aliases.delete(DeleteAlias(rng.choice("dxy")), answers.append)
             elif action in ("delete", "load", "evict", "unload"):
                 getattr(harness.operations, action)(name, answers.append)
             elif action in ("pin", "unpin"):
                 harness.operations.pin(name, action == "pin", answers.append)
             else:
-                leases.append(registry.acquire(AdapterUse(name)))
+                leases.append(registry.acquire(AdapterUse(rng.choice((name, "x")))))
         except ServeError as error:
             answers += [] if action == "acquire" else [error]
         if leases and rng.random() < 0.5:
@@ -201,6 +210,12 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
     assert residency.versions.keys() == kept
     harness.wait_until(lambda: {path.name for path in (tmp_path / "store" / "versions").iterdir()} == kept)
     assert harness.store.names().keys() == names.keys()
+    aliases = residency.aliases.records
+    assert harness.store.aliases() == aliases
+    for record in aliases.values():
+        for target in record.targets:
+            assert target.name in names
+            assert target.version in ("", *names[target.name])
     staging = harness.store.staging  # uploads that were refused before they were looked at are the API's to remove
     harness.wait_until(lambda: all(path.name.startswith("upload-") for path in staging.iterdir()))
     registry.close()
@@ -208,4 +223,5 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
     assert {name: record.versions[0] for name, record in again.residency.names.items()} == {
         name: versions[0] for name, versions in names.items()
     }
+    assert again.residency.aliases.records == aliases
     again.registry.close()

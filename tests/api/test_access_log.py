@@ -136,3 +136,20 @@ async def test_loading_from_a_folder_is_a_change_too(tmp_path: Path, caplog: pyt
     await server.ask("POST", "/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": str(tmp_path / "x")})
     await server.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "poet"})
     assert [message for message, _ in lines(caplog, "audit")] == ["publish poet", "unload poet"]
+
+
+@pytest.mark.parametrize("route", ["/v1/unload_lora_adapter", "/unload_lora_adapter"])
+async def test_a_name_cannot_forge_an_audit_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, route: str) -> None:
+    await StubAdminApp(tmp_path).ask("POST", route, json={"lora_name": "x\npublish evil" + "y" * 1000})
+    ((message, _),) = lines(caplog, "audit")
+    assert message.startswith("unload 'x\\npublish evil")
+    assert len(message) < 250
+
+
+async def test_an_error_that_an_api_sends_as_its_own_event_is_in_the_line(
+    server: StubCompletionApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.engine.breaks = 1
+    await server.post("/v1/responses", {"input": "hi", "stream": True}, "sk-secret")
+    ((_, fields),) = lines(caplog)
+    assert (fields["error"], fields["reason"]) == ("engine_fault", "it broke")

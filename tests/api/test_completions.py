@@ -276,6 +276,10 @@ async def test_an_adapter_that_a_key_may_not_use_looks_like_one_that_does_not_ex
     }  # fmt: skip
     assert (await server.complete("k", adapter="clerk")).status_code == 200
     assert server.engine.requests[-1].tenant == "alice"
+    for path, body in (("/v1/completions", {"prompt": "hi"}), ("/v1/embeddings", {"input": "hi"})):
+        errors = [(await server.post(path, body | {"model": name}, "k")).json()["error"] for name in ("poet", "absent")]
+        assert errors[0] == errors[1] | {"message": "model poet does not exist"}
+        assert errors[0]["code"] == "model_not_found"
 
 
 # --- refusals by the engine ------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ async def test_a_tool_call_is_as_documented(server: StubCompletionApp) -> None:
         ("get", "/ready", {}),
         ("get", "/ready", {"headers": {"Origin": "null"}}),
         ("get", "/metrics", {}),
+        ("get", "/v1/key", {}),
     ],
 )
 async def test_responses_of_the_other_routes_are_as_documented(

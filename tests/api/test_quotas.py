@@ -104,6 +104,14 @@ def test_limits_that_the_key_file_changes_count_at_once(quotas: Quotas) -> None:
     use(quotas, Caller("a"))
 
 
+def test_a_sweep_forgets_nothing_that_is_in_use(quotas: Quotas) -> None:
+    caller = Caller("a", limits=Limits(concurrent=1), limits_per_adapter=Limits(requests_per_minute=1))
+    for number in range(SWEEP + 5):
+        use(quotas, caller, f"made-up-{number}")
+    with quotas.use(caller, ("one",), RequestRecord()):
+        refused(quotas, caller, "another")
+
+
 def test_names_that_are_made_up_do_not_fill_the_memory(quotas: Quotas, clock: Clock) -> None:
     caller = Caller("a", limits_per_adapter=Limits(requests_per_minute=60))
     for number in range(3 * SWEEP):

@@ -14,7 +14,7 @@ from stub_completions import StubCompletionApp
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.usage import DayUsage, UsageRecords
-from lora_serve.errors import Overloaded
+from lora_serve.errors import Overloaded, StoreUnusable
 
 TODAY = date(2026, 3, 1)
 
@@ -89,7 +89,7 @@ async def test_what_cannot_be_written_is_kept_and_said_once(tmp_path: Path, capl
     records = UsageRecords(lambda: folder / "usage.sqlite", lambda: TODAY)
     for _ in range(3):
         records.add("a", "", 1, 1)
-        with pytest.raises(sqlite3.Error):
+        with pytest.raises(StoreUnusable):
             await records.read(TODAY, TODAY)
     assert len([each for each in caplog.records if each.levelno == logging.ERROR]) == 1
     folder.mkdir()
@@ -109,3 +109,25 @@ async def test_another_process_may_read_the_file_meanwhile(tmp_path: Path) -> No
     assert other.execute("select requests from usage").fetchall() == [(2,)]
     other.close()
     records.close()
+
+
+async def test_inputs_that_were_embedded_count_also_if_a_later_one_fails(server: StubCompletionApp) -> None:
+    server.engine.refusals = {1: Overloaded("too many wait", retry_after=1)}
+    assert (await server.post("/v1/embeddings", {"input": ["four", "five5"]}, "sk-a")).status_code == 429
+    assert await entries(server, "sk-all") == [("a", "", 1, 4, 0)]
+
+
+async def test_a_request_that_ends_after_the_last_write_is_counted_too(tmp_path: Path) -> None:
+    records = UsageRecords(lambda: tmp_path / "usage.sqlite", lambda: TODAY)
+    records.close()
+    records.add("a", "", 1, 1)
+    again = UsageRecords(lambda: tmp_path / "usage.sqlite")
+    assert await again.read(TODAY, TODAY) == [DayUsage("2026-03-01", "a", "", 1, 1, 1)]
+    again.close()
+
+
+async def test_a_broken_usage_file_is_said(server: StubCompletionApp, tmp_path: Path) -> None:
+    (tmp_path / "usage.sqlite").write_bytes(b"not a database" * 1000)
+    answer = await server.client.get("/v1/usage", headers={"Authorization": "Bearer sk-a"})
+    assert refusal(answer)[0] == 507
+    assert "usage cannot be read" in refusal(answer)[2]

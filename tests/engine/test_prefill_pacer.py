@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 import pytest
 
-from lora_serve.engine.prefill_pacer import FIRST, GRANULE, MOST_HELD, UNNOTICED_GAP, Demand, PrefillPacer, _rounded
+from lora_serve.engine.prefill_pacer import (
+    FIRST,
+    GRANULE,
+    MOST_EXCEEDED,
+    MOST_HELD,
+    UNNOTICED_GAP,
+    Demand,
+    PrefillPacer,
+    _rounded,
+)
+from lora_serve.engine.step_costs import padded
 
 Step = Callable[[int, int], float]  # rows that decode, prompt tokens → seconds
 
@@ -160,3 +170,48 @@ def test_one_outlier_hardly_changes_the_budget() -> None:
     usual = pacer.budget(demand(8, 1, 500))
     pacer.record(8, 0, 5.0)
     assert abs(pacer.budget(demand(8, 1, 500)) - usual) <= 2 * GRANULE
+
+
+BUCKETS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+
+
+def graphed_gpu(decoding: int, prompt: int) -> float:
+    """Replays steps of all kinds; those with prompts are padded to a bucket."""
+    return (
+        0.005 + 2e-5 * decoding + (0.0005 + 2.2e-5 * (padded(decoding + prompt, BUCKETS) - decoding) if prompt else 0)
+    )
+
+
+def unheld(pacer: PrefillPacer, waiting: Demand) -> int:
+    """The first budget that is not 0: steps that only decode may come before."""
+    while not (budget := pacer.budget(waiting)):
+        pacer.record(waiting.decoding, 0, graphed_gpu(waiting.decoding, 0))
+    return budget
+
+
+@pytest.mark.parametrize("decoding", [1, 8, 31, 32, 60, 64, 200])
+def test_chunks_fill_buckets_where_steps_are_padded_and_grow_from_one_to_the_next(decoding: int) -> None:
+    pacer, waiting = PrefillPacer(buckets=BUCKETS), demand(decoding, 1, 100_000)
+    pacer.record(decoding, 0, graphed_gpu(decoding, 0))
+    for _ in range(40):
+        budget = unheld(pacer, waiting)
+        assert decoding + budget in BUCKETS
+        pacer.record(decoding, budget, graphed_gpu(decoding, budget))
+    gap = pacer._gap(waiting)
+    assert graphed_gpu(decoding, budget) <= MOST_EXCEEDED * gap
+    following = next(bucket for bucket in BUCKETS if bucket > decoding + budget)
+    assert graphed_gpu(decoding, following - decoding) > 0.95 * gap
+
+
+def test_all_that_waits_is_computed_at_once_if_its_padding_keeps_the_bound() -> None:
+    pacers = PrefillPacer(buckets=BUCKETS), PrefillPacer(0.012, buckets=BUCKETS)
+    for pacer in pacers:
+        draw = random.Random(0)
+        for _ in range(60):
+            decoding, prompt = draw.choice((1, 16, 32)), draw.choice((0, 16, 100, 200, 400))
+            pacer.record(decoding, prompt, graphed_gpu(decoding, prompt))
+        pacer.record(32, 400, graphed_gpu(32, 400))
+    free, stated = pacers
+    assert unheld(free, demand(32, 1, 230)) == 230  # padded to 384, 14 ms
+    assert unheld(stated, demand(32, 1, 230)) == 256 - 32
+    assert not stated.gaps_exceeded

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_serve.config import ServeConfig
+from lora_serve.engine.base_setup import device_of
 from lora_serve.engine.sizing import CPU_KV_BYTES, GpuMemory, adapter_memory, kv_memory
-from lora_serve.engine.startup import device_of
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kv.tensors import LayerShape
 

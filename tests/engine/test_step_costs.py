@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lora_serve.engine.step_costs import StepCosts
+from lora_serve.engine.step_costs import StepCosts, padded
 
 
 def learn(decode: float, row: float, fixed: float, token: float, *, steps: int = 60, noise: float = 0.05) -> StepCosts:
@@ -51,3 +51,24 @@ def test_nothing_is_known_before_steps_of_both_kinds() -> None:
     assert not costs.known
     costs.record(0, 100, 0.1)
     assert costs.known
+
+
+def test_padding_counts_as_prompt_tokens_and_chunks_can_fill_it() -> None:
+    buckets = (16, 64, 128, 256)
+    costs = StepCosts(buckets)
+    for rows, prompt in (
+        (8, 0),
+        (8, 0),
+        *((8, prompt) for prompt in (40, 56, 100, 120, 200, 248) * 10),
+        *((8, 0),) * 9,
+    ):
+        shown = padded(rows + prompt, buckets) - rows if prompt else 0
+        costs.record(rows, prompt, 0.005 + (0.001 if prompt else 0) + 1e-4 * shown)
+    assert costs.mixed(8, 57) == costs.mixed(8, 120) == pytest.approx(0.005 + 0.001 + 1e-4 * 120, rel=0.1)
+    assert costs.mixed(8, 300) > costs.mixed(8, 248)  # beyond the last nothing is padded
+    assert [costs.filling(8, prompt) for prompt in (1, 8, 55, 56, 119, 120, 247, 248, 249)] == [
+        *(8, 8, 8, 56, 56, 120, 120, 248, 249)
+    ]
+    assert costs.filling(60, 3) == 4  # no smaller bucket holds the rows that decode
+    assert costs.next_filling(8, 56) == 120
+    assert StepCosts().filling(8, 55) == StepCosts().next_filling(8, 54) == 55

@@ -12,9 +12,10 @@ from kernels.kernel_cases import AttentionCase, assert_near
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Segments
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
+from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, Launch, PlanTable
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = here
@@ -139,6 +140,63 @@ def test_a_replayed_graph_reads_what_slots_point_at_now(kernels: GpuKernels) -> 
             assert_near(got, right)
 
 
+class EveryProblem(dict[DeltaProblem, DeltaPlan]):
+    """One plan for every problem."""
+
+    def __init__(self, plan: DeltaPlan) -> None:
+        self._plan = plan
+
+    def get(self, problem: DeltaProblem, default: DeltaPlan | None = None) -> DeltaPlan:  # type: ignore[override]
+        return self._plan
+
+
+def launching(launch: Launch, block_n: int) -> PlanTable:
+    """Plans with this launch for every problem, and for pointwise kernels if it is dependent."""
+    table = PlanTable()
+    table.delta = EveryProblem(DeltaPlan(4, 16, 256, block_n, 16, 4, 4, launch))
+    table.dependent_pointwise = launch == "dependent"
+    return table
+
+
+LAUNCHES: list[Launch] = ["in_turn", "beside", "dependent"]
+
+
+@gpu_only
+@pytest.mark.parametrize("block_n", [128, 512])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_layers_with_deltas_in_a_graph_equal_the_reference(launch: Launch, block_n: int) -> None:
+    """A few layers one after the other, so that each kernel's launch meets those of its neighbours."""
+    if launch == "dependent" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no older GPU has dependent launches")
+    torch.manual_seed(0)
+    kernels = GpuKernels(launching(launch, block_n))
+    case = Deltas(1024, (1024, 1024), ((1, 16), (1, 64), (3, 8), (1, 0), (16, 16)))
+    group, segments = case.group(BF16), replace(case.bounds(), max_rows=16, max_rank=1024)
+    weights = [draw(out, 1024, dtype=BF16, scale=1024**-0.5) for out in case.out_features]
+    layers = [(packed, None) for packed in kernels.pack(weights)]
+    scale = draw(1024, dtype=BF16)
+    x = draw(case.rows, 1024, dtype=BF16)
+
+    def forward(own: Kernels) -> Tensor:
+        y = own.rms_norm(x, scale, 1e-5, plus_one=False)
+        for _ in range(4):
+            gate, up = own.adapted_linear(y, layers, group, segments)
+            y = own.add_rms_norm(x, own.gated_activation(gate, up, "silu"), scale, 1e-5, plus_one=False)[1]
+        return y
+
+    recording = kernels.new_recording(check_values=True)
+    result = torch.empty_like(x)
+    recording.record(lambda: result.copy_(forward(kernels)))
+    assert recording.unsupported is None
+    for _ in range(20):
+        x.copy_(draw(case.rows, 1024, dtype=BF16))
+        recording.replay()
+        eager = forward(kernels)
+        assert_near(result, eager)
+    wanted = forward(REFERENCE)
+    assert (result.float() - wanted.float()).norm() < 0.05 * wanted.float().norm()  # four layers' roundings
+
+
 # --- attention ---------------------------------------------------------------------------------------------------
 
 DECODING = [(1, 4096), (1, 1), (0, 1), (1, 517), (1, 16)]
@@ -205,6 +263,46 @@ def test_attention_equals_the_reference(kernels: GpuKernels, case: AttentionCase
     assert_near(kernels.attention(q, keys, values, loose, *options), wanted)
 
 
+@gpu_only
+@pytest.mark.parametrize("sequences", [64, 256])
+def test_a_replayed_mixed_step_attends_to_what_its_metadata_says_now(kernels: GpuKernels, sequences: int) -> None:
+    """One graph of 768 rows: prompts, chunks and decoding sequences of any number, padding after them."""
+    rows, width = 768, 512
+    keys, values = (draw(2000, 16, 8, 128, dtype=BF16) for _ in range(2))
+    q = draw(rows, 32, 128, dtype=BF16)
+    start, context = int32([0] * (sequences + 1)), int32([1] * sequences)
+    table = torch.zeros(sequences, width, dtype=torch.int32, device=DEVICE)
+    bucket = AttentionMetadata(start, context, table, rows, 16 * width)
+    graph = CapturedGraph(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    out = graph.record(lambda: kernels.attention(q, keys, values, bucket, 128**-0.5))
+    assert graph.unsupported is None
+    for case in (
+        [(1, 900)] * 32 + [(512, 512)],
+        [(1, 8000), (700, 1700)],
+        [(2, 2)] * 60 + [(1, 1), (1, 17)],
+        [(768, 768)],
+        [(1, 40)] * 64,
+        [(0, 1), (300, 300), (0, 1), (1, 5)],
+    ):
+        counts, used = [own for own, _ in case], sum(own for own, _ in case)
+        begins = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        start.copy_(int32(begins + [used] * (sequences - len(case))))
+        context.copy_(int32([length for _, length in case] + [1] * (sequences - len(case))))
+        table.zero_()
+        for i, (_, length) in enumerate(case):
+            blocks = -(-length // 16)
+            table[i, :blocks] = 1 + torch.randperm(1999, device=DEVICE)[:blocks].int()
+        q.copy_(draw(rows, 32, 128, dtype=BF16))
+        q[used:] = float("nan")
+        keys[0] = values[0] = float("nan")
+        graph.replay()
+        exact = AttentionMetadata(
+            start[: len(case) + 1], context[: len(case)], table[: len(case)], max(counts), max(own for _, own in case)
+        )
+        assert_near(out[:used], REFERENCE.attention(q[:used], keys, values, exact, 128**-0.5))
+        assert not out[used:].any()
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_attention_equals_torchs_attention(kernels: GpuKernels, dtype: torch.dtype) -> None:
     case = replace(LLAMA, dtype=dtype, sequences=sized(PREFILLING, [(5, 20), (1, 30)]))  # type: ignore[arg-type]
@@ -255,6 +353,9 @@ def test_norms_and_gated_activations_equal_the_reference(
     for plus_one in (False, True):
         got, wanted = (each.rms_norm(x, weight, 1e-5, plus_one=plus_one) for each in (kernels, REFERENCE))
         assert_near(got, wanted)
+        total, normed = kernels.add_rms_norm(x, up, weight, 1e-5, plus_one=plus_one)
+        assert torch.equal(total, x + up)
+        assert torch.equal(normed, kernels.rms_norm(x + up, weight, 1e-5, plus_one=plus_one))
     activations: list[Activation] = ["silu", "gelu_tanh"]
     for activation in activations:
         assert_near(kernels.gated_activation(x, up, activation), REFERENCE.gated_activation(x, up, activation))

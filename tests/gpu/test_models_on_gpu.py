@@ -29,7 +29,11 @@ BOTH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 class Graphs(GpuKernels):
     """The backend as served, with few graph buckets, so that it starts quickly."""
 
-    graph_buckets = GraphBuckets((1, 2, 4, 8), 16, 64) if ON_GPU else GraphBuckets((1, 4), 16, 64)
+    graph_buckets = (
+        GraphBuckets((1, 2, 4, 8), 16, 64, (4, 8, 16, 23), (4, 23))
+        if ON_GPU
+        else GraphBuckets((1, 4), 16, 64, (23,), (23,))
+    )
 
 
 class NoGraphs(GpuKernels):
@@ -45,8 +49,8 @@ def driver(folder: Path, kernels: GpuKernels | None = None, dtype: str = "float3
 
 
 def recordings(driver: Driver) -> list[int]:
-    """The identity of every captured graph."""
-    return [id(graph.recording) for graph in driver.base._steps._graphs.values()]
+    """The identity of every captured graph; none in the interpreter."""
+    return [id(graph.recording) for graph in getattr(driver.base._steps, "_graphs", {}).values()]
 
 
 def assert_alike(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
@@ -107,6 +111,36 @@ def test_adapters_are_loaded_and_evicted_between_replays_of_the_same_graphs(tmp_
             each.device_slots.evict(each.slots[name])
     assert len(set(slots)) == 1
     assert recordings(served) == graphs
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_with_prompts_replayed_from_graphs_equal_eager_ones(dtype: str, tmp_path: Path) -> None:
+    """Prompts in chunks beside sequences that decode, with and without adapters, at every border of the buckets."""
+    folder = save("llama", tmp_path / "base")
+    graphs, plain = driver(folder, dtype=dtype), driver(folder, NoGraphs(), dtype)
+    make_adapter("llama", tmp_path / "a", 0, peft.LoraConfig(r=8, target_modules=BOTH))
+    names = [each.load_adapter(read_adapter(each, tmp_path / "a")) for each in (graphs, plain)]
+    replayed = []
+    for shape, step in graphs.base._steps._graphs.items():
+
+        def replay(shape: Any = shape, own: Any = step.recording.replay) -> None:
+            replayed.append(shape)
+            own()
+
+        step.recording.replay = replay
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    for most in (3, 4, 5, 8, 9, 16, 17, 23):
+        prompts = [[3 + (7 * token + most) % 50 for token in range(length)] for length in (41, 2, 9)]
+        for adapted in (False, True):
+            results = []
+            for each, name in zip((graphs, plain), names, strict=True):
+                each.scheduler.max_tokens = most
+                uses = [[(name, 1.0)], [], [(name, 0.5)]] if adapted else None
+                results.append(each.teach(prompts, 1, uses))
+            assert_alike(*results, tolerance)
+    kinds = {(shape.rows, bool(shape.segments)) for shape in replayed if shape.max_query_len > 1}
+    assert kinds == {(rows, adapted) for rows in (4, 8, 16, 23) for adapted in (False, True)}
 
 
 @gpu_only

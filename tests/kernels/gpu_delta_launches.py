@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,18 @@ from kernel_cases import CPU
 
 from lora_serve.kernels.contract import DeltaGroup, Segments
 from lora_serve.kernels.gpu import delta
+from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, PlanTable, rows_bucket
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LOADS = {"shrink": "cp.async.cg.shared.global", "expand": "ld.global.v4"}  # sixteen bytes each
+LOADS = {
+    "expand_gated": "ld.global.v4",
+    "shrink": "cp.async.cg.shared.global",
+    "expand": "ld.global.v4",
+}  # sixteen bytes each
+PLANS = [  # besides the one by rule
+    DeltaPlan(4, 16, 512, 512, 16, 4, 8, "dependent"),
+    DeltaPlan(2, 64, 64, 256, 16, 8, 4, "dependent"),
+]
 CASES = [  # rows' type, weights' type, rows, segments, longest, rank, targets
     (BF16, BF16, 32, 32, 1, 16, (80, 89, 90)),
     (BF16, BF16, 32, 32, 16, 64, (89,)),
@@ -37,7 +47,31 @@ def delta_builds() -> Iterator[Build]:
         many = torch.zeros(count, dtype=torch.int32)
         segments = Segments(many, many, many, many.float(), longest, rank)
         x, *outputs = (torch.zeros(rows, width, dtype=dtype) for width in (4096, *group.out_features))
-        with recorded_launches(delta, LOADS, targets) as found:
-            delta.delta(x, outputs, group, segments)
-        scalars = ("ld.global.b16",) if FP32 not in (dtype, weights) else ()  # one element each
-        yield from (replace(row, scalars=scalars) for row in found)
+        launches = [NO_PLANS, *(_every(plan, group, rows, longest) for plan in PLANS if dtype is weights is BF16)]
+        with recorded_launches(delta, LOADS, targets) as found, processors_of_a_gpu():
+            for table in launches:
+                delta.delta(x, outputs, group, segments, table)
+                if longest == 1:
+                    mlp = DeltaGroup(4096, (14336, 14336), 8, weights, CPU)
+                    both = [torch.zeros(rows, 14336, dtype=dtype) for _ in range(2)]
+                    delta.DeltaCall(x, mlp, segments, table).expand_gated(both, "silu")
+        for row in found:
+            if row.dependent:
+                row = replace(row, targets=(90,))  # no older GPU has dependent launches
+            # Of few columns, each thread of a row's program loads and stores one output.
+            few = row.constexprs.get("BLOCK_N", 512) < 2 * 32 * row.warps
+            yield replace(row, scalars=() if few or FP32 in (dtype, weights) else ("ld.global.b16",))
+
+
+def _every(plan: DeltaPlan, group: DeltaGroup, rows: int, longest: int) -> PlanTable:
+    """A table with this plan for the call."""
+    table = PlanTable()
+    table.delta[DeltaProblem(group.in_features, group.out_features, rows_bucket(rows), longest > delta.FEW)] = plan
+    return table
+
+
+@contextmanager
+def processors_of_a_gpu() -> Iterator[None]:
+    before, delta.processors = delta.processors, lambda *_: 132  # type: ignore[assignment]
+    yield
+    delta.processors = before

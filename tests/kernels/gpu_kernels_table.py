@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Build:
 
     Attributes:
         types: Triton's names of the types of the arguments that are not constexpr ("*bf16", "i32"), in order.
+        dependent: whether it is a dependent launch.
         aligned: those whose address or value is a multiple of 16.
         vectors, scalars: instructions that its PTX must contain and must not, or its loads are scalar.
         targets: compute capabilities to compile for.
@@ -41,6 +42,7 @@ class Build:
     aligned: tuple[str, ...] = ()
     warps: int = 4
     stages: int = 3
+    dependent: bool = False
     vectors: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     targets: tuple[int, ...] = field(default=TARGETS)
@@ -72,7 +74,7 @@ def compile_build(build: Build, capability: int) -> dict[str, object]:
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": build.warps, "num_stages": build.stages},
+        options={"num_warps": build.warps, "num_stages": build.stages, "launch_pdl": build.dependent},
     )
     ptx = made.asm["ptx"]
     return {
@@ -80,9 +82,15 @@ def compile_build(build: Build, capability: int) -> dict[str, object]:
         "capability": capability,
         "shared": made.metadata.shared,
         "spills": spilled_bytes(ptx, capability),
-        "lacks": [vector for vector in build.vectors if vector not in ptx],
+        "lacks": [vector for vector in build.vectors if vector not in ptx] + _lacks_order(build, ptx),
         "has": [scalar for scalar in build.scalars if scalar in ptx],
     }
+
+
+def _lacks_order(build: Build, ptx: str) -> list[str]:
+    """What a kernel lacks that starts beside the one before it, or has and should not, starting after it."""
+    waits = "griddepcontrol.wait" in ptx
+    return [] if waits == build.dependent else [f"griddepcontrol.wait: {waits}"]
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:
@@ -98,6 +106,11 @@ def spilled_bytes(ptx: str, capability: int) -> int:
 
 
 if __name__ == "__main__":
+    seen: set[str] = set()
     for row in builds():
         for target in row.targets if "all" in sys.argv[1:] else row.targets[-1:]:
+            known = repr((replace(row, targets=()), target))
+            if known in seen:
+                continue
+            seen.add(known)
             print(json.dumps(compile_build(row, target)), flush=True)

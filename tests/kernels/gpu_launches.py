@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,9 @@ class RecordedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> RecordedKernel:
         return self
 
-    def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
+    def __call__(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constexprs: Any
+    ) -> None:
         given = dict(zip(self._kernel.arg_names, args, strict=False))
         types = {name: _type(value) for name, value in given.items() if value is not None}
         constexprs |= {name: None for name, value in given.items() if value is None}
@@ -48,6 +51,7 @@ class RecordedKernel:
                 aligned,
                 warps=num_warps,
                 stages=num_stages,
+                dependent=launch_pdl,
                 vectors=self._vectors,
                 targets=self._targets,
             )
@@ -77,7 +81,7 @@ def recorded_launches(module: ModuleType, kernels: dict[str, str], targets: tupl
 
 
 def attention_builds() -> Iterator[Build]:
-    """Every tile, without options and with window, softcap and sinks, split and not."""
+    """Every tile, without options and with window, softcap and sinks; contexts split and not; prompts and none."""
     copies = "cp.async.cg.shared.global"  # sixteen bytes each
     kernels = {"decode": copies, "prefill": copies, "combine": "ld.global.v4"}
     real = attention.processors, attention.hopper
@@ -88,11 +92,13 @@ def attention_builds() -> Iterator[Build]:
         q, keys, values, metadata = case.tensors()
         sinks = torch.zeros(8 * share, dtype=dtype)
         with recorded_launches(attention, kernels, (90,) if hopper else (80, 89)) as rows:
+            attention._plan.cache_clear()  # it depends on the device
             attention.processors, attention.hopper = lambda *_: 132, lambda _, hopper=hopper: hopper  # type: ignore[assignment,misc]
-            attention.attention(q, keys, values, metadata, 0.1, window=64, softcap=30.0, sinks=sinks)
-            attention.processors = lambda *_: 1  # type: ignore[assignment]
-            attention.attention(q, keys, values, metadata, 0.1)
+            attention.attention(q, keys, values, metadata, 0.1, window=300, softcap=30.0, sinks=sinks)
+            attention.attention(q, keys, values, replace(metadata, max_context_len=64), 0.1)
+            attention.attention(q, keys, values, replace(metadata, max_query_len=1), 0.1)
         attention.processors, attention.hopper = real
+        attention._plan.cache_clear()
         yield from rows
 
 
@@ -101,14 +107,17 @@ def pointwise_builds() -> Iterator[Build]:
     kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write"), "ld.global.v4")
     with recorded_launches(pointwise, kernels, (90,)) as rows:
         x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
-        pointwise.rms_norm(x, x[0], 1e-6, plus_one=False)
-        pointwise.rms_norm(x[:, :128], x[0, :128], 1e-6, plus_one=True)
-        pointwise.gated_activation(gate, gate, "silu")
-        pointwise.gated_activation(gate, gate, "gelu_tanh")
-        for dim in (80, 128):
-            q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
-            turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)
-            pointwise.rope(q.transpose(0, 1)[None], k.transpose(0, 1)[None], turn, turn)
-            pool = torch.zeros(4, 16, 8, dim).bfloat16()
-            pointwise.write_kv(pool, pool, k, k, index)
+        for dependent in (False, True):
+            for wide, weight in ((x, x[0]), (x[:, :128], x[0, :128])):
+                pointwise.rms_norm(wide, weight, 1e-6, plus_one=False, dependent=dependent)
+                pointwise.add_rms_norm(wide, wide, weight, 1e-6, plus_one=True, dependent=dependent)
+            pointwise.gated_activation(gate, gate, "silu", dependent=dependent)
+            pointwise.gated_activation(gate, gate, "gelu_tanh", dependent=dependent)
+            for dim in (80, 128):
+                q, k = torch.zeros(3, 32, dim).bfloat16(), torch.zeros(3, 8, dim).bfloat16()
+                turn, index = torch.zeros(1, 3, dim), torch.zeros(3, dtype=torch.int64)
+                heads = [each.transpose(0, 1)[None] for each in (q, k)]
+                pointwise.rope(*heads, turn, turn, dependent=dependent)  # type: ignore[misc]
+                pool = torch.zeros(4, 16, 8, dim).bfloat16()
+                pointwise.write_kv(pool, pool, k, k, index, dependent=dependent)
     yield from rows

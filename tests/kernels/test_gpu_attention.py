@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import interpreter  # noqa: F401  (before the kernels)
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import AttentionCase, assert_near, attention_cases, int32
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_serve.kernels.contract import AttentionMetadata
-from lora_serve.kernels.gpu.attention import attention, decode_tile, splits_of
+from lora_serve.kernels.gpu.attention import _plan, attention, decode_tile, splits_of
+from lora_serve.kernels.gpu.attention_kernels import sequence_of, used_splits
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # NaN is intended
@@ -82,7 +87,7 @@ def test_it_equals_torchs_attention() -> None:
 def test_contexts_of_uneven_lengths_are_split_correctly(
     dtype: torch.dtype, window: int | None, softcap: float | None, sinks: bool
 ) -> None:
-    assert splits_of(2 * 4, 500, 32) > 1
+    assert splits_of(2 * 4, 500, 4 * 32) > 1
     assert_equals_reference(dataclasses.replace(DECODING, dtype=dtype, window=window, softcap=softcap, sinks=sinks))
 
 
@@ -121,6 +126,68 @@ def test_padding_and_sequences_without_rows_do_not_affect_others() -> None:
     padded = AttentionMetadata(start, torch.cat([metadata.context, int32(1, 1, 1)]), table, 1, 500)
     got = attention(torch.cat([q, q[:2]]), keys, values, padded, 0.125)
     assert_near(got[:3], wanted)
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 64, 300])
+def test_a_graphs_mixed_step_may_have_any_padding(sequences: int) -> None:
+    """As in a bucket: sequences without rows, rows of no sequence, the bucket's bounds, NaN in the scratch block."""
+    case = dataclasses.replace(CASE, sequences=[(1, 300), (9, 20), (1, 1), (30, 40), (1, 129)][:sequences])
+    q, keys, values, metadata = case.tensors()
+    wanted = reference.attention(q, keys, values, metadata, 0.125)
+    spare = next(block for block in range(len(keys)) if block not in metadata.block_table.flatten().tolist())
+    for pool in (keys, values):
+        pool[spare] = float("nan")
+    rows, count = q.shape[0], len(case.sequences)
+    padding = sequences - count
+    table = torch.full((sequences, metadata.block_table.shape[1]), spare, dtype=torch.int32)
+    table[:count] = metadata.block_table
+    start = torch.cat([metadata.query_start, metadata.query_start[-1:].expand(padding)])
+    bucket = AttentionMetadata(
+        start, torch.cat([metadata.context, int32(1).expand(padding)]), table, rows + 21, 1 << 17
+    )
+    padded = torch.cat([q, torch.full((21, *q.shape[1:]), float("nan"))])
+    got = attention(padded, keys, values, bucket, 0.125)
+    assert_near(got[:rows], wanted)
+    assert not got[rows:].any()  # what follows stays finite
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 1, 2, 15, 16, 17, 33]), min_size=1, max_size=7), st.sampled_from([1, 3, 5, 16])
+)
+def test_tiles_cover_every_pair_of_every_sequence_once(counts: list[int], share: int) -> None:
+    """What a program finds on the device, for every tile of the grid."""
+    tile_rows = 16
+    start = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    found = torch.full((start[-1] * share // tile_rows + len(counts), 2), -1, dtype=torch.int32)
+    _tiles[(len(found),)](found, int32(*start), len(counts), SHARE=share, ROWS=tile_rows)
+    seen = [0] * (start[-1] * share)
+    for sequence, pair in found.tolist():
+        assert 0 <= sequence < len(counts)
+        for each in range(pair, min(pair + tile_rows, counts[sequence] * share)):
+            seen[start[sequence] * share + each] += 1
+    assert set(seen) <= {1}
+
+
+@triton.jit
+def _tiles(found: Any, query_start: Any, sequences: Any, SHARE: tl.constexpr, ROWS: tl.constexpr) -> None:
+    sequence, pair = sequence_of(tl.program_id(0), query_start, sequences, SHARE, ROWS)
+    tl.store(found + 2 * tl.program_id(0), sequence)
+    tl.store(found + 2 * tl.program_id(0) + 1, pair)
+
+
+def test_one_long_context_is_split_as_far_beside_prompts_as_alone() -> None:
+    """In a graph for 64 sequences, of which one decodes: its context is spread over many programs."""
+    counts = torch.zeros(2, dtype=torch.int32)
+    for decoding in (1, 8, 64):
+        start = torch.tensor([0, *range(1, decoding + 1), *[decoding + 100] * (64 - decoding)], dtype=torch.int32)
+        _used[(1,)](counts, start, 64, 8, 66)
+        assert counts[0] == min(8, -(-66 // decoding))
+
+
+@triton.jit
+def _used(counts: Any, query_start: Any, sequences: Any, splits: Any, enough: Any) -> None:
+    tl.store(counts, used_splits(query_start, sequences, splits, enough, True))
 
 
 def test_a_sequence_reads_nothing_but_its_own_context() -> None:
@@ -168,12 +235,23 @@ def test_a_batch_without_rows_gives_an_empty_result() -> None:
 
 
 def test_splits_fill_the_device_and_no_more() -> None:
-    assert splits_of(programs=8, reach=100, processors=132) == 1  # nothing to cut
-    assert splits_of(programs=8, reach=1024, processors=132) == 8
-    assert splits_of(programs=8, reach=1 << 17, processors=132) == 32
-    assert splits_of(programs=8 * 32, reach=1 << 17, processors=132) == 3
-    assert splits_of(programs=8 * 256, reach=1 << 17, processors=132) == 1
+    assert splits_of(programs=8, reach=100, enough=528) == 1  # nothing to cut
+    assert splits_of(programs=8, reach=1024, enough=528) == 8
+    assert splits_of(programs=8, reach=1 << 17, enough=528) == 32
+    assert splits_of(programs=8 * 32, reach=1 << 17, enough=528) == 3
+    assert splits_of(programs=8 * 256, reach=1 << 17, enough=528) == 1
     assert decode_tile(share=4, width=128, itemsize=2) == (16, 64, 4)
+
+
+def test_calls_of_one_kind_are_checked_and_planned_once() -> None:
+    q, keys, values, metadata = CASE.tensors()
+    _plan.cache_clear()
+    for _ in range(3):  # layers
+        attention(q, keys.clone(), values.clone(), metadata, 0.125)
+    assert (_plan.cache_info().misses, _plan.cache_info().hits) == (1, 2)
+    for _ in range(2):  # what does not fit is refused every time
+        with pytest.raises(TypeError, match="share a type"):
+            attention(q, keys, values.half(), metadata, 0.125)
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused() -> None:

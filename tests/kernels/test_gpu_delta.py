@@ -9,10 +9,12 @@ import interpreter  # noqa: F401  (before the kernels)
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import CPU, DTYPES, MIXED, DeltaCase, assert_near, composed_cases, experts_delta, segments_of
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
-from lora_serve.kernels.gpu.delta import delta, tiling
+from lora_serve.kernels.gpu.delta import DeltaLaunch, delta, launch_of
+from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, PlanTable
 from lora_serve.kernels.reference import ReferenceKernels
 
 reference = ReferenceKernels()
@@ -206,9 +208,93 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
         delta(x, outputs, group, dataclasses.replace(segments, slot=segments.slot.long()))
 
 
-def test_few_rows_fill_the_device_and_many_are_not_split() -> None:
-    def splits(rows: int, count: int, longest: int) -> int:
-        one = torch.zeros(count, dtype=torch.int32)
-        return tiling(rows, 4096, 3, Segments(one, one, one, one.float(), longest, 16), 2, processors=132).splits
+PLANS = st.builds(
+    DeltaPlan,
+    splits=st.sampled_from([1, 2, 4, 16]),
+    block_m=st.sampled_from([16, 64]),
+    block_k=st.sampled_from([16, 64, 512]),
+    block_n=st.sampled_from([16, 128, 1024]),
+    block_r=st.sampled_from([16, 64]),
+    shrink_warps=st.just(4),
+    expand_warps=st.just(8),
+    launch=st.sampled_from(["in_turn", "beside", "dependent"]),
+)
 
-    assert [splits(1, 1, 1), splits(32, 32, 1), splits(256, 256, 1), splits(8192, 2, 8000)] == [16, 4, 1, 1]
+
+class SamePlan(dict[DeltaProblem, DeltaPlan]):
+    """One plan for every problem."""
+
+    def __init__(self, plan: DeltaPlan) -> None:
+        self.plan = plan
+
+    def get(self, problem: DeltaProblem, default: DeltaPlan | None = None) -> DeltaPlan:  # type: ignore[override]
+        return self.plan
+
+
+def table_of(plan: DeltaPlan) -> PlanTable:
+    table = PlanTable()
+    table.delta = SamePlan(plan)
+    return table
+
+
+@settings(max_examples=15, deadline=None)
+@given(composed_cases(), PLANS, st.sampled_from([0, 1000]))
+def test_every_plan_gives_the_same_result(case: DeltaCase, plan: DeltaPlan, spare: int) -> None:
+    case = dataclasses.replace(case, dtype=torch.bfloat16, weights=torch.bfloat16)
+    group, table = case.group(), table_of(plan)
+    segments = case.bounded()
+    segments = dataclasses.replace(segments, max_rows=segments.max_rows + spare, max_rank=segments.max_rank + spare)
+    x, got = case.rows()
+    wanted, again = ([output.clone() for output in got] for _ in range(2))
+    reference.delta(x, wanted, group, segments)
+    delta(x, got, group, segments, table)
+    delta(x, again, group, segments, table)
+    for mine, twice, right in zip(got, again, wanted, strict=True):
+        assert_near(mine, right)
+        assert torch.equal(mine, twice)
+
+
+def bounds(count: int, longest: int) -> Segments:
+    one = torch.zeros(count, dtype=torch.int32)
+    return Segments(one, one, one, one.float(), longest, 16)
+
+
+def llama_launch(rows: int, outs: tuple[int, ...], wide: int, count: int, longest: int) -> DeltaLaunch:
+    """What the rule launches on an H100 for a group of an 8B base."""
+    group = DeltaGroup(wide, outs, 2, torch.bfloat16, CPU)
+    return launch_of(rows, group, bounds(count, longest), torch.bfloat16, processors=132)
+
+
+QKV, GATE_UP, DOWN = ((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((4096,), 14336)
+
+
+def test_the_rule_chooses_what_was_fastest_on_an_h200() -> None:
+    """Splits and columns of a program that were tried there one by one, for groups of an 8B base."""
+
+    def chosen(rows: int, group: tuple[tuple[int, ...], int], count: int, longest: int) -> tuple[int, int, int]:
+        launch = llama_launch(rows, *group, count, longest)
+        return launch.splits, launch.plan.block_n, launch.plan.expand_warps
+
+    assert chosen(1, GATE_UP, 1, 1) == (16, 128, 4)
+    assert chosen(1, DOWN, 1, 1) == (16, 128, 4)
+    assert chosen(32, GATE_UP, 32, 1) == (4, 512, 4)
+    assert chosen(32, DOWN, 32, 1) == (8, 512, 4)
+    assert chosen(32, QKV, 32, 1) == (4, 512, 4)
+    assert chosen(2048, GATE_UP, 1, 2048) == (2, 128, 4)
+    assert chosen(512, GATE_UP, 1, 512) == (4, 128, 4)
+    assert chosen(2048, DOWN, 1, 2048) == (4, 128, 4)
+    assert chosen(8192, QKV, 2, 8000) == (2, 128, 4)
+
+
+def test_a_measured_plan_is_used_for_its_problem_and_type_alone() -> None:
+    plan = DeltaPlan(8, 16, 64, 64, 16, 4, 4, "in_turn")
+    table = PlanTable()
+    table.delta[DeltaProblem(96, (160, 33), 32, False)] = plan
+    group = CASE.group()
+
+    def used(rows: int, longest: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return launch_of(rows, group, bounds(4, longest), dtype, 132, table).plan is plan
+
+    assert used(32, 16)
+    assert used(17, 1)
+    assert not any([used(33, 16), used(16, 16), used(32, 17), used(32, 16, torch.float32)])

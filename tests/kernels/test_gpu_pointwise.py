@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
 
 from lora_serve.kernels.contract import Activation
-from lora_serve.kernels.gpu.pointwise import gated_activation, rms_norm, rope, write_kv
+from lora_serve.kernels.gpu.pointwise import add_rms_norm, gated_activation, rms_norm, rope, write_kv
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -38,6 +38,38 @@ def test_wide_norms_round_before_the_weight(width: int) -> None:
     assert got.dtype is torch.bfloat16
     assert (got == wanted).float().mean() > 0.999  # the sum's order can tip a rounding, no more
     assert_near(got, wanted)
+
+
+@few
+@given(seed=st.integers(0, 2**31), dtype=DTYPES, shape=SHAPES, plus_one=st.booleans(), dependent=st.booleans())
+def test_a_sum_and_its_norm_have_the_bits_of_the_two_operations(
+    seed: int, dtype: torch.dtype, shape: tuple[int, int, int], plus_one: bool, dependent: bool
+) -> None:
+    torch.manual_seed(seed)
+    x, y = ((5 * torch.randn(*shape[:2], shape[2] + 3)).to(dtype)[..., :-3] for _ in range(2))
+    weight = torch.randn(shape[2]).to(dtype)
+    total, normed = add_rms_norm(x, y, weight, 1e-6, plus_one=plus_one, dependent=dependent)
+    assert total.equal(x + y)
+    assert normed.equal(rms_norm(x + y, weight, 1e-6, plus_one=plus_one))
+    assert total.is_contiguous()
+    assert normed.is_contiguous()
+    wanted, wanted_norm = REFERENCE.add_rms_norm(x, y, weight, 1e-6, plus_one=plus_one)
+    assert wanted.equal(total)
+    assert_near(normed, wanted_norm)
+
+
+def test_dependent_launches_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    x, gate = torch.randn(3, 40).bfloat16(), torch.randn(3, 80).bfloat16()
+    q, k, turn = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 3, 16)
+    pools = [torch.zeros(2, 4, 2, 16) for _ in range(4)]
+    results = []
+    for dependent, own in ((False, pools[:2]), (True, pools[2:])):
+        write_kv(*own, k[0].transpose(0, 1), k[0].transpose(0, 1), torch.tensor([7, 0, 3]), dependent=dependent)
+        norm = rms_norm(x, x[0], 1e-6, plus_one=False, dependent=dependent)
+        gated = gated_activation(gate, gate, "silu", dependent=dependent)
+        results.append([norm, gated, *rope(q, k, turn, turn, dependent=dependent), *own])
+    assert all(map(torch.equal, *results))
 
 
 @few
@@ -120,6 +152,8 @@ def test_empty_inputs_give_empty_results() -> None:
 def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         rms_norm(torch.zeros(2, 8), torch.zeros(9), 1e-6, plus_one=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        add_rms_norm(torch.zeros(2, 8), torch.zeros(2, 8).half(), torch.zeros(8), 1e-6, plus_one=False)
     with pytest.raises(ValueError, match="do not fit"):
         gated_activation(torch.zeros(2, 8), torch.zeros(2, 9), "silu")
     with pytest.raises(ValueError, match="do not fit"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from driver import Driver
+from parity import make_adapter, read_adapter
 from support import save
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -15,7 +17,7 @@ from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, fuse
 
@@ -30,7 +32,9 @@ def test_norms_gated_mlps_and_rotary_embeddings_of_known_bases_are_fused(archite
     model = Driver(save(architecture, tmp_path / "base")).loaded.model
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == NORMS[architecture]
     assert sum(isinstance(module, FusedGatedMLP) for module in model.modules()) == MLPS[architecture]
-    assert sum("forward" in vars(module) for module in model.modules()) == TURNED[architecture]
+    layers = {layer for each in model.modules() if isinstance(each, nn.ModuleList) for layer in each}
+    inner = [module for module in model.modules() if module not in layers]
+    assert sum("forward" in vars(module) for module in inner) == TURNED[architecture]
 
 
 class Odd(nn.Module):
@@ -191,3 +195,44 @@ class Conditioned(LlamaRMSNorm):
 
 def test_a_module_that_takes_more_than_rows_is_left_alone() -> None:
     assert not fused(Conditioned(64), torch.float32)
+
+
+class GatingKernels(ReferenceKernels):
+    """Counts inner parts of gated MLPs that are computed with their projections' deltas by one call."""
+
+    together = 0
+
+    def adapted_gated_linear(
+        self,
+        x: Tensor,
+        layers: Layers,
+        group: DeltaGroup,
+        segments: Segments,
+        activation: Activation,
+    ) -> Tensor:
+        self.together += 1
+        return super().adapted_gated_linear(x, layers, group, segments, activation)
+
+
+def test_only_projections_with_deltas_that_no_hook_corrects_are_gated_by_the_same_call(tmp_path: Path) -> None:
+    kernels = GatingKernels()
+    driver = Driver(save("llama", tmp_path / "base"), kernels=kernels)
+    model = driver.loaded.model
+    layers = model.config.num_hidden_layers
+    make_adapter("llama", tmp_path / "0", 0, peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj"]))
+    name = driver.load_adapter(read_adapter(driver, tmp_path / "0"))
+
+    def calls(uses: list[list[tuple[str, float]]]) -> tuple[int, Tensor]:
+        before = kernels.together
+        logits = driver.teach([[5, 9, 33]], 0, uses)[0]
+        return kernels.together - before, logits
+
+    assert calls([[]])[0] == 0
+    adapted, wanted = calls([[(name, 1.0)]])
+    assert adapted == layers
+    for projection in ("gate_proj", "up_proj"):
+        handle = model.model.layers[0].mlp.get_submodule(projection).register_forward_hook(lambda *_: None)
+        hooked, got = calls([[(name, 1.0)]])
+        handle.remove()
+        assert hooked == layers - 1
+        torch.testing.assert_close(got, wanted)

@@ -33,6 +33,7 @@ from lora_serve.api.request_id import request_id
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
+from lora_serve.request import AdapterUse
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -70,7 +71,7 @@ async def create_message(body: CreateMessage, request: Request, services: Servic
         services,
         caller,
         "messages",
-        lambda: _prepare(chat, services, caller, show_thinking),
+        lambda uses: _prepare(chat, services, caller, uses, show_thinking),
         _stream_format(request),
     )
 
@@ -151,5 +152,7 @@ def stopped(reason: str, stop_string: str | None) -> dict[str, str | None]:
     return {"stop_reason": STOP_REASONS[reason], "stop_sequence": None}
 
 
-async def _prepare(body: ChatCompletion, services: Services, caller: Caller, show_thinking: bool) -> MessageCall:
-    return MessageCall(await prepare_chat(body, services, caller, prefix="msg_"), show_thinking)
+async def _prepare(
+    body: ChatCompletion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...], show_thinking: bool
+) -> MessageCall:
+    return MessageCall(await prepare_chat(body, services, caller, uses, prefix="msg_"), show_thinking)

@@ -21,7 +21,7 @@ from lora_serve.api.openai.respond import add_usage, model_fields, respond, usag
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.request import Logprob
+from lora_serve.request import AdapterUse, Logprob
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
 
@@ -33,7 +33,7 @@ router = APIRouter(tags=["openai"], route_class=JSONRoute)
 )
 async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete a conversation; streamed if requested."""
-    return await respond(request, body, services, caller, "chat", lambda: _prepare(body, services, caller))
+    return await respond(request, body, services, caller, "chat", lambda uses: _prepare(body, services, caller, uses))
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,10 @@ class ChatCompletionCall:
         return usage(self.call.prompt_tokens, generated, cached)
 
 
-async def _prepare(body: ChatCompletion, services: Services, caller: Caller) -> ChatCompletionCall:
-    return ChatCompletionCall(body, await prepare_chat(body, services, caller), TokenTexts(services.tokenizer))
+async def _prepare(
+    body: ChatCompletion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> ChatCompletionCall:
+    return ChatCompletionCall(body, await prepare_chat(body, services, caller, uses), TokenTexts(services.tokenizer))
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from lora_serve.api.chat_output import (
 from lora_serve.api.openai.chat_prompt import ChatPrompt, chat_format, encode_chat, reasoning_arguments
 from lora_serve.api.openai.chat_schemas import ChatCompletion, FunctionTool, NamedToolChoice
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, make_choices
-from lora_serve.api.openai.preprocess import check_n, engine_info, resolve_adapters, sampling_params
+from lora_serve.api.openai.preprocess import check_n, engine_info, sampling_params
 from lora_serve.api.openai.reply_grammar import reply_grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
-from lora_serve.request import Logprob
+from lora_serve.request import AdapterUse, Logprob
 
 
 @dataclass
@@ -165,9 +165,14 @@ def finish_reason(reason: str, output: ChoiceOutput, parser: OutputParser) -> st
     return "stop" if cut else "tool_calls"
 
 
-async def prepare_chat(body: ChatCompletion, services: Services, caller: Caller, prefix: str = "chatcmpl-") -> ChatCall:
+async def prepare_chat(
+    body: ChatCompletion,
+    services: Services,
+    caller: Caller,
+    uses: tuple[AdapterUse, ...],
+    prefix: str = "chatcmpl-",
+) -> ChatCall:
     """Check a conversation and encode it. Raises the `BadRequest` that names the field at fault."""
-    uses = resolve_adapters(body, services, caller)
     check_n(body, services)
     chat, tools = chat_format(services), _offered(body)
     encoded = await encode_conversation(body, services)

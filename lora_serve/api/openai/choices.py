@@ -139,6 +139,7 @@ class RunningChoice:
                     return
         except ServeError as error:
             outcome = error.kind
+            self._record.error = (error.kind, error.message)  # an API may send it as an event of its own
             raise
         finally:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)

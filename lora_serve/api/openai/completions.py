@@ -21,7 +21,6 @@ from lora_serve.api.openai.preprocess import (
     context_exceeded,
     encode,
     engine_info,
-    resolve_adapters,
     sampling_params,
     vocabulary_size,
 )
@@ -32,7 +31,7 @@ from lora_serve.api.openai.structured_output import check_copies, structured_out
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
-from lora_serve.request import Logprob
+from lora_serve.request import AdapterUse, Logprob
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -45,7 +44,9 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 )
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
-    return await respond(request, body, services, caller, "completions", lambda: _prepare(body, services, caller))
+    return await respond(
+        request, body, services, caller, "completions", lambda uses: _prepare(body, services, caller, uses)
+    )
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ class CompletionCall:
         return self.body.n or 1
 
 
-async def _prepare(body: Completion, services: Services, caller: Caller) -> CompletionCall:
-    uses = resolve_adapters(body, services, caller)
+async def _prepare(
+    body: Completion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> CompletionCall:
     check_n(body, services)
     grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)

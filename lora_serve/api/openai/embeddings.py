@@ -35,12 +35,12 @@ from lora_serve.api.openai.respond import model_fields
 from lora_serve.api.openai.routing import routing_of
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
-from lora_serve.api.request_record import record_of
+from lora_serve.api.request_record import RequestRecord, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound, BadRequest, EngineFault, ServeError, Unavailable
 from lora_serve.metrics import Timer
-from lora_serve.request import Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
+from lora_serve.request import AdapterUse, Admitted, Embedded, EmbeddingParams, Finished, Sampling, Served
 from lora_serve.request import Request as EngineRequest
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
@@ -53,26 +53,27 @@ Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapter
 )
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
-    adapters = [use.name for use in resolve_adapters(body, services, caller)]
     try:
-        with services.quotas.use(caller, adapters, record_of(request.scope)) as quota:
-            response = await _respond(body, request, services, caller)
+        uses = resolve_adapters(body, services, caller)
+        with services.quotas.use(caller, [use.name for use in uses], record_of(request.scope)) as quota:
+            response = await _respond(body, request, services, caller, uses)
         response.headers.update(quota)
         return response
     except AdapterNotFound as error:
         raise await explain_not_found(error, body, services, caller) from None
 
 
-async def _respond(body: EmbeddingBody, request: Request, services: Services, caller: Caller) -> Response:
-    requests = await cancel_on_disconnect(request, _prepare(body, request, services, caller))
+async def _respond(
+    body: EmbeddingBody, request: Request, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> Response:
+    requests = await cancel_on_disconnect(request, _prepare(body, request, services, caller, uses))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
-        embeddings = await cancel_on_disconnect(request, _embed_all(services, requests, timer))
+        embeddings = await cancel_on_disconnect(
+            request, _embed_all(services, requests, timer, record_of(request.scope))
+        )
         timer.end("stop", tokens, 0)
-        record = record_of(request.scope)
-        for each, (_, adapters) in zip(requests, embeddings, strict=True):
-            record.admitted(each, adapters)
     except ServeError as error:
         timer.end(error.kind, 0, 0)
         raise
@@ -90,10 +91,11 @@ async def _respond(body: EmbeddingBody, request: Request, services: Services, ca
     )
 
 
-async def _prepare(body: EmbeddingBody, http: Request, services: Services, caller: Caller) -> list[EngineRequest]:
+async def _prepare(
+    body: EmbeddingBody, http: Request, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+) -> list[EngineRequest]:
     """The engine's request for each input. Raises BadRequest and ContextExceeded that name the field."""
     info = engine_info(services)
-    uses = resolve_adapters(body, services, caller)
     if body.dimensions is not None and body.dimensions > info.hidden_size:
         raise BadRequest(f"an embedding has {info.hidden_size} dimensions", param="dimensions")
     prompts = await _prompts(body, services)
@@ -141,13 +143,15 @@ async def _tokenize(services: Services, texts: list[str], limit: int | None, *, 
         raise BadRequest(f"truncate_prompt_tokens: {error}", param="truncate_prompt_tokens") from None
 
 
-async def _embed_all(services: Services, requests: Sequence[EngineRequest], timer: Timer) -> list[Embedding]:
+async def _embed_all(
+    services: Services, requests: Sequence[EngineRequest], timer: Timer, record: RequestRecord
+) -> list[Embedding]:
     """Run all requests; their embeddings in order. Raises the first `ServeError`, and then aborts the rest."""
     running = asyncio.Semaphore(requests_at_once(services))
 
     async def embed_one(request: EngineRequest) -> Embedding:
         async with running:
-            return await _embed(services, request, timer)
+            return await _embed(services, request, timer, record)
 
     tasks = [asyncio.ensure_future(embed_one(request)) for request in requests]
     try:
@@ -161,7 +165,7 @@ async def _embed_all(services: Services, requests: Sequence[EngineRequest], time
     return embeddings
 
 
-async def _embed(services: Services, request: EngineRequest, timer: Timer) -> Embedding:
+async def _embed(services: Services, request: EngineRequest, timer: Timer, record: RequestRecord) -> Embedding:
     vector: bytes | None = None
     adapters: list[Served] = []
     async with aclosing(services.engine.generate(request)) as events:
@@ -169,6 +173,7 @@ async def _embed(services: Services, request: EngineRequest, timer: Timer) -> Em
             match event:
                 case Admitted():
                     adapters = event.adapters
+                    record.admitted(request, adapters)
                     if adapters:
                         timer.admitted(adapters[0].name)
                 case Embedded():

@@ -17,7 +17,7 @@ from lora_serve.api.request_record import record_of
 from lora_serve.api.services import Services
 from lora_serve.api.sse import CHUNKS, FastJSONResponse, SSEResponse, StreamFormat, cancel_on_disconnect
 from lora_serve.errors import AdapterNotFound
-from lora_serve.request import Served
+from lora_serve.request import AdapterUse, Served
 
 
 class ApiCall(Protocol):
@@ -39,16 +39,20 @@ async def respond(
     services: Services,
     caller: Caller,
     endpoint: str,
-    prepare: Callable[[], Awaitable[ApiCall]],
+    prepare: Callable[[tuple[AdapterUse, ...]], Awaitable[ApiCall]],
     format: StreamFormat = CHUNKS,
 ) -> Response:
-    """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`."""
+    """Run a call and respond, streamed if requested. Raises the `ServeError` that refuses it; `ClientDisconnected`.
+
+    Args:
+        prepare: makes the call for the adapters that the body names.
+    """
     record = record_of(http.scope)
     async with AsyncExitStack() as stack:
-        adapters = [use.name for use in resolve_adapters(body, services, caller)]
-        quota = stack.enter_context(services.quotas.use(caller, adapters, record))
         try:
-            call = await cancel_on_disconnect(http, prepare())
+            uses = resolve_adapters(body, services, caller)
+            quota = stack.enter_context(services.quotas.use(caller, [use.name for use in uses], record))
+            call = await cancel_on_disconnect(http, prepare(uses))
             routing = routing_of(http, call.choices[0].request.id, body.user, services)
             started = start_choices(services, endpoint, call.choices, record, routing)
             running = await cancel_on_disconnect(http, stack.enter_async_context(started))

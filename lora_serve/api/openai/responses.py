@@ -29,6 +29,7 @@ from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
+from lora_serve.request import AdapterUse
 
 # Fields of a response about what only OpenAI's servers do; always null.
 OPENAI_ONLY = (
@@ -80,7 +81,13 @@ async def create_response(
     chat = to_chat_completion(body, lambda id_: services.items.find(caller.name, id_))
     try:
         return await respond(
-            request, chat, services, caller, "responses", lambda: _prepare(body, chat, services, caller), EVENTS
+            request,
+            chat,
+            services,
+            caller,
+            "responses",
+            lambda uses: _prepare(body, chat, services, caller, uses),
+            EVENTS,
         )
     except ServeError as error:
         raise response_error(error) from None
@@ -223,8 +230,14 @@ def echoed(body: CreateResponse) -> dict[str, Any]:
     } | dict.fromkeys(OPENAI_ONLY)
 
 
-async def _prepare(body: CreateResponse, chat: ChatCompletion, services: Services, caller: Caller) -> ResponseCall:
-    call = await prepare_chat(chat, services, caller, prefix="resp_")
+async def _prepare(
+    body: CreateResponse,
+    chat: ChatCompletion,
+    services: Services,
+    caller: Caller,
+    uses: tuple[AdapterUse, ...],
+) -> ResponseCall:
+    call = await prepare_chat(chat, services, caller, uses, prefix="resp_")
 
     def keep(items: list[dict[str, Any]]) -> None:
         if body.store is not False:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lora_serve.kernels.composed import ComposedOperations
 from lora_serve.kernels.contract import GraphBuckets, ReplaySupport
 from lora_serve.kernels.cpu.attention import NativeAttention
 from lora_serve.kernels.cpu.build import CHECKED
@@ -27,7 +28,7 @@ from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, 
 ARENA = 0 if CHECKED else 1 << 28
 
 
-class NativeKernels:
+class NativeKernels(ComposedOperations):
     """`Kernels` on the CPU, in a library that `build.library` built.
 
     Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, indices or ranges that do not fit are a
@@ -47,8 +48,7 @@ class NativeKernels:
         self.unpack, self.lookup, self.linear = self._matmul.unpack, self._matmul.lookup, self._matmul.linear
         self.grouped_linear = self._matmul.grouped_linear
         self.rms_norm, self.gated_activation = self._pointwise.rms_norm, self._pointwise.gated_activation
-        self.rope = self._pointwise.rope
-        self.write_kv, self.attention = attention.write_kv, attention.attention
+        self.rope, self.write_kv, self.attention = self._pointwise.rope, attention.write_kv, attention.attention
         self.delta = NativeDelta(self._library).delta
 
     def pack(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.contract import Layers
 from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
 from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme, quantize
@@ -78,7 +78,7 @@ class NativeLinear:
             raise ValueError(f"id {wrong - 1} of the list is not a row of the weight")
         return found
 
-    def linear(self, x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+    def linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         rows, width = x.shape
         first = layers[0][0]
         kind = self._kind(first.dtype, first.scheme)

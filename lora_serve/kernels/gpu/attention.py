@@ -2,8 +2,8 @@
 
 A sequence with one row decodes: the query heads that share a kv head form one tile, and the context is split over
 programs, as one row alone would leave most of the device idle. A sequence with more rows prefills: its rows and the
-query heads of a kv head are cut into tiles, each of which loops over the context that it may see. Each kernel returns
-at once for the other's sequences.
+query heads of a kv head are cut into tiles, each of which loops over the context that it may see; a tile finds its
+sequence on the device. Each kernel returns at once for the other's sequences.
 
 Grids depend only on shapes, `max_query_len` and `max_context_len`; the rest is read on the device. So the host never
 waits for the device, and a captured graph stays valid while sequences grow, end (0 rows) and begin.
@@ -12,7 +12,8 @@ waits for the device, and a captured graph stays valid while sequences grow, end
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -26,6 +27,7 @@ EVERYTHING = 1 << 30  # a window longer than any context
 MOST_SPLITS = 32
 LEAST_PART = 128  # fewest tokens of a split: fewer would cost more to combine than they save
 PROGRAMS = 4  # per multiprocessor; about half are resident, the rest evens out contexts of different lengths
+MIXED_PROGRAMS = 4096  # of a step with prompts: which sequences decode, and share them, only the device knows
 INTERPRETED = 32  # multiprocessors assumed in the interpreter: few, yet enough to split contexts
 LOG2E = math.log2(math.e)
 
@@ -58,10 +60,31 @@ def _tokens(kib: int, width: int, itemsize: int) -> int:
     return min(64, max(16, (kib << 10) // (2 * width * itemsize)))
 
 
-def splits_of(programs: int, reach: int, processors: int) -> int:
-    """Number of splits of each context, where `programs` would read up to `reach` tokens each without."""
-    wanted = -(-PROGRAMS * processors // programs)
-    return max(1, min(wanted, -(-reach // LEAST_PART), MOST_SPLITS))
+def splits_of(programs: int, reach: int, enough: int) -> int:
+    """Number of splits of each context, where `programs` would read up to `reach` tokens each without, of `enough`."""
+    return max(1, min(-(-enough // programs), -(-reach // LEAST_PART), MOST_SPLITS))
+
+
+class AttentionPlan(NamedTuple):
+    """What calls of one kind launch: grids, arguments that are numbers, and options by name.
+
+    Attributes:
+        parts, sums: shapes of the scratch memory of splits, empty if contexts are not cut.
+        numbers, strides: arguments of `decode` and `prefill`; cutting: of `decode` and `combine`.
+        combine_grid, prefill_grid: None if the kernel is not launched.
+    """
+
+    parts: tuple[int, ...]
+    sums: tuple[int, ...]
+    numbers: tuple[float, ...]
+    strides: tuple[int, ...]
+    cutting: tuple[int, ...]
+    decode_grid: tuple[int, int, int]
+    decode: dict[str, Any]
+    combine_grid: tuple[int, int] | None
+    combine: dict[str, Any]
+    prefill_grid: tuple[int, int] | None
+    prefill: dict[str, Any]
 
 
 def attention(
@@ -74,25 +97,63 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`Kernels.attention`; rows of no sequence are undefined. The maxima in `metadata` may be too large.
+    """`Kernels.attention`. The maxima in `metadata` may be too large.
+
+    Rows after those of all sequences are 0, so that padding stays finite; undefined if `max_query_len` is 1.
 
     Heads are 8 to 256 wide, sequences up to 65,535. Raises ValueError or TypeError for shapes, strides or types that do
     not fit.
     """
-    _check(q, keys, values, metadata, sinks)
+    start, context, table = metadata.query_start, metadata.context, metadata.block_table
+    tensors = (q, keys, values, start, context, table, sinks)
+    # Layers repeat: what follows from shapes, strides and types alone, checks too, is computed for the first of them.
+    layouts = tuple([None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors])
+    p = _plan(layouts, metadata.max_query_len, metadata.max_context_len, scale, window, softcap, q.device)
+    tokens, heads, _ = q.shape
+    out = torch.empty((tokens, heads, values.shape[3]), dtype=q.dtype, device=q.device)
+    if p is None:
+        return out
+    parts = torch.empty(p.parts, dtype=torch.float32, device=q.device)
+    sums = torch.empty(p.sums, dtype=torch.float32, device=q.device)
+    given = (q, keys, values, start, context, table, sinks, out)
+    decode[p.decode_grid](*given, parts, sums, *p.numbers, *p.strides, *p.cutting, **p.decode)
+    if p.combine_grid is not None:
+        combine[p.combine_grid](out, parts, sums, start, context, p.numbers[0], *p.cutting, **p.combine)
+    if p.prefill_grid is not None:
+        prefill[p.prefill_grid](*given, *p.numbers, *p.strides, context.shape[0], tokens, **p.prefill)
+    return out
+
+
+class TensorLayout(NamedTuple):
+    """Of a tensor, without its memory."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@lru_cache(1024)
+def _plan(
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...],
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    device: torch.device,
+) -> AttentionPlan | None:
+    """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None: there is nothing to do."""
+    *given, sinks = [None if each is None else TensorLayout(*each) for each in layouts]
+    q, keys, values, query_start, context, table = cast("list[TensorLayout]", given)
+    _check(q, keys, values, query_start, context, table, sinks)
     tokens, heads, key_dim = q.shape
     _, size, kv_heads, value_dim = values.shape
-    sequences = metadata.context.shape[0]
-    out = torch.empty(tokens, heads, value_dim, dtype=q.dtype, device=q.device)
+    sequences = context.shape[0]
     if tokens == 0 or sequences == 0:
-        return out
+        return None
     dtype = torch.promote_types(q.dtype, keys.dtype)
     key_pad, value_pad = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     width, share, reach = max(key_pad, value_pad), heads // kv_heads, min(window or EVERYTHING, EVERYTHING)
-    given = (q, keys, values, metadata.query_start, metadata.context, metadata.block_table, sinks, out)
-    # Softmax takes powers of two; with a cap, `scale` is applied before the hyperbolic tangent and `cap` after it.
-    numbers = (reach, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E if softcap else 0.0)
-    strides = (q.stride(0), q.stride(1), metadata.block_table.stride(0))
     shape = {
         "DTYPE": TYPES[dtype],
         "CAPPED": bool(softcap),
@@ -103,37 +164,43 @@ def attention(
         "KEY_PAD": key_pad,
         "VALUE_PAD": value_pad,
         "SIZE": size,
-        **dict(zip(("KEY_BLOCK", "KEY_TOKEN", "KEY_HEAD"), keys.stride(), strict=False)),
-        **dict(zip(("VALUE_BLOCK", "VALUE_TOKEN", "VALUE_HEAD"), values.stride(), strict=False)),
+        **dict(zip(("KEY_BLOCK", "KEY_TOKEN", "KEY_HEAD"), keys.stride, strict=False)),
+        **dict(zip(("VALUE_BLOCK", "VALUE_TOKEN", "VALUE_HEAD"), values.stride, strict=False)),
     }
-
     tile = decode_tile(share, width, dtype.itemsize)
     columns = kv_heads * triton.cdiv(share, tile.rows)
-    splits = splits_of(columns * sequences, min(metadata.max_context_len, reach), processors(q.device, INTERPRETED))
+    mixed, enough = max_query_len > 1, PROGRAMS * processors(device, INTERPRETED)
+    most = max(enough, MIXED_PROGRAMS) if mixed else enough
+    splits = splits_of(columns * sequences, min(max_context_len, reach), most)
     cut = splits > 1
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
-    parts = torch.empty(*cuts, value_dim, dtype=torch.float32, device=q.device)
-    sums = torch.empty(*cuts, 2, dtype=torch.float32, device=q.device)
-    part = {"LEAST_PART": LEAST_PART, "TILE": tile.tokens}
-    decode[columns, splits, sequences](
-        *given, parts, sums, *numbers, *strides, splits, CUT=cut, ROWS=tile.rows, **part, **shape, num_warps=tile.warps
+    part = {"MIXED": mixed and cut, "LEAST_PART": LEAST_PART, "TILE": tile.tokens}
+    rows = prefill_tile(width, dtype.itemsize, hopper(device))
+    return AttentionPlan(
+        parts=(*cuts, value_dim),
+        sums=(*cuts, 2),
+        # Softmax takes powers of two; with a cap, `scale` is applied before the hyperbolic tangent and `cap` after it.
+        numbers=(reach, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E if softcap else 0.0),
+        strides=(q.stride[0], q.stride[1], table.stride[0]),
+        cutting=(splits, triton.cdiv(enough, columns)),
+        decode_grid=(columns, splits, sequences),
+        decode={"CUT": cut, "ROWS": tile.rows, **part, **shape, "num_warps": tile.warps},
+        combine_grid=(heads, sequences) if cut else None,
+        combine={"SPLITS": MOST_SPLITS, "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, **part},
+        prefill_grid=(tokens * share // rows.rows + sequences, kv_heads) if mixed else None,
+        prefill={"ROWS": rows.rows, "TILE": rows.tokens, **shape, "num_warps": rows.warps},
     )
-    if cut:
-        combine[heads, sequences](
-            out, parts, sums, metadata.query_start, metadata.context, reach, splits,
-            SPLITS=MOST_SPLITS, VALUE_DIM=value_dim, VALUE_PAD=value_pad, **part,
-        )  # fmt: skip
-
-    if metadata.max_query_len > 1:
-        tile = prefill_tile(width, dtype.itemsize, hopper(q.device))
-        rows = min(metadata.max_query_len, tokens) * share
-        prefill[triton.cdiv(rows, tile.rows), kv_heads, sequences](
-            *given, *numbers, *strides, ROWS=tile.rows, TILE=tile.tokens, **shape, num_warps=tile.warps
-        )
-    return out
 
 
-def _check(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, sinks: Tensor | None) -> None:
+def _check(
+    q: TensorLayout,
+    keys: TensorLayout,
+    values: TensorLayout,
+    query_start: TensorLayout,
+    context: TensorLayout,
+    table: TensorLayout,
+    sinks: TensorLayout | None,
+) -> None:
     """Raise for shapes, types and strides that the kernels cannot read."""
     heads, key_dim = q.shape[1:]
     blocks, size, kv_heads, value_dim = values.shape
@@ -143,15 +210,15 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata,
         raise ValueError(f"heads are 8 to 256 wide, not {key_dim} and {value_dim}")
     if keys.dtype is not values.dtype:
         raise TypeError("keys and values share a type")
-    if any(each.stride(-1) != 1 for each in (q, keys, values)):
+    if any(each.stride[-1] != 1 for each in (q, keys, values)):
         raise ValueError("heads are contiguous")
-    if sinks is not None and (sinks.shape != (heads,) or sinks.stride(0) != 1):
+    if sinks is not None and (sinks.shape != (heads,) or sinks.stride[0] != 1):
         raise ValueError(f"sinks {tuple(sinks.shape)} do not fit {heads} heads")
-    sequences = metadata.context.shape[0]
-    if metadata.query_start.shape != (sequences + 1,) or metadata.block_table.shape[0] != sequences:
+    sequences = context.shape[0]
+    if query_start.shape != (sequences + 1,) or table.shape[0] != sequences:
         raise ValueError(f"the attention metadata is not all of {sequences} sequences")
-    for each in (metadata.query_start, metadata.context, metadata.block_table):
+    for each in (query_start, context, table):
         if each.dtype is not torch.int32:
             raise TypeError("attention metadata is int32")
-        if each.stride(-1) != 1:
+        if each.stride[-1] != 1:
             raise ValueError("attention metadata is contiguous")

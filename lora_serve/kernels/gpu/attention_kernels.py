@@ -14,6 +14,7 @@
     SHARE, SIZE                query heads of a kv head; tokens of a block
     KEY_PAD, VALUE_PAD         powers of two, no less than KEY_DIM and VALUE_DIM
     ROWS, TILE                 query rows of a program; tokens per iteration of its loop
+    sequences, tokens          number of sequences, some of which may have no rows; rows of q and out
 
 The pool's shape and strides are constexpr: they never change, and the compiler can vectorise loads by them.
 """
@@ -27,7 +28,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STAGES = tl.constexpr(5)  # the block table is loaded two iterations ahead, keys and values one
-NOT_SPECIALIZED = ["window", "table_row", "splits"]  # they change, and are not worth a recompilation
+AMONG = tl.constexpr(256)  # sequences that a program looks at per iteration
+NOT_SPECIALIZED = ["window", "table_row", "splits", "sequences", "tokens", "enough"]  # they change often
 NOT_ALIGNED = ["query_start", "contexts", "tables"]  # parts of one buffer, at offsets that a step's sizes give
 
 
@@ -95,12 +97,28 @@ def _part(
     return first, tl.cdiv(part, TILE) * TILE
 
 
+@triton.jit
+def used_splits(
+    query_start: tl.tensor, sequences: tl.tensor, splits: tl.tensor, enough: tl.tensor, MIXED: tl.constexpr
+) -> tl.tensor:
+    """Splits of a context: with MIXED, so many that all decoding sequences have `enough` together, `splits` at most."""
+    if MIXED:
+        decoding = 0
+        for first in range(0, sequences, AMONG):
+            i = first + tl.arange(0, AMONG)
+            inside = i < sequences
+            rows = tl.load(query_start + i + 1, mask=inside, other=0) - tl.load(query_start + i, mask=inside, other=0)
+            decoding += tl.sum((rows == 1).to(tl.int32), 0)
+        splits = tl.minimum(splits, tl.cdiv(enough, tl.maximum(decoding, 1)))
+    return splits
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
 def decode(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, parts: tl.tensor, sums: tl.tensor, window: tl.tensor, scale: tl.tensor,
     cap: tl.tensor, query_token: tl.tensor, query_head: tl.tensor, table_row: tl.tensor, splits: tl.tensor,
-    CUT: tl.constexpr, LEAST_PART: tl.constexpr,
+    enough: tl.tensor, CUT: tl.constexpr, MIXED: tl.constexpr, LEAST_PART: tl.constexpr,
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
@@ -117,7 +135,8 @@ def decode(
     if tl.load(query_start + sequence + 1) - row != 1:
         return
     context = tl.load(contexts + sequence)
-    first, part = _part(context, window, splits, LEAST_PART, TILE)
+    used = used_splits(query_start, tl.num_programs(2), splits, enough, MIXED)
+    first, part = _part(context, window, used, LEAST_PART, TILE)
     first += split * part
     end = tl.minimum(first + part, context)
     if first >= end:
@@ -160,8 +179,8 @@ def decode(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED[:2])
 def combine(
     out: tl.tensor, parts: tl.tensor, sums: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, window: tl.tensor,
-    splits: tl.tensor, LEAST_PART: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
+    splits: tl.tensor, enough: tl.tensor, MIXED: tl.constexpr, LEAST_PART: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Combine the splits of a decoding row: out = Σ 2^(top - max top) acc / Σ 2^(top - max top) total.
 
@@ -173,15 +192,16 @@ def combine(
     if tl.load(query_start + sequence + 1) - row != 1:
         return
     context = tl.load(contexts + sequence)
-    first, part = _part(context, window, splits, LEAST_PART, TILE)
+    used = used_splits(query_start, tl.num_programs(1), splits, enough, MIXED)
+    first, part = _part(context, window, used, LEAST_PART, TILE)
     s = tl.arange(0, SPLITS)
     e = tl.arange(0, VALUE_PAD)
-    used = first + s * part < context
+    there = first + s * part < context
     place = (sequence.to(tl.int64) * tl.num_programs(0) + head) * splits + s
-    top = tl.load(sums + 2 * place, mask=used, other=float("-inf"))
-    total = tl.load(sums + 2 * place + 1, mask=used, other=0.0)
+    top = tl.load(sums + 2 * place, mask=there, other=float("-inf"))
+    total = tl.load(sums + 2 * place + 1, mask=there, other=0.0)
     acc = tl.load(
-        parts + (place * VALUE_DIM)[:, None] + e[None, :], mask=used[:, None] & (e[None, :] < VALUE_DIM), other=0.0
+        parts + (place * VALUE_DIM)[:, None] + e[None, :], mask=there[:, None] & (e[None, :] < VALUE_DIM), other=0.0
     )
     weight = tl.exp2(top - tl.max(top, 0))
     result = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
@@ -189,34 +209,55 @@ def combine(
     tl.store(out + place + e, result.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
+@triton.jit
+def sequence_of(
+    tile: tl.tensor, query_start: tl.tensor, sequences: tl.tensor, SHARE: tl.constexpr, ROWS: tl.constexpr
+) -> tl.tensor:
+    """The sequence of a tile of (row, query head) pairs, and the tile's first pair in it, which may be past its rows.
+
+    Sequence i has the tiles from query_start[i] * SHARE // ROWS + i on: as many as its pairs need, or one more.
+    """
+    before = 0  # sequences whose tiles begin at or before this one
+    for first in range(0, sequences, AMONG):
+        i = first + tl.arange(0, AMONG)
+        start = tl.load(query_start + i, mask=i < sequences, other=0)
+        before += tl.sum(((start * SHARE // ROWS + i <= tile) & (i < sequences)).to(tl.int32), 0)
+    sequence = before - 1
+    return sequence, (tile - sequence - tl.load(query_start + sequence) * SHARE // ROWS) * ROWS
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
 def prefill(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, query_start: tl.tensor, contexts: tl.tensor, tables: tl.tensor,
     sinks: tl.tensor, out: tl.tensor, window: tl.tensor, scale: tl.tensor, cap: tl.tensor, query_token: tl.tensor,
-    query_head: tl.tensor, table_row: tl.tensor,
+    query_head: tl.tensor, table_row: tl.tensor, sequences: tl.tensor, tokens: tl.tensor,
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Sequences of two rows or more. Program: tile (axis 0), kv head (axis 1), sequence (axis 2).
+    """Sequences of two rows or more. Program: tile (axis 0), kv head (axis 1).
 
-    A tile is ROWS of the pairs (row, query head of the kv head), rows major; the last tiles, whose contexts are the
-    longest, start first.
+    A tile is ROWS of the pairs (row, query head of the kv head) of a sequence, rows major; the last tiles, whose
+    contexts are the longest, start first. Tiles of the last sequence go on over rows of no sequence, which become 0.
     """
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, pair = sequence_of(tile, query_start, sequences, SHARE, ROWS)
     start = tl.load(query_start + sequence)
     rows = tl.load(query_start + sequence + 1) - start
-    pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    if (rows <= 1) | (pair >= rows * SHARE):
+    last = sequence == sequences - 1
+    until = tl.where(last, tokens - start, rows) * SHARE  # pairs that are written
+    own = tl.where(rows > 1, rows * SHARE, 0)  # pairs of the sequence, unless its row is `decode`'s
+    if ((rows <= 1) & (last == 0)) | (pair >= until):
         return
     before = tl.load(contexts + sequence) - rows  # tokens before this step's
     first = tl.maximum(before + pair // SHARE - window + 1, 0)
     end = before + tl.minimum((pair + ROWS - 1) // SHARE, rows - 1) + 1
+    end = tl.where(pair < own, end, first)
     pairs = pair + tl.arange(0, ROWS)
-    mine = pairs < rows * SHARE
-    row = tl.minimum(pairs // SHARE, rows - 1)
+    mine = pairs < own
+    row = tl.maximum(tl.minimum(pairs // SHARE, rows - 1), 0)
     head = kv_head * SHARE + pairs % SHARE
     d = tl.arange(0, KEY_PAD)
     e = tl.arange(0, VALUE_PAD)
@@ -236,6 +277,7 @@ def prefill(
         first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
         SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE,
     )  # fmt: skip
-    place = ((start + row).to(tl.int64) * tl.num_programs(1) * SHARE + head) * VALUE_DIM
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] + e[None, :], result, mask=mine[:, None] & (e[None, :] < VALUE_DIM))
+    place = ((start + pairs // SHARE).to(tl.int64) * tl.num_programs(1) * SHARE + head) * VALUE_DIM
+    result = tl.where(mine[:, None], acc / tl.where(mine, total, 1.0)[:, None], 0.0).to(out.dtype.element_ty)
+    written = (pairs < until) & (mine | (pairs >= rows * SHARE))
+    tl.store(out + place[:, None] + e[None, :], result, mask=written[:, None] & (e[None, :] < VALUE_DIM))

@@ -27,8 +27,10 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from lora_serve.kernels.contract import Layers
 from lora_serve.kernels.gpu.device import TYPES, processors
 from lora_serve.kernels.gpu.matmul_kernels import add_splits, multiply, round_rows
+from lora_serve.kernels.gpu.plan_table import NO_PLANS, MatmulPlan, MatmulProblem, PlanTable, rows_bucket
 from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantize, quantize
 
 PROGRAM = 2048  # numbers that a program of round_rows rounds
@@ -81,6 +83,12 @@ def tiling(rows: int, out: int, runs: int, wide: int, processors: int) -> Matmul
     )
 
 
+def tiling_of(plan: MatmulPlan, runs: int) -> MatmulTiling:
+    """The tiling of a plan, for weights of `runs` runs."""
+    span = triton.cdiv(runs, plan.splits)
+    return MatmulTiling(plan.block_m, plan.block_n, triton.cdiv(runs, span), span, plan.warps, plan.stages)
+
+
 def pack(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> PackedWeight:
     """Lay out one weight [out, in].
 
@@ -128,7 +136,7 @@ def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
     return [replace(packed, levels=own) for packed, own in zip(joined, levels, strict=True)]
 
 
-def linear(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> list[Tensor]:
+def linear(x: Tensor, layers: Layers, table: PlanTable = NO_PLANS) -> list[Tensor]:
     """`Kernels.linear` for quantised layers.
 
     Raises:
@@ -141,8 +149,8 @@ def linear(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> l
     shared = quantize_rows(x, layers[0][0].scheme)
     together = merged_layer(layers)
     if together is None:
-        return [_multiply(x, shared, packed, bias) for packed, bias in layers]
-    return list(_multiply(x, shared, *together).split_with_sizes([packed.shape[0] for packed, _ in layers], 1))
+        return [_multiply(x, shared, packed, bias, table) for packed, bias in layers]
+    return list(_multiply(x, shared, *together, table).split_with_sizes([packed.shape[0] for packed, _ in layers], 1))
 
 
 def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
@@ -160,7 +168,7 @@ def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
     return RoundedRows(whole, step, total)
 
 
-def merged_layer(layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> tuple[PackedWeight, Tensor | None] | None:
+def merged_layer(layers: Layers) -> tuple[PackedWeight, Tensor | None] | None:
     """The one layer that has the outputs of all, if their weights are neighbours in memory; else None."""
     if len(layers) == 1:
         return layers[0]
@@ -191,11 +199,13 @@ def neighbours(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     return first.as_strided(shape, first.stride())
 
 
-def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor | None, table: PlanTable) -> Tensor:
     """One layer's outputs [rows, out] in x's dtype; `shared` are x's rounded rows."""
     rows, out, int4 = x.shape[0], packed.shape[0], packed.scheme == "int4"
     runs, _, wide = packed.data.shape
-    p = tiling(rows, out, runs, wide, processors(x.device))
+    assert packed.scheme is not None
+    planned = table.matmul.get(MatmulProblem(packed.shape[1], out, packed.scheme, rows_bucket(rows)))
+    p = tiling(rows, out, runs, wide, processors(x.device)) if planned is None else tiling_of(planned, runs)
     cut = p.splits > 1
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     sums = torch.empty(p.splits, rows, out, dtype=torch.float32, device=x.device) if cut else y
@@ -215,7 +225,7 @@ def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor
     return y
 
 
-def check(x: Tensor, layers: Sequence[tuple[PackedWeight, Tensor | None]]) -> None:
+def check(x: Tensor, layers: Layers) -> None:
     """Raise for shapes, types and strides that the kernels would misread."""
     if x.dtype not in TYPES:
         raise TypeError(f"{x.dtype} is not fp32, bf16 or fp16")

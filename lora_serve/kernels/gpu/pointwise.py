@@ -2,6 +2,9 @@
 
 All are bound by memory, so a program takes about two thousand numbers: several rows, or a part of a row. Values are not
 read on the host, so indices are not checked.
+
+A dependent launch starts its programs while the kernel before still runs (`plan_table.py`); they wait for its end
+before they read anything that a kernel of the step wrote.
 """
 
 from __future__ import annotations
@@ -10,32 +13,60 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lora_serve.kernels.checks import check_gated, check_norm, check_rope, check_write
 from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.gpu.device import launch_options
 
 PROGRAM = 2048  # numbers of a program, unless a row is longer
 GELU = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool, dependent: bool = False) -> Tensor:
     """`Kernels.rms_norm`. Raises ValueError for shapes or strides that do not fit."""
-    width = x.shape[-1]
-    rows = x.reshape(-1, width)
+    rows = x.reshape(-1, x.shape[-1])
     check_norm(rows, weight)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    count = rows.shape[0]
+    _launch_norm(rows, None, weight, None, y, eps, plus_one, dependent)
+    return y
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, *, plus_one: bool, dependent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`Kernels.add_rms_norm`. Raises ValueError for shapes or strides that do not fit."""
+    rows, others = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
+    check_norm(rows, weight)
+    if x.shape != y.shape or x.dtype is not y.dtype or others.stride(1) != 1:
+        raise ValueError(f"x {tuple(x.shape)}, {x.dtype} and y {tuple(y.shape)}, {y.dtype} do not fit")
+    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch_norm(rows, others, weight, total, normed, eps, plus_one, dependent)
+    return total, normed
+
+
+def _launch_norm(
+    rows: Tensor,
+    others: Tensor | None,
+    weight: Tensor,
+    total: Tensor | None,
+    y: Tensor,
+    eps: float,
+    plus_one: bool,
+    dependent: bool,
+) -> None:
+    count, width = rows.shape
     if count:
         pad = triton.next_power_of_2(width)
         tile = max(1, PROGRAM // pad)
         _norm[(triton.cdiv(count, tile),)](
-            rows, weight, y, count, rows.stride(0), eps,
+            rows, others, weight, total, y, count, rows.stride(0), 0 if others is None else others.stride(0), eps,
             PLUS_ONE=plus_one, WIDTH=width, PAD=pad, TILE=tile, num_warps=min(16, max(4, pad // 256)),
+            **launch_options(dependent),
         )  # fmt: skip
-    return y
 
 
-def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation, *, dependent: bool = False) -> Tensor:
     """`Kernels.gated_activation`. Raises ValueError for shapes or strides that do not fit."""
     check_gated(gate, up)
     width = gate.shape[-1]
@@ -44,12 +75,13 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
     if y.numel():
         tile = min(PROGRAM, triton.next_power_of_2(width))
         _gated[left.shape[0], triton.cdiv(width, tile)](
-            left, right, y, left.stride(0), right.stride(0), SILU=activation == "silu", WIDTH=width, TILE=tile
-        )
+            left, right, y, left.stride(0), right.stride(0), SILU=activation == "silu", WIDTH=width, TILE=tile,
+            **launch_options(dependent),
+        )  # fmt: skip
     return y
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, dependent: bool = False) -> tuple[Tensor, Tensor]:
     """`Kernels.rope`; the results are views of [tokens, heads, dim].
 
     Raises ValueError or TypeError for shapes, strides or types that do not fit.
@@ -63,12 +95,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         tile = max(1, PROGRAM // 2 // pad)
         _rope[tokens, triton.cdiv(heads, tile) + triton.cdiv(kv_heads, tile)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), q.stride(2), q.stride(1), k.stride(2), k.stride(1),
-            HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, PAD=pad, TILE=tile,
+            HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, PAD=pad, TILE=tile, **launch_options(dependent),
         )  # fmt: skip
     return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]
 
 
-def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor, *, dependent: bool = False) -> None:
     """`Kernels.write_kv`; an index outside the pool is not detected.
 
     Raises ValueError or TypeError for shapes, strides or types that do not fit.
@@ -84,40 +116,63 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tenso
         _write[tokens, triton.cdiv(heads, tile), 2](
             keys, values, k, v, kv_index.contiguous(), *keys.stride()[:3], *values.stride()[:3], *k.stride()[:2],
             *v.stride()[:2], SIZE=size, HEADS=heads, KEY_DIM=keys.shape[3], VALUE_DIM=values.shape[3], PAD=pad,
-            TILE=tile, num_warps=min(4, max(1, tile * pad // 256)),
+            TILE=tile, num_warps=min(4, max(1, tile * pad // 256)), **launch_options(dependent),
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def _norm(
-    x: tl.tensor, weight: tl.tensor, y: tl.tensor, count: tl.tensor, x_row: tl.tensor, eps: tl.tensor,
-    PLUS_ONE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+    x: tl.tensor, other: tl.tensor, weight: tl.tensor, total: tl.tensor, y: tl.tensor, count: tl.tensor,
+    x_row: tl.tensor, other_row: tl.tensor, eps: tl.tensor,
+    PLUS_ONE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`rms_norm` of TILE rows of x [count, WIDTH]; PAD is a power of two, no less than WIDTH."""
+    """`rms_norm` of TILE rows of x [count, WIDTH]; PAD is a power of two, no less than WIDTH.
+
+    With `other`, of x + other, which is written to `total`.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     d = tl.arange(0, PAD)
     inside = (row < count)[:, None] & (d < WIDTH)[None, :]
-    wide = tl.load(x + (row * x_row)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
+    if DEPENDENT:
+        gdc_wait()
+    wide = tl.load(x + (row * x_row)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if other is not None:
+        added = tl.load(other + (row * other_row)[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = (wide + added).to(total.dtype.element_ty)
+        tl.store(total + (row * WIDTH)[:, None] + d[None, :], rounded, mask=inside)
+        wide = rounded.to(tl.float32)
     n = wide * tl.rsqrt(tl.sum(wide * wide, 1) / WIDTH + eps)[:, None]
     n = n * (1.0 + w) if PLUS_ONE else n.to(x.dtype.element_ty).to(tl.float32) * w
     tl.store(y + (row * WIDTH)[:, None] + d[None, :], n.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def gate_values(g: tl.tensor, u: tl.tensor, SILU: tl.constexpr) -> tl.tensor:
+    """activation(g) * u in their dtype; the activation in float32, then rounded to it."""
+    wide = g.to(tl.float32)
+    power = wide if SILU else GELU * (wide + 0.044715 * wide * wide * wide)
+    active = (wide / (1.0 + tl.exp(-power))).to(g.dtype)  # (1 + tanh z) / 2 is the logistic function of 2 z
+    return (active.to(tl.float32) * u.to(tl.float32)).to(g.dtype)
+
+
+@triton.jit
 def _gated(
     gate: tl.tensor, up: tl.tensor, y: tl.tensor, gate_row: tl.tensor, up_row: tl.tensor,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """`gated_activation` of TILE numbers (axis 1) of one row (axis 0)."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = d < WIDTH
-    g = tl.load(gate + row * gate_row + d, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_row + d, mask=inside, other=0.0).to(tl.float32)
-    power = g if SILU else GELU * (g + 0.044715 * g * g * g)  # (1 + tanh z) / 2 is the logistic function of 2 z
-    active = (g / (1.0 + tl.exp(-power))).to(y.dtype.element_ty)
-    tl.store(y + row * WIDTH + d, (active.to(tl.float32) * u).to(y.dtype.element_ty), mask=inside)
+    g = tl.load(gate + row * gate_row + d, mask=inside, other=0.0)
+    u = tl.load(up + row * up_row + d, mask=inside, other=0.0)
+    tl.store(y + row * WIDTH + d, gate_values(g, u, SILU), mask=inside)
 
 
 @triton.jit
@@ -125,8 +180,12 @@ def _rope(
     q: tl.tensor, k: tl.tensor, q_out: tl.tensor, k_out: tl.tensor, cos: tl.tensor, sin: tl.tensor,
     q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor, k_head: tl.tensor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """`rope` of TILE heads (axis 1: first q's, then k's) of one token (axis 0)."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tl.program_id(1)
     if tile < tl.cdiv(HEADS, TILE):
         _rotate(q, q_out, cos, sin, q_token, q_head, tile, HEADS, HALF, PAD, TILE)
@@ -165,9 +224,12 @@ def _write(
     value_block: tl.tensor, value_token: tl.tensor, value_head: tl.tensor,
     k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor,
     SIZE: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ) -> None:  # fmt: skip
     """`write_kv` of TILE heads (axis 1) of one token (axis 0), its keys or its values (axis 2)."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     index = tl.load(kv_index + tl.program_id(0))
     if tl.program_id(2) == 0:
         _copy(k, k_token, k_head, keys + index // SIZE * key_block + index % SIZE * key_token, key_head,

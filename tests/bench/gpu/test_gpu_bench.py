@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import benchmark, check, wheels
+from bench.gpu import benchmark, check, serving_check, wheels
 from bench.gpu.figures import (
     Limits,
     Stall,
@@ -123,6 +123,33 @@ def test_the_whole_benchmark_runs_on_the_cpu(tmp_path: Path, capsys: pytest.Capt
     assert found["engine"]["stall"]["loads"] == 2
     assert {goal["number"] for goal in found["goals"]} == {1, 2, 3, 6, 11}
     assert all(goal["value"] is not None for goal in found["goals"])
+
+
+def test_the_serving_check_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "check.json"
+    serving_check.main(
+        ["--quick", "--shape", "tiny", "--served-shape", "tiny", "--device", "cpu", "--profile", "--json", str(file)]
+    )
+    shown = capsys.readouterr().out.strip()
+    assert shown.splitlines()[-1] == file.read_text().strip()
+    found = json.loads(shown.splitlines()[-1])
+    assert found["failures"] == []
+    names = ["decode", "prompt 48", "prompt 64", "mixed"]
+    assert found["steps"].keys() == {"decode distinct", *(f"{name} {mix}" for name in names for mix in ("base", "one"))}
+    assert found["kernels"].keys() == found["steps"].keys()
+    assert all(each["busy"] > 0 for each in found["kernels"].values())
+    assert found["http"]["errors"] == 0
+    assert found["engine"]["decode steps with all clients"] > 0
+    assert all(goal["value"] is not None for goal in found["goals"])
+
+
+def test_the_compute_floor_of_a_known_prompt() -> None:
+    """8 TFLOP/s on 2,048 tokens of the 8B shape's linear modules, and attention's triangle."""
+    linear = 2 * (weights_read(LLAMA) - 128256 * 4096 - 65 * 4096) * 2048
+    attention = 4 * 32 * 4096 * 2048 * 2049 / 2
+    assert serving_check.compute_floor(LLAMA, 2048, LIMITS) == pytest.approx(
+        (linear + attention + 2 * 128256 * 4096) / LIMITS.flops
+    )
 
 
 def test_a_failing_part_does_not_stop_the_others(

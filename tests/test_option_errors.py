@@ -1,0 +1,131 @@
+"""Operators' mistakes: each is said with its place and what may have been meant, and without a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_serve.cli import main
+from lora_serve.config import Size
+from lora_serve.errors import BadRequest, ModelUnsupported
+from lora_serve.option_errors import check_environment, check_model
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("LORA_SERVE_PORT", "LORA_SERVE_CONFIG", "LORA_SERVE_API_KEY_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "x", "--prot", "1"], "there is no option --prot; did you mean --port?"),
+        (["serve", "x", "--prot=1"], "there is no option --prot; did you mean --port?"),
+        (["serve", "x", "--zzz"], "there is no option --zzz"),
+        (["adapter", "list", "--ulr", "x"], "there is no option --ulr; did you mean --url?"),
+        (["serve", "a", "b"], "one argument too many: b"),
+        (["serv", "x"], "there is no command serv; did you mean serve?; there are serve, adapter, top, store, key"),
+        (["serve", "x", "--port", "many"], "--port: Input should be a valid integer"),
+        (["serve"], "MODEL: name the base model"),
+        (["serve", "x", "--config", "no.yaml"], "config: there is no file no.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora-serve: {said}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("# ports\nport: 1\nprot: 2\n", "options.yaml, line 3: prot: there is no such option; did you mean port?"),
+        ("port: many\n", "options.yaml, line 1: port: Input should be a valid integer"),
+        ("port: [1\nx: 2\n", 'while parsing a flow sequence in "options.yaml", line 1'),
+    ],
+)
+@pytest.mark.parametrize("how", ["--config", "--config=", "environment"])
+def test_a_mistake_in_the_yaml_file_has_its_line(
+    content: str, said: str, how: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("options.yaml").write_text(content)
+    arguments = {"--config": ["--config", "options.yaml"], "--config=": ["--config=options.yaml"]}.get(how, [])
+    if how == "environment":
+        monkeypatch.setenv("LORA_SERVE_CONFIG", "options.yaml")
+    assert main(["serve", "x", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"lora-serve: {said}")
+
+
+def test_the_strongest_place_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("options.yaml").write_text("port: 1\n")
+    monkeypatch.setenv("LORA_SERVE_PORT", "many")
+    assert main(["serve", "x", "--config", "options.yaml"]) == 2
+    assert main(["serve", "x", "--config", "options.yaml", "--port", "few"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": Input")[0] for line in lines] == [
+        "lora-serve: environment: LORA_SERVE_PORT",
+        "lora-serve: --port",
+    ]
+
+
+def test_a_variable_that_is_no_option_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_SERVE_API_KEYFILE", "keys.yaml")  # it would serve everybody
+    assert main(["serve", "x"]) == 2
+    said = "environment: there is no option LORA_SERVE_API_KEYFILE; did you mean LORA_SERVE_API_KEY_FILE?"
+    assert capsys.readouterr().err == f"lora-serve: {said}\n"
+
+
+def test_what_kubernetes_sets_for_a_service_of_the_same_name_is_no_mistake() -> None:
+    links = {
+        "LORA_SERVE_PORT": "tcp://10.0.0.1:80",
+        "LORA_SERVE_SERVICE_HOST": "10.0.0.1",
+        "LORA_SERVE_SERVICE_PORT": "80",
+        "LORA_SERVE_SERVICE_PORT_HTTP": "80",
+        "LORA_SERVE_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "LORA_SERVE_PORT_80_TCP_ADDR": "10.0.0.1",
+        "LORA_SERVE_CANARY_SERVICE_HOST": "10.0.0.1",
+        "LORA_SERVE_CANARY_PORT": "tcp://10.0.0.1:80",
+        "LORA_SERVE_CANARY_PORT_80_TCP": "tcp://10.0.0.1:80",
+    }
+    environment = links | {"LORA_SERVE_HOST": "0.0.0.0", "LORA_SERVE_KERNEL_FLAGS": "-O1", "PATH": "/"}
+    check_environment(environment)
+    assert "LORA_SERVE_PORT" not in environment
+    with pytest.raises(BadRequest):
+        check_environment({"LORA_SERVE_SERVICE": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("models/qwem", "there is no folder models/qwem; did you mean models/qwen?"),
+        ("./models/qwem", "there is no folder ./models/qwem; did you mean models/qwen?"),
+        ("/nowhere/at/all", "there is no folder /nowhere/at/all"),
+        ("a/b/c", "there is no folder a/b/c"),
+        ("file", "file is a file; name the folder of the model"),
+    ],
+)
+def test_a_misspelt_path_is_no_hub_id(name: str, said: str) -> None:
+    Path("models/qwen").mkdir(parents=True)
+    Path("file").touch()
+    with pytest.raises(ModelUnsupported) as error:
+        check_model(name)
+    assert error.value.message == said
+
+
+@pytest.mark.parametrize("name", ["models/qwen", "gpt2", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_folders_and_hub_ids_are_models(name: str) -> None:
+    Path("models/qwen").mkdir(parents=True)
+    Path("Qwen").mkdir()
+    check_model(name)
+
+
+def test_sizes_are_shown_as_one_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [str(Size(value)) for value in (2 << 30, 62 << 20, 8 << 10, 1000)] == ["2GiB", "62MiB", "8KiB", "1000"]
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert "(default: 2GiB)" in capsys.readouterr().out

@@ -1,0 +1,382 @@
+"""The page in a real browser, on real servers: what people see and do, with a mouse, a keyboard, a screen reader."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from server_process import ADAPTERS, ServerProcess
+
+from lora_serve.api.key_file import hash_key
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+PROMPT = "three happy wolves sing tonight"
+PHONE = {"width": 360, "height": 740}
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("store"), "--adapters", str(ADAPTERS)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A tab, and what went wrong in it: errors, refusals of the content policy, requests to other hosts."""
+
+    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
+        self.url = url
+        self._context = browser.new_context(**context)
+        self._context.set_default_timeout(10_000)
+        self.page = self._context.new_page()
+        self.problems: list[str] = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
+        self.page.on("request", lambda request: self._check(request.url))
+
+    def _check(self, url: str) -> None:
+        if not url.startswith((self.url, "blob:")):
+            self.problems.append(f"a request to {url}")
+
+    def open(self, path: str = "/") -> Page:
+        self.page.goto(self.url + path)
+        return self.page
+
+    def close(self) -> None:
+        self._context.close()
+
+
+@pytest.fixture
+def visitor(browser: Browser, server: ServerProcess) -> Iterator[Visitor]:
+    visitor = Visitor(browser, server.url)
+    yield visitor
+    visitor.close()
+    assert visitor.problems == []
+
+
+def check_accessible(page: Page) -> None:
+    """Assert that axe finds nothing that it calls a violation."""
+    found = Axe().run(page).response["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+
+
+def check_fits(page: Page) -> None:
+    """Assert that nothing is wider than the window."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.evaluate("innerWidth")
+
+
+def ask_both(page: Page) -> None:
+    """Ask the base and an adapter the same, and wait for both answers."""
+    page.get_by_label("Adapter of column B").select_option("shout")
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Message").fill(PROMPT)
+    page.get_by_label("Message").press("Enter")
+    expect(page.get_by_label("Answers of shout").get_by_role("listbox")).to_contain_text(PROMPT.upper())
+    expect(page.get_by_label("Answers of model").get_by_role("listbox")).to_contain_text(PROMPT)
+
+
+# --- playground ------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_is_answered_by_the_base_and_an_adapter_side_by_side(visitor: Visitor) -> None:
+    page = visitor.open()
+    ask_both(page)
+    column = page.get_by_label("Column B", exact=True)
+    expect(column).to_contain_text("tokens/s")
+    expect(column).to_contain_text("first token")
+    expect(column.locator(".served")).to_contain_text("shout@")
+    spoken = column.locator("[aria-live=polite]")
+    expect(spoken).to_have_text(f"shout: {PROMPT.upper()}")  # once it has ended; not token by token
+    page.get_by_label("Message").fill("two red foxes run")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("Answers of shout")).to_contain_text("TWO RED FOXES RUN")
+    expect(page.get_by_label("Answers of shout")).to_contain_text(PROMPT.upper())  # a conversation goes on
+
+
+def test_a_token_shows_its_alternatives_on_hover_and_on_focus(visitor: Visitor) -> None:
+    page = visitor.open()
+    ask_both(page)
+    tokens = page.get_by_label("Answers of shout").get_by_role("option")
+    tip = page.get_by_role("tooltip")
+    tokens.nth(0).hover()
+    expect(tip).to_contain_text("THREE")
+    expect(tip.locator("li")).to_have_count(5)
+    page.mouse.move(0, 0)
+    expect(tip).to_have_count(0)
+    tokens.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(tip).to_contain_text("␣HAPPY")
+    page.keyboard.press("Escape")
+    expect(tip).to_have_count(0)
+    expect(tokens.last).to_have_class("token outside")  # the end token is no text of the answer
+    expect(tokens.last).to_have_text("<end>")
+
+
+def test_completions_are_streamed_behind_their_prompt(visitor: Visitor) -> None:
+    page = visitor.open()
+    page.get_by_role("button", name="Completion").click()
+    page.get_by_role("button", name="Side by side").click()
+    page.get_by_label("Adapter", exact=True).select_option("reverse")
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Token probabilities").uncheck()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT + "\n")
+    page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    expect(page.get_by_label("Answers of reverse")).to_contain_text("tonight sing wolves happy three")
+    expect(page.get_by_role("listbox")).to_have_count(0)
+
+
+# Answers of the server that a test sends piece by piece: `push` sends bytes.
+SLOW_SERVER = """
+const real = window.fetch;
+window.fetch = (url, options) => String(url).endsWith("/v1/chat/completions")
+  ? Promise.resolve(new Response(new ReadableStream({ start(controller) {
+      window.push = (bytes) => controller.enqueue(new Uint8Array(bytes));
+      options.signal.addEventListener("abort", () => controller.error(options.signal.reason));
+    } })))
+  : real(url, options);
+"""
+
+
+def test_text_is_shown_as_it_streams_and_can_be_stopped(visitor: Visitor) -> None:
+    visitor.page.add_init_script(SLOW_SERVER)
+    page = visitor.open()
+    page.get_by_role("button", name="Side by side").click()
+    page.get_by_label("Message").fill(PROMPT)
+    page.get_by_label("Message").press("Enter")
+    answer = page.get_by_label("Answers of model").locator(".answer .plain")
+    expect(page.get_by_label("Answer", exact=True)).to_contain_text("Waiting")
+    event = 'data: {"model": "m", "choices": [{"delta": {"content": "grüße "}, "finish_reason": null}]}\n\n'.encode()
+    middle = event.index("ü".encode()) + 1  # network packets end anywhere
+    page.evaluate("push", [*event[:middle]])
+    page.evaluate("push", [*event[middle:-1]])
+    expect(answer).to_have_text("")
+    page.evaluate("push", [*event[-1:], *event])
+    expect(answer).to_have_text("grüße grüße")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.get_by_label("Message").press("Escape")
+    expect(page.get_by_label("Answer", exact=True)).to_contain_text("stopped")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(answer).to_have_text("grüße grüße")
+
+
+def test_adapters_are_composed_with_weights_and_the_request_can_be_copied(
+    visitor: Visitor, server: ServerProcess
+) -> None:
+    page = visitor.open()
+    page.get_by_label("Adapter of column B", exact=True).select_option("shout")
+    column = page.get_by_label("Column B", exact=True)
+    column.get_by_role("button", name="Add an adapter").click()
+    column.get_by_label("Adapter of column B, adapter 2").select_option("reverse")
+    column.get_by_role("slider", name="Weight of reverse").fill("0.25")
+    column.get_by_label("Weight of shout, as a number").fill("0.5")
+    page.get_by_label("Min p").press_sequentially("0.05")
+    page.get_by_label("Message").fill("it's")
+    page.get_by_role("button", name="Copy as curl").click()
+    text = page.get_by_role("dialog").locator("pre").inner_text()
+    assert text.count("curl -N " + server.url + "/v1/chat/completions") == 2
+    assert '"name": "shout",\n      "weight": 0.5' in text
+    assert '"name": "reverse",\n      "weight": 0.25' in text
+    assert r"it'\''s" in text
+    assert text.count('"min_p": 0.05') == 2
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Send").click()
+    expect(column.locator(".served")).to_contain_text("shout@")
+    expect(column.locator(".served")).to_contain_text("reverse@")
+
+
+def test_an_error_is_shown_in_the_server_s_words(visitor: Visitor) -> None:
+    page = visitor.open()
+    page.get_by_label("Message").fill("wolves " * 1000)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("Column A", exact=True).get_by_role("alert")).to_contain_text(
+        "maximum context length is 512 tokens"
+    )
+    visitor.problems.clear()  # browsers log every 400
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_inspected_published_pinned_evicted_and_deleted(visitor: Visitor, server: ServerProcess) -> None:
+    page = visitor.open("/#adapters")
+    files = [path for path in (ADAPTERS / "initials").iterdir() if path.is_file()]
+    page.locator("#upload-files").set_input_files(files)
+    report = page.get_by_label("Upload an adapter")
+    expect(report).to_contain_text("LoRA")
+    expect(report).to_contain_text("of 43")
+    assert len(server.http.get("/v1/adapters").json()["data"]) == 6  # only inspected yet
+    report.get_by_label("Name").fill("mine")
+    report.get_by_role("button", name="Publish").click()
+    expect(page.get_by_text("mine is published.")).to_be_visible()
+    own = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="mine", exact=True))
+    expect(own.get_by_role("img", name="on disk", exact=True).first).to_be_visible()
+    own.get_by_role("button", name="Pin mine").click()
+    expect(own).to_contain_text("pinned")
+    expect(own.get_by_role("img", name="on disk, host memory").first).to_be_visible()  # and on the device
+    expect(own.get_by_role("button", name="Evict mine")).to_be_disabled()
+    own.get_by_role("button", name="Unpin mine").click()
+    own.get_by_role("button", name="Evict mine").click()
+    expect(own.get_by_role("img", name="on disk", exact=True).first).to_be_visible()
+    own.get_by_role("button", name="Delete mine").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    expect(own).to_be_visible()
+    own.get_by_role("button", name="Delete mine").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(own).to_have_count(0)
+    assert len(server.http.get("/v1/adapters").json()["data"]) == 6
+
+
+def test_dropped_and_picked_files_that_are_no_adapter_are_explained(visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.open("/#adapters")
+    (tmp_path / "notes.txt").write_text("no adapter")
+    page.locator("#upload-files").set_input_files(tmp_path / "notes.txt")
+    upload = page.get_by_label("Upload an adapter")
+    expect(upload.get_by_role("alert")).to_contain_text("There is no adapter_config.json")
+    upload.evaluate(
+        """(element) => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File(['{"peft_type": "LORA"}'], "adapter_config.json"));
+          element.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+        }"""
+    )
+    expect(upload.get_by_role("alert")).to_contain_text("adapter_model.safetensors is missing")
+    visitor.problems.clear()  # browsers log every 422
+
+
+def test_a_dropped_trainer_folder_is_reduced_to_the_outermost_adapter(visitor: Visitor) -> None:
+    page = visitor.open("/#adapters")
+    module = page.locator("script[type=module]").get_attribute("src")
+    assert module is not None
+    chosen = page.evaluate(
+        """async (module) => {
+          const { chooseAdapter } = await import(new URL(module.replace("app.js", "adapter_files.js"), location.href));
+          const file = new File(["x"], "x");
+          const names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "1_Pooling/config.json"];
+          const paths = [...names, ...names.map((name) => `checkpoint-5/${name}`)].map((path) => `my run/${path}`);
+          const { parts, name } = chooseAdapter(paths.map((path) => ({ path, file })));
+          return { name, paths: parts.map((part) => part[2]) };
+        }""",
+        module,
+    )
+    assert chosen == {
+        "name": "my-run",
+        "paths": ["adapter_config.json", "adapter_model.safetensors", "1_Pooling/config.json"],
+    }
+
+
+# --- charts and reference --------------------------------------------------------------------------------------------
+
+
+def test_charts_are_drawn_from_the_metrics(visitor: Visitor, server: ServerProcess) -> None:
+    page = visitor.open("/#charts")
+    expect(page.get_by_role("figure")).to_have_count(6)
+    server.complete(PROMPT, "shout")
+    tokens, first_token = page.get_by_role("figure").nth(0), page.get_by_role("figure").nth(1)
+    expect(tokens.get_by_role("listitem").filter(has_text="shout")).to_be_visible()
+    expect(first_token.get_by_role("listitem").first).to_contain_text("ms")
+    expect(tokens.locator("canvas")).to_be_visible()
+
+
+def test_the_reference_shows_every_route_and_tries_it(visitor: Visitor, server: ServerProcess) -> None:
+    page = visitor.open("/docs")
+    expect(page.locator(".operation").first).to_be_visible()
+    paths = server.http.get("/openapi.json").json()["paths"]
+    assert page.locator(".operation").count() == sum(map(len, paths.values()))
+    page.get_by_label("Filter routes").fill("/v1/completions")
+    page.locator(".operation summary").click()
+    page.get_by_label("Body", exact=True).fill('{"prompt": "two red foxes\\n", "adapter": "shout", "temperature": 0}')
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("Response")).to_contain_text("TWO RED FOXES")
+    check_accessible(page)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("keyed")
+    keys = folder / "keys.yaml"
+    keys.write_text(
+        f"boss: {{hash: '{hash_key('sk-boss')}', admin: true}}\n"
+        f"guest: {{hash: '{hash_key('sk-guest')}', adapters: [shout]}}\n"
+    )
+    with ServerProcess(folder / "store", "--adapters", str(ADAPTERS), "--api-key-file", str(keys)) as server:
+        yield server
+
+
+def test_a_key_is_asked_for_and_what_it_may_not_do_is_left_out(browser: Browser, keyed: ServerProcess) -> None:
+    visitor = Visitor(browser, keyed.url)
+    page = visitor.open()
+    expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
+    check_accessible(page)
+    page.get_by_label("API key", exact=True).fill("sk-wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("alert")).to_have_text("unknown API key")
+    page.get_by_label("API key", exact=True).fill("sk-guest")
+    page.get_by_role("button", name="Use this key").click()
+    ask_both(page)
+    assert "sk-guest" not in page.content()
+    page.get_by_role("link", name="Adapters").click()
+    expect(page.get_by_text("Changing them needs an admin key")).to_be_visible()
+    expect(page.get_by_role("heading", level=3)).to_have_text(["shout"])  # what the key may use
+    expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+    page.get_by_role("link", name="Charts").click()
+    expect(page.get_by_text("metrics: true")).to_be_visible()
+    assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
+    page.goto(keyed.url + "/docs")  # the same tab keeps its key
+    expect(page.get_by_role("heading", name="API reference")).to_be_visible()
+    page.goto(keyed.url)
+    page.get_by_role("button", name="guest").click()
+    page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
+    page.get_by_label("Remember it").check()
+    page.get_by_label("API key", exact=True).fill("sk-boss")
+    page.get_by_role("button", name="Use this key").click()
+    page.get_by_role("link", name="Charts").click()
+    expect(page.get_by_role("figure")).to_have_count(6)
+    assert page.evaluate("[localStorage.length, sessionStorage.length]") == [1, 0]
+    visitor.close()
+    assert [problem for problem in visitor.problems if "401" not in problem] == []
+
+
+# --- everybody -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", ["playground", "adapters", "charts"])
+def test_every_view_is_accessible_and_fits_a_phone(
+    browser: Browser, server: ServerProcess, tmp_path: Path, view: str, scheme: Any
+) -> None:
+    visitor = Visitor(browser, server.url, color_scheme=scheme, reduced_motion="reduce")
+    page = visitor.open(f"/#{view}")
+    if view == "playground":
+        ask_both(page)
+    if view == "adapters":
+        page.get_by_text("Versions and report").first.click()
+    if view == "charts":
+        expect(page.get_by_role("figure")).to_have_count(6)
+    check_accessible(page)
+    page.screenshot(path=tmp_path / f"{view}-{scheme}.png")
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    check_fits(page)
+    page.screenshot(path=tmp_path / f"{view}-{scheme}-phone.png", full_page=True)
+    visitor.close()
+    assert visitor.problems == []
