@@ -73,14 +73,14 @@ class AliasOperations:
         self._aliases.begin(name, record)
 
         def on_stored(error: ServeError | None) -> None:
+            released = self._named(name, before if error is None else record)
+            self._aliases.hold(released)
             if error is None:
-                released = self._named(name, before)
                 self._aliases.end(name, record)
             else:
-                released = {target.name for target in targets}
                 self._aliases.cancel(name)
             done(error or self.describe(name))
-            self._free(released)
+            self._review(released)
 
         self._publisher.save_alias(name, record, next_step(on_stored, done))
 
@@ -93,8 +93,9 @@ class AliasOperations:
         def on_removed(error: ServeError | None) -> None:
             if error is None:
                 released = self._named(name, before)
+                self._aliases.hold(released)
                 self._aliases.end(name, None)
-                self._free(released)
+                self._review(released)
             done(error or info)
 
         self._publisher.remove_alias(name, next_step(on_removed, done))
@@ -105,27 +106,34 @@ class AliasOperations:
             return set(self._residency.names)
         return set() if record is None else {target.name for target in record.targets}
 
-    def _free(self, names: Iterable[str]) -> None:
-        """Give up the versions of adapters that neither are among the newest ones nor named by an alias any more."""
-        for name in sorted(names):
-            self._queue.run(name, partial(self._free_versions, name), lambda result: None)
+    def _review(self, names: Iterable[str]) -> None:
+        """Give up the versions of adapters that neither are among the newest ones nor named by an alias any more.
 
-    def _free_versions(self, name: str, done: Done) -> None:
+        In turn with other changes of a name, and on the disk first: until then they are held in memory.
+        """
+        for name in sorted(names):
+            self._queue.run(name, partial(self._review_versions, name), lambda result: None)
+
+    def _review_versions(self, name: str, done: Done) -> None:
         record, stored = self._residency.names.get(name), self._publisher.stored(name)
+        since = self._aliases.held_since(name)
         if record is None or stored is None:
+            self._aliases.let_go(name, since)
             done(None)
             return
-        kept = self._residency.stored(name, record)
+        kept = self._residency.stored(name, record, review=True)
 
         def on_saved(error: ServeError | None) -> None:
-            self._registry.set_name(name, self._residency.names[name])
-            for digest in stored.versions if error is None else ():
-                if digest not in self._residency.versions:
-                    self._publisher.drop(digest)
+            if error is None:
+                self._aliases.let_go(name, since)
+                self._registry.set_name(name, self._residency.names[name])
+                for digest in stored.versions:  # of a name that was broken, memory does not know all
+                    if digest not in self._residency.versions:
+                        self._publisher.drop(digest)
             done(error)
 
         if kept.versions == stored.versions:
-            done(None)
+            on_saved(None)
         else:
             self._publisher.save(name, kept, next_step(on_saved, done))
 

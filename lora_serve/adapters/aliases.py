@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_serve.adapters.store.records import AliasRecord, TargetRecord
 from lora_serve.errors import AdapterBroken
@@ -34,6 +34,8 @@ class Aliases:
         self.sticky_headers: list[str] = []
         self._unreadable = False  # whether the record of one is: then no version is given up, since it may name it
         self._coming: dict[str, AliasRecord] = {}  # on their way to the disk
+        self._held: dict[str, int] = {}  # adapter → number of the change by which an alias ceased to name it
+        self._changes = 0
 
     def __repr__(self) -> str:
         return f"<Aliases {len(self.records)} aliases, {len(self.broken)} broken>"
@@ -56,9 +58,27 @@ class Aliases:
         target = choose_target(use.name, record, routing)
         return AdapterUse(target.name, target.version or None, use.weight)
 
-    def keep(self, name: str, version: str) -> bool:
-        """Whether an alias names this version of an adapter, so that it must stay."""
-        return self._unreadable or any(record.names(name, version) for record in self._all())
+    def names(self, adapter: str, version: str) -> bool:
+        """Whether an alias names this version of an adapter, or may do so."""
+        return self._unreadable or any(record.names(adapter, version) for record in self._all())
+
+    def keeps(self, adapter: str, version: str) -> bool:
+        """Whether this version of an adapter must stay: an alias names it, or versions of the adapter are held."""
+        return adapter in self._held or self.names(adapter, version)
+
+    def hold(self, adapters: Iterable[str]) -> None:
+        """Keep the versions of adapters that an alias is about to name no more, until they are let go of."""
+        self._changes += 1
+        self._held.update(dict.fromkeys(adapters, self._changes))
+
+    def held_since(self, adapter: str) -> int:
+        """Number of the last change by which an adapter's versions came to be held; 0 if they are not."""
+        return self._held.get(adapter, 0)
+
+    def let_go(self, adapter: str, since: int) -> None:
+        """Hold an adapter's versions no more, unless they were held again since then."""
+        if self._held.get(adapter) == since:
+            del self._held[adapter]
 
     def naming(self, adapter: str) -> list[str]:
         """The aliases that name an adapter, or a version of it."""

@@ -170,10 +170,15 @@ class Residency:
         if name in self.names and self.names[name].pinned:
             self.check_pins(name, digest, size)
 
-    def stored(self, name: str, record: NameRecord) -> NameRecord:
-        """The part of a name's record that the store keeps: its newest versions, and those that aliases name."""
+    def stored(self, name: str, record: NameRecord, *, review: bool = False) -> NameRecord:
+        """The part of a name's record that the store keeps: its newest versions, and those that aliases keep.
+
+        Args:
+            review: whether to leave out versions that are only held, since aliases named them.
+        """
         newest, older = record.versions[: self._keep_versions], record.versions[self._keep_versions :]
-        kept = [*newest, *(digest for digest in older if self.aliases.keep(name, digest))]
+        keeps = self.aliases.names if review else self.aliases.keeps
+        kept = [*newest, *(digest for digest in older if keeps(name, digest))]
         return msgspec.structs.replace(record, versions=kept)
 
     def apply(self, name: str, record: NameRecord | None) -> None:

@@ -229,6 +229,20 @@ def test_an_alias_changed_while_its_adapter_is_published_loses_neither(harness: 
     harness.wait_until(lambda: old not in versions_on_disk(harness))
 
 
+def test_a_version_that_is_given_up_while_its_adapter_changes_leaves_the_disk_too(harness: RegistryHarness) -> None:
+    old = harness.operations.describe("a").versions[0].digest
+    put(harness, "prod", f"a@{old}")
+    new = harness.publish("a", 7, replace=True).versions[0].digest
+    results: list[Any] = []
+    harness.operations.aliases.delete(DeleteAlias("prod"), results.append)
+    for pinned in (True, False):  # both save a record of the adapter, the second one before its versions are reviewed
+        harness.operations.pin("a", pinned, results.append)
+    harness.wait_until(lambda: len(results) == 3)
+    harness.wait_until(lambda: harness.store.names()["a"].versions == [new])
+    harness.wait_until(lambda: old not in versions_on_disk(harness))
+    assert old not in harness.residency.versions
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -56,12 +56,13 @@ async def respond(
             routing = routing_of(http, call.choices[0].request.id, body.user, services)
             started = start_choices(services, endpoint, call.choices, record, routing)
             running = await cancel_on_disconnect(http, stack.enter_async_context(started))
+            quota.count([adapter.name for adapter in running.adapters])
         except AdapterNotFound as error:
             raise await explain_not_found(error, body, services, caller) from None
         if not body.stream:
             outputs = await cancel_on_disconnect(http, collect_outputs(running))
-            return FastJSONResponse(call.full_response(running, outputs), headers=quota)
-        return SSEResponse(call.chunks(running), stack.pop_all(), format, quota)
+            return FastJSONResponse(call.full_response(running, outputs), headers=quota.headers)
+        return SSEResponse(call.chunks(running), stack.pop_all(), format, quota.headers)
 
 
 def model_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:
