@@ -41,6 +41,8 @@ PACKAGES = (
             "server",
             "http_protocol",
             "remote",
+            "remote_copies",
+            "adapter_commands",
             "reports",
             "store_commands",
             "key_commands",
@@ -57,7 +59,9 @@ PACKAGES = (
     Package(2, "kv", ("kv",)),
     Package(1, "kernels", ("kernels",)),
     Package(
-        1, "shared types", ("request", "messages", "config", "errors", "names", "adapter_files", "log_format", "malloc")
+        1,
+        "shared types",
+        ("request", "messages", "precondition", "config", "errors", "names", "adapter_files", "log_format", "malloc"),
     ),
 )
 

@@ -90,6 +90,7 @@ def _audit_fields(scope: Scope, change: Change, status: int) -> dict[str, Any]:
     return {
         "status": status,
         "digest": change.digest or None,
+        "targets": change.targets or None,
         "key": _key(scope),
         "client": None if client is None else client[0],
         "id": scope["state"].get("request_id"),
