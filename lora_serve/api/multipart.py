@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 BATCH = 1 << 18  # bytes passed to the parser's thread at once
-PAUSE = 0.008  # seconds after each batch while requests run: receiving it takes about a quarter of that
+PAUSE = 0.008  # seconds at least after each batch while requests run
+IDLE_SHARE = 3  # times as long as a batch took: an upload gets a quarter of one processor
 FORM_SLACK = 1 << 20  # bytes of boundaries, headers and fields in a form
 LONGEST_FIELD = 4096
 LONGEST_BOUNDARY = 70  # RFC 2046
@@ -110,9 +112,10 @@ async def receive_form(request: Request, form: Form, is_busy: Callable[[], bool]
     try:
         try:
             async for batch in _batches(request):
+                begun = time.monotonic()
                 await asyncio.to_thread(form.take, parser, batch)
                 if is_busy():
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(max(PAUSE, IDLE_SHARE * (time.monotonic() - begun)))
         finally:
             form.end_part()
     except ClientDisconnect:

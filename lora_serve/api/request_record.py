@@ -16,9 +16,9 @@ class Change(NamedTuple):
     """What a request changed, or tried to: for the audit log.
 
     Attributes:
-        action: publish, delete, load, evict, pin, unpin, unload.
-        name: of the adapter.
-        digest: of the version; empty if none was named or made.
+        action: publish, delete, load, evict, pin, unpin, unload; upload-file, delete-file.
+        name: of the adapter, or the file's id.
+        digest: of the version or file; empty if none was named or made.
     """
 
     action: str
