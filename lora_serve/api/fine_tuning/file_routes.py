@@ -129,8 +129,8 @@ async def list_files(
         if after is not None:  # which may have been deleted meanwhile: ids are in the order of the uploads
             found = [each for each in found if (each.id > after if order == "asc" else each.id < after)]
         data = [_shown(services.files, each) for each in found[:limit]]
-        ids = [each.id for each in data] or [None]
-        return FileList(data=data, has_more=len(found) > limit, first_id=ids[0], last_id=ids[-1])
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return FileList(data=data, has_more=len(found) > limit, first_id=first, last_id=last)
 
     return await asyncio.to_thread(page)
 

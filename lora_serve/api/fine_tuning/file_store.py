@@ -224,7 +224,10 @@ class FileStore:
             self._disk.move(staged, self._folder() / id_)
             self._files[id_] = file
             self._used[tenant] += size
-            self._disk.sync(self._folder())
+            try:
+                self._disk.sync(self._folder())
+            except OSError as error:
+                log.error("file %s is kept and may be lost if the machine stops now: %s", id_, error)
             if expires_at is not None:
                 self._wait_for_expiry()
             return file

@@ -11,7 +11,7 @@ from typing import IO
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.fine_tuning.example_lines import CheckedLines, LineChecker
 from lora_serve.api.fine_tuning.file_store import CONTENT, FINE_TUNE
-from lora_serve.api.multipart import LONGEST_FIELD, Form, unknown_field
+from lora_serve.api.multipart import LONGEST_FIELD, Form, too_large, unknown_field
 from lora_serve.errors import BadRequest
 
 LONGEST_FILENAME = 255  # characters
@@ -50,6 +50,7 @@ class FileForm(Form):
         self._fields: dict[str, bytes] = {}
         self._filename: str | None = None
         self._open: IO[bytes] | None = None
+        self._size = 0  # bytes of the file so far
         self._digest = hashlib.sha256()
         self._lines = LineChecker()
         self._field = ""
@@ -76,6 +77,9 @@ class FileForm(Form):
             if len(self._fields[self._field]) > LONGEST_FIELD:
                 raise BadRequest(f"{self._field} is too long", param=self._field)
         elif self._open is not None:
+            self._size += len(piece)
+            if self._size > self.most:
+                raise too_large(self.most)
             self._lines.feed(bytes(piece))
             if not self._lines.invalid:  # otherwise the file is refused, when its mistakes have been counted
                 self._reserve(len(piece))
