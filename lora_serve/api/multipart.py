@@ -6,7 +6,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -17,7 +17,6 @@ from lora_serve.errors import BadRequest, TooLarge
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-BATCH = 1 << 18  # bytes passed to the parser's thread at once
 PAUSE = 0.008  # seconds at least after each batch while requests run
 IDLE_SHARE = 3  # times as long as a batch took: an upload gets a quarter of one processor
 FORM_SLACK = 1 << 20  # bytes of boundaries, headers and fields in a form
@@ -28,9 +27,14 @@ LONGEST_BOUNDARY = 70  # RFC 2046
 class Form(ABC):
     """The parts of a form as they arrive. Methods run in a thread, one call at a time, and may raise `BadRequest`.
 
+    Attributes:
+        batch: bytes that a thread is given at once; fewer, the more is done with each.
+
     Args:
         most: bytes of its files.
     """
+
+    batch: ClassVar[int] = 1 << 18
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -111,7 +115,7 @@ async def receive_form(request: Request, form: Form, is_busy: Callable[[], bool]
     parser = MultipartParser(boundary, form.callbacks())
     try:
         try:
-            async for batch in _batches(request):
+            async for batch in _batches(request, form.batch):
                 begun = time.monotonic()
                 await asyncio.to_thread(form.take, parser, batch)
                 if is_busy():
@@ -144,11 +148,11 @@ def _boundary(request: Request) -> bytes:
     return boundary
 
 
-async def _batches(request: Request) -> AsyncIterator[bytes]:
+async def _batches(request: Request, size: int) -> AsyncIterator[bytes]:
     batch = bytearray()
     async for chunk in request.stream():
         batch += chunk
-        if len(batch) >= BATCH:
+        if len(batch) >= size:
             yield bytes(batch)
             batch.clear()
     yield bytes(batch)

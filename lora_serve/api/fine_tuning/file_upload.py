@@ -43,6 +43,8 @@ class FileForm(Form):
         reserve: counts bytes before they are written, and raises `TooLarge`.
     """
 
+    batch = 1 << 15  # checking it takes a millisecond
+
     def __init__(self, folder: Path, most: int, reserve: Callable[[int], None]) -> None:
         super().__init__(most)
         folder.mkdir()
