@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from chat_templates import CONVERSATION, TEMPLATES, TOOLS, render, tool_call, written_reply
 from stub_completions import StubCompletionApp, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -149,6 +150,28 @@ def test_calls_of_tools_are_learnt() -> None:
     for tools in ({"tools": [{"type": "function", "function": function}]}, {"functions": [function]}):
         encoded = encode(encoder(tokenizer()), messages=messages, **tools)
         assert trained_texts(encoded, tokenizer()) == ['[how{"a": 1}]<|im_end|>', "Fine.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize(
+    "message", [{"content": "Sunny."}, {"content": None, "tool_calls": [tool_call("get_weather", '{"at": "x"}')]}]
+)
+def test_of_every_family_s_template_the_reply_is_learnt_and_nothing_before_it(
+    name: str, message: dict[str, Any]
+) -> None:
+    base = byte_tokenizer(bos=True, template=TEMPLATES[name])
+    tokens = ExampleEncoder(base, end_tokens=[257], most_tokens=5000)
+    line = {"messages": [*CONVERSATION, {"role": "assistant", **message}], "tools": TOOLS}
+    if name == "qwq":  # whose prompt begins a reasoning that these messages do not have
+        with pytest.raises(BadRequest, match=r"messages\.1"):
+            encode(tokens, **line)
+        return
+    encoded = encode(tokens, **line)
+    (learnt,) = trained_texts(encoded, base)
+    prompt = render(name, CONVERSATION, add_generation_prompt=True)
+    assert base.decode(encoded.tokens) == prompt + learnt
+    assert learnt.startswith(written_reply(name, message))
+    assert encoded.tokens[-1] == 257
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name_but_for_the_last_reply() -> None:

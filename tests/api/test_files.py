@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
+from server_process import until
 from stub_admin import StubAdminApp, refusal
 
 from lora_serve.adapters.store.disk import Disk
@@ -77,6 +78,15 @@ async def test_a_file_s_life_with_the_sdk(server: StubAdminApp) -> None:
         with pytest.raises(openai.NotFoundError) as refused:
             await gone(made.id)
         assert refused.value.code == "file_not_found"
+
+
+async def test_what_expired_while_the_server_was_down_goes_when_it_starts(server: StubAdminApp) -> None:
+    made = await client(server).files.create(file=DATA, purpose="fine-tune", expires_after=OLD_EXPIRY)  # type: ignore[arg-type]
+    record = Path(str(server.config.store)) / "files" / made.id / "file.json"
+    record.write_text(record.read_text().replace(str(made.expires_at), "1"))
+    again = StubAdminApp(Path(str(server.config.store)))
+    async with again.app.router.lifespan_context(again.app):
+        until(lambda: left(again) == [])
 
 
 async def test_lists_are_pages_by_time(server: StubAdminApp) -> None:
