@@ -1,25 +1,19 @@
 """Examples to tokens: token ids of training data, and which of them the loss is on.
 
-A conversation is written by the base's chat template. What it writes for an assistant's message, its end token
-included, is what the server would have to generate there; the loss is on that and on nothing else. Where that is, a
-template says by `{% generation %}`. Otherwise the conversation is rendered up to the message, with the generation
-prompt, and up to its end: both must be beginnings of the whole, as texts, or the example is refused.
+Of a conversation these are the assistant's messages as the base's chat template writes them, end tokens included: what
+the server would have to generate there (`rendered_conversation.py`).
 
-Tokens are those of the whole text, as long as those of every such beginning are a beginning of them. Where a token
-would reach across, the text is tokenized in pieces, as the server too gets a prompt without its reply.
+Tokens are those of the whole text, as long as those up to where a reply begins or ends are a beginning of them. Where a
+token would reach across, the text is tokenized in pieces, as the server too gets a prompt without its reply.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
-from lora_serve.api.chat_template import ONE_CALL, template_messages, template_tools
 from lora_serve.api.fine_tuning.example_lines import InvalidExamples
 from lora_serve.api.fine_tuning.example_schemas import (
     ChatExample,
@@ -28,12 +22,9 @@ from lora_serve.api.fine_tuning.example_schemas import (
     PreferenceExample,
     TrainingMessage,
 )
-from lora_serve.api.openai.chat_prompt import without_lone_surrogates
+from lora_serve.api.fine_tuning.rendered_conversation import RenderedConversation, Span
 from lora_serve.api.openai.chat_schemas import FunctionTool
 from lora_serve.errors import BadRequest
-
-MOST_WORK = 64 << 20  # characters that are rendered for one example
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TrainingSequence(NamedTuple):
@@ -77,13 +68,6 @@ class EncodingCounts:
     trained_tokens: int = 0
     truncated: int = 0
     dropped: int = 0
-
-
-class Span(NamedTuple):
-    """Where a reply is, in characters."""
-
-    start: int
-    end: int
 
 
 class ExampleEncoder:
@@ -164,7 +148,7 @@ class ExampleEncoder:
         *,
         whole: bool = True,
     ) -> TrainingSequence:
-        conversation = _Conversation(self._tokenizer, messages, tools)
+        conversation = RenderedConversation(self._tokenizer, messages, tools)
         if (marked := conversation.marked(trained)) is not None:
             return self._cut(*marked)
         text, spans = conversation.replies(trained)
@@ -247,90 +231,6 @@ class ExampleEncoder:
         tokens, weights = tokens[: self._most_tokens], weights[: self._most_tokens]
         weights[:1] = [0.0] * len(weights[:1])  # nothing comes before the first token that could predict it
         return TrainingSequence(tokens, weights, truncated)
-
-
-class _Conversation:
-    """Messages as a chat template writes them."""
-
-    def __init__(self, tokenizer: Any, messages: Sequence[TrainingMessage], tools: Sequence[FunctionTool]) -> None:
-        if not tokenizer.chat_template:
-            raise BadRequest("the base model has no chat template; use prompt and completion", param="messages")
-        self._tokenizer = tokenizer
-        self._messages = messages
-        self._tools = template_tools([tool.model_dump(exclude_none=True) for tool in tools]) or None
-        self._template: str = tokenizer.get_chat_template(tools=self._tools)
-        self._written = [message.for_template() for message in messages]
-        self._rendered = 0  # characters
-
-    def marked(self, trained: Sequence[int]) -> tuple[list[int], list[float]] | None:
-        """Tokens and weights by the template's own marks; None if it does not mark every assistant message once."""
-        if not GENERATION.search(self._template):
-            return None
-        turns = template_messages(self._written, self._template)
-        found = self._apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        mask: list[int] = found["assistant_masks"]
-        runs = [list(group) for marked, group in groupby(range(len(mask)), key=mask.__getitem__) if marked]
-        wanted = [  # whether each of the turns is learnt
-            index in trained
-            for index, message in enumerate(self._messages)
-            if message.role == "assistant"
-            for _ in range(self._turns_of(message))
-        ]
-        if len(runs) != len(wanted):
-            return None
-        weights = [0.0] * len(mask)
-        for run, learnt in zip(runs, wanted, strict=True):
-            for place in run:
-                weights[place] = float(learnt)
-        return list(found["input_ids"]), weights
-
-    def replies(self, trained: Sequence[int]) -> tuple[str, list[Span]]:
-        """The conversation as text, and where its replies are. Raises `BadRequest`."""
-        whole = self._render(len(self._messages))
-        last = len(self._messages) - 1
-        spans = []
-        for index in trained:
-            prompt = self._render(index, add_generation_prompt=True)
-            up_to = whole if index == last else self._render(index + 1)
-            if not (whole.startswith(prompt) and whole.startswith(up_to) and len(prompt) <= len(up_to)):
-                raise BadRequest(
-                    f"messages.{index}: the base's chat template writes what comes before this reply, or the reply, "
-                    "otherwise when the conversation goes on, so that it cannot be trained on in place; give it weight "
-                    "0, or make the conversation that ends with it an example of its own",
-                    param=f"messages.{index}",
-                )
-            if len(prompt) == len(up_to):
-                text = self._messages[index].text
-                if index != last or self._messages[index].tool_calls or not text:
-                    raise BadRequest(
-                        f"messages.{index}: the base's chat template writes nothing for this reply",
-                        param=f"messages.{index}",
-                    )
-                whole += without_lone_surrogates(text)  # a template of single questions: the server generates this
-                up_to = whole
-            spans.append(Span(len(prompt), len(up_to)))
-        return whole, spans
-
-    def _render(self, count: int, **options: Any) -> str:
-        """The first so many messages as text."""
-        text: str = self._apply(template_messages(self._written[:count], self._template), tokenize=False, **options)
-        self._rendered += len(text)
-        if self._rendered > MOST_WORK:
-            raise BadRequest("messages: too many replies to be learnt for a conversation of this length")
-        return without_lone_surrogates(text)
-
-    def _apply(self, turns: list[dict[str, Any]], **options: Any) -> Any:
-        try:
-            return self._tokenizer.apply_chat_template(turns, tools=self._tools, **options)
-        except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise BadRequest(
-                f"the base's chat template refuses these messages: {str(error)[:200]}", param="messages"
-            ) from error
-
-    def _turns_of(self, message: TrainingMessage) -> int:
-        """How many messages `template_messages` makes of one."""
-        calls = len(message.tool_calls or ())
-        return max(1, calls) if ONE_CALL in self._template else 1
 
 
 def _leading_special_tokens(tokenizer: Any) -> list[int]:

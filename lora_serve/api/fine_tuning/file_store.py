@@ -30,7 +30,7 @@ from lora_serve.errors import ServeError, StorageFull, StoreUnusable, TooLarge, 
 
 CONTENT, RECORD = "content", "file.json"
 ID = re.compile(r"file-[0-9a-f]{26}")
-MOST_FILES = 10_000  # of one key
+MOST_FILES = 1000  # of one key, which are listed in one response
 LATEST_CHECK = 3600.0  # seconds until files are looked at again that may have expired
 FINE_TUNE = "fine-tune"  # purpose of training data
 
