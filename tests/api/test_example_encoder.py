@@ -121,6 +121,12 @@ def test_weight_0_is_context() -> None:
         assert trained_texts(encoded, tokenizer()) == ["\n\n I am fine. <|im_end|>", "For asking?<|im_end|>"]
 
 
+def test_marks_that_are_not_one_for_each_reply_are_not_relied_on() -> None:
+    twice = CHATML.replace("{{ m.content }}", "{{ m.content }}{% endgeneration %}{{ '!' }}{% generation %}")
+    encoded = encode(encoder(tokenizer(twice)), messages=DIALOGUE)
+    assert trained_texts(encoded, tokenizer()) == ["\n\n I am fine. !<|im_end|>", "For asking?!<|im_end|>"]
+
+
 @pytest.mark.parametrize("template", [CHATML, UNMARKED], ids=["marked", "unmarked"])
 def test_only_the_last_reply_may_be_learnt(template: str) -> None:
     encoded = encode(encoder(tokenizer(template), assistants="last"), messages=DIALOGUE)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -182,6 +184,38 @@ def test_before_the_folder_is_known_the_server_is_starting() -> None:
     with pytest.raises(Unavailable):
         store.list("a")
     store.open_at_start()
+
+
+def test_threads_may_add_read_and_delete_at_once(tmp_path: Path) -> None:
+    store = make(tmp_path, quota=10**6)
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        tenant = f"t{number % 2}"
+        try:
+            for round_ in range(25):
+                with store.reserve(tenant) as grow:
+                    grow(4)
+                    add(store, tmp_path / str(number), tenant=tenant)
+                with suppress(UnknownFile):
+                    _, content = store.read(store.list(tenant)[0].id, tenant)
+                    with content:
+                        assert content.read() == b"data"
+                with suppress(UnknownFile):
+                    if round_ % 3:
+                        store.delete(store.list(tenant)[0].id, tenant)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for tenant in ("t0", "t1"):
+        assert contents(make(tmp_path), tenant) == contents(store, tenant)
+        assert store._used[tenant] == 4 * len(store.list(tenant))
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

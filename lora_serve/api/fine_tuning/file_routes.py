@@ -6,7 +6,7 @@ It needs an admin key, as everything does that writes to the server's disk.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -93,18 +93,7 @@ async def upload_file(request: Request, services: ServicesDep, caller: Administr
         with files.reserve(caller.name) as reserve:
             form = FileForm(root / "file", services.config.max_file_size, reserve)
             await receive_form(request, form, lambda: engine.stats.running > 0)
-            received = await asyncio.to_thread(form.finish)
-            file = await asyncio.to_thread(
-                files.add,
-                received.folder,
-                tenant=caller.name,
-                filename=received.filename,
-                purpose=FINE_TUNE,
-                sha256=received.sha256,
-                expires_after=received.expires_after,
-                kind=received.checked.kind,
-                examples=received.checked.examples,
-            )
+            file = await _to_its_end(lambda: _keep(files, form, caller.name))
     record_of(request.scope).changes.append(Change("upload-file", file.id, file.sha256))
     return _shown(files, file)
 
@@ -159,6 +148,30 @@ async def delete_file(request: Request, file_id: FileId, services: ServicesDep, 
     file = await asyncio.to_thread(services.files.delete, file_id, caller.name)
     record_of(request.scope).changes.append(Change("delete-file", file.id, file.sha256))
     return DeletedFile(id=file.id)
+
+
+def _keep(files: FileStore, form: FileForm, tenant: str) -> StoredFile:
+    received = form.finish()
+    return files.add(
+        received.folder,
+        tenant=tenant,
+        filename=received.filename,
+        purpose=FINE_TUNE,
+        sha256=received.sha256,
+        expires_after=received.expires_after,
+        kind=received.checked.kind,
+        examples=received.checked.examples,
+    )
+
+
+async def _to_its_end(work: Callable[[], StoredFile]) -> StoredFile:
+    """Run something in a thread. If the request is cancelled, wait for it all the same: its folder is in use."""
+    running = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 def _shown(files: FileStore, file: StoredFile) -> FileObject:
