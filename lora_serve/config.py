@@ -79,6 +79,8 @@ class ServeConfig(BaseSettings):
         description="GPU memory for adapters; one request may use half of it (default: a tenth of the GPU's)",
     )
     max_adapter_size: Size = Field(Size(2 << 30), description="maximum size of an adapter, unpacked")
+    max_file_size: Size = Field(Size(512 << 20), description="maximum size of a file of training data")
+    max_files_size: Size = Field(Size(8 << 30), description="maximum size of all files of one API key together")
     keep_versions: int = Field(
         3, ge=1, description="versions of an adapter that stay in the store, the newest included"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import anthropic
 import openai
@@ -91,6 +93,20 @@ def test_responses_whole_and_streamed(client: OpenAI) -> None:
     assert short.status == "incomplete"
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(answer.id)
+
+
+def test_files_of_training_data(client: OpenAI, tmp_path: Path) -> None:
+    line = {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT.upper()}]}
+    data = tmp_path / "shout.jsonl"
+    data.write_text(f"{json.dumps(line)}\n" * 20_000)
+    with data.open("rb") as file:
+        made = client.files.create(file=file, purpose="fine-tune")
+    assert (made.filename, made.bytes, made.status) == ("shout.jsonl", data.stat().st_size, "processed")
+    assert client.files.content(made.id).read() == data.read_bytes()
+    assert [file.id for file in client.files.list(limit=1)] == [made.id]
+    assert client.files.delete(made.id).deleted
+    with pytest.raises(openai.BadRequestError, match="line 2: missing parameter: completion"):
+        client.files.create(file=b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', purpose="fine-tune")
 
 
 def test_errors_become_the_sdk_s_exception_classes(client: OpenAI) -> None:

@@ -16,6 +16,8 @@ from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, MetricsReader
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
+from lora_serve.api.fine_tuning import file_routes
+from lora_serve.api.fine_tuning.file_store import FileStore
 from lora_serve.api.key_file import Keys
 from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
@@ -34,7 +36,7 @@ from lora_serve.metrics import CONTENT_TYPE, Metrics
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
-USAGE_FILE = "usage.sqlite"  # in the adapter store's folder
+USAGE_FILE, FILES = "usage.sqlite", "files"  # in the adapter store's folder
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are files of the page
 
 router = APIRouter(tags=["server"])
@@ -57,12 +59,19 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, block_size=config.kv_block_size)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
-    usage = UsageRecords(lambda: Path(info.store) / USAGE_FILE if (info := engine.info) and info.store else None)
-    services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage)
+
+    def in_store(name: str) -> Path | None:
+        return Path(info.store) / name if (info := engine.info) and info.store else None
+
+    usage = UsageRecords(lambda: in_store(USAGE_FILE))
+    files = FileStore(lambda: in_store(FILES), quota=config.max_files_size)
+    services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files)
     app.state.services = services
-    app.router.add_event_handler("shutdown", usage.close)
+    app.router.add_event_handler("startup", files.open_at_start)
+    for close in (usage.close, files.close):
+        app.router.add_event_handler("shutdown", close)
     # Each of these is around those before it.
-    app.add_middleware(BodyLimit, most=config.max_body, is_upload=admin.is_upload)
+    app.add_middleware(BodyLimit, most=config.max_body, is_upload=is_upload)
     app.add_middleware(ContentEncoding)
     app.add_middleware(RequireKey, open_paths={*OPEN_PATHS, *page.bundle()})
     app.add_middleware(ErrorResponses)
@@ -93,6 +102,7 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         alias_routes,
         download,
         lora_routes,
+        file_routes,
         usage_routes,
         key_routes,
         page,
@@ -100,6 +110,11 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         app.include_router(routes.router)
     app.include_router(router)
     return app
+
+
+def is_upload(method: str, path: str) -> bool:
+    """Whether a request body is streamed to disk."""
+    return admin.is_upload(method, path) or file_routes.is_file_upload(method, path)
 
 
 async def client_disconnected(request: Request, error: Exception) -> Response:

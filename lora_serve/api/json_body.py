@@ -51,14 +51,18 @@ async def read_json(request: Request) -> Any:
     return decode(b"".join([chunk async for chunk in request.stream()]))
 
 
-def decode(body: bytes) -> Any:
-    """The value of a JSON text. Raises `BadRequest` if it is not valid, or has too many values to be a request."""
+def decode(body: bytes, what: str = "the body") -> Any:
+    """The value of a JSON text. Raises `BadRequest` if it is not valid, or has too many values to be a request.
+
+    Args:
+        what: the text, as an error calls it.
+    """
     if body.count(b"[") + body.count(b"{") + body.count(b":") > MOST_FIELDS or body.count(b",") > MOST_ITEMS:
-        raise BadRequest(f"the body has more than {MOST_FIELDS:,} fields and lists, or {MOST_ITEMS:,} items")
+        raise BadRequest(f"{what} has more than {MOST_FIELDS:,} fields and lists, or {MOST_ITEMS:,} items")
     try:
         return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
-        raise BadRequest(f"the body is not valid JSON: {str(error)[:200]}") from None
+        raise BadRequest(f"{what} is not valid JSON: {str(error)[:200]}") from None
 
 
 class _DecodedRequest(Request):

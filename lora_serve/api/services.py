@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from lora_serve.api.fine_tuning.file_store import FileStore
 from lora_serve.api.key_file import Keys
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
@@ -70,6 +71,7 @@ class Services:
         keys: API keys; None allows every caller everything.
         quotas: of the keys.
         usage: tokens by key, adapter and day.
+        files: training data, by key.
         items: output items that an input of `/v1/responses` may refer to.
     """
 
@@ -81,6 +83,7 @@ class Services:
     keys: Keys | None
     metrics: Metrics
     usage: UsageRecords
+    files: FileStore
     quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)
 

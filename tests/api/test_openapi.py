@@ -152,3 +152,22 @@ async def test_loaded_adapters_are_listed_as_documented(server: StubCompletionAp
         answer = await server.post(path, sent)
         assert answer.status_code == status
         check(server.app.openapi(), "post", path, answer)
+
+
+async def test_files_are_as_documented(server: StubCompletionApp) -> None:
+    schema = server.app.openapi()
+    data = b'{"prompt": "a", "completion": "b"}'
+    sent = [("purpose", (None, "fine-tune")), ("file", ("x.jsonl", data))]
+    made = await server.client.post("/v1/files", files=sent)
+    check(schema, "post", "/v1/files", made)
+    check(schema, "post", "/v1/files", await server.client.post("/v1/files", files=sent[1:]))
+    check(schema, "get", "/v1/files", await server.client.get("/v1/files"))
+    for id_ in (made.json()["id"], "file-0"):
+        for method, path in (
+            ("get", "/v1/files/{file_id}"),
+            ("get", "/v1/files/{file_id}/content"),
+            ("delete", "/v1/files/{file_id}"),
+        ):
+            answer = await server.client.request(method, path.format(file_id=id_))
+            assert answer.status_code == (404 if id_ == "file-0" else 200)
+            check(schema, method, path, answer)
