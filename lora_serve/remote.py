@@ -66,7 +66,8 @@ class RemoteCommand(BaseModel, ABC):
             ) as client:  # fmt: skip
                 answer = client.request(method, self.url.rstrip("/") + path, **body)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as failure:
-            raise Unavailable(f"no answer from {self.url} ({failure})") from failure
+            hint = "; is `lora-serve serve` running there?" if isinstance(failure, httpx.ConnectError) else ""
+            raise Unavailable(f"no answer from {self.url} ({failure}){hint}") from failure
         if not answer.is_success:
             raise ServeError(f"{answer.status_code}: {_reason(answer.content)}")
         return answer.content
@@ -178,15 +179,15 @@ class UnpinCommand(NamedCommand):
 class AdapterCommand(BaseModel):
     """List, inspect, publish and manage the adapters of a running server."""
 
-    list: CliSubCommand[ListCommand]
-    show: CliSubCommand[ShowCommand]
-    upload: CliSubCommand[UploadCommand]
-    inspect: CliSubCommand[InspectCommand]
-    delete: CliSubCommand[DeleteCommand]
-    load: CliSubCommand[LoadCommand]
-    evict: CliSubCommand[EvictCommand]
-    pin: CliSubCommand[PinCommand]
-    unpin: CliSubCommand[UnpinCommand]
+    list: CliSubCommand[ListCommand] = Field(description="all adapters, with their tiers and sizes")
+    show: CliSubCommand[ShowCommand] = Field(description="one adapter, as JSON")
+    upload: CliSubCommand[UploadCommand] = Field(description="publish a folder or archive")
+    inspect: CliSubCommand[InspectCommand] = Field(description="report on an adapter; publishes nothing")
+    delete: CliSubCommand[DeleteCommand] = Field(description="delete an adapter")
+    load: CliSubCommand[LoadCommand] = Field(description="load an adapter into memory")
+    evict: CliSubCommand[EvictCommand] = Field(description="evict an adapter from memory")
+    pin: CliSubCommand[PinCommand] = Field(description="load an adapter and never evict it")
+    unpin: CliSubCommand[UnpinCommand] = Field(description="allow an adapter to be evicted again")
 
 
 def adapter_files(folder: Path) -> dict[str, Path]:
