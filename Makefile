@@ -62,7 +62,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 docs: .venv-docs/.docs  ## build the site of docs/ into build/site; its pages can be opened as files
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
