@@ -172,6 +172,6 @@ def load_tokenizer(config: ServeConfig) -> Any:
         try:
             tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {why}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {reason}") from error
     return tokenizer

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from playwright.sync_api import expect, sync_playwright
 from server_process import ADAPTERS, DEMO, ROOT, ServerProcess
 
 from docs.reference import PAGES
@@ -23,6 +24,7 @@ from lora_serve.kv.tensors import LayerShape, bytes_per_token
 DOCS = ROOT / "docs"
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 NODE = shutil.which("node")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -135,6 +137,23 @@ def test_sizes_are_those_that_the_server_counts(server: ServerProcess) -> None:
     assert javascript(f"s.kvTokens({config}, 2, {limits})") == 16 * server.metric("lora_serve_kv_blocks")
     layers = [LayerShape(kv_heads=2, key_dim=32, value_dim=32)] * 6
     assert javascript(f"s.kvBytesPerToken({config}, 2)") == bytes_per_token(layers, torch.bfloat16)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+def test_the_calculator_shows_what_the_server_counts(tmp_path: Path) -> None:
+    page = (DOCS / "sizing.md").read_text()
+    parts = re.findall(r"<form.*?</form>|<script.*?</script>", page, flags=re.DOTALL)
+    (tmp_path / "page.html").write_text('<h1 id="sizing">Sizing</h1>' + "".join(parts))
+    (tmp_path / "assets").symlink_to(DOCS / "assets")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto(f"file://{tmp_path}/page.html")
+        tab.get_by_label("config.json").set_input_files(DEMO / "config.json")
+        expect(tab.locator("[name=adapter]")).to_have_text("636.0 KiB")  # as the adapter `reverse`
+        tab.get_by_label("memory for adapters").fill("1272KiB")
+        expect(tab.locator("[name=fit]")).to_have_text("2")
+        browser.close()
 
 
 def test_what_the_first_page_trains_is_served(

@@ -64,7 +64,7 @@ function calculate(form) {
 }
 
 if (typeof document !== "undefined") {
-  const form = document.getElementById("sizing");
+  const form = document.getElementById("calculator");
   const show = () => {
     for (const [name, text] of Object.entries(calculate(form))) form.elements[name].value = text;
   };
