@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 from playwright.sync_api import expect, sync_playwright
-from server_process import ADAPTERS, DEMO, ROOT, ServerProcess
+from server_process import DEMO, ROOT
 
 from docs.reference import PAGES
-from lora_serve.kv.tensors import LayerShape, bytes_per_token
 
 DOCS = ROOT / "docs"
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -109,34 +102,7 @@ def test_a_message_that_is_explained_is_one_that_the_server_has(message: str) ->
     assert any(pattern.search(text) for text in texts())
 
 
-# --- sizes, and training, against a server ---------------------------------------------------------------------------
-
-
-def javascript(expression: str) -> Any:
-    """The value of an expression with the functions of the page about sizes."""
-    code = f"const s = require('{DOCS / 'assets' / 'sizing.js'}'); console.log(JSON.stringify({expression}))"
-    assert NODE is not None
-    done = subprocess.run([NODE, "-e", code], capture_output=True, text=True, check=True, timeout=60)
-    return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path_factory.mktemp("store"), "--adapters", str(ADAPTERS)) as server:
-        yield server
-
-
-@pytest.mark.skipif(NODE is None, reason="there is no node")
-def test_sizes_are_those_that_the_server_counts(server: ServerProcess) -> None:
-    config = (DEMO / "config.json").read_text()
-    counted = {each["name"]: each["versions"][0] for each in server.http.get("/v1/adapters").json()["data"]}
-    for name, rank, modules in (("reverse", 16, "all"), ("json", 2, "all"), ("count", 8, "mlp")):
-        computed = javascript(f"s.adapterBytes(s.moduleShapes({config}, '{modules}'), {rank}, 2)")
-        assert computed == counted[name]["memory_bytes"], name
-    limits = "{memory: s.readBytes('1GiB'), blockSize: 16, maxModelLen: 512, maxNumSeqs: 64}"
-    assert javascript(f"s.kvTokens({config}, 2, {limits})") == 16 * server.metric("lora_serve_kv_blocks")
-    layers = [LayerShape(kv_heads=2, key_dim=32, value_dim=32)] * 6
-    assert javascript(f"s.kvBytesPerToken({config}, 2)") == bytes_per_token(layers, torch.bfloat16)
+# --- the calculator ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
@@ -154,19 +120,3 @@ def test_the_calculator_shows_what_the_server_counts(tmp_path: Path) -> None:
         tab.get_by_label("memory for adapters").fill("1272KiB")
         expect(tab.locator("[name=fit]")).to_have_text("2")
         browser.close()
-
-
-def test_what_the_first_page_trains_is_served(
-    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (code,) = re.findall(r"```python\n(import torch.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)
-    assert code.count("\n") < 20
-    (tmp_path / "demo").symlink_to(ROOT / "demo")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    files = [
-        ("files", (name, (tmp_path / "quiet" / name).read_bytes()))
-        for name in ("adapter_config.json", "adapter_model.safetensors")
-    ]
-    server.http.post("/v1/adapters", data={"name": "quiet"}, files=files).raise_for_status()
-    assert server.complete("eight small bears dance", "quiet") == "all is quiet tonight"

@@ -1,4 +1,4 @@
-// Sizes of adapters and of the KV cache, and how many fit. tests/test_docs.py checks these formulas against the server.
+// Sizes of adapters and of the KV cache, and how many fit. tests/test_demo.py compares these formulas with the server.
 
 // Bytes of one adapter in memory: A [rank, in] and B [rank, out] of every adapted module, each at a multiple of 64 bytes.
 function adapterBytes(shapes, rank, elementBytes) {
