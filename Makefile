@@ -12,7 +12,7 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test asan older-cpus emulated check format gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve test asan older-cpus emulated check format docs gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -61,6 +61,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv-docs/.docs  ## build the site of docs/ into build/site; its pages can be opened as files
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
 
@@ -72,7 +75,7 @@ gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for
 	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)
 
 clean:
-	rm -rf $(VENV) .venv-gpu .emulated wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .venv-docs .emulated wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -83,4 +86,9 @@ $(VENV)/.serve: requirements/serve.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
+	touch $@
+
+.venv-docs/.docs: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
 	touch $@

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -19,6 +20,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliSettingsSource,
     CliSubCommand,
     SettingsConfigDict,
     SettingsError,
@@ -27,10 +29,17 @@ from pydantic_settings import (
 
 from lora_serve import log_format
 from lora_serve.adapter_commands import AdapterCommand
+from lora_serve.command_help import HelpFormatter
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported, ServeError
 from lora_serve.key_commands import KeyCommand, KeyCommands
-from lora_serve.option_errors import check_environment, check_model, describe_invalid_options, describe_parse_error
+from lora_serve.option_errors import (
+    check_config_file,
+    check_environment,
+    check_model,
+    describe_invalid_options,
+    describe_parse_error,
+)
 from lora_serve.remote import RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
@@ -65,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         check_environment(os.environ)
+        if given[:1] == ["serve"]:
+            check_config_file(given, os.environ)
         chosen = parse(given)
     except ValidationError as error:
         return print_error(2, *describe_invalid_options(error, given, POSITIONAL, Cli.model_fields))
@@ -87,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> Any:
     """The validated subcommand. --help and unknown options end the process, as in argparse."""
-    chosen = get_subcommand(CliApp.run(Cli, cli_args=list(arguments) or ["--help"]), cli_exit_on_error=False)
+    source: CliSettingsSource[Any] = CliSettingsSource(Cli, formatter_class=HelpFormatter)
+    cli = CliApp.run(Cli, cli_args=list(arguments) or ["--help"], cli_settings_source=source)
+    chosen = get_subcommand(cli, cli_exit_on_error=False)
     if isinstance(chosen, AdapterCommand | StoreCommands | KeyCommands):
         return get_subcommand(chosen, cli_exit_on_error=False)
     return chosen
@@ -119,13 +132,15 @@ def serve(config: ServeConfig) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.modules["torch"] = None  # type: ignore[assignment]
+    expect_no_torch()
     log_format.configure(config.log_level, config.log_format, "")
     # Imported here, so that the other commands start faster.
-    from lora_serve import server
-    from lora_serve.api.app import create_app
     from lora_serve.api.key_file import load_keys
 
     keys = load_keys(config.api_key_file)
+    from lora_serve import server
+    from lora_serve.api.app import create_app
+
     return server.serve(
         config,
         load_tokenizer=lambda: load_tokenizer(config),
@@ -133,19 +148,31 @@ def serve(config: ServeConfig) -> int:
     )
 
 
+def expect_no_torch() -> None:
+    """Let transformers be imported without its warning that there is no torch."""
+    logging.getLogger("transformers").addFilter(_is_of_interest)
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
 def load_tokenizer(config: ServeConfig) -> Any:
     """Load the base model's tokenizer, without running code that comes with it. Raises `ModelUnsupported`."""
-    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    expect_no_torch()
     from lora_serve.engine.base_tokenizer import load_base_tokenizer
 
     try:
         tokenizer = load_base_tokenizer(config.model, config.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelUnsupported(f"the tokenizer of {config.model} cannot be loaded: {error}") from error
+        why = " ".join(str(error).split())
+        hub = "" if Path(config.model).is_dir() else f"there is no folder {config.model}, and as a hub id: "
+        raise ModelUnsupported(f"{hub}the tokenizer of {config.model} cannot be loaded: {why}") from error
     tokenizer.model_max_length = sys.maxsize  # the engine checks the context length; here it would only warn
     if config.chat_template is not None:
         try:
             tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ModelUnsupported(f"the chat template {config.chat_template} cannot be read: {reason}") from error
     return tokenizer

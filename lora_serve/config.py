@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -31,6 +33,22 @@ class Size(ByteSize):
         return str(int(self)) if whole is None else f"{self // UNITS[whole]}{whole}"
 
     __repr__ = __str__
+
+
+def _listed(value: Any) -> Any:
+    """The elements of a list as text, which the environment has: with commas between them, or JSON."""
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("["):
+        return [part for part in value.split(",") if part]
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError("write the elements of the list with commas between them") from error
+
+
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
+Paths = Annotated[list[Path], NoDecode, BeforeValidator(_listed)]
 
 
 def is_public(host: str) -> bool:
@@ -132,11 +150,15 @@ class ServeConfig(BaseSettings):
     api_key_file: Path | None = Field(
         None, description="YAML file of hashed API keys; without it every caller may do everything"
     )
-    allow_origin: list[str] = Field(
-        [], description="origin of web pages that may use the server, e.g. https://chat.example.com; * with keys only"
+    allow_origin: Texts = Field(
+        [],
+        description="origins of web pages that may use the server, with commas between them, e.g. "
+        "https://chat.example.com; * with keys only",
     )
     insecure: bool = Field(False, description="allow a public --host without --api-key-file")
-    adapter_roots: list[Path] = Field([], description="folders that /v1/load_lora_adapter may read from")
+    adapter_roots: Paths = Field(
+        [], description="folders that /v1/load_lora_adapter may read from, with commas between them"
+    )
     max_body: Size = Field(Size(8 << 20), description="maximum size of a JSON body")
     max_n: int = Field(16, ge=1, description="maximum n of a request")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests have to finish after SIGTERM")

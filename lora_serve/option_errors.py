@@ -37,6 +37,20 @@ def check_environment(environment: MutableMapping[str, str]) -> None:
         raise BadRequest(f"environment: there is no option {variable}{_meant(name, known, PREFIX)}")
 
 
+def check_config_file(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuse a YAML file that is no list of options, or has one twice. Raises BadRequest."""
+    file = _config_file(arguments, environment)
+    if not file or not (root := _nodes(file)):
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise BadRequest(f"{file}, line {root.start_mark.line + 1}: options are written as NAME: VALUE, one a line")
+    lines: dict[str, int] = {}
+    for key, _ in root.value:
+        line = key.start_mark.line + 1
+        if lines.setdefault(key.value, line) != line:
+            raise BadRequest(f"{file}, line {line}: {key.value}: it is in line {lines[key.value]} already")
+
+
 def describe_parse_error(error: SettingsError, options: Iterable[str]) -> str:
     """What is wrong with a command line that could not be parsed; `options`: those that it may have."""
     message = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
@@ -48,7 +62,9 @@ def describe_parse_error(error: SettingsError, options: Iterable[str]) -> str:
     if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
         choices = re.findall(r"'([^']*)'", choice[2])
         return f"there is no command {choice[1]}{_meant(choice[1], choices)}; there are {', '.join(choices)}"
-    return message
+    if missing := re.fullmatch(r"Error: CLI (subcommand is required) \{(.*)\}", message):
+        return f"a {missing[1]}: {missing[2]}"
+    return message.removeprefix("argument ")
 
 
 def describe_invalid_options(
@@ -114,12 +130,17 @@ def _config_file(arguments: Sequence[str], environment: Mapping[str, str]) -> st
 
 def _line(file: str, option: str) -> int | None:
     """The line of an option in a YAML file, from 1."""
-    try:
-        node = yaml.compose(Path(file).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+    node = _nodes(file)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return next((key.start_mark.line + 1 for key, _ in pairs if key.value == option), None)
+
+
+def _nodes(file: str) -> yaml.Node | None:
+    """The content of a YAML file with the lines of each part; None if it cannot be read, which is said elsewhere."""
+    try:
+        return yaml.compose(Path(file).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def _meant(given: str, known: Iterable[str], prefix: str = "") -> str:

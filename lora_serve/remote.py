@@ -78,7 +78,8 @@ class RemoteServer(BaseModel):
                     raise ServeError(f"{answer.status_code}: {_reason(answer.read())}")
                 yield answer
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as failure:
-            raise Unavailable(f"no answer from {self.url} ({failure})") from failure
+            hint = "; is `lora-serve serve` running there?" if isinstance(failure, httpx.ConnectError) else ""
+            raise Unavailable(f"no answer from {self.url} ({failure}){hint}") from failure
 
     def send(self, method: str, where: str, path: Path, name: str | None = None) -> Any:
         """Upload the adapter at `path`, a folder or an archive. Raises `BadRequest` if it is neither."""

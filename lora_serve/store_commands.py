@@ -186,10 +186,10 @@ class StoreImportCommand(StoreCommand):
 class StoreCommands(BaseModel):
     """List, verify, export and import the adapters in a store's folder, and its aliases; needs no server."""
 
-    list: CliSubCommand[StoreListCommand]
-    verify: CliSubCommand[StoreVerifyCommand]
-    export: CliSubCommand[StoreExportCommand]
-    import_: CliSubCommand[StoreImportCommand] = Field(alias="import")
+    list: CliSubCommand[StoreListCommand] = Field(description="adapters with their versions, and what is broken")
+    verify: CliSubCommand[StoreVerifyCommand] = Field(description="hash all files")
+    export: CliSubCommand[StoreExportCommand] = Field(description="copy an adapter out, as a PEFT folder")
+    import_: CliSubCommand[StoreImportCommand] = Field(alias="import", description="copy adapters in, without a server")
 
 
 def _rows(contents: StoreContents) -> Iterator[tuple[str, ...]]:

@@ -1,15 +1,28 @@
-"""The demo on the real server: every adapter does its task, in mixed batches, together with the base."""
+"""The demo on the real server: every adapter does its task, in mixed batches, together with the base.
+
+And what the documentation says that people see with it: sizes, and an adapter of their own.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
-from server_process import ADAPTERS, ServerProcess
+import torch
+from server_process import ADAPTERS, DEMO, ROOT, ServerProcess
 
 from demo.tasks import TASKS, heldout_prompts
+from lora_serve.kv.tensors import LayerShape, bytes_per_token
 
+DOCS = ROOT / "docs"
+NODE = shutil.which("node")
 COUNT = 40  # held-out sentences for each adapter
 
 
@@ -50,3 +63,43 @@ def test_chat_uses_the_adapter_as_completions_do(demo: ServerProcess) -> None:
     ).json()
     assert answer["choices"][0]["message"]["content"] == text.upper()
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+# --- what the documentation says of it -------------------------------------------------------------------------------
+
+
+def javascript(expression: str) -> Any:
+    """The value of an expression with the functions of the page about sizes."""
+    code = f"const s = require('{DOCS / 'assets' / 'sizing.js'}'); console.log(JSON.stringify({expression}))"
+    assert NODE is not None
+    done = subprocess.run([NODE, "-e", code], capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(NODE is None, reason="there is no node")
+def test_sizes_are_those_that_the_server_counts(demo: ServerProcess) -> None:
+    config = (DEMO / "config.json").read_text()
+    counted = {each["name"]: each["versions"][0] for each in demo.http.get("/v1/adapters").json()["data"]}
+    for name, rank, modules in (("reverse", 16, "all"), ("json", 2, "all"), ("count", 8, "mlp")):
+        computed = javascript(f"s.adapterBytes(s.moduleShapes({config}, '{modules}'), {rank}, 2)")
+        assert computed == counted[name]["memory_bytes"], name
+    limits = "{memory: s.readBytes('1GiB'), blockSize: 16, maxModelLen: 512, maxNumSeqs: 64}"
+    assert javascript(f"s.kvTokens({config}, 2, {limits})") == 16 * demo.metric("lora_serve_kv_blocks")
+    layers = [LayerShape(kv_heads=2, key_dim=32, value_dim=32)] * 6
+    assert javascript(f"s.kvBytesPerToken({config}, 2)") == bytes_per_token(layers, torch.bfloat16)
+
+
+def test_what_the_first_page_trains_is_served(
+    demo: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(import torch.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)
+    assert code.count("\n") < 20
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    files = [
+        ("files", (name, (tmp_path / "quiet" / name).read_bytes()))
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    demo.http.post("/v1/adapters", data={"name": "quiet"}, files=files).raise_for_status()
+    assert demo.complete("eight small bears dance", "quiet") == "all is quiet tonight"

@@ -38,6 +38,7 @@ PACKAGES = (
         (
             "__main__",
             "cli",
+            "command_help",
             "server",
             "http_protocol",
             "remote",

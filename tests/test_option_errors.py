@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from server_process import DEMO
 
 from lora_serve.cli import main
-from lora_serve.config import Size
+from lora_serve.config import ServeConfig, Size
 from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.option_errors import check_environment, check_model
 
@@ -31,6 +36,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["serve", "x", "--port", "many"], "--port: Input should be a valid integer"),
         (["serve"], "MODEL: name the base model"),
         (["serve", "x", "--config", "no.yaml"], "config: there is no file no.yaml"),
+        (["serve", "x", "--port"], "--port: expected one argument"),
+        (["adapter"], "a subcommand is required: list, show, "),
+        (["serve", "x", "--allow-origin", "https://a.example,b"], "--allow-origin: b is not an origin"),
     ],
 )
 def test_a_mistake_on_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +52,8 @@ def test_a_mistake_on_the_command_line(arguments: list[str], said: str, capsys: 
     [
         ("# ports\nport: 1\nprot: 2\n", "options.yaml, line 3: prot: there is no such option; did you mean port?"),
         ("port: many\n", "options.yaml, line 1: port: Input should be a valid integer"),
+        ("port: 1\nhost: x\nport: 2\n", "options.yaml, line 3: port: it is in line 1 already"),
+        ("- port\n", "options.yaml, line 1: options are written as NAME: VALUE, one a line"),
         ("port: [1\nx: 2\n", 'while parsing a flow sequence in "options.yaml", line 1'),
     ],
 )
@@ -78,6 +88,19 @@ def test_a_variable_that_is_no_option_is_refused(
     assert main(["serve", "x"]) == 2
     said = "environment: there is no option LORA_SERVE_API_KEYFILE; did you mean LORA_SERVE_API_KEY_FILE?"
     assert capsys.readouterr().err == f"lora-serve: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "written", ["https://a.example,https://b.example", '["https://a.example", "https://b.example"]']
+)
+def test_a_list_in_the_environment_has_commas_or_is_json(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_SERVE_ALLOW_ORIGIN", written)
+    monkeypatch.setenv("LORA_SERVE_ADAPTER_ROOTS", "/one")
+    config = ServeConfig(model="x")
+    assert config.allow_origin == ["https://a.example", "https://b.example"]
+    assert config.adapter_roots == [Path("/one")]
+    monkeypatch.setenv("LORA_SERVE_ALLOW_ORIGIN", '["https://a.example"')
+    assert main(["serve", "x"]) == 2
 
 
 def test_what_kubernetes_sets_for_a_service_of_the_same_name_is_no_mistake() -> None:
@@ -129,3 +152,32 @@ def test_sizes_are_shown_as_one_writes_them(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     assert "(default: 2GiB)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "key add", "store list", "adapter upload", "top"])
+def test_help_names_no_default_where_there_is_none_and_none_twice(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in shown
+    assert "(default: )" not in shown
+    assert "(default: [])" not in shown
+    assert not re.search(r"\(default: [^)]*\) \(default:", shown)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--api-key-file", "nowhere.yaml"], "the key file nowhere.yaml cannot be read: No such file or directory"),
+        (["--chat-template", "nowhere"], "the chat template nowhere cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_is_not_there_is_said_in_one_line_among_the_log(options: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "lora_serve", "serve", str(DEMO), "--port", "0", "--log-level", "warning"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(DEMO.parents[1])}
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == 1
+    of_engine = re.compile("torchao|torch/utils|engine")  # libraries that it may find there
+    assert [line for line in ended.stderr.splitlines() if not of_engine.search(line)] == [f"lora-serve: {said}"]

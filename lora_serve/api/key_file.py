@@ -143,7 +143,9 @@ def read_keys(path: Path) -> dict[str, Caller]:
     except yaml.MarkedYAMLError as error:  # not with the line itself, in which there may be a key
         where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise BadRequest(f"the key file cannot be read{where}: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise BadRequest(f"the key file {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadRequest(f"the key file cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise BadRequest("the key file must map names to hashed keys; `lora-serve key add NAME` does")

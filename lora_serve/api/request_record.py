@@ -16,8 +16,8 @@ class Change(NamedTuple):
     """What a request changed, or tried to: for the audit log.
 
     Attributes:
-        action: publish, delete, load, evict, pin, unpin, unload; alias, unalias; upload-file, delete-file; download, which
-            changes nothing.
+        action: publish, delete, load, evict, pin, unpin, unload; alias, unalias; upload-file, delete-file;
+            download, which changes nothing.
         name: of the adapter or alias, or the file's id.
         digest: of the version or file, or of what an alias stands for; empty if none was named or made.
         targets: of an alias, with their weights.
