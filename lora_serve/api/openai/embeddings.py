@@ -166,6 +166,7 @@ async def _embed_all(
 async def _embed(services: Services, request: EngineRequest, timer: Timer, record: RequestRecord) -> Embedding:
     vector: bytes | None = None
     adapters: list[Served] = []
+    record.sending()
     async with aclosing(services.engine.generate(request)) as events:
         async for event in events:
             match event:
