@@ -13,9 +13,10 @@ Headers = tuple[tuple[str, str], ...]
 MOST_COLLECTED = 8 << 20  # bytes of a response that is collected before any of it is passed on
 
 # Of one connection (RFC 9110), of the endpoint's own server, or told anew.
-DROPPED = frozenset(
-    ["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "host", "date", "server", "expect"]
-)
+DROPPED = {
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
+    *("transfer-encoding", "upgrade", "host", "date", "server", "expect"),
+}
 
 
 @dataclass(frozen=True)

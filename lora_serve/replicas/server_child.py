@@ -29,6 +29,7 @@ FOLDER = "lora-serve-replica-"
 ABANDONED = 60.0  # seconds after which a folder that no process holds is removed
 CHUNK = 1 << 16
 SHOWN_LINES = 3  # of the log of a server that did not start
+KEPT_ALIVE = 2.0  # seconds for an idle connection: shorter than the server keeps it, which would end a request on it
 STOP_TIMEOUT = 10.0  # seconds to end before it is killed
 RESIDENT = re.compile(r'^vllm:lora_adapter_loaded\{adapter_name="([^"]+)",level="(gpu|cpu)"')
 
@@ -83,7 +84,7 @@ class ServerChild:
             )
         # No limit on time: a long answer is no fault, and a server that is gone closes its connections.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
         )

@@ -17,6 +17,7 @@ from lora_serve import cli
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key, load_keys
 
+STDIN = 0
 OWNER = Caller("replica", admin=True, metrics=True)  # in the audit log
 
 
@@ -33,7 +34,9 @@ class OwnedKeys(Keys):
 
 def main(config: Path) -> int:
     """Serve with the options of a YAML file. Returns the exit status."""
-    own = sys.stdin.readline().strip()
+    own = ""
+    while (letter := os.read(STDIN, 1)) not in (b"", b"\n"):  # unbuffered: the thread below reads the same descriptor
+        own += letter.decode()
     threading.Thread(target=_end_with_owner, daemon=True).start()
 
     def keys_of(path: Path | None) -> Keys | None:
@@ -44,7 +47,8 @@ def main(config: Path) -> int:
 
 
 def _end_with_owner() -> None:
-    sys.stdin.buffer.read()
+    while os.read(STDIN, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)  # a second one does not wait for running requests: nobody reads them

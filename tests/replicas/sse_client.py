@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 
 
-def client_of(stream: bytes) -> httpx.Client:
-    def respond(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, content=stream)
+def client_of(stream: bytes, library: Any = httpx) -> Any:
+    """A client of `httpx`, or of a library with its interface."""
 
-    return httpx.Client(transport=httpx.MockTransport(respond))
+    def respond(request: Any) -> Any:
+        return library.Response(200, headers={"Content-Type": "text/event-stream"}, content=stream)
+
+    return library.Client(transport=library.MockTransport(respond))

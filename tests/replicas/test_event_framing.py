@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import anthropic
+import httpx2
 import openai
 import pytest
 from hypothesis import given
@@ -80,7 +81,7 @@ def test_clients_raise_an_error_for_a_stream_that_broke() -> None:
         client = openai.OpenAI(api_key="k", base_url="http://test/v1", http_client=http, max_retries=0)
         with pytest.raises(openai.APIError, match="the server ended"):
             list(client.responses.create(model="m", input="a", stream=True))
-    with client_of(error_event("/v1/messages", LOST, "r1")) as http:
+    with client_of(error_event("/v1/messages", LOST, "r1"), httpx2) as http:
         other = anthropic.Anthropic(api_key="k", base_url="http://test", http_client=http, max_retries=0)
         with pytest.raises(anthropic.APIError, match="the server ended"):
             list(
