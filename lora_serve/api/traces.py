@@ -64,7 +64,7 @@ class RequestTraces:
             raise BadRequest("traces need OpenTelemetry: pip install 'lora-serve[traces]'", param="traces") from None
         _check(environment)
         resource = Resource.create({SERVICE_VERSION: version("lora-serve")})
-        if resource.attributes[SERVICE_NAME] == "unknown_service":
+        if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: SERVICE}))
         # Not at the interpreter's exit, which would wait for a collector that does not answer.
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
