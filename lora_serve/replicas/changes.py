@@ -13,18 +13,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from lora_serve.errors import BadRequest, ServeError
+from lora_serve.errors import BadRequest, PartlyApplied
 from lora_serve.replicas.forwarding import ForwardedRequest, ServerLost, WholeResponse
 
 PUBLISH = "/v1/adapters"
 OPERATION = re.compile(r"(/v1/adapters/[^/]+)/(load|evict|pin|unpin)")
 OF_A_FOLDER = re.compile(r"(/v1)?/(un)?load_lora_adapter")
-
-
-class PartlyApplied(ServeError):
-    """A change was made at some replicas and not at others."""
-
-    kind = "partly_applied"
 
 
 class ChangeKind(NamedTuple):

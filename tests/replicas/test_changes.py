@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_serve.errors import BadRequest
+from lora_serve.errors import BadRequest, PartlyApplied
 from lora_serve.replicas.change_journal import ChangeJournal, new_change_id
-from lora_serve.replicas.changes import PartlyApplied, as_kept, change_kind, merge
+from lora_serve.replicas.changes import as_kept, change_kind, merge
 from lora_serve.replicas.forwarding import ForwardedRequest, ResponseBegin, ServerLost, WholeResponse
 
 
