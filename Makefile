@@ -12,7 +12,7 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test asan older-cpus emulated check format docs gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve test ray-test asan older-cpus emulated check format docs gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -48,6 +48,9 @@ older-cpus: $(VENV)/.dev  ## the kernels' tests on builds for older x86-64 CPUs,
 		$(BIN)/pytest -p no:cacheprovider -n 2 --dist loadfile --ignore-glob='*/test_gpu_*' tests/kernels || exit 1; \
 	done
 
+ray-test: $(VENV)/.ray  ## a Ray cluster on this machine with three replicas, some of which are killed: some minutes
+	$(BIN)/pytest -m ray -s $(or $(ARGS),tests/ray)
+
 emulated: $(VENV)/.dev  ## the kernels' tests on emulated CPUs: aarch64 with and without dot products, x86-64 with AVX2
 	PYTHON=$(BIN)/python bash tests/emulated.sh
 
@@ -82,6 +85,10 @@ $(BIN)/python:
 
 $(VENV)/.serve: requirements/serve.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/serve.txt -e .
+	touch $@
+
+$(VENV)/.ray: requirements/ray.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/ray.txt
 	touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve

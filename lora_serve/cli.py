@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -44,6 +44,11 @@ from lora_serve.remote import RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
 
+if TYPE_CHECKING:
+    from lora_serve.api.key_file import Keys
+
+LoadKeys = Callable[[Path | None], "Keys | None"]
+
 POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
 
 
@@ -66,8 +71,12 @@ class Cli(BaseSettings):
     key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the `lora-serve` command. Returns the exit status: 0 success, 1 failure, 2 invalid usage."""
+def main(arguments: Sequence[str] | None = None, load_keys: LoadKeys | None = None) -> int:
+    """Run the `lora-serve` command. Returns the exit status: 0 success, 1 failure, 2 invalid usage.
+
+    Args:
+        load_keys: how `serve` gets its API keys, if not just from the key file.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given in (["--version"], ["-V"]):
         print(f"lora-serve {version('lora-serve')}")
@@ -88,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match chosen:
             case ServeConfig():
-                return serve(chosen)
+                return serve(chosen, load_keys)
             case RemoteCommand() | StoreCommand() | KeyCommand():
                 chosen.run()
     except ServeError as error:
@@ -124,7 +133,7 @@ def print_error(status: int, *lines: str) -> int:
     return status
 
 
-def serve(config: ServeConfig) -> int:
+def serve(config: ServeConfig, load_keys: LoadKeys | None = None) -> int:
     """Run the server until it is told to stop."""
     check_model(config.model)
     # Only the engine process computes. Without torch, transformers loads its tokenizers alone: half the start-up time
@@ -135,16 +144,18 @@ def serve(config: ServeConfig) -> int:
     expect_no_torch()
     log_format.configure(config.log_level, config.log_format, "")
     # Imported here, so that the other commands start faster.
-    from lora_serve.api.key_file import load_keys
+    from lora_serve.api import key_file
 
-    keys = load_keys(config.api_key_file)
+    keys = (load_keys or key_file.load_keys)(config.api_key_file)
     from lora_serve import server
     from lora_serve.api.app import create_app
+    from lora_serve.api.traces import RequestTraces
 
+    traces = RequestTraces.from_environment() if config.traces else None
     return server.serve(
         config,
         load_tokenizer=lambda: load_tokenizer(config),
-        make_app=lambda engine, tokenizer: create_app(engine, tokenizer, config, keys),
+        make_app=lambda engine, tokenizer: create_app(engine, tokenizer, config, keys, traces),
     )
 
 

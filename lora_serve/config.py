@@ -165,6 +165,7 @@ class ServeConfig(BaseSettings):
     heartbeat_timeout: float = Field(
         60.0, gt=0, description="seconds without a heartbeat before the engine is restarted"
     )
+    traces: bool = Field(False, description="export OpenTelemetry traces, as OTEL_… environment variables say")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     log_format: Literal["text", "json"] = Field("text", description="text lines, or one JSON object a line")
 

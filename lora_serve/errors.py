@@ -104,6 +104,12 @@ class Unavailable(ServeError):
     kind = "unavailable"
 
 
+class PartlyApplied(ServeError):
+    """A change was made at some replicas and not at others."""
+
+    kind = "partly_applied"
+
+
 class StorageFull(ServeError):
     """The disk of the store is full; partial files have been removed."""
 

@@ -151,7 +151,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", omit_defaults=True):
 
     `prompt_logprobs`, if requested, comes once, with the first of these: one entry per prompt token, None first.
     `cached` is the number of prompt tokens found in the prefix cache, `queued` the seconds from arrival to the first
-    step; meaningful in the first only.
+    step, `started` when that was, on the engine's monotonic clock; meaningful in the first only.
     """
 
     request_id: str
@@ -160,6 +160,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", omit_defaults=True):
     prompt_logprobs: list[Logprob | None] | None = None
     cached: int = 0
     queued: float = 0.0
+    started: float = 0.0
 
 
 class Embedded(msgspec.Struct, frozen=True, tag="embedded"):

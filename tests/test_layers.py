@@ -32,6 +32,8 @@ OUTSIDE = (
     "supervisor",
 )
 PACKAGES = (
+    Package(9, "ray", ("ray",)),
+    Package(8, "replicas", ("replicas",)),
     Package(
         7,
         "command line",
@@ -70,7 +72,10 @@ PACKAGES = (
 TENSORS = ("engine inside", "model", "adapters", "kv", "kernels")
 ALLOWED_IN = {
     "fastapi": ("api",),
-    "starlette": ("api",),
+    "starlette": ("api", "replicas", "ray"),
+    "ray": ("ray",),
+    "aiohttp": ("replicas",),
+    "opentelemetry": ("api",),
     "prometheus_client": ("metrics", "command line"),
     "uvicorn": ("command line",),
     "rich": ("command line",),
@@ -81,7 +86,7 @@ ALLOWED_IN = {
     "zmq": ("engine from outside",),
     "torch": TENSORS,
     "safetensors": ("adapters", "model"),
-    "pydantic": ("command line", "api", "shared types"),
+    "pydantic": ("ray", "command line", "api", "shared types"),
 }
 
 Imports = dict[str, set[str]]  # module → every module it imports, by full name

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_serve.api.request_record import Change, RequestRecord, record_of
+from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.metrics import Metrics
 
@@ -28,11 +29,20 @@ class AccessLog:
     """ASGI middleware: logs every request when it has ended, and counts errors and usage.
 
     Args:
-        quiet_paths: paths that are logged at level debug.
+        quiet_paths: paths that are logged at level debug, and not traced.
+        traces: makes spans of the others.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageRecords, quiet_paths: Container[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        usage: UsageRecords,
+        quiet_paths: Container[str],
+        traces: RequestTraces | None = None,
+    ) -> None:
         self._app = app
+        self._traces = traces
         self._metrics, self._usage = metrics, usage
         self._quiet_paths = quiet_paths
 
@@ -54,8 +64,12 @@ class AccessLog:
         finally:
             if record.error is not None:
                 self._metrics.count_error(status, record.error[0])
-            level = logging.DEBUG if scope["path"] in self._quiet_paths and status < 400 else logging.INFO
-            _write(access, level, f"{scope['method']} {_quoted(scope['path'])} {status}", _fields(scope, record))
+            quiet = scope["path"] in self._quiet_paths
+            fields = _fields(scope, record)
+            if self._traces is not None and not quiet:
+                fields["trace_id"] = self._traces.record(scope, record, status)
+            level = logging.DEBUG if quiet and status < 400 else logging.INFO
+            _write(access, level, f"{scope['method']} {_quoted(scope['path'])} {status}", fields)
             if record.prompt_tokens:  # it was admitted
                 tokens = record.prompt_tokens, record.completion_tokens
                 self._usage.add(_key(scope) or "", record.adapter_names, *tokens)

@@ -29,6 +29,7 @@ from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep
 from lora_serve.api.sse import ClientDisconnected
+from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
@@ -42,11 +43,18 @@ QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are f
 router = APIRouter(tags=["server"])
 
 
-def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys: Keys | None) -> FastAPI:
+def create_app(
+    engine: EngineProtocol,
+    tokenizer: Any,
+    config: ServeConfig,
+    keys: Keys | None,
+    traces: RequestTraces | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         keys: API keys; None allows every caller everything.
+        traces: makes spans of requests; None makes none.
     """
     app = DocumentedAPI(
         title="lora-serve",
@@ -70,6 +78,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
     app.router.add_event_handler("startup", files.open_at_start)
     for close in (usage.close, files.close):
         app.router.add_event_handler("shutdown", close)
+    if traces is not None:
+        app.router.add_event_handler("shutdown", traces.close)
     # Each of these is around those before it.
     app.add_middleware(BodyLimit, most=config.max_body, is_upload=is_upload)
     app.add_middleware(ContentEncoding)
@@ -86,7 +96,9 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         )
     if keys is None and not is_public(config.host):
         app.add_middleware(LocalOrigin, host=config.host, allow_origin=config.allow_origin)
-    app.add_middleware(AccessLog, metrics=metrics, usage=usage, quiet_paths={*QUIET_PATHS, *page.bundle()})
+    app.add_middleware(
+        AccessLog, metrics=metrics, usage=usage, quiet_paths={*QUIET_PATHS, *page.bundle()}, traces=traces
+    )
     app.add_middleware(RequestId)
     error_handlers.install(app)
     app.add_exception_handler(ClientDisconnected, client_disconnected)

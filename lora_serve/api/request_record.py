@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from lora_serve.request import Request, Served, Tokens
+from lora_serve.request import Request, Sampling, Served, Tokens
 
 
 class Change(NamedTuple):
@@ -35,6 +35,11 @@ class RequestRecord:
 
     Attributes:
         begun: when it arrived, in seconds on the monotonic clock.
+        sent: when the first of its choices was sent to the engine; None if none was. So is `started`, when the first
+            one with a token was in its first step.
+        choices: how many were admitted.
+        sampling: of its first choice.
+        cached: prompt tokens of it that were found in the prefix cache.
         served: the adapter versions that serve it, as name@digest; empty for the base.
         adapter_names: of these; joined by + where there are several.
         prompt_tokens, completion_tokens: of all its choices; a prompt with several choices counts once.
@@ -46,6 +51,11 @@ class RequestRecord:
     """
 
     begun: float = field(default_factory=time.monotonic)
+    sent: float | None = None
+    started: float | None = None
+    choices: int = 0
+    sampling: Sampling | None = None
+    cached: int = 0
     served: list[str] = field(default_factory=list)
     adapter_names: str = ""
     prompt_tokens: int = 0
@@ -57,11 +67,18 @@ class RequestRecord:
     changes: list[Change] = field(default_factory=list)
     _prompts: dict[int, list[int]] = field(default_factory=dict)  # by identity, and kept so that this is unique
 
+    def sending(self) -> None:
+        """One of its choices is about to be sent to the engine."""
+        if self.sent is None:
+            self.sent = time.monotonic()
+
     def admitted(self, request: Request, adapters: Sequence[Served]) -> None:
         """The engine admitted one of its choices."""
         if id(request.prompt) not in self._prompts:  # the choices of a prompt share it
             self.prompt_tokens += len(request.prompt)
             self._prompts[id(request.prompt)] = request.prompt
+        self.choices += 1
+        self.sampling = self.sampling or request.sampling
         self.served = [f"{adapter.name}@{adapter.digest[:12]}" for adapter in adapters]
         self.adapter_names = "+".join(adapter.name for adapter in adapters)
 
@@ -71,6 +88,14 @@ class RequestRecord:
         if self.first_token is None:
             self.first_token = time.monotonic() - self.begun
             self.queued = tokens.queued
+            self.cached = tokens.cached
+            self.started = self._first_step(tokens)
+
+    def _first_step(self, tokens: Tokens) -> float:
+        """When the first step began: the engine's clock is this one, where clocks are the machine's."""
+        sent = self.begun if self.sent is None else self.sent
+        now = time.monotonic()
+        return tokens.started if sent <= tokens.started <= now else min(sent + tokens.queued, now)
 
 
 def record_of(scope: Scope) -> RequestRecord:

@@ -110,16 +110,17 @@ class ActiveRequests:
         if output.token is None:
             return
         first = part.end == seq.prompt_end
-        cached, queued = seq.cached or 0, seq.started - seq.arrived if first else 0.0
+        cached = seq.cached or 0
+        queued, started = (seq.started - seq.arrived, seq.started) if first else (0.0, 0.0)
         if part.end < seq.limit and output.token not in seq.stop_ids:
             seq.tokens[part.end] = output.token
             logprobs = None if output.logprob is None else [output.logprob]
-            tokens = Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached, queued)
+            tokens = Tokens(seq.request.id, [output.token], logprobs, prompt_logprobs, cached, queued, started)
             self._events.append(tokens)
             self._continue(seq, tokens.token_ids, part.end + 1)
             return
         if prompt_logprobs is not None or first:
-            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached, queued))
+            self._events.append(Tokens(seq.request.id, [], None, prompt_logprobs, cached, queued, started))
         if part.end >= seq.limit:
             self.finish(seq, "length")
         else:

@@ -76,6 +76,7 @@ def merge_tokens(pieces: list[Tokens]) -> Tokens:
         next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
         first.cached,
         first.queued,
+        first.started,
     )
 
 

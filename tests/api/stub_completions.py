@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_serve.api.app import create_app
 from lora_serve.api.key_file import Keys
 from lora_serve.api.openai.response_logprobs import _alphabet
+from lora_serve.api.traces import RequestTraces
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterNotFound, Failure, ServeError
 from lora_serve.request import Admitted, Embedded, Event, Finished, Logprob, Request, Served, Tokens
@@ -140,11 +141,17 @@ class StubCompletionApp:
     """An app on a `StubCompletionEngine`, and a client."""
 
     def __init__(
-        self, store: Path, keys: Keys | None = None, tokenizer: Any = None, context: int = CONTEXT, **options: Any
+        self,
+        store: Path,
+        keys: Keys | None = None,
+        tokenizer: Any = None,
+        context: int = CONTEXT,
+        traces: RequestTraces | None = None,
+        **options: Any,
     ) -> None:
         self.engine = StubCompletionEngine(store, context)
         config = ServeConfig(model="base", store=store, **options)
-        self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys)
+        self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys, traces)
         transport = httpx.ASGITransport(self.app)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 

@@ -114,6 +114,7 @@ class RunningChoice:
 
     async def admit(self) -> None:
         """Wait until the engine admits the choice. Raises the `ServeError` that refuses it."""
+        self._record.sending()
         try:
             first = await anext(self._events)
             if isinstance(first, Finished):

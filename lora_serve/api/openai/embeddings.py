@@ -176,6 +176,7 @@ async def _embed(
 ) -> Embedding:
     vector: bytes | None = None
     adapters: list[Served] = []
+    record.sending()
     async with aclosing(services.engine.generate(request)) as events:
         async for event in events:
             match event:

@@ -1,0 +1,128 @@
+"""Changes that all replicas make: which requests are, what is answered, and the journal in which they are kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lora_serve.errors import BadRequest, PartlyApplied
+from lora_serve.replicas.change_journal import ChangeJournal, new_change_id
+from lora_serve.replicas.changes import as_kept, change_kind, merge
+from lora_serve.replicas.forwarding import ForwardedRequest, ResponseBegin, ServerLost, WholeResponse
+
+
+def response(replica: str, status: int, body: bytes = b"{}") -> WholeResponse:
+    return WholeResponse(ResponseBegin(replica, status, ()), body)
+
+
+def request(method: str = "PUT", target: str = "/v1/adapters/x", body: bytes = b"") -> ForwardedRequest:
+    headers = (("Content-Type", "multipart/form-data; boundary=b"), ("Authorization", "Bearer sk-secret"))
+    return ForwardedRequest(method, target, headers, body, change=new_change_id())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/adapters"),
+        ("HEAD", "/v1/adapters/x"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/adapters/inspect"),
+        ("POST", "/v1/messages/count_tokens"),
+    ],
+)
+def test_one_replica_answers_what_changes_nothing(method: str, path: str) -> None:
+    assert change_kind(method, path) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kept", "thing"),
+    [
+        ("PUT", "/v1/adapters/x", True, "/v1/adapters/x"),
+        ("DELETE", "/v1/adapters/x", True, "/v1/adapters/x"),
+        ("POST", "/v1/adapters", True, ""),
+        ("POST", "/v1/adapters/x/pin", True, "/v1/adapters/x/pin"),
+        ("POST", "/v1/adapters/x/unpin", True, "/v1/adapters/x/pin"),
+        ("POST", "/v1/adapters/x/evict", False, ""),
+    ],
+)
+def test_all_replicas_make_changes(method: str, path: str, kept: bool, thing: str) -> None:
+    kind = change_kind(method, path)
+    assert kind is not None
+    assert (kind.kept, kind.thing) == (kept, thing)
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/unload_lora_adapter"])
+def test_folders_of_one_machine_are_refused(path: str) -> None:
+    with pytest.raises(BadRequest, match="PUT /v1/adapters"):
+        change_kind("POST", path)
+
+
+def test_a_new_adapter_is_kept_as_one_that_can_be_published_again() -> None:
+    kind = change_kind("POST", "/v1/adapters")
+    assert kind is not None
+    thing, kept = as_kept(kind, request("POST", "/v1/adapters"), response("a", 201, b'{"name": "x"}'))
+    assert (thing, kept.method, kept.target) == ("/v1/adapters/x", "PUT", "/v1/adapters/x")
+
+
+def test_what_all_did_or_refused_is_answered_as_one_did() -> None:
+    assert merge("PUT", [response("a", 201), response("b", 201)], True).begin.status == 201
+    assert merge("PUT", [response("a", 422), response("b", 422)], True).begin.status == 422
+    assert merge("DELETE", [response("a", 404), response("b", 200)], True).begin.status == 200  # gone everywhere
+
+
+def test_the_answer_names_the_replicas_that_a_change_did_not_reach() -> None:
+    results = [response("a", 201), response("b", 507), ServerLost("c", "closed"), RuntimeError()]
+    with pytest.raises(PartlyApplied, match=r"1 of 4 .* not at b \(status 507\), c \(closed\), one that .* make it up"):
+        merge("PUT", results, True)
+    with pytest.raises(PartlyApplied, match=r"0 of 1 .* send it again"):
+        merge("PUT", [ServerLost("c", "closed")], True)
+
+
+def test_the_journal_keeps_the_last_change_of_each_thing_in_order(tmp_path: Path) -> None:
+    journal, reader = ChangeJournal(tmp_path), ChangeJournal(tmp_path)
+    first = journal.write("/v1/adapters/x", request(body=b"one\ntwo\x00"))
+    journal.write("/v1/adapters/y", request(target="/v1/adapters/y"))
+    assert [change.thing for change in reader.read()] == ["/v1/adapters/x", "/v1/adapters/y"]
+    assert reader.body(first) == b"one\ntwo\x00"
+    last = journal.write("/v1/adapters/x", request("DELETE"))
+    with pytest.raises(FileNotFoundError):
+        reader.body(first)  # it read the list before
+    assert [(change.thing, change.method) for change in reader.read()] == [
+        ("/v1/adapters/y", "PUT"),
+        ("/v1/adapters/x", "DELETE"),
+    ]
+    assert last.request(b"").change == last.id
+
+
+def test_the_journal_has_no_keys_and_is_its_owners_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    change = ChangeJournal(folder).write("/v1/adapters/x", request())
+    assert change.headers == (("content-type", "multipart/form-data; boundary=b"),)
+    assert not any(b"sk-secret" in path.read_bytes() for path in folder.iterdir())
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_left_of_a_writer_that_was_killed_is_no_change(tmp_path: Path) -> None:
+    journal = ChangeJournal(tmp_path)
+    journal.write("/v1/adapters/x", request())
+    (file,) = tmp_path.glob("*.change")
+    (tmp_path / f"{file.name}.0123").write_bytes(json.dumps({"id": "1"}).encode())
+    assert len(ChangeJournal(tmp_path).read()) == 1
+
+
+def test_changes_are_made_one_after_the_other(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        journal = ChangeJournal(tmp_path)
+        with journal.lock():
+            journal.write(f"/v1/adapters/{number}", replace(request(), target=f"/v1/adapters/{number}"))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [change.number for change in ChangeJournal(tmp_path).read()] == list(range(1, 9))
