@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from lora_serve import log_format
+from lora_serve.adapter_sources import parse_sources
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported, ServeError
 from lora_serve.key_commands import KeyCommand, KeyCommands
@@ -123,8 +124,10 @@ def serve(config: ServeConfig) -> int:
     from lora_serve import server
     from lora_serve.api.app import create_app
     from lora_serve.api.key_file import load_keys
+    from lora_serve.sources.fetcher import check_sources
 
     keys = load_keys(config.api_key_file)
+    check_sources(parse_sources(config.adapter_source), os.environ)
     return server.serve(
         config,
         load_tokenizer=lambda: load_tokenizer(config),

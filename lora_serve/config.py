@@ -17,6 +17,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from lora_serve.adapter_sources import parse_sources
 from lora_serve.names import CONFIG
 
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
@@ -71,6 +72,14 @@ class ServeConfig(BaseSettings):
     adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
+    )
+    adapter_source: list[str] = Field(
+        [],
+        description="NAME=URL of adapters (file, hf, s3, gs, https), where one is fetched that is asked for and not "
+        "published; may be given several times",
+    )
+    source_timeout: float = Field(
+        300.0, gt=0, description="seconds that fetching an adapter from a source may take, retries included"
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
     adapter_cache_memory: Size = Field(Size(2 << 30), description="host memory for adapters, e.g. 2GiB")
@@ -165,6 +174,12 @@ class ServeConfig(BaseSettings):
         if value is not None and (value / CONFIG).exists():
             parent = value.resolve().parent
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
+        return value
+
+    @field_validator("adapter_source")
+    @classmethod
+    def _sources_are_named_places(cls, value: list[str]) -> list[str]:
+        parse_sources(value)
         return value
 
     @field_validator("tensor_parallel")

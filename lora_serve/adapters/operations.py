@@ -15,7 +15,7 @@ from lora_serve.adapters.publisher import Publisher, StagedVersion
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import NameRecord
-from lora_serve.errors import AdapterBusy, AdapterExists, ServeError
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, ServeError
 from lora_serve.messages import AdapterInfo, Inspect, Publish
 from lora_serve.names import check_adapter_name
 
@@ -106,13 +106,17 @@ class AdapterOperations:
         name = operation.name
         stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
         record = self._residency.names.get(name)
-        taken = name in self._publisher.broken or (record is not None and not record.unlisted)
+        taken = name in self._publisher.broken or (
+            record is not None and not (record.unlisted and not operation.unless_known)
+        )
         if taken and not operation.replace:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
         def on_lowered(staged: StagedVersion) -> None:
             version, digest = staged.version, staged.version.summary.digest
             try:
+                if not digest.startswith(operation.digest):
+                    raise AdapterInvalid(f"this is version {digest}, not {operation.digest[:64]}", param="digest")
                 self._residency.check_publish(name, digest, version.summary.nbytes)
             except ServeError:
                 self._publisher.discard(staged)

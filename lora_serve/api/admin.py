@@ -8,17 +8,18 @@ engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
+from lora_serve.api.content_type import is_json
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import errors
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.source_body import receive_from_source, source_schema
 from lora_serve.api.upload import ReceivedUpload, receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
@@ -44,10 +45,11 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     """OpenAPI schema of an upload body, which is streamed instead of parsed by FastAPI."""
     binary = {"type": "string", "format": "binary"}
     fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
-    fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
-    schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    files = fields | {"files": {"type": "array", "items": binary}, "archive": binary}
+    schema = {"type": "object", "properties": files, "required": list(required), "additionalProperties": False}
     schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    content = {"multipart/form-data": {"schema": schema}, "application/json": {"schema": source_schema(name=name)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class AdapterList(msgspec.Struct, frozen=True):
@@ -79,9 +81,13 @@ def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200)
     return {success: done, **errors(*statuses)}
 
 
-def _receive(request: Request, services: Services) -> AbstractAsyncContextManager[ReceivedUpload]:
-    """The upload in a request's body."""
+def _receive(
+    request: Request, services: Services, name: str | None = None
+) -> AbstractAsyncContextManager[ReceivedUpload]:
+    """The upload in a request's body, or what its body names in a source; `name`: of the adapter, from the path."""
     engine = services.engine
+    if is_json(request.headers.get("Content-Type") or "?"):
+        return receive_from_source(request, services.sources, name)
     return receive_upload(request, services.staging, services.config.max_adapter_size, lambda: engine.stats.running > 0)
 
 
@@ -104,7 +110,7 @@ async def publish(request: Request, services: ServicesDep, caller: Administrator
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
-        return await _publish(request, services, name, upload.folder, replace=False)
+        return await _publish(request, services, name, upload, replace=False)
 
 
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
@@ -125,10 +131,10 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, name) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
-        return await _publish(request, services, name, upload.folder, replace=True)
+        return await _publish(request, services, name, upload, replace=True)
 
 
 @router.get("/adapters", responses=_responses(AdapterList))
@@ -176,8 +182,9 @@ async def delete(name: AdministeredAdapter, request: Request, services: Services
     return {"name": name, "deleted": True}
 
 
-async def _publish(request: Request, services: Services, name: str, folder: Path, *, replace: bool) -> Info:
-    return await _change(request, services, "publish", Publish(name, str(folder), replace=replace))
+async def _publish(request: Request, services: Services, name: str, upload: ReceivedUpload, *, replace: bool) -> Info:
+    operation = Publish(name, str(upload.folder), replace=replace, source=upload.source, digest=upload.digest)
+    return await _change(request, services, "publish", operation)
 
 
 async def _change(

@@ -86,7 +86,9 @@ async def existing_adapters(body: ModelSelection, services: Services, caller: Ca
     """The adapters that `adapter` and `model` name. Raises as a generating route would, if one does not exist."""
     found = []
     try:
-        for use in resolve_adapters(body, services, caller):
+        uses = resolve_adapters(body, services, caller)
+        await services.sources.fetch_missing([use.name for use in uses], caller.name)
+        for use in uses:
             info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
             if info.broken is not None:
                 raise adapter_broken(use.name, info.broken)
@@ -106,9 +108,10 @@ async def explain_not_found(
     usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
-        return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
+        return AdapterNotFound(error.message + services.sources.describe() + _resembles(given, usable), param="adapter")
     resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
-    return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
+    missing = f"model {body.model[:100]} does not exist{services.sources.describe()}"
+    return ModelNotFound(missing + resembled, param="model")
 
 
 def _resembles(name: str, names: Sequence[str]) -> str:
