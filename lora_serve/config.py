@@ -70,6 +70,10 @@ class ServeConfig(BaseSettings):
     chat_template: Path | None = Field(None, description="Jinja file of the chat template (default: the model's)")
 
     adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
+    watch: bool = Field(
+        False,
+        description="follow the folder --adapters: publish what is added or changed, unpublish what is removed",
+    )
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
     )
@@ -174,6 +178,13 @@ class ServeConfig(BaseSettings):
         if value is not None and (value / CONFIG).exists():
             parent = value.resolve().parent
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
+        return value
+
+    @field_validator("watch")
+    @classmethod
+    def _a_folder_is_watched(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("adapters") is None:
+            raise ValueError("there is no folder to watch; give one with --adapters")
         return value
 
     @field_validator("adapter_source")

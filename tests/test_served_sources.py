@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from server_process import ADAPTERS, ServerProcess
+from server_process import ADAPTERS, ServerProcess, until
 from web_server import Handler, WebServer
 
 from demo.tasks import heldout_prompts, prompt
@@ -56,7 +57,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             client.put_object(Bucket="adapters", Key=f"prod/stored/{name}", Body=content)
         sources = ("s3=s3://adapters/prod", f"web=http://{web.host}/{{name}}.tar.gz")
         options = [word for source in sources for word in ("--adapter-source", source)]
-        with ServerProcess(root / "store", "--source-timeout", "20", *options) as server:
+        (root / "watched" / "present").mkdir(parents=True)
+        for name, content in FILES.items():
+            (root / "watched" / "present" / name).write_bytes(content)
+        options += ["--source-timeout", "20", "--adapters", str(root / "watched"), "--watch"]
+        with ServerProcess(root / "store", *options) as server:
             yield Served(server, web, client, root / "store")
     moto.stop()
 
@@ -173,3 +178,13 @@ def test_a_client_that_leaves_does_not_end_a_fetch_and_secrets_are_in_no_log(ser
     assert web.paths.count("/late.tar.gz") == 1
     assert "hush-hush" not in "".join(server.log)
     assert any("publish late" in line and "web/late" in line for line in server.log)
+
+
+def test_a_watched_folder_is_followed(served: Served) -> None:
+    server, folder = served.server, served.store.parent / "watched"
+    assert ask(server, "present").status_code == 200
+    shutil.copytree(folder / "present", folder / "arrived")
+    until(lambda: ask(server, "arrived").status_code == 200, 20)
+    shutil.rmtree(folder / "present")
+    until(lambda: ask(server, "present").status_code == 404, 20)
+    assert ask(server, "arrived").status_code == 200
