@@ -33,15 +33,20 @@ class AdapterLocation(msgspec.Struct, frozen=True):
         place: what follows the scheme; for hf, repository and folder in it.
         root: for file, the folder that nothing may lead out of.
         revision: for hf, a branch, tag or commit; empty for the default branch.
-        label: the source's name and the path in it, for logs and records.
+        path: in the source; a plain name for what is fetched on demand.
     """
 
     source: str
     scheme: str
     place: str
-    label: str
+    path: str
     root: str = ""
     revision: str = ""
+
+    @property
+    def label(self) -> str:
+        """The source's name and the path in it, for logs and records."""
+        return f"{self.source}/{self.path}"
 
     @property
     def is_archive(self) -> bool:
@@ -80,7 +85,7 @@ class NamedSource(msgspec.Struct, frozen=True):
             self.name,
             self.scheme,
             self.template.replace(PLACE, path),
-            f"{self.name}/{path}",
+            path,
             self.template.partition(PLACE)[0] if self.scheme == "file" else "",
             revision or self.revision,
         )

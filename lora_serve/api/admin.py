@@ -14,6 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
+from lora_serve.api.caller import Caller
 from lora_serve.api.content_type import is_json
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import errors
@@ -82,12 +83,12 @@ def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200)
 
 
 def _receive(
-    request: Request, services: Services, name: str | None = None
+    request: Request, services: Services, caller: Caller, name: str | None = None
 ) -> AbstractAsyncContextManager[ReceivedUpload]:
     """The upload in a request's body, or what its body names in a source; `name`: of the adapter, from the path."""
     engine = services.engine
     if is_json(request.headers.get("Content-Type") or "?"):
-        return receive_from_source(request, services.sources, name)
+        return receive_from_source(request, services.sources, caller, name)
     return receive_upload(request, services.staging, services.config.max_adapter_size, lambda: engine.stats.running > 0)
 
 
@@ -106,7 +107,7 @@ def is_upload(method: str, path: str) -> bool:
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, caller) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
@@ -116,7 +117,7 @@ async def publish(request: Request, services: ServicesDep, caller: Administrator
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, caller) as upload:
         if upload.name is not None:
             raise BadRequest("name is not allowed here: nothing is published", param="name")
         return await _call(services, Inspect(str(upload.folder)))
@@ -131,7 +132,7 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
-    async with _receive(request, services, name) as upload:
+    async with _receive(request, services, caller, name) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
         return await _publish(request, services, name, upload, replace=True)

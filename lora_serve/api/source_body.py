@@ -9,6 +9,8 @@ from typing import Any
 
 from fastapi import Request
 
+from lora_serve.api.caller import Caller
+from lora_serve.api.error_handlers import Forbidden
 from lora_serve.api.json_body import decode
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.upload import ReceivedUpload
@@ -22,14 +24,17 @@ DIGEST = "[0-9a-f]{8,64}"
 
 @asynccontextmanager
 async def receive_from_source(
-    request: Request, sources: SourceFetches, name: str | None
+    request: Request, sources: SourceFetches, caller: Caller, name: str | None
 ) -> AsyncIterator[ReceivedUpload]:
     """Fetch the adapter that a JSON body names; its folder exists as long as the context.
 
     Args:
         name: of the adapter, where it is in the path.
 
-    Raises: `BadRequest`; the `ServeError` for which the adapter cannot be had.
+    A caller of some adapters only may fetch only what has such a name in the source as well: other tenants' adapters may
+    be beside them.
+
+    Raises: `BadRequest`, `Forbidden`; the `ServeError` for which the adapter cannot be had.
     """
     body = decode(await _read(request))
     if not isinstance(body, dict):
@@ -48,8 +53,11 @@ async def receive_from_source(
     wanted = name or sent or ""
     if "/" not in source and not wanted:
         raise BadRequest("missing parameter: name", param="name")
-    async with sources.fetch_for_admin(source, wanted) as (folder, label):
-        yield ReceivedUpload(sent, folder, label, digest)
+    location = sources.find(source, wanted)
+    if not caller.may_use(location.path):
+        raise Forbidden("this key may not fetch that adapter", param="source")
+    async with sources.fetch_for_admin(location, wanted) as folder:
+        yield ReceivedUpload(sent, folder, location.label, digest)
 
 
 def source_schema(*, name: bool) -> dict[str, Any]:

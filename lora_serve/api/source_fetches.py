@@ -200,15 +200,15 @@ class SourceFetches:
 
     # --- for admins --------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def fetch_for_admin(self, given: str, name: str) -> AsyncIterator[tuple[Path, str]]:
-        """The folder with the adapter that `source` of a request names, and where it was; until the context ends.
+    def find(self, given: str, name: str) -> AdapterLocation:
+        """Where the `source` of a request is, for an adapter of this name. Raises BadRequest if it is in no source."""
+        return find_location(self._sources, given, name)
 
-        Raises: BadRequest if it is in no source; the ServeError for which it cannot be had.
-        """
-        location = find_location(self._sources, given, name)
+    @asynccontextmanager
+    async def fetch_for_admin(self, location: AdapterLocation, name: str) -> AsyncIterator[Path]:
+        """A folder with the adapter's files until the context ends. Raises the ServeError for which there is none."""
         async with self._fetch(location) as folder:
-            yield folder, location.label
+            yield folder
         self._failures.forget(name)
 
     # --- both --------------------------------------------------------------------------------------------------------

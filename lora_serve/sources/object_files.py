@@ -1,4 +1,4 @@
-"""Adapters in buckets of S3 and Google Cloud Storage, through fsspec.
+"""Adapters in buckets of S3 and Google Cloud Storage, through fsspec's s3fs and gcsfs.
 
 Credentials and options are the libraries' own, from the environment, and what `LORA_SERVE_SOURCE_OPTIONS_…` says.
 """
@@ -9,23 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
-
 from lora_serve.adapter_sources import AdapterLocation
 from lora_serve.names import ARCHIVE, CONFIG, POOLING
 from lora_serve.sources.remote_files import BLOCK, CONNECT_SECONDS, READ_SECONDS, RemoteFile, read_options
 
 REQUEST = 8 << 20  # bytes that are asked for at once
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "config_kwargs": {
-            "connect_timeout": CONNECT_SECONDS,
-            "read_timeout": READ_SECONDS,
-            "retries": {"total_max_attempts": 1},  # s3fs and `fetch.py` try again
-        },
-    },
-    "gs": {},
-}
 
 
 class ObjectFiles:
@@ -35,8 +23,8 @@ class ObjectFiles:
 
     def __init__(self, location: AdapterLocation) -> None:
         self._location = location
-        options = DEFAULTS[location.scheme] | read_options(location.source)
-        self._bucket = fsspec.filesystem(location.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+        options = {"skip_instance_cache": True, "use_listings_cache": False} | read_options(location.source)
+        self._bucket = _open_s3(options) if location.scheme == "s3" else _open_google(options)
 
     def list(self) -> dict[str, RemoteFile]:
         place = self._location.place
@@ -66,3 +54,20 @@ class ObjectFiles:
 def _remote_file(entry: dict[str, Any]) -> RemoteFile:
     tag = next((str(entry[key]) for key in ("ETag", "etag", "generation") if entry.get(key)), "")
     return RemoteFile(str(entry["name"]), entry["size"], tag)
+
+
+def _open_s3(options: dict[str, Any]) -> Any:
+    from s3fs import S3FileSystem
+
+    config = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "retries": {"total_max_attempts": 1},  # s3fs and `fetch.py` try again
+    }
+    return S3FileSystem(**({"config_kwargs": config} | options))
+
+
+def _open_google(options: dict[str, Any]) -> Any:
+    from gcsfs.core import GCSFileSystem  # of the JSON API; the package's own also opens gRPC channels
+
+    return GCSFileSystem(**options)

@@ -299,7 +299,12 @@ async def test_only_admins_name_sources_and_only_for_their_own_adapters(server: 
             body = {"name": name, "source": "disk/poet"}
             assert (await post(server, body, key, path)).status_code == 403
     assert server.engine.published == []
-    assert (await post(server, {"name": "team-1", "source": "disk/poet"}, "team")).status_code == 201
+    for source in ("disk/poet", "disk/packed.tar.gz", "disk/nobody"):  # another tenant's, perhaps
+        for path in ("/v1/adapters", "/v1/adapters/inspect"):
+            answer = await post(server, {"name": "team-1", "source": source}, "team", path)
+            assert refusal(answer) == (403, "source", "this key may not fetch that adapter")
+    assert (await post(server, {"name": "team-1", "source": "disk"}, "team")).status_code == 404
+    assert (await post(server, {"name": "team-1", "source": "disk/team-a/1"}, "team")).status_code == 404
 
 
 async def test_where_was_looked_is_said_for_forbidden_names_as_for_missing_ones(server: StubAdminApp) -> None:
