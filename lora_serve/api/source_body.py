@@ -31,8 +31,8 @@ async def receive_from_source(
     Args:
         name: of the adapter, where it is in the path.
 
-    A caller of some adapters only may fetch only what has such a name in the source as well: other tenants' adapters may
-    be beside them.
+    A caller of some adapters only may fetch only what has such a name in the source as well: beside them may be other
+    tenants'.
 
     Raises: `BadRequest`, `Forbidden`; the `ServeError` for which the adapter cannot be had.
     """
