@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,53 @@ def store() -> Iterator[Any]:
             del os.environ[name]
         else:
             os.environ[name] = value
+
+
+class CuttingProxy(threading.Thread):
+    """In front of the store: cuts the first connections after so many bytes of what the store sends."""
+
+    def __init__(self, target: str, connections: int, after: int) -> None:
+        super().__init__(daemon=True)
+        host, _, port = target.removeprefix("http://").partition(":")
+        self._target, self._cuts, self._after = (host, int(port)), connections, after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.cut = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def run(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.join()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._target) as store:
+            threading.Thread(target=self._pass_on, args=(client, store), daemon=True).start()
+            sent = 0
+            while data := store.recv(1 << 14):
+                if self.cut < self._cuts and sent + len(data) > self._after:
+                    self.cut += 1
+                    client.sendall(data[: self._after - sent])
+                    client.shutdown(socket.SHUT_RDWR)  # the other thread reads from it
+                    return
+                client.sendall(data)
+                sent += len(data)
+
+    @staticmethod
+    def _pass_on(client: socket.socket, store: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 14):
+                store.sendall(data)
 
 
 @pytest.fixture
@@ -128,6 +178,18 @@ def test_a_source_has_options_of_its_own(store: Any, tmp_path: Path, monkeypatch
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     assert Fetching("s=s3://adapters/prod", tmp_path).get().received
+
+
+def test_a_store_whose_connections_break_in_the_middle_is_asked_again(
+    source: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = CuttingProxy(os.environ["AWS_ENDPOINT_URL"], connections=2, after=100_000)
+    proxy.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    source.get()
+    assert source.files == WANTED
+    assert proxy.cut == 2
+    proxy.close()
 
 
 def test_a_store_that_is_down_is_unavailable(source: Fetching, monkeypatch: pytest.MonkeyPatch) -> None:
