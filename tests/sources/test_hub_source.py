@@ -12,8 +12,10 @@ from adapter_bytes import FILES, MANY, PACKED, WANTED, WEIGHTS
 from fetching import Fetching
 from web_server import Handler, WebServer
 
+from lora_serve.adapter_sources import parse_source
 from lora_serve.errors import AdapterInvalid, AdapterNotFound, Unavailable
 from lora_serve.sources import fetch
+from lora_serve.sources.fetcher import Fetcher
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -118,6 +120,21 @@ def test_a_repository_of_a_whole_model_says_so(mirror: Mirror, tmp_path: Path) -
     mirror.add(NEW, "", {"adapter_config.json": b"{}", "model.safetensors": b""})
     with pytest.raises(AdapterInvalid, match=r"adapter_model\.safetensors is missing; there is model\.safetensors"):
         Fetching("hub=hf://acme", tmp_path).get()
+
+
+async def test_a_mirror_is_named_in_the_environment(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORA_SERVE_SOURCE_OPTIONS_HUB")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{mirror.host}")
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    fetcher = Fetcher(["hf"])
+    location = parse_source("hub=hf://acme").locate("poet")
+    done = await fetcher.fetch(location, str(tmp_path), most=1 << 30, seconds=20, on_progress=lambda *_: None)
+    await fetcher.close()
+    assert (done.revision, (tmp_path / "adapter_model.safetensors").read_bytes()) == (NEW, WEIGHTS)
+    assert dict(mirror.asked)["/api/models/acme/poet"]["authorization"] == "Bearer hush"
 
 
 def test_a_hub_that_refuses_is_asked_once(mirror: Mirror, tmp_path: Path) -> None:
