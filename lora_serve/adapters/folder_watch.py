@@ -19,9 +19,12 @@ from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
-from lora_serve.errors import AdapterInvalid, ServeError
+from lora_serve.errors import AdapterExists, AdapterInvalid, BadRequest, ServeError, TooLarge
 from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CONFIG
+
+TRY_AGAIN = 30  # scans after a failure that is not the adapter's
+LASTING = (AdapterInvalid, TooLarge, BadRequest, AdapterExists)
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +109,16 @@ class FolderWatch:
         self._seen_any = bool(first)
         self._said: dict[str, str] = {}
         self._leaving: set[str] = set()  # names that are being unpublished
+        self._failed: dict[str, int] = {}  # name → scans until it is tried again, where the adapter is not to blame
 
     def handle(self, scan: Scan | ServeError | None) -> None:
         """Publish and unpublish what differs from what was handled before."""
         if scan is None or isinstance(scan, ServeError):
             self._say("", f"{self._root} cannot be read; its adapters stay as they are")
             return
-        self._said.pop("", None)
         # An empty folder at start is more likely a share that is not mounted than a wish to unpublish everything.
         self._seen_any = self._seen_any or bool(scan)
+        self._try_failed_again()
         for name, state in scan.items():
             if self._handled.get(name) != state and self._previous.get(name) == state:
                 self._handled = self._handled | {name: state}
@@ -125,12 +129,21 @@ class FolderWatch:
             if gone and self._seen_any and name not in self._leaving:
                 self._unpublish(name)
         self._handled = {name: state for name, state in self._handled.items() if name in scan or name in before}
+        self._said = {name: line for name, line in self._said.items() if name in scan or name in self._residency.names}
+
+    def _try_failed_again(self) -> None:
+        self._failed = {name: scans - 1 for name, scans in self._failed.items()}
+        for name in [name for name, scans in self._failed.items() if scans <= 0]:
+            del self._failed[name]
+            self._handled = {other: state for other, state in self._handled.items() if other != name}
 
     def _publish(self, name: str, state: FolderState) -> None:
-        shown = name.encode(errors="replace").decode()
+        shown = name if name.isprintable() else repr(name)
 
         def done(result: AdapterInfo | ServeError) -> None:
             if isinstance(result, ServeError):
+                if not isinstance(result, LASTING):
+                    self._failed[name] = TRY_AGAIN
                 self._say(name, f"{shown} is not served: {result.message}")
                 return
             self._said.pop(name, None)

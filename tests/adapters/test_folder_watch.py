@@ -11,9 +11,10 @@ import pytest
 from peft_folders import write
 from registry_harness import RegistryHarness
 
+from lora_serve.adapters import folder_watch
 from lora_serve.adapters.folder_watch import FolderScanner, FolderWatch
 from lora_serve.adapters.workers import Workers
-from lora_serve.errors import ServeError
+from lora_serve.errors import ServeError, StorageFull
 from lora_serve.messages import Publish
 
 
@@ -135,6 +136,33 @@ def test_a_truncated_adapter_is_said_once_and_tried_again_when_it_changes(
     weights.write_bytes(content)
     watched.scan()
     assert "poet" in watched.digests
+
+
+def test_a_full_disk_is_said_once_and_the_adapter_tried_again(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_watch, "TRY_AGAIN", 3)
+    publish = watched.harness.operations.publish
+
+    def full(operation: Publish, done: Any) -> None:
+        done(StorageFull("the disk of the adapter store is full"))
+
+    monkeypatch.setattr(watched.harness.operations, "publish", full)
+    watched.write("poet", 1)
+    watched.scan(9)
+    assert [record.getMessage() for record in caplog.records] == [
+        "poet is not served: the disk of the adapter store is full"
+    ]
+    monkeypatch.setattr(watched.harness.operations, "publish", publish)
+    watched.scan(6)
+    assert "poet" in watched.digests
+
+
+def test_a_name_cannot_write_lines_of_the_log(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    (watched.root / "a\nadapter poet is published").mkdir()
+    watched.scan()
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
 
 
 def test_what_is_no_adapter_is_said_once(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
