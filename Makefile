@@ -58,6 +58,7 @@ check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/pytest tests/test_layers.py tests/test_names.py
 
 sources-check: $(VENV)/.dev  ## sources of adapters against an object store, a hub, web servers and a real server
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[sources]"
 	$(BIN)/pytest -m "slow or not slow" tests/sources tests/test_served_sources.py
 
 format: $(VENV)/.dev

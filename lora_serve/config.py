@@ -83,7 +83,7 @@ class ServeConfig(BaseSettings):
         "published; may be given several times",
     )
     source_timeout: float = Field(
-        300.0, gt=0, description="seconds that fetching an adapter from a source may take, retries included"
+        300.0, gt=0, description="seconds that fetching an adapter from sources may take, retries included"
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
     adapter_cache_memory: Size = Field(Size(2 << 30), description="host memory for adapters, e.g. 2GiB")

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from lora_serve.adapter_sources import AdapterLocation, NamedSource, find_location, is_adapter_name
 from lora_serve.api.access_log import write_audit
@@ -36,7 +37,8 @@ from lora_serve.sources.fetch_messages import FetchDone
 from lora_serve.sources.fetcher import Fetcher
 from lora_serve.sources.totals import RunningFetch, SourceTotals
 
-AT_ONCE = 4  # fetches
+AT_ONCE = 8  # fetches
+AT_ONCE_OF_ONE = 4  # of one key, so that what it asks of a slow source does not stop everybody's
 MOST_PENDING = 256  # names that are being fetched or are to be
 MOST_PENDING_OF_ONE = 32  # of one key
 ABSENT = (AdapterNotFound, AdapterExists)  # no source has it, or the name is one that may not be published
@@ -63,7 +65,7 @@ class SourceFetches:
     Args:
         staging: folder for what is fetched, on the store's file system; raises Unavailable while there is none.
         most: bytes of an adapter.
-        seconds: that one fetch may take.
+        seconds: that looking for one adapter, and fetching it, may take.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class SourceFetches:
         self._pending: dict[str, asyncio.Task[None]] = {}
         self._pending_of: Counter[str] = Counter()  # by key
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by key
 
     def describe(self) -> str:
         """Where an adapter was looked for besides those that are published; empty without sources."""
@@ -169,19 +172,10 @@ class SourceFetches:
 
     async def _fetch_and_publish(self, name: str, key: str) -> None:
         """Fetch and publish the adapter of the first source that has it. Raises what is the matter; remembers it."""
+        slots = self._slots_of.setdefault(key, asyncio.Semaphore(AT_ONCE_OF_ONE))
         try:
-            for source in self._sources:
-                location = source.locate(name)
-                try:
-                    async with self._fetch(location) as folder:
-                        publish = Publish(name, str(folder), source=location.label, unless_known=True)
-                        info = await self._published(publish)
-                except AdapterNotFound:
-                    continue
-                digest = info["versions"][0]["digest"]
-                write_audit(Change("publish", name, digest), key=key or None, source=location.label)
-                return
-            raise adapter_not_found(name)
+            async with slots:
+                await self._fetch_from_any(name, key)
         except ServeError as error:
             if not isinstance(error, AdapterNotFound):
                 log.warning("adapter %s is not fetched: %s", name, error.message)
@@ -189,6 +183,21 @@ class SourceFetches:
             if isinstance(error, LASTING) or error.param == "source":
                 self._failures.add(name, error)
             raise
+
+    async def _fetch_from_any(self, name: str, key: str) -> None:
+        deadline = time.monotonic() + self._seconds  # of all sources together
+        for source in self._sources:
+            location = source.locate(name)
+            try:
+                async with self._fetch(location, deadline - time.monotonic()) as folder:
+                    publish = Publish(name, str(folder), source=location.label, unless_known=True)
+                    info = await self._published(publish)
+            except AdapterNotFound:
+                continue
+            digest = info["versions"][0]["digest"]
+            write_audit(Change("publish", name, digest), key=key or None, source=location.label)
+            return
+        raise adapter_not_found(name)
 
     async def _published(self, publish: Publish) -> Any:
         try:
@@ -207,28 +216,28 @@ class SourceFetches:
     @asynccontextmanager
     async def fetch_for_admin(self, location: AdapterLocation, name: str) -> AsyncIterator[Path]:
         """A folder with the adapter's files until the context ends. Raises the ServeError for which there is none."""
-        async with self._fetch(location) as folder:
+        async with self._fetch(location, self._seconds) as folder:
             yield folder
         self._failures.forget(name)
 
     # --- both --------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _fetch(self, location: AdapterLocation) -> AsyncIterator[Path]:
-        """A folder with the adapter's files, or its archive."""
+    async def _fetch(self, location: AdapterLocation, seconds: float) -> AsyncIterator[Path]:
+        """A folder with the adapter's files, or its archive; fetching them may take so many seconds."""
         async with self._slots, staging_folder(self._staging()) as root:
             folder = root / "adapter"
             await asyncio.to_thread(folder.mkdir)
             begun = time.monotonic()
-            done = await self._counted(location, folder)
-            seconds = time.monotonic() - begun
+            done = await self._counted(location, folder, max(0.0, seconds))
+            took = time.monotonic() - begun
             totals, source = self._totals, location.source
-            totals.seconds[source] = totals.seconds.get(source, 0.0) + seconds
+            totals.seconds[source] = totals.seconds.get(source, 0.0) + took
             at = f" at {done.revision[:12]}" if done.revision else ""
-            log.info("fetched %s%s: %d bytes in %.2f s", location.label, at, done.received, seconds)
+            log.info("fetched %s%s: %d bytes in %.2f s", location.label, at, done.received, took)
             yield folder
 
-    async def _counted(self, location: AdapterLocation, folder: Path) -> FetchDone:
+    async def _counted(self, location: AdapterLocation, folder: Path, seconds: float) -> FetchDone:
         running, totals = RunningFetch(location.source), self._totals
         totals.running.append(running)
         outcome = "cancelled"
@@ -237,7 +246,7 @@ class SourceFetches:
                 location,
                 str(folder),
                 most=self._most,
-                seconds=self._seconds,
+                seconds=seconds,
                 on_progress=lambda received, expected: totals.progress(running, received, expected),
             )
             totals.progress(running, done.received, None)
