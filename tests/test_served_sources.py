@@ -141,7 +141,7 @@ def test_a_slow_source_delays_nobody_else(served: Served) -> None:
 
     def drip(answer: Handler) -> None:
         answer.send(packed[:1000], length=len(packed))
-        time.sleep(1.0)
+        time.sleep(3.0)
         answer.wfile.write(packed[1000:])
 
     web.answers["/slow.tar.gz"] = drip
@@ -157,7 +157,7 @@ def test_a_slow_source_delays_nobody_else(served: Served) -> None:
             times.append(time.monotonic() - begun)
         assert waiting.result().status_code == 200
     assert len(times) > 3
-    assert max(times) < 0.9  # none waited for the fetch
+    assert max(times) < 2.5  # none waited for the fetch
 
 
 def test_a_client_that_leaves_does_not_end_a_fetch_and_secrets_are_in_no_log(served: Served) -> None:

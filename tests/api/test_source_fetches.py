@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ class Harness:
         return [operation for operation in self.engine.operations if isinstance(operation, Publish)]
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Harness:
     return Harness(tmp_path)
@@ -90,8 +96,7 @@ async def test_all_that_wait_for_an_adapter_share_one_fetch(harness: Harness) ->
     harness.fetcher.has.add("two/poet")
     harness.fetcher.may_end.clear()
     waiting = [asyncio.create_task(harness.fetches.fetch_missing(["poet"], "key")) for _ in range(20)]
-    await asyncio.sleep(0.02)
-    assert harness.totals.waiting == 20
+    await until(lambda: harness.totals.running and harness.totals.waiting == 20)
     assert [(each.source, each.received, each.expected) for each in harness.totals.running] == [("one", 100, 300)]
     harness.fetcher.may_end.set()
     assert await asyncio.gather(*waiting) == 20 * [True]
@@ -189,7 +194,7 @@ async def test_a_fetch_goes_on_without_those_who_waited(harness: Harness) -> Non
     harness.fetcher.has.add("one/poet")
     harness.fetcher.may_end.clear()
     waiting = asyncio.create_task(harness.fetches.fetch_missing(["poet"], "key"))
-    await asyncio.sleep(0.01)
+    await until(lambda: harness.fetcher.asked)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert harness.totals.waiting == 0
@@ -201,7 +206,7 @@ async def test_a_fetch_goes_on_without_those_who_waited(harness: Harness) -> Non
 async def test_a_server_that_stops_lets_nobody_wait(harness: Harness) -> None:
     harness.fetcher.may_end.clear()
     draining, closing = (asyncio.create_task(harness.fetches.fetch_missing([name], "key")) for name in "ab")
-    await asyncio.sleep(0.01)
+    await until(lambda: len(harness.fetcher.asked) == 2)
     harness.engine.ready = False
     with pytest.raises(Unavailable):
         await draining
@@ -215,12 +220,11 @@ async def test_one_key_cannot_have_everything_fetched(harness: Harness) -> None:
     harness.fetcher.may_end.clear()
     greedy = [asyncio.create_task(harness.fetches.fetch_missing([f"n{number}"], "greedy")) for number in range(40)]
     other = asyncio.create_task(harness.fetches.fetch_missing(["mine"], "modest"))
-    await asyncio.sleep(0.05)
+    await until(lambda: len(harness.fetcher.asked) == 5)  # four of the one, and the other's beside them
     refused = [task for task in greedy if task.done()]
     assert len(refused) == 8
     assert all(isinstance(task.exception(), Overloaded) for task in refused)
     assert not other.done()
-    assert len(harness.fetcher.asked) == 5  # four of the one, and the other's beside them
     assert "one/mine" in harness.fetcher.asked
     harness.fetcher.may_end.set()
     assert not await other
