@@ -26,12 +26,13 @@ from pydantic_settings import (
 )
 
 from lora_serve import log_format
+from lora_serve.adapter_commands import AdapterCommand
 from lora_serve.adapter_sources import parse_sources
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported, ServeError
 from lora_serve.key_commands import KeyCommand, KeyCommands
 from lora_serve.option_errors import check_environment, check_model, describe_invalid_options, describe_parse_error
-from lora_serve.remote import AdapterCommand, RemoteCommand
+from lora_serve.remote import RemoteCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
 

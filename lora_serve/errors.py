@@ -80,6 +80,12 @@ class AdapterBroken(ServeError):
     kind = "adapter_broken"
 
 
+class PreconditionFailed(ServeError):
+    """What was to be changed is not, or no more, what the request's If-Match or If-None-Match says."""
+
+    kind = "precondition_failed"
+
+
 class TooLarge(ServeError):
     """An upload or body exceeds a configured limit."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from lora_serve.errors import Failure
+from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import Event, Pooling, Request
 
 # --- to the engine -----------------------------------------------------------------------------------------------
@@ -31,16 +32,18 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 class Publish(msgspec.Struct, frozen=True, tag="publish"):
     """Validate the PEFT folder `folder` and store it as a version of `name`; the folder is removed.
 
-    With `replace`, an existing name gets a new version. `source`: the folder on this machine that `folder` is a copy
-    of, or where it was fetched from; empty for an upload. `digest`: that of the only version that may be published, or
-    how it begins. `unless_known`: not if the name has versions that are unlisted, either. A folder in staging may hold
-    an archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
+    With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
+    folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
+    of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
+    unlisted, either. A folder in staging may hold an archive instead of the files (`ARCHIVE`). Answered with an
+    `AdapterInfo`.
     """
 
     name: str
     folder: str
     replace: bool = False
     source: str = ""
+    precondition: Precondition = ANYTHING
     digest: str = ""
     unless_known: bool = False
 
@@ -59,6 +62,16 @@ class DescribeAdapter(msgspec.Struct, frozen=True, tag="describe"):
     """Describe one adapter. Answered with an `AdapterInfo`."""
 
     name: str
+
+
+class LocateFiles(msgspec.Struct, frozen=True, tag="locate"):
+    """Find the PEFT files of an adapter's version; `version`: prefix of a digest, None is the newest one.
+
+    Answered with an `AdapterFiles`.
+    """
+
+    name: str
+    version: str | None = None
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
@@ -87,6 +100,7 @@ class DeleteAdapter(msgspec.Struct, frozen=True, tag="delete"):
     """Unlist now, and remove from all tiers when the last lease is released. Answered with the last `AdapterInfo`."""
 
     name: str
+    precondition: Precondition = ANYTHING
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
@@ -98,6 +112,42 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
     name: str
 
 
+class AliasTarget(msgspec.Struct, frozen=True):
+    """An adapter that an alias stands for, NAME or NAME@VERSION, and its share of the requests by weight."""
+
+    adapter: str
+    weight: float = 1.0
+
+
+class PutAlias(msgspec.Struct, frozen=True, tag="put_alias"):
+    """Let a name stand for adapters, all at once. Answered with an `AliasInfo`.
+
+    `sticky`: what keeps a client on a target: `user`, `header:NAME`, or nothing.
+    """
+
+    name: str
+    targets: list[AliasTarget]
+    sticky: str = ""
+    precondition: Precondition = ANYTHING
+
+
+class DeleteAlias(msgspec.Struct, frozen=True, tag="delete_alias"):
+    """Remove an alias; its targets stay. Answered with the last `AliasInfo`."""
+
+    name: str
+    precondition: Precondition = ANYTHING
+
+
+class DescribeAlias(msgspec.Struct, frozen=True, tag="describe_alias"):
+    """Describe one alias. Answered with an `AliasInfo`."""
+
+    name: str
+
+
+class ListAliases(msgspec.Struct, frozen=True, tag="list_aliases"):
+    """List all aliases. Answered with a list of `AliasInfo`, sorted by name."""
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Accept no new requests and finish the running ones. Answered with None when none is left."""
 
@@ -107,11 +157,16 @@ Operation = (
     | Inspect
     | ListAdapters
     | DescribeAdapter
+    | LocateFiles
     | LoadAdapter
     | EvictAdapter
     | PinAdapter
     | DeleteAdapter
     | UnloadAdapter
+    | PutAlias
+    | DeleteAlias
+    | DescribeAlias
+    | ListAliases
     | Drain
 )
 
@@ -183,6 +238,29 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     broken: str | None = None
 
 
+class AdapterFiles(msgspec.Struct, frozen=True):
+    """The PEFT files of a version as they came: their folder on this machine, and path in it → size and SHA-256."""
+
+    name: str
+    digest: str
+    folder: str
+    files: dict[str, tuple[int, str]]
+
+
+class AliasInfo(msgspec.Struct, frozen=True):
+    """An alias. Versions in `targets` are whole digests; `etag` is a hash of targets and `sticky`.
+
+    `created` in seconds since the epoch. `broken`: why the alias, or one of its targets, cannot be served.
+    """
+
+    name: str
+    targets: list[AliasTarget]
+    sticky: str | None
+    etag: str
+    created: float
+    broken: str | None = None
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """The base model and engine limits, sent once the engine is ready. `created` in seconds since the epoch.
 
@@ -228,6 +306,7 @@ class Stats(msgspec.Struct):
         versions_resident: how many versions are on the device.
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
+        sticky_headers: lower-case names of the headers that aliases go by.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
     """
 
@@ -256,6 +335,7 @@ class Stats(msgspec.Struct):
     expected_wait: float = 0.0
     gaps_exceeded_total: int = 0
     step_costs: dict[str, float] = {}
+    sticky_headers: list[str] = []
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

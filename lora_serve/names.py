@@ -46,6 +46,11 @@ def adapter_not_found(name: str) -> AdapterNotFound:
     return AdapterNotFound(f"adapter {name[:100]} does not exist", param="adapter")
 
 
+def alias_not_found(name: str) -> AdapterNotFound:
+    """The error for an alias that does not exist or that the caller may not use; both look the same."""
+    return AdapterNotFound(f"alias {name[:100]} does not exist", param="name")
+
+
 def adapter_broken(name: str, reason: str) -> AdapterBroken:
     """The error for an adapter whose stored files cannot be served."""
     return AdapterBroken(f"adapter {name} cannot be served: {reason}", param="adapter")

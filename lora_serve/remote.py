@@ -7,15 +7,16 @@ import os
 import ssl
 import sys
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib import parse
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from pydantic import BaseModel, Field
-from pydantic_settings import CliPositionalArg, CliSubCommand
+from pydantic_settings import CliPositionalArg
 
 from lora_serve import reports
 from lora_serve.adapter_files import ADAPTER_FILES, find_adapter
@@ -27,15 +28,11 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 BINARY = "application/octet-stream"
 
 
-class RemoteCommand(BaseModel, ABC):
-    """Base of the commands: the server's address and the API key."""
+class RemoteServer(BaseModel):
+    """A server as its HTTP client sees it: its address and the API key."""
 
     url: str = Field("http://127.0.0.1:8000", description="address of the server")
     api_key: str | None = Field(None, description="API key (or in the environment as LORA_SERVE_API_KEY)")
-
-    @abstractmethod
-    def run(self) -> None:
-        """Execute the command. Raises: `ServeError`."""
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
         """Send one request and return the JSON of the answer; arguments and errors as of `fetch`."""
@@ -50,9 +47,22 @@ class RemoteCommand(BaseModel, ABC):
 
         Raises: `ServeError` with the server's message; `Unavailable` if there is no answer.
         """
+        with self._answer(method, path, **body) as answer:
+            return bytes(answer.read())
+
+    def download(self, path: str, target: IO[bytes]) -> str:
+        """Write what is at `path` to a file as it comes. Returns its entity tag. Raises as `fetch`."""
+        with self._answer("GET", path) as answer:
+            for chunk in answer.iter_raw():
+                target.write(chunk)
+            return str(answer.headers.get("ETag", "")).strip('"')
+
+    @contextmanager
+    def _answer(self, method: str, path: str, **body: Any) -> Iterator[Any]:
+        """Send one request; yields httpx's response, whose body is not read yet, if it is a success."""
         import httpx  # here: `serve`, `key` and --help do without it
 
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": "application/json, */*;q=0.1", "Accept-Encoding": "identity"}
         if key := self.api_key or os.environ.get("LORA_SERVE_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         if not self.url.startswith(("http://", "https://")):
@@ -63,13 +73,12 @@ class RemoteCommand(BaseModel, ABC):
             with httpx.Client(
                 headers=headers, timeout=TIMEOUT, follow_redirects=True, verify=trusted, trust_env=False,
                 proxy=_proxy(self.url),
-            ) as client:  # fmt: skip
-                answer = client.request(method, self.url.rstrip("/") + path, **body)
+            ) as client, client.stream(method, self.url.rstrip("/") + path, **body) as answer:  # fmt: skip
+                if not answer.is_success:
+                    raise ServeError(f"{answer.status_code}: {_reason(answer.read())}")
+                yield answer
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as failure:
             raise Unavailable(f"no answer from {self.url} ({failure})") from failure
-        if not answer.is_success:
-            raise ServeError(f"{answer.status_code}: {_reason(answer.content)}")
-        return answer.content
 
     def send(self, method: str, where: str, path: Path, name: str | None = None) -> Any:
         """Upload the adapter at `path`, a folder or an archive. Raises `BadRequest` if it is neither."""
@@ -80,6 +89,14 @@ class RemoteCommand(BaseModel, ABC):
                 for name_sent, file in ({path.name: path} if archive else adapter_files(path)).items()
             ]
             return self.ask(method, where, data={} if name is None else {"name": name}, files=files)
+
+
+class RemoteCommand(RemoteServer, ABC):
+    """Base of the commands, each on one server."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Execute the command. Raises: `ServeError`."""
 
 
 class ListCommand(RemoteCommand):
@@ -173,20 +190,6 @@ class UnpinCommand(NamedCommand):
 
     def run(self) -> None:
         self.act("POST", "/unpin")
-
-
-class AdapterCommand(BaseModel):
-    """List, inspect, publish and manage the adapters of a running server."""
-
-    list: CliSubCommand[ListCommand]
-    show: CliSubCommand[ShowCommand]
-    upload: CliSubCommand[UploadCommand]
-    inspect: CliSubCommand[InspectCommand]
-    delete: CliSubCommand[DeleteCommand]
-    load: CliSubCommand[LoadCommand]
-    evict: CliSubCommand[EvictCommand]
-    pin: CliSubCommand[PinCommand]
-    unpin: CliSubCommand[UnpinCommand]
 
 
 def adapter_files(folder: Path) -> dict[str, Path]:

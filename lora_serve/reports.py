@@ -18,8 +18,14 @@ def print_json(answer: Any) -> None:
 
 
 def count(number: int, what: str) -> str:
-    """A number of things, named in the singular: `1 adapter`, `2 adapters`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """A number of things, named in the singular: `1 adapter`, `2 adapters`, `2 aliases`."""
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
+
+
+def count_both(adapters: int, aliases: int) -> str:
+    """Numbers of adapters and of aliases, without those of which there are none."""
+    found = [(adapters, "adapter"), (aliases, "alias")]
+    return " and ".join(count(number, what) for number, what in found if number) or "0 adapters"
 
 
 def print_table(adapters: Iterable[Answer]) -> None:

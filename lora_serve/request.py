@@ -15,14 +15,28 @@ class AdapterUse(msgspec.Struct, frozen=True):
     """One adapter of a request.
 
     Attributes:
-        name: the adapter's published name.
-        version: prefix of the digest of a required version; None is the newest version.
+        name: the adapter's published name, or an alias.
+        version: prefix of the digest of a required version; None is the newest version, or an alias's choice.
         weight: factor on the adapter's delta; 1 is the adapter as trained.
     """
 
     name: str
     version: str | None = None
     weight: float = 1.0
+
+
+class Routing(msgspec.Struct, frozen=True):
+    """What an alias chooses a target by, the same for all requests of one API call.
+
+    Attributes:
+        call: id of the API call.
+        user: its field `user`; empty if it has none.
+        headers: its headers by lower-case name, of those that aliases go by.
+    """
+
+    call: str = ""
+    user: str = ""
+    headers: dict[str, str] = {}
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -88,6 +102,7 @@ class Request(msgspec.Struct, frozen=True):
         tenant: the key's name: whose prefix cache is separate, and whose share of the steps it is served from.
         priority: among the tenant's requests; smaller is more urgent.
         weight: of the tenant's share, relative to others'.
+        routing: what aliases among `adapters` choose by.
     """
 
     id: str
@@ -98,6 +113,7 @@ class Request(msgspec.Struct, frozen=True):
     embedding: EmbeddingParams | None = None
     priority: int = 0
     weight: float = 1.0
+    routing: Routing = Routing()
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):

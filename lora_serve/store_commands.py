@@ -17,10 +17,17 @@ from pydantic_settings import CliPositionalArg, CliSubCommand
 from lora_serve import reports
 from lora_serve.adapters.store.folder import StoreFolder
 from lora_serve.adapters.store.location import default_store_folder, default_stores
-from lora_serve.adapters.store.records import find_damage
+from lora_serve.adapters.store.records import AliasRecord, find_damage
 from lora_serve.adapters.store.scan import StoreContents, is_first_format, read_marker, scan_store
 from lora_serve.adapters.store.store import Store
-from lora_serve.adapters.store.transfer import AdapterSource, export_version, find_sources, import_adapter
+from lora_serve.adapters.store.transfer import (
+    AdapterSource,
+    export_version,
+    find_aliases,
+    find_sources,
+    import_adapter,
+    import_alias,
+)
 from lora_serve.errors import AdapterBroken, BadRequest, ServeError, StorageFull, StoreUnusable, Unavailable
 
 
@@ -76,7 +83,7 @@ class StoreCommand(BaseModel, ABC):
 
 
 class StoreListCommand(StoreCommand):
-    """List the adapters of a store with their versions, and what is broken."""
+    """List the adapters of a store with their versions, its aliases, and what is broken."""
 
     def act(self) -> None:
         folder, contents = self.read()
@@ -85,6 +92,9 @@ class StoreListCommand(StoreCommand):
         reports.print_lines([f"{folder.root}{base}"])
         reports.print_stored(_rows(contents))
         reports.print_lines(f"{name} is broken: {reason}" for name, reason in sorted(contents.broken().items()))
+        reports.print_lines(f"{alias} → {_targets(record)}" for alias, record in sorted(contents.aliases.items()))
+        unreadable = sorted(contents.unreadable_aliases.items())
+        reports.print_lines(f"alias {alias} is broken: {reason}" for alias, reason in unreadable)
 
 
 class StoreVerifyCommand(StoreCommand):
@@ -98,11 +108,13 @@ class StoreVerifyCommand(StoreCommand):
         reports.print_lines(f"{name}: {reason}" for name, reason in sorted(problems.items()))
         adapters = len(contents.names) + len(contents.unreadable)
         if problems:
-            damaged = len({name.partition("@")[0] for name in problems})
-            found = reports.count(len(problems), "problem")
-            raise ServeError(f"{found}, in {reports.count(damaged, 'adapter')} of {folder.root}")
-        are = "is" if adapters == 1 else "are"
-        reports.print_lines([f"{reports.count(adapters, 'adapter')} in {folder.root} {are} intact"])
+            damaged = {name.partition("@")[0] for name in problems}
+            aliases = {name for name in damaged if name.startswith("alias ")}
+            found = reports.count_both(len(damaged - aliases), len(aliases))
+            raise ServeError(f"{reports.count(len(problems), 'problem')}, in {found} of {folder.root}")
+        are = "is" if adapters + len(contents.aliases) == 1 else "are"
+        found = reports.count_both(adapters, len(contents.aliases))
+        reports.print_lines([f"{found} in {folder.root} {are} intact"])
 
 
 class StoreExportCommand(StoreCommand):
@@ -118,7 +130,7 @@ class StoreExportCommand(StoreCommand):
 
 
 class StoreImportCommand(StoreCommand):
-    """Copy adapters into a store that no server has open: PEFT folders, or all adapters of other stores.
+    """Copy adapters into a store that no server has open: PEFT folders, or all adapters and aliases of other stores.
 
     They are checked against the base when a server opens the store.
     """
@@ -144,6 +156,8 @@ class StoreImportCommand(StoreCommand):
         problems: list[str] = []
         sources = [source for folder in self.folders for source in find_sources(folder, base, problems)]
         adapters = len(sources) + len(problems)
+        aliases = [each for folder in self.folders for each in find_aliases(folder, problems).items()]
+        found = reports.count_both(adapters, len(sources) + len(aliases) + len(problems) - adapters)
         if self.name is not None:
             if len(sources) != 1:
                 raise BadRequest("--name is for one PEFT folder", param="name")
@@ -156,13 +170,21 @@ class StoreImportCommand(StoreCommand):
                 raise
             except ServeError as error:
                 problems.append(f"{source.name}: {error.message}")
+        for alias, record in aliases:
+            try:
+                added = import_alias(store, alias, record, replace=self.replace)
+                reports.print_lines([f"alias {alias}: {'imported' if added else 'is there already'}"])
+            except StorageFull:
+                raise
+            except ServeError as error:
+                problems.append(f"alias {alias}: {error.message}")
         if problems:
             reports.print_lines(problems)
-            raise ServeError(f"not imported: {len(problems)} of {reports.count(adapters, 'adapter')}")
+            raise ServeError(f"not imported: {len(problems)} of {found}")
 
 
 class StoreCommands(BaseModel):
-    """List, verify, export and import the adapters in a store's folder; needs no server."""
+    """List, verify, export and import the adapters in a store's folder, and its aliases; needs no server."""
 
     list: CliSubCommand[StoreListCommand]
     verify: CliSubCommand[StoreVerifyCommand]
@@ -190,6 +212,14 @@ def _rows(contents: StoreContents) -> Iterator[tuple[str, ...]]:
             )
 
 
+def _targets(record: AliasRecord) -> str:
+    """What an alias stands for, with weights where there are several."""
+    shown = [f"{each.name}@{each.version[:12]}" if each.version else each.name for each in record.targets]
+    if len(shown) > 1:
+        shown = [f"{name} ({each.weight:g})" for name, each in zip(shown, record.targets, strict=True)]
+    return ", ".join(shown) + (f", by {record.sticky}" if record.sticky else "")
+
+
 def _find_problems(folder: StoreFolder, contents: StoreContents) -> dict[str, str]:
     """NAME, or NAME@VERSION → what is wrong with it, hashing every file once."""
     from lora_serve.adapters import lowered_file  # imports torch, which other commands do not wait for
@@ -206,4 +236,10 @@ def _find_problems(folder: StoreFolder, contents: StoreContents) -> dict[str, st
                 damage[digest] = f"{error.message}; a server makes them again from the adapter's files"
     for name, record in contents.names.items():
         problems |= {f"{name}@{digest[:12]}": damage[digest] for digest in record.versions if digest in damage}
+    problems |= {f"alias {alias}": reason for alias, reason in contents.unreadable_aliases.items()}
+    for alias, aliased in contents.aliases.items():
+        for target in aliased.targets:
+            named = contents.names.get(target.name)
+            if named is None or (target.version and target.version not in named.versions):
+                problems[f"alias {alias}"] = f"{target} is not in the store"
     return problems

@@ -30,6 +30,8 @@ class ServerProcess:
     """
 
     def __init__(self, store: Path, *options: str, model: Path = DEMO, descriptors: int | None = None) -> None:
+        self.store = store
+
         def limit() -> None:
             if descriptors is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))

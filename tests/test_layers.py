@@ -41,6 +41,8 @@ PACKAGES = (
             "server",
             "http_protocol",
             "remote",
+            "remote_copies",
+            "adapter_commands",
             "reports",
             "store_commands",
             "key_commands",
@@ -63,6 +65,7 @@ PACKAGES = (
         (
             "request",
             "messages",
+            "precondition",
             "config",
             "errors",
             "names",

@@ -13,7 +13,7 @@ from first_format import make_first_format
 from safetensors.torch import save_file
 from store_files import listing, publish, stage
 
-from lora_serve.adapters.store.records import NameRecord, describe_folder
+from lora_serve.adapters.store.records import AliasRecord, NameRecord, TargetRecord, describe_folder
 from lora_serve.adapters.store.store import Store
 from lora_serve.cli import main
 from lora_serve.model.fingerprint import base_fingerprint
@@ -337,3 +337,78 @@ def test_a_stage_that_was_left_by_a_server_is_not_imported(
     run(capsys, "import", root(store), "--store", tmp_path / "new")
     assert json.loads((tmp_path / "new" / "lora-serve-store.json").read_text())["format"] == 2
     assert len([*(tmp_path / "new" / "versions").iterdir()]) == 2
+
+
+# --- aliases ---------------------------------------------------------------------------------------------------------
+
+
+def alias(store: Store, name: str = "prod") -> tuple[str, str]:
+    """Let a name stand for an older version of `poet`, and for `bard`."""
+    newer, older = digests(store, "poet")
+    store.set_alias(name, AliasRecord([TargetRecord("poet", older, 95.0), TargetRecord("bard", weight=5.0)], "user"))
+    return newer, older
+
+
+def test_list_and_verify_know_aliases(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    _, older = alias(store)
+    assert f"prod → poet@{older[:12]} (95), bard (5), by user" in run(capsys, "list", "--store", root(store))[1]
+    intact = f"2 adapters and 1 alias in {root(store)} are intact\n"
+    assert run(capsys, "verify", "--store", root(store))[:2] == (0, intact)
+    (Path(root(store)) / "names" / "bard.json").unlink()
+    (Path(root(store)) / "aliases" / "test.json").write_text("")
+    assert "alias test is broken: test.json is empty" in run(capsys, "list", "--store", root(store))[1]
+    status, out, said = run(capsys, "verify", "--store", root(store))
+    assert out.splitlines() == ["alias prod: bard is not in the store", "alias test: test.json is empty"]
+    assert (status, said) == (1, f"lora-serve: 2 problems, in 2 aliases of {root(store)}\n")
+
+
+def test_export_of_an_alias_names_what_can_be_exported(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, older = alias(store)
+    status, _, said = run(capsys, "export", "prod", tmp_path / "out", "--store", root(store))
+    assert (status, said) == (1, f"lora-serve: prod is an alias, of poet@{older}, bard: export one of these\n")
+
+
+def test_import_takes_the_aliases_of_another_store(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alias(store)
+    alias(store, "test")
+    (Path(root(store)) / "aliases" / "more.json").write_text("")
+    status, out, said = run(capsys, "import", root(store), "--store", tmp_path / "new")
+    assert out.splitlines() == [
+        "bard: imported", "poet: imported", "alias prod: imported", "alias test: imported",
+        "alias more: more.json is empty",
+    ]  # fmt: skip
+    assert (status, said) == (1, "lora-serve: not imported: 1 of 2 adapters and 3 aliases\n")
+    new = Store(tmp_path / "new")
+    assert (new.names(), new.aliases()) == (store.names(), store.aliases())
+    new.close()
+    assert "alias prod: is there already" in run(capsys, "import", root(store), "--store", tmp_path / "new")[1]
+
+
+def test_import_replaces_an_alias_only_when_told_to_and_none_by_an_adapter(
+    store: Store, peft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alias(store)
+    new = Store(tmp_path / "new")
+    publish(new, "sage", "of sage")
+    new.set_alias("prod", AliasRecord([TargetRecord("sage")]))
+    new.close()
+    assert "alias prod: it exists" in run(capsys, "import", root(store), "--store", tmp_path / "new")[1]
+    assert run(capsys, "import", root(store), "--store", tmp_path / "new", "--replace")[0] == 0
+    said = run(capsys, "import", peft, "--name", "prod", "--store", tmp_path / "new")[1]
+    assert said == "prod: prod is an alias\n"
+
+
+def test_replacing_an_adapter_keeps_the_version_that_an_alias_names(
+    store: Store, peft: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, older = alias(store)
+    store.close()
+    assert run(capsys, "import", peft, "--name", "poet", "--replace", "--store", root(store))[0] == 0
+    again = Store(Path(root(store)))
+    assert again.names()["poet"].versions == [describe_folder(peft).digest, older]
+    again.verify(older)
+    again.close()

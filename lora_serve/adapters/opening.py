@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from lora_serve.adapters.alias_operations import describe_problems, open_aliases
 from lora_serve.adapters.folder_watch import describe_missing_adapter, folder_source
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.operations import AdapterOperations
@@ -35,6 +36,7 @@ def open_store(
     created: dict[str, float] = {}
     stale: list[str] = []
     names = publisher.names()
+    open_aliases(residency, publisher, base_name)
     for digest in dict.fromkeys(digest for record in names.values() for digest in record.versions):
         try:
             created[digest] = publisher.created(digest)
@@ -87,7 +89,7 @@ def open_store(
         residency.apply(name, msgspec.structs.replace(record, versions=served))
         beyond = [residency.versions[digest] for digest in served if not residency.versions[digest].names]
         if beyond:  # more versions than are kept now
-            publisher.save(name, residency.stored(residency.names[name]), lambda error: None)
+            publisher.save(name, residency.stored(name, residency.names[name]), lambda error: None)
         for version in beyond:
             registry.free_if_unused(version)
         notes += [
@@ -95,7 +97,8 @@ def open_store(
             for digest in record.versions
             if digest not in summaries
         ]
-    return [*notes, *(f"adapter {name} is not served: {reason}" for name, reason in sorted(publisher.broken.items()))]
+    notes += [f"adapter {name} is not served: {reason}" for name, reason in sorted(publisher.broken.items())]
+    return notes + describe_problems(residency, publisher)
 
 
 def publish_folders(

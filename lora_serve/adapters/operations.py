@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_serve.adapters.alias_operations import AliasOperations
 from lora_serve.adapters.descriptions import describe_adapter, describe_upload
 from lora_serve.adapters.lowering_job import LoweredVersion
 from lora_serve.adapters.operation_queue import Done, OperationQueue, if_successful, next_step
@@ -16,12 +17,17 @@ from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import NameRecord
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, ServeError
-from lora_serve.messages import AdapterInfo, Inspect, Publish
-from lora_serve.names import check_adapter_name
+from lora_serve.messages import AdapterFiles, AdapterInfo, Inspect, LocateFiles, Publish
+from lora_serve.names import check_adapter_name, shorten
+from lora_serve.precondition import ANYTHING, Precondition
+from lora_serve.request import AdapterUse
 
 
 class AdapterOperations:
     """The admin operations on the adapters of one resident base.
+
+    Attributes:
+        aliases: the operations on aliases, which share names and order with these.
 
     Args:
         base_name: name of the base in the API, which no adapter may have.
@@ -31,6 +37,7 @@ class AdapterOperations:
         self._registry, self._residency, self._publisher = registry, residency, publisher
         self._base_name = base_name
         self._queue = OperationQueue()
+        self.aliases = AliasOperations(registry, residency, publisher, base_name, self._queue)
 
     # --- without changes -----------------------------------------------------------------------------------------
 
@@ -53,6 +60,19 @@ class AdapterOperations:
         if reason is not None:
             return AdapterInfo(name, False, [], reason)
         return describe_adapter(name, self._residency.record(name), self._residency)
+
+    def locate(self, operation: LocateFiles) -> AdapterFiles:
+        """Where the PEFT files of a version are. Raises AdapterNotFound, AdapterBroken, BadRequest if ambiguous."""
+        name = operation.name
+        self._publisher.check_not_broken(name)
+        self._residency.record(name)
+        try:
+            digest = self._residency.find(AdapterUse(name, operation.version)).digest
+        except ServeError as error:
+            raise type(error)(error.message, param="version") from None
+        folder, record = self._publisher.files(digest)
+        files = {path: (file.size, file.sha256) for path, file in record.files.items()}
+        return AdapterFiles(name, digest, str(folder), files)
 
     # --- memory --------------------------------------------------------------------------------------------------
 
@@ -94,9 +114,9 @@ class AdapterOperations:
         """Pin an adapter (load it and never evict it), or unpin it; this outlasts the engine."""
         self._queue.run(name, lambda end: self._pin(name, pinned, end), done)
 
-    def delete(self, name: str, done: Done) -> None:
+    def delete(self, name: str, done: Done, precondition: Precondition = ANYTHING) -> None:
         """Remove an adapter; its memory and files are freed when its last lease is released."""
-        self._queue.run(name, lambda end: self._delete(name, end), done)
+        self._queue.run(name, lambda end: self._delete(name, end, precondition), done)
 
     def unload(self, name: str, done: Done) -> None:
         """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
@@ -109,6 +129,9 @@ class AdapterOperations:
         taken = name in self._publisher.broken or (
             record is not None and not (record.unlisted and not operation.unless_known)
         )
+        if record is None and name in self._residency.aliases:
+            raise AdapterExists(f"{name} is an alias", param="name")
+        operation.precondition.check(self._etag(name))
         if taken and not operation.replace:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
@@ -118,6 +141,7 @@ class AdapterOperations:
                 if not digest.startswith(operation.digest):
                     raise AdapterInvalid(f"this is version {digest}, not {operation.digest[:64]}", param="digest")
                 self._residency.check_publish(name, digest, version.summary.nbytes)
+                operation.precondition.check(self._etag(name))
             except ServeError:
                 self._publisher.discard(staged)
                 raise
@@ -134,7 +158,7 @@ class AdapterOperations:
                 self._drop_unknown(stored)
                 done(self.describe(name))
 
-            kept = self._residency.stored(record_now())
+            kept = self._residency.stored(name, record_now())
             self._publisher.store(name, staged, kept, if_successful(on_stored, done))
 
         self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done))
@@ -161,6 +185,7 @@ class AdapterOperations:
         self._registry.save_name(name, if_successful(on_saved, done), pinned=pinned)
 
     def _unload(self, name: str, done: Done) -> None:
+        self._check_unaliased(name)
         stored = self._publisher.stored(name)
         if stored is not None and stored.source:
             self._delete(name, done)
@@ -176,13 +201,14 @@ class AdapterOperations:
 
         self._registry.save_name(name, if_successful(on_saved, done), pinned=False, unlisted=True)
 
-    def _delete(self, name: str, done: Done) -> None:
+    def _delete(self, name: str, done: Done, precondition: Precondition = ANYTHING) -> None:
+        self._check_unaliased(name)
         stored = self._publisher.stored(name) or NameRecord([])
         record = self._residency.names.get(name)
-        if record is None:
-            info = self.describe(name)
-        else:  # an unloaded one too
-            info = describe_adapter(name, record, self._residency)
+        # An unloaded one can be deleted too.
+        info = self.describe(name) if record is None else describe_adapter(name, record, self._residency)
+        precondition.check(self._etag(name))
+        if record is not None:
             self._registry.change_name(name, unlisted=True)  # at once; its versions go when the store has forgotten it
 
         def on_removed(error: ServeError | None) -> None:
@@ -194,6 +220,20 @@ class AdapterOperations:
             done(error or info)
 
         self._publisher.remove(name, next_step(on_removed, done))
+
+    def _etag(self, name: str) -> str | None:
+        """The digest that conditions are compared with; empty for a name that cannot be read, None if there is none."""
+        record = self._residency.names.get(name)
+        if record is not None:
+            return None if record.unlisted else record.versions[0]
+        stored = self._publisher.stored(name)
+        return None if name not in self._publisher.broken else "" if stored is None else stored.versions[0]
+
+    def _check_unaliased(self, name: str) -> None:
+        """Check that no alias needs an adapter. Raises AdapterBusy that names those that do."""
+        if aliases := self._residency.aliases.naming(name):
+            found = f"alias {aliases[0]} stands" if len(aliases) == 1 else f"aliases {shorten(aliases)} stand"
+            raise AdapterBusy(f"{found} for adapter {name}; change or delete it first", param="name")
 
     def _serve_repaired(self, digest: str) -> None:
         """Serve other names of a version that was broken until it was published again."""

@@ -18,7 +18,7 @@ from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
-from lora_serve.adapters.store.records import NameRecord
+from lora_serve.adapters.store.records import AliasRecord, NameRecord, VersionRecord
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, ServeError
@@ -111,6 +111,18 @@ class Publisher:
         """What the store says that a name refers to, broken or not."""
         return self._store.names().get(name)
 
+    def aliases(self) -> dict[str, AliasRecord]:
+        """The readable aliases."""
+        return self._store.aliases()
+
+    def unreadable_aliases(self) -> dict[str, str]:
+        """Alias → why its record cannot be read, of the others."""
+        return self._store.unreadable_aliases()
+
+    def files(self, digest: str) -> tuple[Path, VersionRecord]:
+        """The folder of a stored version with its PEFT files, and its record. Raises AdapterBroken."""
+        return self._store.folder(digest), self._store.version(digest)
+
     def created(self, digest: str) -> float:
         """When a stored version was published first, in seconds since the epoch."""
         return self._store.version(digest).created
@@ -148,6 +160,14 @@ class Publisher:
     def remove(self, name: str, done: Saved) -> None:
         """Remove a name from the store; its versions stay until `drop`."""
         self._workers.store(lambda: self._store.remove_name(name), done)
+
+    def save_alias(self, alias: str, record: AliasRecord, done: Saved) -> None:
+        """Let an alias stand for stored adapters."""
+        self._workers.store(lambda: self._store.set_alias(alias, record), done)
+
+    def remove_alias(self, alias: str, done: Saved) -> None:
+        """Remove an alias from the store."""
+        self._workers.store(lambda: self._store.remove_alias(alias), done)
 
     def drop(self, digest: str) -> None:
         """Delete a version that no name refers to."""

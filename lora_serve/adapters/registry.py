@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lora_serve.adapters.aliases import alias_broken
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.memory import AdapterMemory
@@ -20,10 +21,12 @@ from lora_serve.adapters.residency import Residency, Version
 from lora_serve.adapters.store.records import NameRecord
 from lora_serve.adapters.traits import Traits
 from lora_serve.adapters.workers import Workers
-from lora_serve.errors import AdapterBroken, ServeError
+from lora_serve.errors import AdapterBroken, AdapterNotFound, ServeError
 from lora_serve.messages import Stats
 from lora_serve.names import adapter_broken, adapter_not_found
-from lora_serve.request import AdapterUse
+from lora_serve.request import AdapterUse, Routing
+
+NO_ROUTING = Routing()
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,17 @@ class Registry:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def acquire(self, use: AdapterUse) -> Lease:
-        """Lease the version that a request names.
+    def acquire(self, use: AdapterUse, routing: Routing = NO_ROUTING) -> Lease:
+        """Lease the version that a request names, or that an alias gives it.
 
         Raises AdapterNotFound, BadRequest for an ambiguous version, AdapterBroken.
         """
+        alias, use = use.name, self._resolve(use, routing)
         self._publisher.check_not_broken(use.name)
-        version = self._residency.find(use)
+        try:
+            version = self._residency.find(use)
+        except AdapterNotFound as error:
+            raise alias_broken(alias, error.message) if alias != use.name else error from None
         if version.failure is not None:
             if version.leases:  # of requests that are being ended for it
                 raise _named(version, version.failure)
@@ -129,6 +136,11 @@ class Registry:
         """Digests of pinned versions, for which slots are reserved."""
         return self._residency.pinned
 
+    @property
+    def sticky_headers(self) -> list[str]:
+        """Lower-case names of the headers that aliases go by."""
+        return self._residency.aliases.sticky_headers
+
     def bytes(self, digest: str) -> int:
         """Size of a version in memory."""
         return self._residency.versions[digest].bytes
@@ -141,6 +153,7 @@ class Registry:
         stats.resident_in_host = residency.current_names(residency.host)
         stats.pinned = residency.current_names(residency.versions[digest] for digest in residency.pinned)
         stats.adapters = sum(not record.unlisted for record in self._residency.names.values())
+        stats.sticky_headers = self.sticky_headers
         self.memory.fill_stats(stats)
 
     # --- changes of names, by operations and at start ------------------------------------------------------------
@@ -178,7 +191,7 @@ class Registry:
                 self.change_name(name, **before)
             done(error)
 
-        self._publisher.save(name, self._residency.stored(self._residency.names[name]), on_saved)
+        self._publisher.save(name, self._residency.stored(name, self._residency.names[name]), on_saved)
 
     def free_if_unused(self, version: Version) -> None:
         """Free an unused version: its memory if it is to be evicted, and its files too if no name refers to it."""
@@ -193,6 +206,10 @@ class Registry:
             self._publisher.drop(version.digest)
 
     # --- parts of these ------------------------------------------------------------------------------------------
+
+    def _resolve(self, use: AdapterUse, routing: Routing) -> AdapterUse:
+        """The adapter that a request gets where it names an alias."""
+        return use if use.name in self._residency.names else self._residency.aliases.resolve(use, routing)
 
     def _on_load_ended(self, version: Version) -> None:
         self._impossible |= version.failure is not None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from lora_serve.adapters.aliases import Aliases
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.memory_tier import MemoryTier
 from lora_serve.adapters.store.records import NameRecord
@@ -108,18 +109,21 @@ class Residency:
 
     Attributes:
         names: what each name refers to; of its versions, those after the first are older ones, newest first.
+        aliases: what stands for these names.
         versions: by digest; every version that a name refers to or a lease is held on.
         pinned: digests of pinned versions, wherever they are.
         host, device: the versions in host memory and on the device.
         unmet: whether pinned or leased versions were missing in memory at the last decision: a release may help them.
 
     Args:
-        keep_versions: versions of a name that stay in the store; further ones go with their last lease.
+        keep_versions: versions of a name that stay in the store; further ones go with their last lease, unless an alias
+            names them.
     """
 
     def __init__(self, budget: Budget, keep_versions: int = 1) -> None:
         self.budget = budget
         self.names: dict[str, NameRecord] = {}
+        self.aliases = Aliases()
         self.versions: dict[str, Version] = {}
         self.pinned: Set[str] = frozenset()
         self.unmet = False
@@ -166,9 +170,16 @@ class Residency:
         if name in self.names and self.names[name].pinned:
             self.check_pins(name, digest, size)
 
-    def stored(self, record: NameRecord) -> NameRecord:
-        """The part of a record that the store keeps."""
-        return msgspec.structs.replace(record, versions=record.versions[: self._keep_versions])
+    def stored(self, name: str, record: NameRecord, *, review: bool = False) -> NameRecord:
+        """The part of a name's record that the store keeps: its newest versions, and those that aliases keep.
+
+        Args:
+            review: whether to leave out versions that are only held, since aliases named them.
+        """
+        newest, older = record.versions[: self._keep_versions], record.versions[self._keep_versions :]
+        keeps = self.aliases.names if review else self.aliases.keeps
+        kept = [*newest, *(digest for digest in older if keeps(name, digest))]
+        return msgspec.structs.replace(record, versions=kept)
 
     def apply(self, name: str, record: NameRecord | None) -> None:
         """Let a name refer to a record's versions, or to nothing."""
@@ -177,8 +188,9 @@ class Residency:
             self.versions[digest].names.discard(name)
         if record is not None:
             known = [digest for digest in record.versions if digest in self.versions]
-            kept = known[: self._keep_versions]
-            leased = [digest for digest in known[self._keep_versions :] if self.versions[digest].leases]
+            record = msgspec.structs.replace(record, versions=known)
+            kept = self.stored(name, record).versions
+            leased = [digest for digest in known if digest not in kept and self.versions[digest].leases]
             self.names[name] = msgspec.structs.replace(record, versions=[*kept, *leased])
             for digest in self.names[name].versions:
                 self.versions[digest].names.add(name)

@@ -95,7 +95,8 @@ def _audit_fields(scope: Scope, status: int) -> dict[str, Any]:
 
 def write_audit(change: Change, **fields: Any) -> None:
     """Write a line of the audit log; fields that are None are left out."""
-    _write(audit, logging.INFO, f"{change.action} {_quoted(change.name)}", {"digest": change.digest or None} | fields)
+    own = {"digest": change.digest or None, "targets": change.targets or None}
+    _write(audit, logging.INFO, f"{change.action} {_quoted(change.name)}", own | fields)
 
 
 def _quoted(text: str) -> str:

@@ -11,13 +11,14 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.caller import Caller
 from lora_serve.api.content_type import is_json
+from lora_serve.api.etags import Conditions, KnownTags, adapter_etag, tagged
 from lora_serve.api.json_body import JSONRoute
-from lora_serve.api.openapi import errors
+from lora_serve.api.openapi import UNCHANGED, documented
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.source_body import receive_from_source, source_schema
@@ -67,21 +68,6 @@ class DeletedAdapter(msgspec.Struct, frozen=True):
     deleted: Literal[True]
 
 
-def _responses(struct: type[msgspec.Struct], *statuses: int, success: int = 200) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses of a route: a msgspec struct, with references resolved, and errors."""
-    (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
-
-    def whole(node: Any) -> Any:
-        if isinstance(node, list):
-            return [whole(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        return whole(parts[node["$ref"]]) if "$ref" in node else {key: whole(value) for key, value in node.items()}
-
-    done = {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}
-    return {success: done, **errors(*statuses)}
-
-
 def _receive(
     request: Request, services: Services, caller: Caller, name: str | None = None
 ) -> AbstractAsyncContextManager[ReceivedUpload]:
@@ -103,18 +89,19 @@ def is_upload(method: str, path: str) -> bool:
     "/adapters",
     status_code=201,
     openapi_extra=_upload_schema("name"),
-    responses=_responses(AdapterInfo, 409, 422, 507, success=201),
+    response_class=Response,
+    responses=documented(AdapterInfo, 409, 422, 507, success=201, etag=True),
 )
-async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Info:
+async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Response:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
     async with _receive(request, services, caller) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
-        return await _publish(request, services, name, upload, replace=False)
+        return await _publish(request, services, Publish(name, str(upload.folder)), upload)
 
 
-@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=_responses(Inspection, 422, 507))
+@router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=documented(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
     async with _receive(request, services, caller) as upload:
@@ -127,65 +114,73 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
     "/adapters/{name}",
     status_code=201,
     openapi_extra=_upload_schema(),
-    responses=_responses(AdapterInfo, 422, 507, success=201),
+    response_class=Response,
+    responses=documented(AdapterInfo, 409, 412, 422, 507, success=201, etag=True),
 )
-async def publish_version(name: AdapterName, request: Request, services: ServicesDep, caller: Administrator) -> Info:
+async def publish_version(
+    name: AdapterName, request: Request, services: ServicesDep, caller: Administrator, conditions: Conditions
+) -> Response:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
     async with _receive(request, services, caller, name) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
-        return await _publish(request, services, name, upload, replace=True)
+        operation = Publish(name, str(upload.folder), replace=True, precondition=conditions)
+        return await _publish(request, services, operation, upload)
 
 
-@router.get("/adapters", responses=_responses(AdapterList))
+@router.get("/adapters", responses=documented(AdapterList))
 async def list_adapters(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """All adapters that this key may use, sorted by name."""
     found = await services.engine.call(ListAdapters())
     return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
 
 
-@router.get("/adapters/{name}", responses=_responses(AdapterInfo, 404))
-async def show(name: AdapterName, services: ServicesDep, caller: Authorized) -> Info:
+@router.get("/adapters/{name}", response_class=Response, responses=documented(AdapterInfo, 404, etag=True) | UNCHANGED)
+async def show(name: AdapterName, services: ServicesDep, caller: Authorized, known: KnownTags) -> Response:
     """One adapter: its versions, the tiers they are in, their sizes, and the report on each."""
-    return await _call(services, DescribeAdapter(caller.check_may_use(name)))
+    info = await _call(services, DescribeAdapter(caller.check_may_use(name)))
+    return tagged(info, adapter_etag(info), known)
 
 
-@router.post("/adapters/{name}/load", responses=_responses(AdapterInfo, 404, 422))
+@router.post("/adapters/{name}/load", responses=documented(AdapterInfo, 404, 422))
 async def load(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Load an adapter into memory ahead of the first request."""
     return await _change(request, services, "load", LoadAdapter(name))
 
 
-@router.post("/adapters/{name}/evict", responses=_responses(AdapterInfo, 404, 409))
+@router.post("/adapters/{name}/evict", responses=documented(AdapterInfo, 404, 409))
 async def evict(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Evict an adapter from memory once no request uses it; it stays published."""
     return await _change(request, services, "evict", EvictAdapter(name))
 
 
-@router.post("/adapters/{name}/pin", responses=_responses(AdapterInfo, 404, 409, 422))
+@router.post("/adapters/{name}/pin", responses=documented(AdapterInfo, 404, 409, 422))
 async def pin(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Load an adapter and exclude it from LRU eviction."""
     return await _change(request, services, "pin", PinAdapter(name, pinned=True))
 
 
-@router.post("/adapters/{name}/unpin", responses=_responses(AdapterInfo, 404))
+@router.post("/adapters/{name}/unpin", responses=documented(AdapterInfo, 404))
 async def unpin(name: AdministeredAdapter, request: Request, services: ServicesDep) -> Info:
     """Allow an adapter to be evicted again."""
     return await _change(request, services, "unpin", PinAdapter(name, pinned=False))
 
 
-@router.delete("/adapters/{name}", responses=_responses(DeletedAdapter, 404))
-async def delete(name: AdministeredAdapter, request: Request, services: ServicesDep) -> dict[str, Any]:
+@router.delete("/adapters/{name}", responses=documented(DeletedAdapter, 404, 409, 412))
+async def delete(
+    name: AdministeredAdapter, request: Request, services: ServicesDep, conditions: Conditions
+) -> dict[str, Any]:
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     record_of(request.scope).changes.append(Change("delete", name))
-    await services.engine.call(DeleteAdapter(name))
+    await services.engine.call(DeleteAdapter(name, conditions))
     return {"name": name, "deleted": True}
 
 
-async def _publish(request: Request, services: Services, name: str, upload: ReceivedUpload, *, replace: bool) -> Info:
-    operation = Publish(name, str(upload.folder), replace=replace, source=upload.source, digest=upload.digest)
-    return await _change(request, services, "publish", operation)
+async def _publish(request: Request, services: Services, operation: Publish, upload: ReceivedUpload) -> Response:
+    operation = msgspec.structs.replace(operation, source=upload.source, digest=upload.digest)
+    info = await _change(request, services, "publish", operation)
+    return tagged(info, adapter_etag(info), status=201)
 
 
 async def _change(

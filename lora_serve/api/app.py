@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from lora_serve.adapter_sources import parse_sources
-from lora_serve.api import admin, error_handlers, key_routes, lora_routes, page, usage_routes
+from lora_serve.api import admin, alias_routes, download, error_handlers, key_routes, lora_routes, page, usage_routes
 from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, MetricsReader
@@ -98,6 +98,8 @@ def create_app(engine: EngineProtocol, tokenizer: Any, config: ServeConfig, keys
         models,
         tokenize,
         admin,
+        alias_routes,
+        download,
         lora_routes,
         usage_routes,
         key_routes,

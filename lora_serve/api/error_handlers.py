@@ -40,6 +40,7 @@ STATUS = {
     "adapter_exists": 409,
     "adapter_busy": 409,
     "adapter_broken": 409,  # not 5xx: one damaged adapter does not make the server unhealthy
+    "precondition_failed": 412,
     "too_large": 413,
     "unsupported_media_type": 415,
     "adapter_invalid": 422,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from pydantic import BaseModel
 
@@ -27,9 +28,33 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+Responses = dict[int | str, dict[str, Any]]
+ETAG = {"headers": {"ETag": {"description": "the digest, quoted", "schema": {"type": "string"}}}}
+UNCHANGED: Responses = {304: {"description": "It has one of the entity tags in If-None-Match", **ETAG}}
+
+
+def errors(*statuses: int) -> Responses:
     """OpenAPI responses of a route, for the errors that not every route has."""
     return {status: _error(status) for status in statuses}
+
+
+def documented(struct: type[msgspec.Struct], *statuses: int, success: int = 200, etag: bool = False) -> Responses:
+    """OpenAPI responses of a route: a msgspec struct, with references resolved, and errors.
+
+    Args:
+        etag: whether the response has an entity tag.
+    """
+    (schema,), parts = msgspec.json.schema_components([struct], ref_template="{name}")
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, list):
+            return [whole(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return whole(parts[node["$ref"]]) if "$ref" in node else {key: whole(value) for key, value in node.items()}
+
+    done = {"description": "Done", "content": {"application/json": {"schema": whole(schema)}}}
+    return {success: done | (ETAG if etag else {}), **errors(*statuses)}
 
 
 def _error(status: int) -> dict[str, Any]:

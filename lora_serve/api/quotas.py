@@ -95,59 +95,94 @@ class QuotaState:
         raise RateLimited(message, retry_after=wait, headers=self.headers(now))
 
 
+class QuotaUse:
+    """What one request counts against, from its beginning to its end.
+
+    Attributes:
+        headers: of the response, on the quota of the key.
+    """
+
+    def __init__(self, quotas: Quotas, caller: Caller) -> None:
+        self._quotas, self._caller = quotas, caller
+        self._states: dict[str | None, QuotaState | None] = {}
+        self.headers: Headers = {}
+
+    def count(self, names: Sequence[str | None]) -> None:
+        """Count the request against the quotas of adapters ("" is the base), or of the key (None), each once.
+
+        An alias is an adapter here, and so is what it chose: neither quota can be gone round by way of the other.
+
+        Raises: `RateLimited`, with no effect.
+        """
+        now = self._quotas.now()
+        new = {name: self._quotas.state(self._caller, name, now) for name in names if name not in self._states}
+        for name, state in new.items():
+            if state is not None:
+                state.check(f"for key {self._caller.name}{_with(name)}", now)
+        for state in new.values():
+            if state is not None:
+                state.begin(now)
+        self._states |= new
+        if (state := self._states.get(None)) is not None:
+            self.headers = state.headers(now)
+
+    def end(self, tokens: int) -> None:
+        """Note that the request has ended, and how many tokens it had."""
+        now = self._quotas.now()
+        for state in self._states.values():
+            if state is not None:
+                state.end(tokens, now)
+
+
 class Quotas:
     """The quotas of all keys.
 
     Args:
         clock: seconds.
+
+    Attributes:
+        now: tells the time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.now = clock
         self._sweep_at = SWEEP
         self._states: dict[tuple[str, str | None], QuotaState] = {}  # by key, and by adapter ("" is the base) or of all
 
     @contextmanager
-    def use(self, caller: Caller, adapters: Sequence[str], record: RequestRecord) -> Iterator[Headers]:
-        """Count a request against its key's quotas while it is served; yields response headers.
+    def use(self, caller: Caller, adapters: Sequence[str], record: RequestRecord) -> Iterator[QuotaUse]:
+        """Count a request against its key's quotas while it is served.
 
         Args:
-            adapters: names of the request's adapters; none for the base.
+            adapters: names of the request's adapters, as it gives them; none for the base.
             record: has the request's tokens at the end.
 
         Raises: `RateLimited`.
         """
-        now = self._clock()
-        states = self._of(caller, adapters, now)
-        for of, state in states:
-            state.check(of, now)
-        for _, state in states:
-            state.begin(now)
+        use = QuotaUse(self, caller)
+        use.count([None, *(adapters or ("",))])
         try:
-            yield states[0][1].headers(now) if states else {}
+            yield use
         finally:
-            now = self._clock()
-            for _, state in states:
-                state.end(record.prompt_tokens + record.completion_tokens, now)
+            use.end(record.prompt_tokens + record.completion_tokens)
 
-    def _of(self, caller: Caller, adapters: Sequence[str], now: float) -> list[tuple[str, QuotaState]]:
-        """The states that a request counts against, the key's own first, each with whose it is."""
-        key = f"for key {caller.name}"
-        wanted: list[tuple[str, str | None, Limits]] = [(key, None, caller.limits)]
-        for name in adapters or ("",):
-            wanted.append((f"{key} with {f'adapter {name}' if name else 'the base'}", name, caller.limits_per_adapter))
+    def state(self, caller: Caller, name: str | None, now: float) -> QuotaState | None:
+        """What a key has used of an adapter, or of everything; None if that is not limited."""
         if len(self._states) > self._sweep_at:
             self._states = {key: each for key, each in self._states.items() if not each.unused(now)}
             self._sweep_at = max(SWEEP, 2 * len(self._states))  # so that a request's share of the sweeps is small
-        found = []
-        for of, adapter, limits in wanted:
-            if not limits.model_fields_set:
-                continue
-            state = self._states.get((caller.name, adapter))
-            if state is None or state.limits != limits:  # new, or changed in the key file
-                state = self._states[caller.name, adapter] = QuotaState(limits, now)
-            found.append((of, state))
-        return found
+        limits = caller.limits if name is None else caller.limits_per_adapter
+        if not limits.model_fields_set:
+            return None
+        state = self._states.get((caller.name, name))
+        if state is None or state.limits != limits:  # new, or changed in the key file
+            state = self._states[caller.name, name] = QuotaState(limits, now)
+        return state
+
+
+def _with(name: str | None) -> str:
+    """Of what a quota is, behind its key."""
+    return "" if name is None else f" with adapter {name}" if name else " with the base"
 
 
 def _duration(seconds: float) -> str:

@@ -16,14 +16,16 @@ class Change(NamedTuple):
     """What a request changed, or tried to: for the audit log.
 
     Attributes:
-        action: publish, delete, load, evict, pin, unpin, unload.
-        name: of the adapter.
-        digest: of the version; empty if none was named or made.
+        action: publish, delete, load, evict, pin, unpin, unload; alias, unalias; download, which changes nothing.
+        name: of the adapter or alias.
+        digest: of the version, or of what an alias stands for; empty if none was named or made.
+        targets: of an alias, with their weights.
     """
 
     action: str
     name: str
     digest: str = ""
+    targets: str = ""
 
 
 @dataclass

@@ -31,7 +31,7 @@ from lora_serve.errors import (
     TooLarge,
     Unavailable,
 )
-from lora_serve.messages import DescribeAdapter, Operation, Publish
+from lora_serve.messages import DescribeAdapter, DescribeAlias, Operation, Publish
 from lora_serve.names import adapter_not_found
 from lora_serve.sources.fetch_messages import FetchDone
 from lora_serve.sources.fetcher import Fetcher
@@ -119,15 +119,22 @@ class SourceFetches:
             return False
         fetched = False
         for name in dict.fromkeys(names):
-            if is_adapter_name(name) and not await self._is_published(name):
+            if is_adapter_name(name) and not await self._is_known(name):
                 if not await self._fetch_once(name, key):
                     return False
                 fetched = True
         return fetched
 
+    async def _is_known(self, name: str) -> bool:
+        """Whether an adapter is published under this name, or it is an alias, whose adapters are."""
+        return await self._is_published(name) or await self._exists(DescribeAlias(name))
+
     async def _is_published(self, name: str) -> bool:
+        return await self._exists(DescribeAdapter(name))
+
+    async def _exists(self, operation: DescribeAdapter | DescribeAlias) -> bool:
         try:
-            await self._engine.call(DescribeAdapter(name))
+            await self._engine.call(operation)
         except AdapterNotFound:
             return False
         return True

@@ -182,7 +182,7 @@ class ActiveRequests:
         leases: list[Lease] = []
         try:
             for use in request.adapters:
-                leases.append(self._registry.acquire(use))
+                leases.append(self._registry.acquire(use, request.routing))
             check(request, leases, self._info)
             self._registry.check_possible([lease.digest for lease in leases])
         except ServeError:

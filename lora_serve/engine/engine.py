@@ -35,16 +35,21 @@ from lora_serve.messages import (
     Abort,
     Call,
     DeleteAdapter,
+    DeleteAlias,
     DescribeAdapter,
+    DescribeAlias,
     Drain,
     EngineInfo,
     EvictAdapter,
     Generate,
     Inspect,
     ListAdapters,
+    ListAliases,
     LoadAdapter,
+    LocateFiles,
     PinAdapter,
     Publish,
+    PutAlias,
     Reply,
     Stats,
     StepReport,
@@ -97,6 +102,7 @@ class Engine:
         self._clock = clock
         self._steps = 0
         self._queue_times = QueueTimes()
+        self._sticky_headers: list[str] = []  # that the API was told of
         self._stalled = True  # nothing can run until a message or a finished load changes that
 
     @classmethod
@@ -167,7 +173,7 @@ class Engine:
         if self._draining is not None and not self._requests:
             self._replies += [Reply(call) for call in self._draining]
             self._draining = []
-        return Update(self._requests.take_events(), None, report)
+        return Update(self._requests.take_events(), self._stats_of_aliases(), report)
 
     def _step(self) -> StepReport | None:
         """Schedule, launch, sample, process the outputs."""
@@ -227,6 +233,13 @@ class Engine:
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
+    def _stats_of_aliases(self) -> Stats | None:
+        """Statistics if aliases go by other headers than were told: before the reply to who changed that."""
+        if self._registry.sticky_headers == self._sticky_headers:
+            return None
+        self._sticky_headers = self._registry.sticky_headers
+        return self.stats()
+
     def _end_impossible(self) -> None:
         """End the requests whose adapters cannot be had any more, with the reason."""
         for adapter_set, error in self._registry.take_impossible(self._scheduler.adapter_sets):
@@ -270,10 +283,20 @@ class Engine:
                 operations.evict(name, done)
             case PinAdapter(name, pinned):
                 operations.pin(name, pinned, done)
-            case DeleteAdapter(name):
-                operations.delete(name, done)
+            case DeleteAdapter(name, precondition):
+                operations.delete(name, done, precondition)
             case UnloadAdapter(name):
                 operations.unload(name, done)
+            case LocateFiles():
+                done(operations.locate(call.operation))
+            case PutAlias():
+                operations.aliases.put(call.operation, done)
+            case DeleteAlias():
+                operations.aliases.delete(call.operation, done)
+            case DescribeAlias(name):
+                done(operations.aliases.describe(name))
+            case ListAliases():
+                done(operations.aliases.describe_all())
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 

@@ -96,10 +96,11 @@ def serve(engine: EngineCore, connection: Connection, on_exit: Callable[[], None
 
         update = engine.step()
         ran = update.step is not None or bool(update.events)
+        told = update.stats is not None
         idle = not engine.busy
         now = time.monotonic()
         heartbeat = now - last_update >= HEARTBEAT
-        if ran or heartbeat:
+        if ran or heartbeat or told:
             if update.stats is None and (idle or heartbeat or now - last_stats >= STATS_EVERY):
                 update, last_stats = msgspec.structs.replace(update, stats=engine.stats()), now
             connection.send(update)

@@ -20,6 +20,7 @@ from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
+from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import ServeError
@@ -52,11 +53,12 @@ class RegistryHarness:
         keep_versions: int = 1,
         dtype: torch.dtype = torch.float32,
         base: BaseShape = BASE,
+        disk: Disk | None = None,
     ) -> None:
         self.folder = folder
         self.device_slots = DeviceSlots(base, slots, dtype, torch.device("cpu"))
         self.residency = Residency(Budget(slots, memory, device), keep_versions)
-        self.store = Store(folder / "store", "a fingerprint")
+        self.store = Store(folder / "store", "a fingerprint", disk=disk)
         workers = Workers(lambda: None, compilers=2)
         compiler = InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))
         publisher = Publisher(self.store, compiler, workers)

@@ -11,9 +11,13 @@ from registry_harness import RegistryHarness
 
 from lora_serve.adapters.registry import Lease
 from lora_serve.errors import AdapterBroken, AdapterNotFound, ServeError
+from lora_serve.messages import AliasTarget, DeleteAlias, PutAlias
 from lora_serve.request import AdapterUse
 
-ACTIONS = ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
+ACTIONS = (
+    *("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire"),
+    *("alias", "alias", "unalias"),
+)
 
 
 def test_publishing_a_version_that_is_still_leased_makes_it_the_current_one_again(
@@ -160,26 +164,32 @@ def test_a_new_version_of_a_pinned_adapter_is_loaded_and_replaces_the_old_one(ha
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_agree(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
-    harness = RegistryHarness(tmp_path, memory=3000, device=rng.choice((None, 4000)), keep_versions=rng.choice((1, 2)))
+    device, keep_versions = rng.choice((None, 4000)), rng.choice((1, 2))
+    harness = RegistryHarness(tmp_path, memory=3000, device=device, keep_versions=keep_versions)
     registry, residency = harness.registry, harness.residency
     asked, answers = 0, list[Any]()
     leases: list[Lease] = []
     for number in range(250):
         name = rng.choice("abcd")
-        action = rng.choice(
-            ("publish", "publish", "delete", "load", "evict", "pin", "unpin", "unload", "acquire", "acquire")
-        )
+        action = rng.choice(ACTIONS)
         asked += action not in ("acquire",)
         try:
             if action == "publish":
                 folder = harness.upload(rng.randrange(4) + 10 * number * rng.randrange(2))
                 harness.start_publish(name, folder, answers.append, replace=rng.random() < 0.8)
+            elif action == "alias":
+                known = residency.names[name].versions if name in residency.names else ["0"]
+                target = f"{name}@{rng.choice(known)}" if rng.random() < 0.7 else name
+                change = PutAlias(rng.choice("dxy"), [AliasTarget(target)])
+                harness.operations.aliases.put(change, answers.append)
+            elif action == "unalias":
+                harness.operations.aliases.delete(DeleteAlias(rng.choice("dxy")), answers.append)
             elif action in ("delete", "load", "evict", "unload"):
                 getattr(harness.operations, action)(name, answers.append)
             elif action in ("pin", "unpin"):
                 harness.operations.pin(name, action == "pin", answers.append)
             else:
-                leases.append(registry.acquire(AdapterUse(name)))
+                leases.append(registry.acquire(AdapterUse(rng.choice((name, "x")))))
         except ServeError as error:
             answers += [] if action == "acquire" else [error]
         if leases and rng.random() < 0.5:
@@ -194,18 +204,35 @@ def test_whatever_meets_every_operation_is_answered_and_memory_disk_and_names_ag
     for lease in leases:
         registry.release(lease)
     harness.wait_until(lambda: len(answers) == asked)
+    aliases = residency.aliases.records
+
+    def settled() -> bool:
+        """Whether memory, records and folders have the same versions, and no older one that no alias names."""
+        names = {name: record.versions for name, record in residency.names.items()}
+        kept = {digest for versions in names.values() for digest in versions}
+        return (
+            {name: record.versions for name, record in harness.store.names().items()} == names
+            and residency.versions.keys() == kept
+            and {path.name for path in (tmp_path / "store" / "versions").iterdir()} == kept
+            and all(
+                any(record.names(name, digest) for record in aliases.values())
+                for name, versions in names.items()
+                for digest in versions[keep_versions:]
+            )
+        )
+
+    harness.wait_until(settled)  # the last words may still be on their way to the disk
     names = {name: record.versions for name, record in residency.names.items()}
-    for name, versions in names.items():  # the last words may still be on their way to the disk
-        harness.wait_until(lambda name=name, versions=versions: harness.store.names()[name].versions == versions)
-    kept = {digest for versions in names.values() for digest in versions}
-    assert residency.versions.keys() == kept
-    harness.wait_until(lambda: {path.name for path in (tmp_path / "store" / "versions").iterdir()} == kept)
-    assert harness.store.names().keys() == names.keys()
+    assert harness.store.aliases() == aliases
+    for record in aliases.values():
+        for target in record.targets:
+            assert target.name in names
+            assert target.version in ("", *names[target.name])
     staging = harness.store.staging  # uploads that were refused before they were looked at are the API's to remove
     harness.wait_until(lambda: all(path.name.startswith("upload-") for path in staging.iterdir()))
     registry.close()
-    again = RegistryHarness(tmp_path, memory=3000)
-    assert {name: record.versions[0] for name, record in again.residency.names.items()} == {
-        name: versions[0] for name, versions in names.items()
-    }
+    again = RegistryHarness(tmp_path, memory=3000, device=device, keep_versions=keep_versions)
+    assert again.notes == []
+    assert {name: record.versions for name, record in again.residency.names.items()} == names
+    assert again.residency.aliases.records == aliases
     again.registry.close()

@@ -170,7 +170,7 @@ def test_earlier_versions_are_found_by_digest_and_go_with_their_last_lease() -> 
         state.apply(name, None)
     (number,) = lease(state, "v1")
     state.apply("a", NameRecord(["v3", "v2", "v1"]))
-    assert state.stored(state.names["a"]).versions == ["v3", "v2"]
+    assert state.stored("a", state.names["a"]).versions == ["v3", "v2"]
     assert state.find(AdapterUse("a", "v1")).digest == "v1"
     with pytest.raises(BadRequest, match="more than one"):
         state.find(AdapterUse("a", "v"))

@@ -20,20 +20,27 @@ from lora_serve.api.key_file import Keys
 from lora_serve.config import ServeConfig
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound
 from lora_serve.messages import (
+    AdapterFiles,
     AdapterInfo,
     AdapterVersion,
+    AliasInfo,
     DeleteAdapter,
+    DeleteAlias,
     DescribeAdapter,
+    DescribeAlias,
     Drain,
     EngineInfo,
     EvictAdapter,
     Inspect,
     Inspection,
     ListAdapters,
+    ListAliases,
     LoadAdapter,
+    LocateFiles,
     Operation,
     PinAdapter,
     Publish,
+    PutAlias,
     Stats,
     UnloadAdapter,
     Update,
@@ -60,6 +67,8 @@ class StubAdminEngine:
         self.info: EngineInfo | None = None
         self.adapters: dict[str, AdapterInfo] = {}
         self.sources: dict[str, str] = {}
+        self.aliases: dict[str, AliasInfo] = {}
+        self.files: AdapterFiles | None = None  # of every version
         self.may_pin = True
         self.published: list[dict[str, bytes]] = []
         self.inspected: list[dict[str, bytes]] = []
@@ -86,6 +95,7 @@ class StubAdminEngine:
     def _do(self, operation: Operation) -> Any:
         match operation:
             case Publish(name=name):
+                operation.precondition.check(self._etag(name))
                 if name in self.adapters and not operation.replace:
                     raise AdapterExists(f"{name} exists", param="name")
                 versions = self.adapters[name].versions if name in self.adapters else []
@@ -104,11 +114,33 @@ class StubAdminEngine:
                 return self.adapters[name]
             case DeleteAdapter(name=name) | UnloadAdapter(name=name):
                 self._find(name)
+                if isinstance(operation, DeleteAdapter):
+                    operation.precondition.check(self._etag(name))
                 return self.adapters.pop(name)
+            case LocateFiles(name=name):
+                self._find(name)
+                return self.files
+            case PutAlias(name=name):
+                operation.precondition.check(self.aliases[name].etag if name in self.aliases else None)
+                etag = f"tag{len(self.operations)}"
+                self.aliases[name] = AliasInfo(name, operation.targets, operation.sticky or None, etag, 3.0)
+                return self.aliases[name]
+            case ListAliases():
+                return [self.aliases[name] for name in sorted(self.aliases)]
+            case DescribeAlias(name=name) | DeleteAlias(name=name):
+                if name not in self.aliases:
+                    raise AdapterNotFound(f"alias {name[:100]} does not exist", param="name")
+                if isinstance(operation, DescribeAlias):
+                    return self.aliases[name]
+                operation.precondition.check(self.aliases[name].etag)
+                return self.aliases.pop(name)
             case DescribeAdapter(name=name) | LoadAdapter(name=name) | EvictAdapter(name=name):
                 return self._find(name)
             case Drain():
                 return None
+
+    def _etag(self, name: str) -> str | None:
+        return self.adapters[name].versions[0].digest if name in self.adapters else None
 
     def _find(self, name: str) -> AdapterInfo:
         if name not in self.adapters:

@@ -62,6 +62,7 @@ class StubCompletionEngine(StubAdminEngine):
         self.forever = False
         self.cached = 0
         self.embedding = self.most_embedding = 0  # requests for embeddings at the same time
+        self.resolves: dict[str, str] = {}  # alias → the adapter that every request gets
         self.digests = ["d" * 64]  # of the adapters, by number of the request; the last one is that of the others
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -72,13 +73,17 @@ class StubCompletionEngine(StubAdminEngine):
             if number in self.refusals:
                 yield Finished(request.id, "error", failure=Failure.of(self.refusals[number]))
                 return
-            unknown = [use.name for use in request.adapters if use.name not in ("poet", "clerk")]
+            served = [self.resolves.get(use.name, use.name) for use in request.adapters]
+            unknown = [name for name in served if name not in ("poet", "clerk")]
             if unknown:
                 error = AdapterNotFound(f"adapter {unknown[0]} does not exist", param="adapter")
                 yield Finished(request.id, "error", failure=Failure.of(error))
                 return
             digest = self.digests[min(number, len(self.digests) - 1)]
-            yield Admitted(request.id, [Served(use.name, digest, use.weight) for use in request.adapters])
+            weights = [use.weight for use in request.adapters]
+            yield Admitted(
+                request.id, [Served(name, digest, weight) for name, weight in zip(served, weights, strict=True)]
+            )
             if request.embedding is not None:
                 async for event in self._embed(request):
                     yield event

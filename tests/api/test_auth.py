@@ -13,7 +13,7 @@ from stub_admin import FILES, StubAdminApp, refusal
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import RECHECK, KeyFile, Keys, hash_key, load_keys
 from lora_serve.errors import BadRequest
-from lora_serve.messages import AdapterInfo, AdapterVersion
+from lora_serve.messages import AdapterFiles, AdapterInfo, AdapterVersion
 
 OPEN = {"/health", "/ready"}
 
@@ -120,6 +120,7 @@ async def test_every_route_but_health_needs_a_key(server: StubAdminApp) -> None:
         ("POST", "/v1/adapters"),
         ("PUT", "/v1/adapters/poet"),
         ("DELETE", "/v1/adapters/poet"),
+        ("GET", "/v1/adapters/poet/files"),
         ("POST", "/v1/adapters/poet/load"),
         ("POST", "/v1/adapters/poet/evict"),
         ("POST", "/v1/adapters/poet/pin"),
@@ -134,6 +135,7 @@ async def test_changing_adapters_needs_an_admin_key(server: StubAdminApp, method
     sent = {"lora_name": "poet"} | ({} if "unload" in path else {"lora_path": "/"})
     assert refusal(await server.ask(method, path, key="sk-user", json=sent))[0] == 403
     assert server.engine.operations == []
+    server.engine.files = AdapterFiles("poet", "d" * 64, "", {})
     answer = await server.ask(method, path, key="sk-boss", json=sent)
     assert answer.status_code in (200, 400)
 
@@ -157,6 +159,7 @@ UPLOAD = {"files": [("name", (None, b"coder")), *[("files", item) for item in FI
     ("method", "path", "given"),
     [
         ("GET", "/v1/adapters/{}", {}),
+        ("GET", "/v1/adapters/{}/files", {}),
         ("POST", "/v1/adapters/{}/load", {}),
         ("POST", "/v1/adapters/{}/evict", {}),
         ("POST", "/v1/adapters/{}/pin", {}),
@@ -173,6 +176,7 @@ async def test_an_admin_key_of_some_adapters_does_not_reach_others(
         body = {field: value.format(name) for field, value in given.items()}
         return await server.ask(method, path.format(name), key="sk-head", json=body or None)
 
+    server.engine.files = AdapterFiles("poet", "d" * 64, "", {})
     hidden, absent = await ask("coder"), await ask("nobody")
     assert hidden.status_code == absent.status_code == 404
     assert hidden.text == absent.text.replace("nobody", "coder")

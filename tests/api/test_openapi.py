@@ -11,6 +11,8 @@ import pytest
 from stub_admin import FILES, adapter_folder
 from stub_completions import StubCompletionApp
 
+from lora_serve.messages import AdapterFiles, AliasInfo, AliasTarget
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 MESSAGE = {"model": "base", "max_tokens": 4, **CHAT}
 KEYLESS = {"/health", "/ready"}
@@ -113,7 +115,16 @@ async def test_a_tool_call_is_as_documented(server: StubCompletionApp) -> None:
         ("post", "/v1/adapters/{name}/evict", {}),
         ("post", "/v1/adapters/{name}/pin", {}),
         ("post", "/v1/adapters/{name}/unpin", {}),
+        ("put", "/v1/adapters/{name}", {"files": [], "headers": {"If-Match": "x"}}),
+        ("get", "/v1/adapters/{name}/files", {}),
         ("delete", "/v1/adapters/{name}", {}),
+        ("delete", "/v1/adapters/{name}", {"headers": {"If-Match": "x"}}),
+        ("put", "/v1/aliases/{name}", {"json": {"targets": [{"adapter": "poet"}], "sticky": "header:X-Session"}}),
+        ("put", "/v1/aliases/{name}", {"json": {"targets": []}}),
+        ("put", "/v1/aliases/{name}", {"json": {"targets": [{"adapter": "x"}]}, "headers": {"If-Match": "x"}}),
+        ("get", "/v1/aliases", {}),
+        ("get", "/v1/aliases/{name}", {}),
+        ("delete", "/v1/aliases/{name}", {}),
         ("post", "/v1/unload_lora_adapter", {"json": {"lora_name": "nobody"}}),
         ("post", "/v1/unload_lora_adapter", {"json": {}, "headers": {"Content-Type": "text/plain"}}),
         ("post", "/unload_lora_adapter", {"json": {"lora_name": "poet"}}),
@@ -125,9 +136,12 @@ async def test_a_tool_call_is_as_documented(server: StubCompletionApp) -> None:
     ],
 )
 async def test_responses_of_the_other_routes_are_as_documented(
-    server: StubCompletionApp, method: str, path: str, given: dict[str, Any]
+    server: StubCompletionApp, tmp_path: Path, method: str, path: str, given: dict[str, Any]
 ) -> None:
     await server.client.put("/v1/adapters/poet", files=[("files", item) for item in FILES.items()])
+    server.engine.aliases["poet"] = AliasInfo("poet", [AliasTarget("poet", 2)], "user", "tag", 3.0)
+    folder = adapter_folder(tmp_path / "version")
+    server.engine.files = AdapterFiles("poet", "d" * 64, str(folder), {"adapter_config.json": (0, "")})
     answer = await server.client.request(method, path.format(name="poet", model="poet"), **given)
     check(server.app.openapi(), method, path, answer)
 

@@ -37,9 +37,9 @@ def quotas(clock: Clock) -> Quotas:
 def use(quotas: Quotas, caller: Caller, *adapters: str, tokens: int = 0) -> dict[str, str]:
     """Run a request of so many tokens, at once; its response headers."""
     record = RequestRecord()
-    with quotas.use(caller, adapters, record) as headers:
+    with quotas.use(caller, adapters, record) as quota:
         record.prompt_tokens, record.completion_tokens = tokens // 2, tokens - tokens // 2
-    return headers
+    return quota.headers
 
 
 def refused(quotas: Quotas, caller: Caller, *adapters: str) -> RateLimited:
@@ -98,6 +98,19 @@ def test_keys_and_adapters_have_quotas_of_their_own(quotas: Quotas) -> None:
     use(quotas, other, "poet")
 
 
+def test_what_an_alias_chose_counts_as_well_as_the_alias(quotas: Quotas) -> None:
+    caller = Caller("a", limits_per_adapter=Limits(requests_per_minute=2, concurrent=1))
+    with quotas.use(caller, ("prod",), RequestRecord()) as quota:
+        quota.count(["poet"])
+        quota.count(["poet"])  # of another choice of the same call
+        assert "with adapter poet" in refused(quotas, caller, "poet").message
+        assert "with adapter prod" in refused(quotas, caller, "prod").message
+    use(quotas, caller, "poet")
+    with quotas.use(caller, ("other",), RequestRecord()) as quota, pytest.raises(RateLimited, match="adapter poet"):
+        quota.count(["poet"])
+    use(quotas, caller, "prod")
+
+
 def test_limits_that_the_key_file_changes_count_at_once(quotas: Quotas) -> None:
     use(quotas, Caller("a", limits=Limits(requests_per_minute=1)))
     use(quotas, Caller("a", limits=Limits(requests_per_minute=2)))
@@ -143,6 +156,19 @@ async def test_a_response_says_what_is_left_and_a_refusal_when_to_try_again(
     assert answers[2].json()["error"]["type"] == "rate_limit_error"
     assert 25 <= int(answers[2].headers["Retry-After"]) <= 30
     assert (await server.post("/v1/embeddings", {"input": "hi"}, "sk-few")).status_code == 429
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+async def test_the_quota_of_an_adapter_cannot_be_gone_round_by_an_alias(tmp_path: Path, path: str) -> None:
+    caller = Caller("some", limits_per_adapter=Limits(requests_per_minute=1))
+    server = StubCompletionApp(tmp_path, Keys({hash_key("sk-some"): caller}))
+    server.engine.resolves.update(prod="poet", test="poet")
+    body = {"prompt": "hi", "max_tokens": 2} if path == "/v1/completions" else {"input": "hi"}
+    assert (await server.post(path, body | {"adapter": "prod"}, "sk-some")).status_code == 200
+    for name in ("poet", "test"):
+        answer = await server.post(path, body | {"adapter": name}, "sk-some")
+        assert refusal(answer)[::2] == (429, "1 requests a minute are allowed for key some with adapter poet")
+    assert len(server.engine.closed) == 2
 
 
 async def test_a_key_without_limits_has_no_such_headers(server: StubCompletionApp) -> None:

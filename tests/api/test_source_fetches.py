@@ -19,7 +19,7 @@ from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.negative_cache import NegativeCache
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.errors import AdapterInvalid, AdapterNotFound, Overloaded, ServeError, Unavailable
-from lora_serve.messages import DescribeAdapter, Publish
+from lora_serve.messages import AliasTarget, DescribeAdapter, Publish, PutAlias
 from lora_serve.sources.fetch_messages import FetchDone
 from lora_serve.sources.totals import SourceTotals
 
@@ -115,6 +115,13 @@ async def test_published_adapters_and_impossible_names_are_not_looked_for(harnes
     assert await harness.fetches.fetch_missing(["poet"], "key")
     harness.fetcher.asked.clear()
     assert not await harness.fetches.fetch_missing(["poet", "../x", "a/b", "", ".x", "x" * 65], "key")
+    assert harness.fetcher.asked == []
+
+
+async def test_an_alias_is_not_looked_for(harness: Harness) -> None:
+    await harness.engine.call(Publish("poet", "nowhere"))
+    await harness.engine.call(PutAlias("canary", [AliasTarget("poet")]))
+    assert not await harness.fetches.fetch_missing(["canary"], "key")
     assert harness.fetcher.asked == []
 
 

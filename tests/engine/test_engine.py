@@ -10,7 +10,8 @@ import torch
 from engine_session import Session
 from support import reference
 
-from lora_serve.messages import Abort, Call, Drain, ListAdapters
+from lora_serve.adapters.store.records import AliasRecord, TargetRecord
+from lora_serve.messages import Abort, AliasTarget, Call, Drain, ListAdapters, PutAlias
 from lora_serve.model.batch import Batch
 from lora_serve.request import Admitted, Tokens
 
@@ -241,3 +242,16 @@ def test_after_an_out_of_memory_step_only_its_request_ends_and_later_steps_are_s
     assert session.engine._scheduler.max_tokens == 32
     assert session.blocks_used == 0
     session.engine.close()
+
+
+def test_headers_that_aliases_go_by_are_told_before_the_change_is_answered(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    engine = session.engine
+    engine.receive(Call(1, PutAlias("prod", [AliasTarget("nothing")], "header:X-Session")))
+    assert [reply.failure.param for reply in engine.replies() if reply.failure] == ["targets.0.adapter"]
+    engine._registry._residency.aliases.end("prod", AliasRecord([TargetRecord("a")], "header:X-Session"))
+    update = engine.step()
+    assert update.stats is not None
+    assert update.stats.sticky_headers == ["x-session"]
+    assert engine.step().stats is None
+    engine.close()

@@ -3,6 +3,7 @@
 lora-serve-store.json   marker: the format, and which base the adapters are for
 versions/<digest>/      version.json, the PEFT files as they came, and lowered/, which can be made again from them
 names/<name>.json       the versions of a name
+aliases/<name>.json     the names and versions that an alias stands for
 staging/                unfinished work of this server, swept when the store is opened
 set-aside/              what was found and not understood, or had no name; never deleted by the server
 lock                    held by the process that has the store open
@@ -43,6 +44,7 @@ class StoreFolder:
         self.lock = root / "lock"
         self.versions = root / "versions"
         self.names = root / "names"
+        self.aliases = root / "aliases"
         self.staging = root / "staging"
         self.aside = root / "set-aside"
 
@@ -51,6 +53,9 @@ class StoreFolder:
 
     def name(self, name: str) -> Path:
         return self.names / f"{name}.json"
+
+    def alias(self, name: str) -> Path:
+        return self.aliases / f"{name}.json"
 
     def new_path(self, kind: str) -> Path:
         """An unused path in staging; `kind` is one of those in `STAGED`."""

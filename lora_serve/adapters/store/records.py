@@ -58,6 +58,34 @@ class NameRecord(msgspec.Struct, frozen=True):
     unlisted: bool = False
 
 
+class TargetRecord(msgspec.Struct, frozen=True):
+    """An adapter that an alias stands for; `version`: a digest, or empty for whatever is current."""
+
+    name: str
+    version: str = ""
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}" if self.version else self.name
+
+
+class AliasRecord(msgspec.Struct, frozen=True):
+    """What an alias stands for. `sticky`: `user`, `header:NAME` or nothing; `created` in seconds since the epoch."""
+
+    targets: list[TargetRecord]
+    sticky: str = ""
+    created: float = 0.0
+
+    @property
+    def etag(self) -> str:
+        """Hex SHA-256 of what it stands for."""
+        return hashlib.sha256(msgspec.json.encode((self.targets, self.sticky))).hexdigest()
+
+    def names(self, adapter: str, version: str | None = None) -> bool:
+        """Whether it names an adapter, or this version of it."""
+        return any(each.name == adapter and version in (None, each.version) for each in self.targets)
+
+
 class StoreMarker(msgspec.Struct, frozen=True):
     """What makes a folder an adapter store: its format, and the fingerprint and the name of the base it is for."""
 

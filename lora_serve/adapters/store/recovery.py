@@ -55,7 +55,7 @@ def _prepare(folder: StoreFolder, base: str, model: str, notes: list[str]) -> No
         upgrade_first_format(folder, StoreMarker(FORMAT, base, model), notes)
     elif marker is None or (base and not marker.base):
         folder.replace_file(folder.marker, msgspec.json.encode(StoreMarker(FORMAT, base, model)))
-    for path in (folder.staging, folder.versions, folder.names, folder.aside):
+    for path in (folder.staging, folder.versions, folder.names, folder.aliases, folder.aside):
         folder.disk.make_folder(path)
         if not os.access(path, os.W_OK | os.X_OK):
             raise StoreUnusable(f"the adapter store {folder.root} cannot be used: {path.name} cannot be written")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import msgspec
 
 from lora_serve.adapters.store.folder import DIGEST, FORMAT, MARKER, STAGED, StoreFolder
 from lora_serve.adapters.store.records import (
+    AliasRecord,
     NameRecord,
     StoreMarker,
     VersionRecord,
@@ -39,14 +41,18 @@ class StoreContents:
         unreadable: name → why its record cannot be read.
         versions: digest → record, of the versions that names refer to.
         damaged: digest → what is wrong, of the other versions that names refer to.
+        aliases: alias → its record.
+        unreadable_aliases: alias → why its record cannot be read.
         unnamed: folders of versions that no name refers to.
-        strays: other entries of names/ and versions/.
+        strays: other entries of names/, aliases/ and versions/.
     """
 
     names: dict[str, NameRecord] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     versions: dict[str, VersionRecord] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, AliasRecord] = field(default_factory=dict)
+    unreadable_aliases: dict[str, str] = field(default_factory=dict)
     unnamed: list[Path] = field(default_factory=list)
     strays: list[Path] = field(default_factory=list)
 
@@ -61,15 +67,16 @@ class StoreContents:
 def scan_store(folder: StoreFolder) -> StoreContents:
     """Read all records of a store. Raises OSError if a folder of the store cannot be listed."""
     found = StoreContents()
-    for path in _entries(folder.names):
-        match = _NAME_FILE.fullmatch(path.name)
-        if match is None or path.is_symlink() or not path.is_file():
-            found.strays.append(path)
-            continue
+    for name, path in _named_files(folder.names, found.strays):
         try:
-            found.names[match[1]] = read_name(path)
+            found.names[name] = read_name(path)
         except ValueError as error:
-            found.unreadable[match[1]] = str(error)
+            found.unreadable[name] = str(error)
+    for name, path in _named_files(folder.aliases, found.strays):
+        try:
+            found.aliases[name] = read_alias(path)
+        except ValueError as error:
+            found.unreadable_aliases[name] = str(error)
     for digest in sorted({digest for record in found.names.values() for digest in record.versions}):
         check_version(folder, digest, found)
     for path in _entries(folder.versions):
@@ -85,6 +92,16 @@ def read_name(path: Path) -> NameRecord:
     record = read_sealed(path, NameRecord)
     if not record.versions or not all(map(DIGEST.fullmatch, record.versions)):
         raise ValueError(f"{path.name} names no version")
+    return record
+
+
+def read_alias(path: Path) -> AliasRecord:
+    """Read an alias's record. Raises ValueError that says what is wrong with it."""
+    record = read_sealed(path, AliasRecord)
+    named = [re.fullmatch(NAME_PATTERN, target.name) for target in record.targets]
+    digests = [DIGEST.fullmatch(target.version) for target in record.targets if target.version]
+    if not named or not all(named) or not all(digests):
+        raise ValueError(f"{path.name} names no adapter")
     return record
 
 
@@ -147,6 +164,16 @@ def _check_marker(root: Path, marker: StoreMarker) -> StoreMarker:
             f"the adapter store {root} has format {marker.format}, and this version of lora-serve reads {FORMAT}"
         )
     return marker
+
+
+def _named_files(folder: Path, strays: list[Path]) -> Iterator[tuple[str, Path]]:
+    """The records in a folder by name; other entries are added to `strays`."""
+    for path in _entries(folder):
+        match = _NAME_FILE.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_file():
+            strays.append(path)
+        else:
+            yield match[1], path
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The adapter store on disk: immutable versions in folders named by digest, and records that map names to versions.
+"""The adapter store on disk: immutable versions in folders named by digest, and records of names and aliases.
 
 A version is completed in staging and moved into place by one rename; a name changes by one rename. So `kill -9` at any
 moment leaves the old state or the new one. What this server did not write is never deleted. `folder.py` has the
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from lora_serve.adapters.store.alias_files import AliasFiles
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.folder import LOWERED, RECORD, StoreFolder, unwanted_entries
 from lora_serve.adapters.store.records import (
+    AliasRecord,
     NameRecord,
     VersionRecord,
     find_damage,
@@ -57,6 +59,7 @@ class Store:
         self._versions = contents.versions
         self._damaged = contents.damaged
         self.broken = contents.broken()
+        self._aliases = AliasFiles(self._folder, contents)
 
     def __repr__(self) -> str:
         return f"<Store {len(self._names)} names, {len(self._versions)} versions, {len(self.broken)} broken>"
@@ -75,6 +78,14 @@ class Store:
     def names(self) -> dict[str, NameRecord]:
         """Readable names, as on disk; those in `broken` are to be listed, not served."""
         return dict(self._names)
+
+    def aliases(self) -> dict[str, AliasRecord]:
+        """Readable aliases, as on disk."""
+        return dict(self._aliases.records)
+
+    def unreadable_aliases(self) -> dict[str, str]:
+        """Alias → why its record cannot be read, of the others."""
+        return dict(self._aliases.unreadable)
 
     def version(self, digest: str) -> VersionRecord:
         """The record of a version that a name refers to. Raises AdapterBroken if it is damaged or missing."""
@@ -165,7 +176,7 @@ class Store:
             self._folder.discard(trash)
 
     def set_name(self, name: str, record: NameRecord) -> None:
-        """Let a name refer to these versions, which are in the store."""
+        """Let a name refer to these versions, which are in the store, and to those that aliases name."""
         check_name(name)
         with self._writing():
             self._write_name(name, record)
@@ -182,6 +193,23 @@ class Store:
             self._unreadable.discard(name)
             self.broken.pop(name, None)
             self._folder.sync_entries(path.parent)
+
+    def set_alias(self, alias: str, record: AliasRecord) -> None:
+        """Let an alias stand for these adapters. Their names keep the versions that it names."""
+        check_name(alias)
+        with self._writing():
+            for target in record.targets:
+                named = self._names.get(target.name)
+                if target.version and named is not None and target.version not in named.versions:
+                    versions = [*named.versions, target.version]
+                    self._write_name(target.name, msgspec.structs.replace(named, versions=versions))
+            self._aliases.write(alias, record)
+
+    def remove_alias(self, alias: str) -> None:
+        """Remove an alias, if there; versions that only it named stay until `set_name`."""
+        check_name(alias)
+        with self._writing():
+            self._aliases.remove(alias)
 
     def drop(self, digest: str) -> None:
         """Delete a version, if there. Raises AdapterBusy if a name refers to it."""
@@ -248,11 +276,13 @@ class Store:
         self._versions[version.digest] = known
 
     def _write_name(self, name: str, record: NameRecord) -> None:
-        path = self._folder.name(name)
+        path, before = self._folder.name(name), self._names.get(name)
+        if before is not None:
+            record = self._aliases.keep(name, record, before.versions)
         if name in self._unreadable:
             self._disk.link(path, self._folder.aside_path(path))
         self._folder.replace_file(path, seal(record))
-        before, newest = self._names.get(name), record.versions[0]
+        newest = record.versions[0]
         self._names[name] = record
         self._unreadable.discard(name)
         if newest not in self._versions:

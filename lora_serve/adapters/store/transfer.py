@@ -11,13 +11,14 @@ import msgspec
 from lora_serve.adapters.store.folder import DIGEST, StoreFolder
 from lora_serve.adapters.store.records import (
     KEPT,
+    AliasRecord,
     NameRecord,
     VersionRecord,
     describe_folder,
     find_damage,
     read_version,
 )
-from lora_serve.adapters.store.scan import StoreContents, read_marker
+from lora_serve.adapters.store.scan import StoreContents, read_alias, read_marker
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.store.upgrade import read_any_name
 from lora_serve.adapters.vocabulary import vocabulary_digest
@@ -76,6 +77,8 @@ def import_adapter(store: Store, source: AdapterSource, *, replace: bool) -> boo
     AdapterBroken, BadRequest, StorageFull.
     """
     name = check_adapter_name(source.name)
+    if name in store.aliases() or name in store.unreadable_aliases():
+        raise AdapterExists(f"{name} is an alias", param="name")
     before = store.names().get(name)
     digests: list[str] = []
     for folder in source.versions:
@@ -98,6 +101,39 @@ def import_adapter(store: Store, source: AdapterSource, *, replace: bool) -> boo
     return True
 
 
+def find_aliases(path: Path, problems: list[str]) -> dict[str, AliasRecord]:
+    """The aliases of another store; none of a PEFT folder. `problems` gets a line for each that cannot be read."""
+    found = {}
+    for file in sorted(StoreFolder(path).aliases.glob("*.json")):
+        try:
+            found[file.stem] = read_alias(file)
+        except ValueError as error:
+            problems.append(f"alias {file.stem}: {error}")
+    return found
+
+
+def import_alias(store: Store, alias: str, record: AliasRecord, *, replace: bool) -> bool:
+    """Copy an alias into the store, which has the adapters that it names. Returns False if the store has it already.
+
+    Raises: AdapterExists if the name is taken; AdapterNotFound if an adapter or a version is not there; BadRequest,
+    StorageFull.
+    """
+    check_adapter_name(alias)
+    before = store.aliases().get(alias)
+    if before is not None and before.etag == record.etag:
+        return False
+    if before is not None and not replace:
+        raise AdapterExists("it exists and stands for something else; --replace replaces it", param="name")
+    if alias in store.names() or alias in store.broken:
+        raise AdapterExists("an adapter has the same name", param="name")
+    for target in record.targets:
+        named = store.names().get(target.name)
+        if named is None or (target.version and target.version not in named.versions):
+            raise adapter_not_found(f"{target.name}@{target.version[:12]}" if target.version else target.name)
+    store.set_alias(alias, record)
+    return True
+
+
 def export_version(folder: StoreFolder, contents: StoreContents, name: str, prefix: str, target: Path) -> str:
     """Copy a version's PEFT files as they came into a new or empty folder. Returns its digest.
 
@@ -108,6 +144,9 @@ def export_version(folder: StoreFolder, contents: StoreContents, name: str, pref
     """
     if name in contents.unreadable:
         raise AdapterBroken(f"adapter {name} is broken in the store: {contents.unreadable[name]}")
+    if name in contents.aliases:
+        targets = ", ".join(map(str, contents.aliases[name].targets))
+        raise BadRequest(f"{name} is an alias, of {targets}: export one of these", param="adapter")
     if name not in contents.names:
         raise adapter_not_found(name)
     digests = [digest for digest in contents.names[name].versions if digest.startswith(prefix)]

@@ -20,8 +20,19 @@ from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.request_record import RequestRecord
 from lora_serve.api.services import Services
 from lora_serve.engine.detokenizer import Detokenizer
-from lora_serve.errors import AdapterNotFound, EngineFault, ServeError
-from lora_serve.request import AdapterUse, Admitted, Event, Finished, Logprob, Request, Sampling, Served, Tokens
+from lora_serve.errors import AdapterNotFound, EngineFault, ServeError, Unavailable
+from lora_serve.request import (
+    AdapterUse,
+    Admitted,
+    Event,
+    Finished,
+    Logprob,
+    Request,
+    Routing,
+    Sampling,
+    Served,
+    Tokens,
+)
 
 MOST_AT_ONCE = 256  # requests of one call in the engine
 
@@ -193,10 +204,16 @@ class RunningCall:
     """The choices of one API call on the engine: the first ones at once, each of the others when one ends.
 
     So a call with more choices than the queue takes is served by an idle server, and never fills the queue alone.
+
+    Args:
+        routing: what aliases choose by, for all of them.
     """
 
-    def __init__(self, services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord) -> None:
+    def __init__(
+        self, services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord, routing: Routing
+    ) -> None:
         self._services = services
+        self._routing = routing
         self._record = record
         self._endpoint = endpoint
         self._later = deque(choices)
@@ -208,12 +225,17 @@ class RunningCall:
         return self._opened[0].adapters
 
     async def start(self) -> None:
-        """Start the first choices and wait until each is admitted. Raises the first refusal."""
+        """Start the first choices and wait until each is admitted. Raises the first refusal.
+
+        Raises Unavailable as well if they got different versions, since those were changed in between.
+        """
         count = min(len(self._later), requests_at_once(self._services))
         first = [self._open() for _ in range(count)]
         for refused in await asyncio.gather(*(each.admit() for each in first), return_exceptions=True):
             if refused is not None:
                 raise refused
+        if any(each.adapters != self.adapters for each in first):
+            raise Unavailable("the adapter was replaced while the call began; ask again", retry_after=1)
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Outputs of all choices in order of arrival."""
@@ -265,6 +287,8 @@ class RunningCall:
         if self._opened and (served := self.adapters):  # the same versions, even if there are new ones by now
             uses = tuple(AdapterUse(each.name, each.digest, each.weight) for each in served)
             choice = replace(choice, request=msgspec.structs.replace(choice.request, adapters=uses))
+        elif choice.request.adapters:
+            choice = replace(choice, request=msgspec.structs.replace(choice.request, routing=self._routing))
         opened = RunningChoice(choice, self._services, self._endpoint, self._record)
         self._opened.append(opened)
         return opened
@@ -272,10 +296,10 @@ class RunningCall:
 
 @asynccontextmanager
 async def start_choices(
-    services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord
+    services: Services, endpoint: str, choices: Sequence[Choice], record: RequestRecord, routing: Routing
 ) -> AsyncIterator[RunningCall]:
     """Start a call's choices, and record what they do; closes all at the end. Raises the first refusal."""
-    call = RunningCall(services, endpoint, choices, record)
+    call = RunningCall(services, endpoint, choices, record, routing)
     try:
         await call.start()
         yield call

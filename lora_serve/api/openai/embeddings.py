@@ -32,8 +32,10 @@ from lora_serve.api.openai.preprocess import (
     vocabulary_size,
 )
 from lora_serve.api.openai.respond import model_fields
+from lora_serve.api.openai.routing import routing_of
 from lora_serve.api.openai.schemas import EmbeddingBody
 from lora_serve.api.openapi import errors
+from lora_serve.api.quotas import QuotaUse
 from lora_serve.api.request_record import RequestRecord, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.sse import FastJSONResponse, cancel_on_disconnect
@@ -55,22 +57,27 @@ async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, ca
     try:
         uses = resolve_adapters(body, services, caller)
         with services.quotas.use(caller, [use.name for use in uses], record_of(request.scope)) as quota:
-            response = await _respond(body, request, services, caller, uses)
-        response.headers.update(quota)
+            response = await _respond(body, request, services, caller, uses, quota)
+        response.headers.update(quota.headers)
         return response
     except AdapterNotFound as error:
         raise await explain_not_found(error, body, services, caller) from None
 
 
 async def _respond(
-    body: EmbeddingBody, request: Request, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+    body: EmbeddingBody,
+    request: Request,
+    services: Services,
+    caller: Caller,
+    uses: tuple[AdapterUse, ...],
+    quota: QuotaUse,
 ) -> Response:
-    requests = await cancel_on_disconnect(request, _prepare(body, services, caller, uses))
+    requests = await cancel_on_disconnect(request, _prepare(body, request, services, caller, uses))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
         embeddings = await cancel_on_disconnect(
-            request, _embed_all(services, requests, timer, record_of(request.scope))
+            request, _embed_all(services, requests, timer, record_of(request.scope), quota)
         )
         timer.end("stop", tokens, 0)
     except ServeError as error:
@@ -91,7 +98,7 @@ async def _respond(
 
 
 async def _prepare(
-    body: EmbeddingBody, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
+    body: EmbeddingBody, http: Request, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
 ) -> list[EngineRequest]:
     """The engine's request for each input. Raises BadRequest and ContextExceeded that name the field."""
     info = engine_info(services)
@@ -102,9 +109,10 @@ async def _prepare(
         if len(prompt) > info.max_model_len:
             raise context_exceeded(info, len(prompt), 0, "input")
     id_, params, priority = f"embd-{uuid.uuid4().hex}", EmbeddingParams(body.dimensions), body.priority or 0
+    routing = routing_of(http, id_, body.user, services)
     return [
         EngineRequest(
-            f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params, priority, caller.share
+            f"{id_}-{index}", prompt, Sampling(max_tokens=0), uses, caller.name, params, priority, caller.share, routing
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -142,7 +150,7 @@ async def _tokenize(services: Services, texts: list[str], limit: int | None, *, 
 
 
 async def _embed_all(
-    services: Services, requests: Sequence[EngineRequest], timer: Timer, record: RequestRecord
+    services: Services, requests: Sequence[EngineRequest], timer: Timer, record: RequestRecord, quota: QuotaUse
 ) -> list[Embedding]:
     """Run all requests; their embeddings in order. Raises the first `ServeError`, and then aborts the rest."""
     running = asyncio.Semaphore(requests_at_once(services))
@@ -150,11 +158,11 @@ async def _embed_all(
     async def embed_one(request: EngineRequest) -> Embedding:
         async with running:
             try:
-                return await _embed(services, request, timer, record)
+                return await _embed(services, request, timer, record, quota)
             except AdapterNotFound:
                 if not await services.sources.fetch_missing([use.name for use in request.adapters], request.tenant):
                     raise
-                return await _embed(services, request, timer, record)
+                return await _embed(services, request, timer, record, quota)
 
     tasks = [asyncio.ensure_future(embed_one(request)) for request in requests]
     try:
@@ -168,7 +176,9 @@ async def _embed_all(
     return embeddings
 
 
-async def _embed(services: Services, request: EngineRequest, timer: Timer, record: RequestRecord) -> Embedding:
+async def _embed(
+    services: Services, request: EngineRequest, timer: Timer, record: RequestRecord, quota: QuotaUse
+) -> Embedding:
     vector: bytes | None = None
     adapters: list[Served] = []
     async with aclosing(services.engine.generate(request)) as events:
@@ -177,6 +187,7 @@ async def _embed(services: Services, request: EngineRequest, timer: Timer, recor
                 case Admitted():
                     adapters = event.adapters
                     record.admitted(request, adapters)
+                    quota.count([adapter.name for adapter in adapters])
                     if adapters:
                         timer.admitted(adapters[0].name)
                 case Embedded():

@@ -1,20 +1,28 @@
-"""`GET /v1/models`: the base model, then every adapter that the caller may use."""
+"""`GET /v1/models`: the base model, then every adapter and every alias that the caller may use."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 
 from lora_serve.api.auth import Authorized
-from lora_serve.api.caller import Caller
 from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
 from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
 from lora_serve.api.openapi import errors
-from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.services import ServicesDep
 from lora_serve.errors import AdapterNotFound
-from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
+from lora_serve.messages import (
+    AdapterInfo,
+    AliasInfo,
+    DescribeAdapter,
+    DescribeAlias,
+    EngineInfo,
+    ListAdapters,
+    ListAliases,
+)
 from lora_serve.names import adapter_broken
 
 router = APIRouter(tags=["openai"])
@@ -22,31 +30,32 @@ router = APIRouter(tags=["openai"])
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """List the base model and the adapters that this key may use."""
+    """List the base model, and the adapters and aliases that this key may use."""
     info = engine_info(services)
-    found = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
-    shown = [_adapter(info, adapter) for adapter in found if caller.may_use(adapter.name) and adapter.broken is None]
+    adapters = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
+    aliases = msgspec.convert(await services.engine.call(ListAliases()), list[AliasInfo])
+    shown = [_adapter(info, each) for each in adapters if caller.may_use(each.name) and each.broken is None]
+    shown += [_alias(info, each) for each in aliases if caller.may_use(each.name) and each.targets]
     return {"object": "list", "data": [_base(info), *shown]}
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
 async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """Describe the base model or one adapter, named as in the list or as base:adapter."""
+    """Describe the base model, one adapter or one alias, named as in the list or as base:adapter."""
     info = engine_info(services)
     if model in base_names(services):
         return _base(info)
-    return _adapter(info, await _find(without_base(model, services), services, caller))
-
-
-async def _find(name: str, services: Services, caller: Caller) -> AdapterInfo:
-    try:
-        if caller.may_use(name):
-            found = msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)
-            if found.broken is not None:
-                raise adapter_broken(name, found.broken)
-            return found
-    except AdapterNotFound:
-        pass
+    name = without_base(model, services)
+    if caller.may_use(name):
+        with suppress(AdapterNotFound):
+            adapter = msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)
+            if adapter.broken is not None:
+                raise adapter_broken(name, adapter.broken)
+            return _adapter(info, adapter)
+        with suppress(AdapterNotFound):
+            alias = msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo)
+            if alias.targets:
+                return _alias(info, alias)
     raise ModelNotFound(f"model {name[:100]} does not exist", param="model")
 
 
@@ -58,6 +67,19 @@ def _base(info: EngineInfo) -> dict[str, Any]:
         "owned_by": "lora-serve",
         "root": info.root,
         "parent": None,
+        "max_model_len": info.max_model_len,
+    }
+
+
+def _alias(info: EngineInfo, alias: AliasInfo) -> dict[str, Any]:
+    """An alias; its root is the target with the largest weight."""
+    return {
+        "id": alias.name,
+        "object": "model",
+        "created": int(alias.created),
+        "owned_by": "lora-serve",
+        "root": max(alias.targets, key=lambda target: target.weight).adapter,
+        "parent": info.model,
         "max_model_len": info.max_model_len,
     }
 

@@ -13,8 +13,8 @@ from lora_serve.api.openai.encode import TextTooLong
 from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAdapter
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
-from lora_serve.errors import AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import AdapterInfo, DescribeAdapter, EngineInfo, ListAdapters
+from lora_serve.errors import AdapterBroken, AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
+from lora_serve.messages import AdapterInfo, DescribeAdapter, DescribeAlias, EngineInfo, ListAdapters, ListAliases
 from lora_serve.names import adapter_broken, adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
@@ -23,7 +23,7 @@ MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
 
 
 class ModelNotFound(ServeError):
-    """`model` is neither the base nor an adapter."""
+    """`model` is neither the base nor an adapter or alias."""
 
     kind = "model_not_found"
 
@@ -83,28 +83,53 @@ def resolve_adapters(body: ModelSelection, services: Services, caller: Caller) -
 
 
 async def existing_adapters(body: ModelSelection, services: Services, caller: Caller) -> list[AdapterInfo]:
-    """The adapters that `adapter` and `model` name. Raises as a generating route would, if one does not exist."""
+    """The adapters that `adapter` and `model` name; for an alias, all that it stands for.
+
+    Raises as a generating route would, if one does not exist.
+    """
     found = []
     try:
         uses = resolve_adapters(body, services, caller)
         await services.sources.fetch_missing([use.name for use in uses], caller.name)
         for use in uses:
-            info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
-            if info.broken is not None:
-                raise adapter_broken(use.name, info.broken)
-            if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
-                raise adapter_not_found(f"{use.name}@{use.version}")
-            found.append(info)
+            try:
+                found.append(await _describe(use, services))
+            except AdapterNotFound as error:
+                found += [await _describe(each, services) for each in await _targets(use, services, error)]
     except AdapterNotFound as error:
         raise await explain_not_found(error, body, services, caller) from None
     return found
+
+
+async def _describe(use: AdapterUse, services: Services) -> AdapterInfo:
+    """The adapter that is named. Raises AdapterNotFound, AdapterBroken."""
+    info = msgspec.convert(await services.engine.call(DescribeAdapter(use.name)), AdapterInfo)
+    if info.broken is not None:
+        raise adapter_broken(use.name, info.broken)
+    if use.version is not None and not any(each.digest.startswith(use.version) for each in info.versions):
+        raise adapter_not_found(f"{use.name}@{use.version}")
+    return info
+
+
+async def _targets(use: AdapterUse, services: Services, error: AdapterNotFound) -> list[AdapterUse]:
+    """The adapters that an alias stands for. Raises the error if the name is none, or with a version."""
+    try:
+        alias = await services.engine.call(DescribeAlias(use.name))
+    except AdapterNotFound:
+        raise error from None
+    if use.version is not None:
+        raise error
+    if not alias["targets"]:
+        raise AdapterBroken(f"alias {use.name} cannot be served: {alias['broken']}", param="adapter")
+    return [_parse_adapter(target["adapter"]) for target in alias["targets"]]
 
 
 async def explain_not_found(
     error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
 ) -> ServeError:
     """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
-    names: list[str] = [info["name"] for info in await services.engine.call(ListAdapters())]
+    listed = [*await services.engine.call(ListAdapters()), *await services.engine.call(ListAliases())]
+    names: list[str] = [info["name"] for info in listed]
     usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from lora_serve.api.caller import Caller
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall, collect_outputs, start_choices
 from lora_serve.api.openai.preprocess import explain_not_found, resolve_adapters
+from lora_serve.api.openai.routing import routing_of
 from lora_serve.api.openai.schemas import Generation, StreamOptions
 from lora_serve.api.request_record import record_of
 from lora_serve.api.services import Services
@@ -52,15 +53,16 @@ async def respond(
             uses = resolve_adapters(body, services, caller)
             quota = stack.enter_context(services.quotas.use(caller, [use.name for use in uses], record))
             call = await cancel_on_disconnect(http, prepare(uses))
-            running = await cancel_on_disconnect(
-                http, stack.enter_async_context(start_choices(services, endpoint, call.choices, record))
-            )
+            routing = routing_of(http, call.choices[0].request.id, body.user, services)
+            started = start_choices(services, endpoint, call.choices, record, routing)
+            running = await cancel_on_disconnect(http, stack.enter_async_context(started))
+            quota.count([adapter.name for adapter in running.adapters])
         except AdapterNotFound as error:
             raise await explain_not_found(error, body, services, caller) from None
         if not body.stream:
             outputs = await cancel_on_disconnect(http, collect_outputs(running))
-            return FastJSONResponse(call.full_response(running, outputs), headers=quota)
-        return SSEResponse(call.chunks(running), stack.pop_all(), format, quota)
+            return FastJSONResponse(call.full_response(running, outputs), headers=quota.headers)
+        return SSEResponse(call.chunks(running), stack.pop_all(), format, quota.headers)
 
 
 def model_fields(adapters: Sequence[Served], base: str) -> dict[str, Any]:

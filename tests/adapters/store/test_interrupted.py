@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from first_format import make_first_format
 from store_files import listing, publish, stage
 
 from lora_serve.adapters.store.folder import StoreFolder
-from lora_serve.adapters.store.records import NameRecord
+from lora_serve.adapters.store.records import AliasRecord, NameRecord, TargetRecord
 from lora_serve.adapters.store.scan import scan_store
 from lora_serve.adapters.store.store import Store
 from lora_serve.errors import ServeError, StorageFull, StoreUnusable
@@ -55,17 +56,31 @@ def replace_lowered(store: Store) -> None:
     store.replace_lowered(store.names()["a"].versions[0], stage(store, lowered="other"))
 
 
+def add_alias(store: Store) -> None:
+    store.set_alias("prod", alias_of(store, "a"))
+
+
+def change_alias(store: Store) -> None:
+    store.set_alias("also", alias_of(store, "b"))
+
+
+def alias_of(store: Store, name: str) -> AliasRecord:
+    (digest,) = store.names()[name].versions[:1]
+    return AliasRecord([TargetRecord(name, digest, 2.0), TargetRecord("a")], "user", 5.0)
+
+
 def repair(store: Store) -> None:
     publish(store, "a", "of a")
 
 
-CHANGES = [publish_new, publish_known, remove, pin, replace_lowered]
+CHANGES = [publish_new, publish_known, remove, pin, replace_lowered, add_alias, change_alias]
 
 
 def make_store(root: Path) -> None:
     store = Store(root, disk=QuickDisk())
     publish(store, "a", "of a")
     publish(store, "b", "of b")
+    store.set_alias("also", AliasRecord([TargetRecord("b")], created=4.0))
     store.close()
 
 
@@ -77,14 +92,18 @@ def make_damaged(root: Path) -> None:
 
 
 def state(root: Path) -> tuple[object, ...]:
-    """What a server would serve: names, with the content of their newest version; each is checked by hashing."""
+    """What a server would serve: aliases, and names with the content of their newest version; checked by hashing."""
     store = Store(root, disk=QuickDisk())
     assert store.broken == {}
-    found = []
+    assert store.unreadable_aliases() == {}
+    found: list[object] = [store.aliases()]
     for name, record in sorted(store.names().items()):
         for digest in record.versions:
             store.verify(digest)
         found.append((name, record, (store.folder(record.versions[0]) / "adapter_model.safetensors").read_text()))
+    for alias in store.aliases().values():
+        for target in alias.targets:
+            assert not target.version or target.version in store.names()[target.name].versions
     assert listing(store.staging) == set()
     store.close()
     return tuple(found)
@@ -197,6 +216,27 @@ def test_interrupted_a_repair_leaves_the_damaged_version_or_the_whole_one(
         assert kept >= {"cut", "of b"}
 
 
+@pytest.mark.parametrize("failure", [Killed, no_space])
+def test_an_alias_whose_removal_is_interrupted_is_there_or_gone(
+    tmp_path: Path, failure: Callable[[], BaseException]
+) -> None:
+    both = complete(tmp_path / "complete", lambda store: store.remove_alias("also"))
+    seen = []
+    for number in range(2):  # the removal, and waiting for the disk
+        root = tmp_path / f"{number}"
+        make_store(root)
+        opening = FailingDisk(NEVER, no_space)
+        Store(root, disk=opening).close()
+        failing = FailingDisk(opening.done + number, failure)
+        store = Store(root, disk=failing)
+        with suppress(Killed, StorageFull):
+            store.remove_alias("also")
+        assert failing.reached
+        store.close()
+        seen.append(state(root))
+    assert seen == [*both]
+
+
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +287,7 @@ def make_untidy(root: Path) -> None:
 @pytest.mark.parametrize("failure", [Killed, no_space, read_only])
 def test_setting_aside_can_be_interrupted_without_loss(tmp_path: Path, failure: Callable[[], BaseException]) -> None:
     for root in interrupted_openings(tmp_path, make_untidy, failure):
-        ((name, *_),) = state(root)
+        _, (name, *_) = state(root)
         assert name == "b"
         aside = root / "set-aside"
         assert {(aside / path).read_text() for path in listing(aside)} >= {"mine", "mine too", "of a"}
@@ -291,6 +331,6 @@ def test_kill_9_at_any_moment_leaves_a_complete_version(tmp_path: Path) -> None:
         process.wait()
         process.stdout.close()
         found = state(tmp_path / "store")
-        assert len(found) <= 1
+        assert len(found) <= 2
         seen.add(str(found))
     assert len(seen) > 1
