@@ -12,7 +12,7 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test ray-test asan older-cpus emulated check format docs gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve test ray-test asan older-cpus emulated check sources-check format docs gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -59,6 +59,10 @@ check: $(VENV)/.dev  ## style, types, and the import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py tests/test_names.py
+
+sources-check: $(VENV)/.dev  ## sources of adapters against an object store, a hub, web servers and a real server
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[sources]"
+	$(BIN)/pytest -m "slow or not slow" tests/sources tests/test_served_sources.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from lora_serve.api.app import create_app  # noqa: E402
 from lora_serve.config import ServeConfig  # noqa: E402
 from lora_serve.messages import Stats, Update  # noqa: E402
 from lora_serve.metrics import TOTALS_BY_TIER, Metrics  # noqa: E402
+from lora_serve.sources.totals import RunningFetch, SourceTotals  # noqa: E402
 
 MADE = "<!-- Made by `python docs/reference.py`; changes here are lost. -->"
 Schema = dict[str, Any]
@@ -170,7 +172,8 @@ def metrics_page() -> str:
     tiers: Any = {"host": 1, "device": 1}
     by_tier = dict.fromkeys((*TOTALS_BY_TIER, "bytes"), tiers)
     stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, **by_tier)
-    metrics = Metrics(lambda: stats, lambda: 0)
+    totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])
+    metrics = Metrics(lambda: stats, lambda: 0, totals)
     metrics.observe(Update([], stats=stats))
     timer = metrics.begin("chat")
     timer.admitted("a")

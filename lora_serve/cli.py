@@ -29,6 +29,7 @@ from pydantic_settings import (
 
 from lora_serve import log_format
 from lora_serve.adapter_commands import AdapterCommand
+from lora_serve.adapter_sources import parse_sources
 from lora_serve.command_help import HelpFormatter
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported, ServeError
@@ -150,7 +151,9 @@ def serve(config: ServeConfig, load_keys: LoadKeys | None = None) -> int:
     from lora_serve import server
     from lora_serve.api.app import create_app
     from lora_serve.api.traces import RequestTraces
+    from lora_serve.sources.fetcher import check_sources
 
+    check_sources(parse_sources(config.adapter_source), os.environ)
     traces = RequestTraces.from_environment() if config.traces else None
     return server.serve(
         config,

@@ -19,6 +19,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from lora_serve.adapter_sources import parse_sources
 from lora_serve.names import CONFIG
 
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
@@ -87,8 +88,20 @@ class ServeConfig(BaseSettings):
     chat_template: Path | None = Field(None, description="Jinja file of the chat template (default: the model's)")
 
     adapters: Path | None = Field(None, description="folder of PEFT adapter folders to publish at start")
+    watch: bool = Field(
+        False,
+        description="follow the folder --adapters: publish what is added or changed, unpublish what is removed",
+    )
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
+    )
+    adapter_source: list[str] = Field(
+        [],
+        description="NAME=URL of adapters (file, hf, s3, gs, https), where one is fetched that is asked for and not "
+        "published; may be given several times",
+    )
+    source_timeout: float = Field(
+        300.0, gt=0, description="seconds that fetching an adapter from sources may take, retries included"
     )
     adapter_slots: int = Field(64, ge=1, le=65535, description="adapters on the device at the same time")
     adapter_cache_memory: Size = Field(Size(2 << 30), description="host memory for adapters, e.g. 2GiB")
@@ -190,6 +203,19 @@ class ServeConfig(BaseSettings):
         if value is not None and (value / CONFIG).exists():
             parent = value.resolve().parent
             raise ValueError(f"{value} is itself an adapter: give the folder that it is in, {parent}, to serve it")
+        return value
+
+    @field_validator("watch")
+    @classmethod
+    def _a_folder_is_watched(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("adapters") is None:
+            raise ValueError("there is no folder to watch; give one with --adapters")
+        return value
+
+    @field_validator("adapter_source")
+    @classmethod
+    def _sources_are_named_places(cls, value: list[str]) -> list[str]:
+        parse_sources(value)
         return value
 
     @field_validator("tensor_parallel")

@@ -33,7 +33,10 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     """Validate the PEFT folder `folder` and store it as a version of `name`; the folder is removed.
 
     With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
-    folder on this machine that `folder` is a copy of; empty for an upload. Answered with an `AdapterInfo`.
+    folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
+    of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
+    unlisted, either. A folder in staging may hold an archive instead of the files (`ARCHIVE`). Answered with an
+    `AdapterInfo`.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     replace: bool = False
     source: str = ""
     precondition: Precondition = ANYTHING
+    digest: str = ""
+    unless_known: bool = False
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):

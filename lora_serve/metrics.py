@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 
 from lora_serve.messages import Stats, Update
 from lora_serve.request import Admitted
+from lora_serve.source_metrics import SourceCollector
+from lora_serve.sources.totals import SourceTotals
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MOST_ADAPTER_LABELS = 200  # adapters with their own label; each costs memory here and in Prometheus
@@ -101,6 +103,7 @@ class Metrics:
     Args:
         engine_stats: returns the latest engine statistics.
         restarts: returns the number of engine restarts.
+        sources: what was fetched from sources.
         block_size: tokens of a KV block.
         clock: for durations.
         wall: seconds since the epoch, for the time of the last change.
@@ -110,6 +113,7 @@ class Metrics:
         self,
         engine_stats: Callable[[], Stats],
         restarts: Callable[[], int],
+        sources: SourceTotals | None = None,
         *,
         block_size: int = 16,
         clock: Clock = time.perf_counter,
@@ -119,6 +123,8 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._engine = _EngineCollector(engine_stats, restarts, block_size, wall)
         registry.register(self._engine)
+        if sources is not None:
+            registry.register(SourceCollector(sources))
         self._labelled: set[str] = set()
 
         def histogram(name: str, meaning: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from lora_serve.adapter_sources import options_variable
 from lora_serve.config import ServeConfig
 from lora_serve.errors import BadRequest, ModelUnsupported
 
@@ -32,7 +33,9 @@ def check_environment(environment: MutableMapping[str, str]) -> None:
     known = [*(name.upper() for name in ServeConfig.model_fields), *OTHER_VARIABLES]
     for variable in sorted(environment):
         name = variable.removeprefix(PREFIX)
-        if variable == name or name in known or SERVICE_LINK.fullmatch(name):
+        if variable == name or name in known or variable.startswith(options_variable("")):
+            continue
+        if SERVICE_LINK.fullmatch(name):
             continue
         raise BadRequest(f"environment: there is no option {variable}{_meant(name, known, PREFIX)}")
 

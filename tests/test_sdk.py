@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,13 @@ TEXT = "two red foxes run home"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    options = ("--adapters", str(ADAPTERS), "--served-model-name", "demo")
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ADAPTERS / "reverse", source / "in-folder")
+    with tarfile.open(source / "in-archive.tar.gz", "w:gz") as archive:
+        archive.add(ADAPTERS / "reverse", "reverse")
+    sources = (f"folders=file://{source}", f"archives=file://{source}/{{name}}.tar.gz")
+    options = [word for each in sources for word in ("--adapter-source", each)]
+    options += ["--adapters", str(ADAPTERS), "--served-model-name", "demo"]
     with ServerProcess(tmp_path_factory.mktemp("store"), *options) as server:
         yield server
 
@@ -30,6 +38,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def client(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
         yield client
+
+
+@pytest.mark.parametrize("name", ["in-folder", "in-archive"])
+def test_an_adapter_of_a_source_is_published_when_it_is_first_asked_for(
+    client: OpenAI, server: ServerProcess, name: str
+) -> None:
+    assert name not in [model.id for model in client.models.list()]
+    answer = client.completions.create(model=name, prompt=f"{TEXT}\n", max_tokens=32, temperature=0)
+    assert answer.choices[0].text == TASKS["reverse"].answer(TEXT)
+    assert name in [model.id for model in client.models.list()]
+    server.http.delete(f"/v1/adapters/{name}").raise_for_status()
 
 
 def test_completions_with_an_adapter_in_the_body(client: OpenAI) -> None:

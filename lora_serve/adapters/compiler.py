@@ -34,7 +34,7 @@ import msgspec
 import torch
 
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
-from lora_serve.errors import AdapterInvalid, EngineFault, Failure, ServeError
+from lora_serve.errors import AdapterInvalid, EngineFault, Failure, ServeError, StorageFull
 
 SLICE, PAUSE = 0.003, 0.015  # seconds
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -147,6 +147,8 @@ def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimit
             error = AdapterInvalid(
                 f"lowering the adapter needs more than {limits.memory} bytes of memory (--compiler-memory)"
             )
+        elif isinstance(error, OSError) and error.errno in StorageFull.errnos:
+            error = StorageFull("the disk of the adapter store is full")
         elif not isinstance(error, ServeError):
             log.exception("lowering an adapter failed")
         outcome = _Outcome(failure=Failure.of(error))

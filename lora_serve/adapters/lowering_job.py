@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from lora_serve.adapter_files import describe_missing
-from lora_serve.adapters import checkpoint, lowered_file
+from lora_serve.adapters import archive, checkpoint, lowered_file
 from lora_serve.adapters.adapter import BaseShape, Lowered, flatten
 from lora_serve.adapters.finite import check_finite
 from lora_serve.adapters.formats.dispatch import lower
@@ -25,14 +25,14 @@ from lora_serve.adapters.store.records import KEPT, VersionRecord, describe_fold
 from lora_serve.adapters.traits import traits
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import AdapterBroken, AdapterInvalid, TooLarge
-from lora_serve.names import CONFIG, WEIGHTS
+from lora_serve.names import ARCHIVE, CONFIG, WEIGHTS
 
 
 class LoweringJob(msgspec.Struct, frozen=True):
     """One adapter to lower.
 
     Attributes:
-        folder: of its PEFT files.
+        folder: of its PEFT files, or if they may be moved, of an archive with them.
         staged: an empty folder that becomes the version's: gets the PEFT files and the lowered file; empty: nothing is
             written, the adapter is only inspected.
         move: whether the files may be moved out of `folder` instead of copied.
@@ -82,6 +82,8 @@ class LoweringContext:
 def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
     """Lower one adapter. Raises AdapterInvalid and TooLarge that name keys and fields, or AdapterBroken."""
     source, staged = Path(job.folder), Path(job.staged) if job.staged else None
+    if job.move and (source / ARCHIVE).is_file():
+        source = _unpack(source, context.max_bytes)
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
     if not {CONFIG, WEIGHTS} <= names:
         raise (AdapterInvalid if job.version is None else AdapterBroken)(describe_missing(names))
@@ -111,6 +113,15 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
     if staged is not None:
         lowered_file.write(staged, adapter, description)
     return LoweredVersion(job.version or record, description.summary)
+
+
+def _unpack(folder: Path, most: int) -> Path:
+    """Extract an archive in a staged folder; returns the folder with its files."""
+    unpacked = folder / "unpacked"
+    unpacked.mkdir()
+    archive.unpack(folder / ARCHIVE, unpacked, most)
+    (folder / ARCHIVE).unlink()
+    return unpacked
 
 
 def _stage(source: Path, staged: Path, *, move: bool) -> Path:

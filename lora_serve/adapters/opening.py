@@ -6,20 +6,18 @@ One that cannot be served is listed as broken, with the reason; the rest is serv
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 
-from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.alias_operations import describe_problems, open_aliases
+from lora_serve.adapters.folder_watch import describe_missing_adapter, folder_source
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
-from lora_serve.adapters.store.records import IDENTITY
-from lora_serve.errors import AdapterBroken, AdapterInvalid, ServeError
+from lora_serve.errors import AdapterBroken, ServeError
 from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CONFIG, check_adapter_name
 
@@ -112,7 +110,7 @@ def publish_folders(
     wanted = [path for path in folders if (path / CONFIG).exists()]
     changed = []
     for path in wanted:
-        source, record = _signature(path), residency.names.get(path.name)
+        source, record = folder_source(path), residency.names.get(path.name)
         if record is None or record.source != source:
             changed.append((path, source))
 
@@ -133,26 +131,8 @@ def publish_folders(
     notes = [f"adapter {name} is not served: {error.message}" for name, error in sorted(failed.items())]
     for path in folders:
         if path not in wanted:
-            notes.append(f"{path.name} is not served: {_explain(path)}")
+            notes.append(f"{path.name} is not served: {describe_missing_adapter(path)}")
         elif path.name not in failed:
             report = residency.current(path.name).summary.report
             notes += [f"adapter {path.name}: {warning}" for warning in report.get("warnings", ())]
     return [note.encode(errors="replace").decode() for note in notes]  # names of folders need not be UTF-8
-
-
-def _explain(folder: Path) -> str:
-    """Why no adapter is in a folder at the place where it is looked for."""
-    try:
-        return f"the adapter is further inside, in {find_adapter(folder).relative_to(folder)}; put it where it is seen"
-    except (AdapterInvalid, OSError) as error:
-        return str(error)
-
-
-def _signature(folder: Path) -> str:
-    """Identity of a folder's files, from their paths, sizes and times."""
-    signature = sha256()
-    for path in (folder / name for name in IDENTITY):
-        if path.exists():
-            status = path.stat()
-            signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return signature.hexdigest()

@@ -16,7 +16,7 @@ from lora_serve.adapters.publisher import Publisher, StagedVersion
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import NameRecord
-from lora_serve.errors import AdapterBusy, AdapterExists, ServeError
+from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, ServeError
 from lora_serve.messages import AdapterFiles, AdapterInfo, Inspect, LocateFiles, Publish
 from lora_serve.names import check_adapter_name, shorten
 from lora_serve.precondition import ANYTHING, Precondition
@@ -126,7 +126,9 @@ class AdapterOperations:
         name = operation.name
         stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
         record = self._residency.names.get(name)
-        taken = name in self._publisher.broken or (record is not None and not record.unlisted)
+        taken = name in self._publisher.broken or (
+            record is not None and not (record.unlisted and not operation.unless_known)
+        )
         if record is None and name in self._residency.aliases:
             raise AdapterExists(f"{name} is an alias", param="name")
         operation.precondition.check(self._etag(name))
@@ -136,6 +138,8 @@ class AdapterOperations:
         def on_lowered(staged: StagedVersion) -> None:
             version, digest = staged.version, staged.version.summary.digest
             try:
+                if not digest.startswith(operation.digest):
+                    raise AdapterInvalid(f"this is version {digest}, not {operation.digest[:64]}", param="digest")
                 self._residency.check_publish(name, digest, version.summary.nbytes)
                 operation.precondition.check(self._etag(name))
             except ServeError:

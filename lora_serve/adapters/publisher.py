@@ -72,7 +72,7 @@ class Publisher:
 
         def work() -> LoweredVersion:
             try:
-                return self._compiler.lower(LoweringJob(str(folder)))
+                return self._compiler.lower(LoweringJob(str(folder), move=self._store.is_staged(folder)))
             finally:
                 self._remove_staged(folder)
 

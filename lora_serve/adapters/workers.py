@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -13,6 +15,8 @@ from lora_serve.errors import EngineFault, ServeError, Unavailable
 T = TypeVar("T")
 Work = Callable[[], T]
 Done = Callable[[T | ServeError], None]
+
+BUSY_SHARE = 0.02  # of a thread's time that repeated work may take
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ class Workers:
         self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
+        self._closed = threading.Event()
 
     def load(self, work: Work[T], done: Done[T]) -> None:
         """Run `work` in the loading thread; `poll` passes its result, or error, to `done`."""
@@ -43,6 +48,22 @@ class Workers:
     def lower(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
         self._submit(self._compilers, work, done)
+
+    def repeat(self, work: Work[T], done: Done[T], seconds: float) -> None:
+        """Run `work` in a thread of its own again and again, with pauses; `done` as in `load`.
+
+        A pause is so long, or longer where the work takes long: `BUSY_SHARE` of the time at most.
+        """
+
+        def run() -> None:
+            took = 0.0
+            while not self._closed.wait(max(seconds, took / BUSY_SHARE)):
+                begun = time.monotonic()
+                self._run(work, done)
+                took = time.monotonic() - begun
+
+        # Not waited for: it may hang on a network folder.
+        threading.Thread(target=run, name="adapter-watch", daemon=True).start()
 
     def poll(self, timeout: float | None = None) -> bool:
         """Run the callbacks of finished work, in the calling thread; returns whether there were any.
@@ -63,24 +84,25 @@ class Workers:
                 log.exception("an operation on an adapter failed")
 
     def close(self) -> None:
-        """Wait for running work and drop queued work."""
+        """Wait for running work and drop queued work; what repeats is not repeated."""
+        self._closed.set()
         for executor in (self._loads, self._compilers, self._store):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:
-        def run() -> None:
-            result: T | ServeError
-            try:
-                result = work()
-            except ServeError as error:
-                result = error
-            except Exception as error:  # a bug or a disk fault: report it, keep the thread alive
-                log.exception("work on an adapter failed")
-                result = EngineFault(f"the adapter could not be read or stored ({type(error).__name__})")
-            self._finished.put(lambda: done(result))
-            self._wake()
-
         try:
-            executor.submit(run)
+            executor.submit(self._run, work, done)
         except RuntimeError:  # closed
             self._finished.put(lambda: done(Unavailable("the server is shutting down", retry_after=5)))
+
+    def _run(self, work: Work[T], done: Done[T]) -> None:
+        result: T | ServeError
+        try:
+            result = work()
+        except ServeError as error:
+            result = error
+        except Exception as error:  # a bug or a disk fault: report it, keep the thread alive
+            log.exception("work on an adapter failed")
+            result = EngineFault(f"the adapter could not be read or stored ({type(error).__name__})")
+        self._finished.put(lambda: done(result))
+        self._wake()

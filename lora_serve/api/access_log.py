@@ -74,9 +74,7 @@ class AccessLog:
                 tokens = record.prompt_tokens, record.completion_tokens
                 self._usage.add(_key(scope) or "", record.adapter_names, *tokens)
             for change in record.changes:
-                _write(
-                    audit, logging.INFO, f"{change.action} {_quoted(change.name)}", _audit_fields(scope, change, status)
-                )
+                write_audit(change, **_audit_fields(scope, status))
 
 
 def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
@@ -99,16 +97,20 @@ def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def _audit_fields(scope: Scope, change: Change, status: int) -> dict[str, Any]:
+def _audit_fields(scope: Scope, status: int) -> dict[str, Any]:
     client = scope.get("client")
     return {
         "status": status,
-        "digest": change.digest or None,
-        "targets": change.targets or None,
         "key": _key(scope),
         "client": None if client is None else client[0],
         "id": scope["state"].get("request_id"),
     }
+
+
+def write_audit(change: Change, **fields: Any) -> None:
+    """Write a line of the audit log; fields that are None are left out."""
+    own = {"digest": change.digest or None, "targets": change.targets or None}
+    _write(audit, logging.INFO, f"{change.action} {_quoted(change.name)}", own | fields)
 
 
 def _quoted(text: str) -> str:

@@ -14,11 +14,14 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
+from lora_serve.api.caller import Caller
+from lora_serve.api.content_type import is_json
 from lora_serve.api.etags import Conditions, KnownTags, adapter_etag, tagged
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import UNCHANGED, documented
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.source_body import receive_from_source, source_schema
 from lora_serve.api.upload import ReceivedUpload, receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
@@ -44,10 +47,11 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     """OpenAPI schema of an upload body, which is streamed instead of parsed by FastAPI."""
     binary = {"type": "string", "format": "binary"}
     fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
-    fields |= {"files": {"type": "array", "items": binary}, "archive": binary}
-    schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+    files = fields | {"files": {"type": "array", "items": binary}, "archive": binary}
+    schema = {"type": "object", "properties": files, "required": list(required), "additionalProperties": False}
     schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    content = {"multipart/form-data": {"schema": schema}, "application/json": {"schema": source_schema(name=name)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class AdapterList(msgspec.Struct, frozen=True):
@@ -64,9 +68,13 @@ class DeletedAdapter(msgspec.Struct, frozen=True):
     deleted: Literal[True]
 
 
-def _receive(request: Request, services: Services) -> AbstractAsyncContextManager[ReceivedUpload]:
-    """The upload in a request's body."""
+def _receive(
+    request: Request, services: Services, caller: Caller, name: str | None = None
+) -> AbstractAsyncContextManager[ReceivedUpload]:
+    """The upload in a request's body, or what its body names in a source; `name`: of the adapter, from the path."""
     engine = services.engine
+    if is_json(request.headers.get("Content-Type") or "?"):
+        return receive_from_source(request, services.sources, caller, name)
     return receive_upload(request, services.staging, services.config.max_adapter_size, lambda: engine.stats.running > 0)
 
 
@@ -86,17 +94,17 @@ def is_upload(method: str, path: str) -> bool:
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Response:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, caller) as upload:
         if upload.name is None:
             raise BadRequest("missing parameter: name", param="name")
         name = caller.check_may_publish(check_name(upload.name))
-        return await _publish(request, services, Publish(name, str(upload.folder)))
+        return await _publish(request, services, Publish(name, str(upload.folder)), upload)
 
 
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=documented(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, caller) as upload:
         if upload.name is not None:
             raise BadRequest("name is not allowed here: nothing is published", param="name")
         return await _call(services, Inspect(str(upload.folder)))
@@ -114,11 +122,11 @@ async def publish_version(
 ) -> Response:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
-    async with _receive(request, services) as upload:
+    async with _receive(request, services, caller, name) as upload:
         if upload.name not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
         operation = Publish(name, str(upload.folder), replace=True, precondition=conditions)
-        return await _publish(request, services, operation)
+        return await _publish(request, services, operation, upload)
 
 
 @router.get("/adapters", responses=documented(AdapterList))
@@ -169,7 +177,8 @@ async def delete(
     return {"name": name, "deleted": True}
 
 
-async def _publish(request: Request, services: Services, operation: Publish) -> Response:
+async def _publish(request: Request, services: Services, operation: Publish, upload: ReceivedUpload) -> Response:
+    operation = msgspec.structs.replace(operation, source=upload.source, digest=upload.digest)
     info = await _change(request, services, "publish", operation)
     return tagged(info, adapter_etag(info), status=201)
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.middleware.cors import CORSMiddleware
 
+from lora_serve.adapter_sources import parse_sources
 from lora_serve.api import admin, alias_routes, download, error_handlers, key_routes, lora_routes, page, usage_routes
 from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
@@ -27,13 +28,16 @@ from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openapi import DocumentedAPI
 from lora_serve.api.origin import LocalOrigin
 from lora_serve.api.request_id import RequestId
-from lora_serve.api.services import EngineProtocol, Services, ServicesDep
+from lora_serve.api.services import EngineProtocol, Services, ServicesDep, staging_of
+from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.sse import ClientDisconnected
 from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
 from lora_serve.metrics import CONTENT_TYPE, Metrics
+from lora_serve.sources.fetcher import Fetcher
+from lora_serve.sources.totals import SourceTotals
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
@@ -64,7 +68,8 @@ def create_app(
         keys=keys is not None,
         strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
-    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, block_size=config.kv_block_size)
+    totals = SourceTotals()
+    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, totals, block_size=config.kv_block_size)
     engine.observe(metrics.observe)
     encoder = TextEncoder(tokenizer)
 
@@ -73,10 +78,14 @@ def create_app(
 
     usage = UsageRecords(lambda: in_store(USAGE_FILE))
     files = FileStore(lambda: in_store(FILES), quota=config.max_files_size)
-    services = Services(engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files)
+    sources = make_source_fetches(config, engine, totals)
+    services = Services(
+        engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files, sources
+    )
     app.state.services = services
-    app.router.add_event_handler("startup", files.open_at_start)
-    for close in (usage.close, files.close):
+    for start in (files.open_at_start, sources.start):
+        app.router.add_event_handler("startup", start)
+    for close in (sources.close, usage.close, files.close):
         app.router.add_event_handler("shutdown", close)
     if traces is not None:
         app.router.add_event_handler("shutdown", traces.close)
@@ -127,6 +136,20 @@ def create_app(
 def is_upload(method: str, path: str) -> bool:
     """Whether a request body is streamed to disk."""
     return admin.is_upload(method, path) or file_routes.is_file_upload(method, path)
+
+
+def make_source_fetches(config: ServeConfig, engine: EngineProtocol, totals: SourceTotals) -> SourceFetches:
+    """What fetches adapters from the sources that the configuration names; none if it names none."""
+    sources = parse_sources(config.adapter_source)
+    return SourceFetches(
+        sources,
+        engine,
+        Fetcher(source.scheme for source in sources),
+        lambda: staging_of(engine),
+        totals,
+        most=int(config.max_adapter_size),
+        seconds=config.source_timeout,
+    )
 
 
 async def client_disconnected(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from lora_serve.api import archive
+from lora_serve.adapters import archive
 from lora_serve.api.auth import Administrator
 from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute

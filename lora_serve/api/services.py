@@ -16,6 +16,7 @@ from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openai.item_memory import ItemMemory
 from lora_serve.api.quotas import Quotas
+from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Unavailable
@@ -72,6 +73,7 @@ class Services:
         quotas: of the keys.
         usage: tokens by key, adapter and day.
         files: training data, by key.
+        sources: what fetches adapters that are not published.
         items: output items that an input of `/v1/responses` may refer to.
     """
 
@@ -84,15 +86,21 @@ class Services:
     metrics: Metrics
     usage: UsageRecords
     files: FileStore
+    sources: SourceFetches
     quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)
 
     @property
     def staging(self) -> Path:
         """Folder for uploads, on the store's file system. Raises Unavailable while the engine starts."""
-        if self.engine.info is None:
-            raise Unavailable("the server is starting", retry_after=5)
-        return Path(self.engine.info.store) / "staging"
+        return staging_of(self.engine)
+
+
+def staging_of(engine: EngineProtocol) -> Path:
+    """Folder for uploads, on the store's file system. Raises Unavailable while the engine starts."""
+    if engine.info is None:
+        raise Unavailable("the server is starting", retry_after=5)
+    return Path(engine.info.store) / "staging"
 
 
 def _services(request: HttpRequest) -> Services:

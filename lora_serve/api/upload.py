@@ -21,7 +21,7 @@ from typing import IO
 from starlette.requests import Request
 
 from lora_serve.adapter_files import ADAPTER_FILES, describe_missing
-from lora_serve.api import archive
+from lora_serve.adapters import archive
 from lora_serve.api.multipart import LONGEST_FIELD, Form, receive_form, unknown_field
 from lora_serve.errors import BadRequest, StorageFull
 from lora_serve.names import CONFIG, POOLING, WEIGHTS
@@ -33,10 +33,16 @@ MODULE_FOLDERS = re.compile(r"[0-9]_(Pooling|Normalize|Dense|LayerNorm|Dropout)"
 
 @dataclass(frozen=True)
 class ReceivedUpload:
-    """A received form: the `name` field, if sent, and a new folder with the adapter's files."""
+    """What is to be published: the name, if sent, and a new folder with the adapter's files.
+
+    From a source (`source_body.py`) the folder may hold an archive; `source` is where it was fetched from, and `digest`
+    what the version's must begin with. Both are empty for a form.
+    """
 
     name: str | None
     folder: Path
+    source: str = ""
+    digest: str = ""
 
 
 @asynccontextmanager

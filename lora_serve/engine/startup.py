@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_serve.adapters.compiler import Compiler, CompilerLimits, start_compilers
 from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.adapters.folder_watch import FolderScanner, FolderWatch
 from lora_serve.adapters.lowering_job import LoweringContext
 from lora_serve.adapters.opening import open_store, publish_folders
 from lora_serve.adapters.operations import AdapterOperations
@@ -40,6 +41,7 @@ from lora_serve.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
+SCAN_EVERY = 2.0  # seconds between scans of a folder that is watched
 QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outweigh copying it to the device
 
 
@@ -175,7 +177,11 @@ def _open_adapters(
 
     notes += open_store(registry, residency, publisher, config.served_name(), report)
     if config.adapters is not None:
+        scanner = FolderScanner(config.adapters)
+        first = scanner.scan() or {}
         notes += publish_folders(registry, operations, residency, config.adapters, report)
+        if config.watch:
+            workers.repeat(scanner.scan, FolderWatch(config.adapters, operations, residency, first).handle, SCAN_EVERY)
     return registry, operations, compiler
 
 

@@ -17,8 +17,8 @@ import pytest
 from starlette.types import Message
 from stub_admin import CONFIG, FILES, WEIGHTS, StubAdminApp, packed_zip, refusal, tar
 
+from lora_serve.adapters.archive import unpack
 from lora_serve.adapters.store.store import Store
-from lora_serve.api.archive import unpack
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import AdapterInvalid
 

@@ -20,7 +20,7 @@ from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.request_record import RequestRecord
 from lora_serve.api.services import Services
 from lora_serve.engine.detokenizer import Detokenizer
-from lora_serve.errors import EngineFault, ServeError, Unavailable
+from lora_serve.errors import AdapterNotFound, EngineFault, ServeError, Unavailable
 from lora_serve.request import (
     AdapterUse,
     Admitted,
@@ -102,6 +102,7 @@ class RunningChoice:
         self._record = record
         self.adapters: list[Served] = []  # once admitted
         self._timer = services.metrics.begin(endpoint)
+        self._services = services
         self._events = services.engine.generate(choice.request)
         self._text = Detokenizer(
             services.tokenizer,
@@ -113,12 +114,21 @@ class RunningChoice:
         self._generated = 0
 
     async def admit(self) -> None:
-        """Wait until the engine admits the choice. Raises the `ServeError` that refuses it."""
+        """Wait until the engine admits the choice, and before that until its adapters are fetched, if need be.
+
+        Raises the `ServeError` that refuses it.
+        """
         self._record.sending()
+        request = self.choice.request
         try:
-            first = await anext(self._events)
-            if isinstance(first, Finished):
-                raise first.failure.error() if first.failure else EngineFault("the request was ended by the server")
+            try:
+                first = await self._first()
+            except AdapterNotFound:
+                names = [use.name for use in request.adapters]
+                if not await self._services.sources.fetch_missing(names, request.tenant):
+                    raise
+                self._events = self._services.engine.generate(request)
+                first = await self._first()
         except ServeError as error:
             self._timer.end(error.kind, 0, 0)
             raise
@@ -127,6 +137,12 @@ class RunningChoice:
         self._record.admitted(self.choice.request, first.adapters)
         if first.adapters:
             self._timer.admitted(first.adapters[0].name)
+
+    async def _first(self) -> Event:
+        first = await anext(self._events)
+        if isinstance(first, Finished):
+            raise first.failure.error() if first.failure else EngineFault("the request was ended by the server")
+        return first
 
     async def outputs(self) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield outputs as they come; the last has a finish reason. Raises the `ServeError` that ends it otherwise."""

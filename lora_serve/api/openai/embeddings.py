@@ -157,7 +157,12 @@ async def _embed_all(
 
     async def embed_one(request: EngineRequest) -> Embedding:
         async with running:
-            return await _embed(services, request, timer, record, quota)
+            try:
+                return await _embed(services, request, timer, record, quota)
+            except AdapterNotFound:
+                if not await services.sources.fetch_missing([use.name for use in request.adapters], request.tenant):
+                    raise
+                return await _embed(services, request, timer, record, quota)
 
     tasks = [asyncio.ensure_future(embed_one(request)) for request in requests]
     try:

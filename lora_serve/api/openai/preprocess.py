@@ -89,7 +89,9 @@ async def existing_adapters(body: ModelSelection, services: Services, caller: Ca
     """
     found = []
     try:
-        for use in resolve_adapters(body, services, caller):
+        uses = resolve_adapters(body, services, caller)
+        await services.sources.fetch_missing([use.name for use in uses], caller.name)
+        for use in uses:
             try:
                 found.append(await _describe(use, services))
             except AdapterNotFound as error:
@@ -131,9 +133,10 @@ async def explain_not_found(
     usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
-        return AdapterNotFound(error.message + _resembles(given, usable), param="adapter")
+        return AdapterNotFound(error.message + services.sources.describe() + _resembles(given, usable), param="adapter")
     resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
-    return ModelNotFound(f"model {body.model[:100]} does not exist{resembled}", param="model")
+    missing = f"model {body.model[:100]} does not exist{services.sources.describe()}"
+    return ModelNotFound(missing + resembled, param="model")
 
 
 def _resembles(name: str, names: Sequence[str]) -> str:

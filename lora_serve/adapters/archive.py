@@ -197,6 +197,13 @@ def _check_directory(file: IO[bytes]) -> None:
     file.seek(0)
 
 
+def copy_file(path: Path, target: Path, most: int) -> None:
+    """Copy one file. Raises `TooLarge`; `OSError` of the disk."""
+    if path.stat().st_size > most:
+        raise TooLarge(f"the archive is larger than {most:,} bytes")
+    shutil.copyfile(path, target)
+
+
 def copy(source: Path, folder: Path, roots: list[Path], most: int) -> None:
     """Copy the adapter's files from `source`, a PEFT folder on this machine or one that contains one, into `folder`.
 
