@@ -16,7 +16,7 @@ OUT        ?= gpu-check
 TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test asan older-cpus emulated check format wheel wheel-test gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve test asan older-cpus emulated check format wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -79,6 +79,9 @@ wheel: $(VENV)/.wheel  ## dist/*.whl with the CPU kernels inside, for x86-64 and
 
 wheel-test: $(VENV)/.dev  ## that a wheel without a compiler serves the demo with native kernels (minutes)
 	$(BIN)/pytest -m packaging tests/deploy/test_wheel.py
+
+image-test: $(VENV)/.dev  ## the image, built and run with podman: keys, read-only root, health, drain (minutes)
+	$(BIN)/pytest -m packaging tests/deploy/test_image.py
 
 gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
