@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,12 @@ def configure(folder: Path) -> None:
     if not Path("/run/systemd/private").exists() and "CONTAINERS_CONF" not in os.environ:
         (folder / "containers.conf").write_text(CONFIGURATION)
         os.environ["CONTAINERS_CONF"] = str(folder / "containers.conf")
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return int(own.getsockname()[1])
 
 
 def build_image(folder: Path) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from containers import Container, build_image, podman, running
+import yaml
+from containers import ROOT, Container, build_image, free_port, podman, running
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(1800)]
 
@@ -68,10 +73,44 @@ def test_the_demo_serves_with_keys_on_native_kernels_and_is_healthy(server: Cont
     podman("healthcheck", "run", server.name)
     podman("exec", server.name, "sh", "-c", "! touch /x 2> /dev/null")
     podman("kill", "--signal", "STOP", server.name)  # a server that hangs
-    assert "0" != podman(
-        "exec", server.name, "sh", "-c", "python3 /opt/lora-serve/health.py > /dev/null; echo $?", timeout=60
+    assert (
+        podman("exec", server.name, "sh", "-c", "python3 /opt/lora-serve/health.py > /dev/null; echo $?", timeout=60)
+        != "0"
     )
     podman("kill", "--signal", "CONT", server.name)
+
+
+def test_the_charts_pods_start_and_drain(image: str, tmp_path: Path) -> None:
+    helm_python = pytest.importorskip("helm_python", reason="there is no Helm for this machine")
+    port = free_port()
+    values = {
+        "image": {"repository": image, "tag": "latest", "pullPolicy": "Never"},
+        "port": port,  # the pod has the host's network
+        "resources": {"limits": {"memory": "3Gi"}},
+    }
+    chart = helm_python.Chart.load(ROOT / "deploy" / "helm" / "lora-serve")
+    texts = chart.render(values, name="lora-serve", namespace="default")
+    needed = [texts[f"lora-serve/templates/{part}.yaml"] for part in ("options", "claim", "deployment")]
+    keys = tmp_path / "keys.yaml"
+    subprocess.run([sys.executable, "-m", "lora_serve", "key", "add", "me", "--file", str(keys)], check=True)
+    secret: dict[str, Any] = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "lora-serve-keys"}}
+    secret["data"] = {"keys.yaml": base64.b64encode(keys.read_bytes()).decode()}
+    (tmp_path / "pod.yaml").write_text("\n---\n".join([yaml.safe_dump(secret), *needed]))
+    podman("kube", "play", "--network", "host", str(tmp_path / "pod.yaml"))
+    try:
+        (name,) = [each for each in podman("ps", "--format", "{{.Names}}").split() if each.endswith("-server")]
+        server = Container(name, f"http://127.0.0.1:{port}")
+        server.wait_until_ready()
+        assert "native kernels prebuilt for" in server.logs()
+        assert server.inspect(".HostConfig.ReadonlyRootfs") is True
+        assert server.inspect(".HostConfig.Memory") == 3 << 30
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        podman("stop", "--time", "45", name)
+        assert server.inspect(".State.ExitCode") == 0
+    finally:
+        podman("kube", "down", str(tmp_path / "pod.yaml"), check=False)
+        podman("volume", "rm", "--force", "lora-serve-data", check=False)
+        podman("secret", "rm", "lora-serve-keys", check=False)
 
 
 def test_stopping_drains(server: Container, key: str) -> None:
