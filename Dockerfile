@@ -40,8 +40,7 @@ ENV PATH=/opt/lora-serve/bin:$PATH \
     XDG_CACHE_HOME=/data/cache \
     HF_HOME=/data/huggingface \
     TRITON_CACHE_DIR=/data/cache/triton \
-    LORA_SERVE_HOST=0.0.0.0 \
-    LORA_SERVE_PORT=8000
+    LORA_SERVE_HOST=0.0.0.0
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["python3", "/opt/lora-serve/health.py"]

@@ -26,7 +26,8 @@ def manifests() -> dict[str, str]:
     """The text of each plain file."""
     rendered = Chart.load(CHART).render(ALL, name="lora-serve", namespace="default")
     return {
-        name: HEADER + "".join(f"---\n{rendered[f'lora-serve/templates/{template}.yaml'].strip()}\n" for template in templates)
+        name: HEADER
+        + "".join(f"---\n{rendered[f'lora-serve/templates/{template}.yaml'].strip()}\n" for template in templates)
         for name, templates in FILES.items()
     }
 

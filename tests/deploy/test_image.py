@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import yaml
 from containers import ROOT, Container, build_image, free_port, podman, running
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(1800)]
 
-PORT = 9123  # not the one that the image names: the health check has to find it
+PORT = 9123  # not the one that the image exposes: the health check has to find it
 HARDENED = ["--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
 DEMO = ["serve", "/opt/demo/model", "--served-model-name", "demo", "--adapters", "/opt/demo/adapters"]
 
@@ -83,34 +78,37 @@ def test_the_demo_serves_with_keys_on_native_kernels_and_is_healthy(server: Cont
 def test_the_charts_pods_start_and_drain(image: str, tmp_path: Path) -> None:
     helm_python = pytest.importorskip("helm_python", reason="there is no Helm for this machine")
     port = free_port()
+    release = f"test-{port}"
     values = {
         "image": {"repository": image, "tag": "latest", "pullPolicy": "Never"},
-        "port": port,  # the pod has the host's network
+        "port": port,
+        "keys": {"secret": ""},  # podman 4.3 mounts Secrets undecoded
+        "insecure": True,
         "resources": {"limits": {"memory": "3Gi"}},
     }
     chart = helm_python.Chart.load(ROOT / "deploy" / "helm" / "lora-serve")
-    texts = chart.render(values, name="lora-serve", namespace="default")
+    texts = chart.render(values, name=release, namespace="default")
     needed = [texts[f"lora-serve/templates/{part}.yaml"] for part in ("options", "claim", "deployment")]
-    keys = tmp_path / "keys.yaml"
-    subprocess.run([sys.executable, "-m", "lora_serve", "key", "add", "me", "--file", str(keys)], check=True)
-    secret: dict[str, Any] = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "lora-serve-keys"}}
-    secret["data"] = {"keys.yaml": base64.b64encode(keys.read_bytes()).decode()}
-    (tmp_path / "pod.yaml").write_text("\n---\n".join([yaml.safe_dump(secret), *needed]))
-    podman("kube", "play", "--network", "host", str(tmp_path / "pod.yaml"))
+    # There is no Service here: the port is published on the host.
+    published = f"containerPort: {port}\n              hostPort: {port}"
+    text = "\n---\n".join(needed).replace(f"containerPort: {port}", published)
+    (tmp_path / "pod.yaml").write_text(text)
     try:
+        podman("kube", "play", str(tmp_path / "pod.yaml"))
         (name,) = [each for each in podman("ps", "--format", "{{.Names}}").split() if each.endswith("-server")]
         server = Container(name, f"http://127.0.0.1:{port}")
         server.wait_until_ready()
         assert "native kernels prebuilt for" in server.logs()
         assert server.inspect(".HostConfig.ReadonlyRootfs") is True
         assert server.inspect(".HostConfig.Memory") == 3 << 30
-        assert httpx.get(server.url + "/v1/models").status_code == 401
+        body = {"prompt": "two red foxes run\n", "adapter": "shout", "max_tokens": 32, "temperature": 0}
+        answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60).json()
+        assert answer["choices"][0]["text"].strip() == "TWO RED FOXES RUN"
         podman("stop", "--time", "45", name)
         assert server.inspect(".State.ExitCode") == 0
     finally:
         podman("kube", "down", str(tmp_path / "pod.yaml"), check=False)
-        podman("volume", "rm", "--force", "lora-serve-data", check=False)
-        podman("secret", "rm", "lora-serve-keys", check=False)
+        podman("volume", "rm", "--force", *(f"{release}-{part}" for part in ("data", "options")), check=False)
 
 
 def test_stopping_drains(server: Container, key: str) -> None:
