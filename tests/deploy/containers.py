@@ -94,4 +94,4 @@ def running(image: str, options: list[str], command: list[str], port: int) -> It
     try:
         yield Container(name, "http://" + podman("port", name, f"{port}/tcp"))
     finally:
-        podman("rm", "--force", "--time", "0", name)
+        podman("rm", "--force", "--volumes", "--time", "0", name)
