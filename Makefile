@@ -12,7 +12,11 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-.PHONY: serve test ray-test asan older-cpus emulated check sources-check format docs gpu-check gpu-tune gpu-wheels clean
+# Which build of torch: the one without CUDA where there is no NVIDIA device; it is gigabytes smaller.
+TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: serve test ray-test asan older-cpus emulated check sources-check format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -71,6 +75,24 @@ format: $(VENV)/.dev
 docs: .venv-docs/.docs  ## build the site of docs/ into build/site; its pages can be opened as files
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
+# The system's compiler builds for its own machine, Debian's g++-aarch64-linux-gnu for the other one. torch brings the
+# OpenMP runtime that they use, so it stays outside.
+WHEEL_COMPILERS := c++ $(filter-out $(shell uname -m)-%,$(notdir $(wildcard /usr/bin/aarch64-linux-gnu-g++)))
+
+wheel: $(VENV)/.wheel  ## dist/*.whl with the CPU kernels inside, for x86-64 and, with a cross compiler, for aarch64
+	rm -rf dist build
+	for compiler in $(WHEEL_COMPILERS); do \
+		rm -rf build/lib; \
+		CXX=$$compiler $(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/wheels . || exit 1; \
+	done
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --only-plat -w dist build/wheels/*.whl
+
+wheel-test: $(VENV)/.dev  ## that a wheel without a compiler serves the demo with native kernels (minutes)
+	$(BIN)/pytest -m packaging tests/deploy/test_wheel.py
+
+image-test: $(VENV)/.dev  ## the image, built and run with podman: keys, read-only root, health, drain (minutes)
+	$(BIN)/pytest -m packaging tests/deploy/test_image.py
+
 gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
 
@@ -82,12 +104,22 @@ gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for
 	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-docs .emulated wheels gpu-check build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .venv-docs .emulated wheels gpu-check build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: requirements/serve.txt pyproject.toml | $(BIN)/python
+# PyPI's torch for Linux has CUDA. Where the index of the other builds cannot be reached, PyPI's has to do.
+$(VENV)/.torch: requirements/serve.txt | $(BIN)/python
+	@torch=$$(grep -E '^torch==' requirements/serve.txt); \
+	if [ "$(TORCH) $$(uname -s)" = "cpu Linux" ]; then \
+		echo "no NVIDIA device: $$torch without CUDA (TORCH=cuda installs the other build)"; \
+		$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --retries 1 --timeout 10 \
+			--index-url $(CPU_INDEX) $$torch || echo "$(CPU_INDEX) gave no torch; the package index is asked"; \
+	fi
+	touch $@
+
+$(VENV)/.serve: requirements/serve.txt pyproject.toml setup.py $(VENV)/.torch
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/serve.txt -e .
 	touch $@
 
@@ -102,4 +134,8 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
 .venv-docs/.docs: requirements/docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
+	touch $@
+
+$(VENV)/.wheel: requirements/wheel.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/wheel.txt
 	touch $@

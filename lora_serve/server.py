@@ -208,7 +208,7 @@ def _print_summary(info: EngineInfo, host: str, port: int) -> None:
     broken = f" ({info.broken_adapters} of them broken)" if info.broken_adapters else ""
     rows = {
         "model": f"{info.model} ({info.parameters / 1e6:,.1f} M parameters)",
-        "device": f"{info.device}, {info.dtype}, {info.kernels} kernels{shared}",
+        "device": f"{info.device}, {info.dtype}, {info.kernels}{shared}",
         "context": f"{info.max_model_len:,} tokens each, KV for {info.kv_tokens:,}",
         "adapters": f"{info.adapters} published{broken}, {info.adapter_slots} at once on the device",
         "store": info.store,

@@ -32,6 +32,7 @@ class BaseSetup:
     """A base in service.
 
     Attributes:
+        kernels: name of the backend, and which build of it.
         adapter_bytes: memory for adapters on the device; None: host memory is the limit.
         tokens: sampled tokens on the device, if steps are launched before those of the last one are read.
         blocks: of KV.
@@ -103,7 +104,8 @@ def set_up_base(
     kv.resize(blocks)
     progress("preparing steps", 0.9)
     base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
-    return BaseSetup(loaded, kernels.name, limits, capacity, device_slots, tokens, base, max_model_len, blocks)
+    described = f"{kernels.name} kernels" + (f" {kernels.build}" if kernels.build else "")
+    return BaseSetup(loaded, described, limits, capacity, device_slots, tokens, base, max_model_len, blocks)
 
 
 def device_of(name: str, rank: int = 0, size: int = 1) -> torch.device:

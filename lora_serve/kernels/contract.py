@@ -201,12 +201,14 @@ class Kernels(Protocol):
 
     Attributes:
         name: for logs and messages.
+        build: which build of it this is, for people; empty where there is only one.
         replay: how steps are run without the model's Python: "recorded_steps" are recorded the second time that their
             shape occurs, each for exactly that shape; "cuda_graphs" are captured at start for `graph_buckets`.
         has_grouped_linear: whether it has `pack_experts` and `grouped_linear`.
     """
 
     name: str
+    build: str
     replay: ReplaySupport
     graph_buckets: GraphBuckets | None
     has_grouped_linear: bool

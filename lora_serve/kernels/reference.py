@@ -35,7 +35,7 @@ from lora_serve.kernels.packed_weight import (
 class ReferenceKernels(ComposedOperations):
     """`Kernels` in plain torch."""
 
-    name = "reference"
+    name, build = "reference", ""
     replay: ReplaySupport = "none"  # it reads segments and sequences in Python
     graph_buckets: GraphBuckets | None = None
     has_grouped_linear = True

@@ -8,7 +8,8 @@ import torch
 
 from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.cpu.backend import NativeKernels
-from lora_serve.kernels.cpu.build import BuildError, library
+from lora_serve.kernels.cpu.build import BuildError, library, more_flags
+from lora_serve.kernels.cpu.prebuilt import prebuilt_libraries
 from lora_serve.kernels.reference import ReferenceKernels
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,23 @@ def select(device: torch.device, native: bool = True) -> Kernels:
     if device.type != "cpu":
         log.warning("no kernels for %s; using the slower plain torch kernels", device.type)
         return ReferenceKernels()
+    return _native()
+
+
+def _native() -> Kernels:
+    """Those that came with the package if this CPU runs any of them, else compiled here, else plain torch."""
+    reasons = []
+    for instruction_set, path in [] if more_flags() else prebuilt_libraries():
+        try:
+            return NativeKernels(path, f"prebuilt for {instruction_set}")
+        except (BuildError, OSError) as error:
+            reasons = [f"none that came with the package: {error}"]
     try:
-        return NativeKernels(library())
+        return NativeKernels(library(), "compiled on this machine")
     except (BuildError, OSError) as error:
-        log.warning("no native CPU kernels (%s); using the slower plain torch kernels", error)
-        return ReferenceKernels()
+        reasons.append(str(error))
+    log.warning("no native CPU kernels (%s); using the slower plain torch kernels", "; ".join(reasons))
+    return ReferenceKernels()
 
 
 def _triton() -> Kernels:

@@ -82,7 +82,7 @@ def test_a_library_for_another_cpu_is_refused_and_the_warning_names_what_is_miss
     if missing is None:
         pytest.skip("this CPU has everything")
     sources = Path(build.__file__).parent
-    only = f"{' '.join(build._compiler())} -shared -fPIC -m{missing} {sources / 'features.cpp'} -lstdc++"
+    only = f"{' '.join(build.compiler())} -shared -fPIC -m{missing} {sources / 'features.cpp'} -lstdc++"
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'{only} -o "$OUT"'))
     kernels = select(CPU)
     assert kernels.name == "reference"

@@ -29,7 +29,7 @@ ARENA = 0 if CHECKED else 1 << 28
 
 
 class NativeKernels(ComposedOperations):
-    """`Kernels` on the CPU, in a library that `build.library` built.
+    """`Kernels` on the CPU, in a library that `build` or `prebuilt` gave.
 
     Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, indices or ranges that do not fit are a
     ValueError, before anything is written.
@@ -40,7 +40,8 @@ class NativeKernels(ComposedOperations):
     graph_buckets: GraphBuckets | None = None
     has_grouped_linear = True
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, build: str = "") -> None:
+        self.build = build
         self._library = Library(library)
         self._arena, self._replay = Arena(ARENA), self._library.replay()
         self._matmul, self._pointwise = NativeLinear(self._library), NativePointwise(self._library)

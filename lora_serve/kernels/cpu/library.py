@@ -24,7 +24,7 @@ class _ThreadRecording(threading.local):
 
 
 class Library:
-    """Functions of a shared library that `build.library` built; any thread may call them.
+    """Functions of a shared library of the kernels; any thread may call them.
 
     Raises:
         BuildError: it was compiled for another CPU, or lays out the arguments of its calls otherwise than `calls`.

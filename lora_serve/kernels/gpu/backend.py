@@ -36,7 +36,7 @@ class GpuKernels:
         fork: for kernels beside others in a CUDA graph.
     """
 
-    name = "triton"
+    name, build = "triton", ""
     graph_buckets: GraphBuckets | None = GRAPH_SIZES
     has_grouped_linear = False
 
