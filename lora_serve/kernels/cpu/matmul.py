@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
 from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme, quantize
 
+TILE = 1 << 23  # weights that are unpacked at a time, for products in full precision
 _INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
 
@@ -116,6 +118,44 @@ class NativeLinear:
         )
         self._linear(call)
         return outputs
+
+    def exact(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """`Kernels.exact_linear` of one layer: x [rows, in] → [rows, out]."""
+        if packed.scheme is None and packed.dtype is x.dtype:
+            return self.linear(x, [(packed, bias)])[0]
+        y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+        for first, tile in self._tiles(packed):
+            own = None if bias is None else bias[first : first + tile.shape[0]]
+            y[:, first : first + tile.shape[0]] = self._product(x, self.unpack(tile).to(x.dtype), own)
+        return y
+
+    def backward(self, grad: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
+        """Terms [rows, in] of grad @ unpack(packed), for grad [rows, out]."""
+        for first, tile in self._tiles(packed):
+            weight = self.unpack(tile).to(grad.dtype)
+            yield self._product(grad[:, first : first + tile.shape[0]], weight.T, None)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias of a weight that is not packed: in float32 as `linear`, else as torch, which is as fast."""
+        if x.dtype is torch.float32:
+            return self.linear(x, [(self.pack(weight), bias)])[0]
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def _tiles(self, packed: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
+        """Runs of outputs of a weight, of at most `TILE` weights each: the first output, and the run's own weight."""
+        out, width = packed.shape
+        panels = -(-out // self._columns)
+        panel = packed.data.numel() // max(1, panels)  # bytes
+        step = max(1, TILE // (max(1, width) * self._columns))  # panels
+        for first in range(0, panels, step):
+            last = min(panels, first + step)
+            start, end = first * self._columns, last * self._columns
+            yield start, replace(
+                packed,
+                shape=(min(out, end) - start, width),
+                data=packed.data[first * panel : last * panel],
+                scale=None if packed.scale is None else packed.scale[start:end],
+            )
 
     def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
         (rows, width), (out, wide), experts = x.shape, weights.shape, len(weights)
