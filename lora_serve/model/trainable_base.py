@@ -11,7 +11,7 @@ checkpointing), and no step is longer than one layer of one batch, so that an en
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from lora_serve.model.load import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
 from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
 from lora_serve.model.shape import base_module
+from lora_serve.model.trainable_experts import FrozenExperts
 from lora_serve.model.trainable_linear import (
     ResidentEmbedding,
     TrainableGroup,
@@ -56,6 +57,8 @@ class TrainableBase:
         layers: number of decoder layers.
         device, dtype: of activations.
         vocabulary: number of logits.
+        max_length: of a sequence.
+        token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
 
     Args:
         loaded: the model as it was loaded; made before `ResidentBase` replaces its modules.
@@ -65,7 +68,7 @@ class TrainableBase:
 
     def __init__(self, loaded: LoadedModel, kernels: Kernels, slots: int) -> None:
         self.shape, self.device, self.dtype, self.vocabulary = loaded.shape, loaded.device, loaded.dtype, loaded.vocab_size
-        self._kind = loaded.shape.model_type
+        self._kind, self.max_length, self.token_bytes = loaded.shape.model_type, loaded.max_model_len, 0
         if loaded.sharding is not None:
             raise ModelUnsupported("a base that several devices share cannot be trained; leave --tensor-parallel away")
         if loaded.headless or not loaded.shape.body:
@@ -86,6 +89,11 @@ class TrainableBase:
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._probe, index)
+
+    @property
+    def free_slots(self) -> int:
+        """Number of adapters that can still be added."""
+        return self.deltas.slots - len(self.deltas.ranks)
 
     def begin(self, step: TrainingStep, token_ids: Tensor, positions: Tensor) -> LayerwisePass:
         """Start a pass over token ids [tokens] at their positions in their sequences: embed them."""
@@ -146,6 +154,8 @@ class TrainableBase:
             running = self.begin(step, ids, positions)
             hidden = running.hidden
             for index in range(self.layers):
+                saved = self._saved_bytes(partial(self.layer, index, step, hidden, running.calls[index]), hidden)
+                self.token_bytes = max(self.token_bytes, -(-saved // len(ids)))
                 hidden = self.layer(index, step, hidden, running.calls[index])
             got = self.logits(step, hidden[0]).cpu().float()
         error = relative_error(got, wanted.flatten(0, 1))
@@ -154,6 +164,24 @@ class TrainableBase:
                 f"{self._kind} cannot be trained: layer by layer its logits differ from its own by {error:.2g}, "
                 f"more than {self._tolerance:.2g}"
             )
+
+    def _saved_bytes(self, run: Callable[[], Tensor], hidden: Tensor) -> int:
+        """Bytes of the tensors that a layer saves for its backward pass, without the base's parameters."""
+        parameters = {each.untyped_storage().data_ptr() for each in (*self._model.parameters(), *self._model.buffers())}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hidden.requires_grad_()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = run()
+        hidden.requires_grad_(False)
+        del output
+        return sum(saved.values())
 
     def _probe(self, index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for a decoder layer in the model's forward: notes its arguments, and passes hidden states on."""
@@ -181,6 +209,9 @@ class TrainableBase:
         shared[id(model.get_submodule(embedding))] = ResidentEmbedding(partial(model.get_submodule, embedding))
         for names, deltas in self.deltas.groups.items():
             if names[0].endswith("]"):  # one of a mixture's experts
+                experts = names[0].partition("[")[0].rpartition(".")[0]
+                module = model.get_submodule(experts)
+                shared.setdefault(id(module), FrozenExperts(partial(base_module, model, experts), self._context.kernels))
                 continue
             sites = TrainableSites(names, deltas, self.gradients.groups[names], partial(base_module, model))
             group = TrainableGroup(sites, self._context)

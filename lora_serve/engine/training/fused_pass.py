@@ -26,6 +26,27 @@ LOGITS_BYTES = 1 << 27  # of the logits that are computed at a time
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
 
 
+def pass_bytes(base: TrainableBase, tokens: int) -> int:
+    """Bytes that a pass takes at most, beside the base and the adapters.
+
+    The inputs of all layers; what one layer saves, and as much again of gradients and intermediate results; logits; one
+    part of a weight, unpacked and transposed.
+    """
+    item = base.dtype.itemsize
+    widest = max(site.in_features * site.out_features for site in base.shape.sites.values())
+    rows = min(tokens, _chunk_rows(base))
+    return (
+        tokens * base.shape.hidden_size * item * (base.layers + 2)
+        + 2 * tokens * base.token_bytes
+        + rows * base.vocabulary * item + 3 * 4 * _BLOCK
+        + 3 * 4 * min(widest, 1 << 23)
+    )  # fmt: skip
+
+
+def _chunk_rows(base: TrainableBase) -> int:
+    return max(1, LOGITS_BYTES // (base.vocabulary * base.dtype.itemsize))
+
+
 @dataclass(frozen=True)
 class _Part:
     """A micro-batch's share of the flat batch: rows, and of these the ones that have a loss."""
@@ -66,7 +87,7 @@ class FusedPass:
         self._logprobs = torch.zeros(losses, device=base.device)
         self._errors: dict[int, Exception] = {}
         self._losses: dict[int, float] = {}  # of loss functions
-        self._chunk = max(1, LOGITS_BYTES // (base.vocabulary * base.dtype.itemsize))  # rows
+        self._chunk = _chunk_rows(base)
         self._known = all(batch.loss is None for batch in batches)  # whether gradients do not depend on log-probabilities
         head, backward = -(-losses // self._chunk), gradients and losses > 0
         heads = 2 * head if backward and not self._known else head
@@ -170,7 +191,7 @@ class FusedPass:
                 with torch.enable_grad():
                     loss = part.batch.loss(given)
                     (coefficients[part.losses],) = torch.autograd.grad(loss, given)
-                self._losses[index] = float(loss)
+                self._losses[index] = float(loss.detach())
             except Exception as error:  # the loss function is the caller's
                 self._errors[index], self._losses[index] = error, math.nan
                 coefficients[part.losses] = 0

@@ -8,13 +8,13 @@ lowered form that a server loads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_serve.adapters.adapter import ALIGNMENT, Adapter, MatrixOffsets
+from lora_serve.adapters.adapter import ALIGNMENT, Adapter, BaseShape, MatrixOffsets
 from lora_serve.engine.training.training_settings import AdamSettings, AdaptedSite, LoraSettings
 from lora_serve.errors import BadRequest
 from lora_serve.model.trainable_base import TrainableBase
@@ -78,6 +78,11 @@ def lay_out(modules: Mapping[str, AdaptedSite], *, dora: bool) -> tuple[dict[str
     return layers, size
 
 
+def adapter_bytes(base: BaseShape, settings: LoraSettings) -> int:
+    """Bytes of an adapter in training. Raises BadRequest for settings that do not fit the base."""
+    return FLATS * 4 * lay_out(settings.modules(base), dora=settings.use_dora)[1]
+
+
 class TrainableAdapter:
     """A LoRA adapter over a base, with its optimizer.
 
@@ -123,6 +128,11 @@ class TrainableAdapter:
     def nbytes(self) -> int:
         """Bytes of all its tensors, the optimizer's among them, which exist from the first step on."""
         return FLATS * self.masters.nbytes
+
+    @property
+    def base_sites(self) -> Iterable[str]:
+        """Paths of all modules of the base that an adapter can have a delta for."""
+        return self._base.shape.sites
 
     @property
     def rank(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -29,5 +30,15 @@ def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> N
         base_name: what the configuration says of the base.
     """
     turned = any(layer.module.site.transposed for layer in adapter.layers.values())
-    config = adapter.settings.peft_config() | {"base_model_name_or_path": base_name, "fan_in_fan_out": turned}
+    config = adapter.settings.peft_config(_targets(adapter)) | {"base_model_name_or_path": base_name, "fan_in_fan_out": turned}
     write_peft_folder(folder, config, peft_tensors(adapter))
+
+
+def _targets(adapter: TrainableAdapter) -> list[str]:
+    """`target_modules` that name exactly the adapter's modules, whatever a reader takes "all-linear" or a name for.
+
+    Names of layers' modules if no other module of the base has one of them, else whole paths.
+    """
+    leaves = {name.rpartition(".")[2] for name in adapter.layers}
+    named = {path for path in adapter.base_sites if not leaves.isdisjoint(re.split(r"[.\[]", path))}
+    return sorted(leaves if named == adapter.layers.keys() else adapter.layers)

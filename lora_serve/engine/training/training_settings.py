@@ -36,9 +36,13 @@ class LoraSettings:
     use_dora: bool = False
     seed: int = 0
 
-    def peft_config(self) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`."""
-        targets = self.target_modules
+    def peft_config(self, targets: str | Sequence[str] | None = None) -> dict[str, Any]:
+        """The adapter's `adapter_config.json`.
+
+        Args:
+            targets: what it says of the modules; None: `target_modules`.
+        """
+        targets = self.target_modules if targets is None else targets
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -62,10 +66,8 @@ class LoraSettings:
             ranks, alphas = Patterns(config, "rank_pattern"), Patterns(config, "alpha_pattern")
             found = {}
             for name, site in base.sites.items():
-                if not targets.names(name):
+                if name.endswith("]") or not targets.names(name):  # a mixture's experts are parameters, not modules
                     continue
-                if name.endswith("]"):
-                    raise BadRequest(f"{name} is one of a mixture's experts, which are not trained", param="target_modules")
                 rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)
                 if rank != int(rank) or not 0 < rank <= MAX_RANK:
                     raise BadRequest(f"{name} would have rank {rank}; 1 to {MAX_RANK} are trained", param="r")

@@ -1,0 +1,99 @@
+"""Training on the resident base is PEFT's training with torch's AdamW: losses and weights, on every architecture.
+
+Two adapters of different kinds and ranks are trained in the same flat batches here, and alone in PEFT. `TRAINING_STEPS=50`
+trains longer.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from support import ARCHITECTURES, EXPERTS, HEADS_FIRST, VOCABULARY, reference, save
+from training_driver import TrainingDriver, examples, load_trainable, train_peft
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_serve.engine.training.learning_rate import LearningRate
+from lora_serve.engine.training.micro_batch import MicroBatch
+from lora_serve.engine.training.trained_files import peft_tensors, save_peft
+from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.kernels.packed_weight import Scheme
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+STEPS = int(os.environ.get("TRAINING_STEPS", "6"))
+RATE = LearningRate(5e-3, steps=STEPS, warmup=2, decay="cosine")
+KINDS = {
+    "lora": LoraSettings(r=4, lora_alpha=6),
+    "rslora dora": LoraSettings(r=3, lora_alpha=5, use_dora=True, use_rslora=True, seed=1),
+}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"q_proj": 11}}
+LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
+
+
+def check_parity(driver: TrainingDriver, base: Any, folder: Path, kinds: dict[str, LoraSettings]) -> None:
+    """Train one adapter of each kind, all in one batch, and each alone in PEFT from the same weights and on the same data."""
+    adapters, models, data = [], [], []
+    for index, (name, settings) in enumerate(kinds.items()):
+        adapter = driver.trainer.create(name, settings, AdamSettings(weight_decay=0.01))
+        save_peft(adapter, folder / name)
+        adapters.append(adapter)
+        models.append(load_trainable(base, folder / name))
+        data.append([examples(3, VOCABULARY, seed=100 * index + step) for step in range(STEPS)])
+    rates = [RATE.at(step) for step in range(STEPS)]
+    losses: list[list[float]] = [[] for _ in adapters]
+    for step, rate in enumerate(rates):
+        batches = [MicroBatch(adapter, own[step]) for adapter, own in zip(adapters, data, strict=True)]
+        for own, result in zip(losses, driver.trainer.forward_backward(batches).finish(), strict=True):
+            own.append(result.loss)
+        for adapter in adapters:
+            adapter.optimizer_step(rate)
+    for adapter, model, own, got in zip(adapters, models, data, losses, strict=True):
+        start = peft_tensors(adapter)
+        wanted = train_peft(model, own, rates, weight_decay=0.01)
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=LOSS, rtol=0)
+        theirs = peft.get_peft_model_state_dict(model)
+        assert start.keys() == theirs.keys()
+        for key, tensor in start.items():
+            torch.testing.assert_close(tensor, theirs[key].detach(), atol=WEIGHTS, rtol=0)
+        driver.trainer.close(adapter)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi3", "gpt2", "mistral", "qwen3_moe", "gemma3"])
+def test_training_equals_peft(architecture: str, tmp_path: Path) -> None:
+    assert architecture in ARCHITECTURES | EXPERTS | HEADS_FIRST
+    driver = TrainingDriver(save(architecture, tmp_path / "base"))
+    check_parity(driver, reference(architecture), tmp_path, KINDS)
+
+
+def test_patterns_and_an_adapted_head_equal_peft_with_plain_kernels(tmp_path: Path) -> None:
+    driver = TrainingDriver(save("llama", tmp_path / "base"), native=False)
+    kinds = {
+        "patterns": LoraSettings(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj", "down_proj"], **PATTERNS),
+        "head": LoraSettings(r=4, lora_alpha=6, target_modules=["lm_head", "v_proj"], seed=2),
+    }
+    check_parity(driver, reference("llama"), tmp_path, kinds)
+
+
+@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "int8"), ("gpt2", "int4"), ("qwen3_moe", "int8")])
+def test_a_quantised_base_trains_as_peft_over_the_same_weights(
+    architecture: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    driver = TrainingDriver(save(architecture, tmp_path / "base"), scheme=scheme)
+    check_parity(driver, driver.with_resident_weights(reference(architecture)), tmp_path, KINDS)
+
+
+def test_an_nf4_base_trains_as_peft_over_the_same_weights(tmp_path: Path) -> None:
+    """QLoRA, over what bitsandbytes stored."""
+    pytest.importorskip("bitsandbytes")
+    save("llama", tmp_path / "full")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=config, dtype=torch.float32
+    ).save_pretrained(tmp_path / "base")
+    driver = TrainingDriver(tmp_path / "base")
+    check_parity(driver, driver.with_resident_weights(reference("llama")), tmp_path, KINDS)
