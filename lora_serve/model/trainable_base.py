@@ -67,7 +67,12 @@ class TrainableBase:
     """
 
     def __init__(self, loaded: LoadedModel, kernels: Kernels, slots: int) -> None:
-        self.shape, self.device, self.dtype, self.vocabulary = loaded.shape, loaded.device, loaded.dtype, loaded.vocab_size
+        self.shape, self.device, self.dtype, self.vocabulary = (
+            loaded.shape,
+            loaded.device,
+            loaded.dtype,
+            loaded.vocab_size,
+        )
         self._kind, self.max_length, self.token_bytes = loaded.shape.model_type, loaded.max_model_len, 0
         if loaded.sharding is not None:
             raise ModelUnsupported("a base that several devices share cannot be trained; leave --tensor-parallel away")
@@ -75,9 +80,7 @@ class TrainableBase:
             raise ModelUnsupported(f"a {self._kind} base without an LM head cannot be trained")
         self._context = TrainingContext(kernels)
         self._windows = loaded.windows
-        self.deltas, self.gradients = (
-            DeviceSlots(loaded.shape, slots, torch.float32, loaded.device) for _ in range(2)
-        )
+        self.deltas, self.gradients = (DeviceSlots(loaded.shape, slots, torch.float32, loaded.device) for _ in range(2))
         self._oracle = loaded.oracle
         self._tolerance = loaded.oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE
         self._resident: Any = loaded.model
@@ -211,7 +214,9 @@ class TrainableBase:
             if names[0].endswith("]"):  # one of a mixture's experts
                 experts = names[0].partition("[")[0].rpartition(".")[0]
                 module = model.get_submodule(experts)
-                shared.setdefault(id(module), FrozenExperts(partial(base_module, model, experts), self._context.kernels))
+                shared.setdefault(
+                    id(module), FrozenExperts(partial(base_module, model, experts), self._context.kernels)
+                )
                 continue
             sites = TrainableSites(names, deltas, self.gradients.groups[names], partial(base_module, model))
             group = TrainableGroup(sites, self._context)

@@ -26,7 +26,9 @@ def zeros_like(group: DeltaGroup) -> DeltaGroup:
             delta = group.get(module, slot)
             if delta is not None:
                 wide = torch.promote_types(delta.a.dtype, torch.float32)
-                found.set(module, slot, Delta(torch.zeros_like(delta.a, dtype=wide), torch.zeros_like(delta.b, dtype=wide)))
+                found.set(
+                    module, slot, Delta(torch.zeros_like(delta.a, dtype=wide), torch.zeros_like(delta.b, dtype=wide))
+                )
     return found
 
 
@@ -126,5 +128,3 @@ def test_a_large_weight_is_unpacked_in_parts(native: NativeKernels, scheme: Sche
     if scheme is not None:
         x = torch.randn(3, 128)
         assert_near(native.exact_linear(x, [(packed, None)])[0], x @ dense.T, "linear")
-
-

@@ -22,7 +22,7 @@ from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import LayerwisePass, TrainableBase
 from lora_serve.model.training_step import AdapterSpan, TrainingStep
 
-LOGITS_BYTES = 1 << 27  # of the logits that are computed at a time
+LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
 
 
@@ -87,10 +87,11 @@ class FusedPass:
         self._logprobs = torch.zeros(losses, device=base.device)
         self._errors: dict[int, Exception] = {}
         self._losses: dict[int, float] = {}  # of loss functions
-        self._chunk = _chunk_rows(base)
-        self._known = all(batch.loss is None for batch in batches)  # whether gradients do not depend on log-probabilities
-        head, backward = -(-losses // self._chunk), gradients and losses > 0
-        heads = 2 * head if backward and not self._known else head
+        self._known = all(
+            batch.loss is None for batch in batches
+        )  # whether gradients do not depend on log-probabilities
+        self._heads, backward = -(-losses // _chunk_rows(base)), gradients and losses > 0
+        heads = 2 * self._heads if backward and not self._known else self._heads
         self.quanta = 1 + base.layers + heads + (base.layers if backward else 0)
         self.done = 0
         self._run = self._quanta()
@@ -143,7 +144,8 @@ class FusedPass:
             running.forward(self._gradients)
             yield
         rows = to_device(self._loss_rows, torch.int64, base.device)
-        chunks = [slice(first, first + self._chunk) for first in range(0, len(self._loss_rows), self._chunk)]
+        count, losses = self._heads, len(self._loss_rows)
+        chunks = [slice(losses * i // count, losses * (i + 1) // count) for i in range(count)]
         hidden = running.hidden[0]
         if not self._known or not self._gradients:
             for chunk in chunks:
@@ -224,7 +226,9 @@ def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 def _gradient_in_place(logits: Tensor, targets: Tensor, sums: Tensor, coefficients: Tensor) -> None:
     """Write the gradient of Σ coefficient · log-probability of the target over the logits."""
     rows = max(1, _BLOCK // logits.shape[1])
-    for block, own, own_sums, factor in zip(*(each.split(rows) for each in (logits, targets, sums, coefficients)), strict=True):
+    for block, own, own_sums, factor in zip(
+        *(each.split(rows) for each in (logits, targets, sums, coefficients)), strict=True
+    ):
         wide = (block.float() - own_sums[:, None]).exp_().mul_(-factor[:, None])
         wide.scatter_add_(1, own[:, None], factor[:, None])
         block.copy_(wide)

@@ -44,7 +44,9 @@ class TrainingSequence:
                 param="weights",
             )
         if len(self.tokens) > max_length:
-            raise BadRequest(f"a sequence has {len(self.tokens)} tokens; at most {max_length} are trained", param="tokens")
+            raise BadRequest(
+                f"a sequence has {len(self.tokens)} tokens; at most {max_length} are trained", param="tokens"
+            )
         for param, ids in (("tokens", self.tokens), ("targets", self.targets)):
             wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
             if wrong is not None:

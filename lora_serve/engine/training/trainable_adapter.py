@@ -97,7 +97,9 @@ class TrainableAdapter:
     Raises BadRequest for settings that do not fit the base, torch.OutOfMemoryError without effect.
     """
 
-    def __init__(self, name: str, base: TrainableBase, settings: LoraSettings, adam: AdamSettings | None = None) -> None:
+    def __init__(
+        self, name: str, base: TrainableBase, settings: LoraSettings, adam: AdamSettings | None = None
+    ) -> None:
         self.name, self.settings, self._base = name, settings, base
         self._adam = adam or AdamSettings()
         self.layers, size = lay_out(settings.modules(base.shape), dora=settings.use_dora)

@@ -30,7 +30,10 @@ def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> N
         base_name: what the configuration says of the base.
     """
     turned = any(layer.module.site.transposed for layer in adapter.layers.values())
-    config = adapter.settings.peft_config(_targets(adapter)) | {"base_model_name_or_path": base_name, "fan_in_fan_out": turned}
+    config = adapter.settings.peft_config(_targets(adapter)) | {
+        "base_model_name_or_path": base_name,
+        "fan_in_fan_out": turned,
+    }
     write_peft_folder(folder, config, peft_tensors(adapter))
 
 

@@ -24,8 +24,6 @@ from lora_serve.engine.training.training_settings import AdamSettings, LoraSetti
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.model.trainable_base import TrainableBase
 
-MIB = 1 << 20
-
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -53,7 +51,7 @@ class Trainer:
         self._adapters: dict[str, TrainableAdapter] = {}
 
     def __repr__(self) -> str:
-        return f"<Trainer {len(self._adapters)} adapters, {self.used // MIB} of {self._memory // MIB} MiB>"
+        return f"<Trainer {len(self._adapters)} adapters, {_mib(self.used)} of {_mib(self._memory)}>"
 
     @property
     def used(self) -> int:
@@ -71,12 +69,12 @@ class Trainer:
         needed = adapter_bytes(self._base.shape, settings)
         if needed > self._memory:
             raise BadRequest(
-                f"training {name!r} takes {needed // MIB} MiB, and all training has {self._memory // MIB}", param="r"
+                f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}", param="r"
             )
         if needed > self._memory - self.used or not self._base.free_slots:
             raise Overloaded(
-                f"training {name!r} takes {needed // MIB} MiB and one of {self._base.deltas.slots} slots; "
-                f"{(self._memory - self.used) // MIB} MiB and {self._base.free_slots} slots are free"
+                f"training {name!r} takes {_mib(needed)} and one of {self._base.deltas.slots} slots; "
+                f"{_mib(self._memory - self.used)} and {self._base.free_slots} slots are free"
             )
         adapter = TrainableAdapter(name, self._base, settings, adam)
         self._adapters[name] = adapter
@@ -112,7 +110,11 @@ class Trainer:
         needed = pass_bytes(self._base, tokens)
         if needed > self._memory - self.used:
             raise BadRequest(
-                f"a pass over {tokens} tokens takes {needed // MIB} MiB; "
-                f"{(self._memory - self.used) // MIB} of {self._memory // MIB} are free: make it smaller",
+                f"a pass over {tokens} tokens takes {_mib(needed)}; "
+                f"{_mib(self._memory - self.used)} of {_mib(self._memory)} are free: make it smaller",
                 param="sequences",
             )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -28,8 +28,8 @@ class NativeLinear:
     """`Kernels.pack` (of one weight), `unpack`, `lookup`, `linear` and `grouped_linear`."""
 
     def __init__(self, library: Library) -> None:
-        names = ("linear", "grouped_linear", "packed_bytes", "pack", "unpack", "rows")
-        self._linear, self._grouped_linear, self._bytes, self._pack, self._unpack, self._rows = (
+        names = ("linear", "grouped_linear", "packed_bytes", "pack", "pack_turned", "unpack", "rows")
+        self._linear, self._grouped_linear, self._bytes, self._pack, self._pack_turned, self._unpack, self._rows = (
             library.call(f"lora_{name}") for name in names
         )
         self._columns = library.number("lora_columns")
@@ -126,20 +126,30 @@ class NativeLinear:
         y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
         for first, tile in self._tiles(packed):
             own = None if bias is None else bias[first : first + tile.shape[0]]
-            y[:, first : first + tile.shape[0]] = self._product(x, self.unpack(tile).to(x.dtype), own)
+            weight = self.unpack(tile).to(x.dtype)
+            if x.dtype is torch.float32:
+                (part,) = self.linear(x, [(self.pack(weight), own)])
+            else:
+                part = torch.nn.functional.linear(x, weight, own)
+            y[:, first : first + tile.shape[0]] = part
         return y
 
     def backward(self, grad: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
         """Terms [rows, in] of grad @ unpack(packed), for grad [rows, out]."""
         for first, tile in self._tiles(packed):
-            weight = self.unpack(tile).to(grad.dtype)
-            yield self._product(grad[:, first : first + tile.shape[0]], weight.T, None)
+            weight, own = self.unpack(tile).to(grad.dtype), grad[:, first : first + tile.shape[0]]
+            if grad.dtype is torch.float32:  # torch's product of half precision is as fast as this, of float32 slower
+                yield self.linear(own, [(self._turned(weight), None)])[0]
+            else:
+                yield own @ weight
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias of a weight that is not packed: in float32 as `linear`, else as torch, which is as fast."""
-        if x.dtype is torch.float32:
-            return self.linear(x, [(self.pack(weight), bias)])[0]
-        return torch.nn.functional.linear(x, weight, bias)
+    def _turned(self, weight: Tensor) -> PackedWeight:
+        """The transpose of a float32 weight [in, out], packed."""
+        shape = (weight.shape[1], weight.shape[0])
+        empty = PackedWeight(shape, weight.dtype, None, torch.empty(0, dtype=torch.uint8))
+        packed = replace(empty, data=torch.empty(self._bytes(self._call(weight, empty)), dtype=torch.uint8))
+        self._pack_turned(self._call(weight, packed))
+        return packed
 
     def _tiles(self, packed: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
         """Runs of outputs of a weight, of at most `TILE` weights each: the first output, and the run's own weight."""
@@ -150,11 +160,14 @@ class NativeLinear:
         for first in range(0, panels, step):
             last = min(panels, first + step)
             start, end = first * self._columns, last * self._columns
-            yield start, replace(
-                packed,
-                shape=(min(out, end) - start, width),
-                data=packed.data[first * panel : last * panel],
-                scale=None if packed.scale is None else packed.scale[start:end],
+            yield (
+                start,
+                replace(
+                    packed,
+                    shape=(min(out, end) - start, width),
+                    data=packed.data[first * panel : last * panel],
+                    scale=None if packed.scale is None else packed.scale[start:end],
+                ),
             )
 
     def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
