@@ -5,7 +5,8 @@
 Each way to train runs in a process of its own, whose peak memory is its own: PEFT with torch's AdamW in float32, with
 gradient checkpointing and without, and this project's trainer over a base in float32, bf16 and int8. Every step is
 `--sequences` random sequences of `--length` tokens, all of which have a loss, at rank 16 on all linear modules. Figures
-are of the median step after the first. Then small batches of four adapters: all in one pass, and one after the other.
+are of the median step after the first. The trainer computes layers twice, except where it says that
+they are kept. Then small batches of four adapters: all in one pass, and one after the other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from bench.machine import describe
 from bench.report import json_line, number, table
 from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.engine.training.fused_pass import FusedPass
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_settings import LoraSettings
@@ -38,11 +40,14 @@ from lora_serve.model.trainable_base import TrainableBase
 
 RANK, RATE = 16, 1e-4
 PEFT = {"PEFT, float32": False, "PEFT, float32, gradient checkpointing": True}
-OURS: dict[str, tuple[str, Any]] = {
-    "trainer, float32 base": ("float32", None),
-    "trainer, bf16 base": ("bfloat16", None),
-    "trainer, int8 base": ("bfloat16", "int8"),
+OURS: dict[str, tuple[str, Any, bool]] = {
+    "trainer, float32 base": ("float32", None, False),
+    "trainer, float32 base, layers kept": ("float32", None, True),
+    "trainer, bf16 base": ("bfloat16", None, False),
+    "trainer, bf16 base, layers kept": ("bfloat16", None, True),
+    "trainer, int8 base": ("bfloat16", "int8", False),
 }
+SETTINGS = LoraSettings(r=RANK, lora_alpha=2 * RANK)
 JOBS = 4
 SMALL = {"4 adapters in one pass": True, "4 adapters one after the other": False}
 Step = Callable[[list[list[int]]], None]
@@ -74,8 +79,8 @@ def peft_step(model: Path, *, checkpointing: bool) -> Step:
     return step
 
 
-def started_trainer(model: Path, dtype: str, scheme: Any) -> Trainer:
-    """A base in service, and a trainer over it."""
+def started_base(model: Path, dtype: str, scheme: Any) -> TrainableBase:
+    """A base in service, to be trained on."""
     device = torch.device("cpu")
     kernels = select(device)
     loaded = load(
@@ -86,7 +91,7 @@ def started_trainer(model: Path, dtype: str, scheme: Any) -> Trainer:
     base = ResidentBase(loaded, slots, kernels, KVTensors(loaded.layers, blocks_needed(16), 16, loaded.dtype, device))
     base.self_check()
     trainable.check()
-    return Trainer(trainable, memory=8 << 30)
+    return trainable
 
 
 def batch_of(sequences: list[list[int]]) -> list[TrainingSequence]:
@@ -95,13 +100,18 @@ def batch_of(sequences: list[list[int]]) -> list[TrainingSequence]:
     return [TrainingSequence(own[:-1], own[1:], [share] * (len(own) - 1)) for own in sequences]
 
 
-def trainer_step(model: Path, dtype: str, scheme: Any) -> Step:
-    """A step of this project's trainer."""
-    trainer = started_trainer(model, dtype, scheme)
-    adapter = trainer.create("bench", LoraSettings(r=RANK, lora_alpha=2 * RANK))
+def trainer_step(model: Path, dtype: str, scheme: Any, kept: bool) -> Step:
+    """A step of this project's trainer.
+
+    Args:
+        kept: keep what all layers save for their backward pass.
+    """
+    base = started_base(model, dtype, scheme)
+    adapter = Trainer(base, memory=1 << 33).create("bench", SETTINGS)
 
     def step(sequences: list[list[int]]) -> None:
-        trainer.forward_backward([MicroBatch(adapter, batch_of(sequences))]).finish()
+        batch = MicroBatch(adapter, batch_of(sequences))
+        FusedPass(base, [batch], gradients=True, kept_layers=base.layers if kept else 0).finish()
         adapter.optimizer_step(RATE)
 
     return step
@@ -109,13 +119,14 @@ def trainer_step(model: Path, dtype: str, scheme: Any) -> Step:
 
 def fused_step(model: Path, *, fused: bool) -> Step:
     """A step of several adapters, a sequence each, over a bf16 base."""
-    trainer = started_trainer(model, "bfloat16", None)
-    adapters = [trainer.create(str(index), LoraSettings(r=RANK, lora_alpha=2 * RANK)) for index in range(JOBS)]
+    base = started_base(model, "bfloat16", None)
+    trainer = Trainer(base, memory=1 << 33)
+    adapters = [trainer.create(str(index), SETTINGS) for index in range(JOBS)]
 
     def step(sequences: list[list[int]]) -> None:
         batches = [MicroBatch(adapter, batch_of([own])) for adapter, own in zip(adapters, sequences, strict=True)]
         for together in [batches] if fused else [[each] for each in batches]:
-            trainer.forward_backward(together).finish()
+            FusedPass(base, together, gradients=True).finish()
         for adapter in adapters:
             adapter.optimizer_step(RATE)
 
@@ -178,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     large = random_steps(args.steps, args.sequences, args.length)
     small = random_steps(args.steps, JOBS, args.small) if args.small else []
-    plan = {name: large for name in (*PEFT, *OURS)} | ({name: small for name in SMALL} if small else {})
+    plan = dict.fromkeys((*PEFT, *OURS), large) | (dict.fromkeys(SMALL, small) if small else {})
     found = [run(name, args.model, data) for name, data in plan.items() if not args.only or name in args.only]
     rows = [
         [each["name"], number(each["tokens_per_second"], 1), number(each["loaded_gib"], 2), number(each["peak_gib"], 2)]

@@ -72,7 +72,7 @@ class ComposedBackward:
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one dtype, in at least float32, in that dtype; the first one's memory if there is but one."""
+    """The sum of tensors of one dtype, added in at least float32; a single one is returned as it is."""
     if len(parts) == 1:
         return parts[0]
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))

@@ -1,7 +1,8 @@
 """Differentiable causal attention over a flat batch of whole sequences, registered with transformers.
 
-The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself. Consecutive sequences of one
-length are one call. Where torch's fused attention has the formula it is used, elsewhere scores are computed in float32.
+The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself. Consecutive sequences of
+one length are one call. Where torch's fused attention has the formula it is used, elsewhere scores are computed in
+float32.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def sequence_attention(
         own_window = None if window is not None and window >= length else window
         if own_window is None and softcap is None and s_aux is None:
             share = q.shape[1] // k.shape[1]
-            wide = [each if share == 1 else each.repeat_interleave(share, 1) for each in (k, v)]
-            out = functional.scaled_dot_product_attention(q, *wide, is_causal=True, scale=scale)
+            if share > 1:
+                k, v = (each.repeat_interleave(share, 1) for each in (k, v))
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             out = _attend(q, k, v, scale, own_window, softcap, s_aux)
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [rows, heads, value_dim]
@@ -64,15 +66,16 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 def _stacked(rows: Tensor, count: int) -> Tensor:
     """[heads, count * length, dim] → [count, heads, length, dim]."""
-    return rows.unflatten(1, (count, -1)).transpose(0, 1)
+    heads, tokens, dim = rows.shape
+    return rows.reshape(heads, count, tokens // count, dim).transpose(0, 1)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """`Kernels.attention` of whole sequences: q [n, heads, length, key_dim] → [n, heads, length, value_dim]."""
-    count, heads, length, _ = q.shape
-    grouped = q.float().unflatten(1, (k.shape[1], -1))  # [n, kv_heads, share, length, key_dim]
+    count, _, length, _ = q.shape
+    grouped = q.float().reshape(count, k.shape[1], -1, length, q.shape[3])  # [n, kv_heads, share, length, key_dim]
     score = scale * (grouped @ k.float()[:, :, None].transpose(-1, -2))
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
@@ -85,7 +88,8 @@ def _attend(
         sink = sinks.float().view(k.shape[1], -1, 1, 1).expand(count, -1, -1, length, 1)
         score = torch.cat([score, sink], -1)
     share = score.softmax(-1)[..., :length]
-    return (share @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
+    out: Tensor = (share @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
+    return out
 
 
 AttentionInterface.register(SEQUENCE_ATTENTION, sequence_attention)

@@ -1,11 +1,12 @@
 """The resident base as training runs it: layer by layer, under autograd, on the weights that serve.
 
 The model's modules are copied before any of them is replaced for serving, without their weights: parameters are shared,
-and linear modules, experts and the input embedding read the resident ones (`trainable_linear.py`). So the modelling code
-runs as it was written, and there is no second copy of the weights.
+and linear modules, experts and the input embedding read the resident ones (`trainable_linear.py`). So the modelling
+code runs as it was written, and there is no second copy of the weights.
 
-Only the inputs of decoder layers are kept. Each layer is computed again when its gradient is asked for (gradient
-checkpointing), and no step is longer than one layer of one batch, so that an engine can do something else in between.
+Only the inputs of decoder layers are kept, unless there is memory for more. Each layer is computed again when its
+gradient is asked for (gradient checkpointing), and no step is longer than one layer of one batch, so that an engine can
+do something else in between.
 """
 
 from __future__ import annotations
@@ -86,12 +87,12 @@ class TrainableBase:
         self._resident: Any = loaded.model
         self._model: Any = self._copy(loaded)
         self._model.set_attn_implementation(SEQUENCE_ATTENTION)
-        self._layers = _decoder_layers(self._model, loaded.shape.body, self._kind)
+        self._layers: list[nn.Module] = [*_decoder_layers(self._model, loaded.shape.body, self._kind)]
         self.layers = len(self._layers)
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            layer.forward = partial(self._probe, index)
+            vars(layer)["forward"] = partial(self._probe, index)
 
     @property
     def free_slots(self) -> int:
@@ -119,7 +120,7 @@ class TrainableBase:
         args, kwargs = call
         layer = self._layers[index]
         with self._running(step):
-            output = type(layer).forward(layer, hidden, *args, **kwargs)
+            output: Any = type(layer).forward(layer, hidden, *args, **kwargs)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
@@ -144,7 +145,9 @@ class TrainableBase:
     def weight_norm(self, site: str) -> Tensor:
         """The norm of each output's weights of a linear module, float32 [out]."""
         packed, _ = resident_layer(base_module(self._resident, site), self._context.kernels)
-        return torch.linalg.vector_norm(self._context.kernels.unpack(packed), dim=1, dtype=torch.float32)
+        weight = self._context.kernels.unpack(packed)
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        return norm
 
     def check(self) -> None:
         """Compare with the model as it was loaded, in one batch of two sequences. Raises ModelUnsupported."""
@@ -205,7 +208,7 @@ class TrainableBase:
             self._context.step = None
 
     def _copy(self, loaded: LoadedModel) -> nn.Module:
-        """The model's modules without weights: parameters and buffers are shared, what reads packed ones is replaced."""
+        """The model's modules without weights: parameters are shared, modules whose weights are packed are replaced."""
         model: Any = loaded.model
         shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
         embedding = loaded.shape.input_embedding
@@ -239,11 +242,12 @@ class LayerwisePass:
         self.hidden = hidden.detach()
         self._edges: list[tuple[Tensor, Tensor]] = []  # each layer's input and output, the graph between them
 
-    def forward(self, gradients: bool) -> None:
+    def forward(self, *, gradients: bool, keep: bool) -> None:
         """Compute the next layer.
 
         Args:
             gradients: whether `backward` will be called.
+            keep: what it will need besides the layer's input, instead of computing it again.
         """
         index = len(self._edges)
         run = partial(self._base.layer, index, self._step, call=self.calls[index])
@@ -253,7 +257,12 @@ class LayerwisePass:
             self._edges.append((self.hidden, self.hidden))
             return
         given = self.hidden.requires_grad_()
-        output = checkpoint(run, given, use_reentrant=False, preserve_rng_state=False)
+        output: Tensor
+        if keep:
+            with torch.enable_grad():
+                output = run(given)
+        else:
+            output = checkpoint(run, given, use_reentrant=False, preserve_rng_state=False)
         self._edges.append((given, output))
         self.hidden = output.detach()
 

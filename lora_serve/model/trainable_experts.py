@@ -39,7 +39,8 @@ class FrozenExperts(nn.Module):
 
         def project(name: str, x: Tensor) -> Tensor:
             bias = getattr(resident.stacked, f"{name}_bias", None)
-            y: Tensor = ExpertsProduct.apply(x, resident.packed[name], bias, rows.end.tolist(), self._kernels)
+            packed, ends = resident.packed[name], rows.end.tolist()
+            y: Tensor = ExpertsProduct.apply(x, packed, bias, ends, self._kernels)  # type: ignore[no-untyped-call]
             return y
 
         return run_experts(resident.stacked, rows, hidden_states, top_k_weights, project)
@@ -60,7 +61,7 @@ class ExpertsProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         dx = grad.new_zeros(grad.shape[0], ctx.weights.shape[1])
         for expert, rows in _runs(ctx.ends):

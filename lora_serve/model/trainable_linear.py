@@ -6,9 +6,9 @@
 Weights are read where they are resident, whatever form they have, and are unpacked a part at a time. As in serving,
 modules that read the same input are one kernel call for all adapters.
 
-The input is saved by an operation of its own, before the product. When a layer is computed again for its backward pass,
-torch stops once the last saved tensor is there (`torch.utils.checkpoint`): the product of the layer's last module, whose
-result nobody needs, is left out.
+The input is saved by an operation of its own, before the product. When a layer is computed again for its backward
+pass, torch stops once the last saved tensor is there (`torch.utils.checkpoint`): the product of the layer's last
+module, whose result nobody needs, is left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainableSites:
 
 
 @dataclass
-class _Call:
+class _GroupCall:
     """One call of modules that read the same input; what its backward pass needs besides the input.
 
     Attributes:
@@ -125,20 +125,21 @@ class _Call:
             a, b = delta.a.float(), delta.b.float()
             both = 2 * (weight.float() @ a.T).T + (a @ a.T) @ b  # [rank, out]
             square += (b * both).sum(0)
-        return square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        norm: Tensor = square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return norm
 
 
 class SavedInput(torch.autograd.Function):
     """Identity that saves its tensor, and runs the deltas' backward pass over it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _GroupCall) -> Tensor:
         ctx.save_for_backward(x)
         ctx.call = call
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         ctx.call.delta_backward(x, dx)  # dx is `AdaptedProduct.backward`'s, and nobody else's
         return dx, None
@@ -148,7 +149,7 @@ class AdaptedProduct(torch.autograd.Function):
     """Outputs of modules that read the same input; saves no tensor of the batch, except with DoRA."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, call: _GroupCall) -> tuple[Tensor, ...]:
         outputs = call.forward(x)
         ctx.save_for_backward(*(before for own in call.gained for _, _, before in own))
         call.gained = [[(span, magnitude, magnitude.values) for span, magnitude, _ in own] for own in call.gained]
@@ -156,7 +157,7 @@ class AdaptedProduct(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         call = ctx.call
         saved = iter(ctx.saved_tensors)
         call.gained = [[(span, magnitude, next(saved)) for span, magnitude, _ in own] for own in call.gained]
@@ -175,9 +176,10 @@ class TrainableGroup:
         """Output [..., out] of one of the modules for x [..., in]."""
         if x is not self._input or module not in self._outputs:
             assert self._context.step is not None
-            call = _Call(self._sites, self._context.kernels, self._context.step)
+            call = _GroupCall(self._sites, self._context.kernels, self._context.step)
             rows = x.reshape(-1, x.shape[-1])
-            outputs = AdaptedProduct.apply(SavedInput.apply(rows, call), call)
+            saved: Tensor = SavedInput.apply(rows, call)  # type: ignore[no-untyped-call]
+            outputs: tuple[Tensor, ...] = AdaptedProduct.apply(saved, call)  # type: ignore[no-untyped-call]
             self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
             self._input = x
         y = self._outputs.pop(module)

@@ -19,25 +19,25 @@ from torch import Tensor
 from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.kernels.contract import Segments
 from lora_serve.kernels.host_device_copy import to_device
-from lora_serve.model.trainable_base import LayerwisePass, TrainableBase
+from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.training_step import AdapterSpan, TrainingStep
 
 LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
 
 
-def pass_bytes(base: TrainableBase, tokens: int) -> int:
+def pass_bytes(base: TrainableBase, tokens: int, kept_layers: int = 0) -> int:
     """Bytes that a pass takes at most, beside the base and the adapters.
 
     The inputs of all layers; what one layer saves, and as much again of gradients and intermediate results; logits; one
-    part of a weight, unpacked and transposed.
+    part of a weight, unpacked and transposed. Layers that are kept add what they save.
     """
     item = base.dtype.itemsize
     widest = max(site.in_features * site.out_features for site in base.shape.sites.values())
     rows = min(tokens, _chunk_rows(base))
     return (
         tokens * base.shape.hidden_size * item * (base.layers + 2)
-        + 2 * tokens * base.token_bytes
+        + (2 + kept_layers) * tokens * base.token_bytes
         + rows * base.vocabulary * item + 3 * 4 * _BLOCK
         + 3 * 4 * min(widest, 1 << 23)
     )  # fmt: skip
@@ -66,10 +66,14 @@ class FusedPass:
 
     Args:
         gradients: add the gradients of the losses to those of the adapters; else only the losses are computed.
+        kept_layers: number of layers, the last ones, that are not computed again for their backward pass.
     """
 
-    def __init__(self, base: TrainableBase, batches: Sequence[MicroBatch], *, gradients: bool) -> None:
+    def __init__(
+        self, base: TrainableBase, batches: Sequence[MicroBatch], *, gradients: bool, kept_layers: int = 0
+    ) -> None:
         self._base, self._gradients = base, gradients
+        self._first_kept = base.layers - kept_layers
         self._parts, rows, losses = [], 0, 0
         for batch in batches:
             count = sum(weight != 0 for each in batch.sequences for weight in each.weights)
@@ -97,7 +101,8 @@ class FusedPass:
         self._run = self._quanta()
 
     def __repr__(self) -> str:
-        return f"<FusedPass {self.tokens} tokens of {len(self._parts)} micro-batches, quantum {self.done} of {self.quanta}>"
+        parts = len(self._parts)
+        return f"<FusedPass {self.tokens} tokens of {parts} micro-batches, quantum {self.done} of {self.quanta}>"
 
     def advance(self) -> bool:
         """Run one quantum; whether more remain. Raises torch.OutOfMemoryError, after which the pass is lost."""
@@ -140,8 +145,8 @@ class FusedPass:
         ids, at = (to_device(each, torch.int64, base.device) for each in (self._ids, positions))
         running = base.begin(step, ids, at)
         yield
-        for _ in range(base.layers):
-            running.forward(self._gradients)
+        for layer in range(base.layers):
+            running.forward(gradients=self._gradients, keep=layer >= self._first_kept)
             yield
         rows = to_device(self._loss_rows, torch.int64, base.device)
         count, losses = self._heads, len(self._loss_rows)
@@ -175,15 +180,15 @@ class FusedPass:
         with torch.set_grad_enabled(coefficients is not None):
             logits = self._base.logits(step, given)
         targets = self._targets[chunk]
-        values, self._logprobs[chunk] = _log_probabilities(logits.detach(), targets)
+        sums, self._logprobs[chunk] = _log_probabilities(logits.detach(), targets)
         if coefficients is None:
             return hidden
-        _gradient_in_place(logits.detach(), targets, values, coefficients)
+        _gradient_in_place(logits.detach(), targets, sums, coefficients)
         (found,) = torch.autograd.grad(logits, given, logits.detach())
         return found
 
     def _coefficients(self) -> Tensor:
-        """The gradient [losses] of the losses by their targets' log-probabilities, which other losses need to be known."""
+        """The gradient [losses] of the losses by their targets' log-probabilities, which loss functions read."""
         coefficients = -self._weights
         for index, part in enumerate(self._parts):
             if part.batch.loss is None:
@@ -217,18 +222,19 @@ class FusedPass:
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [rows, vocabulary]: the log of its sum of exponentials, and its target's log-probability."""
-    rows = max(1, _BLOCK // logits.shape[1])
-    sums = torch.cat([block.float().logsumexp(1) for block in logits.split(rows)])
+    """Of each row of logits [rows, vocabulary]: the log of its exponentials' sum, and its target's log-probability."""
+    sums = torch.cat([block.float().logsumexp(1) for block in torch.split(logits, _block_rows(logits))])
     return sums, logits.gather(1, targets[:, None])[:, 0].float() - sums
 
 
 def _gradient_in_place(logits: Tensor, targets: Tensor, sums: Tensor, coefficients: Tensor) -> None:
     """Write the gradient of Σ coefficient · log-probability of the target over the logits."""
-    rows = max(1, _BLOCK // logits.shape[1])
-    for block, own, own_sums, factor in zip(
-        *(each.split(rows) for each in (logits, targets, sums, coefficients)), strict=True
-    ):
+    parts = (torch.split(each, _block_rows(logits)) for each in (logits, targets, sums, coefficients))
+    for block, own, own_sums, factor in zip(*parts, strict=True):
         wide = (block.float() - own_sums[:, None]).exp_().mul_(-factor[:, None])
         wide.scatter_add_(1, own[:, None], factor[:, None])
         block.copy_(wide)
+
+
+def _block_rows(logits: Tensor) -> int:
+    return max(1, _BLOCK // logits.shape[1])

@@ -1,8 +1,8 @@
-"""An adapter in training: master weights, gradients and AdamW's moments in float32, and the weights that are computed with.
+"""An adapter in training: master weights, gradients, AdamW's moments, and the weights that are computed with.
 
-Each of these is one flat tensor of one layout, so that a step of the optimizer is a few operations whatever the number
-of modules. The base computes with a copy whose B has the scaling folded in (`kernels.contract.Delta`): it is exactly the
-lowered form that a server loads.
+Each of these is one flat float32 tensor of one layout, so that a step of the optimizer is a few operations whatever the
+number of modules. The base computes with a copy whose B has the scaling folded in (`kernels.contract.Delta`): it is
+exactly the lowered form that a server loads.
 """
 
 from __future__ import annotations

@@ -88,17 +88,21 @@ class Trainer:
     def forward_backward(self, batches: Sequence[MicroBatch]) -> FusedPass:
         """A pass that adds the gradients of all micro-batches' losses to those of their adapters.
 
+        What is left of the memory keeps layers from being computed twice.
         Raises BadRequest naming what does not fit, before anything is computed.
         """
-        self._check(batches)
-        return FusedPass(self._base, batches, gradients=True)
+        tokens = self._check(batches)
+        free = self._memory - self.used - pass_bytes(self._base, tokens)
+        kept = min(self._base.layers, free // (tokens * self._base.token_bytes))
+        return FusedPass(self._base, batches, gradients=True, kept_layers=kept)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> FusedPass:
         """A pass that computes losses and log-probabilities only."""
         self._check(batches)
         return FusedPass(self._base, batches, gradients=False)
 
-    def _check(self, batches: Sequence[MicroBatch]) -> None:
+    def _check(self, batches: Sequence[MicroBatch]) -> int:
+        """The number of tokens."""
         for batch in batches:
             if self._adapters.get(batch.adapter.name) is not batch.adapter:
                 raise BadRequest(f"{batch.adapter.name!r} is not in training")
@@ -114,6 +118,7 @@ class Trainer:
                 f"{_mib(self._memory - self.used)} of {_mib(self._memory)} are free: make it smaller",
                 param="sequences",
             )
+        return tokens
 
 
 def _mib(size: int) -> str:

@@ -13,7 +13,7 @@ from training_driver import MEMORY, TrainingDriver, examples
 
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
-from lora_serve.engine.training.fused_pass import pass_bytes
+from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trained_files import save_peft
@@ -103,7 +103,7 @@ def test_two_passes_may_take_turns(driver: TrainingDriver) -> None:
     adapters = [driver.trainer.create(name, LoraSettings(r=4)) for name in names]
     batches = [MicroBatch(adapter, examples(2, VOCABULARY, index % 2)) for index, adapter in enumerate(adapters)]
     running = [driver.trainer.forward_backward([batch]) for batch in batches[:2]]
-    while any([each.advance() for each in running]):
+    while sum(each.advance() for each in running):
         pass
     for batch in batches[2:]:
         driver.trainer.forward_backward([batch]).finish()
@@ -122,6 +122,29 @@ def test_gradients_add_up_until_the_optimizer_s_step(driver: TrainingDriver) -> 
     torch.testing.assert_close(parts.gradients, whole.gradients, atol=1e-6, rtol=1e-4)
     driver.trainer.close(whole)
     driver.trainer.close(parts)
+
+
+def test_layers_are_not_computed_twice_where_there_is_memory(driver: TrainingDriver) -> None:
+    adapter, batch = driver.trainer.create("kept", LoraSettings(r=4)), examples(2, VOCABULARY, 0)
+    called: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *args, name=name: called.append(name))
+        for name, module in driver.trainable._model.named_modules()
+        if name.endswith("input_layernorm")
+    ]
+    counts, gradients = [], []
+    for kept in (0, 2, driver.trainable.layers):
+        called.clear()
+        FusedPass(driver.trainable, [MicroBatch(adapter, batch)], gradients=True, kept_layers=kept).finish()
+        counts.append(len(called))
+        gradients.append(adapter.gradients.clone())
+        adapter.gradients.zero_()
+    for hook in hooks:
+        hook.remove()
+    assert gradients[0].equal(gradients[1])
+    assert gradients[0].equal(gradients[2])
+    assert counts == [6, 4, 3]
+    driver.trainer.close(adapter)
 
 
 def test_evaluating_changes_nothing(driver: TrainingDriver) -> None:
@@ -184,7 +207,7 @@ def test_memory_is_known_before_and_refused_with_numbers(driver: TrainingDriver)
     with pytest.raises(BadRequest, match=r"a pass over \d+ tokens takes 1[0-9.]+ MiB; 0.1 MiB of 0.4 MiB are free"):
         small.forward_backward([MicroBatch(adapter, examples(60, VOCABULARY, 0))])
     small.close(adapter)
-    with pytest.raises(BadRequest, match="all training has 0.0 MiB"):
+    with pytest.raises(BadRequest, match=r"all training has 0\.0 MiB"):
         Trainer(driver.trainable, 1000).create("none", settings)
 
 

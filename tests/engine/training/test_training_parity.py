@@ -1,7 +1,7 @@
 """Training on the resident base is PEFT's training with torch's AdamW: losses and weights, on every architecture.
 
-Two adapters of different kinds and ranks are trained in the same flat batches here, and alone in PEFT. `TRAINING_STEPS=50`
-trains longer.
+Two adapters of different kinds and ranks are trained in the same flat batches here, and alone in PEFT.
+`TRAINING_STEPS=50` trains longer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
 
 
 def check_parity(driver: TrainingDriver, base: Any, folder: Path, kinds: dict[str, LoraSettings]) -> None:
-    """Train one adapter of each kind, all in one batch, and each alone in PEFT from the same weights and on the same data."""
+    """Train one adapter of each kind, all in one batch, and each alone in PEFT from the same weights and data."""
     adapters, models, data = [], [], []
     for index, (name, settings) in enumerate(kinds.items()):
         adapter = driver.trainer.create(name, settings, AdamSettings(weight_decay=0.01))
