@@ -19,7 +19,7 @@ from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
-from lora_serve.model.load import load
+from lora_serve.model.load import LoadedModel, load
 from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.shape import base_module
 from lora_serve.model.trainable_base import TrainableBase
@@ -35,15 +35,7 @@ class TrainingDriver:
         self, folder: Path, *, native: bool = True, dtype: str = "float32", scheme: Scheme | None = None, slots: int = 4
     ) -> None:
         kernels = select(CPU, native)
-        self.loaded = load(
-            str(folder),
-            revision=None,
-            dtype=dtype,
-            device=CPU,
-            progress=lambda stage, done: None,
-            scheme=scheme,
-            quantizes_experts=kernels.has_grouped_linear,
-        )
+        self.loaded = load_small(folder, dtype, scheme)
         self.trainable = TrainableBase(self.loaded, kernels, slots)
         served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, CPU)
         kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, CPU)
@@ -69,6 +61,19 @@ class TrainingDriver:
             weight = own.parameter(leaf) if isinstance(own, PackedExperts) else getattr(own, leaf)
             setattr(model.get_submodule(parent), leaf, nn.Parameter(weight.float().clone()))
         return model
+
+
+def load_small(folder: Path, dtype: str = "float32", scheme: Scheme | None = None) -> LoadedModel:
+    """A base, before it is brought into service."""
+    return load(
+        str(folder),
+        revision=None,
+        dtype=dtype,
+        device=CPU,
+        progress=lambda stage, done: None,
+        scheme=scheme,
+        quantizes_experts=True,
+    )
 
 
 def examples(count: int, vocabulary: int, seed: int, shortest: int = 6, longest: int = 24) -> list[TrainingSequence]:

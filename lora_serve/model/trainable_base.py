@@ -207,7 +207,7 @@ class TrainableBase:
         finally:
             self._context.step = None
 
-    def _copy(self, loaded: LoadedModel) -> nn.Module:
+    def _copy(self, loaded: LoadedModel) -> Any:
         """The model's modules without weights: parameters are shared, modules whose weights are packed are replaced."""
         model: Any = loaded.model
         shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
@@ -226,7 +226,7 @@ class TrainableBase:
             for index, name in enumerate(names):
                 linear = TrainableLinear(group, index, partial(_weight_of, model, name))
                 shared[id(model.get_submodule(name))] = linear
-        return copy.deepcopy(model, shared)  # type: ignore[no-any-return]
+        return copy.deepcopy(model, shared)
 
 
 class LayerwisePass:
@@ -285,10 +285,16 @@ def _weight_of(model: Any, name: str) -> Tensor:
 
 
 def _decoder_layers(model: Any, body: str, kind: str) -> nn.ModuleList:
-    """The body's list of decoder layers. Raises ModelUnsupported if there is not exactly one that may be it."""
+    """The body's list of decoder layers. Raises ModelUnsupported if it is not clear which one that is.
+
+    Of the lists that are in no other one: the only one, or the only one of as many modules as there are layers.
+    """
+    lists = {
+        name: module for name, module in model.get_submodule(body).named_modules() if isinstance(module, nn.ModuleList)
+    }
+    outer = [each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     count = model.config.get_text_config().num_hidden_layers
-    lists = [each for each in model.get_submodule(body).children() if isinstance(each, nn.ModuleList)]
-    found = [each for each in lists if len(each) == count]
+    found = outer if len(outer) == 1 else [each for each in outer if len(each) == count]
     if len(found) != 1:
         raise ModelUnsupported(f"a {kind} base cannot be trained: it has no single list of {count} decoder layers")
     return found[0]

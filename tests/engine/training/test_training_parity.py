@@ -14,15 +14,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import ARCHITECTURES, EXPERTS, HEADS_FIRST, VOCABULARY, reference, save
-from training_driver import TrainingDriver, examples, load_trainable, train_peft
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from support import ARCHITECTURES, COMMON, EXPERTS, HEADS_FIRST, VOCABULARY, make_model, reference, save
+from training_driver import CPU, TrainingDriver, examples, load_small, load_trainable, train_peft
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, OPTConfig
 
 from lora_serve.engine.training.learning_rate import LearningRate
 from lora_serve.engine.training.micro_batch import MicroBatch
 from lora_serve.engine.training.trained_files import peft_tensors, save_peft
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.kernels.select import select
+from lora_serve.model.trainable_base import TrainableBase
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -73,6 +76,37 @@ def test_training_equals_peft(architecture: str, tmp_path: Path) -> None:
     assert architecture in ARCHITECTURES | EXPERTS | HEADS_FIRST
     driver = TrainingDriver(save(architecture, tmp_path / "base"))
     check_parity(driver, reference(architecture), tmp_path, ATTENTION if architecture in EXPERTS else KINDS)
+
+
+OTHERS = {
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=64, pad_token_id=1, bos_token_id=1, eos_token_id=2,
+        dropout=0.0,
+    ),
+    "gpt_oss": GptOssConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_elsewhere_and_attention_sinks_train_as_in_peft(kind: str, tmp_path: Path) -> None:
+    model = make_model(OTHERS[kind])
+    model.save_pretrained(tmp_path / "base")
+    kinds = {"lora": LoraSettings(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])}
+    check_parity(TrainingDriver(tmp_path / "base"), model, tmp_path, kinds)
+
+
+def test_what_cannot_be_trained_is_refused_by_name(tmp_path: Path) -> None:
+    driver = TrainingDriver(save("llama", tmp_path))
+    with pytest.raises(ModelUnsupported, match="a llama base without an LM head cannot be trained"):
+        TrainableBase(replace(driver.loaded, headless=True), select(CPU), 1)
+    oracle = replace(driver.loaded.oracle, logits=driver.loaded.oracle.logits.flip(2))
+    wrong = TrainableBase(replace(load_small(tmp_path), oracle=oracle), select(CPU), 1)
+    with pytest.raises(ModelUnsupported, match="llama cannot be trained: layer by layer its logits differ"):
+        wrong.check()
 
 
 def test_patterns_and_an_adapted_head_equal_peft_with_plain_kernels(tmp_path: Path) -> None:
