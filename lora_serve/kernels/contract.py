@@ -242,6 +242,21 @@ class Kernels(Protocol):
         """
         ...
 
+    def exact_linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
+        """`linear` of weights that are quantised without rounding the rows: y = x @ unpack(packed).T + bias.
+
+        Quantised weights are rounded to x's dtype. Shapes as there; the layers may differ in dtype and scheme.
+        """
+        ...
+
+    def linear_backward(self, grads: Sequence[Tensor], weights: Sequence[PackedWeight]) -> Tensor:
+        """Gradient of the input that layers share: dx = Σ grads[m] @ unpack(weights[m]), of `exact_linear`.
+
+        Shapes: grads[m] [rows, out_m] with unit stride in the last dimension; returns [rows, in] in their dtype,
+        contiguous, memory that nothing else reads. No weight is unpacked longer than it is needed.
+        """
+        ...
+
     def pack_experts(
         self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None
     ) -> PackedExpertWeights:
@@ -306,6 +321,30 @@ class Kernels(Protocol):
 
         Shapes: x [tokens, in], outputs[m] [tokens, out_m]; x and outputs share a dtype (fp32, bf16, fp16), the
         group's dtype may differ from it. Inputs have unit stride in the last dimension.
+        """
+        ...
+
+    def delta_backward(
+        self,
+        x: Tensor,
+        grads: Sequence[Tensor],
+        dx: Tensor,
+        group: DeltaGroup,
+        segments: Segments,
+        gradients: DeltaGroup,
+    ) -> None:
+        """Add the gradients of `delta`: of its input to dx, and of each slot's A and B to those of `gradients`.
+
+        Semantics, for every segment s and module m with rank[m, slot[s]] > 0, accumulated in float32:
+
+            rows = slice(start[s], end[s]);  a, b = A and B of (m, slot[s])
+            g = weight[s] * grads[m][rows]
+            h, dh = x[rows] @ a.T, g @ b.T                          # [rows, rank]
+            B of gradients += h.T @ g;  A of gradients += dh.T @ x[rows]
+            dx[rows] += dh @ a
+
+        Shapes: x and dx [tokens, in], grads[m] [tokens, out_m]; all share a dtype. `gradients` has the group's shapes
+        and ranks, and float32 tensors. Segments of one slot may follow each other; none cover the same rows.
         """
         ...
 

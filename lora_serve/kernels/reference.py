@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.composed import ComposedOperations
+from lora_serve.kernels.composed import ComposedBackward, ComposedOperations
 from lora_serve.kernels.contract import (
     Activation,
     AttentionMetadata,
@@ -32,7 +32,7 @@ from lora_serve.kernels.packed_weight import (
 )
 
 
-class ReferenceKernels(ComposedOperations):
+class ReferenceKernels(ComposedOperations, ComposedBackward):
     """`Kernels` in plain torch."""
 
     name, build = "reference", ""
@@ -110,13 +110,14 @@ class ReferenceKernels(ComposedOperations):
             segments.weight.tolist(),
             strict=True,
         )
+        wide = torch.promote_types(x.dtype, torch.float32)  # float64 checks gradients
         for start, end, slot, weight in runs:
-            rows = x[start:end].float()
+            rows = x[start:end].to(wide)
             for module, output in enumerate(outputs):
                 delta = group.get(module, slot)
                 if delta is not None:
-                    shrunk = rows @ delta.a.float().T  # [rows, rank]
-                    sums = output[start:end].float() + weight * (shrunk @ delta.b.float())
+                    shrunk = rows @ delta.a.to(wide).T  # [rows, rank]
+                    sums = output[start:end].to(wide) + weight * (shrunk @ delta.b.to(wide))
                     output[start:end] = sums.to(output.dtype)
 
     def write_kv(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:

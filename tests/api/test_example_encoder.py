@@ -13,7 +13,7 @@ from stub_completions import StubCompletionApp, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_serve.api.fine_tuning.example_encoder import ExampleEncoder, PreferencePair, TrainingSequence
+from lora_serve.api.fine_tuning.example_encoder import EncodedSequence, ExampleEncoder, PreferencePair
 from lora_serve.api.fine_tuning.example_lines import InvalidExamples, parse_example
 from lora_serve.errors import BadRequest
 
@@ -74,13 +74,13 @@ def encoder(tokenizer: Any, most: int = 1000, assistants: Literal["all", "last"]
     return ExampleEncoder(tokenizer, end_tokens=[END], most_tokens=most, assistants=assistants)
 
 
-def encode(encoder: ExampleEncoder, **line: Any) -> TrainingSequence:
+def encode(encoder: ExampleEncoder, **line: Any) -> EncodedSequence:
     encoded = encoder.encode(parse_example(json.dumps(line).encode()))
-    assert isinstance(encoded, TrainingSequence)
+    assert isinstance(encoded, EncodedSequence)
     return encoded
 
 
-def trained_texts(sequence: TrainingSequence, tokenizer: Any) -> list[str]:
+def trained_texts(sequence: EncodedSequence, tokenizer: Any) -> list[str]:
     """The pieces that the loss is on, as texts."""
     pieces: list[list[int]] = [[]]
     for token, weight in zip(sequence.tokens, sequence.weights, strict=True):
@@ -291,7 +291,7 @@ def test_long_examples_are_cut_at_their_end_and_counted() -> None:
     examples = [(number, parse_example(json.dumps(line).encode())) for number, line in enumerate(lines, 1)]
     short = encoder(tokenizer(), most=length - 1)
     assert [*short.encode_all(examples)] == [
-        (1, TrainingSequence(whole.tokens[:-1], whole.weights[:-1], truncated=True))
+        (1, EncodedSequence(whole.tokens[:-1], whole.weights[:-1], truncated=True))
     ]
     counts = short.counts
     assert (counts.examples, counts.truncated, counts.dropped, counts.tokens) == (2, 1, 1, length - 1)

@@ -27,7 +27,7 @@ from lora_serve.api.openai.chat_schemas import FunctionTool
 from lora_serve.errors import BadRequest
 
 
-class TrainingSequence(NamedTuple):
+class EncodedSequence(NamedTuple):
     """One sequence to train on.
 
     Attributes:
@@ -48,8 +48,8 @@ class TrainingSequence(NamedTuple):
 class PreferencePair(NamedTuple):
     """Two sequences with the same prompt, whose tokens have weight 0."""
 
-    chosen: TrainingSequence
-    rejected: TrainingSequence
+    chosen: EncodedSequence
+    rejected: EncodedSequence
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ExampleEncoder:
 
     def encode_all(
         self, examples: Iterable[tuple[int, Example]]
-    ) -> Iterator[tuple[int, TrainingSequence | PreferencePair]]:
+    ) -> Iterator[tuple[int, EncodedSequence | PreferencePair]]:
         """Numbered examples, encoded; those are left out of which nothing to train on remains.
 
         Raises: `InvalidExamples` that names the line of an example that cannot be encoded.
@@ -112,7 +112,7 @@ class ExampleEncoder:
             if encoded is not None:
                 yield number, encoded
 
-    def encode(self, example: Example) -> TrainingSequence | PreferencePair | None:
+    def encode(self, example: Example) -> EncodedSequence | PreferencePair | None:
         """Encode an example; None if truncation leaves nothing to train on. Raises `BadRequest`."""
         match example:
             case CompletionExample():
@@ -134,7 +134,7 @@ class ExampleEncoder:
 
     # --- kinds -------------------------------------------------------------------------------------------------------
 
-    def _completion(self, example: CompletionExample) -> TrainingSequence:
+    def _completion(self, example: CompletionExample) -> EncodedSequence:
         text = example.prompt + example.completion
         tokens, weights = self._tokenize(text, [Span(len(example.prompt), len(text))])
         leading = len(self._leading)
@@ -147,7 +147,7 @@ class ExampleEncoder:
         trained: Sequence[int],
         *,
         whole: bool = True,
-    ) -> TrainingSequence:
+    ) -> EncodedSequence:
         conversation = RenderedConversation(self._tokenizer, messages, tools)
         if (marked := conversation.marked(trained)) is not None:
             return self._cut(*marked)
@@ -158,14 +158,14 @@ class ExampleEncoder:
             return self._ended(tokens, weights)
         return self._cut(tokens, weights)
 
-    def _preference(self, example: PreferenceExample) -> list[TrainingSequence]:
+    def _preference(self, example: PreferenceExample) -> list[EncodedSequence]:
         context, tools = example.input.messages, example.input.tools or []
         outputs = (example.preferred_output, example.non_preferred_output)
 
-        def encode(*, whole: bool) -> list[TrainingSequence]:
+        def encode(*, whole: bool) -> list[EncodedSequence]:
             return [self._chat([*context, *output], tools, [len(context)], whole=whole) for output in outputs]
 
-        def prompts(pair: list[TrainingSequence]) -> list[list[int]]:
+        def prompts(pair: list[EncodedSequence]) -> list[list[int]]:
             return [each.tokens[: each.weights.index(1.0)] for each in pair if 1.0 in each.weights]
 
         pair = encode(whole=True)
@@ -219,18 +219,18 @@ class ExampleEncoder:
             if trained and ends:
                 weights[ends[-1] + 1 : places[-1] + 1] = [0.0] * (places[-1] - ends[-1])
 
-    def _ended(self, tokens: list[int], weights: list[float]) -> TrainingSequence:
+    def _ended(self, tokens: list[int], weights: list[float]) -> EncodedSequence:
         """A sequence that ends with a reply, with an end token after it if it has none."""
         last = max((place for place, weight in enumerate(weights) if weight), default=None)
         if self._end_token is not None and (last is None or tokens[last] not in self._end_tokens):
             tokens, weights = [*tokens, self._end_token], [*weights, 1.0]
         return self._cut(tokens, weights)
 
-    def _cut(self, tokens: list[int], weights: list[float]) -> TrainingSequence:
+    def _cut(self, tokens: list[int], weights: list[float]) -> EncodedSequence:
         truncated = len(tokens) > self._most_tokens
         tokens, weights = tokens[: self._most_tokens], weights[: self._most_tokens]
         weights[:1] = [0.0] * len(weights[:1])  # nothing comes before the first token that could predict it
-        return TrainingSequence(tokens, weights, truncated)
+        return EncodedSequence(tokens, weights, truncated)
 
 
 def _leading_special_tokens(tokenizer: Any) -> list[int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_serve.kernels.composed import ComposedOperations
-from lora_serve.kernels.contract import GraphBuckets, ReplaySupport
+from lora_serve.kernels.composed import ComposedBackward, ComposedOperations, sum_of
+from lora_serve.kernels.contract import GraphBuckets, Layers, ReplaySupport
 from lora_serve.kernels.cpu.attention import NativeAttention
 from lora_serve.kernels.cpu.build import CHECKED
 from lora_serve.kernels.cpu.delta import NativeDelta
@@ -28,7 +28,7 @@ from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, 
 ARENA = 0 if CHECKED else 1 << 28
 
 
-class NativeKernels(ComposedOperations):
+class NativeKernels(ComposedOperations, ComposedBackward):
     """`Kernels` on the CPU, in a library that `build` or `prebuilt` gave.
 
     Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes, indices or ranges that do not fit are a
@@ -57,6 +57,12 @@ class NativeKernels(ComposedOperations):
     ) -> list[PackedWeight]:
         """Each weight by itself, as `linear` reads them one after the other."""
         return [self._matmul.pack(weight, scheme, importance) for weight in weights]
+
+    def exact_linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
+        return [self._matmul.exact(x, packed, bias) for packed, bias in layers]
+
+    def linear_backward(self, grads: Sequence[Tensor], weights: Sequence[PackedWeight]) -> Tensor:
+        return sum_of([part for pair in zip(grads, weights, strict=True) for part in self._matmul.backward(*pair)])
 
     def pack_experts(
         self, weights: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None

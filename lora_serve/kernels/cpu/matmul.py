@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from lora_serve.kernels.cpu.calls import CALLS
 from lora_serve.kernels.cpu.library import Library, type_number
 from lora_serve.kernels.packed_weight import GROUP, PackedExpertWeights, PackedWeight, Scheme, quantize
 
+TILE = 1 << 23  # weights that are unpacked at a time, for products in full precision
 _INT8, _INT4, _DOT = 3, 4, 5  # `Kind` in panels.h, which goes on from the numbers of types
 
 
@@ -26,8 +28,8 @@ class NativeLinear:
     """`Kernels.pack` (of one weight), `unpack`, `lookup`, `linear` and `grouped_linear`."""
 
     def __init__(self, library: Library) -> None:
-        names = ("linear", "grouped_linear", "packed_bytes", "pack", "unpack", "rows")
-        self._linear, self._grouped_linear, self._bytes, self._pack, self._unpack, self._rows = (
+        names = ("linear", "grouped_linear", "packed_bytes", "pack", "pack_turned", "unpack", "rows")
+        self._linear, self._grouped_linear, self._bytes, self._pack, self._pack_turned, self._unpack, self._rows = (
             library.call(f"lora_{name}") for name in names
         )
         self._columns = library.number("lora_columns")
@@ -116,6 +118,57 @@ class NativeLinear:
         )
         self._linear(call)
         return outputs
+
+    def exact(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """`Kernels.exact_linear` of one layer: x [rows, in] → [rows, out]."""
+        if packed.scheme is None and packed.dtype is x.dtype:
+            return self.linear(x, [(packed, bias)])[0]
+        y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+        for first, tile in self._tiles(packed):
+            own = None if bias is None else bias[first : first + tile.shape[0]]
+            weight = self.unpack(tile).to(x.dtype)
+            if x.dtype is torch.float32:
+                (part,) = self.linear(x, [(self.pack(weight), own)])
+            else:
+                part = torch.nn.functional.linear(x, weight, own)
+            y[:, first : first + tile.shape[0]] = part
+        return y
+
+    def backward(self, grad: Tensor, packed: PackedWeight) -> Iterator[Tensor]:
+        """Terms [rows, in] of grad @ unpack(packed), for grad [rows, out]."""
+        for first, tile in self._tiles(packed):
+            weight, own = self.unpack(tile).to(grad.dtype), grad[:, first : first + tile.shape[0]]
+            if grad.dtype is torch.float32:  # torch's product of half precision is as fast as this, of float32 slower
+                yield self.linear(own, [(self._turned(weight), None)])[0]
+            else:
+                yield own @ weight
+
+    def _turned(self, weight: Tensor) -> PackedWeight:
+        """The transpose of a float32 weight [in, out], packed."""
+        shape = (weight.shape[1], weight.shape[0])
+        empty = PackedWeight(shape, weight.dtype, None, torch.empty(0, dtype=torch.uint8))
+        packed = replace(empty, data=torch.empty(self._bytes(self._call(weight, empty)), dtype=torch.uint8))
+        self._pack_turned(self._call(weight, packed))
+        return packed
+
+    def _tiles(self, packed: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
+        """Runs of outputs of a weight, of at most `TILE` weights each: the first output, and the run's own weight."""
+        out, width = packed.shape
+        panels = -(-out // self._columns)
+        panel = packed.data.numel() // max(1, panels)  # bytes
+        step = max(1, TILE // (max(1, width) * self._columns))  # panels
+        for first in range(0, panels, step):
+            last = min(panels, first + step)
+            start, end = first * self._columns, last * self._columns
+            yield (
+                start,
+                replace(
+                    packed,
+                    shape=(min(out, end) - start, width),
+                    data=packed.data[first * panel : last * panel],
+                    scale=None if packed.scale is None else packed.scale[start:end],
+                ),
+            )
 
     def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
         (rows, width), (out, wide), experts = x.shape, weights.shape, len(weights)

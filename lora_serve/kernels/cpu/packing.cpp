@@ -141,6 +141,29 @@ extern "C" int64_t lora_pack(const PackCall* call) {
     return 0;
 }
 
+// Packs a float32 weight that lies turned, as [in, out]: every lane of a panel is COLUMNS consecutive numbers of a row.
+extern "C" int64_t lora_pack_turned(const PackCall* call) {
+    check_memory(call->weight, call->out * call->in * 4);
+    check_packed(*call);
+    size_t out = (size_t)call->out, lanes = lanes_of(F32, call->in), panels = panels_of(call->out);
+    const float* weight = (const float*)call->weight;
+    parallel((int)call->threads, [&](int thread, int threads) {
+        for (size_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
+            size_t count = std::min(COLUMNS, out - p * COLUMNS);
+            char* panel = call->packed + p * lane_at(F32, lanes);
+            for (size_t k = 0; k < lanes; k++) {
+                float* lane = (float*)(panel + lane_at(F32, k));
+                if (count == COLUMNS) memcpy(lane, weight + k * out + p * COLUMNS, COLUMNS * 4);
+                else {
+                    memcpy(lane, weight + k * out + p * COLUMNS, count * 4);
+                    std::fill(lane + count, lane + COLUMNS, 0.0f);
+                }
+            }
+        }
+    });
+    return 0;
+}
+
 // The inverse: the weights themselves, or those that quantised ones stand for, in float32.
 extern "C" int64_t lora_unpack(const PackCall* call) {
     bool small = call->kind == INT8 || call->kind == INT4;

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lora_serve.kernels.composed import ComposedBackward
 from lora_serve.kernels.contract import Activation, DeltaGroup, GraphBuckets, Layers, ReplaySupport, Segments
 from lora_serve.kernels.gpu import matmul, pointwise
 from lora_serve.kernels.gpu.attention import attention
@@ -26,7 +27,7 @@ from lora_serve.kernels.packed_weight import PackedExpertWeights, PackedWeight, 
 from lora_serve.kernels.reference import ReferenceKernels
 
 
-class GpuKernels:
+class GpuKernels(ComposedBackward):
     """`Kernels` on a GPU, or on any device in Triton's interpreter.
 
     Types are fp32, bf16 and fp16; anything else is a TypeError. Shapes that do not fit are a ValueError.

@@ -1,0 +1,125 @@
+"""Trains adapters on the resident base: what the rest of the engine uses of this package.
+
+    trainer = Trainer(base, memory)
+    adapter = trainer.create("name", LoraSettings(r=16), AdamSettings())
+    running = trainer.forward_backward([MicroBatch(adapter, sequences), …])    # of one or several adapters
+    while running.advance(): …                                                 # a quantum each; serve in between
+    losses = [result.loss for result in running.results]
+    adapter.optimizer_step(learning_rate)                                      # one quantum
+    save_peft(adapter, folder)
+
+Gradients add up until the adapter's optimizer step, so any number of passes may come before one. The loss of a
+micro-batch is a sum: who wants a mean divides its weights. Not thread-safe: quanta run in the engine's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.micro_batch import MicroBatch
+from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
+from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.errors import BadRequest, Overloaded
+from lora_serve.model.trainable_base import TrainableBase
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that training takes beside the resident base.
+
+    Attributes:
+        adapter: weights, gradients and the optimizer's state of one adapter, as long as it is trained.
+        running: of the pass that is running.
+    """
+
+    adapter: int
+    running: int
+
+
+class Trainer:
+    """The adapters that are trained on one base, within a memory budget.
+
+    Args:
+        base: checked (`TrainableBase.check`).
+        memory: bytes for all adapters in training and one running pass.
+    """
+
+    def __init__(self, base: TrainableBase, memory: int) -> None:
+        self._base, self._memory = base, memory
+        self._adapters: dict[str, TrainableAdapter] = {}
+
+    def __repr__(self) -> str:
+        return f"<Trainer {len(self._adapters)} adapters, {_mib(self.used)} of {_mib(self._memory)}>"
+
+    @property
+    def used(self) -> int:
+        """Bytes of the adapters in training."""
+        return sum(adapter.nbytes for adapter in self._adapters.values())
+
+    def needed(self, settings: LoraSettings, tokens: int) -> TrainingMemory:
+        """What an adapter with these settings, and a pass over so many tokens, would take."""
+        return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))
+
+    def create(self, name: str, settings: LoraSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
+        """Start to train an adapter. Raises BadRequest for settings that do not fit, Overloaded with the numbers."""
+        if name in self._adapters:
+            raise BadRequest(f"{name!r} is in training already", param="name")
+        needed = adapter_bytes(self._base.shape, settings)
+        if needed > self._memory:
+            raise BadRequest(
+                f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}", param="r"
+            )
+        if needed > self._memory - self.used or not self._base.free_slots:
+            raise Overloaded(
+                f"training {name!r} takes {_mib(needed)} and one of {self._base.deltas.slots} slots; "
+                f"{_mib(self._memory - self.used)} and {self._base.free_slots} slots are free"
+            )
+        adapter = TrainableAdapter(name, self._base, settings, adam)
+        self._adapters[name] = adapter
+        return adapter
+
+    def close(self, adapter: TrainableAdapter) -> None:
+        """Stop to train an adapter; its weights can still be read, and a pass over it must not go on."""
+        if self._adapters.pop(adapter.name, None) is not None:
+            adapter.close()
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> FusedPass:
+        """A pass that adds the gradients of all micro-batches' losses to those of their adapters.
+
+        What is left of the memory keeps layers from being computed twice.
+        Raises BadRequest naming what does not fit, before anything is computed.
+        """
+        tokens = self._check(batches)
+        free = self._memory - self.used - pass_bytes(self._base, tokens)
+        kept = min(self._base.layers, free // (tokens * self._base.token_bytes))
+        return FusedPass(self._base, batches, gradients=True, kept_layers=kept)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> FusedPass:
+        """A pass that computes losses and log-probabilities only."""
+        self._check(batches)
+        return FusedPass(self._base, batches, gradients=False)
+
+    def _check(self, batches: Sequence[MicroBatch]) -> int:
+        """The number of tokens."""
+        for batch in batches:
+            if self._adapters.get(batch.adapter.name) is not batch.adapter:
+                raise BadRequest(f"{batch.adapter.name!r} is not in training")
+            for sequence in batch.sequences:
+                sequence.check(self._base.vocabulary, self._base.max_length)
+        tokens = sum(batch.tokens for batch in batches)
+        if not tokens:
+            raise BadRequest("there is nothing to train on", param="sequences")
+        needed = pass_bytes(self._base, tokens)
+        if needed > self._memory - self.used:
+            raise BadRequest(
+                f"a pass over {tokens} tokens takes {_mib(needed)}; "
+                f"{_mib(self._memory - self.used)} of {_mib(self._memory)} are free: make it smaller",
+                param="sequences",
+            )
+        return tokens
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,309 @@
+"""The resident base as training runs it: layer by layer, under autograd, on the weights that serve.
+
+The model's modules are copied before any of them is replaced for serving, without their weights: parameters are shared,
+and linear modules, experts and the input embedding read the resident ones (`trainable_linear.py`). So the modelling
+code runs as it was written, and there is no second copy of the weights.
+
+Only the inputs of decoder layers are kept, unless there is memory for more. Each layer is computed again when its
+gradient is asked for (gradient checkpointing), and no step is longer than one layer of one batch, so that an engine can
+do something else in between.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.contract import Kernels, Segments
+from lora_serve.model.load import LoadedModel
+from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
+from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
+from lora_serve.model.shape import base_module
+from lora_serve.model.trainable_experts import FrozenExperts
+from lora_serve.model.trainable_linear import (
+    ResidentEmbedding,
+    TrainableGroup,
+    TrainableLinear,
+    TrainableSites,
+    TrainingContext,
+    resident_layer,
+)
+from lora_serve.model.training_step import TrainingStep
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]  # a layer's arguments besides the hidden states
+
+
+class _NotedCall(NamedTuple):
+    """How the model's forward called a layer."""
+
+    hidden: Tensor
+    arguments: LayerCall
+
+
+class TrainableBase:
+    """A differentiable view of a base.
+
+    Attributes:
+        shape: of the base.
+        deltas, gradients: slots of the adapters that are trained: their matrices, and the gradients of these, float32.
+        layers: number of decoder layers.
+        device, dtype: of activations.
+        vocabulary: number of logits.
+        max_length: of a sequence.
+        token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
+
+    Args:
+        loaded: the model as it was loaded; made before `ResidentBase` replaces its modules.
+        slots: the most adapters that are trained at a time.
+    Raises ModelUnsupported if it cannot be trained layer by layer, or is shared by several devices.
+    """
+
+    def __init__(self, loaded: LoadedModel, kernels: Kernels, slots: int) -> None:
+        self.shape, self.device, self.dtype, self.vocabulary = (
+            loaded.shape,
+            loaded.device,
+            loaded.dtype,
+            loaded.vocab_size,
+        )
+        self._kind, self.max_length, self.token_bytes = loaded.shape.model_type, loaded.max_model_len, 0
+        if loaded.sharding is not None:
+            raise ModelUnsupported("a base that several devices share cannot be trained; leave --tensor-parallel away")
+        if loaded.headless or not loaded.shape.body:
+            raise ModelUnsupported(f"a {self._kind} base without an LM head cannot be trained")
+        self._context = TrainingContext(kernels)
+        self._windows = loaded.windows
+        self.deltas, self.gradients = (DeviceSlots(loaded.shape, slots, torch.float32, loaded.device) for _ in range(2))
+        self._oracle = loaded.oracle
+        self._tolerance = loaded.oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE
+        self._resident: Any = loaded.model
+        self._model: Any = self._copy(loaded)
+        self._model.set_attn_implementation(SEQUENCE_ATTENTION)
+        self._layers: list[nn.Module] = [*_decoder_layers(self._model, loaded.shape.body, self._kind)]
+        self.layers = len(self._layers)
+        self._calls: list[_NotedCall] = []
+        self._replacement: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            vars(layer)["forward"] = partial(self._probe, index)
+
+    @property
+    def free_slots(self) -> int:
+        """Number of adapters that can still be added."""
+        return self.deltas.slots - len(self.deltas.ranks)
+
+    def begin(self, step: TrainingStep, token_ids: Tensor, positions: Tensor) -> LayerwisePass:
+        """Start a pass over token ids [tokens] at their positions in their sequences: embed them."""
+        body = self._model.get_submodule(self.shape.body)
+        with self._running(step), torch.no_grad():
+            body(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                training_step=step,
+                training_windows=self._windows,
+            )
+        calls, self._calls = self._calls, []
+        if len(calls) != self.layers:
+            raise ModelUnsupported(f"{self._kind} does not call each of its decoder layers once")
+        return LayerwisePass(self, step, [call.arguments for call in calls], calls[0].hidden)
+
+    def layer(self, index: int, step: TrainingStep, hidden: Tensor, call: LayerCall) -> Tensor:
+        """Decoder layer `index` as the modelling code has it: hidden [1, tokens, hidden] → the same."""
+        args, kwargs = call
+        layer = self._layers[index]
+        with self._running(step):
+            output: Any = type(layer).forward(layer, hidden, *args, **kwargs)
+        found: Tensor = output if isinstance(output, Tensor) else output[0]
+        return found
+
+    def logits(self, step: TrainingStep, hidden: Tensor) -> Tensor:
+        """Final norm, LM head and whatever the model does to logits: hidden [rows, hidden] → [rows, vocabulary]."""
+        rows = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=self.device)
+        self._replacement = hidden[None]
+        try:
+            with self._running(step):
+                logits: Tensor = self._model(
+                    input_ids=rows,
+                    position_ids=rows,
+                    use_cache=False,
+                    training_step=step,
+                    training_windows=self._windows,
+                ).logits[0]
+        finally:
+            self._replacement = None
+        return logits
+
+    @torch.no_grad()
+    def weight_norm(self, site: str) -> Tensor:
+        """The norm of each output's weights of a linear module, float32 [out]."""
+        packed, _ = resident_layer(base_module(self._resident, site), self._context.kernels)
+        weight = self._context.kernels.unpack(packed)
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        return norm
+
+    def check(self) -> None:
+        """Compare with the model as it was loaded, in one batch of two sequences. Raises ModelUnsupported."""
+        tokens, wanted = self._oracle.tokens, self._oracle.logits
+        lengths = [len(own) for own in tokens]
+        step = TrainingStep(lengths, (), no_segments(self.device))
+        ids = torch.tensor([token for own in tokens for token in own], device=self.device)
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        with torch.no_grad(), _training_refused(self._kind), refusing(self._kind):
+            running = self.begin(step, ids, positions)
+            hidden = running.hidden
+            for index in range(self.layers):
+                saved = self._saved_bytes(partial(self.layer, index, step, hidden, running.calls[index]), hidden)
+                self.token_bytes = max(self.token_bytes, -(-saved // len(ids)))
+                hidden = self.layer(index, step, hidden, running.calls[index])
+            got = self.logits(step, hidden[0]).cpu().float()
+        error = relative_error(got, wanted.flatten(0, 1))
+        if not error <= self._tolerance:
+            raise ModelUnsupported(
+                f"{self._kind} cannot be trained: layer by layer its logits differ from its own by {error:.2g}, "
+                f"more than {self._tolerance:.2g}"
+            )
+
+    def _saved_bytes(self, run: Callable[[], Tensor], hidden: Tensor) -> int:
+        """Bytes of the tensors that a layer saves for its backward pass, without the base's parameters."""
+        parameters = {each.untyped_storage().data_ptr() for each in (*self._model.parameters(), *self._model.buffers())}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hidden.requires_grad_()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = run()
+        hidden.requires_grad_(False)
+        del output
+        return sum(saved.values())
+
+    def _probe(self, index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for a decoder layer in the model's forward: notes its arguments, and passes hidden states on."""
+        if self._replacement is not None:
+            return self._replacement if index == 0 else hidden_states
+        if index != len(self._calls):
+            raise ModelUnsupported(f"{self._kind} does not call its decoder layers in order")
+        self._calls.append(_NotedCall(hidden_states, (args, kwargs)))
+        return hidden_states
+
+    @contextmanager
+    def _running(self, step: TrainingStep) -> Iterator[None]:
+        """Let the modules read this step."""
+        self._context.step = step
+        try:
+            yield
+        finally:
+            self._context.step = None
+
+    def _copy(self, loaded: LoadedModel) -> Any:
+        """The model's modules without weights: parameters are shared, modules whose weights are packed are replaced."""
+        model: Any = loaded.model
+        shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+        embedding = loaded.shape.input_embedding
+        shared[id(model.get_submodule(embedding))] = ResidentEmbedding(partial(model.get_submodule, embedding))
+        for names, deltas in self.deltas.groups.items():
+            if names[0].endswith("]"):  # one of a mixture's experts
+                experts = names[0].partition("[")[0].rpartition(".")[0]
+                module = model.get_submodule(experts)
+                shared.setdefault(
+                    id(module), FrozenExperts(partial(base_module, model, experts), self._context.kernels)
+                )
+                continue
+            sites = TrainableSites(names, deltas, self.gradients.groups[names], partial(base_module, model))
+            group = TrainableGroup(sites, self._context)
+            for index, name in enumerate(names):
+                linear = TrainableLinear(group, index, partial(_weight_of, model, name))
+                shared[id(model.get_submodule(name))] = linear
+        return copy.deepcopy(model, shared)
+
+
+class LayerwisePass:
+    """One flat batch on its way through the base, forwards and backwards.
+
+    Attributes:
+        calls: arguments of each layer.
+        hidden: [1, tokens, hidden], of the last layer that was computed.
+    """
+
+    def __init__(self, base: TrainableBase, step: TrainingStep, calls: Sequence[LayerCall], hidden: Tensor) -> None:
+        self._base, self._step, self.calls = base, step, calls
+        self.hidden = hidden.detach()
+        self._edges: list[tuple[Tensor, Tensor]] = []  # each layer's input and output, the graph between them
+
+    def forward(self, *, gradients: bool, keep: bool) -> None:
+        """Compute the next layer.
+
+        Args:
+            gradients: whether `backward` will be called.
+            keep: what it will need besides the layer's input, instead of computing it again.
+        """
+        index = len(self._edges)
+        run = partial(self._base.layer, index, self._step, call=self.calls[index])
+        if not gradients:
+            with torch.no_grad():
+                self.hidden = run(self.hidden)
+            self._edges.append((self.hidden, self.hidden))
+            return
+        given = self.hidden.requires_grad_()
+        output: Tensor
+        if keep:
+            with torch.enable_grad():
+                output = run(given)
+        else:
+            output = checkpoint(run, given, use_reentrant=False, preserve_rng_state=False)
+        self._edges.append((given, output))
+        self.hidden = output.detach()
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the last remaining layer's input, of that of its output; the layer is forgotten."""
+        given, output = self._edges.pop()
+        (found,) = torch.autograd.grad(output, given, grad)
+        return found
+
+
+def no_segments(device: torch.device) -> Segments:
+    """Segments of a batch without adapters."""
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    return Segments(none, none, none, torch.zeros(0, device=device), 0, 0)
+
+
+def _weight_of(model: Any, name: str) -> Tensor:
+    weight: Tensor = model.get_submodule(name).weight
+    return weight
+
+
+def _decoder_layers(model: Any, body: str, kind: str) -> nn.ModuleList:
+    """The body's list of decoder layers. Raises ModelUnsupported if it is not clear which one that is.
+
+    Of the lists that are in no other one: the only one, or the only one of as many modules as there are layers.
+    """
+    lists = {
+        name: module for name, module in model.get_submodule(body).named_modules() if isinstance(module, nn.ModuleList)
+    }
+    outer = [each for name, each in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    count = model.config.get_text_config().num_hidden_layers
+    found = outer if len(outer) == 1 else [each for each in outer if len(each) == count]
+    if len(found) != 1:
+        raise ModelUnsupported(f"a {kind} base cannot be trained: it has no single list of {count} decoder layers")
+    return found[0]
+
+
+@contextmanager
+def _training_refused(kind: str) -> Iterator[None]:
+    """Say of a refusal that it is about training."""
+    try:
+        yield
+    except ModelUnsupported as error:
+        raise ModelUnsupported(f"a {kind} base cannot be trained: {error.message}") from error

@@ -1,0 +1,139 @@
+"""Training on the resident base is PEFT's training with torch's AdamW: losses and weights, on every architecture.
+
+Two adapters of different kinds and ranks are trained in the same flat batches here, and alone in PEFT.
+`TRAINING_STEPS=50` trains longer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from support import ARCHITECTURES, COMMON, EXPERTS, HEADS_FIRST, VOCABULARY, make_model, reference, save
+from training_driver import CPU, TrainingDriver, examples, load_small, load_trainable, train_peft
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, OPTConfig
+
+from lora_serve.engine.training.learning_rate import LearningRate
+from lora_serve.engine.training.micro_batch import MicroBatch
+from lora_serve.engine.training.trained_files import peft_tensors, save_peft
+from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.kernels.select import select
+from lora_serve.model.trainable_base import TrainableBase
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+STEPS = int(os.environ.get("TRAINING_STEPS", "6"))
+RATE = LearningRate(5e-3, steps=STEPS, warmup=2, decay="cosine")
+KINDS = {
+    "lora": LoraSettings(r=4, lora_alpha=6),
+    "rslora dora": LoraSettings(r=3, lora_alpha=5, use_dora=True, use_rslora=True, seed=1),
+}
+# In a mixture PEFT takes the names of a dense layer's MLP for those of the experts.
+ATTENTION = {
+    name: replace(settings, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]) for name, settings in KINDS.items()
+}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"q_proj": 11}}
+LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
+
+
+def check_parity(driver: TrainingDriver, base: Any, folder: Path, kinds: dict[str, LoraSettings]) -> None:
+    """Train one adapter of each kind, all in one batch, and each alone in PEFT from the same weights and data."""
+    adapters, models, data = [], [], []
+    for index, (name, settings) in enumerate(kinds.items()):
+        adapter = driver.trainer.create(name, settings, AdamSettings(weight_decay=0.01))
+        save_peft(adapter, folder / name)
+        adapters.append(adapter)
+        models.append(load_trainable(base, folder / name))
+        data.append([examples(3, VOCABULARY, seed=100 * index + step) for step in range(STEPS)])
+    rates = [RATE.at(step) for step in range(STEPS)]
+    losses: list[list[float]] = [[] for _ in adapters]
+    for step, rate in enumerate(rates):
+        batches = [MicroBatch(adapter, own[step]) for adapter, own in zip(adapters, data, strict=True)]
+        for own, result in zip(losses, driver.trainer.forward_backward(batches).finish(), strict=True):
+            own.append(result.loss)
+        for adapter in adapters:
+            adapter.optimizer_step(rate)
+    for adapter, model, own, got in zip(adapters, models, data, losses, strict=True):
+        start = peft_tensors(adapter)
+        wanted = train_peft(model, own, rates, weight_decay=0.01)
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=LOSS, rtol=0)
+        theirs = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        assert start.keys() == theirs.keys()
+        for key, tensor in start.items():
+            torch.testing.assert_close(tensor, theirs[key].detach(), atol=WEIGHTS, rtol=0)
+        driver.trainer.close(adapter)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi3", "gpt2", "mistral", "qwen3_moe", "gemma3"])
+def test_training_equals_peft(architecture: str, tmp_path: Path) -> None:
+    assert architecture in ARCHITECTURES | EXPERTS | HEADS_FIRST
+    driver = TrainingDriver(save(architecture, tmp_path / "base"))
+    check_parity(driver, reference(architecture), tmp_path, ATTENTION if architecture in EXPERTS else KINDS)
+
+
+OTHERS = {
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=64, pad_token_id=1, bos_token_id=1, eos_token_id=2,
+        dropout=0.0,
+    ),
+    "gpt_oss": GptOssConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_elsewhere_and_attention_sinks_train_as_in_peft(kind: str, tmp_path: Path) -> None:
+    model = make_model(OTHERS[kind])
+    model.save_pretrained(tmp_path / "base")
+    kinds = {"lora": LoraSettings(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])}
+    check_parity(TrainingDriver(tmp_path / "base"), model, tmp_path, kinds)
+
+
+def test_what_cannot_be_trained_is_refused_by_name(tmp_path: Path) -> None:
+    driver = TrainingDriver(save("llama", tmp_path))
+    with pytest.raises(ModelUnsupported, match="a llama base without an LM head cannot be trained"):
+        TrainableBase(replace(driver.loaded, headless=True), select(CPU), 1)
+    oracle = replace(driver.loaded.oracle, logits=driver.loaded.oracle.logits.flip(2))
+    wrong = TrainableBase(replace(load_small(tmp_path), oracle=oracle), select(CPU), 1)
+    with pytest.raises(ModelUnsupported, match="llama cannot be trained: layer by layer its logits differ"):
+        wrong.check()
+
+
+def test_patterns_and_an_adapted_head_equal_peft_with_plain_kernels(tmp_path: Path) -> None:
+    driver = TrainingDriver(save("llama", tmp_path / "base"), native=False)
+    kinds = {
+        "patterns": LoraSettings(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj", "down_proj"], **PATTERNS),
+        "head": LoraSettings(r=4, lora_alpha=6, target_modules=["lm_head", "v_proj"], seed=2),
+    }
+    check_parity(driver, reference("llama"), tmp_path, kinds)
+
+
+@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "int8"), ("gpt2", "int4"), ("qwen3_moe", "int8")])
+def test_a_quantised_base_trains_as_peft_over_the_same_weights(
+    architecture: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    driver = TrainingDriver(save(architecture, tmp_path / "base"), scheme=scheme)
+    base = driver.with_resident_weights(reference(architecture))
+    check_parity(driver, base, tmp_path, ATTENTION if architecture in EXPERTS else KINDS)
+
+
+def test_an_nf4_base_trains_as_peft_over_the_same_weights(tmp_path: Path) -> None:
+    """QLoRA, over what bitsandbytes stored."""
+    pytest.importorskip("bitsandbytes")
+    save("llama", tmp_path / "full")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=config, dtype=torch.float32
+    ).save_pretrained(tmp_path / "base")
+    driver = TrainingDriver(tmp_path / "base")
+    check_parity(driver, driver.with_resident_weights(reference("llama")), tmp_path, KINDS)

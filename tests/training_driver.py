@@ -1,0 +1,120 @@
+"""A small base that serves and trains, and the same model under PEFT and torch's own AdamW."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_serve.adapters.device_slots import DeviceSlots
+from lora_serve.engine.training.micro_batch import TrainingSequence
+from lora_serve.engine.training.trainer import Trainer
+from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.kernels.select import select
+from lora_serve.kv.tensors import KVTensors
+from lora_serve.model.base import ResidentBase
+from lora_serve.model.batch import dummy_batch
+from lora_serve.model.load import LoadedModel, load
+from lora_serve.model.packed_experts import PackedExperts
+from lora_serve.model.shape import base_module
+from lora_serve.model.trainable_base import TrainableBase
+
+CPU = torch.device("cpu")
+MEMORY = 1 << 25  # not enough to keep what a layer saves
+
+
+class TrainingDriver:
+    """A base in service, and a trainer over it."""
+
+    def __init__(
+        self, folder: Path, *, native: bool = True, dtype: str = "float32", scheme: Scheme | None = None, slots: int = 4
+    ) -> None:
+        kernels = select(CPU, native)
+        self.loaded = load_small(folder, dtype, scheme)
+        self.trainable = TrainableBase(self.loaded, kernels, slots)
+        served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, CPU)
+        kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, CPU)
+        self.base = ResidentBase(self.loaded, served, kernels, kv)
+        self.base.self_check()
+        self.trainable.check()
+        self.trainer = Trainer(self.trainable, MEMORY)
+
+    def serve(self) -> Tensor:
+        """Logits of a step of the serving base."""
+        return self.base.forward(dummy_batch([5], 2)).clone()
+
+    @torch.no_grad()
+    def with_resident_weights(self, model: Any) -> Any:
+        """A copy of a model with the weights that the resident base computes with."""
+        model = copy.deepcopy(model)
+        for name in self.loaded.shape.sites:
+            path, _, expert = name.partition("[")
+            if expert and expert != "0]":
+                continue
+            parent, _, leaf = (path if expert else f"{path}.weight").rpartition(".")
+            own: Any = base_module(self.loaded.model, parent)
+            weight = own.parameter(leaf) if isinstance(own, PackedExperts) else getattr(own, leaf)
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(weight.float().clone()))
+        return model
+
+
+def load_small(folder: Path, dtype: str = "float32", scheme: Scheme | None = None) -> LoadedModel:
+    """A base, before it is brought into service."""
+    return load(
+        str(folder),
+        revision=None,
+        dtype=dtype,
+        device=CPU,
+        progress=lambda stage, done: None,
+        scheme=scheme,
+        quantizes_experts=True,
+    )
+
+
+def examples(count: int, vocabulary: int, seed: int, shortest: int = 6, longest: int = 24) -> list[TrainingSequence]:
+    """Random prompts and completions, each completion token with the weight of its share of all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _ in range(count):
+        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        tokens = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        pairs.append((tokens[: length // 3], tokens[length // 3 :]))
+    total = sum(len(completion) for _, completion in pairs)
+    return [TrainingSequence.completion(prompt, completion, 1 / total) for prompt, completion in pairs]
+
+
+def load_trainable(base: Any, folder: Path) -> Any:
+    """What PEFT loads from an adapter's folder onto a copy of a base, to be trained."""
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True).eval()
+
+
+def train_peft(
+    model: Any,
+    steps: Sequence[Sequence[TrainingSequence]],
+    rates: Sequence[float],
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+) -> list[float]:
+    """Train a PEFT model with torch's AdamW, a sequence at a time; the losses before each step."""
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    losses = []
+    for sequences, rate in zip(steps, rates, strict=True):
+        total = 0.0
+        for each in sequences:
+            logits = model(input_ids=torch.tensor([each.tokens]), use_cache=False).logits[0]
+            terms = nn.functional.cross_entropy(logits.float(), torch.tensor(each.targets), reduction="none")
+            loss = (terms * torch.tensor(each.weights)).sum()
+            loss.backward()
+            total += float(loss.detach())
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
