@@ -353,7 +353,7 @@ def test_an_alias_is_rolled_back_to_an_older_version_which_can_be_downloaded(
         version.get_by_role("link", name="Download").click()
     assert download.value.suggested_filename == f"voice-{older[:12]}.tar"
     with tarfile.open(download.value.path()) as tar:
-        assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        assert tar.getnames() == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     version.get_by_role("button", name=f"Roll back live to voice@{older[:12]}").click()
     page.get_by_role("dialog").get_by_role("button", name="Save").click()
     expect(version).to_contain_text("live stands for it")
