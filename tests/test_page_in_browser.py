@@ -288,7 +288,7 @@ def test_a_dropped_trainer_folder_is_reduced_to_the_outermost_adapter(visitor: V
 
 @pytest.fixture
 def aliased(server: ServerProcess) -> Iterator[tuple[str, str]]:
-    """An adapter of two versions, the older first, with the alias `live` for the newer one; both are gone afterwards."""
+    """The older and the newer version of an adapter, and the alias `live` for the newer one; all of it for one test."""
     digests = []
     for source in ("shout", "reverse"):
         files = [("files", (path.name, path.read_bytes())) for path in (ADAPTERS / source).iterdir() if path.is_file()]
