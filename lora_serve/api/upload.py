@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from lora_serve.adapter_files import ADAPTER_FILES, describe_missing
 from lora_serve.api import archive
+from lora_serve.api.error_handlers import LONGEST_NAME, UNKNOWN, InvalidField
 from lora_serve.errors import BadRequest, StorageFull, TooLarge
 from lora_serve.names import CONFIG, POOLING, WEIGHTS
 
@@ -222,7 +223,8 @@ class _Form:
             case "files":
                 self._begin_file(_file_of(file.replace("\\", "/")), file)
             case _:
-                raise BadRequest(f"unknown parameter: {self._field[:100]}", param=self._field[:100])
+                name = self._field[:LONGEST_NAME]
+                raise InvalidField(f"unknown parameter: {name}", param=name, problem=UNKNOWN)
 
     def _begin_file(self, name: str, path: str) -> None:
         if not path:
