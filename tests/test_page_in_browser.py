@@ -358,6 +358,8 @@ def test_an_alias_is_rolled_back_to_an_older_version_which_can_be_downloaded(
     page.get_by_role("dialog").get_by_role("button", name="Save").click()
     expect(version).to_contain_text("live stands for it")
     assert targets_of(server, "live") == {f"voice@{older}": 95, "initials": 5}
+    page.get_by_role("button", name="Try live").click()
+    expect(page.get_by_label("Adapter of column B", exact=True)).to_have_value("live")
 
 
 def test_a_change_by_somebody_else_is_told_and_not_written_over(

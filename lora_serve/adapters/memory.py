@@ -152,7 +152,7 @@ class AdapterMemory:
         error = result if isinstance(result, ServeError) else None
         self._residency.end_load(version, self._clock(), error)
         if log.isEnabledFor(logging.DEBUG):
-            ended = f"failed ({error.kind})" if isinstance(result, ServeError) else f"complete after {result[1]:.3g} s"
+            ended = f"failed ({result.kind})" if isinstance(result, ServeError) else f"complete after {result[1]:.3g} s"
             log.debug("load of %s %s; host memory has %d bytes", _shown(version), ended, self._residency.host_bytes)
         if not isinstance(result, ServeError):
             adapter, seconds = result

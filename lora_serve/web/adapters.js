@@ -56,7 +56,7 @@ export function AdaptersView({ session, metrics, onTry }) {
             onProblem=${(text) => setSaid({ text, problem: true })} />`)}
       </ul>
     </section>
-    <${Aliases} session=${session} editing=${editing} onEdit=${setEditing} />
+    <${Aliases} session=${session} editing=${editing} onEdit=${setEditing} onTry=${onTry} />
     ${deleting && html`
       <${Confirm} title=${`Delete ${deleting}?`} action="Delete"
         onConfirm=${() => remove(deleting)} onClose=${() => setDeleting(null)}

@@ -7,8 +7,8 @@ import { counted, percent } from "./format.js";
 import { shortTarget } from "./targets.js";
 import { html, useState } from "./ui.js";
 
-/** `editing`: what the editor begins with, or null; `onEdit` changes it. */
-export function Aliases({ session, editing, onEdit }) {
+/** `editing`: what the editor begins with, or null; `onEdit` changes it. `onTry` gets the name of an alias. */
+export function Aliases({ session, editing, onEdit, onTry }) {
   const [said, setSaid] = useState(null); // {text, problem}
   const [deleting, setDeleting] = useState(null);
   const { aliases, adapters, permissions } = session;
@@ -38,7 +38,7 @@ export function Aliases({ session, editing, onEdit }) {
       <ul class="aliases">
         ${aliases.map((alias) => html`
           <${Alias} key=${alias.name} alias=${alias} mayChange=${mayChange(permissions, alias, adapters)}
-            onEdit=${onEdit} onDelete=${setDeleting} />`)}
+            onTry=${onTry} onEdit=${onEdit} onDelete=${setDeleting} />`)}
       </ul>
     </section>
     ${editing && html`
@@ -57,7 +57,7 @@ export function mayChange(permissions, alias, adapters) {
   return !alias.broken && alias.targets.every((target) => usable.has(target.adapter.split("@")[0]));
 }
 
-function Alias({ alias, mayChange: may, onEdit, onDelete }) {
+function Alias({ alias, mayChange: may, onTry, onEdit, onDelete }) {
   const { name, targets, sticky, broken } = alias;
   const total = targets.reduce((sum, target) => sum + target.weight, 0);
   return html`
@@ -72,12 +72,14 @@ function Alias({ alias, mayChange: may, onEdit, onDelete }) {
             ${" "}<span class="hint">${weight ? percent(weight / total) : "only kept"}</span></li>`)}
         ${sticky && html`<li class="hint">sticky by ${sticky}</li>`}
       </ul>
-      ${may && html`
-        <div class="actions">
+      <div class="actions">
+        ${!broken && html`
+          <button type="button" aria-label=${`Try ${name}`} onClick=${() => onTry(name)}>Try</button>`}
+        ${may && html`
           <button type="button" aria-label=${`Change ${name}`} onClick=${() => onEdit(alias)}>Change</button>
           <button type="button" class="danger quiet" aria-label=${`Delete ${name}`}
-            onClick=${() => onDelete(alias)}>Delete</button>
-        </div>`}
+            onClick=${() => onDelete(alias)}>Delete</button>`}
+      </div>
       ${broken && html`<p class="error">${broken}</p>`}
     </li>`;
 }
