@@ -100,7 +100,7 @@ class RunningSequences:
             log.debug(
                 "admitted %s of %s: %d tokens, %d cached, %d in this step; %d running, %d waiting, %d KV blocks free",
                 *(seq.request.id, adapters, len(seq.tokens), start, count),
-                *(len(self), len(self._waiting), self._pool.free),
+                *(len(self), len(self._waiting) - 1, self._pool.free),  # it still is in the queue
             )
         return ScheduledSequence(seq, start, count)
 

@@ -29,7 +29,7 @@ def test_sequences_that_are_admitted_and_preempted_are_told(caplog: pytest.LogCa
     while not s.running.preemptions:
         run(s)
     assert said(caplog, "admitted 0")[0] == (
-        "admitted 0 of base: 7 tokens, 0 cached, 7 in this step; 1 running, 2 waiting, 4 KV blocks free"
+        "admitted 0 of base: 7 tokens, 0 cached, 7 in this step; 1 running, 1 waiting, 4 KV blocks free"
     )
     (preempted,) = said(caplog, "preempted")
     assert preempted.startswith("preempted 1 with ")
