@@ -23,12 +23,20 @@ class ServeError(Exception):
     """
 
     kind: ClassVar[str] = "server_error"
+    quotes: ClassVar[bool] = True  # messages may quote a request, an upload or a name in them
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after = retry_after
+
+    @property
+    def reason(self) -> str | None:
+        """Why, for logs, in words that no client chose: the message, or the outermost field where it may quote one."""
+        if not self.quotes:
+            return self.message
+        return None if self.param is None else self.param.partition(".")[0].partition("[")[0]
 
 
 class BadRequest(ServeError):
@@ -41,6 +49,7 @@ class ContextExceeded(BadRequest):
     """Prompt and requested output exceed the model's context length."""
 
     kind = "context_length_exceeded"
+    quotes = False
 
 
 class AdapterNotFound(ServeError):
@@ -84,24 +93,28 @@ class PreconditionFailed(ServeError):
     """What was to be changed is not, or no more, what the request's If-Match or If-None-Match says."""
 
     kind = "precondition_failed"
+    quotes = False
 
 
 class TooLarge(ServeError):
     """An upload or body exceeds a configured limit."""
 
     kind = "too_large"
+    quotes = False
 
 
 class Overloaded(ServeError):
     """The queue is full; the request was not queued."""
 
     kind = "overloaded"
+    quotes = False
 
 
 class Unavailable(ServeError):
     """The engine is starting, restarting, draining or out of memory."""
 
     kind = "unavailable"
+    quotes = False
 
 
 class PartlyApplied(ServeError):
@@ -114,6 +127,7 @@ class StorageFull(ServeError):
     """The disk of the store is full; partial files have been removed."""
 
     kind = "storage_full"
+    quotes = False
     errnos: ClassVar = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError` that means this
 
 
@@ -121,12 +135,14 @@ class StoreUnusable(ServeError):
     """The store's folder is not a store, is for another base, or cannot be written. Names the folder at start only."""
 
     kind = "store_unusable"
+    quotes = False
 
 
 class EngineFault(ServeError):
     """This request failed inside the engine; others are not affected."""
 
     kind = "engine_fault"
+    quotes = False
 
 
 class ModelUnsupported(ServeError):

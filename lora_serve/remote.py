@@ -7,7 +7,7 @@ import os
 import ssl
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -100,12 +100,24 @@ class RemoteCommand(RemoteServer, ABC):
         """Execute the command. Raises: `ServeError`."""
 
 
-class ListCommand(RemoteCommand):
-    """List all adapters with their tiers and sizes."""
+class ShowingCommand(RemoteCommand):
+    """Base of the commands that show the server's answer."""
+
+    as_json: bool = Field(False, alias="json", description="print the server's answer as JSON")
+
+    def show(self, answer: Any, in_words: Callable[[Any], None]) -> None:
+        """Print an answer for people, or as JSON."""
+        (reports.print_json if self.as_json else in_words)(answer)
+
+
+class ListCommand(ShowingCommand):
+    """List all adapters: newest version, size, the tiers it is in, and what uses it."""
 
     def run(self) -> None:
-        answer = self.ask("GET", "/v1/adapters")
-        reports.print_table(answer["data"] if isinstance(answer, dict) else answer)
+        self.show(
+            self.ask("GET", "/v1/adapters"),
+            lambda answer: reports.print_table(answer["data"] if isinstance(answer, dict) else answer),
+        )
 
 
 class UploadCommand(RemoteCommand):
@@ -121,13 +133,12 @@ class UploadCommand(RemoteCommand):
         reports.print_published(self.send("PUT" if self.replace else "POST", where, self.path, name))
 
 
-class InspectCommand(RemoteCommand):
+class InspectCommand(ShowingCommand):
     """Report what an adapter is, how the server would serve it, and warnings; nothing is published."""
 
     adapter: CliPositionalArg[str] = Field(
         description="PATH of a folder or archive, which is sent to the server, or NAME of a published adapter"
     )
-    as_json: bool = Field(False, alias="json", description="print the server's answer as JSON")
 
     def run(self) -> None:
         path = Path(self.adapter)
@@ -138,21 +149,22 @@ class InspectCommand(RemoteCommand):
             raise BadRequest(f"there is no folder or archive {self.adapter}")
         else:
             answer = self.ask("GET", f"/v1/adapters/{parse.quote(self.adapter, safe='')}")
-        if self.as_json:
-            reports.print_json(answer)
-        else:
-            reports.print_report(answer, path.resolve().name if local else self.adapter)
+        title = path.resolve().name if local else self.adapter
+        self.show(answer, lambda answer: reports.print_report(answer, title))
 
 
-class NamedCommand(RemoteCommand):
+class NamedCommand(ShowingCommand):
+    """Base of the commands on one adapter."""
+
     name: CliPositionalArg[str] = Field(description="name of the adapter")
 
     def act(self, method: str, action: str = "") -> None:
-        reports.print_json(self.ask(method, f"/v1/adapters/{parse.quote(self.name, safe='')}{action}"))
+        answer = self.ask(method, f"/v1/adapters/{parse.quote(self.name, safe='')}{action}")
+        self.show(answer, lambda answer: reports.print_table([answer]))
 
 
 class ShowCommand(NamedCommand):
-    """Show one adapter."""
+    """Show where one adapter is and what uses it; `inspect` shows what it is."""
 
     def run(self) -> None:
         self.act("GET")
@@ -162,7 +174,8 @@ class DeleteCommand(NamedCommand):
     """Delete an adapter; running requests finish first."""
 
     def run(self) -> None:
-        self.act("DELETE")
+        answer = self.ask("DELETE", f"/v1/adapters/{parse.quote(self.name, safe='')}")
+        self.show(answer, lambda answer: reports.print_lines([f"deleted {self.name}"]))
 
 
 class LoadCommand(NamedCommand):

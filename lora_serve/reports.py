@@ -33,15 +33,16 @@ def print_table(adapters: Iterable[Answer]) -> None:
     table = Table("name", "version", "rank", "size", "where", "leases", "pinned", box=None)
     for adapter in adapters:
         newest: Answer = next(iter(adapter.get("versions") or []), {})
-        table.add_row(
-            str(adapter.get("name", adapter.get("id", ""))),
+        row = (
+            adapter.get("name", adapter.get("id", "")),
             str(newest.get("digest", ""))[:12],
-            str(newest.get("rank", "")),
-            _size(newest, "memory_bytes"),
-            ", ".join(newest.get("tiers", [])),
-            str(newest.get("leases", "")),
+            newest.get("rank", ""),
+            _size(newest, "memory_bytes") if newest else "",
+            "broken" if adapter.get("broken") else ", ".join(newest.get("tiers", [])),
+            newest.get("leases", ""),
             "yes" if adapter.get("pinned") else "",
         )
+        table.add_row(*(_printable(str(cell)) for cell in row))
     _console().print(table)
 
 

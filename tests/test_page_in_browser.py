@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,109 @@ def test_a_dropped_trainer_folder_is_reduced_to_the_outermost_adapter(visitor: V
     }
 
 
+# --- aliases and versions --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aliased(server: ServerProcess) -> Iterator[tuple[str, str]]:
+    """The older and the newer version of an adapter, and the alias `live` for the newer one; all of it for one test."""
+    digests = []
+    for source in ("shout", "reverse"):
+        files = [("files", (path.name, path.read_bytes())) for path in (ADAPTERS / source).iterdir() if path.is_file()]
+        answer = server.http.put("/v1/adapters/voice", files=files)
+        digests.append(answer.raise_for_status().json()["versions"][0]["digest"])
+    put_alias(server, "live", {"adapter": f"voice@{digests[1]}", "weight": 95}, {"adapter": "initials", "weight": 5})
+    yield digests[0], digests[1]
+    for path in ("aliases/live", "aliases/next", "adapters/voice"):
+        server.http.delete(f"/v1/{path}")
+
+
+def put_alias(server: ServerProcess, name: str, *targets: dict[str, Any]) -> None:
+    server.http.put(f"/v1/aliases/{name}", json={"targets": targets}).raise_for_status()
+
+
+def targets_of(server: ServerProcess, name: str) -> dict[str, float]:
+    found = server.http.get(f"/v1/aliases/{name}").raise_for_status().json()["targets"]
+    return {target["adapter"]: target["weight"] for target in found}
+
+
+def test_an_alias_is_made_changed_and_deleted(
+    visitor: Visitor, server: ServerProcess, aliased: tuple[str, str]
+) -> None:
+    page = visitor.open("/#adapters")
+    page.get_by_role("button", name="New alias", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    check_accessible(page)
+    page.keyboard.type("next")  # the name has the focus
+    dialog.get_by_label("Target 1", exact=True).select_option("shout")
+    dialog.get_by_role("button", name="Add a target").click()
+    dialog.get_by_label("Target 2", exact=True).select_option(f"voice@{aliased[0]}")
+    dialog.get_by_label("Weight of target 2").fill("3")
+    expect(dialog).to_contain_text("75\u00a0%")
+    dialog.get_by_label("A client stays on its target").select_option("user")
+    dialog.get_by_label("Weight of target 2").press("Enter")
+    said = page.get_by_text(f"next stands for shout (25\u00a0%), voice@{aliased[0][:12]} (75\u00a0%) now.")
+    expect(said).to_be_visible()
+    assert targets_of(server, "next") == {"shout": 1, f"voice@{aliased[0]}": 3}
+    own = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="next", exact=True))
+    expect(own).to_contain_text("sticky by user")
+    own.get_by_role("button", name="Change next").click()
+    dialog.get_by_role("button", name="Remove target 1").click()
+    dialog.get_by_role("button", name="Save").click()
+    expect(own.get_by_label("Targets of next")).not_to_contain_text("shout")
+    assert targets_of(server, "next") == {f"voice@{aliased[0]}": 3}
+    own.get_by_role("button", name="Delete next").click()
+    dialog.get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("The alias next is deleted.")).to_be_visible()
+    assert server.http.get("/v1/aliases/next").status_code == 404
+
+
+def test_an_alias_is_rolled_back_to_an_older_version_which_can_be_downloaded(
+    visitor: Visitor, server: ServerProcess, aliased: tuple[str, str]
+) -> None:
+    older, newer = aliased
+    page = visitor.open("/#adapters")
+    own = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="voice", exact=True))
+    own.get_by_text("Versions and report").click()
+    expect(own.get_by_label(f"Version {newer[:12]}")).to_contain_text("live stands for it")
+    version = own.get_by_label(f"Version {older[:12]}")
+    with page.expect_download() as download:
+        version.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == f"voice-{older[:12]}.tar"
+    with tarfile.open(download.value.path()) as tar:
+        assert tar.getnames() == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    version.get_by_role("button", name=f"Roll back live to voice@{older[:12]}").click()
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()
+    expect(version).to_contain_text("live stands for it")
+    assert targets_of(server, "live") == {f"voice@{older}": 95, "initials": 5}
+    page.get_by_role("button", name="Try live").click()
+    expect(page.get_by_label("Adapter of column B", exact=True)).to_have_value("live")
+
+
+def test_a_change_by_somebody_else_is_told_and_not_written_over(
+    visitor: Visitor, server: ServerProcess, aliased: tuple[str, str]
+) -> None:
+    page = visitor.open("/#adapters")
+    dialog = page.get_by_role("dialog")
+    page.get_by_role("button", name="Change live").click()
+    put_alias(server, "live", {"adapter": "shout"})  # somebody else, meanwhile
+    dialog.get_by_label("Weight of target 2").fill("50")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.get_by_role("alert")).to_have_text(
+        "Somebody else changed live meanwhile: it stands for shout now. Save again to replace that by yours."
+    )
+    assert targets_of(server, "live") == {"shout": 1}
+    dialog.get_by_role("button", name="Take theirs").click()
+    expect(dialog.get_by_label("Target 1", exact=True)).to_have_value("shout")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog).to_have_count(0)
+    page.get_by_role("button", name="New alias", exact=True).click()
+    dialog.get_by_label("Name").fill("live")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("live exists already: it stands for shout.")
+    visitor.problems.clear()  # browsers log every 412
+
+
 # --- charts and reference --------------------------------------------------------------------------------------------
 
 
@@ -337,7 +442,9 @@ def test_a_key_is_asked_for_and_what_it_may_not_do_is_left_out(browser: Browser,
     page.get_by_role("link", name="Adapters").click()
     expect(page.get_by_text("Changing them needs an admin key")).to_be_visible()
     expect(page.get_by_role("heading", level=3)).to_have_text(["shout"])  # what the key may use
-    expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+    page.get_by_text("Versions and report").click()
+    expect(page.get_by_role("button", name=re.compile("Delete|alias"))).to_have_count(0)
+    expect(page.get_by_role("link", name="Download")).to_have_count(0)
     page.get_by_role("link", name="Charts").click()
     expect(page.get_by_text("metrics: true")).to_be_visible()
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
@@ -350,6 +457,11 @@ def test_a_key_is_asked_for_and_what_it_may_not_do_is_left_out(browser: Browser,
     page.get_by_label("Remember it").check()
     page.get_by_label("API key", exact=True).fill("sk-boss")
     page.get_by_role("button", name="Use this key").click()
+    page.get_by_role("link", name="Adapters").click()
+    page.get_by_text("Versions and report").last.click()
+    with page.expect_download() as download:  # a link cannot send the key
+        page.get_by_role("link", name="Download").click()
+    assert tarfile.is_tarfile(download.value.path())
     page.get_by_role("link", name="Charts").click()
     expect(page.get_by_role("figure")).to_have_count(6)
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [1, 0]
@@ -370,7 +482,9 @@ def test_every_view_is_accessible_and_fits_a_phone(
     if view == "playground":
         ask_both(page)
     if view == "adapters":
-        page.get_by_text("Versions and report").first.click()
+        put_alias(server, "canary", {"adapter": "shout", "weight": 95}, {"adapter": "reverse", "weight": 5})
+        expect(page.get_by_role("heading", name="canary")).to_be_visible()
+        page.get_by_text("Versions and report").last.click()  # of upper or shout
     if view == "charts":
         expect(page.get_by_role("figure")).to_have_count(6)
     check_accessible(page)

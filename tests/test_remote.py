@@ -34,11 +34,12 @@ VERSION = {
     "rank": 8,
     "file_bytes": 1_200_000,
     "memory_bytes": 2_500_000,
-    "tiers": ["disk"],
+    "tiers": ["disk", "host"],
     "leases": 1,
     "report": REPORT,
 }
 ADAPTER = {"name": "poet", "pinned": True, "versions": [VERSION]}
+ROW = ["poet", "0123456789ab", "8", "2.5 MB", "disk, host", "1", "yes"]
 SHOWN = [
     ["method", "LoRA (use_rslora, bias)"],
     ["ranks", "4, 8"],
@@ -263,18 +264,25 @@ def test_each_action_calls_its_route(
 ) -> None:
     assert main(["adapter", action, "poet", "--url", server.url]) == 0
     assert server.asked[0][:2] == (method, path)
+    assert shown(capsys.readouterr().out)[-1] == (["deleted poet"] if action == "delete" else ROW)
+    assert main(["adapter", action, "poet", "--json", "--url", server.url]) == 0
     assert json.loads(capsys.readouterr().out) == ADAPTER
 
 
-def test_list_prints_a_line_per_adapter(
+def test_list_prints_a_line_per_adapter_with_the_tiers_it_is_in(
     server: RecordingServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_SERVE_API_KEY", "sk-env")
-    server.answer = (200, {"object": "list", "data": [ADAPTER]})
+    broken = {"name": "bard\x1b[31m", "pinned": False, "broken": "it is damaged", "versions": []}
+    answer = {"object": "list", "data": [broken, ADAPTER]}
+    server.answer = (200, answer)
     assert main(["adapter", "list", "--url", server.url]) == 0
     assert server.asked[0][2]["Authorization"] == "Bearer sk-env"
-    shown = capsys.readouterr().out.splitlines()[1].split()
-    assert shown == ["poet", "0123456789ab", "8", "2.5", "MB", "disk", "1", "yes"]
+    rows = shown(capsys.readouterr().out)
+    assert rows[0] == ["name", "version", "rank", "size", "where", "leases", "pinned"]
+    assert rows[1:] == [["bard?[31m", "broken"], ROW]
+    assert main(["adapter", "list", "--json", "--url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == answer
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,12 @@ class AdapterMemory:
         self.changed = False
         loads = self._residency.decide_loads(list(self._wanted), MOST_LOADS)
         for digest in loads.evict:
-            self._evict_from_host(self._residency.versions[digest])
+            self._evict_from_host(self._residency.versions[digest], loads.load)
         for digest in loads.load:
             version = self._residency.versions[digest]
             self._residency.begin_load(version)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("load of %s begun: %d bytes", _shown(version), version.bytes)
             self._read(version)
         busy = Unavailable("the memory for adapters is taken by those in use", retry_after=1)
         for digest in loads.refuse:
@@ -149,6 +151,9 @@ class AdapterMemory:
         self.changed = True
         error = result if isinstance(result, ServeError) else None
         self._residency.end_load(version, self._clock(), error)
+        if log.isEnabledFor(logging.DEBUG):
+            ended = f"failed ({result.kind})" if isinstance(result, ServeError) else f"complete after {result[1]:.3g} s"
+            log.debug("load of %s %s; host memory has %d bytes", _shown(version), ended, self._residency.host_bytes)
         if not isinstance(result, ServeError):
             adapter, seconds = result
             self._arrived.append(version.digest)
@@ -164,11 +169,12 @@ class AdapterMemory:
         for done in waiting:
             done(error)
 
-    def _evict_from_host(self, version: Version) -> None:
+    def _evict_from_host(self, version: Version, making_room_for: Sequence[str] = ()) -> None:
         if not version.in_host:
             return
+        self._tell_eviction(version, "host memory", making_room_for)
         if self._residency.budget.device is None:  # its slot points to this memory
-            self._evict_from_device(version)
+            self._evict_from_device(version, making_room_for)
         self._residency.leave_host(version)
         del self._adapters[version.digest]
         self._evictions["host"] += 1
@@ -182,7 +188,7 @@ class AdapterMemory:
         if evict is None:
             raise Unavailable("the device has no room for this adapter beside those in use", retry_after=1)
         for digest in evict:
-            self._evict_from_device(self._residency.versions[digest])
+            self._evict_from_device(self._residency.versions[digest], digests)
         return {version.digest: self._assign_slot(version) for version in versions}
 
     def prefetch(self, digests: Iterable[str], keep: Callable[[Version], bool]) -> None:
@@ -200,7 +206,7 @@ class AdapterMemory:
         if evict is None:
             return
         for digest in evict:
-            self._evict_from_device(versions[digest])
+            self._evict_from_device(versions[digest], coming)
         for digest in coming:
             try:
                 self._assign_slot(versions[digest])
@@ -235,6 +241,8 @@ class AdapterMemory:
         except torch.OutOfMemoryError as error:
             raise Unavailable("the device has no memory left for this adapter", retry_after=1) from error
         self._residency.enter_device(version, slot)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s gets device slot %d", _shown(version), slot)
         if not self._is_copied(version):
             begin = max([self._clock(), *self._copying.values()])  # one after the other
             self._copying[version.digest] = begin + version.bytes / self._device_slots.copier.bytes_per_second
@@ -242,13 +250,19 @@ class AdapterMemory:
         self._seconds["device"] += time.perf_counter() - started
         return slot
 
-    def _evict_from_device(self, version: Version) -> None:
+    def _evict_from_device(self, version: Version, making_room_for: Sequence[str] = ()) -> None:
         if version.slot is not None:
+            self._tell_eviction(version, "the device", making_room_for)
             self._device_slots.evict(version.slot)
             self._residency.leave_device(version)
             self._copying.pop(version.digest, None)
             self._evictions["device"] += 1
             self.changed |= not version.in_host  # if it is leased, it must be read again
+
+    def _tell_eviction(self, version: Version, tier: str, making_room_for: Sequence[str]) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            others = ", ".join(_shown(self._residency.versions[digest]) for digest in making_room_for)
+            log.debug("evicted %s from %s%s", _shown(version), tier, f" for {others}" if others else "")
 
     # --- statistics ----------------------------------------------------------------------------------------------
 
@@ -260,3 +274,7 @@ class AdapterMemory:
         stats.evictions_total = dict(self._evictions)
         stats.cache_hits_total, stats.cache_misses_total = dict(self._hits), dict(self._misses)
         stats.loads_total, stats.load_seconds_total = dict(self._loads), dict(self._seconds)
+
+
+def _shown(version: Version) -> str:
+    return f"{min(version.names, default='')}@{version.digest[:12]}"

@@ -1,7 +1,8 @@
 """What remains of requests: a line in the access log, a line in the audit log for every change, and usage.
 
 A line has the request's id, the key's name, the route, the status, the adapter versions, tokens and times: never a
-prompt, a key or generated text. Probes and scrapes are logged at level debug.
+prompt, a key or generated text; of an error its kind, and the reason in words that no client chose. Probes and scrapes
+are logged at level debug.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class AccessLog:
 def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
     """What a line says besides method, path and status; None where there is none of it."""
     state = scope["state"]
-    kind, message = record.error or (None, None)
+    kind, reason = record.error or (None, None)
     return {
         "key": _key(scope),
         "adapter": "+".join(record.served) or None,
@@ -91,7 +92,7 @@ def _fields(scope: Scope, record: RequestRecord) -> dict[str, Any]:
         "finish": record.finish,
         "seconds": time.monotonic() - record.begun,
         "error": kind,
-        "reason": message,
+        "reason": reason,
         "id": state.get("request_id"),
         "traceparent": state.get("traceparent"),
     }

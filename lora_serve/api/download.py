@@ -87,7 +87,7 @@ class TarResponse(StreamingResponse):
             try:
                 await super().__call__(scope, receive, send)
             except AdapterBroken as error:  # too late for a status: the response stays incomplete
-                record_of(scope).error = (error.kind, error.message)
+                record_of(scope).failed(error.kind, error.reason)
                 log.error("a download was ended: %s", error.message)
 
     def _open(self, version: AdapterFiles, path: str) -> tuple[str, IO[bytes], int, str]:

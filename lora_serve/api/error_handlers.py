@@ -21,12 +21,13 @@ from lora_serve.api.anthropic.anthropic_errors import anthropic_error, is_anthro
 from lora_serve.api.methods import allowed_methods
 from lora_serve.api.request_id import request_id
 from lora_serve.api.request_record import record_of
-from lora_serve.errors import Overloaded, ServeError, Unavailable
+from lora_serve.errors import BadRequest, Overloaded, ServeError, Unavailable
 
 LONGEST_NAME = 100  # characters of a field name in a message
 NEEDS_JSON = "the body must be a JSON object, sent as application/json"
 MOST_REASONS = 4  # alternatives of a union in a message
 MOST_PROBLEMS = 20  # of a body that are looked at
+UNKNOWN, MISSING = "extra_forbidden", "missing"  # pydantic's types of problems
 
 STATUS = {
     "bad_request": 400,
@@ -71,12 +72,14 @@ class Unauthenticated(ServeError):
     """Missing or unknown API key."""
 
     kind = "invalid_api_key"
+    quotes = False
 
 
 class Forbidden(ServeError):
     """The API key does not allow this."""
 
     kind = "forbidden"
+    quotes = False
 
 
 class RateLimited(ServeError):
@@ -87,16 +90,41 @@ class RateLimited(ServeError):
     """
 
     kind = "rate_limit_exceeded"
+    quotes = False
 
     def __init__(self, message: str, *, retry_after: float, headers: dict[str, str]) -> None:
         super().__init__(message, retry_after=retry_after)
         self.headers = headers
 
 
+class InvalidField(BadRequest):
+    """A field of the request is unknown, missing or has a value that it cannot have.
+
+    Args:
+        problem: the class of problem and the outermost field that the route knows; for logs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        problem: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param, retry_after=retry_after)
+        self.problem = problem
+
+    @property
+    def reason(self) -> str | None:
+        return self.problem or super().reason
+
+
 class UnsupportedMedia(ServeError):
     """The body is in a format or encoding that is not read here."""
 
     kind = "unsupported_media_type"
+    quotes = False
 
 
 def status(error: ServeError) -> int:
@@ -122,34 +150,42 @@ def headers(error: ServeError) -> dict[str, str]:
 
 def response(error: ServeError, scope: Scope) -> JSONResponse:
     """The complete HTTP response for an error raised before the response to this request started."""
+    record_of(scope).failed(error.kind, error.reason)
     shown = _shape(scope, status(error), error.message, error.param, error.kind)
     return JSONResponse(shown, status(error), headers(error))
 
 
-def describe_validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> tuple[str, str | None]:
-    """Error message and field (a dotted path) of a failed validation.
+def validation_error(problems: Sequence[Mapping[str, Any]], sent: Any) -> InvalidField:
+    """The error of a failed validation, with the field as a dotted path.
 
     Only the first of pydantic's problems are looked at, and those with the first field described; of a union's
     alternatives, the one that got deepest, as it is most likely the one meant. `sent` is the decoded body: its keys
     tell field names from names of union members, which pydantic also puts into a location.
     """
     if not problems:
-        return "the request is not valid", None
+        return InvalidField("the request is not valid")
     problems = problems[:MOST_PROBLEMS]
     paths = [_field_path(problem, sent) for problem in problems]
     related = [(path, problem) for path, problem in zip(paths, problems, strict=True) if path[:1] == paths[0][:1]]
     deepest = max((path for path, _ in related), key=len)
     told = [problem for path, problem in related if path == deepest]
     param = ".".join(deepest)[:LONGEST_NAME] or None
-    if any(problem["type"] == "extra_forbidden" for problem in told):
-        return f"unknown parameter: {param}", param
-    if any(problem["type"] == "missing" for problem in told):
-        return (f"missing parameter: {param}" if param else NEEDS_JSON), param
-    if not param and not isinstance(sent, dict):
-        return NEEDS_JSON, None
+    kinds = [problem["type"] for problem in told]
+    if UNKNOWN in kinds:
+        known = deepest[0] if len(deepest) > 1 else None  # the last name is the client's
+        return InvalidField(f"unknown parameter: {param}", param=param, problem=_classified(known, UNKNOWN))
+    kind = _classified(deepest[0] if deepest else None, MISSING if MISSING in kinds else kinds[0])
+    if MISSING in kinds and param:
+        return InvalidField(f"missing parameter: {param}", param=param, problem=kind)
+    if not param and (MISSING in kinds or not isinstance(sent, dict)):
+        return InvalidField(NEEDS_JSON, problem=kind)
     reasons = list(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in told))[:MOST_REASONS]
     text = "; or ".join(reasons)[: 4 * LONGEST_NAME]
-    return (f"{param}: {text}" if param else text), param
+    return InvalidField(f"{param}: {text}" if param else text, param=param, problem=kind)
+
+
+def _classified(field: str | None, kind: str) -> str:
+    return kind if field is None else f"{field}: {kind}"
 
 
 def install(app: FastAPI) -> None:
@@ -160,8 +196,7 @@ def install(app: FastAPI) -> None:
 
 
 def _shape(scope: Scope, status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """The error JSON of the API that a request's path belongs to; the request's record gets the error too."""
-    record_of(scope).error = (code or HTTPStatus(status).name.lower(), message)
+    """The error JSON of the API that a request's path belongs to."""
     if is_anthropic(scope["path"]):
         return anthropic_error(status, message, param, code, request_id(scope))
     return _openai_error(status, message, param, code)
@@ -194,17 +229,16 @@ def _serve_error(request: Request, error: Exception) -> JSONResponse:
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    message, param = describe_validation_error(error.errors(), error.body)
-    return JSONResponse(_shape(request.scope, 400, message, param, "bad_request"), 400)
+    return response(validation_error(error.errors(), error.body), request.scope)
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Errors of the web framework: unknown route, method not allowed, a body that is not JSON."""
     assert isinstance(error, HTTPException)
-    message = {404: "no such route", 405: "this route does not have that method"}.get(
-        error.status_code, str(error.detail)[: 4 * LONGEST_NAME]
-    )
+    own_words = {404: "no such route", 405: "this route does not have that method"}.get(error.status_code)
+    message = own_words or str(error.detail)[: 4 * LONGEST_NAME]
     code = HTTPStatus(error.status_code).name.lower()
+    record_of(request.scope).failed(code, own_words)
     shown = _shape(request.scope, error.status_code, message, None, code)
     headers = dict(error.headers or {})
     if error.status_code == 405:  # the framework names the methods of one route only

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from lora_serve.api.content_type import is_json
-from lora_serve.api.error_handlers import UnsupportedMedia, describe_validation_error
+from lora_serve.api.error_handlers import UnsupportedMedia, validation_error
 from lora_serve.errors import BadRequest
 
 MOST_FIELDS = 100_000  # fields, objects and lists of a body; brackets and colons in its texts count as well
@@ -38,8 +38,8 @@ class JSONRoute(APIRoute):
             try:
                 return await handle(_DecodedRequest(request, sent))
             except RequestValidationError as error:
-                message, param = describe_validation_error(error.errors(), sent)
-            raise BadRequest(message, param=param)  # without the other error, which has the whole body
+                invalid = validation_error(error.errors(), sent)
+            raise invalid  # without the other error, which has the whole body
 
         return read_and_handle
 

@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from lora_serve.api.error_handlers import LONGEST_NAME, UNKNOWN, InvalidField
 from lora_serve.errors import BadRequest, TooLarge
 
 if TYPE_CHECKING:
@@ -129,9 +130,10 @@ async def receive_form(request: Request, form: Form, is_busy: Callable[[], bool]
     form.check_complete()
 
 
-def unknown_field(field: str) -> BadRequest:
+def unknown_field(field: str) -> InvalidField:
     """The error for a part that a form does not have."""
-    return BadRequest(f"unknown parameter: {field[:100]}", param=field[:100])
+    name = field[:LONGEST_NAME]
+    return InvalidField(f"unknown parameter: {name}", param=name, problem=UNKNOWN)
 
 
 def too_large(most: int) -> TooLarge:

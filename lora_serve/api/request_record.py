@@ -45,8 +45,7 @@ class RequestRecord:
         prompt_tokens, completion_tokens: of all its choices; a prompt with several choices counts once.
         queued: seconds from arrival in the engine to the first step, of its first choice; None if none ran.
         first_token: seconds from arrival to the first token; None if there was none.
-        finish: how the choice that ended last did: a finish reason, "abort", or the kind of its error.
-        error: kind and message of the error that it ended with, if any.
+        error: kind of the error that it ended with, and the reason in words that no client chose; if any.
         changes: what it changed.
     """
 
@@ -62,10 +61,10 @@ class RequestRecord:
     completion_tokens: int = 0
     queued: float | None = None
     first_token: float | None = None
-    finish: str | None = None
-    error: tuple[str, str] | None = None
+    error: tuple[str, str | None] | None = None
     changes: list[Change] = field(default_factory=list)
     _prompts: dict[int, list[int]] = field(default_factory=dict)  # by identity, and kept so that this is unique
+    _outcomes: dict[int, str] = field(default_factory=dict)  # of its choices that have ended, by index
 
     def sending(self) -> None:
         """One of its choices is about to be sent to the engine."""
@@ -96,6 +95,19 @@ class RequestRecord:
         sent = self.begun if self.sent is None else self.sent
         now = time.monotonic()
         return tokens.started if sent <= tokens.started <= now else min(sent + tokens.queued, now)
+
+    def finished(self, choice: int, outcome: str) -> None:
+        """One of its choices has ended: `outcome` is a finish reason, "abort", or the kind of its error."""
+        self._outcomes[choice] = outcome
+
+    def failed(self, kind: str, reason: str | None) -> None:
+        """It ended with an error."""
+        self.error = kind, reason
+
+    @property
+    def finish(self) -> str | None:
+        """How its choices ended: what is different, in order of choice; None if none has."""
+        return ",".join(dict.fromkeys(self._outcomes[choice] for choice in sorted(self._outcomes))) or None
 
 
 def record_of(scope: Scope) -> RequestRecord:

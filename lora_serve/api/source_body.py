@@ -12,6 +12,7 @@ from fastapi import Request
 from lora_serve.api.caller import Caller
 from lora_serve.api.error_handlers import Forbidden
 from lora_serve.api.json_body import decode
+from lora_serve.api.multipart import unknown_field
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.upload import ReceivedUpload
 from lora_serve.errors import BadRequest, TooLarge
@@ -41,7 +42,7 @@ async def receive_from_source(
         raise BadRequest("the body must be an object")
     for field, value in body.items():
         if field not in ("name", "source", "digest"):
-            raise BadRequest(f"unknown parameter: {field[:100]}", param=field[:100])
+            raise unknown_field(field)
         if not isinstance(value, str):
             raise BadRequest(f"{field} must be a string", param=field)
     if not (source := body.get("source")) or len(source) > LONGEST_SOURCE:

@@ -101,12 +101,12 @@ class SSEResponse(Response):
                 async for event in events:
                     await send(_chunk(self._format.encode(event)))
             except ServeError as error:
-                record_of(scope).error = (error.kind, error.message)
+                record_of(scope).failed(error.kind, error.reason)
                 await send(_chunk(self._format.encode(self._format.error(error))))
             except Exception:  # a bug
                 log.exception("a stream failed; request id: %s", scope.get("state", {}).get("request_id"))
                 fault = EngineFault("the server failed on this request")
-                record_of(scope).error = (fault.kind, fault.message)
+                record_of(scope).failed(fault.kind, fault.reason)
                 await send(_chunk(self._format.encode(self._format.error(fault))))
         # Not if it was cancelled: then the client has left, or does not read.
         done = self._format.done

@@ -1,13 +1,15 @@
 """Usage: requests and tokens by key, adapter and day (UTC), kept in an SQLite file.
 
 Written by a thread of its own, in the order of `add`, so that no request waits for the disk. If the process is killed,
-what the thread had not written yet is lost: a few milliseconds' worth.
+what the thread had not written yet is lost: a few milliseconds' worth. A file that was deleted or replaced while it was
+open is noticed at the next write or read: the one that is there now is opened, or made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +20,10 @@ from typing import NamedTuple
 
 from lora_serve.errors import StoreUnusable
 
+SUFFIXES = ("", "-wal", "-shm")  # of an SQLite database that is open, its write-ahead log, and the index of that
 MOST_UNWRITTEN = 10_000  # requests; while the disk does not write, further ones are not counted
+
+_Identity = tuple[int, int] | None
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +39,9 @@ insert into usage values (?, ?, ?, 1, ?, ?) on conflict do update set
     requests = requests + 1,
     prompt_tokens = prompt_tokens + excluded.prompt_tokens,
     completion_tokens = completion_tokens + excluded.completion_tokens
+"""
+SUM = """
+select coalesce(sum(requests), 0), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) from usage
 """
 READ = """
 select * from usage where day between ? and ? and (?3 is null or key = ?3) and (?4 is null or adapter = ?4)
@@ -66,6 +74,7 @@ class UsageRecords:
         self._path, self._today = path, today
         self._thread = ThreadPoolExecutor(1, "usage")
         self._connection: sqlite3.Connection | None = None
+        self._files: dict[str, _Identity] = {}  # what is open: the database, its log and the index of that
         self._lock = threading.Lock()
         self._unwritten: list[tuple[str, str, str, int, int]] = []
         self._submitted = self._failed = False
@@ -108,9 +117,7 @@ class UsageRecords:
 
         def close() -> None:
             self._write()
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._close()
 
         self._thread.submit(close)
         self._thread.shutdown()
@@ -122,10 +129,12 @@ class UsageRecords:
         if not added:
             return
         try:
-            connection = self._open()
-            if connection is not None:
+            # What was written to a file that was taken away meanwhile is written again, to the one that is there.
+            while (connection := self._open()) is not None:
                 with connection:
                     connection.executemany(ADD, added)
+                if self._is_in_place():
+                    break
             self._failed = False
         except (sqlite3.Error, OSError) as error:
             with self._lock:  # again with what comes next
@@ -135,6 +144,11 @@ class UsageRecords:
             self._failed = True
 
     def _open(self) -> sqlite3.Connection | None:
+        """The connection to the file that is there now; None while its path is not known."""
+        if self._connection is not None and not self._is_in_place():
+            self._say_what_is_gone(self._connection)
+            self._close()
+            self._remove_left()
         if self._connection is None and (path := self._path()) is not None:
             connection = sqlite3.connect(path)
             try:
@@ -145,4 +159,39 @@ class UsageRecords:
                 connection.close()
                 raise
             self._connection = connection
+            self._files = {name: _identity(Path(name)) for name in (f"{path}{suffix}" for suffix in SUFFIXES)}
         return self._connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is the one at its path."""
+        path = self._path()
+        return path is None or _identity(path) == self._files.get(str(path))
+
+    def _remove_left(self) -> None:
+        """Remove what SQLite leaves of a file that is gone: it would apply that log to the file that is there now."""
+        for name, identity in list(self._files.items())[1:]:
+            if identity is not None and _identity(Path(name)) == identity:
+                os.unlink(name)
+
+    def _say_what_is_gone(self, connection: sqlite3.Connection) -> None:
+        """Log what a file that was deleted or replaced had counted, so that nothing is lost silently."""
+        try:
+            requests, prompt, completion = connection.execute(SUM).fetchone()
+            held = f"it had {requests} requests, {prompt} prompt tokens and {completion} completion tokens"
+        except sqlite3.Error as error:
+            held = f"what it had cannot be read: {error}"
+        log.warning("the usage file was deleted or replaced while it was open (%s); the one there now is used", held)
+
+
+def _identity(path: Path) -> _Identity:
+    """Device and inode of a file; None if there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

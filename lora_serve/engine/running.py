@@ -8,6 +8,7 @@ least keeps its blocks, and only new tokens, of which there is an end, change wh
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator
 from operator import attrgetter
@@ -17,6 +18,8 @@ from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.sequence import Sequence
 from lora_serve.engine.waiting import WaitingQueue
 from lora_serve.kv.pool import BlockPool
+
+log = logging.getLogger(__name__)
 
 _order = attrgetter("order")
 
@@ -92,6 +95,13 @@ class RunningSequences:
             self.prefix_hits += seq.cached
         self._seqs[seq] = None
         seq.share.add_holders(1)
+        if log.isEnabledFor(logging.DEBUG):
+            adapters = "+".join(f"{adapter.name}@{adapter.digest[:12]}" for adapter in seq.adapters) or "base"
+            log.debug(
+                "admitted %s of %s: %d tokens, %d cached, %d in this step; %d running, %d waiting, %d KV blocks free",
+                *(seq.request.id, adapters, len(seq.tokens), start, count),
+                *(len(self), len(self._waiting) - 1, self._pool.free),  # it still is in the queue
+            )
         return ScheduledSequence(seq, start, count)
 
     def extend(self, seq: Sequence, tokens: int) -> bool:
@@ -102,13 +112,22 @@ class RunningSequences:
                 seq.blocks.extend(blocks)
                 return True
             victim = max(self._seqs, key=_served)
-            self.preempt(victim)
+            self.preempt(victim, seq)
             if victim is seq:
                 return False
         return True
 
-    def preempt(self, seq: Sequence) -> None:
-        """Let a sequence give up its blocks and wait again."""
+    def preempt(self, seq: Sequence, wanting: Sequence | None = None) -> None:
+        """Let a sequence give up its blocks and wait again.
+
+        Args:
+            wanting: the one that needs blocks; None if the reason is that its adapters have left memory.
+        """
+        if log.isEnabledFor(logging.DEBUG):
+            reason = "its adapter left memory" if wanting is None else f"no KV block is free for {wanting.request.id}"
+            log.debug(
+                "preempted %s with %d tokens in %d blocks: %s", seq.request.id, seq.computed, len(seq.blocks), reason
+            )
         self.remove(seq)
         self._waiting.add(seq)
         self.preemptions += 1

@@ -9,9 +9,12 @@ depends on the number of slots only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Set
 
 from lora_serve.engine.fairness import AdapterSet, Fairness, Rank, Share, ShareQueue
+
+log = logging.getLogger(__name__)
 
 LONGEST = 4  # quanta for which a set keeps its slots while one waits that is owed less
 
@@ -148,6 +151,9 @@ class SlotRotation:
                 return False
             leaving.append(done.pop(0))
             staying = staying - {leaving[-1]}
+        if leaving and log.isEnabledFor(logging.DEBUG):
+            turns = ", ".join(f"{digest[:12]} after {step - self._since[digest]} steps" for digest in leaving)
+            log.debug("rotated at step %d: the turn of %s begins; %s yielded", step, _short(members), turns)
         for digest in leaving:
             del self._since[digest]
             yielding += self._wanted.get(digest, ())
@@ -207,3 +213,7 @@ class SlotRotation:
             leaving.append(self._since.popitem()[0])
         self._queue_again([each for digest in leaving for each in self._wanted.get(digest, ())])
         self._stale = True
+
+
+def _short(digests: list[str]) -> str:
+    return "+".join(digest[:12] for digest in digests)

@@ -1,10 +1,13 @@
 // The adapters: where they are, what they are, and what an admin may do with them.
 
+import { Aliases, mayChange } from "./aliases.js";
 import { call } from "./api.js";
 import { Confirm } from "./dialogs.js";
+import { Download } from "./download.js";
 import { ago, bytes, count, counted, short } from "./format.js";
 import { Report } from "./report.js";
 import { Residency, TierPicture } from "./residency.js";
+import { pointedAt, targetOf } from "./targets.js";
 import { html, useState } from "./ui.js";
 import { Upload } from "./upload.js";
 
@@ -12,7 +15,9 @@ export function AdaptersView({ session, metrics, onTry }) {
   const [filter, setFilter] = useState("");
   const [said, setSaid] = useState(null); // {text, problem}
   const [deleting, setDeleting] = useState(null);
-  const { adapters, permissions } = session;
+  const [editing, setEditing] = useState(null); // the alias that is changed, or a new one
+  const { adapters, aliases, permissions } = session;
+  const movable = aliases.filter((alias) => mayChange(permissions, alias, adapters));
   const shown = adapters.filter((adapter) => adapter.name.toLowerCase().includes(filter.toLowerCase()));
 
   const act = async (name, method, path, done) => {
@@ -47,16 +52,18 @@ export function AdaptersView({ session, metrics, onTry }) {
       <ul class="adapters">
         ${shown.map((adapter) => html`
           <${Adapter} key=${adapter.name} adapter=${adapter} admin=${permissions.admin} latest=${metrics.latest}
-            onTry=${onTry} onChange=${change} onDelete=${setDeleting} />`)}
+            aliases=${movable} onTry=${onTry} onChange=${change} onDelete=${setDeleting} onEdit=${setEditing}
+            onProblem=${(text) => setSaid({ text, problem: true })} />`)}
       </ul>
     </section>
+    <${Aliases} session=${session} editing=${editing} onEdit=${setEditing} onTry=${onTry} />
     ${deleting && html`
       <${Confirm} title=${`Delete ${deleting}?`} action="Delete"
         onConfirm=${() => remove(deleting)} onClose=${() => setDeleting(null)}
         text="All its versions are deleted once running requests have finished. This cannot be undone." />`}`;
 }
 
-function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
+function Adapter({ adapter, admin, latest, aliases, onTry, onChange, onDelete, onEdit, onProblem }) {
   const { name, pinned, broken, versions } = adapter;
   const [open, setOpen] = useState(false);
   const [newest] = versions;
@@ -103,8 +110,33 @@ function Adapter({ adapter, admin, latest, onTry, onChange, onDelete }) {
                 <span class="hint">${index ? "" : "newest, "}published ${ago(version.created)}${
                   version.last_used ? `, used ${ago(version.last_used)}` : ""}${
                   version.leases ? `, ${version.leases} running` : ""}</span></h4>
+              ${admin && html`
+                <${VersionActions} name=${name} version=${version} isNewest=${index === 0} aliases=${aliases}
+                  onEdit=${onEdit} onProblem=${onProblem} />`}
               <${Report} found=${version} />
             </section>`)}
         </details>`}
     </li>`;
+}
+
+/** Download a version, or let an alias stand for it: of an older one, that is to roll back. */
+function VersionActions({ name, version, isNewest, aliases, onEdit, onProblem }) {
+  const target = targetOf(name, version.digest);
+  const shown = `${name}@${short(version.digest)}`;
+  const naming = aliases.filter(({ targets }) => targets.some(({ adapter }) => adapter.split("@")[0] === name));
+  const point = (alias) => onEdit({ ...alias, targets: pointedAt(alias.targets, name, version.digest) });
+  return html`
+    <div class="actions start">
+      <${Download} name=${name} digest=${version.digest} onProblem=${onProblem} />
+      ${naming.map((alias) => {
+        const label = `${isNewest ? "Move" : "Roll back"} ${alias.name}`;
+        return alias.targets.some(({ adapter }) => adapter === target)
+          ? html`<span class="badge">${alias.name} stands for it</span>`
+          : html`
+            <button type="button" aria-label=${`${label} to ${shown}`} onClick=${() => point(alias)}>
+              ${label} to it</button>`;
+      })}
+      <button type="button" class="quiet" aria-label=${`New alias for ${shown}`}
+        onClick=${() => onEdit({ targets: [{ adapter: target, weight: 1 }] })}>New alias for it</button>
+    </div>`;
 }

@@ -28,8 +28,8 @@ const noAnswer = () => new ApiError(0, "The server does not answer.");
 
 const authorization = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
-async function send(method, path, body, signal) {
-  const headers = authorization();
+async function send(method, path, body, signal, more) {
+  const headers = { ...authorization(), ...more };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
@@ -51,11 +51,15 @@ function errorOf(status, text) {
   }
 }
 
-/** The JSON response to a request. Throws `ApiError`. */
-export const call = async (method, path, body) => (await send(method, path, body)).json();
+/** The JSON response to a request; `headers` are sent besides the key. Throws `ApiError`. */
+export const call = async (method, path, body, headers) =>
+  (await send(method, path, body, undefined, headers)).json();
 
 /** The response as text. Throws `ApiError`. */
 export const read = async (path) => (await send("GET", path)).text();
+
+/** The response as a file. Throws `ApiError`. */
+export const blob = async (path) => (await send("GET", path)).blob();
 
 /** A response, whatever its status, for people who try the API out. */
 export async function attempt(method, path, body) {

@@ -6,23 +6,28 @@ import { html, newId, useMemo } from "./ui.js";
 
 const MOST = 8; // adapters of one request
 const MOST_WEIGHT = 100;
+const ALONE = { report: { composable: false } }; // what an alias stands for changes, perhaps to what cannot be summed
 
-/** Adapters by name, or by name@digest for an older version, that can be asked for. */
-function options(adapters) {
+/** Adapters by name, or by name@digest for an older version, and aliases, that can be asked for. */
+function options(adapters, aliases) {
   const served = adapters.filter((adapter) => !adapter.broken);
   const older = served.flatMap((adapter) =>
     adapter.versions.slice(1).map((version) => ({ name: `${adapter.name}@${short(version.digest)}`, version })),
   );
-  return { newest: served.map((adapter) => ({ name: adapter.name, version: adapter.versions[0] })), older };
+  return {
+    newest: served.map((adapter) => ({ name: adapter.name, version: adapter.versions[0] })),
+    older,
+    standing: aliases.filter((alias) => !alias.broken).map((alias) => ({ name: alias.name, version: ALONE })),
+  };
 }
 
 /** Choose adapters. `choice`: a list of {name, weight}; empty is the base.
  *
  * `onChange` gets what makes a new one of it.
  */
-export function AdapterChoice({ label, choice, adapters, onChange }) {
-  const { newest, older } = options(adapters);
-  const all = [...newest, ...older];
+export function AdapterChoice({ label, choice, adapters, aliases, onChange }) {
+  const { newest, older, standing } = options(adapters, aliases);
+  const all = [...newest, ...older, ...standing];
   const composable = (name) => all.find((each) => each.name === name)?.version.report.composable !== false;
   const set = (index, change) =>
     onChange((before) => before.map((each, at) => (at === index ? { ...each, ...change } : each)));
@@ -36,6 +41,7 @@ export function AdapterChoice({ label, choice, adapters, onChange }) {
     <select aria-label=${title} value=${value} onChange=${(event) => onSelect(event.target.value)}>
       ${base && html`<option value="">Base model</option>`}
       <optgroup label="Adapters">${newest.map(option)}</optgroup>
+      ${standing.length > 0 && html`<optgroup label="Aliases">${standing.map(option)}</optgroup>`}
       ${older.length > 0 && html`<optgroup label="Older versions">${older.map(option)}</optgroup>`}
     </select>`;
 

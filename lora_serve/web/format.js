@@ -5,7 +5,7 @@ const tenths = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 export const count = (value) => tenths.format(value >= 100 ? Math.round(value) : value);
 
 /** A number with its noun. */
-export const counted = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
+export const counted = (value, noun, plural = `${noun}s`) => `${count(value)} ${value === 1 ? noun : plural}`;
 
 /** Bytes, in powers of 1024. */
 export function bytes(value) {

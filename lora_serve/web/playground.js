@@ -101,7 +101,7 @@ export function Playground({ session, tried }) {
             <section class="card column" key=${index}
               aria-label=${columns.length === 2 ? `Column ${"AB"[index]}` : "Answer"}>
               <${AdapterChoice} label=${columns.length === 2 ? `Adapter of column ${"AB"[index]}` : "Adapter"}
-                choice=${column.choice} adapters=${session.adapters}
+                choice=${column.choice} adapters=${session.adapters} aliases=${session.aliases}
                 onChange=${(change) => ((column.choice = change(column.choice)), changed())} />
               <${Turns} turns=${column.turns} mode=${mode} name=${nameOf(column, session)}
                 empty=${index ? "The same prompt, answered with this." : "Answers appear here, token by token."} />

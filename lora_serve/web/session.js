@@ -1,41 +1,47 @@
-// What the page knows of the server: whether it answers, what the user's key allows, its model and adapters.
+// What the page knows of the server: whether it answers, what the user's key allows, its model, adapters and aliases.
 
 import { ApiError, call, hasKey } from "./api.js";
 import { useEffect, useState } from "./ui.js";
 
 const RETRY = 2000; // ms between attempts while the server starts
-const REFRESH = 4000; // ms between two looks at the list of adapters
+const REFRESH = 4000; // ms between two looks at the lists
 
-/** Connect, and keep the list of adapters fresh while the page is seen.
+/** The adapters and aliases that the key may use. */
+async function published() {
+  const [adapters, aliases] = await Promise.all(["v1/adapters", "v1/aliases"].map((path) => call("GET", path)));
+  return { adapters: adapters.data, aliases: aliases.data };
+}
+
+/** Connect, and keep the lists of adapters and aliases fresh while the page is seen.
  *
  * `state` is "connecting", "key" (one is needed), "down", or "ready"; `problem` says what is wrong, with the key or
  * with the server.
  */
 export function useSession() {
-  const [session, setSession] = useState({ state: "connecting", adapters: [] });
+  const [session, setSession] = useState({ state: "connecting", adapters: [], aliases: [] });
 
   async function connect() {
     try {
       const [permissions, models, tokenizer] = await Promise.all(
         ["v1/key", "v1/models", "tokenizer_info"].map((path) => call("GET", path)),
       );
-      const adapters = (await call("GET", "v1/adapters")).data;
       setSession({
-        state: "ready", permissions, model: models.data[0], hasTemplate: tokenizer.chat_template !== null, adapters,
+        state: "ready", permissions, model: models.data[0], hasTemplate: tokenizer.chat_template !== null,
+        ...(await published()),
       });
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       const needsKey = error.status === 401;
       const problem = needsKey && !hasKey() ? null : error.message;
-      setSession({ state: needsKey ? "key" : "down", problem, adapters: [] });
+      setSession({ state: needsKey ? "key" : "down", problem, adapters: [], aliases: [] });
       if (!needsKey) setTimeout(connect, RETRY);
     }
   }
 
   async function refresh() {
     try {
-      const { data } = await call("GET", "v1/adapters");
-      setSession((before) => (before.state === "ready" ? { ...before, adapters: data, problem: null } : before));
+      const found = await published();
+      setSession((before) => (before.state === "ready" ? { ...before, ...found, problem: null } : before));
     } catch (error) {
       if (error.status === 401) connect();
       else setSession((before) => ({ ...before, problem: error.message })); // what is on the page stays

@@ -12,6 +12,7 @@ from stub_completions import StubCompletionApp
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
+from lora_serve.api.request_record import RequestRecord
 from lora_serve.errors import Overloaded
 
 Lines = list[tuple[str, dict[str, Any]]]
@@ -153,3 +154,43 @@ async def test_an_error_that_an_api_sends_as_its_own_event_is_in_the_line(
     await server.post("/v1/responses", {"input": "hi", "stream": True}, "sk-secret")
     ((_, fields),) = lines(caplog)
     assert (fields["error"], fields["reason"]) == ("engine_fault", "it broke")
+
+
+SECRET = "s3cret-text-of-a-client"
+
+
+async def test_the_reason_of_a_refusal_is_a_class_and_has_no_text_of_the_client(
+    server: StubCompletionApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "strict": True, "schema": {"type": "object", SECRET: 1}},
+    }
+    for body, reason in (
+        ({SECRET: 1}, "extra_forbidden"),
+        ({"stream_options": {SECRET: 1}}, "stream_options: extra_forbidden"),
+        ({"temperature": SECRET}, "temperature: float_type"),
+        ({"temperature": 99}, "temperature: less_than_equal"),
+        ({"prompt": None}, "prompt: string_type"),
+        ({"logit_bias": {SECRET: 1}}, "logit_bias: string_pattern_mismatch"),
+        ({"response_format": deep}, "response_format"),
+        ({"adapter": SECRET}, "adapter"),
+        ({"model": SECRET}, "model"),
+        ({"prompt": "x" * 10_000, "max_tokens": 1}, "This model's maximum context length"),
+    ):
+        caplog.clear()
+        await server.complete("sk-secret", **{"model": None, **body})
+        ((_, fields),) = lines(caplog)
+        assert fields["reason"].startswith(reason), body
+        assert SECRET not in caplog.text, body
+        assert SECRET not in str(fields), body
+    await server.post("/v1/completions", {}, "sk-secret")
+    assert lines(caplog)[-1][1]["reason"] == "prompt: missing"
+
+
+async def test_the_ends_of_choices_are_all_named_once_in_order_of_choice() -> None:
+    record = RequestRecord()
+    assert record.finish is None
+    for choice, outcome in ((2, "length"), (0, "length"), (1, "stop")):
+        record.finished(choice, outcome)
+    assert record.finish == "length,stop"

@@ -87,7 +87,8 @@ def explained(sent: Any) -> tuple[str, str | None]:
     with pytest.raises(ValidationError) as failed:
         TypeAdapter(Asked).validate_python(sent)
     problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in failed.value.errors()]
-    return error_handlers.describe_validation_error(problems, sent)
+    error = error_handlers.validation_error(problems, sent)
+    return error.message, error.param
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,49 @@ async def test_a_broken_usage_file_is_said(server: StubCompletionApp, tmp_path: 
     answer = await server.client.get("/v1/usage", headers={"Authorization": "Bearer sk-a"})
     assert refusal(answer)[0] == 507
     assert "usage cannot be read" in refusal(answer)[2]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_deleted_or_replaced_while_open_is_noticed_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    file = tmp_path / "usage.sqlite"
+    backup = UsageRecords(lambda: tmp_path / "backup.sqlite", lambda: TODAY)
+    backup.add("b", "", 1, 1)
+    backup.close()
+    records = UsageRecords(lambda: file, lambda: TODAY)
+    records.add("a", "poet", 5, 7)
+    await records.read(TODAY, TODAY)
+    (tmp_path / "backup.sqlite").rename(file) if replaced else file.unlink()
+    for _ in range(2):
+        records.add("a", "poet", 1, 1)
+    restored = [DayUsage("2026-03-01", "b", "", 1, 1, 1)] if replaced else []
+    assert await records.read(TODAY, TODAY) == [DayUsage("2026-03-01", "a", "poet", 2, 2, 2), *restored]
+    records.close()
+    again = UsageRecords(lambda: file)
+    assert await again.read(TODAY, TODAY) == [DayUsage("2026-03-01", "a", "poet", 2, 2, 2), *restored]
+    again.close()
+    (said,) = [each.getMessage() for each in caplog.records if "usage file" in each.getMessage()]
+    assert "it had 1 requests, 5 prompt tokens and 7 completion tokens" in said
+
+
+async def test_what_is_written_to_a_file_as_it_goes_away_is_written_to_the_next(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "store", tmp_path / "moved"
+    folder.mkdir()
+    asked = 0
+
+    def path() -> Path:
+        nonlocal asked
+        asked += 1
+        if asked == 3:  # the first time after what was added is written
+            folder.rename(moved)
+            folder.mkdir()
+        return folder / "usage.sqlite"
+
+    records = UsageRecords(path, lambda: TODAY)
+    records.close()  # without its thread, `add` writes at once
+    asked = 1
+    records.add("a", "", 1, 1)
+    records = UsageRecords(lambda: folder / "usage.sqlite")
+    assert await records.read(TODAY, TODAY) == [DayUsage("2026-03-01", "a", "", 1, 1, 1)]
+    records.close()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from lora_serve.api.anthropic.anthropic_errors import ThreadsUnsupported
 from lora_serve.api.anthropic.message_blocks import Block, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
 from lora_serve.api.anthropic.message_schemas import CustomTool, MessagesPrompt, MessageToolChoice, Thinking
-from lora_serve.api.error_handlers import describe_validation_error
+from lora_serve.api.error_handlers import validation_error
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_prompt import thinking_switch
 from lora_serve.api.openai.chat_schemas import ChatCompletion
@@ -53,8 +53,7 @@ def to_chat_completion(body: MessagesPrompt, max_tokens: int | None, chat: ChatF
         return ChatCompletion.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_input=False)]
-        message, param = describe_validation_error(problems, fields)
-        raise BadRequest(message, param=param) from None
+        raise validation_error(problems, fields) from None
 
 
 def merge_turns(body: MessagesPrompt) -> list[tuple[str, list[Block]]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from lora_serve.api.error_handlers import describe_validation_error
+from lora_serve.api.error_handlers import validation_error
 from lora_serve.api.fine_tuning.example_schemas import (
     ChatExample,
     CompletionExample,
@@ -105,8 +105,7 @@ def parse_example(line: bytes) -> Example:
     except ValidationError as error:
         found: Any = error.errors(include_url=False, include_context=False, include_input=False)
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in found]
-    message, param = describe_validation_error(problems, value)
-    raise BadRequest(message, param=param)
+    raise validation_error(problems, value)
 
 
 def read_examples(path: Path) -> Iterator[tuple[int, Example]]:

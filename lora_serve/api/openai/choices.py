@@ -156,11 +156,11 @@ class RunningChoice:
                     return
         except ServeError as error:
             outcome = error.kind
-            self._record.error = (error.kind, error.message)  # an API may send it as an event of its own
+            self._record.failed(error.kind, error.reason)  # an API may send it as an event of its own
             raise
         finally:
             self._timer.end(outcome, len(self.choice.request.prompt), self._generated)
-            self._record.finish = outcome
+            self._record.finished(self.choice.index, outcome)
             await self._events.aclose()  # if a stop string ended it, this aborts the request in the engine
 
     async def close(self) -> None:

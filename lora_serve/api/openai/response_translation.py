@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lora_serve.api.error_handlers import describe_validation_error
+from lora_serve.api.error_handlers import validation_error
 from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.response_input import (
     FunctionCallItem,
@@ -70,8 +70,7 @@ def to_chat_completion(body: CreateResponse, find_item: FindItem) -> ChatComplet
         return ChatCompletion.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors(include_input=False)]
-        message, param = describe_validation_error(problems, fields)
-        raise response_error(BadRequest(message, param=param)) from None
+        raise response_error(validation_error(problems, fields)) from None
 
 
 def _resolved(given: str | Sequence[InputItem], find_item: FindItem) -> str | list[InputItem]:
