@@ -157,7 +157,13 @@ def test_keys_and_values_are_written_where_indices_say_and_nowhere_else(dtype: t
     dependent=st.booleans(),
 )
 def test_rotating_and_writing_at_once_has_the_bits_of_the_two_operations(
-    seed: int, dtype: torch.dtype, turns: torch.dtype, heads: tuple[int, int], half: int, value_dim: int, dependent: bool
+    seed: int,
+    dtype: torch.dtype,
+    turns: torch.dtype,
+    heads: tuple[int, int],
+    half: int,
+    value_dim: int,
+    dependent: bool,
 ) -> None:
     torch.manual_seed(seed)
     tokens, (heads_q, heads_kv), dim = 5, heads, 2 * half
