@@ -47,9 +47,11 @@ from bench.gpu.forward_pass import (
     used_memory,
     write_config,
 )
+from bench.gpu.operation_pairs import time_operation_pairs
 from bench.machine import describe
 from bench.report import goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
+from lora_serve.kernels.select import select
 
 NO_GPU = 3
 RANK = 16
@@ -84,6 +86,7 @@ class Results:
 
     limits: Limits
     steps: list[Step] = field(default_factory=list)
+    operations: dict[str, dict[str, float]] = field(default_factory=dict)
     idle: float = float("nan")
     prompts: dict[str, float] = field(default_factory=dict)
     startup: dict[str, float] = field(default_factory=dict)
@@ -115,6 +118,12 @@ def largest_fitting(names: Iterable[str], wanted: str, sizes: Sizes, memory: flo
         if least in rows:
             return name, rows
     raise ValueError("no shape fits")
+
+
+def measure_operations(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
+    """Time operations that one kernel runs beside those that it stands for."""
+    rows = [each for each in sizes.rows if each in (1, GOAL_ROWS)] + [max(sizes.rows)]
+    found.operations = time_operation_pairs(select(device), shape, rows, device, sizes.budget / 10)
 
 
 def measure_steps(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
@@ -157,11 +166,11 @@ def measure_engine(shape: Shape, folder: Path, device: torch.device, sizes: Size
 
 
 def measure(shape: Shape, device: torch.device, sizes: Sizes, deadline: float) -> Results:
-    """Run both parts; one that fails, or that would start after the deadline, is recorded as a failure."""
+    """Run all parts; one that fails, or that would start after the deadline, is recorded as a failure."""
     found = Results(measure_limits(device))
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(shape, Path(scratch, "model"))
-        for part in (measure_steps, measure_engine):
+        for part in (measure_operations, measure_steps, measure_engine):
             _log(f"{part.__name__} starts")
             if time.monotonic() > deadline:
                 found.failures.append(f"{part.__name__}: no time was left")
@@ -183,6 +192,12 @@ def report(found: Results) -> str:
         f"{best.host_to_device / 1e9:,.1f} GB/s from pinned memory, bf16 {best.flops / 1e12:,.1f} TFLOP/s",
         step_table(found.steps, best),
     ]
+    if found.operations:
+        rows = [
+            [name, *(number(1e6 * each[kind], 1) for kind in ("apart", "fused"))]
+            for name, each in found.operations.items()
+        ]
+        lines.append(table(["all layers", "two kernels µs", "one kernel µs"], rows))
     if found.prompts:
         rows = [[name, number(value, 0)] for name, value in found.prompts.items()]
         lines.append(table(["prefill", "tok/s"], rows))
@@ -212,6 +227,7 @@ def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dic
         "sizes": asdict(sizes),
         "limits": asdict(found.limits),
         "steps": [asdict(each) | {"ratio": each.ratio(found.limits)} for each in found.steps],
+        "operations": found.operations,
         "prompts": found.prompts,
         "startup": found.startup,
         "engine": engine,

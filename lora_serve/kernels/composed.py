@@ -20,6 +20,21 @@ class ComposedOperations:
         total = x + y  # a recorded step has a kernel for it
         return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
 
+    def rope_and_write_kv(
+        self: Kernels,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        kv_index: Tensor,
+    ) -> Tensor:
+        queries, rotated = self.rope(q, k, cos, sin)
+        self.write_kv(keys, values, rotated[0].transpose(0, 1), v[0].transpose(0, 1), kv_index)
+        return queries
+
     def adapted_linear(self: Kernels, x: Tensor, layers: Layers, group: DeltaGroup, segments: Segments) -> list[Tensor]:
         outputs = self.linear(x, layers)
         self.delta(x, outputs, group, segments)

@@ -385,6 +385,24 @@ class Kernels(Protocol):
         """
         ...
 
+    def rope_and_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        kv_index: Tensor,
+    ) -> Tensor:
+        """`rope`, then `write_kv` of the rotated keys and of v: to the bits of the two operations by themselves.
+
+        Shapes: v [1, kv_heads, tokens, value_dim], the others as there; returns the rotated queries. The rotated keys
+        are in the block pool alone.
+        """
+        ...
+
     def attention(
         self,
         q: Tensor,

@@ -108,14 +108,14 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
         importance: of each input, float32 [in], for int4; None: all the same.
     """
     weight = weight.detach()
+    # A few outputs at a time: the float32 copies would take several times the memory of the weights.
+    rows = max(1, (_CHUNK if weight.is_cpu else _CHUNK_ON_GPU) // max(1, weight.shape[1]))
+    chunks = [weight[first : first + rows] for first in range(0, max(1, weight.shape[0]), rows)]
     if scheme == "int4":
-        rows = max(1, (_CHUNK if weight.is_cpu else _CHUNK_ON_GPU) // weight.shape[1])
-        chunks = (weight[first : first + rows] for first in range(0, max(1, weight.shape[0]), rows))
         q, scale, levels = zip(*(_quantize_groups(chunk, importance) for chunk in chunks), strict=True)
         return torch.cat(q), torch.cat(scale), torch.cat(levels)
-    grouped = _grouped(weight, weight.shape[1])
-    step = _step(grouped)
-    return _integers(grouped, step).clamp(-_MOST, _MOST).to(torch.int8).view(weight.shape), step.flatten(), None
+    whole, steps = zip(*map(_quantize_outputs, chunks), strict=True)
+    return torch.cat(whole), torch.cat(steps), None
 
 
 def dequantize(q: Tensor, scale: Tensor, levels: Tensor | None = None) -> Tensor:
@@ -132,6 +132,13 @@ def unpack_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     bits = levels.int() & 0xFFFF
     z = bits & (1 << ZERO_BITS) - 1
     return ((bits - z << 11) + (112 << 23)).view(torch.float32), z  # s's mantissa and exponent as float32 has them
+
+
+def _quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize` in int8, of some outputs."""
+    grouped = _grouped(weight, weight.shape[1])
+    step = _step(grouped)
+    return _integers(grouped, step).clamp(-_MOST, _MOST).to(torch.int8).view(weight.shape), step.flatten()
 
 
 def _quantize_groups(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

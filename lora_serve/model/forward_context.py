@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lora_serve.adapters.adapter import Prefix
 from lora_serve.kernels.contract import Kernels
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.batch import AdapterRows
 from lora_serve.model.input_buffers import InputBuffers
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotary embedding that attention has still to apply: the arguments of `Kernels.rope`."""
+
+    q: Tensor
+    k: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 @dataclass
@@ -21,6 +33,7 @@ class ForwardContext:
         prefixes: virtual tokens by adapter slot; the device slots keep it up to date.
         inputs: input buffers of the running step.
         virtual_rows: rows whose keys and values come from an adapter's prefix instead of being computed.
+        rotation: what the running layer leaves to its attention (`fused_rope.py`); None: nothing.
     """
 
     kernels: Kernels
@@ -29,6 +42,7 @@ class ForwardContext:
     prefixes: Mapping[int, Prefix]
     inputs: InputBuffers | None = None
     virtual_rows: Sequence[AdapterRows] = ()
+    rotation: Rotation | None = None
 
     @property
     def step(self) -> InputBuffers:

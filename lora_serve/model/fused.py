@@ -1,4 +1,4 @@
-"""Fused norm, MLP and RoPE: RMS norms, gated MLPs and rotary embeddings computed by one kernel call each.
+"""Fused norm and MLP: RMS norms and gated MLPs computed by one kernel call each.
 
 A dozen operators on a few rows cost more than their maths. Which modules can be replaced is not read from names: a
 module is replaced if a float32 copy of it, with random weights, computes the kernel's formula on rows of many means and
@@ -11,7 +11,6 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ FORMULA_TOLERANCE = 1e-5  # relative error, in float32, of what is the same form
 ROUNDING_FACTOR = 1.5  # error of a kernel in the model's dtype over that of the module
 ROUNDING_FLOOR = 1e-6  # added to that
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
-ROPE = "apply_rotary_pos_emb"  # what attention modules call for it
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Mean and standard deviation of the probe's rows. The first ones are so small that an epsilon under the root decides,
 # the last ones so large that limits on activations show.
@@ -78,9 +76,8 @@ class FusedGatedMLP(nn.Module):
 
 
 def fuse(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Fuse all norms, MLPs and RoPE that match a kernel, in place; module and parameter paths are unchanged."""
+    """Fuse all norms and MLPs that match a kernel, in place; module and parameter paths are unchanged."""
     for path, module in list(model.named_modules()):
-        _fuse_rope(module, dtype, kernels)
         fused = _fused_norm(module, dtype, kernels) or _fused_mlp(module, dtype, kernels)
         if fused is not None:
             parent, _, leaf = path.rpartition(".")
@@ -109,7 +106,7 @@ def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fuse
         return y
 
     for plus_one in (False, True):
-        if _agree(partial(kernels.rms_norm, eps=eps, plus_one=plus_one), original, inputs):
+        if agree(partial(kernels.rms_norm, eps=eps, plus_one=plus_one), original, inputs):
             return FusedRMSNorm(weight, eps, plus_one=plus_one, kernels=kernels)
     return None
 
@@ -146,54 +143,9 @@ def _fused_mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fused
         def fused(x: Tensor, *weights: Tensor, activation: Activation = activation) -> Tensor:
             return FusedGatedMLP(small(weights), activation, kernels).forward(x)
 
-        if _agree(fused, original, inputs):
+        if agree(fused, original, inputs):
             return FusedGatedMLP(module, activation, kernels)
     return None
-
-
-@torch.inference_mode()
-def _fuse_rope(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Let an attention module rotate queries and keys by one call, if what its own code calls for that does the same.
-
-    Only this module is touched: its code is run with another function under the name that it looks up.
-    """
-    forward = type(module).forward
-    if not isinstance(forward, FunctionType) or ROPE not in forward.__code__.co_names:
-        return
-    own = forward.__globals__.get(ROPE)
-    parameter = next(module.parameters(), None)
-    if own is None or parameter is None or hasattr(forward, "__wrapped__"):
-        return
-    device, dim = parameter.device, 64
-    heads = [probe_rows(dim * count).view(1, -1, count, dim).transpose(1, 2).to(device, dtype) for count in (4, 2)]
-    angles = torch.randn(2, 1, len(ROWS), dim, generator=probe_generator()).to(
-        device, dtype
-    )  # cosines and sines, so to speak
-    # Dtypes of heads and of cosines; in float32 the self-check runs the model.
-    kinds = {
-        (kind, turned)
-        for kind, turned in {(dtype, dtype), (dtype, torch.float32), (torch.float32, torch.float32)}
-        if _agree(kernels.rope, own, [*(each.to(kind) for each in heads), *(each.to(turned) for each in angles)])
-    }
-    if not kinds:
-        return
-
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        fits = cos.shape == (1, q.shape[2], q.shape[3]) and q.shape[0] == 1 and (q.dtype, cos.dtype) in kinds
-        if args or kwargs or not fits:
-            rotated: tuple[Tensor, Tensor] = own(q, k, cos, sin, *args, **kwargs)
-            return rotated
-        return kernels.rope(q, k, cos, sin)
-
-    renamed = FunctionType(
-        forward.__code__,
-        forward.__globals__ | {ROPE: rope},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    renamed.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = MethodType(renamed, module)
 
 
 def probe_generator(seed: int = 0) -> torch.Generator:
@@ -211,7 +163,7 @@ def _takes_one_input(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def _agree(kernel: Callable[..., Outputs], original: Callable[..., Outputs], inputs: Sequence[Tensor]) -> bool:
+def agree(kernel: Callable[..., Outputs], original: Callable[..., Outputs], inputs: Sequence[Tensor]) -> bool:
     """Whether a kernel computes the original's formula, and in the inputs' dtype with no larger error."""
     try:
         wide = [each.float() for each in inputs]

@@ -19,6 +19,7 @@ from lora_serve.model.external_quantization import is_externally_quantized
 from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.fused import fuse
 from lora_serve.model.fused_residual import fuse_residuals
+from lora_serve.model.fused_rope import fuse_ropes
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.load import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
@@ -31,6 +32,7 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
     model: Any = loaded.model
     fuse(model, loaded.dtype, context.kernels)
     fuse_residuals(model, loaded.dtype)
+    fuse_ropes(model, loaded.layers, loaded.dtype, context)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
     for names, group in device_slots.groups.items():
         if _is_expert(names):

@@ -1,7 +1,8 @@
 """Paged attention, registered with transformers: writes the step's keys and values, attends over the KV blocks.
 
-RoPE is already applied. The forward context arrives through the keyword arguments that the model passes on; nothing is
-global. The kernel handles causality, sliding windows and sequence boundaries, so no attention mask is made.
+RoPE is already applied, or left to the kernel that writes the keys (`fused_rope.py`). The forward context arrives
+through the keyword arguments that the model passes on; nothing is global. The kernel handles causality, sliding windows
+and sequence boundaries, so no attention mask is made.
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ def paged_attention(
     assert isinstance(layer, int)
     context, step = forward_context, forward_context.step
     keys, values = context.kv.keys[layer], context.kv.values[layer]
-    context.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), step.kv_index)
+    rotation, context.rotation = context.rotation, None
+    if rotation is None:
+        context.kernels.write_kv(keys, values, key[0].transpose(0, 1), value[0].transpose(0, 1), step.kv_index)
+    else:
+        assert query is rotation.q  # `fused_rope.py` saw that the model hands on what it was given
+        assert key is rotation.k
+        query = context.kernels.rope_and_write_kv(
+            query, key, value, rotation.cos, rotation.sin, keys, values, step.kv_index
+        )
     for start, end, slot, _, first in context.virtual_rows:
         prefix, given = context.prefixes[slot], slice(first, first + end - start)
         if prefix.keys:

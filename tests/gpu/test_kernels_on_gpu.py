@@ -341,6 +341,11 @@ def test_rotary_embeddings_and_kv_writes_equal_the_reference(kernels: GpuKernels
     REFERENCE.write_kv(*right, rows, -rows, index)
     for got, wanted in zip(mine, right, strict=True):
         assert torch.equal(got, wanted)
+    queries, rotated = kernels.rope(q, k, cos, sin)
+    assert_near(kernels.rope_and_write_kv(q, k, -k, cos, sin, *mine, index), queries)
+    kernels.write_kv(*right, rotated[0].transpose(0, 1), -rows, index)
+    for got, wanted in zip(mine, right, strict=True):
+        assert_near(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

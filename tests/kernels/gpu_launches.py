@@ -104,7 +104,7 @@ def attention_builds() -> Iterator[Build]:
 
 def pointwise_builds() -> Iterator[Build]:
     """The pointwise kernels at widths of real models."""
-    kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write"), "ld.global.v4")
+    kernels = dict.fromkeys(("_norm", "_gated", "_rope", "_write", "_rope_and_write"), "ld.global.v4")
     with recorded_launches(pointwise, kernels, (90,)) as rows:
         x, gate = torch.zeros(2, 5120).bfloat16(), torch.zeros(2, 14336).bfloat16()
         for dependent in (False, True):
@@ -120,4 +120,6 @@ def pointwise_builds() -> Iterator[Build]:
                 pointwise.rope(*heads, turn, turn, dependent=dependent)  # type: ignore[misc]
                 pool = torch.zeros(4, 16, 8, dim).bfloat16()
                 pointwise.write_kv(pool, pool, k, k, index, dependent=dependent)
+                both = (*heads, heads[1], turn, turn, pool, pool, index)
+                pointwise.rope_and_write_kv(*both, dependent=dependent)
     yield from rows

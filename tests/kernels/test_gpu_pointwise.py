@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
 
 from lora_serve.kernels.contract import Activation
-from lora_serve.kernels.gpu.pointwise import add_rms_norm, gated_activation, rms_norm, rope, write_kv
+from lora_serve.kernels.gpu.pointwise import (
+    add_rms_norm,
+    gated_activation,
+    rms_norm,
+    rope,
+    rope_and_write_kv,
+    write_kv,
+)
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
@@ -139,6 +146,48 @@ def test_keys_and_values_are_written_where_indices_say_and_nowhere_else(dtype: t
     assert torch.equal(values, wanted_values)
 
 
+@few
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=DTYPES,
+    turns=DTYPES,
+    heads=st.tuples(st.integers(1, 40), st.integers(1, 9)),
+    half=st.sampled_from([1, 24, 64]),
+    value_dim=st.sampled_from([8, 72, 128]),
+    dependent=st.booleans(),
+)
+def test_rotating_and_writing_at_once_has_the_bits_of_the_two_operations(
+    seed: int,
+    dtype: torch.dtype,
+    turns: torch.dtype,
+    heads: tuple[int, int],
+    half: int,
+    value_dim: int,
+    dependent: bool,
+) -> None:
+    torch.manual_seed(seed)
+    tokens, (heads_q, heads_kv), dim = 5, heads, 2 * half
+    wide = torch.randn(1, tokens, heads_q * dim + heads_kv * (dim + value_dim)).to(dtype)  # one product's outputs
+    parts = wide.split([heads_q * dim, heads_kv * dim, heads_kv * value_dim], -1)
+    widths = (dim, dim, value_dim)
+    q, k, v = (x.view(1, tokens, -1, width).transpose(1, 2) for x, width in zip(parts, widths, strict=True))
+    cos, sin = (torch.randn(1, tokens, dim).to(turns) for _ in range(2))
+    pools = [torch.randn(4, 3, heads_kv, width).to(dtype) for width in (dim, value_dim)]
+    ours, pair, right = ([pool.clone() for pool in pools] for _ in range(3))
+    index = torch.randperm(4 * 3)[:tokens]
+    before = wide.clone()
+    got = rope_and_write_kv(q, k, v, cos, sin, *ours, index, dependent=dependent)
+    turned, rotated = rope(q, k, cos, sin)
+    write_kv(*pair, rotated[0].transpose(0, 1), v[0].transpose(0, 1), index)
+    assert got.equal(turned)
+    assert got[0].transpose(0, 1).is_contiguous()
+    assert all(map(torch.equal, ours, pair))
+    assert wide.equal(before)
+    assert_near(got, REFERENCE.rope_and_write_kv(q, k, v, cos, sin, *right, index))
+    for mine, wanted in zip(ours, right, strict=True):
+        assert_near(mine, wanted)
+
+
 def test_empty_inputs_give_empty_results() -> None:
     nothing = torch.zeros(0, 8)
     assert rms_norm(nothing, torch.ones(8), 1e-6, plus_one=True).shape == (0, 8)
@@ -146,7 +195,9 @@ def test_empty_inputs_give_empty_results() -> None:
     q, k = rope(torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 0, 8), torch.zeros(1, 0, 8))
     assert (q.shape, k.shape) == ((1, 2, 0, 8), (1, 1, 0, 8))
     pool = torch.zeros(1, 1, 1, 8)
-    write_kv(pool, pool, torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), torch.zeros(0, dtype=torch.int64))
+    none = torch.zeros(0, dtype=torch.int64)
+    write_kv(pool, pool, torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), none)
+    assert rope_and_write_kv(q, k, k, *[torch.zeros(1, 0, 8)] * 2, pool, pool, none).shape == (1, 2, 0, 8)
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
@@ -163,3 +214,10 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
         write_kv(pool, pool, k.half(), k.half(), index)
     with pytest.raises(ValueError, match="do not fit the pool"):
         write_kv(pool, pool, k[:, :, :4], k, index)
+    q, v, turn = torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8), torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="do not fit"):
+        rope_and_write_kv(q, v, v[:, :, :1], turn, turn, pool, pool, index)
+    with pytest.raises(ValueError, match="do not fit the pool"):
+        rope_and_write_kv(q, v, v, turn, turn, pool[..., :4], pool, index)
+    with pytest.raises(TypeError, match="pool's type"):
+        rope_and_write_kv(q, v, v, turn, turn, pool, pool.half(), index)

@@ -52,6 +52,7 @@ class GpuKernels(ComposedBackward):
         self.gated_activation = partial(pointwise.gated_activation, dependent=dependent)
         self.rope = partial(pointwise.rope, dependent=dependent)
         self.write_kv = partial(pointwise.write_kv, dependent=dependent)
+        self.rope_and_write_kv = partial(pointwise.rope_and_write_kv, dependent=dependent)
         self.replay: ReplaySupport = "cuda_graphs" if torch.cuda.is_available() else "none"
         self._plain = ReferenceKernels()  # linear layers in full precision
         self._graphs: WeakSet[CapturedGraph] = WeakSet()

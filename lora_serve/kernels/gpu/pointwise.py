@@ -107,9 +107,7 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tenso
     """
     size, heads = keys.shape[1:3]
     tokens = kv_index.shape[0]
-    check_write(keys, values, k, v, kv_index)
-    if keys.shape[:3] != values.shape[:3] or any(each.stride(-1) != 1 for each in (keys, values, k, v)):
-        raise ValueError("keys and values have the same blocks and heads, and heads are contiguous")
+    _check_pool(keys, values, k, v, kv_index)
     if tokens:
         pad = triton.next_power_of_2(max(keys.shape[3], values.shape[3]))
         tile = min(max(1, PROGRAM // pad), triton.next_power_of_2(heads))
@@ -118,6 +116,49 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tenso
             *v.stride()[:2], SIZE=size, HEADS=heads, KEY_DIM=keys.shape[3], VALUE_DIM=values.shape[3], PAD=pad,
             TILE=tile, num_warps=min(4, max(1, tile * pad // 256)), **launch_options(dependent),
         )  # fmt: skip
+
+
+def rope_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kv_index: Tensor,
+    *,
+    dependent: bool = False,
+) -> Tensor:
+    """`Kernels.rope_and_write_kv`; the result is a view of [tokens, heads, dim]. An index is checked as in `write_kv`.
+
+    Raises ValueError or TypeError for shapes, strides or types that do not fit.
+    """
+    check_rope(q, k, cos, sin)
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    _check_pool(keys, values, k[0].transpose(0, 1), v[0].transpose(0, 1), kv_index)
+    _, heads, tokens, dim = q.shape
+    kv_heads, value_dim = values.shape[2:]
+    q_out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    if tokens:
+        pad, value_pad = triton.next_power_of_2(dim // 2), triton.next_power_of_2(value_dim)
+        tile, value_tile = max(1, PROGRAM // 2 // pad), max(1, PROGRAM // value_pad)
+        parts = triton.cdiv(heads, tile) + triton.cdiv(kv_heads, tile) + triton.cdiv(kv_heads, value_tile)
+        _rope_and_write[tokens, parts](
+            q, k, v, q_out, keys, values, cos.contiguous(), sin.contiguous(), kv_index.contiguous(),
+            q.stride(2), q.stride(1), k.stride(2), k.stride(1), v.stride(2), v.stride(1),
+            *keys.stride()[:3], *values.stride()[:3], SIZE=keys.shape[1], HEADS=heads, KV_HEADS=kv_heads,
+            HALF=dim // 2, PAD=pad, TILE=tile, VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_TILE=value_tile,
+            **launch_options(dependent),
+        )  # fmt: skip
+    return q_out.transpose(0, 1)[None]
+
+
+def _check_pool(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tensor) -> None:
+    check_write(keys, values, k, v, kv_index)
+    if keys.shape[:3] != values.shape[:3] or any(each.stride(-1) != 1 for each in (keys, values, k, v)):
+        raise ValueError("keys and values have the same blocks and heads, and heads are contiguous")
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -186,19 +227,52 @@ def _rope(
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
-    tile = tl.program_id(1)
-    if tile < tl.cdiv(HEADS, TILE):
-        _rotate(q, q_out, cos, sin, q_token, q_head, tile, HEADS, HALF, PAD, TILE)
+    tile, q_tiles, token = tl.program_id(1), tl.cdiv(HEADS, TILE), tl.program_id(0).to(tl.int64)
+    if tile < q_tiles:
+        _rotate(q, q_out + token * (HEADS * 2 * HALF), cos, sin, q_token, q_head, 2 * HALF, tile,
+                HEADS, HALF, PAD, TILE)  # fmt: skip
     else:
-        _rotate(k, k_out, cos, sin, k_token, k_head, tile - tl.cdiv(HEADS, TILE), KV_HEADS, HALF, PAD, TILE)
+        _rotate(k, k_out + token * (KV_HEADS * 2 * HALF), cos, sin, k_token, k_head, 2 * HALF, tile - q_tiles,
+                KV_HEADS, HALF, PAD, TILE)  # fmt: skip
+
+
+@triton.jit
+def _rope_and_write(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, q_out: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    cos: tl.tensor, sin: tl.tensor, kv_index: tl.tensor,
+    q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor,
+    key_block: tl.tensor, key_token: tl.tensor, key_head: tl.tensor,
+    value_block: tl.tensor, value_token: tl.tensor, value_head: tl.tensor,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr,
+    TILE: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, VALUE_TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:  # fmt: skip
+    """`rope_and_write_kv` of some heads (axis 1: q's, k's, then v's) of one token (axis 0)."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile, token = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    q_tiles, k_tiles = tl.cdiv(HEADS, TILE), tl.cdiv(KV_HEADS, TILE)
+    if tile < q_tiles:
+        _rotate(q, q_out + token * (HEADS * 2 * HALF), cos, sin, q_token, q_head, 2 * HALF, tile,
+                HEADS, HALF, PAD, TILE)  # fmt: skip
+    else:
+        index = tl.load(kv_index + token)
+        if tile < q_tiles + k_tiles:
+            _rotate(k, keys + index // SIZE * key_block + index % SIZE * key_token, cos, sin, k_token, k_head, key_head,
+                    tile - q_tiles, KV_HEADS, HALF, PAD, TILE)  # fmt: skip
+        else:
+            _copy(v, v_token, v_head, values + index // SIZE * value_block + index % SIZE * value_token, value_head,
+                    tile - q_tiles - k_tiles, KV_HEADS, VALUE_DIM, VALUE_PAD, VALUE_TILE)  # fmt: skip
 
 
 @triton.jit
 def _rotate(
-    x: tl.tensor, y: tl.tensor, cos: tl.tensor, sin: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, tile: tl.tensor,
+    x: tl.tensor, y: tl.tensor, cos: tl.tensor, sin: tl.tensor, x_token: tl.tensor, x_head: tl.tensor,
+    y_head: tl.tensor, tile: tl.tensor,
     HEADS: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rotate the halves a and b of each head: (a, b) -> (a cos - b sin, b cos' + a sin')."""
+    """Rotate the halves a and b of a token's heads: (a, b) -> (a cos - b sin, b cos' + a sin'); y is the token's."""
     token = tl.program_id(0).to(tl.int64)
     head = tile * TILE + tl.arange(0, TILE)
     d = tl.arange(0, PAD)
@@ -212,7 +286,7 @@ def _rotate(
     cos_b = tl.load(cos + turn + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
     sin_a = tl.load(sin + turn, mask=half, other=0.0).to(tl.float32)[None, :]
     sin_b = tl.load(sin + turn + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
-    place = y + token * (HEADS * 2 * HALF) + (head * 2 * HALF)[:, None] + d[None, :]
+    place = y + (head * y_head)[:, None] + d[None, :]
     tl.store(place, (a * cos_a - b * sin_a).to(y.dtype.element_ty), mask=inside)
     tl.store(place + HALF, (b * cos_b + a * sin_b).to(y.dtype.element_ty), mask=inside)
 
@@ -233,19 +307,19 @@ def _write(
     index = tl.load(kv_index + tl.program_id(0))
     if tl.program_id(2) == 0:
         _copy(k, k_token, k_head, keys + index // SIZE * key_block + index % SIZE * key_token, key_head,
-                HEADS, KEY_DIM, PAD, TILE)  # fmt: skip
+                tl.program_id(1), HEADS, KEY_DIM, PAD, TILE)  # fmt: skip
     else:
         _copy(v, v_token, v_head, values + index // SIZE * value_block + index % SIZE * value_token, value_head,
-                HEADS, VALUE_DIM, PAD, TILE)  # fmt: skip
+                tl.program_id(1), HEADS, VALUE_DIM, PAD, TILE)  # fmt: skip
 
 
 @triton.jit
 def _copy(
-    x: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, y: tl.tensor, y_head: tl.tensor,
+    x: tl.tensor, x_token: tl.tensor, x_head: tl.tensor, y: tl.tensor, y_head: tl.tensor, tile: tl.tensor,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Copy a token's heads from x to y."""
-    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    """Copy a token's heads from x to y, which is the token's."""
+    head = tile * TILE + tl.arange(0, TILE)
     d = tl.arange(0, PAD)
     inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
     row = tl.load(x + tl.program_id(0).to(tl.int64) * x_token + (head * x_head)[:, None] + d[None, :], mask=inside)

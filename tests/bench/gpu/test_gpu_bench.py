@@ -119,6 +119,8 @@ def test_the_whole_benchmark_runs_on_the_cpu(tmp_path: Path, capsys: pytest.Capt
         *[(mix, rows) for rows in (1, 4) for mix in ("none", "one", "distinct")],
         ("ranks 8…128", 4),
     ]
+    assert found["operations"].keys() == {f"RoPE and KV write, {rows} rows" for rows in (1, 4)}
+    assert all(each["fused"] > 0 < each["apart"] for each in found["operations"].values())
     assert found["engine"]["decode"].keys() == {"none", "one", "uniform"}
     assert found["engine"]["stall"]["loads"] == 2
     assert {goal["number"] for goal in found["goals"]} == {1, 2, 3, 6, 11}
