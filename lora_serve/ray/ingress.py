@@ -107,8 +107,8 @@ class Ingress:
     async def _respond(self, exchange: HttpExchange) -> None:
         head = exchange.head
         kind = changes.change_kind(head.method, head.path)
-        if kind is not None and kind.upload:
-            refusal = await self._refusal_to_publish(head)  # the body is not read yet, so the client is not watched
+        if kind is not None:
+            refusal = await self._refusal_to_change(head)  # the body is not read yet, so the client is not watched
             if refusal is not None:
                 await exchange.pass_on(refusal.begin, refusal.parts)
                 return
@@ -156,8 +156,11 @@ class Ingress:
             return last
         raise Unavailable("no replica could serve this request", retry_after=2)
 
-    async def _refusal_to_publish(self, head: ForwardedRequest) -> BegunResponse | None:
-        """What a server says to a caller who may not publish, before a large body is read; None if the key may."""
+    async def _refusal_to_change(self, head: ForwardedRequest) -> BegunResponse | None:
+        """What a server says to a caller who may change nothing; None if the key may.
+
+        Asked before the body is read and before the change waits its turn, so that who has no key delays nobody.
+        """
         kept = tuple(pair for pair in head.headers if pair[0].lower() in ("authorization", "x-api-key", "origin"))
         answer = await self._begin(ForwardedRequest("GET", "/v1/key", kept))
         if answer.begin.status != 200:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 
+from lora_serve.api import admin, alias_routes
 from lora_serve.errors import BadRequest, PartlyApplied
 from lora_serve.replicas.change_journal import ChangeJournal, new_change_id
 from lora_serve.replicas.changes import as_kept, change_kind, merge
@@ -32,6 +34,12 @@ def request(method: str = "PUT", target: str = "/v1/adapters/x", body: bytes = b
         ("POST", "/v1/completions"),
         ("POST", "/v1/adapters/inspect"),
         ("POST", "/v1/messages/count_tokens"),
+        ("DELETE", "/v1/responses/x"),
+        ("PATCH", "/v1/adapters/x"),
+        ("PUT", "/anything"),
+        ("DELETE", "/v1/adapters"),
+        ("TRACE", "/v1/adapters/x"),
+        ("OPTIONS", "/v1/files"),
     ],
 )
 def test_one_replica_answers_what_changes_nothing(method: str, path: str) -> None:
@@ -43,6 +51,8 @@ def test_one_replica_answers_what_changes_nothing(method: str, path: str) -> Non
     [
         ("PUT", "/v1/adapters/x", True, "/v1/adapters/x"),
         ("DELETE", "/v1/adapters/x", True, "/v1/adapters/x"),
+        ("PUT", "/v1/aliases/x", True, "/v1/aliases/x"),
+        ("DELETE", "/v1/aliases/x", True, "/v1/aliases/x"),
         ("POST", "/v1/adapters", True, ""),
         ("POST", "/v1/adapters/x/pin", True, "/v1/adapters/x/pin"),
         ("POST", "/v1/adapters/x/unpin", True, "/v1/adapters/x/pin"),
@@ -59,6 +69,22 @@ def test_all_replicas_make_changes(method: str, path: str, kept: bool, thing: st
 def test_folders_of_one_machine_are_refused(path: str) -> None:
     with pytest.raises(BadRequest, match="PUT /v1/adapters"):
         change_kind("POST", path)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/files/file-1/content", "/v1/fine_tuning/jobs"])
+def test_files_that_one_server_would_keep_are_refused(method: str, path: str) -> None:
+    with pytest.raises(BadRequest, match="/v1/files and /v1/fine_tuning"):
+        change_kind(method, path)
+
+
+def test_every_route_by_which_a_server_changes_adapters_is_a_change() -> None:
+    routes = [*admin.router.routes, *alias_routes.router.routes]
+    known = [route for route in routes if isinstance(route, APIRoute)]
+    changing = [(method, route.path) for route in known for method in route.methods if method != "GET"]
+    assert len(changing) > 8
+    missed = [each for each in changing if change_kind(*each) is None]
+    assert missed == [("POST", "/v1/adapters/inspect")]
 
 
 def test_a_new_adapter_is_kept_as_one_that_can_be_published_again() -> None:
