@@ -1,8 +1,8 @@
 """Which requests change something that every replica must change, and what came of them.
 
-Publishing, deleting, pinning and what aliases stand for are kept in the journal, so that replicas make them up; loading and evicting are done
-where a replica runs. Routes that read folders of the server's machine, or that keep files in the server's store, are
-refused: replicas are on several machines, and each has a store of its own.
+Publishing, deleting, pinning and what aliases stand for are kept in the journal, so that replicas make them up; loading
+and evicting are done where a replica runs. Routes that read folders of the server's machine, or that keep files in the
+server's store, are refused: replicas are on several machines, and each has a store of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from lora_serve.errors import BadRequest, PartlyApplied
+from lora_serve.replicas.compaction import ADAPTERS, ALIASES
 from lora_serve.replicas.forwarding import ForwardedRequest, ServerLost, WholeResponse
 
 PUBLISH = "/v1/adapters"
@@ -62,12 +63,18 @@ def change_kind(method: str, path: str) -> ChangeKind | None:
     return None
 
 
-def as_kept(kind: ChangeKind, request: ForwardedRequest, response: WholeResponse) -> tuple[str, ForwardedRequest]:
-    """The thing and the request as the journal keeps them: one that can be made twice."""
-    if kind.thing:
-        return kind.thing, request
-    name = msgspec.json.decode(response.body)["name"]
-    return f"{PUBLISH}/{name}", replace(request, method="PUT", target=f"{PUBLISH}/{name}")
+def as_kept(
+    kind: ChangeKind, request: ForwardedRequest, response: WholeResponse
+) -> tuple[str, ForwardedRequest, tuple[str, ...]]:
+    """The thing, the request and the names as the journal keeps them: a change that can be made twice."""
+    if request.method == "DELETE" or (request.method == "POST" and kind.thing):  # or a pin
+        return kind.thing, request, ()
+    answer = msgspec.json.decode(response.body)
+    if kind.thing.startswith(ALIASES):
+        return kind.thing, request, tuple(target["adapter"] for target in answer["targets"])
+    target = f"{ADAPTERS}{answer['name']}"
+    version = f"{answer['name']}@{answer['versions'][0]['digest']}"
+    return target, replace(request, method="PUT", target=target), (version,)
 
 
 def merge(method: str, results: Sequence[WholeResponse | ServerLost | BaseException], kept: bool) -> WholeResponse:
