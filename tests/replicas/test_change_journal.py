@@ -67,7 +67,7 @@ def test_a_change_that_was_made_and_not_kept_is_told(tmp_path: Path) -> None:
     journal = ChangeJournal(tmp_path)
     number = journal.begin(b"")
     (tmp_path / f"{number:012d}.change").mkdir()
-    with pytest.raises(PartlyApplied, match="was made, but could not be kept .* send it again"):
+    with pytest.raises(PartlyApplied, match=r"was made, but could not be kept .* send it again"):
         journal.keep(number, "/v1/adapters/x", ForwardedRequest("PUT", "/v1/adapters/x"))
 
 
