@@ -17,6 +17,7 @@ from lora_serve.api.origin import LocalOrigin
 from lora_serve.config import ServeConfig, Size
 from lora_serve.ray.engine_replica import STATISTICS_PERIOD, EngineReplica
 from lora_serve.ray.ingress import Ingress
+from lora_serve.replicas.change_journal import default_journal, journal_of
 
 NOT_HERE = ("host", "port", "store", "config", "adapter_roots")  # a replica's own, or the ingress's
 
@@ -79,11 +80,11 @@ class AppOptions(BaseModel):
 
     @property
     def journal_folder(self) -> Path:
-        """Where the journal is: as given, or in the user's data folder."""
+        """Where the journals of applications are: as given, or in the user's data folder."""
         if self.journal is not None:
             return self.journal.resolve()
         data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-        return data / "lora-serve" / "ray" / (Path(self.model).name or "model")
+        return default_journal(data / "lora-serve" / "ray", self.model)
 
 
 def app(args: AppOptions | dict[str, Any]) -> Application:
@@ -116,30 +117,37 @@ def app(args: AppOptions | dict[str, Any]) -> Application:
         max_ongoing_requests=options.max_waiting + options.replica_requests * most_replicas,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return endpoint.bind(options, replica.bind(options.server, str(options.journal_folder)))
+    journal = str(options.journal_folder)  # of this process's user and folder, the same for all
+    return endpoint.bind(options, replica.bind(options.server, journal), journal)
 
 
 @serve.ingress()
 class Endpoint:
     """The deployment that receives requests."""
 
-    def __init__(self, options: AppOptions, replicas: DeploymentHandle) -> None:
+    def __init__(self, options: AppOptions, replicas: DeploymentHandle, journal: str) -> None:
         self._options = options
         self._replicas = replicas
+        self._journal = journal_of(Path(journal), serve.get_replica_context().app_name)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray: the ASGI application of one process."""
         options = self._options
         ingress = Ingress(
             self._replicas,
-            options.journal_folder,
-            max_body=int(options.server.get("max_body", ServeConfig.model_fields["max_body"].default)),
+            self._journal,
+            keep_versions=self._of_servers("keep_versions"),
+            max_body=self._of_servers("max_body"),
             max_upload=options.max_upload,
             start_timeout=options.start_timeout,
         )
         if options.server.get("api_key_file") or options.server.get("insecure"):
             return ingress
         return LocalOrigin(ingress, host="localhost", allow_origin=options.server.get("allow_origin", []))
+
+    def _of_servers(self, option: str) -> int:
+        """A number that the replicas' servers were given, or their default."""
+        return int(self._options.server.get(option, ServeConfig.model_fields[option].default))
 
 
 def _scaling(options: AppOptions) -> dict[str, Any]:

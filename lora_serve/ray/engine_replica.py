@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 from ray import serve
 
-from lora_serve.replicas.change_journal import ChangeJournal, KeptChange
+from lora_serve.replicas.change_journal import ChangeJournal, journal_of
 from lora_serve.replicas.changes import as_kept, change_kind
 from lora_serve.replicas.forwarding import ForwardedRequest, ResponseBegin, ServerLost, WholeResponse
+from lora_serve.replicas.journal_follower import JournalFollower
 from lora_serve.replicas.server_child import ServerChild
 
 STATISTICS_PERIOD = 0.5  # seconds between two looks at what is in memory
@@ -29,14 +30,16 @@ class EngineReplica:
 
     Args:
         options: of `lora-serve serve`, named with underscores.
-        journal: folder of the changes that all replicas make.
+        journal: folder of the applications' journals.
     """
 
     async def __init__(self, options: dict[str, Any], journal: str) -> None:  # type: ignore[misc]  # Ray awaits it
-        self._id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
         self._server = ServerChild(self._id, options)
-        self._journal = ChangeJournal(Path(journal))
-        self._made: dict[str, str] = {}  # thing → id of the last change made here
+        self._journal = JournalFollower(
+            self._id, ChangeJournal(journal_of(Path(journal), context.app_name)), self._server.ask
+        )
         self._changing = asyncio.Lock()
         self._statistics: dict[str, Any] = {}
         try:
@@ -61,11 +64,11 @@ class EngineReplica:
         """Make a change that all replicas make, after those in the journal; returns the server's response."""
         kind = change_kind(request.method, request.path)
         async with self._changing:
-            await self._make_up()
+            await self._journal.make_up()
             result = await self._server.fetch(request)
             if kind is not None and kind.kept and isinstance(result, WholeResponse) and result.begin.status < 400:
-                thing, _ = as_kept(kind, request, result)
-                self._made[thing] = request.change
+                thing, _, _ = as_kept(kind, request, result)
+                self._journal.note(thing, request.change)
             return result
 
     # --- what Ray asks -----------------------------------------------------------------------------------------------
@@ -117,23 +120,4 @@ class EngineReplica:
 
     async def _catch_up(self) -> None:
         async with self._changing:
-            await self._make_up()
-
-    async def _make_up(self) -> None:
-        """Make the changes of the journal that were not made here. The caller holds the lock."""
-        for change in await asyncio.to_thread(self._journal.read):
-            if self._made.get(change.thing) != change.id:
-                await self._make(change)
-
-    async def _make(self, change: KeptChange) -> None:
-        try:
-            body = await asyncio.to_thread(self._journal.body, change)
-        except FileNotFoundError:
-            return  # a later change has taken its place
-        result = await self._server.ask(change.request(body))
-        if isinstance(result, ServerLost) or result.begin.status >= 500:
-            log.warning("replica %s could not make a change, and tries again: %s", self._id, change.thing)
-            return
-        if result.begin.status >= 400 and (change.method, result.begin.status) != ("DELETE", 404):
-            log.warning("replica %s refused a change: %s, status %d", self._id, change.thing, result.begin.status)
-        self._made[change.thing] = change.id
+            await self._journal.make_up()

@@ -27,7 +27,7 @@ from lora_serve.api.sse import ClientDisconnected
 from lora_serve.errors import EngineFault, Overloaded, ServeError, Unavailable
 from lora_serve.ray.adapter_router import SEPARATOR
 from lora_serve.replicas import changes, event_framing
-from lora_serve.replicas.change_journal import ChangeJournal, new_change_id
+from lora_serve.replicas.change_journal import ChangeJournal, not_kept
 from lora_serve.replicas.changes import ChangeKind
 from lora_serve.replicas.event_framing import EventFraming
 from lora_serve.replicas.forwarding import (
@@ -72,16 +72,24 @@ class Ingress:
     Args:
         handle: of the replicas' deployment.
         journal: folder of the changes that all replicas make.
+        keep_versions: versions of an adapter that a replica keeps.
         max_body: bytes of a body other than an adapter.
         max_upload: bytes of an adapter.
         start_timeout: seconds within which a response must begin.
     """
 
     def __init__(
-        self, handle: DeploymentHandle, journal: Path, *, max_body: int, max_upload: int, start_timeout: float
+        self,
+        handle: DeploymentHandle,
+        journal: Path,
+        *,
+        keep_versions: int,
+        max_body: int,
+        max_upload: int,
+        start_timeout: float,
     ) -> None:
         self._handle = handle
-        self._folder = journal
+        self._folder, self._keep_versions = journal, keep_versions
         self._max_body, self._max_upload = max_body, max_upload
         self._start_timeout = start_timeout
         self._changing = asyncio.Lock()
@@ -107,8 +115,8 @@ class Ingress:
     async def _respond(self, exchange: HttpExchange) -> None:
         head = exchange.head
         kind = changes.change_kind(head.method, head.path)
-        if kind is not None and kind.upload:
-            refusal = await self._refusal_to_publish(head)  # the body is not read yet, so the client is not watched
+        if kind is not None:
+            refusal = await self._refusal_to_change(head)  # the body is not read yet, so the client is not watched
             if refusal is not None:
                 await exchange.pass_on(refusal.begin, refusal.parts)
                 return
@@ -156,8 +164,11 @@ class Ingress:
             return last
         raise Unavailable("no replica could serve this request", retry_after=2)
 
-    async def _refusal_to_publish(self, head: ForwardedRequest) -> BegunResponse | None:
-        """What a server says to a caller who may not publish, before a large body is read; None if the key may."""
+    async def _refusal_to_change(self, head: ForwardedRequest) -> BegunResponse | None:
+        """What a server says to a caller who may change nothing; None if the key may.
+
+        Asked before the body is read and before the change waits its turn, so that who has no key delays nobody.
+        """
         kept = tuple(pair for pair in head.headers if pair[0].lower() in ("authorization", "x-api-key", "origin"))
         answer = await self._begin(ForwardedRequest("GET", "/v1/key", kept))
         if answer.begin.status != 200:
@@ -171,31 +182,45 @@ class Ingress:
     async def _change(self, kind: ChangeKind, request: ForwardedRequest) -> WholeResponse:
         """Make a change at all replicas, one change after the other, and keep it in the journal.
 
-        Raises: `PartlyApplied`, `Unavailable`.
+        Raises: `PartlyApplied`, `Unavailable`; `StorageFull`, `StoreUnusable` before anything is changed.
         """
-        request = replace(request, change=new_change_id())
-        async with self._changing, _locked(self._folder) as journal:
+        async with self._changing, _locked(self._folder, self._keep_versions) as journal:
+            if not kind.kept:
+                return changes.merge(request.method, await self._broadcast(request), kept=False)
+            number = await asyncio.to_thread(journal.begin, request.body)
             try:
-                results = await self._handle.broadcast("change", request).results_async(
-                    timeout_s=CHANGE_TIMEOUT, return_exceptions=True
+                results = await self._broadcast(replace(request, change=number))
+                done = next(
+                    (each for each in results if isinstance(each, WholeResponse) and each.begin.status < 400), None
                 )
-            except (RayError, RayServeException) as error:
-                raise Unavailable("no replica could be reached", retry_after=5) from error
-            except TimeoutError:
-                raise Unavailable("not every replica has answered; send it again", retry_after=5) from None
-            done = next((each for each in results if isinstance(each, WholeResponse) and each.begin.status < 400), None)
-            if done is not None and kind.kept:
-                thing, kept = changes.as_kept(kind, request, done)
-                await asyncio.to_thread(journal.write, thing, kept)
-            return changes.merge(request.method, results, kind.kept)
+                if done is not None:
+                    await asyncio.to_thread(journal.keep, number, *changes.as_kept(kind, request, done))
+            finally:
+                await asyncio.to_thread(journal.abandon, number)
+            return changes.merge(request.method, results, kept=True)
+
+    async def _broadcast(self, request: ForwardedRequest) -> list[Any]:
+        """What each replica made of a change. Raises `Unavailable`."""
+        try:
+            results: list[Any] = await self._handle.broadcast("change", request).results_async(
+                timeout_s=CHANGE_TIMEOUT, return_exceptions=True
+            )
+        except (RayError, RayServeException) as error:
+            raise Unavailable("no replica could be reached", retry_after=5) from error
+        except TimeoutError:
+            raise Unavailable("not every replica has answered; send it again", retry_after=5) from None
+        return results
 
 
 @asynccontextmanager
-async def _locked(folder: Path) -> AsyncGenerator[ChangeJournal, None]:
-    """The journal in a folder, locked against other processes."""
-    journal = await asyncio.to_thread(ChangeJournal, folder)
-    lock = journal.lock()
-    await asyncio.to_thread(lock.__enter__)
+async def _locked(folder: Path, keep_versions: int) -> AsyncGenerator[ChangeJournal, None]:
+    """The journal in a folder, locked against other processes. Raises `StorageFull`, `StoreUnusable`."""
+    try:
+        journal = await asyncio.to_thread(ChangeJournal, folder, keep_versions)
+        lock = journal.lock()
+        await asyncio.to_thread(lock.__enter__)
+    except OSError as error:
+        raise not_kept(error) from error
     try:
         yield journal
     finally:

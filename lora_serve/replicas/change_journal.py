@@ -1,8 +1,8 @@
 """Changes that all replicas of a base must make, as files in a folder that all of them can read.
 
-The last change of each thing (an adapter, whether it is pinned) is kept, whole, so that a replica that starts later, or
-that a change did not reach, makes it up. A change is written to a new file that is then renamed, so that a reader finds
-the one before or this one.
+A replica that starts later, or that a change did not reach, makes them up in their order. A body is on the disk before
+any replica is asked to make its change; the change counts once its head is beside it, written to another file and
+renamed. What no replica needs any more (`replicas/compaction.py`) is removed.
 """
 
 from __future__ import annotations
@@ -10,50 +10,34 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
-from lora_serve.replicas.forwarding import ForwardedRequest, Headers
+from lora_serve.errors import PartlyApplied, ServeError, StorageFull, StoreUnusable
+from lora_serve.replicas.compaction import KeptChange, needed_changes
+from lora_serve.replicas.forwarding import ForwardedRequest
 
 KEPT_HEADERS = ("content-type", "content-encoding")  # of a change; whose key it was is not kept
-SUFFIX = ".change"
-
-
-@dataclass(frozen=True)
-class KeptChange:
-    """One change in the journal.
-
-    Attributes:
-        number: changes are made in this order.
-        thing: what it is about, as a path; a later change of the same thing replaces it.
-    """
-
-    id: str
-    number: int
-    thing: str
-    method: str
-    target: str
-    headers: Headers = ()
-
-    def request(self, body: bytes) -> ForwardedRequest:
-        """The request that makes the change."""
-        return ForwardedRequest(self.method, self.target, self.headers, body, change=self.id)
-
-
-def new_change_id() -> str:
-    """An id for a change that is about to be made."""
-    return uuid.uuid4().hex
+HEAD, BODY = ".change", ".body"
+OWN_FILE = re.compile(r"(\d{12}\.(?:change|body))(\.[0-9a-f]{32})?")
 
 
 class ChangeJournal:
-    """The changes in one folder, which is made if need be."""
+    """The changes in one folder, which is made if need be. Raises OSError.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        keep_versions: versions of an adapter that a replica keeps, beside those that aliases name.
+    """
+
+    def __init__(self, folder: Path, keep_versions: int = 1) -> None:
         self._folder = folder
+        self._keep_versions = keep_versions
         self._known: dict[str, tuple[tuple[int, int, int], KeptChange]] = {}  # by file name: what it was when read
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -67,28 +51,47 @@ class ChangeJournal:
         finally:
             os.close(handle)
 
-    def write(self, thing: str, request: ForwardedRequest) -> KeptChange:
-        """Keep a change that was made. The caller holds the lock."""
-        number = max((change.number for change in self.read()), default=0) + 1
-        headers = tuple((name.lower(), value) for name, value in request.headers if name.lower() in KEPT_HEADERS)
-        change = KeptChange(request.change, number, thing, request.method, request.target, headers)
-        path = self._folder / f"{sha256(thing.encode()).hexdigest()[:32]}{SUFFIX}"
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    def begin(self, body: bytes) -> int:
+        """Keep the body of a change that is about to be made; returns the change's number. The caller holds the lock.
+
+        Raises: `StorageFull`, `StoreUnusable`: then the change must not be made, as later replicas could not.
+        """
         try:
-            with partial.open("xb") as file:
-                file.write(json.dumps(vars(change)).encode() + b"\n" + request.body)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            self._remove_needless()
+            number = self._next_number()
+            self._write(self._path(number, BODY), body)
+        except OSError as error:
+            raise not_kept(error) from error
+        return number
+
+    def keep(self, number: int, thing: str, request: ForwardedRequest, names: tuple[str, ...] = ()) -> KeptChange:
+        """Keep a change that was begun and made. The caller holds the lock. Raises `PartlyApplied`."""
+        headers = tuple((name.lower(), value) for name, value in request.headers if name.lower() in KEPT_HEADERS)
+        change = KeptChange(number, thing, request.method, request.target, headers, names)
+        try:
+            self._write(self._path(number, HEAD), json.dumps(asdict(change)).encode())
+            self._sync()
+        except OSError as error:
+            raise PartlyApplied(
+                f"the change was made, but could not be kept for replicas that start later ({error.strerror}); "
+                "send it again",
+                retry_after=2,
+            ) from error
+        with suppress(OSError):  # then the next change does it
+            self._remove_needless()
         return change
+
+    def abandon(self, number: int) -> None:
+        """Remove what was begun, unless it was kept."""
+        if not self._path(number, HEAD).exists():
+            with suppress(OSError):  # then the next change removes it
+                self._path(number, BODY).unlink(missing_ok=True)
 
     def read(self) -> list[KeptChange]:
         """All changes, in order. Files that have not changed since are not read again."""
         known = {}
         for entry in os.scandir(self._folder):
-            if not entry.name.endswith(SUFFIX):
+            if not entry.name.endswith(HEAD):
                 continue
             try:
                 status = entry.stat()
@@ -101,16 +104,66 @@ class ChangeJournal:
         return sorted((change for _, change in known.values()), key=lambda change: change.number)
 
     def body(self, change: KeptChange) -> bytes:
-        """The body of a change. Raises `FileNotFoundError` if another one has taken its place."""
-        for name, (_, known) in self._known.items():
-            if known.id == change.id:
-                head, _, body = (self._folder / name).read_bytes().partition(b"\n")
-                if json.loads(head)["id"] == change.id:
-                    return body
-        raise FileNotFoundError(change.thing)
+        """The body of a change. Raises `FileNotFoundError` if it is not needed any more."""
+        return self._path(change.number, BODY).read_bytes()
 
     def _head(self, name: str) -> KeptChange:
-        with (self._folder / name).open("rb") as file:
-            fields = json.loads(file.readline())
+        fields = json.loads((self._folder / name).read_bytes())
         headers = tuple((key, value) for key, value in fields.pop("headers"))
-        return KeptChange(**fields, headers=headers)
+        return KeptChange(**{**fields, "headers": headers, "names": tuple(fields["names"])})
+
+    def _path(self, number: int, kind: str) -> Path:
+        return self._folder / f"{number:012d}{kind}"
+
+    def _next_number(self) -> int:
+        """A number that no change had, also none that was not kept: replicas that made it remember its number."""
+        path = self._folder / "last"
+        last = int(path.read_text() or 0) if path.exists() else 0
+        number = max([last, *(change.number for change in self.read())]) + 1
+        self._write(path, str(number).encode())
+        return number
+
+    def _write(self, path: Path, data: bytes) -> None:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _remove_needless(self) -> None:
+        """Remove changes that are not needed, heads first, and what writers that were killed have left."""
+        needed = needed_changes(self.read(), self._keep_versions)
+        kept = {f"{number:012d}{kind}" for number in needed for kind in (HEAD, BODY)}
+        for name in sorted(os.listdir(self._folder), key=lambda name: not name.endswith(HEAD)):
+            if OWN_FILE.fullmatch(name) and name not in kept:
+                (self._folder / name).unlink(missing_ok=True)
+
+
+def default_journal(base: Path, model: str) -> Path:
+    """The folder of the journals of a model if none is given; not that of another one in a folder of the same name."""
+    path = Path(model)
+    whole = str(path.resolve()) if path.exists() else model  # or it is a hub id
+    return base / f"{path.name or 'model'}-{sha256(whole.encode()).hexdigest()[:16]}"
+
+
+def journal_of(folder: Path, application: str) -> Path:
+    """The folder in it for the journal of one application: several may share one."""
+    return folder / f"application-{quote(application, safe='')}"
+
+
+def not_kept(error: OSError) -> ServeError:
+    """The error for a change that is not made, since the journal could not keep it."""
+    if error.errno in StorageFull.errnos:
+        return StorageFull("the disk of the journal of changes is full; nothing was changed")
+    return StoreUnusable(f"the journal of changes cannot be written ({error.strerror}); nothing was changed")

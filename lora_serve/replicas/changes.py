@@ -1,7 +1,8 @@
 """Which requests change something that every replica must change, and what came of them.
 
-Publishing, deleting and pinning are kept in the journal, so that replicas make them up; loading and evicting are done
-where a replica runs. Routes that read folders of the server's machine are refused: replicas are on several machines.
+Publishing, deleting, pinning and what aliases stand for are kept in the journal, so that replicas make them up; loading
+and evicting are done where a replica runs. Routes that read folders of the server's machine, or that keep files in the
+server's store, are refused: replicas are on several machines, and each has a store of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import NamedTuple
 import msgspec
 
 from lora_serve.errors import BadRequest, PartlyApplied
+from lora_serve.replicas.compaction import ADAPTERS, ALIASES
 from lora_serve.replicas.forwarding import ForwardedRequest, ServerLost, WholeResponse
 
 PUBLISH = "/v1/adapters"
+NAMED = re.compile(r"/v1/(adapters|aliases)/[^/]+")  # what PUT makes and DELETE removes
 OPERATION = re.compile(r"(/v1/adapters/[^/]+)/(load|evict|pin|unpin)")
 OF_A_FOLDER = re.compile(r"(/v1)?/(un)?load_lora_adapter")
+OF_ONE_SERVER = re.compile(r"/v1/(files|fine_tuning)(/.*)?", re.DOTALL)
 
 
 class ChangeKind(NamedTuple):
@@ -36,27 +40,41 @@ class ChangeKind(NamedTuple):
 
 
 def change_kind(method: str, path: str) -> ChangeKind | None:
-    """What kind of change a request is; None if one replica can answer it. Raises `BadRequest` for a refused route."""
-    if method in ("GET", "HEAD", "OPTIONS"):
+    """What kind of change a request is; None if one replica can answer it. Raises `BadRequest` for a refused route.
+
+    Only routes that change something at every replica are changes: those wait for each other, whoever sends them.
+    """
+    if method == "OPTIONS":
         return None
     if OF_A_FOLDER.fullmatch(path):
         raise BadRequest("several replicas are behind this endpoint: publish an adapter by PUT /v1/adapters/{name}")
-    if method != "POST":
-        return ChangeKind(kept=True, thing=path, upload=method == "PUT" and path.startswith(f"{PUBLISH}/"))
-    if path == PUBLISH:
+    if OF_ONE_SERVER.fullmatch(path):
+        raise BadRequest(
+            "several replicas are behind this endpoint, and files are kept by one server: "
+            "send /v1/files and /v1/fine_tuning to a single lora-serve server"
+        )
+    if method in ("PUT", "DELETE") and (named := NAMED.fullmatch(path)):
+        return ChangeKind(kept=True, thing=path, upload=method == "PUT" and named[1] == "adapters")
+    if method == "POST" and path == PUBLISH:
         return ChangeKind(kept=True, upload=True)
-    if found := OPERATION.fullmatch(path):
+    if method == "POST" and (found := OPERATION.fullmatch(path)):
         pins = found[2] in ("pin", "unpin")
         return ChangeKind(kept=pins, thing=f"{found[1]}/pin" if pins else "")
     return None
 
 
-def as_kept(kind: ChangeKind, request: ForwardedRequest, response: WholeResponse) -> tuple[str, ForwardedRequest]:
-    """The thing and the request as the journal keeps them: one that can be made twice."""
-    if kind.thing:
-        return kind.thing, request
-    name = msgspec.json.decode(response.body)["name"]
-    return f"{PUBLISH}/{name}", replace(request, method="PUT", target=f"{PUBLISH}/{name}")
+def as_kept(
+    kind: ChangeKind, request: ForwardedRequest, response: WholeResponse
+) -> tuple[str, ForwardedRequest, tuple[str, ...]]:
+    """The thing, the request and the names as the journal keeps them: a change that can be made twice."""
+    if request.method == "DELETE" or (request.method == "POST" and kind.thing):  # or a pin
+        return kind.thing, request, ()
+    answer = msgspec.json.decode(response.body)
+    if kind.thing.startswith(ALIASES):
+        return kind.thing, request, tuple(target["adapter"] for target in answer["targets"])
+    target = f"{ADAPTERS}{answer['name']}"
+    version = f"{answer['name']}@{answer['versions'][0]['digest']}"
+    return target, replace(request, method="PUT", target=target), (version,)
 
 
 def merge(method: str, results: Sequence[WholeResponse | ServerLost | BaseException], kept: bool) -> WholeResponse:

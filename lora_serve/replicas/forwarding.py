@@ -26,7 +26,7 @@ class ForwardedRequest:
     Attributes:
         target: path and query.
         avoid: replicas that it should not go to again.
-        change: id of the change that it makes, if it is one that every replica must make.
+        change: number in the journal of the change that it makes, if it is one that is kept there.
     """
 
     method: str
@@ -34,7 +34,7 @@ class ForwardedRequest:
     headers: Headers = ()
     body: bytes = field(default=b"", repr=False)
     avoid: tuple[str, ...] = ()
-    change: str = ""
+    change: int = 0
 
     @property
     def path(self) -> str:

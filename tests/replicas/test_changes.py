@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
+from fastapi.routing import APIRoute
 
+from lora_serve.api import admin, alias_routes
 from lora_serve.errors import BadRequest, PartlyApplied
-from lora_serve.replicas.change_journal import ChangeJournal, new_change_id
 from lora_serve.replicas.changes import as_kept, change_kind, merge
 from lora_serve.replicas.forwarding import ForwardedRequest, ResponseBegin, ServerLost, WholeResponse
 
@@ -21,7 +17,7 @@ def response(replica: str, status: int, body: bytes = b"{}") -> WholeResponse:
 
 def request(method: str = "PUT", target: str = "/v1/adapters/x", body: bytes = b"") -> ForwardedRequest:
     headers = (("Content-Type", "multipart/form-data; boundary=b"), ("Authorization", "Bearer sk-secret"))
-    return ForwardedRequest(method, target, headers, body, change=new_change_id())
+    return ForwardedRequest(method, target, headers, body)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +28,12 @@ def request(method: str = "PUT", target: str = "/v1/adapters/x", body: bytes = b
         ("POST", "/v1/completions"),
         ("POST", "/v1/adapters/inspect"),
         ("POST", "/v1/messages/count_tokens"),
+        ("DELETE", "/v1/responses/x"),
+        ("PATCH", "/v1/adapters/x"),
+        ("PUT", "/anything"),
+        ("DELETE", "/v1/adapters"),
+        ("TRACE", "/v1/adapters/x"),
+        ("OPTIONS", "/v1/files"),
     ],
 )
 def test_one_replica_answers_what_changes_nothing(method: str, path: str) -> None:
@@ -43,6 +45,8 @@ def test_one_replica_answers_what_changes_nothing(method: str, path: str) -> Non
     [
         ("PUT", "/v1/adapters/x", True, "/v1/adapters/x"),
         ("DELETE", "/v1/adapters/x", True, "/v1/adapters/x"),
+        ("PUT", "/v1/aliases/x", True, "/v1/aliases/x"),
+        ("DELETE", "/v1/aliases/x", True, "/v1/aliases/x"),
         ("POST", "/v1/adapters", True, ""),
         ("POST", "/v1/adapters/x/pin", True, "/v1/adapters/x/pin"),
         ("POST", "/v1/adapters/x/unpin", True, "/v1/adapters/x/pin"),
@@ -61,11 +65,36 @@ def test_folders_of_one_machine_are_refused(path: str) -> None:
         change_kind("POST", path)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/files/file-1/content", "/v1/fine_tuning/jobs"])
+def test_files_that_one_server_would_keep_are_refused(method: str, path: str) -> None:
+    with pytest.raises(BadRequest, match="/v1/files and /v1/fine_tuning"):
+        change_kind(method, path)
+
+
+def test_every_route_by_which_a_server_changes_adapters_is_a_change() -> None:
+    routes = [*admin.router.routes, *alias_routes.router.routes]
+    known = [route for route in routes if isinstance(route, APIRoute)]
+    changing = [(method, route.path) for route in known for method in route.methods or () if method != "GET"]
+    assert len(changing) > 8
+    missed = [each for each in changing if change_kind(*each) is None]
+    assert missed == [("POST", "/v1/adapters/inspect")]
+
+
 def test_a_new_adapter_is_kept_as_one_that_can_be_published_again() -> None:
     kind = change_kind("POST", "/v1/adapters")
     assert kind is not None
-    thing, kept = as_kept(kind, request("POST", "/v1/adapters"), response("a", 201, b'{"name": "x"}'))
-    assert (thing, kept.method, kept.target) == ("/v1/adapters/x", "PUT", "/v1/adapters/x")
+    body = b'{"name": "x", "versions": [{"digest": "d2"}, {"digest": "d1"}]}'
+    thing, kept, names = as_kept(kind, request("POST", "/v1/adapters"), response("a", 201, body))
+    assert (thing, kept.method, kept.target, names) == ("/v1/adapters/x", "PUT", "/v1/adapters/x", ("x@d2",))
+
+
+def test_an_alias_is_kept_with_the_whole_digests_of_its_targets() -> None:
+    kind = change_kind("PUT", "/v1/aliases/a")
+    assert kind is not None
+    body = b'{"name": "a", "targets": [{"adapter": "x@d1", "weight": 1}, {"adapter": "y", "weight": 2}]}'
+    thing, _, names = as_kept(kind, request("PUT", "/v1/aliases/a"), response("a", 200, body))
+    assert (thing, names) == ("/v1/aliases/a", ("x@d1", "y"))
 
 
 def test_what_all_did_or_refused_is_answered_as_one_did() -> None:
@@ -80,49 +109,3 @@ def test_the_answer_names_the_replicas_that_a_change_did_not_reach() -> None:
         merge("PUT", results, True)
     with pytest.raises(PartlyApplied, match=r"0 of 1 .* send it again"):
         merge("PUT", [ServerLost("c", "closed")], True)
-
-
-def test_the_journal_keeps_the_last_change_of_each_thing_in_order(tmp_path: Path) -> None:
-    journal, reader = ChangeJournal(tmp_path), ChangeJournal(tmp_path)
-    first = journal.write("/v1/adapters/x", request(body=b"one\ntwo\x00"))
-    journal.write("/v1/adapters/y", request(target="/v1/adapters/y"))
-    assert [change.thing for change in reader.read()] == ["/v1/adapters/x", "/v1/adapters/y"]
-    assert reader.body(first) == b"one\ntwo\x00"
-    last = journal.write("/v1/adapters/x", request("DELETE"))
-    with pytest.raises(FileNotFoundError):
-        reader.body(first)  # it read the list before
-    assert [(change.thing, change.method) for change in reader.read()] == [
-        ("/v1/adapters/y", "PUT"),
-        ("/v1/adapters/x", "DELETE"),
-    ]
-    assert last.request(b"").change == last.id
-
-
-def test_the_journal_has_no_keys_and_is_its_owners_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "journal"
-    change = ChangeJournal(folder).write("/v1/adapters/x", request())
-    assert change.headers == (("content-type", "multipart/form-data; boundary=b"),)
-    assert not any(b"sk-secret" in path.read_bytes() for path in folder.iterdir())
-    assert folder.stat().st_mode & 0o077 == 0
-
-
-def test_what_is_left_of_a_writer_that_was_killed_is_no_change(tmp_path: Path) -> None:
-    journal = ChangeJournal(tmp_path)
-    journal.write("/v1/adapters/x", request())
-    (file,) = tmp_path.glob("*.change")
-    (tmp_path / f"{file.name}.0123").write_bytes(json.dumps({"id": "1"}).encode())
-    assert len(ChangeJournal(tmp_path).read()) == 1
-
-
-def test_changes_are_made_one_after_the_other(tmp_path: Path) -> None:
-    def write(number: int) -> None:
-        journal = ChangeJournal(tmp_path)
-        with journal.lock():
-            journal.write(f"/v1/adapters/{number}", replace(request(), target=f"/v1/adapters/{number}"))
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [change.number for change in ChangeJournal(tmp_path).read()] == list(range(1, 9))
