@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest_asyncio
 from stub_admin import CONFIG, FILES, StubAdminApp, StubAdminEngine, adapter_folder, engine_info, refusal, tar
 
 from lora_serve.adapter_sources import AdapterLocation, parse_sources
+from lora_serve.api import fetch_slots
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.negative_cache import NegativeCache
@@ -30,11 +32,15 @@ class FakeFetcher:
     Attributes:
         asked: labels of what was asked for, in order.
         has: these labels are there; all others are not found.
+        seconds: that each of these fetches may take.
         failure: raised instead.
+        slow_source: the one that waits until it may; empty for all.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.seconds: list[float] = []
+        self.slow_source = ""
         self.has: set[str] = set()
         self.failure: ServeError | None = None
         self.may_end = asyncio.Event()
@@ -46,8 +52,10 @@ class FakeFetcher:
 
     async def fetch(self, location: AdapterLocation, folder: str, **given: Any) -> FetchDone:
         self.asked.append(location.label)
+        self.seconds.append(given["seconds"])
         given["on_progress"](100, 300)
-        await self.may_end.wait()
+        if self.slow_source in ("", location.source):
+            await self.may_end.wait()
         if self.failure is not None:
             raise self.failure
         if location.label not in self.has:
@@ -85,6 +93,11 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def enter(context: AbstractAsyncContextManager[Any]) -> None:
+    async with context:
+        pass
 
 
 @pytest.fixture
@@ -235,6 +248,52 @@ async def test_one_key_cannot_have_everything_fetched(harness: Harness) -> None:
     assert "one/mine" in harness.fetcher.asked
     harness.fetcher.may_end.set()
     assert not await other
+
+
+async def test_a_slow_source_keeps_nobody_from_another_and_tenants_keep_no_admin_from_it(harness: Harness) -> None:
+    harness.fetcher.has.add("two/poet")
+    harness.fetcher.slow_source = "one"
+    harness.fetcher.may_end.clear()
+    waiting = [
+        asyncio.create_task(harness.fetches.fetch_missing([f"{key}{number}"], key)) for key in "abc" for number in "1234"
+    ]
+    await until(lambda: len(harness.fetcher.asked) == 8)
+    async with asyncio.timeout(5), harness.fetches.fetch_for_admin(harness.fetches.find("two", "poet"), "poet"):
+        pass
+    admin = asyncio.create_task(enter(harness.fetches.fetch_for_admin(harness.fetches.find("one", "x"), "x")))
+    await until(lambda: harness.fetcher.asked[-1] == "one/x")
+    harness.fetcher.may_end.set()
+    assert await asyncio.gather(*waiting) == 12 * [False]
+    with pytest.raises(AdapterNotFound):
+        await admin
+
+
+async def test_who_waits_too_long_for_a_turn_is_told_to_come_back_and_nothing_is_remembered(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_slots, "LONGEST_WAIT", 0.1)
+    harness.fetcher.may_end.clear()
+    first = [asyncio.create_task(harness.fetches.fetch_missing([f"n{number}"], "key")) for number in range(4)]
+    await until(lambda: len(harness.fetcher.asked) == 4)
+    with pytest.raises(Overloaded, match="source one") as error:
+        await harness.fetches.fetch_missing(["poet"], "key")
+    assert error.value.retry_after
+    harness.fetcher.may_end.set()
+    await asyncio.gather(*first)
+    harness.fetcher.has.add("one/poet")
+    assert await harness.fetches.fetch_missing(["poet"], "key")
+
+
+async def test_the_wait_for_a_turn_is_no_part_of_the_time_for_the_sources(harness: Harness) -> None:
+    harness.fetcher.may_end.clear()
+    waiting = [asyncio.create_task(harness.fetches.fetch_missing([f"n{number}"], "key")) for number in range(5)]
+    await until(lambda: len(harness.fetcher.asked) == 4)
+    await asyncio.sleep(0.3)
+    harness.fetcher.may_end.set()
+    await asyncio.gather(*waiting)
+    seconds = dict(zip(harness.fetcher.asked, harness.fetcher.seconds, strict=True))
+    assert seconds["one/n4"] == 5
+    assert seconds["two/n0"] <= 4.7  # what the first source took is
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
