@@ -31,10 +31,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FolderState:
-    """One folder in the operator's: what publishing it would be the copy of, or why there is no adapter in it."""
+    """One folder in the operator's: what publishing it would be the copy of, or why there is no adapter in it.
+
+    Attributes:
+        unreadable: whether nobody knows if there is an adapter in it.
+    """
 
     source: str = ""
     problem: str = ""
+    unreadable: bool = False
 
 
 Scan = Mapping[str, FolderState]
@@ -75,16 +80,26 @@ class FolderScanner:
         try:
             status = self._root.stat()
             identity = status.st_dev, status.st_ino
-            found = {}
-            for entry in sorted(os.scandir(self._root), key=lambda entry: entry.name):
-                if not entry.name.startswith(".") and entry.is_dir():
-                    found[entry.name] = self._describe(Path(entry.path))
+            found: dict[str, FolderState] = {}
+            with os.scandir(self._root) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not entry.name.startswith(".") and (state := self._look(entry)) is not None:
+                        found[entry.name] = state
             if not found and identity != self._identity:
                 return None
             self._identity = identity
             return found
         except OSError:
             return None
+
+    def _look(self, entry: os.DirEntry[str]) -> FolderState | None:
+        """What is in a folder; None if it is none, or not there any more."""
+        try:
+            return self._describe(Path(entry.path)) if entry.is_dir() else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return FolderState(problem=f"it cannot be read: {error.strerror}", unreadable=True)
 
     def _describe(self, folder: Path) -> FolderState:
         if (folder / CONFIG).exists():
@@ -120,12 +135,18 @@ class FolderWatch:
         self._seen_any = self._seen_any or bool(scan)
         self._try_failed_again()
         for name, state in scan.items():
-            if self._handled.get(name) != state and self._previous.get(name) == state:
+            last = self._previous.get(name)
+            if last != state:
+                if last is not None and last.unreadable:
+                    self._said.pop(name, None)
+            elif state.unreadable:
+                self._say(name, f"{_shown(name)} is not followed: {state.problem}")
+            elif self._handled.get(name) != state:
                 self._handled = self._handled | {name: state}
                 self._publish(name, state)
         before, self._previous = self._previous, dict(scan)
         for name in [name for name, record in self._residency.names.items() if self._is_from_here(name, record.source)]:
-            gone = not _has_adapter(scan, name) and not _has_adapter(before, name)
+            gone = not _may_have_adapter(scan, name) and not _may_have_adapter(before, name)
             if gone and self._seen_any and name not in self._leaving:
                 self._unpublish(name)
         self._handled = {name: state for name, state in self._handled.items() if name in scan or name in before}
@@ -138,7 +159,7 @@ class FolderWatch:
             self._handled = {other: state for other, state in self._handled.items() if other != name}
 
     def _publish(self, name: str, state: FolderState) -> None:
-        shown = name if name.isprintable() else repr(name)
+        shown = _shown(name)
 
         def done(result: AdapterInfo | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -186,5 +207,10 @@ def _begin(folder: Path) -> str:
     return f"folder {folder.absolute()} "
 
 
-def _has_adapter(scan: Scan, name: str) -> bool:
-    return name in scan and not scan[name].problem
+def _shown(name: str) -> str:
+    """A folder's name, for a line of the log."""
+    return name if name.isprintable() else repr(name)
+
+
+def _may_have_adapter(scan: Scan, name: str) -> bool:
+    return name in scan and (scan[name].unreadable or not scan[name].problem)

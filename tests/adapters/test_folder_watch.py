@@ -179,6 +179,49 @@ def test_what_is_no_adapter_is_said_once(watched: Watched, caplog: pytest.LogCap
     ]
 
 
+def test_a_folder_that_cannot_be_read_stays_as_it_is_and_the_others_are_followed(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by hand: root reads everything."""
+    forbidden, stat = {"first", "private"}, Path.stat
+
+    def refuse(path: Path, **given: Any) -> Any:
+        if path.parent.name in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **given)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    (watched.root / "private").mkdir()
+    watched.write("second", 1)
+    watched.scan(4)
+    assert watched.digests.keys() == {"first", "second"}
+    lines = [f"{name} is not followed: it cannot be read: Permission denied" for name in ("first", "private")]
+    assert [record.getMessage() for record in caplog.records if "cannot" in record.getMessage()] == lines
+    assert watched.harness.publish_folders(watched.root) == [  # as at start
+        f"{name} is not published: it cannot be read: Permission denied" for name in ("first", "private")
+    ]
+    forbidden.clear()
+    shutil.rmtree(watched.root / "first")
+    watched.scan(3)
+    assert watched.digests.keys() == {"second"}
+
+
+def test_a_folder_that_vanishes_during_a_scan_is_passed_over(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = watched.root / "gone"
+    gone.mkdir()
+    real = FolderScanner._describe
+
+    def vanish(self: Any, folder: Path) -> Any:
+        if folder == gone:
+            gone.rmdir()
+        return real(self, folder)
+
+    monkeypatch.setattr(FolderScanner, "_describe", vanish)
+    scan = FolderScanner(watched.root).scan()
+    assert scan is not None
+    assert scan.keys() == {"first"}
+
+
 def test_only_what_came_from_the_folder_is_unpublished(watched: Watched) -> None:
     watched.harness.publish("uploaded", seed=3)
     watched.harness.publish("first", seed=4, replace=True)  # an upload over the folder's

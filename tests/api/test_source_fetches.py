@@ -255,7 +255,9 @@ async def test_a_slow_source_keeps_nobody_from_another_and_tenants_keep_no_admin
     harness.fetcher.slow_source = "one"
     harness.fetcher.may_end.clear()
     waiting = [
-        asyncio.create_task(harness.fetches.fetch_missing([f"{key}{number}"], key)) for key in "abc" for number in "1234"
+        asyncio.create_task(harness.fetches.fetch_missing([f"{key}{number}"], key))
+        for key in "abc"
+        for number in "1234"
     ]
     await until(lambda: len(harness.fetcher.asked) == 8)
     async with asyncio.timeout(5), harness.fetches.fetch_for_admin(harness.fetches.find("two", "poet"), "poet"):
