@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,10 +152,7 @@ class SourceFetches:
             task.add_done_callback(lambda ended: self._end(name, key, ended))
         self._totals.waiting += 1
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=LOOK_EVERY)
-                if not task.done() and not self._engine.ready:
-                    raise Unavailable("the server is not accepting requests at the moment", retry_after=5.0)
+            await self._wait(task)
         finally:
             self._totals.waiting -= 1
         try:
@@ -221,11 +218,29 @@ class SourceFetches:
     @asynccontextmanager
     async def fetch_for_admin(self, location: AdapterLocation, name: str) -> AsyncIterator[Path]:
         """A folder with the adapter's files until the context ends. Raises the ServeError for which there is none."""
-        async with self._slots.take(location.source, None), self._fetch(location, self._seconds) as folder:
-            yield folder
+        async with AsyncExitStack() as stack:
+            begun = asyncio.create_task(stack.enter_async_context(self._fetch_in_turn(location)))
+            try:
+                await self._wait(begun)
+            finally:
+                begun.cancel()  # unless it has ended
+                await asyncio.wait({begun})  # so that it leaves nothing behind
+            yield begun.result()
         self._failures.forget(name)
 
+    @asynccontextmanager
+    async def _fetch_in_turn(self, location: AdapterLocation) -> AsyncIterator[Path]:
+        async with self._slots.take(location.source, None), self._fetch(location, self._seconds) as folder:
+            yield folder
+
     # --- both --------------------------------------------------------------------------------------------------------
+
+    async def _wait(self, task: asyncio.Task[Any]) -> None:
+        """Wait for the end of a task. Raises Unavailable if the server stops before."""
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK_EVERY)
+            if not task.done() and not self._engine.ready:
+                raise Unavailable("the server is not accepting requests at the moment", retry_after=5.0)
 
     @asynccontextmanager
     async def _fetch(self, location: AdapterLocation, seconds: float) -> AsyncIterator[Path]:

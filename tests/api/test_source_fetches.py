@@ -389,6 +389,23 @@ async def test_where_was_looked_is_said_for_forbidden_names_as_for_missing_ones(
     assert not any(isinstance(each, DescribeAdapter) and each.name == "poet" for each in server.engine.operations)
 
 
+async def test_an_admin_who_waits_while_the_server_stops_is_told_so(server: StubAdminApp) -> None:
+    fetcher = FakeFetcher()
+    fetcher.may_end.clear()
+    server.app.state.services.sources._fetcher = fetcher
+    waiting = asyncio.create_task(post(server, {"name": "poet", "source": "disk"}))
+    await until(lambda: fetcher.asked)
+    server.engine.ready = False
+    answer = await waiting
+    assert refusal(answer)[0] == 503
+    assert answer.headers["Retry-After"] == "5"
+    assert server.leftovers == []
+    server.engine.ready = True
+    fetcher.has.add("disk/poet")
+    fetcher.may_end.set()
+    assert (await post(server, {"name": "poet", "source": "disk"})).status_code == 201
+
+
 async def test_a_fetch_is_counted_and_written_to_the_audit_log(
     server: StubAdminApp, caplog: pytest.LogCaptureFixture
 ) -> None:
