@@ -19,12 +19,12 @@ from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
-from lora_serve.errors import AdapterExists, AdapterInvalid, BadRequest, ServeError, TooLarge
+from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, TooLarge
 from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CONFIG
 
 TRY_AGAIN = 30  # scans after a failure that is not the adapter's
-LASTING = (AdapterInvalid, TooLarge, BadRequest, AdapterExists)
+LASTING = (AdapterInvalid, TooLarge, BadRequest)
 
 log = logging.getLogger(__name__)
 

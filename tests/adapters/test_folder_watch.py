@@ -15,7 +15,7 @@ from lora_serve.adapters import folder_watch
 from lora_serve.adapters.folder_watch import FolderScanner, FolderWatch
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import ServeError, StorageFull
-from lora_serve.messages import Publish
+from lora_serve.messages import AliasTarget, DeleteAlias, Publish, PutAlias
 
 
 class Watched:
@@ -154,6 +154,20 @@ def test_a_full_disk_is_said_once_and_the_adapter_tried_again(
         "poet is not served: the disk of the adapter store is full"
     ]
     monkeypatch.setattr(watched.harness.operations, "publish", publish)
+    watched.scan(6)
+    assert "poet" in watched.digests
+
+
+def test_a_folder_with_the_name_of_an_alias_is_published_once_the_alias_is_gone(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_watch, "TRY_AGAIN", 3)
+    harness = watched.harness
+    harness.run(lambda done: harness.operations.aliases.put(PutAlias("poet", [AliasTarget("first")]), done))
+    watched.write("poet", 1)
+    watched.scan(9)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["poet is not served"]
+    harness.run(lambda done: harness.operations.aliases.delete(DeleteAlias("poet"), done))
     watched.scan(6)
     assert "poet" in watched.digests
 
