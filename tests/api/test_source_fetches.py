@@ -380,6 +380,21 @@ async def test_only_admins_name_sources_and_only_for_their_own_adapters(server: 
     assert (await post(server, {"name": "team-1", "source": "disk/team-a/1"}, "team")).status_code == 404
 
 
+async def test_a_name_that_cannot_be_published_is_refused_before_anything_is_fetched(server: StubAdminApp) -> None:
+    fetcher = server.app.state.services.sources._fetcher = FakeFetcher()
+    fetcher.has |= {"disk/team-a", "disk/poet"}
+    for key, path, body, status in (
+        ("team", "/v1/adapters", {"name": "theirs", "source": "disk/team-a"}, 403),
+        ("admin", "/v1/adapters", {"name": "a b", "source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters", {"source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters/poet", {"name": "other", "source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters/inspect", {"name": "poet", "source": "disk/poet"}, 400),
+    ):
+        assert refusal(await post(server, body, key, path))[:2] == (status, "name")
+    assert fetcher.asked == []
+    assert (await post(server, {"name": "team-b", "source": "disk/team-a"}, "team")).status_code == 201
+
+
 async def test_where_was_looked_is_said_for_forbidden_names_as_for_missing_ones(server: StubAdminApp) -> None:
     answers = []
     for key, name in (("admin", "nobody"), ("team", "poet")):
