@@ -267,6 +267,7 @@ class SourceFetches:
                 str(folder),
                 most=self._most,
                 seconds=seconds,
+                limit=self._seconds,
                 on_progress=lambda received, expected: totals.progress(running, received, expected),
             )
             totals.progress(running, done.received, None)

@@ -32,7 +32,7 @@ class FakeFetcher:
     Attributes:
         asked: labels of what was asked for, in order.
         has: these labels are there; all others are not found.
-        seconds: that each of these fetches may take.
+        seconds: that each of these fetches may take, and `limits`: that are configured.
         failure: raised instead.
         slow_source: the one that waits until it may; empty for all.
     """
@@ -40,6 +40,7 @@ class FakeFetcher:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.seconds: list[float] = []
+        self.limits: list[float] = []
         self.slow_source = ""
         self.has: set[str] = set()
         self.failure: ServeError | None = None
@@ -53,6 +54,7 @@ class FakeFetcher:
     async def fetch(self, location: AdapterLocation, folder: str, **given: Any) -> FetchDone:
         self.asked.append(location.label)
         self.seconds.append(given["seconds"])
+        self.limits.append(given["limit"])
         given["on_progress"](100, 300)
         if self.slow_source in ("", location.source):
             await self.may_end.wait()
@@ -293,6 +295,7 @@ async def test_the_wait_for_a_turn_is_no_part_of_the_time_for_the_sources(harnes
     await asyncio.sleep(0.3)
     harness.fetcher.may_end.set()
     await asyncio.gather(*waiting)
+    assert set(harness.fetcher.limits) == {5}  # the configured one, which messages name
     seconds = dict(zip(harness.fetcher.asked, harness.fetcher.seconds, strict=True))
     assert seconds["one/n4"] == 5
     assert seconds["two/n0"] <= 4.7  # what the first source took is
