@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.operations import AdapterOperations
@@ -29,8 +29,7 @@ LASTING = (AdapterInvalid, TooLarge, BadRequest)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FolderState:
+class FolderState(NamedTuple):
     """One folder in the operator's: what publishing it would be the copy of, or why there is no adapter in it.
 
     Attributes:
@@ -52,7 +51,7 @@ def folder_source(folder: Path) -> str:
         if path.exists():
             status = path.stat()
             signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return f"{_begin(folder)}{signature.hexdigest()}"
+    return f"{_begin(folder.parent)}{folder.name} {signature.hexdigest()}"
 
 
 def describe_missing_adapter(folder: Path) -> str:
@@ -120,6 +119,7 @@ class FolderWatch:
 
     def __init__(self, root: Path, operations: AdapterOperations, residency: Residency, first: Scan) -> None:
         self._root, self._operations, self._residency = root, operations, residency
+        self._begin = _begin(root)  # once: it is compared with every name's, in the loop that computes steps
         self._previous = self._handled = dict(first)
         self._seen_any = bool(first)
         self._said: dict[str, str] = {}
@@ -193,7 +193,7 @@ class FolderWatch:
         self._operations.delete(name, done)
 
     def _is_from_here(self, name: str, source: str) -> bool:
-        return source.startswith(_begin(self._root / name))
+        return source.startswith(f"{self._begin}{name} ")
 
     def _say(self, name: str, line: str) -> None:
         """Say something about a folder once, until it is no longer so."""
@@ -202,9 +202,9 @@ class FolderWatch:
             log.warning("%s", line)
 
 
-def _begin(folder: Path) -> str:
-    """How the source of a published folder begins."""
-    return f"folder {folder.absolute()} "
+def _begin(root: Path) -> str:
+    """How the sources of all folders in one begin; the folder's name follows."""
+    return f"folder {os.path.join(root.absolute(), '')}"
 
 
 def _shown(name: str) -> str:

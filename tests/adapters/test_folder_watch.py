@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -102,9 +102,15 @@ def test_what_is_added_changed_and_removed_is_followed(watched: Watched, caplog:
     ]
 
 
-def test_nothing_is_done_while_nothing_changes(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_done_while_nothing_changes(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watched.scan(3)
     assert caplog.records == []
+    scan = FolderScanner(watched.root).scan()
+    with monkeypatch.context() as patch:
+        patch.delattr(PurePath, "__truediv__")  # handling a scan makes no path for each name: there may be many
+        watched.watch.handle(scan)
 
 
 def test_a_folder_that_is_being_written_is_left_alone(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
