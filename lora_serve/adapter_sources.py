@@ -86,7 +86,8 @@ class NamedSource(msgspec.Struct, frozen=True):
             self.scheme,
             self.template.replace(PLACE, path),
             path,
-            self.template.partition(PLACE)[0] if self.scheme == "file" else "",
+            # The prefix of the name's own segment is no folder; that it is there follows from the template.
+            (self.template.partition(PLACE)[0].rpartition("/")[0] or "/") if self.scheme == "file" else "",
             revision or self.revision,
         )
 

@@ -11,30 +11,34 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_serve.adapter_files import find_adapter
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
-from lora_serve.errors import AdapterExists, AdapterInvalid, BadRequest, ServeError, TooLarge
+from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, TooLarge
 from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CONFIG
 
 TRY_AGAIN = 30  # scans after a failure that is not the adapter's
-LASTING = (AdapterInvalid, TooLarge, BadRequest, AdapterExists)
+LASTING = (AdapterInvalid, TooLarge, BadRequest)
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FolderState:
-    """One folder in the operator's: what publishing it would be the copy of, or why there is no adapter in it."""
+class FolderState(NamedTuple):
+    """One folder in the operator's: what publishing it would be the copy of, or why there is no adapter in it.
+
+    Attributes:
+        unreadable: whether nobody knows if there is an adapter in it.
+    """
 
     source: str = ""
     problem: str = ""
+    unreadable: bool = False
 
 
 Scan = Mapping[str, FolderState]
@@ -47,7 +51,7 @@ def folder_source(folder: Path) -> str:
         if path.exists():
             status = path.stat()
             signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return f"{_begin(folder)}{signature.hexdigest()}"
+    return f"{_begin(folder.parent)}{folder.name} {signature.hexdigest()}"
 
 
 def describe_missing_adapter(folder: Path) -> str:
@@ -75,16 +79,26 @@ class FolderScanner:
         try:
             status = self._root.stat()
             identity = status.st_dev, status.st_ino
-            found = {}
-            for entry in sorted(os.scandir(self._root), key=lambda entry: entry.name):
-                if not entry.name.startswith(".") and entry.is_dir():
-                    found[entry.name] = self._describe(Path(entry.path))
+            found: dict[str, FolderState] = {}
+            with os.scandir(self._root) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if not entry.name.startswith(".") and (state := self._look(entry)) is not None:
+                        found[entry.name] = state
             if not found and identity != self._identity:
                 return None
             self._identity = identity
             return found
         except OSError:
             return None
+
+    def _look(self, entry: os.DirEntry[str]) -> FolderState | None:
+        """What is in a folder; None if it is none, or not there any more."""
+        try:
+            return self._describe(Path(entry.path)) if entry.is_dir() else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return FolderState(problem=f"it cannot be read: {error.strerror}", unreadable=True)
 
     def _describe(self, folder: Path) -> FolderState:
         if (folder / CONFIG).exists():
@@ -105,6 +119,7 @@ class FolderWatch:
 
     def __init__(self, root: Path, operations: AdapterOperations, residency: Residency, first: Scan) -> None:
         self._root, self._operations, self._residency = root, operations, residency
+        self._begin = _begin(root)  # once: it is compared with every name's, in the loop that computes steps
         self._previous = self._handled = dict(first)
         self._seen_any = bool(first)
         self._said: dict[str, str] = {}
@@ -120,12 +135,18 @@ class FolderWatch:
         self._seen_any = self._seen_any or bool(scan)
         self._try_failed_again()
         for name, state in scan.items():
-            if self._handled.get(name) != state and self._previous.get(name) == state:
+            last = self._previous.get(name)
+            if last != state:
+                if last is not None and last.unreadable:
+                    self._said.pop(name, None)
+            elif state.unreadable:
+                self._say(name, f"{_shown(name)} is not followed: {state.problem}")
+            elif self._handled.get(name) != state:
                 self._handled = self._handled | {name: state}
                 self._publish(name, state)
         before, self._previous = self._previous, dict(scan)
         for name in [name for name, record in self._residency.names.items() if self._is_from_here(name, record.source)]:
-            gone = not _has_adapter(scan, name) and not _has_adapter(before, name)
+            gone = not _may_have_adapter(scan, name) and not _may_have_adapter(before, name)
             if gone and self._seen_any and name not in self._leaving:
                 self._unpublish(name)
         self._handled = {name: state for name, state in self._handled.items() if name in scan or name in before}
@@ -138,7 +159,7 @@ class FolderWatch:
             self._handled = {other: state for other, state in self._handled.items() if other != name}
 
     def _publish(self, name: str, state: FolderState) -> None:
-        shown = name if name.isprintable() else repr(name)
+        shown = _shown(name)
 
         def done(result: AdapterInfo | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -172,7 +193,7 @@ class FolderWatch:
         self._operations.delete(name, done)
 
     def _is_from_here(self, name: str, source: str) -> bool:
-        return source.startswith(_begin(self._root / name))
+        return source.startswith(f"{self._begin}{name} ")
 
     def _say(self, name: str, line: str) -> None:
         """Say something about a folder once, until it is no longer so."""
@@ -181,10 +202,15 @@ class FolderWatch:
             log.warning("%s", line)
 
 
-def _begin(folder: Path) -> str:
-    """How the source of a published folder begins."""
-    return f"folder {folder.absolute()} "
+def _begin(root: Path) -> str:
+    """How the sources of all folders in one begin; the folder's name follows."""
+    return f"folder {os.path.join(root.absolute(), '')}"
 
 
-def _has_adapter(scan: Scan, name: str) -> bool:
-    return name in scan and not scan[name].problem
+def _shown(name: str) -> str:
+    """A folder's name, for a line of the log."""
+    return name if name.isprintable() else repr(name)
+
+
+def _may_have_adapter(scan: Scan, name: str) -> bool:
+    return name in scan and (scan[name].unreadable or not scan[name].problem)

@@ -107,10 +107,17 @@ def publish_folders(
     """Publish every PEFT folder in `folder` under its own name, unless unchanged; returns notes for the operator."""
     results: dict[str, AdapterInfo | ServeError] = {}
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    wanted = [path for path in folders if (path / CONFIG).exists()]
-    changed = []
-    for path in wanted:
-        source, record = folder_source(path), residency.names.get(path.name)
+    wanted, changed, unreadable = [], [], dict[Path, str]()
+    for path in folders:
+        try:
+            if not (path / CONFIG).exists():
+                continue
+            source = folder_source(path)
+        except OSError as error:
+            unreadable[path] = f"it cannot be read: {error.strerror}"
+            continue
+        wanted.append(path)
+        record = residency.names.get(path.name)
         if record is None or record.source != source:
             changed.append((path, source))
 
@@ -131,7 +138,11 @@ def publish_folders(
     notes = [f"adapter {name} is not served: {error.message}" for name, error in sorted(failed.items())]
     for path in folders:
         if path not in wanted:
-            notes.append(f"{path.name} is not served: {describe_missing_adapter(path)}")
+            notes.append(
+                f"{path.name} is not published: {unreadable[path]}"
+                if path in unreadable
+                else f"{path.name} is not served: {describe_missing_adapter(path)}"
+            )
         elif path.name not in failed:
             report = residency.current(path.name).summary.report
             notes += [f"adapter {path.name}: {warning}" for warning in report.get("warnings", ())]

@@ -7,6 +7,7 @@ engine's `AdapterInfo` and `Inspection`. Uploads are received by `upload.py` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
@@ -69,12 +70,21 @@ class DeletedAdapter(msgspec.Struct, frozen=True):
 
 
 def _receive(
-    request: Request, services: Services, caller: Caller, name: str | None = None
+    request: Request,
+    services: Services,
+    caller: Caller,
+    check_sent: Callable[[str | None], Any],
+    name: str | None = None,
 ) -> AbstractAsyncContextManager[ReceivedUpload]:
-    """The upload in a request's body, or what its body names in a source; `name`: of the adapter, from the path."""
+    """The upload in a request's body, or what its body names in a source.
+
+    Args:
+        check_sent: raises what is wrong with the name in the body; an upload's is known, and checked, at its end only.
+        name: of the adapter, from the path.
+    """
     engine = services.engine
     if is_json(request.headers.get("Content-Type") or "?"):
-        return receive_from_source(request, services.sources, caller, name)
+        return receive_from_source(request, services.sources, caller, name, check_sent)
     return receive_upload(request, services.staging, services.config.max_adapter_size, lambda: engine.stats.running > 0)
 
 
@@ -94,19 +104,27 @@ def is_upload(method: str, path: str) -> bool:
 )
 async def publish(request: Request, services: ServicesDep, caller: Administrator) -> Response:
     """Publish an adapter under a new name: `name`, and `files` or one `archive`."""
-    async with _receive(request, services, caller) as upload:
-        if upload.name is None:
+
+    def check(sent: str | None) -> str:
+        if sent is None:
             raise BadRequest("missing parameter: name", param="name")
-        name = caller.check_may_publish(check_name(upload.name))
+        return caller.check_may_publish(check_name(sent))
+
+    async with _receive(request, services, caller, check) as upload:
+        name = check(upload.name)
         return await _publish(request, services, Publish(name, str(upload.folder)), upload)
 
 
 @router.post("/adapters/inspect", openapi_extra=_upload_schema(name=False), responses=documented(Inspection, 422, 507))
 async def inspect(request: Request, services: ServicesDep, caller: Administrator) -> Info:
     """Check these `files` or this `archive` as publishing would and return the report; nothing is stored."""
-    async with _receive(request, services, caller) as upload:
-        if upload.name is not None:
+
+    def check(sent: str | None) -> None:
+        if sent is not None:
             raise BadRequest("name is not allowed here: nothing is published", param="name")
+
+    async with _receive(request, services, caller, check) as upload:
+        check(upload.name)
         return await _call(services, Inspect(str(upload.folder)))
 
 
@@ -122,9 +140,13 @@ async def publish_version(
 ) -> Response:
     """Publish a new version of an adapter, or its first. Running requests finish on the version they started with."""
     caller.check_may_publish(check_name(name))
-    async with _receive(request, services, caller, name) as upload:
-        if upload.name not in (None, name):
+
+    def check(sent: str | None) -> None:
+        if sent not in (None, name):
             raise BadRequest("name differs from the one in the path", param="name")
+
+    async with _receive(request, services, caller, check, name) as upload:
+        check(upload.name)
         operation = Publish(name, str(upload.folder), replace=True, precondition=conditions)
         return await _publish(request, services, operation, upload)
 

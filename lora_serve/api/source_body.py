@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,12 +25,13 @@ DIGEST = "[0-9a-f]{8,64}"
 
 @asynccontextmanager
 async def receive_from_source(
-    request: Request, sources: SourceFetches, caller: Caller, name: str | None
+    request: Request, sources: SourceFetches, caller: Caller, name: str | None, check_sent: Callable[[str | None], Any]
 ) -> AsyncIterator[ReceivedUpload]:
     """Fetch the adapter that a JSON body names; its folder exists as long as the context.
 
     Args:
         name: of the adapter, where it is in the path.
+        check_sent: called with the name in the body before anything is fetched; raises what is wrong with it.
 
     A caller of some adapters only may fetch only what has such a name in the source as well: beside them may be other
     tenants'.
@@ -57,6 +58,7 @@ async def receive_from_source(
     location = sources.find(source, wanted)
     if not caller.may_use(location.path):
         raise Forbidden("this key may not fetch that adapter", param="source")
+    check_sent(sent)
     async with sources.fetch_for_admin(location, wanted) as folder:
         yield ReceivedUpload(sent, folder, location.label, digest)
 

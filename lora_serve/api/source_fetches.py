@@ -12,13 +12,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 from lora_serve.adapter_sources import AdapterLocation, NamedSource, find_location, is_adapter_name
 from lora_serve.api.access_log import write_audit
+from lora_serve.api.fetch_slots import FetchSlots
 from lora_serve.api.negative_cache import NegativeCache
 from lora_serve.api.request_record import Change
 from lora_serve.api.upload import staging_folder
@@ -37,8 +37,6 @@ from lora_serve.sources.fetch_messages import FetchDone
 from lora_serve.sources.fetcher import Fetcher
 from lora_serve.sources.totals import RunningFetch, SourceTotals
 
-AT_ONCE = 8  # fetches
-AT_ONCE_OF_ONE = 4  # of one key, so that what it asks of a slow source does not stop everybody's
 MOST_PENDING = 256  # names that are being fetched or are to be
 MOST_PENDING_OF_ONE = 32  # of one key
 ABSENT = (AdapterNotFound, AdapterExists)  # no source has it, or the name is one that may not be published
@@ -85,8 +83,7 @@ class SourceFetches:
         self._failures = NegativeCache() if failures is None else failures
         self._pending: dict[str, asyncio.Task[None]] = {}
         self._pending_of: Counter[str] = Counter()  # by key
-        self._slots = asyncio.Semaphore(AT_ONCE)
-        self._slots_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by key
+        self._slots = FetchSlots()
 
     def describe(self) -> str:
         """Where an adapter was looked for besides those that are published; empty without sources."""
@@ -155,10 +152,7 @@ class SourceFetches:
             task.add_done_callback(lambda ended: self._end(name, key, ended))
         self._totals.waiting += 1
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=LOOK_EVERY)
-                if not task.done() and not self._engine.ready:
-                    raise Unavailable("the server is not accepting requests at the moment", retry_after=5.0)
+            await self._wait(task)
         finally:
             self._totals.waiting -= 1
         try:
@@ -179,10 +173,8 @@ class SourceFetches:
 
     async def _fetch_and_publish(self, name: str, key: str) -> None:
         """Fetch and publish the adapter of the first source that has it. Raises what is the matter; remembers it."""
-        slots = self._slots_of.setdefault(key, asyncio.Semaphore(AT_ONCE_OF_ONE))
         try:
-            async with slots:
-                await self._fetch_from_any(name, key)
+            await self._fetch_from_any(name, key)
         except ServeError as error:
             if not isinstance(error, AdapterNotFound):
                 log.warning("adapter %s is not fetched: %s", name, error.message)
@@ -192,14 +184,17 @@ class SourceFetches:
             raise
 
     async def _fetch_from_any(self, name: str, key: str) -> None:
-        deadline = time.monotonic() + self._seconds  # of all sources together
+        left = self._seconds  # of all sources together, without the waits for a turn
         for source in self._sources:
             location = source.locate(name)
             try:
-                async with self._fetch(location, deadline - time.monotonic()) as folder:
-                    publish = Publish(name, str(folder), source=location.label, unless_known=True)
-                    info = await self._published(publish)
+                async with self._slots.take(source.name, key):
+                    begun = time.monotonic()
+                    async with self._fetch(location, left) as folder:
+                        publish = Publish(name, str(folder), source=location.label, unless_known=True)
+                        info = await self._published(publish)
             except AdapterNotFound:
+                left -= time.monotonic() - begun
                 continue
             digest = info["versions"][0]["digest"]
             write_audit(Change("publish", name, digest), key=key or None, source=location.label)
@@ -223,16 +218,34 @@ class SourceFetches:
     @asynccontextmanager
     async def fetch_for_admin(self, location: AdapterLocation, name: str) -> AsyncIterator[Path]:
         """A folder with the adapter's files until the context ends. Raises the ServeError for which there is none."""
-        async with self._fetch(location, self._seconds) as folder:
-            yield folder
+        async with AsyncExitStack() as stack:
+            begun = asyncio.create_task(stack.enter_async_context(self._fetch_in_turn(location)))
+            try:
+                await self._wait(begun)
+            finally:
+                begun.cancel()  # unless it has ended
+                await asyncio.wait({begun})  # so that it leaves nothing behind
+            yield begun.result()
         self._failures.forget(name)
 
+    @asynccontextmanager
+    async def _fetch_in_turn(self, location: AdapterLocation) -> AsyncIterator[Path]:
+        async with self._slots.take(location.source, None), self._fetch(location, self._seconds) as folder:
+            yield folder
+
     # --- both --------------------------------------------------------------------------------------------------------
+
+    async def _wait(self, task: asyncio.Task[Any]) -> None:
+        """Wait for the end of a task. Raises Unavailable if the server stops before."""
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK_EVERY)
+            if not task.done() and not self._engine.ready:
+                raise Unavailable("the server is not accepting requests at the moment", retry_after=5.0)
 
     @asynccontextmanager
     async def _fetch(self, location: AdapterLocation, seconds: float) -> AsyncIterator[Path]:
         """A folder with the adapter's files, or its archive; fetching them may take so many seconds."""
-        async with self._slots, staging_folder(self._staging()) as root:
+        async with staging_folder(self._staging()) as root:
             folder = root / "adapter"
             await asyncio.to_thread(folder.mkdir)
             begun = time.monotonic()
@@ -254,6 +267,7 @@ class SourceFetches:
                 str(folder),
                 most=self._most,
                 seconds=seconds,
+                limit=self._seconds,
                 on_progress=lambda received, expected: totals.progress(running, received, expected),
             )
             totals.progress(running, done.received, None)

@@ -89,9 +89,13 @@ class Fetcher:
             self._reader = asyncio.create_task(self._read(self._process))
 
     async def fetch(
-        self, location: AdapterLocation, folder: str, *, most: int, seconds: float, on_progress: OnProgress
+        self, location: AdapterLocation, folder: str, *, most: int, seconds: float, limit: float, on_progress: OnProgress
     ) -> FetchDone:
         """Copy an adapter into an empty folder. Cancelled, or when its time is over, it is ended.
+
+        Args:
+            seconds: that it may take: of the configured limit, what other sources have left.
+            limit: the configured one, for messages.
 
         Raises: AdapterNotFound if the source does not have it; AdapterInvalid, TooLarge, StorageFull; Unavailable.
         """
@@ -107,7 +111,7 @@ class Fetcher:
                 return await running.answer
         except TimeoutError:
             raise Unavailable(
-                f"source {location.source} took longer than {seconds:g} s (--source-timeout)",
+                f"source {location.source} did not answer in time: the limit is {limit:g} s (--source-timeout)",
                 param="source",
                 retry_after=30,
             ) from None

@@ -27,6 +27,7 @@ from lora_serve.sources.remote_files import BLOCK, CONNECT_SECONDS, READ_SECONDS
 
 MOST_REDIRECTS = 5
 NOT_FOUND = (404, 410)
+NO_URL = "it redirects to what is no URL"
 
 
 class WebFiles:
@@ -87,11 +88,13 @@ async def _get(
     own = URL(url).origin()
     for _ in range(MOST_REDIRECTS + 1):
         sent = {"Accept-Encoding": "identity"} | (headers if URL(url).origin() == own else {})
-        async with session.get(url, headers=sent, allow_redirects=False) as answer:
+        try:
+            begun = await session.get(url, headers=sent, allow_redirects=False)
+        except ValueError:  # aiohttp.InvalidURL, or a host that no name server can be asked for
+            raise Unavailable(NO_URL) from None
+        async with begun as answer:
             if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                before, url = url, urljoin(url, answer.headers["Location"])
-                if URL(url).scheme not in ("https", URL(before).scheme):
-                    raise Unavailable("it leads from https to another scheme")
+                url = _redirected(url, answer.headers["Location"])
                 continue
             if answer.status in NOT_FOUND:
                 raise FileNotFoundError(url)
@@ -101,6 +104,20 @@ async def _get(
             yield answer
             return
     raise Unavailable(f"it redirects more than {MOST_REDIRECTS} times")
+
+
+def _redirected(url: str, to: str) -> str:
+    """Where a redirect leads. Raises Unavailable if it is not followed."""
+    try:
+        target = URL(urljoin(url, to))
+        if not target.host and target.scheme in ("http", "https"):
+            raise ValueError
+    except ValueError:
+        raise Unavailable(NO_URL) from None
+    scheme = URL(url).scheme
+    if target.scheme not in ("https", scheme):
+        raise Unavailable(f"it leads from {scheme} to another scheme")
+    return str(target)
 
 
 class _Addresses(AbstractResolver):

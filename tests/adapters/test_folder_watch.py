@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from lora_serve.adapters import folder_watch
 from lora_serve.adapters.folder_watch import FolderScanner, FolderWatch
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import ServeError, StorageFull
-from lora_serve.messages import Publish
+from lora_serve.messages import AliasTarget, DeleteAlias, Publish, PutAlias
 
 
 class Watched:
@@ -102,9 +102,15 @@ def test_what_is_added_changed_and_removed_is_followed(watched: Watched, caplog:
     ]
 
 
-def test_nothing_is_done_while_nothing_changes(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_done_while_nothing_changes(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watched.scan(3)
     assert caplog.records == []
+    scan = FolderScanner(watched.root).scan()
+    with monkeypatch.context() as patch:
+        patch.delattr(PurePath, "__truediv__")  # handling a scan makes no path for each name: there may be many
+        watched.watch.handle(scan)
 
 
 def test_a_folder_that_is_being_written_is_left_alone(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +164,20 @@ def test_a_full_disk_is_said_once_and_the_adapter_tried_again(
     assert "poet" in watched.digests
 
 
+def test_a_folder_with_the_name_of_an_alias_is_published_once_the_alias_is_gone(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_watch, "TRY_AGAIN", 3)
+    harness = watched.harness
+    harness.run(lambda done: harness.operations.aliases.put(PutAlias("poet", [AliasTarget("first")]), done))
+    watched.write("poet", 1)
+    watched.scan(9)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["poet is not served"]
+    harness.run(lambda done: harness.operations.aliases.delete(DeleteAlias("poet"), done))
+    watched.scan(6)
+    assert "poet" in watched.digests
+
+
 def test_a_name_cannot_write_lines_of_the_log(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
     (watched.root / "a\nadapter poet is published").mkdir()
     watched.scan()
@@ -177,6 +197,49 @@ def test_what_is_no_adapter_is_said_once(watched: Watched, caplog: pytest.LogCap
         "nested is not served: the adapter is further inside, in deeper/run; put it where it is seen",
         "notes is not served: adapter_config.json is missing",
     ]
+
+
+def test_a_folder_that_cannot_be_read_stays_as_it_is_and_the_others_are_followed(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by hand: root reads everything."""
+    forbidden, stat = {"first", "private"}, Path.stat
+
+    def refuse(path: Path, **given: Any) -> Any:
+        if path.parent.name in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **given)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    (watched.root / "private").mkdir()
+    watched.write("second", 1)
+    watched.scan(4)
+    assert watched.digests.keys() == {"first", "second"}
+    lines = [f"{name} is not followed: it cannot be read: Permission denied" for name in ("first", "private")]
+    assert [record.getMessage() for record in caplog.records if "cannot" in record.getMessage()] == lines
+    assert watched.harness.publish_folders(watched.root) == [  # as at start
+        f"{name} is not published: it cannot be read: Permission denied" for name in ("first", "private")
+    ]
+    forbidden.clear()
+    shutil.rmtree(watched.root / "first")
+    watched.scan(3)
+    assert watched.digests.keys() == {"second"}
+
+
+def test_a_folder_that_vanishes_during_a_scan_is_passed_over(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = watched.root / "gone"
+    gone.mkdir()
+    real = FolderScanner._describe
+
+    def vanish(self: Any, folder: Path) -> Any:
+        if folder == gone:
+            gone.rmdir()
+        return real(self, folder)
+
+    monkeypatch.setattr(FolderScanner, "_describe", vanish)
+    scan = FolderScanner(watched.root).scan()
+    assert scan is not None
+    assert scan.keys() == {"first"}
 
 
 def test_only_what_came_from_the_folder_is_unpublished(watched: Watched) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest_asyncio
 from stub_admin import CONFIG, FILES, StubAdminApp, StubAdminEngine, adapter_folder, engine_info, refusal, tar
 
 from lora_serve.adapter_sources import AdapterLocation, parse_sources
+from lora_serve.api import fetch_slots
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.negative_cache import NegativeCache
@@ -30,11 +32,16 @@ class FakeFetcher:
     Attributes:
         asked: labels of what was asked for, in order.
         has: these labels are there; all others are not found.
+        seconds: that each of these fetches may take, and `limits`: that are configured.
         failure: raised instead.
+        slow_source: the one that waits until it may; empty for all.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.seconds: list[float] = []
+        self.limits: list[float] = []
+        self.slow_source = ""
         self.has: set[str] = set()
         self.failure: ServeError | None = None
         self.may_end = asyncio.Event()
@@ -46,8 +53,11 @@ class FakeFetcher:
 
     async def fetch(self, location: AdapterLocation, folder: str, **given: Any) -> FetchDone:
         self.asked.append(location.label)
+        self.seconds.append(given["seconds"])
+        self.limits.append(given["limit"])
         given["on_progress"](100, 300)
-        await self.may_end.wait()
+        if self.slow_source in ("", location.source):
+            await self.may_end.wait()
         if self.failure is not None:
             raise self.failure
         if location.label not in self.has:
@@ -85,6 +95,11 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def enter(context: AbstractAsyncContextManager[Any]) -> None:
+    async with context:
+        pass
 
 
 @pytest.fixture
@@ -237,6 +252,55 @@ async def test_one_key_cannot_have_everything_fetched(harness: Harness) -> None:
     assert not await other
 
 
+async def test_a_slow_source_keeps_nobody_from_another_and_tenants_keep_no_admin_from_it(harness: Harness) -> None:
+    harness.fetcher.has.add("two/poet")
+    harness.fetcher.slow_source = "one"
+    harness.fetcher.may_end.clear()
+    waiting = [
+        asyncio.create_task(harness.fetches.fetch_missing([f"{key}{number}"], key))
+        for key in "abc"
+        for number in "1234"
+    ]
+    await until(lambda: len(harness.fetcher.asked) == 8)
+    async with asyncio.timeout(5), harness.fetches.fetch_for_admin(harness.fetches.find("two", "poet"), "poet"):
+        pass
+    admin = asyncio.create_task(enter(harness.fetches.fetch_for_admin(harness.fetches.find("one", "x"), "x")))
+    await until(lambda: harness.fetcher.asked[-1] == "one/x")
+    harness.fetcher.may_end.set()
+    assert await asyncio.gather(*waiting) == 12 * [False]
+    with pytest.raises(AdapterNotFound):
+        await admin
+
+
+async def test_who_waits_too_long_for_a_turn_is_told_to_come_back_and_nothing_is_remembered(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_slots, "LONGEST_WAIT", 0.1)
+    harness.fetcher.may_end.clear()
+    first = [asyncio.create_task(harness.fetches.fetch_missing([f"n{number}"], "key")) for number in range(4)]
+    await until(lambda: len(harness.fetcher.asked) == 4)
+    with pytest.raises(Overloaded, match="source one") as error:
+        await harness.fetches.fetch_missing(["poet"], "key")
+    assert error.value.retry_after
+    harness.fetcher.may_end.set()
+    await asyncio.gather(*first)
+    harness.fetcher.has.add("one/poet")
+    assert await harness.fetches.fetch_missing(["poet"], "key")
+
+
+async def test_the_wait_for_a_turn_is_no_part_of_the_time_for_the_sources(harness: Harness) -> None:
+    harness.fetcher.may_end.clear()
+    waiting = [asyncio.create_task(harness.fetches.fetch_missing([f"n{number}"], "key")) for number in range(5)]
+    await until(lambda: len(harness.fetcher.asked) == 4)
+    await asyncio.sleep(0.3)
+    harness.fetcher.may_end.set()
+    await asyncio.gather(*waiting)
+    assert set(harness.fetcher.limits) == {5}  # the configured one, which messages name
+    seconds = dict(zip(harness.fetcher.asked, harness.fetcher.seconds, strict=True))
+    assert seconds["one/n4"] == 5
+    assert seconds["two/n0"] <= 4.7  # what the first source took is
+
+
 # --- routes ----------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +383,21 @@ async def test_only_admins_name_sources_and_only_for_their_own_adapters(server: 
     assert (await post(server, {"name": "team-1", "source": "disk/team-a/1"}, "team")).status_code == 404
 
 
+async def test_a_name_that_cannot_be_published_is_refused_before_anything_is_fetched(server: StubAdminApp) -> None:
+    fetcher = server.app.state.services.sources._fetcher = FakeFetcher()
+    fetcher.has |= {"disk/team-a", "disk/poet"}
+    for key, path, body, status in (
+        ("team", "/v1/adapters", {"name": "theirs", "source": "disk/team-a"}, 403),
+        ("admin", "/v1/adapters", {"name": "a b", "source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters", {"source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters/poet", {"name": "other", "source": "disk/poet"}, 400),
+        ("admin", "/v1/adapters/inspect", {"name": "poet", "source": "disk/poet"}, 400),
+    ):
+        assert refusal(await post(server, body, key, path))[:2] == (status, "name")
+    assert fetcher.asked == []
+    assert (await post(server, {"name": "team-b", "source": "disk/team-a"}, "team")).status_code == 201
+
+
 async def test_where_was_looked_is_said_for_forbidden_names_as_for_missing_ones(server: StubAdminApp) -> None:
     answers = []
     for key, name in (("admin", "nobody"), ("team", "poet")):
@@ -326,6 +405,23 @@ async def test_where_was_looked_is_said_for_forbidden_names_as_for_missing_ones(
         answers.append((answer.status_code, answer.json()["error"]["message"].replace(name, "NAME")))
     assert set(answers) == {(404, "adapter NAME does not exist; looked in source disk")}
     assert not any(isinstance(each, DescribeAdapter) and each.name == "poet" for each in server.engine.operations)
+
+
+async def test_an_admin_who_waits_while_the_server_stops_is_told_so(server: StubAdminApp) -> None:
+    fetcher = FakeFetcher()
+    fetcher.may_end.clear()
+    server.app.state.services.sources._fetcher = fetcher
+    waiting = asyncio.create_task(post(server, {"name": "poet", "source": "disk"}))
+    await until(lambda: fetcher.asked)
+    server.engine.ready = False
+    answer = await waiting
+    assert refusal(answer)[0] == 503
+    assert answer.headers["Retry-After"] == "5"
+    assert server.leftovers == []
+    server.engine.ready = True
+    fetcher.has.add("disk/poet")
+    fetcher.may_end.set()
+    assert (await post(server, {"name": "poet", "source": "disk"})).status_code == 201
 
 
 async def test_a_fetch_is_counted_and_written_to_the_audit_log(

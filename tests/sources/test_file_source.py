@@ -34,6 +34,20 @@ def test_an_archive_is_copied(root: Path, tmp_path: Path) -> None:
     assert source.files == {"archive": PACKED}
 
 
+def test_a_name_may_be_in_the_middle_of_a_segment(root: Path, tmp_path: Path) -> None:
+    (root / "lora-poet-v1").symlink_to(root / "poet")
+    (root / "lora-out-v1").symlink_to(tmp_path / "others" / "private")
+    (root / "lora-packed.tar.gz").write_bytes(PACKED)
+    source = Fetching(f"s=file://{root}/lora-{{name}}-v1", tmp_path / "to")
+    source.get()
+    assert source.files == WANTED
+    with pytest.raises(AdapterNotFound):
+        source.get("out")
+    source = Fetching(f"s=file://{root}/lora-{{name}}.tar.gz", tmp_path / "to")
+    source.get("packed")
+    assert source.files == {"archive": PACKED}
+
+
 def test_links_inside_are_followed_and_others_are_not(root: Path, tmp_path: Path) -> None:
     (root / "alias").symlink_to(root / "poet")
     (root / "out").symlink_to(tmp_path / "others" / "private")
