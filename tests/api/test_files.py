@@ -19,7 +19,7 @@ from stub_admin import StubAdminApp, refusal
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.caller import Caller
-from lora_serve.api.key_file import Keys, hash_key
+from lora_serve.api.key_file import Keys, hash_key, load_keys
 
 MOST = 1 << 20
 LINE = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
@@ -118,6 +118,16 @@ async def test_a_file_is_seen_by_its_own_key_only(server: StubAdminApp) -> None:
     for key, error in (("sk-plain", openai.PermissionDeniedError), ("sk-x", openai.AuthenticationError)):
         with pytest.raises(error):
             await client(server, key).files.create(file=DATA, purpose="fine-tune")
+
+
+async def test_a_later_key_of_the_same_name_does_not_see_the_files_of_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    made = []
+    for number, key in enumerate(("sk-old", "sk-new", "sk-old")):
+        file.write_text(f"a: {{hash: '{hash_key(key)}', admin: true, share: {number + 1}}}\n")
+        files = client(StubAdminApp(tmp_path, load_keys(file)), key).files
+        assert [each.id async for each in files.list()] == [id_ for id_, owner in made if owner == key]
+        made.append(((await files.create(file=DATA, purpose="fine-tune")).id, key))
 
 
 async def test_invalid_data_is_refused_with_line_numbers_and_not_kept(server: StubAdminApp) -> None:
