@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -262,11 +263,26 @@ async def test_a_damaged_file_is_an_error_and_its_content_is_not_sent(server: St
     await files.delete(made.id)
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("a%22b%0D%0Ac.jsonl", 'a"b__c.jsonl'),
+        ("100%25 %2F %7e.jsonl", "100%25 %2F %7e.jsonl"),
+        ('a\\"b.jsonl', 'a"b.jsonl'),
+        ("../%22/b.jsonl", "b.jsonl"),
+    ],
+)
+async def test_a_file_s_name_is_decoded_as_forms_encode_it(server: StubAdminApp, sent: str, kept: str) -> None:
+    answer = await upload(server, PURPOSE, (f'name="file"; filename="{sent}"', DATA))
+    assert answer.json()["filename"] == kept
+
+
 async def test_content_is_downloaded_and_never_shown_as_a_page(server: StubAdminApp) -> None:
     made = await client(server).files.create(file=('a"; x=y\r\n<b>.html', DATA), purpose="fine-tune")
     answer = await server.ask("GET", f"/v1/files/{made.id}/content", "sk-a")
     assert answer.headers["Content-Type"] == "application/octet-stream"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.headers["Content-Disposition"].startswith("attachment; filename*=UTF-8''a")
+    assert made.filename == 'a"; x=y__<b>.html'
+    assert answer.headers["Content-Disposition"] == f"attachment; filename*=UTF-8''{quote(made.filename)}"
     head = await server.ask("HEAD", f"/v1/files/{made.id}/content", "sk-a")
     assert (head.status_code, head.content, head.headers["Content-Length"]) == (200, b"", str(len(DATA)))
