@@ -10,13 +10,12 @@ import asyncio
 import functools
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_CONNECTIONS = 8192
@@ -250,7 +249,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-async def _send(cycle: RequestResponseCycle, send: Send, message: Message) -> None:
+async def _send(cycle: RequestResponseCycle, send: Callable[[Any], Awaitable[None]], message: Any) -> None:
     """Send a part of a response. One that begins before the body is complete says that the connection ends with it.
 
     Otherwise the client would send its next request on a connection that is being closed.

@@ -1,4 +1,4 @@
-"""The aliases that a key may use, and what it may know of them: of their targets those that it may use by themselves."""
+"""The aliases that a key may use, with those of their targets that it may use by themselves."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ async def test_a_file_is_seen_by_its_own_key_only(server: StubAdminApp) -> None:
 
 async def test_a_later_key_of_the_same_name_does_not_see_the_files_of_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
-    made = []
+    made: list[tuple[str, str]] = []
     for number, key in enumerate(("sk-old", "sk-new", "sk-old")):
         file.write_text(f"a: {{hash: '{hash_key(key)}', admin: true, share: {number + 1}}}\n")
         files = client(StubAdminApp(tmp_path, load_keys(file)), key).files
