@@ -10,13 +10,13 @@ import asyncio
 import functools
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_CONNECTIONS = 8192
 RESERVED_DESCRIPTORS = 64  # for files and sockets that are not connections; at least a quarter of all
@@ -146,6 +146,7 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self.cycle.transport = _LingeringTransport(self)  # type: ignore[assignment]
+        self.cycle.send = functools.partial(_send, self.cycle, self.cycle.send)  # type: ignore[method-assign]
         self._body_bytes = 0
         self._set_timer(self._limits.body_seconds, self._check_pace)
 
@@ -246,6 +247,16 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+async def _send(cycle: RequestResponseCycle, send: Callable[[Any], Awaitable[None]], message: Any) -> None:
+    """Send a part of a response. One that begins before the body is complete says that the connection ends with it.
+
+    Otherwise the client would send its next request on a connection that is being closed.
+    """
+    if cycle.more_body and not cycle.response_started:
+        cycle.keep_alive = False
+    await send(message)
 
 
 class _LingeringTransport:

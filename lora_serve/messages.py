@@ -145,7 +145,18 @@ class DescribeAlias(msgspec.Struct, frozen=True, tag="describe_alias"):
 
 
 class ListAliases(msgspec.Struct, frozen=True, tag="list_aliases"):
-    """List all aliases. Answered with a list of `AliasInfo`, sorted by name."""
+    """List the first aliases whose names come after `after`. Answered with a list of `AliasInfo`, sorted by name.
+
+    It is empty when there are no more.
+    """
+
+    after: str = ""
+
+
+class ListNames(msgspec.Struct, frozen=True, tag="list_names"):
+    """List names of adapters and aliases, in no order. Answered with a list of at most `most`."""
+
+    most: int
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -167,6 +178,7 @@ Operation = (
     | DeleteAlias
     | DescribeAlias
     | ListAliases
+    | ListNames
     | Drain
 )
 

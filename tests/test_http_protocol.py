@@ -25,9 +25,9 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the length of the body; `/early` before reading it, `/wait` never."""
+    """Answers with the length of the body; `/early` and `/refused` before reading it, `/wait` never."""
     assert scope["type"] == "http"
-    length, more = 0, scope["path"] != "/early"
+    length, more = 0, scope["path"] not in ("/early", "/refused")
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -129,6 +129,16 @@ async def test_incomplete_and_endless_requests_are_refused(text: bytes, expected
     error = json.loads(response.partition(b"\r\n\r\n")[2])["error"]
     assert error["message"]
     assert b"connection: close" in response
+
+
+async def test_a_response_before_the_end_of_the_body_says_that_the_connection_ends_with_it() -> None:
+    post = POST.replace(b"close", b"keep-alive")
+    async with serving() as client:
+        assert (await client.answer(post % (b"refused", 100) + b"x" * 50)).lower().count(b"connection: close") == 1
+        assert (await client.answer(post % (b"early", 100) + b"x" * 50)).lower().count(b"connection: close") == 1
+        whole = await client.answer(post % (b"refused", 2) + b"ab" + GET % b"")
+    assert whole.count(b" 200 ") == 2  # nothing is left of this body: the connection serves on
+    assert b"connection: close" not in whole.partition(b" 200 ")[2].partition(b" 200 ")[0].lower()
 
 
 async def test_a_connection_without_a_request_is_closed() -> None:

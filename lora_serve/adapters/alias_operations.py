@@ -7,18 +7,22 @@ change takes effect once it is on the disk; until then the versions before and a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from heapq import nsmallest
 
+from lora_serve.adapters.aliases import MOST_ALIASES, MOST_STICKY_HEADERS
 from lora_serve.adapters.operation_queue import Done, OperationQueue, next_step
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import AliasRecord, TargetRecord
-from lora_serve.errors import AdapterExists, BadRequest, ServeError
+from lora_serve.errors import AdapterExists, BadRequest, ServeError, TooLarge
 from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, PutAlias
 from lora_serve.names import alias_not_found, check_adapter_name
 from lora_serve.request import AdapterUse
+
+PAGE = 100  # aliases that are described at once: the engine computes nothing else meanwhile
 
 
 class AliasOperations:
@@ -36,9 +40,14 @@ class AliasOperations:
         self._aliases = residency.aliases
         self._base_name, self._queue = base_name, queue
 
-    def describe_all(self) -> list[AliasInfo]:
-        """All aliases by name; those that cannot be served as well."""
-        return [self.describe(name) for name in sorted(self._aliases.records.keys() | self._aliases.broken)]
+    def names(self) -> Iterator[str]:
+        """The names of all aliases; those that cannot be served as well."""
+        yield from self._aliases.records
+        yield from self._aliases.broken
+
+    def describe_some(self, after: str) -> list[AliasInfo]:
+        """The next aliases by name; those that cannot be served as well."""
+        return [self.describe(name) for name in nsmallest(PAGE, (name for name in self.names() if name > after))]
 
     def describe(self, name: str) -> AliasInfo:
         """One alias. Raises AdapterNotFound."""
@@ -69,6 +78,10 @@ class AliasOperations:
         targets = [self._find_target(number, target) for number, target in enumerate(operation.targets)]
         if not any(target.weight > 0 for target in targets):
             raise BadRequest("no target has a weight above 0", param="targets")
+        if not self._aliases.has_room(name):
+            raise TooLarge(f"there may be {MOST_ALIASES:,} aliases; delete others first", param="name")
+        if not self._aliases.may_go_by(operation.sticky):
+            raise BadRequest(f"aliases may go by {MOST_STICKY_HEADERS} different headers", param="sticky")
         record = AliasRecord(targets, operation.sticky, time.time() if before is None else before.created)
         self._aliases.begin(name, record)
 

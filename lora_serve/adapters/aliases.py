@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from lora_serve.adapters.store.records import AliasRecord, TargetRecord
 from lora_serve.errors import AdapterBroken
@@ -17,6 +19,10 @@ from lora_serve.request import AdapterUse, Routing
 
 USER = "user"
 HEADER = "header:"
+MOST_ALIASES = 10_000
+MOST_STICKY_HEADERS = 32  # that are sent with every request, and with the engine's statistics
+
+_Counted = TypeVar("_Counted")
 
 
 class Aliases:
@@ -25,7 +31,8 @@ class Aliases:
     Attributes:
         records: what each alias stands for.
         broken: alias → why it cannot be served.
-        sticky_headers: lower-case names of the headers that they go by, sorted.
+        sticky_headers: lower-case names of the headers that they go by, sorted; those of aliases that are on their way
+            to the disk as well.
     """
 
     def __init__(self) -> None:
@@ -34,6 +41,9 @@ class Aliases:
         self.sticky_headers: list[str] = []
         self._unreadable = False  # whether the record of one is: then no version is given up, since it may name it
         self._coming: dict[str, AliasRecord] = {}  # on their way to the disk
+        # Of all records, those on their way included: how many targets are a version, or an adapter; headers.
+        self._named: Counter[tuple[str, str]] = Counter()
+        self._headers: Counter[str] = Counter()
         self._held: dict[str, int] = {}  # adapter → number of the change by which an alias ceased to name it
         self._changes = 0
 
@@ -60,7 +70,7 @@ class Aliases:
 
     def names(self, adapter: str, version: str) -> bool:
         """Whether an alias names this version of an adapter, or may do so."""
-        return self._unreadable or any(record.names(adapter, version) for record in self._all())
+        return self._unreadable or (adapter, version) in self._named
 
     def keeps(self, adapter: str, version: str) -> bool:
         """Whether this version of an adapter must stay: an alias names it, or versions of the adapter are held."""
@@ -85,35 +95,49 @@ class Aliases:
         each = (*self.records.items(), *self._coming.items())
         return sorted({alias for alias, record in each if record.names(adapter)})
 
+    def has_room(self, alias: str) -> bool:
+        """Whether there may be an alias of this name: it exists, or there are not too many."""
+        return alias in self or len(self.records.keys() | self._coming.keys()) + len(self.broken) < MOST_ALIASES
+
+    def may_go_by(self, sticky: str) -> bool:
+        """Whether an alias may stick to this: it is no header, or aliases do not go by too many other ones."""
+        header = _header_of(sticky)
+        return not header or header in self._headers or len(self._headers) < MOST_STICKY_HEADERS
+
     def open(self, records: dict[str, AliasRecord], broken: dict[str, str], *, unreadable: bool) -> None:
         """Take over the aliases of a store; `unreadable`: whether broken ones are that for their records."""
         self.records, self.broken, self._unreadable = records, broken, unreadable
-        self._note_headers()
+        for record in records.values():
+            self._count(record, 1)
 
     def begin(self, alias: str, record: AliasRecord) -> None:
         """Keep what an alias is going to stand for."""
         self._coming[alias] = record
+        self._count(record, 1)
 
     def end(self, alias: str, record: AliasRecord | None) -> None:
         """Let an alias stand for what it does on the disk now; None: it is gone, or never came."""
-        self._coming.pop(alias, None)
+        self.cancel(alias)
         self.broken.pop(alias, None)
         self._unreadable = self._unreadable and bool(self.broken)
-        self.records.pop(alias, None)
+        self._count(self.records.pop(alias, None), -1)
         if record is not None:
             self.records[alias] = record
-        self._note_headers()
+        self._count(record, 1)
 
     def cancel(self, alias: str) -> None:
         """Leave an alias as it is: what it was going to stand for could not be stored."""
-        self._coming.pop(alias, None)
+        self._count(self._coming.pop(alias, None), -1)
 
-    def _note_headers(self) -> None:
-        stickies = [record.sticky for record in self.records.values() if record.sticky.startswith(HEADER)]
-        self.sticky_headers = sorted({sticky.removeprefix(HEADER).lower() for sticky in stickies})
-
-    def _all(self) -> tuple[AliasRecord, ...]:
-        return (*self.records.values(), *self._coming.values())
+    def _count(self, record: AliasRecord | None, by: int) -> None:
+        """Count what a record names and goes by."""
+        if record is None:
+            return
+        for target in record.targets:
+            _change(self._named, (target.name, target.version), by)
+        if header := _header_of(record.sticky):
+            _change(self._headers, header, by)
+            self.sticky_headers = sorted(self._headers)
 
 
 def choose_target(alias: str, record: AliasRecord, routing: Routing) -> TargetRecord:
@@ -133,8 +157,19 @@ def alias_broken(alias: str, reason: str) -> AdapterBroken:
 
 def _sticky_value(sticky: str, user: str, headers: Mapping[str, str]) -> str:
     """What a request sticks to, with its kind; empty if it has none of it."""
-    value = user if sticky == USER else headers.get(sticky.removeprefix(HEADER).lower(), "")
+    value = user if sticky == USER else headers.get(_header_of(sticky), "")
     return f"{sticky} {value}" if sticky and value else ""
+
+
+def _header_of(sticky: str) -> str:
+    """The lower-case name of the header that is stuck to; empty if it is none."""
+    return sticky.removeprefix(HEADER).lower() if sticky.startswith(HEADER) else ""
+
+
+def _change(counter: Counter[_Counted], key: _Counted, by: int) -> None:
+    counter[key] += by
+    if not counter[key]:
+        del counter[key]
 
 
 def _uniform(*parts: str) -> float:

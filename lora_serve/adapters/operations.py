@@ -6,6 +6,7 @@ operations also raise ServeErrors. Those that change what a name refers to, or h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lora_serve.adapters.alias_operations import AliasOperations
@@ -48,6 +49,12 @@ class AdapterOperations:
             done(describe_upload(version.summary))
 
         self._publisher.inspect(Path(operation.folder), if_successful(on_lowered, done))
+
+    def names(self) -> Iterator[str]:
+        """The names of listed adapters and of aliases; of those that cannot be served as well."""
+        yield from (name for name, record in self._residency.names.items() if not record.unlisted)
+        yield from (name for name in self._publisher.broken if name not in self._residency.names)
+        yield from self.aliases.names()
 
     def describe_all(self) -> list[AdapterInfo]:
         """All adapters that are listed, by name; those that cannot be served as well."""

@@ -22,8 +22,9 @@ from lora_serve.api.openai.schemas import Strict
 from lora_serve.api.openapi import UNCHANGED, documented
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.visible_aliases import adapter_of, as_seen_by, usable_aliases
 from lora_serve.errors import AdapterNotFound
-from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, DescribeAlias, ListAliases, PutAlias
+from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, DescribeAlias, PutAlias
 from lora_serve.names import adapter_not_found, alias_not_found, check_name
 from lora_serve.precondition import Precondition
 
@@ -89,16 +90,16 @@ UsableAlias = Annotated[str, Depends(_usable_alias)]
 
 @router.get("/aliases", responses=documented(AliasList))
 async def list_aliases(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """All aliases that this key may use, sorted by name."""
-    found = await services.engine.call(ListAliases())
-    return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
+    """All aliases that this key may use, sorted by name, with those of their targets that it may use."""
+    found = await usable_aliases(services, caller)
+    return {"object": "list", "data": [msgspec.to_builtins(as_seen_by(caller, info)) for info in found]}
 
 
 @router.get("/aliases/{name}", response_class=Response, responses=documented(AliasInfo, 404, etag=True) | UNCHANGED)
-async def show_alias(name: UsableAlias, services: ServicesDep, known: KnownTags) -> Response:
-    """One alias: its targets, with whole digests of versions, their weights, and what it sticks to."""
-    info = await services.engine.call(DescribeAlias(name))
-    return tagged(info, info["etag"], known)
+async def show_alias(name: UsableAlias, services: ServicesDep, caller: Authorized, known: KnownTags) -> Response:
+    """One alias: its targets that this key may use, with whole digests of versions, weights, what it sticks to."""
+    info = msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo)
+    return tagged(msgspec.to_builtins(as_seen_by(caller, info)), info.etag, known)
 
 
 @router.put("/aliases/{name}", response_class=Response, responses=documented(AliasInfo, 404, 409, 412, 507, etag=True))
@@ -114,7 +115,7 @@ async def put_alias(
     caller.check_may_publish(check_name(name))
     targets = [AliasTarget(target.adapter, target.weight) for target in body.targets]
     for number, target in enumerate(targets):
-        adapter = _name_of(target.adapter)
+        adapter = adapter_of(target.adapter)
         if not caller.may_use(adapter):
             hidden = adapter_not_found(adapter)
             raise AdapterNotFound(hidden.message, param=f"targets.{number}.adapter")
@@ -150,14 +151,10 @@ async def _check_may_change(name: str, services: Services, caller: Caller, condi
     except AdapterNotFound:
         conditions.check(None)
         return Precondition(none_match=("*",))
-    if info.broken is not None or not all(caller.may_use(_name_of(target.adapter)) for target in info.targets):
+    if info.broken is not None or not all(caller.may_use(adapter_of(target.adapter)) for target in info.targets):
         raise Forbidden("this key may not use all that the alias stands for now", param="name")
     conditions.check(info.etag)
     return Precondition(match=(info.etag,))
-
-
-def _name_of(target: str) -> str:
-    return target.partition("@")[0]
 
 
 def _described(targets: list[AliasTarget]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_serve.api import admin, alias_routes, download, error_handlers, key_ro
 from lora_serve.api.access_log import AccessLog
 from lora_serve.api.anthropic import messages_api
 from lora_serve.api.auth import Authorized, MetricsReader
+from lora_serve.api.caller import EVERYBODY
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
 from lora_serve.api.fine_tuning import file_routes
@@ -83,7 +85,8 @@ def create_app(
         engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files, sources
     )
     app.state.services = services
-    for start in (files.open_at_start, sources.start):
+    owners = {EVERYBODY.owner} if keys is None else keys.owners
+    for start in (partial(files.open_at_start, owners), sources.start):
         app.router.add_event_handler("startup", start)
     for close in (sources.close, usage.close, files.close):
         app.router.add_event_handler("shutdown", close)

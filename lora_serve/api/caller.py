@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,6 +44,7 @@ class Caller:
         metrics: may read the metrics, which tell of all adapters; so may an admin of all adapters.
         share: of what the server computes while others wait, relative to theirs; a multiple of 1 / 1024.
         limits, limits_per_adapter: of all its requests, and of those with any one adapter (or with the base alone).
+        key: tells its key from others that had the name before; not the key, nor what is compared with it.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Caller:
     share: float = 1.0
     limits: Limits = NO_LIMITS
     limits_per_adapter: Limits = NO_LIMITS
+    key: str = field(default="", compare=False)
+
+    @property
+    def owner(self) -> str:
+        """Whose its files are: this key's, not those of a key that has the name later. Empty without keys."""
+        return f"{self.name}@{self.key}" if self.key else self.name
 
     @property
     def sees_everything(self) -> bool:

@@ -18,6 +18,7 @@ from lora_serve.api.caller import NO_LIMITS, Caller, Limits
 from lora_serve.errors import BadRequest
 
 HASH = re.compile(r"sha256:[0-9a-f]{64}")
+LENGTH_OF_KEY = 16  # hex digits
 RECHECK = 1.0  # seconds between two looks at the key file
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ class Keys:
     def __repr__(self) -> str:
         admins = sum(caller.admin for caller in self._callers.values())
         return f"<{type(self).__name__} {len(self._callers)} keys, {admins} of admins>"
+
+    @property
+    def owners(self) -> set[str]:
+        """Whose files there may be."""
+        return {caller.owner for caller in self._callers.values()}
 
     def find(self, key: str) -> Caller | None:
         """The owner of a key. Every key is compared, in constant time, so timing reveals nothing."""
@@ -173,4 +179,6 @@ def _entry(name: str, value: Any) -> tuple[str, Caller]:
         raise BadRequest(f"key file: {name}: not the hash of a key (sha256: and 64 hex digits)")
     adapters = None if entry.adapters is None else tuple(entry.adapters)
     share = round(entry.share * 1024) / 1024
-    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics, share, entry.limits, entry.limits_per_adapter)
+    of_all, of_each = entry.limits, entry.limits_per_adapter
+    key = sha256(entry.hash.encode()).hexdigest()[:LENGTH_OF_KEY]
+    return entry.hash, Caller(name, entry.admin, adapters, entry.metrics, share, of_all, of_each, key)

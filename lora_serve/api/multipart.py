@@ -95,7 +95,7 @@ class Form(ABC):
 
     def _headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
-        self.begin_part(*(options.get(name, b"").decode(errors="replace") for name in (b"name", b"filename")))
+        self.begin_part(*(_decoded(options.get(name, b"")) for name in (b"name", b"filename")))
 
     def _end(self) -> None:
         self._ended = True
@@ -138,6 +138,12 @@ def unknown_field(field: str) -> InvalidField:
 
 def too_large(most: int) -> TooLarge:
     return TooLarge(f"the upload is larger than {most:,} bytes")
+
+
+def _decoded(name: bytes) -> str:
+    """A name in a part's header, in which browsers encode these three characters and no others (WHATWG)."""
+    text = name.decode(errors="replace")
+    return text.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
 def _boundary(request: Request) -> bytes:

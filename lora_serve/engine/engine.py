@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -45,6 +46,7 @@ from lora_serve.messages import (
     Inspect,
     ListAdapters,
     ListAliases,
+    ListNames,
     LoadAdapter,
     LocateFiles,
     PinAdapter,
@@ -295,8 +297,10 @@ class Engine:
                 operations.aliases.delete(call.operation, done)
             case DescribeAlias(name):
                 done(operations.aliases.describe(name))
-            case ListAliases():
-                done(operations.aliases.describe_all())
+            case ListAliases(after):
+                done(operations.aliases.describe_some(after))
+            case ListNames(most):
+                done(list(islice(operations.names(), most)))
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 

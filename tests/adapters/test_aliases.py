@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from registry_harness import BASE_NAME, RegistryHarness
 
+from lora_serve.adapters import alias_operations, aliases
 from lora_serve.adapters.aliases import choose_target
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.records import AliasRecord, TargetRecord
@@ -24,6 +25,7 @@ from lora_serve.errors import (
     PreconditionFailed,
     ServeError,
     StorageFull,
+    TooLarge,
 )
 from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, LocateFiles, Publish, PutAlias
 from lora_serve.precondition import Precondition
@@ -135,7 +137,7 @@ def test_a_request_is_served_by_a_target_under_the_target_s_name(harness: Regist
     assert (info.sticky, info.broken, len(info.etag)) == ("user", None, 64)
     assert {served(harness, "prod", user) for user in USERS[:50]} == {*digests.items()}
     assert harness.registry.acquire(AdapterUse("prod", weight=0.5), USERS[0]).weight == 0.5
-    assert harness.operations.aliases.describe_all() == [info]
+    assert harness.operations.aliases.describe_some("") == [info]
     with pytest.raises(AdapterNotFound, match="prod@"):
         harness.registry.acquire(AdapterUse("prod", digests["a"]))
 
@@ -162,6 +164,40 @@ def test_headers_that_aliases_go_by_are_in_the_statistics(harness: RegistryHarne
     assert harness.stats().sticky_headers == ["x-session"]
     remove(harness, "prod")
     assert harness.stats().sticky_headers == []
+
+
+def test_aliases_and_the_headers_that_they_go_by_have_limits(
+    harness: RegistryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aliases, "MOST_STICKY_HEADERS", 1)
+    monkeypatch.setattr(aliases, "MOST_ALIASES", 2)
+    put(harness, "one", "a", sticky="header:X-Session")
+    with pytest.raises(BadRequest) as refused:
+        put(harness, "two", "a", sticky="header:X-Other")
+    assert refused.value.param == "sticky"
+    put(harness, "two", "a", sticky="header:x-session")
+    with pytest.raises(TooLarge) as too_many:
+        put(harness, "three", "a")
+    assert too_many.value.param == "name"
+    put(harness, "two", "b", sticky="user")
+    put(harness, "one", "b", sticky="user")
+    assert harness.stats().sticky_headers == []
+    remove(harness, "two")
+    put(harness, "three", "a", sticky="header:X-Other")
+
+
+def test_names_are_those_of_listed_adapters_and_of_aliases(harness: RegistryHarness) -> None:
+    put(harness, "prod", "a")
+    harness.run(lambda done: harness.operations.unload("b", done))
+    assert sorted(harness.operations.names()) == ["a", "prod"]
+
+
+def test_aliases_are_described_some_at_a_time(harness: RegistryHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alias_operations, "PAGE", 2)
+    for name in ("z", "x", "y"):
+        put(harness, name, "a")
+    found = [[info.name for info in harness.operations.aliases.describe_some(after)] for after in ("", "y", "z")]
+    assert found == [["x", "y"], ["z"], []]
 
 
 # --- versions that stay ----------------------------------------------------------------------------------------------
@@ -378,7 +414,7 @@ def test_a_change_that_cannot_be_stored_is_not_made(tmp_path: Path) -> None:
     for name in ("prod", "new"):
         with pytest.raises(StorageFull):
             put(harness, name, "a")
-    assert harness.operations.aliases.describe_all() == [before]
+    assert harness.operations.aliases.describe_some("") == [before]
     assert served(harness, "prod", USERS[0]) == ("a", old)
     disk.full = False
     put(harness, "prod", "a")

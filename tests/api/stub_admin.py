@@ -35,6 +35,7 @@ from lora_serve.messages import (
     Inspection,
     ListAdapters,
     ListAliases,
+    ListNames,
     LoadAdapter,
     LocateFiles,
     Operation,
@@ -125,8 +126,10 @@ class StubAdminEngine:
                 etag = f"tag{len(self.operations)}"
                 self.aliases[name] = AliasInfo(name, operation.targets, operation.sticky or None, etag, 3.0)
                 return self.aliases[name]
-            case ListAliases():
-                return [self.aliases[name] for name in sorted(self.aliases)]
+            case ListAliases(after):
+                return [self.aliases[name] for name in sorted(self.aliases) if name > after][:2]
+            case ListNames(most):
+                return [*self.adapters, *self.aliases][:most]
             case DescribeAlias(name=name) | DeleteAlias(name=name):
                 if name not in self.aliases:
                     raise AdapterNotFound(f"alias {name[:100]} does not exist", param="name")

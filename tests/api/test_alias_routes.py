@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from stub_admin import FILES, StubAdminApp, refusal
 from stub_completions import StubCompletionApp
@@ -125,10 +126,27 @@ async def test_an_alias_is_seen_by_who_may_use_its_name(keyed: StubAdminApp) -> 
     for name in ("prod", "test"):
         await keyed.ask("PUT", f"/v1/aliases/{name}", "sk-boss", json={"targets": TARGETS})
     assert [each["name"] for each in (await keyed.ask("GET", "/v1/aliases", "sk-user")).json()["data"]] == ["prod"]
-    assert (await keyed.ask("GET", "/v1/aliases/prod", "sk-user")).json()["targets"] == TARGETS
     hidden = refusal(await keyed.ask("GET", "/v1/aliases/test", "sk-user"))
     absent = refusal(await keyed.ask("GET", "/v1/aliases/none", "sk-user"))
     assert hidden == (absent[0], absent[1], absent[2].replace("none", "test"))
+
+
+async def test_of_an_alias_s_targets_a_key_sees_those_that_it_may_use(keyed: StubAdminApp) -> None:
+    await keyed.ask("PUT", "/v1/aliases/prod", "sk-boss", json={"targets": TARGETS})
+    keyed.engine.aliases["prod"] = msgspec.structs.replace(keyed.engine.aliases["prod"], broken="no adapter coder")
+    for key, targets in (("sk-boss", TARGETS), ("sk-head", TARGETS[:1]), ("sk-user", [])):
+        shown = (await keyed.ask("GET", "/v1/aliases/prod", key)).json()
+        assert shown["targets"] == targets
+        assert ("coder" in shown["broken"]) == (key == "sk-boss")
+        assert (await keyed.ask("GET", "/v1/aliases", key)).json()["data"] == [shown]
+
+
+async def test_all_aliases_are_listed_though_the_engine_lists_a_few_at_once(keyed: StubAdminApp) -> None:
+    names = [f"prod{number}" for number in range(7)]
+    for name in reversed(names):
+        await keyed.ask("PUT", f"/v1/aliases/{name}", "sk-boss", json={"targets": TARGETS})
+    assert [each["name"] for each in (await keyed.ask("GET", "/v1/aliases", "sk-head")).json()["data"]] == names
+    assert (await keyed.ask("GET", "/v1/aliases", "sk-user")).json()["data"] == []
 
 
 async def test_an_admin_key_of_some_adapters_is_bound_by_the_alias_and_its_targets(keyed: StubAdminApp) -> None:
@@ -229,6 +247,14 @@ async def test_what_answered_is_the_target_though_only_the_alias_may_be_named(
     usage = await generating.client.get("/v1/usage", headers={"Authorization": "Bearer sk-user"})
     assert [row["adapter"] for row in usage.json()["data"]] == ["poet"]
     assert 'adapter="poet"' in generating.app.state.services.metrics.render().decode()
+
+
+async def test_the_root_of_an_alias_is_a_target_only_for_who_may_use_it(generating: StubCompletionApp) -> None:
+    for key, root in (("sk-boss", "poet@3fa4"), ("sk-head", "poet@3fa4"), ("sk-user", "prod")):
+        headers = {"Authorization": f"Bearer {key}"}
+        listed = (await generating.client.get("/v1/models", headers=headers)).json()["data"]
+        assert [card["root"] for card in listed if card["id"] == "prod"] == [root]
+        assert (await generating.client.get("/v1/models/prod", headers=headers)).json()["root"] == root
 
 
 async def test_a_call_is_routed_by_its_user_and_the_headers_that_aliases_go_by(generating: StubCompletionApp) -> None:

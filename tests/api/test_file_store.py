@@ -183,7 +183,18 @@ def test_before_the_folder_is_known_the_server_is_starting() -> None:
     store = FileStore(lambda: None, 1)
     with pytest.raises(Unavailable):
         store.list("a")
-    store.open_at_start()
+    store.open_at_start({"a"})
+
+
+def test_files_of_keys_that_there_are_no_more_are_told_at_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, _ = add(make(tmp_path), tmp_path, tenant="a@01"), add(make(tmp_path), tmp_path, tenant="b")
+    make(tmp_path).open_at_start({"a@01", "b"})
+    assert caplog.text == ""
+    make(tmp_path).open_at_start({"a@02", "b"})
+    assert "files of training data of keys that there are no more, which no key sees: 1 with 4 bytes" in caplog.text
+    assert file.id in caplog.text
 
 
 def test_threads_may_add_read_and_delete_at_once(tmp_path: Path) -> None:

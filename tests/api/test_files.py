@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -19,7 +20,7 @@ from stub_admin import StubAdminApp, refusal
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.caller import Caller
-from lora_serve.api.key_file import Keys, hash_key
+from lora_serve.api.key_file import Keys, hash_key, load_keys
 
 MOST = 1 << 20
 LINE = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
@@ -118,6 +119,16 @@ async def test_a_file_is_seen_by_its_own_key_only(server: StubAdminApp) -> None:
     for key, error in (("sk-plain", openai.PermissionDeniedError), ("sk-x", openai.AuthenticationError)):
         with pytest.raises(error):
             await client(server, key).files.create(file=DATA, purpose="fine-tune")
+
+
+async def test_a_later_key_of_the_same_name_does_not_see_the_files_of_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    made: list[tuple[str, str]] = []
+    for number, key in enumerate(("sk-old", "sk-new", "sk-old")):
+        file.write_text(f"a: {{hash: '{hash_key(key)}', admin: true, share: {number + 1}}}\n")
+        files = client(StubAdminApp(tmp_path, load_keys(file)), key).files
+        assert [each.id async for each in files.list()] == [id_ for id_, owner in made if owner == key]
+        made.append(((await files.create(file=DATA, purpose="fine-tune")).id, key))
 
 
 async def test_invalid_data_is_refused_with_line_numbers_and_not_kept(server: StubAdminApp) -> None:
@@ -252,11 +263,26 @@ async def test_a_damaged_file_is_an_error_and_its_content_is_not_sent(server: St
     await files.delete(made.id)
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("a%22b%0D%0Ac.jsonl", 'a"b__c.jsonl'),
+        ("100%25 %2F %7e.jsonl", "100%25 %2F %7e.jsonl"),
+        ('a\\"b.jsonl', 'a"b.jsonl'),
+        ("../%22/b.jsonl", "b.jsonl"),
+    ],
+)
+async def test_a_file_s_name_is_decoded_as_forms_encode_it(server: StubAdminApp, sent: str, kept: str) -> None:
+    answer = await upload(server, PURPOSE, (f'name="file"; filename="{sent}"', DATA))
+    assert answer.json()["filename"] == kept
+
+
 async def test_content_is_downloaded_and_never_shown_as_a_page(server: StubAdminApp) -> None:
     made = await client(server).files.create(file=('a"; x=y\r\n<b>.html', DATA), purpose="fine-tune")
     answer = await server.ask("GET", f"/v1/files/{made.id}/content", "sk-a")
     assert answer.headers["Content-Type"] == "application/octet-stream"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.headers["Content-Disposition"].startswith("attachment; filename*=UTF-8''a")
+    assert made.filename == 'a"; x=y__<b>.html'
+    assert answer.headers["Content-Disposition"] == f"attachment; filename*=UTF-8''{quote(made.filename)}"
     head = await server.ask("HEAD", f"/v1/files/{made.id}/content", "sk-a")
     assert (head.status_code, head.content, head.headers["Content-Length"]) == (200, b"", str(len(DATA)))

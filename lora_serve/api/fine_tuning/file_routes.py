@@ -90,10 +90,10 @@ async def upload_file(request: Request, services: ServicesDep, caller: Administr
     engine, files = services.engine, services.files
     await asyncio.to_thread(files.open)
     async with staging_folder(services.staging) as root:
-        with files.reserve(caller.name) as reserve:
+        with files.reserve(caller.owner) as reserve:
             form = FileForm(root / "file", services.config.max_file_size, reserve)
             await receive_form(request, form, lambda: engine.stats.running > 0)
-            file = await _to_its_end(lambda: _keep(files, form, caller.name))
+            file = await _to_its_end(lambda: _keep(files, form, caller.owner))
     record_of(request.scope).changes.append(Change("upload-file", file.id, file.sha256))
     return _shown(files, file)
 
@@ -112,7 +112,7 @@ async def list_files(
         raise BadRequest("after must be the id of a file", param="after")
 
     def page() -> FileList:
-        found = [each for each in services.files.list(caller.name) if purpose in (None, each.purpose)]
+        found = [each for each in services.files.list(caller.owner) if purpose in (None, each.purpose)]
         if order == "desc":
             found.reverse()
         if after is not None:  # which may have been deleted meanwhile: ids are in the order of the uploads
@@ -127,13 +127,13 @@ async def list_files(
 @router.get("/files/{file_id}", responses=errors(404))
 async def retrieve_file(file_id: FileId, services: ServicesDep, caller: Administrator) -> FileObject:
     """Describe a file."""
-    return await asyncio.to_thread(lambda: _shown(services.files, services.files.find(file_id, caller.name)))
+    return await asyncio.to_thread(lambda: _shown(services.files, services.files.find(file_id, caller.owner)))
 
 
 @router.get("/files/{file_id}/content", response_class=Response, responses={200: _CONTENT, **errors(404, 409, 507)})
 async def file_content(file_id: FileId, services: ServicesDep, caller: Administrator) -> StreamingResponse:
     """A file's content, as it was uploaded."""
-    file, content = await asyncio.to_thread(services.files.read, file_id, caller.name)
+    file, content = await asyncio.to_thread(services.files.read, file_id, caller.owner)
     headers = {
         "Content-Length": str(file.bytes),
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
@@ -145,7 +145,7 @@ async def file_content(file_id: FileId, services: ServicesDep, caller: Administr
 @router.delete("/files/{file_id}", responses=errors(404, 507))
 async def delete_file(request: Request, file_id: FileId, services: ServicesDep, caller: Administrator) -> DeletedFile:
     """Delete a file."""
-    file = await asyncio.to_thread(services.files.delete, file_id, caller.name)
+    file = await asyncio.to_thread(services.files.delete, file_id, caller.owner)
     record_of(request.scope).changes.append(Change("delete-file", file.id, file.sha256))
     return DeletedFile(id=file.id)
 

@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -31,6 +31,7 @@ from lora_serve.errors import ServeError, StorageFull, StoreUnusable, TooLarge, 
 CONTENT, RECORD = "content", "file.json"
 ID = re.compile(r"file-[0-9a-f]{26}")
 MOST_FILES = 1000  # of one key, which are listed in one response
+MOST_TOLD = 10  # files in one line of the log
 LATEST_CHECK = 3600.0  # seconds until files are looked at again that may have expired
 FINE_TUNE = "fine-tune"  # purpose of training data
 
@@ -53,7 +54,7 @@ class StoredFile(msgspec.Struct, frozen=True):
     """A file and whose it is.
 
     Attributes:
-        tenant: name of the key; empty without keys.
+        tenant: whose it is, as `Caller.owner` says: the key's name and a hash of the key; empty without keys.
         sha256: of the content, in hex.
         created_at, expires_at: Unix time in seconds.
         kind: of the examples, if it is training data.
@@ -115,12 +116,26 @@ class FileStore:
             self._opened = True
             self._wait_for_expiry()
 
-    def open_at_start(self) -> None:
-        """Open the store when the server starts, so that files expire also if nobody asks for any."""
+    def open_at_start(self, known: Container[str]) -> None:
+        """Open the store when the server starts, so that files expire also if nobody asks for any.
+
+        Args:
+            known: all tenants that there are; files of others are named in the log.
+        """
         try:
             self.open()
         except ServeError as error:
             log.error("files of training data: %s", error.message)
+            return
+        with self._lock:
+            lost = [file for file in self._files.values() if file.tenant not in known]
+        if lost:
+            log.warning(
+                "files of training data of keys that there are no more, which no key sees: %d with %s bytes: %s",
+                len(lost),
+                f"{sum(file.bytes for file in lost):,}",
+                ", ".join([file.id for file in lost[:MOST_TOLD]] + ["…"] * (len(lost) > MOST_TOLD)),
+            )
 
     def close(self) -> None:
         """End the thread that waits for files to expire."""

@@ -13,6 +13,7 @@ from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
 from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import ServicesDep
+from lora_serve.api.visible_aliases import as_seen_by, usable_aliases
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import (
     AdapterInfo,
@@ -21,7 +22,6 @@ from lora_serve.messages import (
     DescribeAlias,
     EngineInfo,
     ListAdapters,
-    ListAliases,
 )
 from lora_serve.names import adapter_broken
 
@@ -33,9 +33,9 @@ async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """List the base model, and the adapters and aliases that this key may use."""
     info = engine_info(services)
     adapters = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
-    aliases = msgspec.convert(await services.engine.call(ListAliases()), list[AliasInfo])
+    aliases = await usable_aliases(services, caller)
     shown = [_adapter(info, each) for each in adapters if caller.may_use(each.name) and each.broken is None]
-    shown += [_alias(info, each) for each in aliases if caller.may_use(each.name) and each.targets]
+    shown += [_alias(info, as_seen_by(caller, each)) for each in aliases if each.targets]
     return {"object": "list", "data": [_base(info), *shown]}
 
 
@@ -55,7 +55,7 @@ async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[s
         with suppress(AdapterNotFound):
             alias = msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo)
             if alias.targets:
-                return _alias(info, alias)
+                return _alias(info, as_seen_by(caller, alias))
     raise ModelNotFound(f"model {name[:100]} does not exist", param="model")
 
 
@@ -72,13 +72,13 @@ def _base(info: EngineInfo) -> dict[str, Any]:
 
 
 def _alias(info: EngineInfo, alias: AliasInfo) -> dict[str, Any]:
-    """An alias; its root is the target with the largest weight."""
+    """An alias; its root is the target with the largest weight, or itself to a key that may use none."""
     return {
         "id": alias.name,
         "object": "model",
         "created": int(alias.created),
         "owned_by": "lora-serve",
-        "root": max(alias.targets, key=lambda target: target.weight).adapter,
+        "root": max(alias.targets, key=lambda target: target.weight).adapter if alias.targets else alias.name,
         "parent": info.model,
         "max_model_len": info.max_model_len,
     }

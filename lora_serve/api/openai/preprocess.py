@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -14,12 +15,13 @@ from lora_serve.api.openai.schemas import Generation, ModelSelection, WeightedAd
 from lora_serve.api.openai.structured_output import Grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import AdapterBroken, AdapterNotFound, BadRequest, ContextExceeded, ServeError, Unavailable
-from lora_serve.messages import AdapterInfo, DescribeAdapter, DescribeAlias, EngineInfo, ListAdapters, ListAliases
+from lora_serve.messages import AdapterInfo, DescribeAdapter, DescribeAlias, EngineInfo, ListNames
 from lora_serve.names import adapter_broken, adapter_not_found
 from lora_serve.request import AdapterUse, Sampling
 
 LARGEST_VOCABULARY = 1 << 31
-MOST_SIMILAR_NAMES = 2000  # names that an unknown one is compared with
+MOST_NAMES = 10_000  # in which those are sought that a caller may use
+MOST_SIMILAR_NAMES = 2000  # of these, that an unknown one is compared with
 
 
 class ModelNotFound(ServeError):
@@ -128,9 +130,8 @@ async def explain_not_found(
     error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
 ) -> ServeError:
     """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
-    listed = [*await services.engine.call(ListAdapters()), *await services.engine.call(ListAliases())]
-    names: list[str] = [info["name"] for info in listed]
-    usable = [name for name in names if caller.may_use(name)][:MOST_SIMILAR_NAMES]
+    names: list[str] = await services.engine.call(ListNames(MOST_NAMES))
+    usable = list(islice(filter(caller.may_use, names), MOST_SIMILAR_NAMES))
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
         return AdapterNotFound(error.message + services.sources.describe() + _resembles(given, usable), param="adapter")

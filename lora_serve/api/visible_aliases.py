@@ -1,0 +1,33 @@
+"""The aliases that a key may use, with those of their targets that it may use by themselves."""
+
+from __future__ import annotations
+
+import msgspec
+
+from lora_serve.api.caller import Caller
+from lora_serve.api.services import Services
+from lora_serve.messages import AliasInfo, ListAliases
+
+
+async def usable_aliases(services: Services, caller: Caller) -> list[AliasInfo]:
+    """All aliases that a key may use, sorted by name."""
+    found: list[AliasInfo] = []
+    after = ""
+    while page := msgspec.convert(await services.engine.call(ListAliases(after)), list[AliasInfo]):
+        found += [info for info in page if caller.may_use(info.name)]
+        after = page[-1].name
+    return found
+
+
+def as_seen_by(caller: Caller, info: AliasInfo) -> AliasInfo:
+    """An alias without the targets that a key may not use, which do not exist for it."""
+    targets = [target for target in info.targets if caller.may_use(adapter_of(target.adapter))]
+    if len(targets) == len(info.targets):
+        return info
+    broken = None if info.broken is None else "not all that it stands for can be served"
+    return msgspec.structs.replace(info, targets=targets, broken=broken)
+
+
+def adapter_of(target: str) -> str:
+    """The adapter's name in a target, which may name a version."""
+    return target.partition("@")[0]
