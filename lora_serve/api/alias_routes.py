@@ -118,11 +118,18 @@ async def put_alias(
         adapter = adapter_of(target.adapter)
         if not caller.may_use(adapter):
             hidden = adapter_not_found(adapter)
-            raise AdapterNotFound(hidden.message, param=f"targets.{number}.adapter")
+            raise AdapterNotFound(hidden.message + services.sources.describe(), param=f"targets.{number}.adapter")
+    names = [_name_of(target.adapter) for target in targets]
+    await services.sources.fetch_missing(names, caller.name)
     conditions = await _check_may_change(name, services, caller, conditions)
     changes = record_of(request.scope).changes
     changes.append(Change("alias", name, targets=_described(targets)))
-    info = await services.engine.call(PutAlias(name, targets, body.sticky or "", conditions))
+    try:
+        info = await services.engine.call(PutAlias(name, targets, body.sticky or "", conditions))
+    except AdapterNotFound as error:
+        if error.message not in [adapter_not_found(each).message for each in names]:  # only a version is missing
+            raise
+        raise AdapterNotFound(error.message + services.sources.describe(), param=error.param) from None
     stored = msgspec.convert(info, AliasInfo)
     changes[-1] = Change("alias", name, stored.etag, _described(stored.targets))
     return tagged(info, stored.etag)

@@ -89,7 +89,14 @@ class Fetcher:
             self._reader = asyncio.create_task(self._read(self._process))
 
     async def fetch(
-        self, location: AdapterLocation, folder: str, *, most: int, seconds: float, limit: float, on_progress: OnProgress
+        self,
+        location: AdapterLocation,
+        folder: str,
+        *,
+        most: int,
+        seconds: float,
+        limit: float,
+        on_progress: OnProgress,
     ) -> FetchDone:
         """Copy an adapter into an empty folder. Cancelled, or when its time is over, it is ended.
 

@@ -22,6 +22,7 @@ from lora_serve.api.negative_cache import NegativeCache
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.errors import AdapterInvalid, AdapterNotFound, Overloaded, ServeError, Unavailable
 from lora_serve.messages import AliasTarget, DescribeAdapter, Publish, PutAlias
+from lora_serve.names import adapter_not_found
 from lora_serve.sources.fetch_messages import FetchDone
 from lora_serve.sources.totals import SourceTotals
 
@@ -422,6 +423,30 @@ async def test_an_admin_who_waits_while_the_server_stops_is_told_so(server: Stub
     fetcher.has.add("disk/poet")
     fetcher.may_end.set()
     assert (await post(server, {"name": "poet", "source": "disk"})).status_code == 201
+
+
+async def test_the_targets_of_an_alias_are_fetched(server: StubAdminApp) -> None:
+    do = server.engine._do
+
+    def refuse(operation: Any) -> Any:
+        """As the engine does for a target that is not published."""
+        for number, target in enumerate(operation.targets if isinstance(operation, PutAlias) else ()):
+            if target.adapter not in server.engine.adapters:
+                error = adapter_not_found(target.adapter)
+                raise AdapterNotFound(error.message, param=f"targets.{number}.adapter")
+        return do(operation)
+
+    server.engine._do = refuse  # type: ignore[method-assign]
+    answer = await server.ask("PUT", "/v1/aliases/prod", "admin", json={"targets": [{"adapter": "poet"}]})
+    assert answer.status_code == 200, answer.text
+    assert server.engine.sources == {"poet": "disk/poet"}
+    body = {"targets": [{"adapter": "poet"}, {"adapter": "nobody"}]}
+    missing = await server.ask("PUT", "/v1/aliases/prod", "admin", json=body)
+    text = "adapter nobody does not exist; looked in source disk"
+    assert refusal(missing) == (404, "targets.1.adapter", text)
+    hidden = {"targets": [{"adapter": "nobody"}]}
+    answer = await server.ask("PUT", "/v1/aliases/team-prod", "team", json=hidden)
+    assert refusal(answer) == (404, "targets.0.adapter", text)  # the same for what a key may not use
 
 
 async def test_a_fetch_is_counted_and_written_to_the_audit_log(

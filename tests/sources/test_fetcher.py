@@ -91,7 +91,9 @@ async def test_a_fetch_ends_when_its_time_is_over_and_when_it_is_cancelled(
     monkeypatch.setattr("lora_serve.sources.fetcher.GRACE", 0.3)
     web.answers["/a/slow/adapter_config.json"] = stall
     await client.get()
-    with pytest.raises(Unavailable, match=r"source web did not answer in time: the limit is 300 s \(--source-timeout\)"):
+    with pytest.raises(
+        Unavailable, match=r"source web did not answer in time: the limit is 300 s \(--source-timeout\)"
+    ):
         await client.get("slow", seconds=0.1)
     assert client.process.children() == []
     task = asyncio.create_task(client.get("slow"))

@@ -131,7 +131,7 @@ async def test_a_mirror_is_named_in_the_environment(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     fetcher = Fetcher(["hf"])
     location = parse_source("hub=hf://acme").locate("poet")
-    done = await fetcher.fetch(location, str(tmp_path), most=1 << 30, seconds=20, on_progress=lambda *_: None)
+    done = await fetcher.fetch(location, str(tmp_path), most=1 << 30, seconds=20, limit=20, on_progress=lambda *_: None)
     await fetcher.close()
     assert (done.revision, (tmp_path / "adapter_model.safetensors").read_bytes()) == (NEW, WEIGHTS)
     assert dict(mirror.asked)["/api/models/acme/poet"]["authorization"] == "Bearer hush"

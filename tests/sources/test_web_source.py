@@ -191,7 +191,7 @@ def test_a_redirect_in_a_circle_ends(packed: Fetching, web: WebServer) -> None:
 )
 def test_a_redirect_that_cannot_be_followed_is_not_tried_again(packed: Fetching, web: WebServer, to: str) -> None:
     web.answers["/a/poet.tar.gz"] = lambda answer: answer.send(b"", 302, Location=to)
-    with pytest.raises(Unavailable, match="source web cannot be read: it redirects to what is no URL$"):
+    with pytest.raises(Unavailable, match=r"source web cannot be read: it redirects to what is no URL$"):
         packed.get()
     assert len(web.asked) == 1
 
@@ -199,7 +199,7 @@ def test_a_redirect_that_cannot_be_followed_is_not_tried_again(packed: Fetching,
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://host/x", "gopher://host/x"])
 def test_a_redirect_to_another_scheme_is_not_followed(packed: Fetching, web: WebServer, to: str) -> None:
     web.answers["/a/poet.tar.gz"] = lambda answer: answer.send(b"", 302, Location=to)
-    with pytest.raises(Unavailable, match="source web cannot be read: it leads from http to another scheme$"):
+    with pytest.raises(Unavailable, match=r"source web cannot be read: it leads from http to another scheme$"):
         packed.get()
     assert len(web.asked) == 1
 
