@@ -22,7 +22,7 @@ from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, PutAlias
 from lora_serve.names import alias_not_found, check_adapter_name
 from lora_serve.request import AdapterUse
 
-PAGE = 100  # aliases that are described at once: the engine computes nothing else meanwhile
+PAGE = 50  # aliases that are described at once: the engine computes nothing else meanwhile
 
 
 class AliasOperations:
