@@ -119,7 +119,7 @@ async def put_alias(
         if not caller.may_use(adapter):
             hidden = adapter_not_found(adapter)
             raise AdapterNotFound(hidden.message + services.sources.describe(), param=f"targets.{number}.adapter")
-    names = [_name_of(target.adapter) for target in targets]
+    names = [adapter_of(target.adapter) for target in targets]
     await services.sources.fetch_missing(names, caller.name)
     conditions = await _check_may_change(name, services, caller, conditions)
     changes = record_of(request.scope).changes

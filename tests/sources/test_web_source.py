@@ -82,7 +82,8 @@ def test_a_transfer_that_breaks_off_is_tried_again_and_given_up(source: Fetching
 
     web.answers[WEIGHTS_PATH] = cut
     if times == 2:
-        assert source.get().received > sum(map(len, WANTED.values())) + 2 * 70_000  # what was received in vain as well
+        # What was received in vain counts as well; how much that is before an end is noticed is a matter of timing.
+        assert source.get().received > sum(map(len, WANTED.values()))
         assert source.files == WANTED
     else:
         with pytest.raises(Unavailable, match=r"source web cannot be read: \w+ \(5 attempts\)") as error:
