@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
+from lora_serve.adapters.store.disk import Disk
 from lora_serve.errors import PartlyApplied, ServeError, StorageFull, StoreUnusable
 from lora_serve.replicas.compaction import KeptChange, needed_changes
 from lora_serve.replicas.forwarding import ForwardedRequest
@@ -37,6 +38,7 @@ class ChangeJournal:
 
     def __init__(self, folder: Path, keep_versions: int = 1) -> None:
         self._folder = folder
+        self._disk = Disk()
         self._keep_versions = keep_versions
         self._known: dict[str, tuple[tuple[int, int, int], KeptChange]] = {}  # by file name: what it was when read
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -70,7 +72,7 @@ class ChangeJournal:
         change = KeptChange(number, thing, request.method, request.target, headers, names)
         try:
             self._write(self._path(number, HEAD), json.dumps(asdict(change)).encode())
-            self._sync()
+            self._disk.sync(self._folder)
         except OSError as error:
             raise PartlyApplied(
                 f"the change was made, but could not be kept for replicas that start later ({error.strerror}); "
@@ -126,20 +128,10 @@ class ChangeJournal:
     def _write(self, path: Path, data: bytes) -> None:
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            self._disk.write(partial, data)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-    def _sync(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _remove_needless(self) -> None:
         """Remove changes that are not needed, heads first, and what writers that were killed have left."""

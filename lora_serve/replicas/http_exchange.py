@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from urllib.parse import quote
 from starlette.types import Receive, Scope, Send
 
 from lora_serve.api import error_handlers
-from lora_serve.api.sse import ClientDisconnected, wait_for_disconnect
+from lora_serve.api.sse import ClientDisconnected, cancel_on_disconnect
 from lora_serve.errors import BadRequest, ServeError, TooLarge, Unavailable
 from lora_serve.replicas import event_framing
 from lora_serve.replicas.forwarding import ForwardedRequest, ResponseBegin, ServerLost, passed_on
@@ -54,17 +53,7 @@ class HttpExchange:
 
     async def while_connected(self, work: Awaitable[T]) -> T:
         """The result of `work`, which is cancelled if the client leaves: then raises `ClientDisconnected`."""
-        working = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(wait_for_disconnect(self._receive))
-        try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientDisconnected
-            return working.result()
-        finally:
-            for task in (working, leaving):
-                task.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
+        return await cancel_on_disconnect(self._receive, work)
 
     async def pass_on(self, begin: ResponseBegin, parts: Sequence[bytes], rest: Any = None) -> None:
         """Send a response as the server gave it. A stream that breaks gets an error event.

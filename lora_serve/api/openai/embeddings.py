@@ -72,12 +72,12 @@ async def _respond(
     uses: tuple[AdapterUse, ...],
     quota: QuotaUse,
 ) -> Response:
-    requests = await cancel_on_disconnect(request, _prepare(body, request, services, caller, uses))
+    requests = await cancel_on_disconnect(request.receive, _prepare(body, request, services, caller, uses))
     timer = services.metrics.begin("embeddings")
     tokens = sum(len(each.prompt) for each in requests)
     try:
         embeddings = await cancel_on_disconnect(
-            request, _embed_all(services, requests, timer, record_of(request.scope), quota)
+            request.receive, _embed_all(services, requests, timer, record_of(request.scope), quota)
         )
         timer.end("stop", tokens, 0)
     except ServeError as error:

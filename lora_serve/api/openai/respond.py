@@ -52,15 +52,15 @@ async def respond(
         try:
             uses = resolve_adapters(body, services, caller)
             quota = stack.enter_context(services.quotas.use(caller, [use.name for use in uses], record))
-            call = await cancel_on_disconnect(http, prepare(uses))
+            call = await cancel_on_disconnect(http.receive, prepare(uses))
             routing = routing_of(http, call.choices[0].request.id, body.user, services)
             started = start_choices(services, endpoint, call.choices, record, routing)
-            running = await cancel_on_disconnect(http, stack.enter_async_context(started))
+            running = await cancel_on_disconnect(http.receive, stack.enter_async_context(started))
             quota.count([adapter.name for adapter in running.adapters])
         except AdapterNotFound as error:
             raise await explain_not_found(error, body, services, caller) from None
         if not body.stream:
-            outputs = await cancel_on_disconnect(http, collect_outputs(running))
+            outputs = await cancel_on_disconnect(http.receive, collect_outputs(running))
             return FastJSONResponse(call.full_response(running, outputs), headers=quota.headers)
         return SSEResponse(call.chunks(running), stack.pop_all(), format, quota.headers)
 
