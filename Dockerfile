@@ -8,10 +8,10 @@ RUN apt-get update \
 RUN python3 -m venv /opt/lora-serve
 ENV PATH=/opt/lora-serve/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# PyPI's torch has CUDA. Where the index of builds without it cannot be reached, PyPI's has to do.
-ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
+# PyPI's torch has CUDA. Without the address of an index of builds that have none, PyPI's has to do.
+ARG CPU_INDEX=
 COPY requirements/serve.txt .
-RUN [ "$DEVICE" = cuda ] \
+RUN [ "$DEVICE" = cuda ] || [ -z "$CPU_INDEX" ] \
  || pip install --no-deps --retries 1 --timeout 10 --index-url "$CPU_INDEX" "$(grep -E '^torch==' serve.txt)" \
  || echo "no torch at $CPU_INDEX"
 RUN pip install -r serve.txt

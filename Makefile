@@ -12,9 +12,10 @@ DEMO   := $(if $(filter demo/model,$(MODEL)),--served-model-name demo --adapters
 GPU_PYTHON ?= 3.12
 OUT        ?= gpu-check
 
-# Which build of torch: the one without CUDA where there is no NVIDIA device; it is gigabytes smaller.
+# Which build of torch: the one without CUDA where there is no NVIDIA device, if CPU_INDEX says which package index has
+# it; it is gigabytes smaller.
 TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+CPU_INDEX ?=
 
 .PHONY: serve test ray-test asan older-cpus emulated check sources-check format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
@@ -112,7 +113,7 @@ $(BIN)/python:
 # PyPI's torch for Linux has CUDA. Where the index of the other builds cannot be reached, PyPI's has to do.
 $(VENV)/.torch: requirements/serve.txt | $(BIN)/python
 	@torch=$$(grep -E '^torch==' requirements/serve.txt); \
-	if [ "$(TORCH) $$(uname -s)" = "cpu Linux" ]; then \
+	if [ -n "$(CPU_INDEX)" ] && [ "$(TORCH) $$(uname -s)" = "cpu Linux" ]; then \
 		echo "no NVIDIA device: $$torch without CUDA (TORCH=cuda installs the other build)"; \
 		$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --retries 1 --timeout 10 \
 			--index-url $(CPU_INDEX) $$torch || echo "$(CPU_INDEX) gave no torch; the package index is asked"; \
