@@ -68,6 +68,7 @@ PACKAGES = (
         (
             "request",
             "messages",
+            "training_messages",
             "precondition",
             "config",
             "errors",

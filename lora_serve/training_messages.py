@@ -1,0 +1,139 @@
+"""Messages about training runs: operations of the engine's trainer, which the API process calls, and their answers.
+
+A training run is one adapter that is trained on the resident base. Operations on one run are carried out one after
+another in the order in which they were sent, those on different runs beside each other, between the steps that serve.
+The engine keeps runs in memory only: if it dies, they are gone, and whoever drives them begins again from what was saved.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`)."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    target_modules: str | list[str] = "all-linear"
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
+    use_dora: bool = False
+    seed: int = 0
+
+
+class TrainingExample(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to learn from.
+
+    Attributes:
+        tokens, targets: [n], and for each token the one that should follow it.
+        inputs: by name what the loss reads for each target, [n] each: `weights`, `logprobs`, `advantages`.
+    """
+
+    tokens: list[int]
+    targets: list[int]
+    inputs: dict[str, list[float]]
+
+
+class CreateRun(msgspec.Struct, frozen=True, tag="create_run"):
+    """Begin to train a new adapter. Answered with a `RunInfo`.
+
+    Attributes:
+        owner: whose run it is; owners share the trainer's time equally.
+        priority: runs of a higher one go first.
+    """
+
+    run: str
+    settings: RunSettings
+    owner: str = ""
+    priority: int = 0
+
+
+class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
+    """Add the gradients of a loss, summed over the examples, to those of the run. Answered with a `PassResult`.
+
+    Attributes:
+        loss: name of the loss function; `config` has its numbers.
+        forward_only: compute the loss and leave the gradients alone.
+    """
+
+    run: str
+    examples: list[TrainingExample]
+    loss: str = "cross_entropy"
+    config: dict[str, float] = {}
+    forward_only: bool = False
+
+
+class OptimizerStep(msgspec.Struct, frozen=True, tag="optimizer_step"):
+    """Apply and clear the gradients with AdamW. Answered with a `StepResult`."""
+
+    run: str
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class SaveRun(msgspec.Struct, frozen=True, tag="save_run"):
+    """Write weights, settings and the optimizer's state to a new folder. Answered with None once it is on the disk."""
+
+    run: str
+    folder: str
+
+
+class RestoreRun(msgspec.Struct, frozen=True, tag="restore_run"):
+    """Restore the weights that `SaveRun` wrote, and with `optimizer` the optimizer's state. Answered with a `RunInfo`."""
+
+    run: str
+    folder: str
+    optimizer: bool = True
+
+
+class ExportRun(msgspec.Struct, frozen=True, tag="export_run"):
+    """Write the adapter's PEFT files to a new folder. Answered with None once they are on the disk."""
+
+    run: str
+    folder: str
+
+
+class CloseRun(msgspec.Struct, frozen=True, tag="close_run"):
+    """End a run, if there is one, and free its memory; its operations that have not finished fail. Answered with None."""
+
+    run: str
+
+
+RunOperation = CreateRun | ForwardBackward | OptimizerStep | SaveRun | RestoreRun | ExportRun | CloseRun
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """A run: number of trained parameters, bytes of memory it takes, steps of its optimizer so far."""
+
+    run: str
+    parameters: int
+    memory_bytes: int
+    steps: int
+
+
+class PassResult(msgspec.Struct, frozen=True):
+    """What a pass found.
+
+    Attributes:
+        loss: summed over the examples; not finite if it diverged.
+        logprobs: of each example's targets; 0 where a target has no part in the loss.
+        metrics: what else the loss function computes, by name.
+        tokens: computed.
+    """
+
+    loss: float
+    logprobs: list[list[float]]
+    metrics: dict[str, float]
+    tokens: int
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What an optimizer's step did: the gradients' norm before clipping, and the number of steps so far."""
+
+    grad_norm: float
+    steps: int
