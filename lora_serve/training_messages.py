@@ -2,7 +2,7 @@
 
 A training run is one adapter that is trained on the resident base. Operations on one run are carried out one after
 another in the order in which they were sent, those on different runs beside each other, between the steps that serve.
-The engine keeps runs in memory only: if it dies, they are gone, and whoever drives them begins again from what was saved.
+The engine keeps runs in memory only: if it dies, they are gone, and whoever drives them goes on from what was saved.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SaveRun(msgspec.Struct, frozen=True, tag="save_run"):
 
 
 class RestoreRun(msgspec.Struct, frozen=True, tag="restore_run"):
-    """Restore the weights that `SaveRun` wrote, and with `optimizer` the optimizer's state. Answered with a `RunInfo`."""
+    """Restore the weights that `SaveRun` wrote, and with `optimizer` its state. Answered with a `RunInfo`."""
 
     run: str
     folder: str
@@ -99,7 +99,7 @@ class ExportRun(msgspec.Struct, frozen=True, tag="export_run"):
 
 
 class CloseRun(msgspec.Struct, frozen=True, tag="close_run"):
-    """End a run, if there is one, and free its memory; its operations that have not finished fail. Answered with None."""
+    """End a run, if there is one, and free its memory; what it has not finished fails. Answered with None."""
 
     run: str
 
