@@ -69,6 +69,7 @@ PACKAGES = (
             "request",
             "messages",
             "training_messages",
+            "learning_rate",
             "precondition",
             "config",
             "errors",

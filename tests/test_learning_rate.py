@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lora_serve.engine.training.learning_rate import Decay, LearningRate
+from lora_serve.learning_rate import Decay, LearningRate
 from lora_serve.errors import BadRequest
 
 NAMES: dict[Decay, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
