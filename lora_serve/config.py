@@ -167,6 +167,7 @@ class ServeConfig(BaseSettings):
         le=1,
         description="share of the time that training gets even where it delays streams; without streams it gets all",
     )
+    training_jobs: int = Field(4, ge=1, description="fine-tuning jobs that train at once; further ones wait")
     prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes under the same adapter")
     max_queue: int = Field(1024, ge=1, description="requests that may wait; further ones get 429")
 

@@ -39,6 +39,7 @@ STATUS = {
     "adapter_not_found": 404,
     "model_not_found": 404,
     "file_not_found": 404,
+    "job_not_found": 404,
     "response_not_found": 404,
     "run_not_found": 404,
     "adapter_exists": 409,

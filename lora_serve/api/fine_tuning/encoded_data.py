@@ -32,9 +32,7 @@ class DataWriter:
         self._new = folder.with_name(folder.name + NEW)
         disk.remove(self._new)
         disk.make_folder(self._new)
-        self._files: dict[str, IO[bytes]] = {
-            name: (self._new / name).open("xb") for name in (TOKENS, LEARNT, ENDS)
-        }
+        self._files: dict[str, IO[bytes]] = {name: (self._new / name).open("xb") for name in (TOKENS, LEARNT, ENDS)}
         self._written = 0
 
     def add(self, encoded: Iterable[EncodedSequence | PreferencePair]) -> None:

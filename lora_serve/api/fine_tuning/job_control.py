@@ -1,4 +1,4 @@
-"""What a running job is told, waits for and tells: to be abandoned, space on the disk, the engine, events, its status."""
+"""What a running job is told, waits for and tells: to stop, space on the disk, the engine; events, its status."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TrainingEngine(Protocol):
 
 @dataclass(frozen=True)
 class Intervals:
-    """Seconds: between saves besides those of epochs; until a full disk, training memory, the engine are tried again."""
+    """Seconds between saves besides those of epochs; until a full disk or memory, and the engine, are tried again."""
 
     save: float = 60.0
     retry: float = 5.0

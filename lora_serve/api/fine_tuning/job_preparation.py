@@ -45,9 +45,7 @@ class Prepared(NamedTuple):
     counts: EncodingCounts
 
 
-async def prepare(
-    store: JobStore, id_: str, tokenizer: Any, info: EngineInfo, check: Callable[[], None]
-) -> None:
+async def prepare(store: JobStore, id_: str, tokenizer: Any, info: EngineInfo, check: Callable[[], None]) -> None:
     """Encode a job's files, and choose its numbers. Raises `InvalidData`, `StorageFull`, and what `check` raises.
 
     Args:

@@ -46,7 +46,7 @@ class TrainerSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         learning_rate: None: by OpenAI's multiplier.
         warmup_ratio: share of all steps.
-        early_stopping_patience: epochs in a row without a lower validation loss, after which training ends; None: never.
+        early_stopping_patience: epochs in a row without a lower validation loss, after which training ends.
         load_best_model_at_end: whether the result is the checkpoint with the lowest validation loss.
     """
 

@@ -1,4 +1,4 @@
-"""What comes of a fine-tuning job: an adapter, published as any other, with its training record; a table of its steps."""
+"""What comes of a fine-tuning job: a published adapter with its training record, and a table of its steps."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ class JobResults:
         staging: folder on the store's file system; raises Unavailable while there is none.
     """
 
-    def __init__(
-        self, store: JobStore, engine: TrainingEngine, files: FileStore, staging: Callable[[], Path]
-    ) -> None:
+    def __init__(self, store: JobStore, engine: TrainingEngine, files: FileStore, staging: Callable[[], Path]) -> None:
         self._store, self._engine, self._files, self._staging = store, engine, files, staging
 
     async def publish(self, job: JobRecord, step: int, name: str | None = None) -> str:
@@ -65,7 +63,7 @@ class JobResults:
         return info.versions[0].digest
 
     async def keep_metrics(self, job: JobRecord) -> list[str]:
-        """Keep the table of a job's steps as a file of its key; returns the file's id, or none if it cannot have more."""
+        """Keep the table of a job's steps as a file of its key. Returns the file's id; none if the key has too many."""
         async with staging_folder(self._staging()) as root:
             try:
                 return [await asyncio.to_thread(self._write_table, job, root / "file")]

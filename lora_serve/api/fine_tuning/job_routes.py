@@ -51,7 +51,9 @@ NO_PERMISSIONS = (
 def _training(services: ServicesDep, caller: Administrator) -> JobQueue:
     """The jobs, if this server trains. Raises `BadRequest` that says how it would."""
     if not engine_info(services).training_memory:
-        raise BadRequest("this server does not train; start it with --training-memory, for example 1GiB, to turn that on")
+        raise BadRequest(
+            "this server does not train; start it with --training-memory, for example 1GiB, to turn that on"
+        )
     return services.jobs
 
 
@@ -99,9 +101,7 @@ async def create_job(
     adapter = result_adapter(suffix, id_[-10:]) if body.adapter is None else body.adapter
     caller.check_may_publish(check_adapter_name(adapter, engine_info(services).model), param="adapter")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    data = {
-        name: DataFile(file.id, file.sha256, file.kind, file.examples) for name, (file, _) in files.items()
-    }
+    data = {name: DataFile(file.id, file.sha256, file.kind, file.examples) for name, (file, _) in files.items()}
     job = JobRecord(
         id=id_,
         tenant=caller.owner,
@@ -130,9 +130,7 @@ async def list_jobs(
     request: Request, jobs: Jobs, caller: Administrator, after: After = None, limit: Limit = LISTED
 ) -> JobPage:
     """This key's jobs, newest first; `metadata[key]=value` selects, and `metadata=null` those without any."""
-    wanted = {
-        match[1]: value for name, value in request.query_params.items() if (match := _METADATA.fullmatch(name))
-    }
+    wanted = {match[1]: value for name, value in request.query_params.items() if (match := _METADATA.fullmatch(name))}
     without = request.query_params.get("metadata") == "null"
     found = [
         job
@@ -190,9 +188,7 @@ async def list_checkpoints(job: Job, jobs: Jobs, after: After = None, limit: Lim
     return CheckpointPage(data=data, has_more=len(found) > limit, first_id=first, last_id=last)
 
 
-@router.api_route(
-    "/checkpoints/{checkpoint:path}/permissions", methods=["GET", "POST"], include_in_schema=False
-)
+@router.api_route("/checkpoints/{checkpoint:path}/permissions", methods=["GET", "POST"], include_in_schema=False)
 @router.delete("/checkpoints/{checkpoint:path}/permissions/{permission_id}", include_in_schema=False)
 async def permissions(caller: Administrator) -> None:
     """OpenAI's permissions of checkpoints, which are refused."""

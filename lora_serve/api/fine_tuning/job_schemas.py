@@ -73,9 +73,9 @@ class LoraOptions(Strict):
 
     r: Rank | None = None
     lora_alpha: Alpha | None = None
-    target_modules: Module | Annotated[list[Module], Field(min_length=1, max_length=MOST_MODULES, fail_fast=True)] | None = (
-        None
-    )
+    target_modules: (
+        Module | Annotated[list[Module], Field(min_length=1, max_length=MOST_MODULES, fail_fast=True)] | None
+    ) = None
     rank_pattern: Annotated[dict[str, Rank], Few] | None = None
     alpha_pattern: Annotated[dict[str, Alpha], Few] | None = None
     use_rslora: bool | None = None
@@ -95,7 +95,9 @@ class TrainerOptions(Strict):
     early_stopping_patience: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] | None = Field(
         None, description="epochs in a row without a lower validation loss, after which training ends"
     )
-    load_best_model_at_end: bool | None = Field(None, description="the result is the checkpoint of lowest validation loss")
+    load_best_model_at_end: bool | None = Field(
+        None, description="the result is the checkpoint of lowest validation loss"
+    )
 
 
 class CreateFineTuningJob(Strict):
@@ -106,9 +108,12 @@ class CreateFineTuningJob(Strict):
     validation_file: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     suffix: Annotated[str, Field(max_length=64)] | None = Field(None, description="part of the model's name")
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Few, Field(
-        max_length=16
-    )] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Few, Field(max_length=16)
+        ]
+        | None
+    ) = None
     integrations: Annotated[list[Any], Field(max_length=0)] | None = None
     method: MethodChoice | None = None
     hyperparameters: SupervisedHyperparameters | None = Field(None, description="the old place, without `method`")

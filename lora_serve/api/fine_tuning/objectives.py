@@ -108,9 +108,7 @@ class PreferenceObjective:
     async def measure(self, call: Call, run: str) -> BatchLoss:
         return await self._pass(call, run, range(self.examples), forward_only=True)
 
-    async def _pass(
-        self, call: Call, run: str, batch: Iterable[int], *, forward_only: bool = False
-    ) -> BatchLoss:
+    async def _pass(self, call: Call, run: str, batch: Iterable[int], *, forward_only: bool = False) -> BatchLoss:
         loss, tokens, pairs = 0.0, 0, 0
         sums: dict[str, float] = {}
         for part in _parts(batch, self._length):
@@ -164,4 +162,3 @@ def _parts(batch: Iterable[int], length: Callable[[int], int]) -> Iterator[list[
 
 async def _forward_backward(call: Call, operation: ForwardBackward) -> PassResult:
     return msgspec.convert(await call(operation), PassResult)
-

@@ -73,9 +73,7 @@ async def train(
             max_grad_norm=trainer.max_grad_norm * scale,
         )
         step = msgspec.convert(await call(operation), StepResult)
-        position = msgspec.structs.replace(
-            position, step=position.step + 1, tokens=position.tokens + found.tokens
-        )
+        position = msgspec.structs.replace(position, step=position.step + 1, tokens=position.tokens + found.tokens)
         metrics = {
             "step": position.step,
             "total_steps": order.steps,
