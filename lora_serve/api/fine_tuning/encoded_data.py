@@ -14,7 +14,7 @@ import mmap
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.fine_tuning.example_encoder import EncodedSequence, PreferencePair
@@ -72,7 +72,7 @@ class EncodedData:
         self._tokens = _mapped(folder / TOKENS, "I")
         self._learnt = _mapped(folder / LEARNT, "B")
         self._ends = _mapped(folder / ENDS, "Q")
-        self._reference: memoryview | None = None  # until it is needed
+        self._reference: Any | None = None  # until it is needed
         self.sequences = len(self._ends)
         self.tokens = len(self._tokens)
 
@@ -99,7 +99,9 @@ class EncodedData:
         """
         start, end = self._place(sequence)
         tokens = self._tokens[start:end].tolist()
-        inputs = {"weights": [weight if learnt else 0.0 for learnt in self._learnt[start + 1 : end]]}
+        inputs: dict[str, list[float]] = {
+            "weights": [weight if learnt else 0.0 for learnt in self._learnt[start + 1 : end]]
+        }
         if reference:
             if self._reference is None:
                 self._reference = _mapped(self._folder / REFERENCE, "f")
@@ -137,8 +139,10 @@ class ReferenceWriter:
         self._file.close()
 
 
-def _mapped(path: Path, kind: str) -> memoryview:
+def _mapped(path: Path, kind: str) -> Any:
+    """A file's numbers as a memoryview; `kind` as in `struct`."""
     with path.open("rb") as file:
         size = path.stat().st_size
         content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
-    return memoryview(content).cast("B").cast(kind)
+    view: Any = memoryview(content)
+    return view.cast("B").cast(kind)

@@ -194,7 +194,8 @@ def choose(waiting: Iterable[JobRecord], running: Counter[str], most: int) -> li
         running: jobs by key.
         most: jobs to choose.
     """
-    waiting, running, chosen = list(waiting), running.copy(), []
+    waiting, running = list(waiting), running.copy()
+    chosen: list[JobRecord] = []
     while waiting and len(chosen) < most:
         job = min(waiting, key=lambda job: (running[job.tenant], job.id))
         waiting.remove(job)

@@ -51,9 +51,7 @@ NO_PERMISSIONS = (
 def _training(services: ServicesDep, caller: Administrator) -> JobQueue:
     """The jobs, if this server trains. Raises `BadRequest` that says how it would."""
     if not engine_info(services).training_memory:
-        raise BadRequest(
-            "this server does not train; start it with --training-memory, for example 1GiB, to turn that on"
-        )
+        raise BadRequest("this server does not train; to turn that on, start it with --training-memory 1GiB, or more")
     return services.jobs
 
 

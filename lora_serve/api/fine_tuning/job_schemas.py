@@ -1,4 +1,4 @@
-"""The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields, and this server's `lora`, `trainer`, `max_length`, `adapter`."""
+"""The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields, and `lora`, `trainer`, `max_length`, `adapter`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)] | Auto | None
 Multiplier = Annotated[float, Field(gt=0, le=LARGEST_MULTIPLIER)] | Auto | None
 Beta = Annotated[float, Field(gt=0, le=100)] | Auto | None
 Module = Annotated[str, Field(min_length=1, max_length=500)]
+Modules = Module | Annotated[list[Module], Field(min_length=1, max_length=MOST_MODULES, fail_fast=True)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -73,9 +74,7 @@ class LoraOptions(Strict):
 
     r: Rank | None = None
     lora_alpha: Alpha | None = None
-    target_modules: (
-        Module | Annotated[list[Module], Field(min_length=1, max_length=MOST_MODULES, fail_fast=True)] | None
-    ) = None
+    target_modules: Modules | None = None
     rank_pattern: Annotated[dict[str, Rank], Few] | None = None
     alpha_pattern: Annotated[dict[str, Alpha], Few] | None = None
     use_rslora: bool | None = None
@@ -95,9 +94,7 @@ class TrainerOptions(Strict):
     early_stopping_patience: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] | None = Field(
         None, description="epochs in a row without a lower validation loss, after which training ends"
     )
-    load_best_model_at_end: bool | None = Field(
-        None, description="the result is the checkpoint of lowest validation loss"
-    )
+    load_best_model_at_end: bool | None = Field(None, description="the result is the checkpoint of lowest valid_loss")
 
 
 class CreateFineTuningJob(Strict):
@@ -144,10 +141,10 @@ class CreateFineTuningJob(Strict):
     def _fields_agree(self) -> CreateFineTuningJob:
         if self.method is not None and self.hyperparameters is not None:
             raise ValueError("hyperparameters: send them in method")
-        trainer = self.trainer
-        if trainer is not None and self.validation_file is None:
-            if trainer.early_stopping_patience is not None or trainer.load_best_model_at_end:
-                raise ValueError("trainer: early stopping and the best checkpoint need a validation_file")
+        trainer = self.trainer or TrainerOptions()
+        validates = trainer.early_stopping_patience is not None or trainer.load_best_model_at_end
+        if validates and self.validation_file is None:
+            raise ValueError("trainer: early stopping and the best checkpoint need a validation_file")
         return self
 
     @property

@@ -41,9 +41,11 @@ class TrainedModels:
     async def publish_checkpoint(self, model: str | None, caller: Caller) -> None:
         """Publish the checkpoint that a model's name stands for, if it is one and not published yet."""
         found = None if model is None else self._find(model)
-        if found is None or found[1] is None:
+        if found is None:
             return
         job, step = found
+        if step is None:
+            return
         name = checkpoint_adapter(job, step)
         if not caller.may_use(name) or self._store.saves(job.id).adapter(step) is None:
             return
