@@ -16,7 +16,7 @@ IN_CHECKPOINTS = ("step", "train_", "valid_", "full_valid_")  # how metrics begi
 
 
 class JobProgress:
-    """The `Progress` of a job's loop that begins at a position.
+    """The `LoopProgress` of a job's loop that begins at a position.
 
     Args:
         told: step of the last metrics event, which may be of a loop that went further and was lost.

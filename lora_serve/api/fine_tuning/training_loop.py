@@ -32,7 +32,7 @@ class Diverged(ServeError):
     kind = "training_diverged"
 
 
-class Progress(Protocol):
+class LoopProgress(Protocol):
     """What is told of a loop, and may end it by an exception."""
 
     async def before_step(self, position: Position) -> None:
@@ -54,7 +54,7 @@ async def train(
     schedule: LearningRate,
     trainer: TrainerSettings,
     position: Position,
-    progress: Progress,
+    progress: LoopProgress,
 ) -> Position:
     """Train from a position to the end; returns the last position. Raises `Diverged`, and what `call` raises."""
     scale = objective.gradient_scale
