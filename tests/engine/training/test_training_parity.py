@@ -18,13 +18,13 @@ from support import ARCHITECTURES, COMMON, EXPERTS, HEADS_FIRST, VOCABULARY, mak
 from training_driver import CPU, TrainingDriver, examples, load_small, load_trainable, train_peft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, OPTConfig
 
-from lora_serve.learning_rate import LearningRate
 from lora_serve.engine.training.micro_batch import MicroBatch
 from lora_serve.engine.training.trained_files import peft_tensors, save_peft
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
+from lora_serve.learning_rate import LearningRate
 from lora_serve.model.trainable_base import TrainableBase
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
