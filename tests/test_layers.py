@@ -51,6 +51,7 @@ PACKAGES = (
             "key_commands",
             "option_errors",
             "top_command",
+            "train_command",
         ),
     ),
     Package(6, "api", ("api",)),
