@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-from tasks import ALTERNATE, TASKS, heldout_prompts
+from tasks import ALTERNATE, heldout_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "lora_serve"]
@@ -95,11 +95,8 @@ def show(http: httpx.Client, url: str, waits: list[float]) -> None:
     """How well the new adapter does, and the command that asks it."""
     texts = heldout_prompts(TESTED, seed=9)
     right = sum(answer(http, text, ALTERNATE.name) == ALTERNATE.answer(text) for text in texts)
-    told = TASKS["shout"].summary
-    print(f"\nwhile it was trained, {len(waits)} requests to shout ({told}) took {sum(waits) / len(waits):.2f} s each")
-    print(
-        f"{ALTERNATE.name} {ALTERNATE.summary}: exact on {right} of {TESTED} sentences that it has not seen. Ask it:\n"
-    )
+    print(f"\nmeanwhile {len(waits)} requests to the adapter shout took {sum(waits) / len(waits):.2f} s each")
+    print(f"{ALTERNATE.name} {ALTERNATE.summary}: right on {right} of {TESTED} sentences that it has never seen\n")
     body = {"model": ALTERNATE.name, "messages": [{"role": "user", "content": texts[0]}], "temperature": 0}
     print(f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n")
     print(f"# … {answer(http, texts[0], ALTERNATE.name)}", flush=True)
