@@ -170,11 +170,9 @@ def rows(found: dict[str, dict[str, list[Window]]]) -> list[list[str]]:
         for state, windows in states.items():
             if windows:
                 all_ = joined(windows)
-                lines.append(
-                    [f"{load}, {state}", *(number(all_.gap(quantile), 1) for quantile in (0.5, 0.99, 1.0))]
-                    + [number(all_.served / all_.seconds, 1), number(all_.trained / all_.seconds, 1)]
-                    + [number(100 * all_.training / all_.seconds, 1)]
-                )
+                parts = (all_.served / all_.seconds, all_.trained / all_.seconds, 100 * all_.training / all_.seconds)
+                gaps = [all_.gap(quantile) for quantile in (0.5, 0.99, 1.0)]
+                lines.append([f"{load}, {state}", *(number(value, 1) for value in (*gaps, *parts))])
         if states["off"]:
             off, on = joined(states["off"]), joined(states["on"])
             ratios = [on.gap(quantile) / off.gap(quantile) for quantile in (0.5, 0.99, 1.0)]
