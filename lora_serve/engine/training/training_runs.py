@@ -26,7 +26,14 @@ from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
 from lora_serve.engine.training.micro_batch import TrainingSequence
 from lora_serve.engine.training.run_checkpoint import RunCheckpoint
-from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
+from lora_serve.engine.training.run_operations import (
+    PART_TOKENS,
+    Done,
+    QueuedOperation,
+    QueuedPass,
+    TrainingRun,
+    parts_of,
+)
 from lora_serve.engine.training.run_turns import RunTurn, RunTurns
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
 from lora_serve.engine.training.trained_files import peft_config, peft_tensors
@@ -138,14 +145,14 @@ class TrainingRuns:
         for example in operation.examples:
             sequence = TrainingSequence(example.tokens, example.targets, [0.0] * len(example.targets))
             sequence.check(self._base.vocabulary, self._base.max_length)
-        sizes = group_sizes(operation, loss.group)
+        parts, sizes = parts_of(operation, loss.group, min(PART_TOKENS, self._most_tokens))
         if max(sizes) > self._most_tokens:
             raise BadRequest(
                 f"a pass over {max(sizes)} tokens takes {_mib(pass_bytes(self._base, max(sizes)))}, and "
                 f"{_mib(self._trainer.free)} of --training-memory are free: make the sequences shorter",
                 param="examples",
             )
-        return QueuedPass(operation, done, next(self._orders), loss=loss, sizes=sizes)
+        return QueuedPass(operation, done, next(self._orders), loss=loss, parts=parts, sizes=sizes)
 
     def _begin(self, run: TrainingRun) -> None:
         """Let a thread do what the first operation of a run begins with."""
