@@ -34,6 +34,8 @@ GROUPS = {
     "openai": "OpenAI's routes",
     "anthropic": "Anthropic's routes",
     "adapters": "Adapters",
+    "files": "Files of training data",
+    "fine-tuning": "Fine-tuning",
     "tokenizer": "Tokenizer",
     "server": "The server",
 }

@@ -18,7 +18,6 @@ from lora_serve.names import check_name
 from lora_serve.remote import BINARY, RemoteCommand
 
 FINISHED = ("succeeded", "failed", "cancelled")
-LOOK_EVERY = 0.5  # seconds
 
 Job = dict[str, Any]
 
@@ -41,6 +40,7 @@ class TrainCommand(RemoteCommand):
     alpha: float | None = Field(None, gt=0, description="its lora_alpha (default: 32)")
     beta: float | None = Field(None, gt=0, description="of dpo (default: 0.1)")
     max_length: int | None = Field(None, ge=2, description="tokens, beyond which an example is cut")
+    interval: float = Field(0.5, gt=0, description="seconds between two looks at the job")
     seed: int | None = Field(None, ge=0, description="of the order of the examples and the first weights")
 
     def run(self) -> None:
@@ -115,7 +115,7 @@ class TrainCommand(RemoteCommand):
                 progress.update(bar, description=job["status"])
                 if job["status"] in FINISHED:
                     return job
-                time.sleep(LOOK_EVERY)
+                time.sleep(self.interval)
 
     def _new_events(self, where: str, told: set[str]) -> list[Job]:
         """Events that were not told yet, oldest first."""

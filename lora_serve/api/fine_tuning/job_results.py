@@ -15,10 +15,12 @@ from pathlib import Path
 import msgspec
 
 from lora_serve.adapters.store.disk import Disk
+from lora_serve.api.access_log import write_audit
 from lora_serve.api.fine_tuning.file_store import CONTENT, FileStore
 from lora_serve.api.fine_tuning.job_control import TrainingEngine
 from lora_serve.api.fine_tuning.job_records import JobRecord
 from lora_serve.api.fine_tuning.job_store import JobStore, disk_errors
+from lora_serve.api.request_record import Change
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import ServeError, StorageFull
 from lora_serve.messages import AdapterInfo, Publish
@@ -60,7 +62,9 @@ class JobResults:
                 await asyncio.to_thread((folder / CARD).write_text, _card(job, record), "utf-8")
             operation = Publish(name or job.adapter, str(folder), replace=True)
             info = msgspec.convert(await self._engine.call(operation), AdapterInfo)
-        return info.versions[0].digest
+        digest = info.versions[0].digest
+        write_audit(Change("publish", info.name, digest), key=job.organization, source=job.id)
+        return digest
 
     async def keep_metrics(self, job: JobRecord) -> list[str]:
         """Keep the table of a job's steps as a file of its key. Returns the file's id; none if the key has too many."""
