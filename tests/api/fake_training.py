@@ -100,8 +100,8 @@ class FakeTrainingEngine(StubAdminEngine):
         self.most_at_once = 0
 
     async def call(self, operation: Operation) -> Any:
-        if not self.alive:
-            raise Unavailable("the engine is not running")
+        if not self.alive or (not self.ready and hasattr(operation, "run")):
+            raise Unavailable("the engine is not running, or drains")
         if not hasattr(operation, "run"):
             return await super().call(operation)
         restarts = self.restarts

@@ -64,7 +64,7 @@ class EncodedData:
 
     Attributes:
         sequences: in all; twice as many as preferences.
-        tokens: of all sequences.
+        tokens, learnt_tokens: of all sequences, and those that the loss is on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,6 +75,7 @@ class EncodedData:
         self._reference: Any | None = None  # until it is needed
         self.sequences = len(self._ends)
         self.tokens = len(self._tokens)
+        self.learnt_tokens = self._learnt.tobytes().count(1)
 
     @property
     def has_reference(self) -> bool:
@@ -89,7 +90,7 @@ class EncodedData:
     def learnt(self, sequence: int) -> int:
         """How many of its tokens the loss is on."""
         start, end = self._place(sequence)
-        return sum(self._learnt[start:end])
+        return int(self._learnt[start:end].tobytes().count(1))
 
     def example(self, sequence: int, weight: float = 1.0, *, reference: bool = False) -> TrainingExample:
         """A sequence as the engine learns from it, each target with this weight.

@@ -38,10 +38,10 @@ class JobProgress:
         return int(self._control.store.clock() + each * (steps - self._last))
 
     async def before_step(self, position: Position) -> None:
-        """Save if it is time; save and raise `Stopped` if the job is to pause, or the server to end."""
+        """Save if it is time, or if the job is paused; then raise `Stopped`."""
         self._control.check()
         status = self._control.job.status
-        if self._control.draining or status == "paused":
+        if status == "paused":
             await self._save(position, None)
             raise Stopped
         if status == "queued":  # paused, and resumed before that was noticed

@@ -99,7 +99,7 @@ class JobQueue:
             return msgspec.structs.replace(job, status="cancelled", finished_at=job.finished_at or now)
 
         await self._changed(id_, change, "The job was cancelled")
-        if runner is not None:
+        if (runner := self._runner(id_)) is not None:  # it may have ended meanwhile
             runner.control.abandon()
         else:
             await asyncio.to_thread(self.store.clean_up, id_)

@@ -71,7 +71,7 @@ def _found(fine_tuning_job_id: JobId, jobs: Jobs, caller: Administrator) -> JobR
 
 Job = Annotated[JobRecord, Depends(_found)]
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=JSONRoute)
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=JSONRoute, responses=errors(400))
 
 
 def may_see(caller: Caller, job: JobRecord) -> bool:
@@ -148,21 +148,21 @@ async def retrieve_job(job: Job, jobs: Jobs) -> JobObject:
     return job_object(job, jobs.estimated_finish(job))
 
 
-@router.post("/jobs/{fine_tuning_job_id}/cancel", responses=errors(400, 404))
+@router.post("/jobs/{fine_tuning_job_id}/cancel", responses=errors(404))
 async def cancel_job(request: Request, job: Job, jobs: Jobs) -> JobObject:
     """Cancel a job; its checkpoints stay."""
     record_of(request.scope).changes.append(Change("cancel-job", job.id))
     return job_object(await jobs.cancel(job.id), None)
 
 
-@router.post("/jobs/{fine_tuning_job_id}/pause", responses=errors(400, 404))
+@router.post("/jobs/{fine_tuning_job_id}/pause", responses=errors(404))
 async def pause_job(request: Request, job: Job, jobs: Jobs) -> JobObject:
     """Pause a job: it saves where it is, and its memory is free for others."""
     record_of(request.scope).changes.append(Change("pause-job", job.id))
     return job_object(await jobs.pause(job.id), None)
 
 
-@router.post("/jobs/{fine_tuning_job_id}/resume", responses=errors(400, 404))
+@router.post("/jobs/{fine_tuning_job_id}/resume", responses=errors(404))
 async def resume_job(request: Request, job: Job, jobs: Jobs) -> JobObject:
     """Resume a paused job, from where it was."""
     record_of(request.scope).changes.append(Change("resume-job", job.id))

@@ -34,10 +34,6 @@ from lora_serve.training_messages import CloseRun, CreateRun, RestoreRun
 log = logging.getLogger(__name__)
 
 
-class EngineLost(Exception):
-    """The engine that had the run is gone."""
-
-
 class JobRunner:
     """Runs one job as far as it gets.
 
@@ -103,11 +99,11 @@ class JobRunner:
             try:
                 position = await self._train()
                 break
-            except EngineLost:
-                pass
             except ServeError as error:
                 if not isinstance(error, Unavailable | RunNotFound) and self._engine.restarts == restarts:
                     raise
+            if self.control.draining:  # it takes no operations any more; the next start goes on from the last save
+                raise Stopped
             self.control.tell("warn", "The engine was lost; training goes on from the last save when it is back")
         with suppress(ServeError):
             await self._engine.call(CloseRun(self.id))

@@ -16,7 +16,7 @@ from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.fine_tuning.encoded_data import EncodedData
 from lora_serve.training_messages import ForwardBackward, PassResult, RunOperation
 
-MOST_TOKENS = 1 << 15  # in one message to the engine, which makes passes of them as its memory allows
+MOST_TOKENS = 1 << 14  # in one message to the engine, which makes passes of them as its memory allows
 
 Call = Callable[[RunOperation], Awaitable[Any]]
 
@@ -72,8 +72,7 @@ class SupervisedObjective:
 
     async def measure(self, call: Call, run: str) -> BatchLoss:
         total = await self._pass(call, run, range(self.examples), 1.0, forward_only=True)
-        learnt = sum(map(self._data.learnt, range(self.examples)))
-        return BatchLoss(total.loss / learnt, {}, total.tokens)
+        return BatchLoss(total.loss / self._data.learnt_tokens, {}, total.tokens)
 
     async def _pass(
         self, call: Call, run: str, batch: Iterable[int], weight: float, *, forward_only: bool = False

@@ -9,6 +9,7 @@ save computes what the one that made it would have.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import msgspec
 from lora_serve.api.fine_tuning.batch_order import BatchOrder
 from lora_serve.api.fine_tuning.job_records import Position, TrainerSettings
 from lora_serve.api.fine_tuning.objectives import BatchLoss, Call, Objective
-from lora_serve.errors import ServeError
+from lora_serve.errors import BadRequest, ServeError
 from lora_serve.learning_rate import LearningRate
 from lora_serve.training_messages import OptimizerStep, StepResult
 
@@ -60,7 +61,8 @@ async def train(
     scale = objective.gradient_scale
     while not is_complete(trainer, order, position):
         await progress.before_step(position)
-        found = await objective.learn(call, run, order.batch(position.step))
+        batch = await asyncio.to_thread(order.batch, position.step)  # at an epoch's begin it shuffles
+        found = await objective.learn(call, run, batch)
         if not math.isfinite(found.loss):
             raise Diverged(f"the loss of step {position.step + 1} is not finite: try a lower learning rate")
         rate = schedule.at(position.step)
@@ -72,7 +74,10 @@ async def train(
             weight_decay=trainer.weight_decay,
             max_grad_norm=trainer.max_grad_norm * scale,
         )
-        step = msgspec.convert(await call(operation), StepResult)
+        try:
+            step = msgspec.convert(await call(operation), StepResult)
+        except BadRequest as error:
+            raise Diverged(f"step {position.step + 1} cannot be made: {error.message}") from None
         position = msgspec.structs.replace(position, step=position.step + 1, tokens=position.tokens + found.tokens)
         metrics = {
             "step": position.step,
