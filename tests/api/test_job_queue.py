@@ -303,6 +303,20 @@ async def test_what_the_engine_refuses_fails_the_job(jobs: Jobs) -> None:
     assert (job.status, job.error and job.error.param) == ("failed", "target_modules")
 
 
+async def test_a_job_that_the_engine_dies_of_fails_in_the_end(jobs: Jobs) -> None:
+    async def die(operation: Any) -> None:
+        if isinstance(operation, OptimizerStep) and operation.learning_rate < 1e-4:
+            jobs.engine.die()
+
+    jobs.engine.after = die
+    id_ = await jobs.create()
+    job = await jobs.end(id_)
+    assert (job.status, job.error and job.error.code) == ("failed", "engine_fault")
+    assert job.error is not None
+    assert job.error.message.startswith("training failed 5 times after step 3: ")
+    assert jobs.engine.restarts == 5
+
+
 async def test_a_loss_that_is_no_number_fails_the_job(jobs: Jobs) -> None:
     jobs.engine.diverges = True
     job = await jobs.end(await jobs.create())

@@ -25,11 +25,13 @@ from lora_serve.api.fine_tuning.job_records import JobError, JobRecord, Position
 from lora_serve.api.fine_tuning.job_results import JobResults
 from lora_serve.api.fine_tuning.job_saves import RUN
 from lora_serve.api.fine_tuning.job_store import TRAINING, VALIDATION, JobStore, disk_errors
-from lora_serve.api.fine_tuning.objectives import Objective, PreferenceObjective, SupervisedObjective, write_reference
+from lora_serve.api.fine_tuning.objectives import make_objective, write_reference
 from lora_serve.api.fine_tuning.training_loop import is_complete, train
-from lora_serve.errors import Overloaded, RunNotFound, ServeError, Unavailable
+from lora_serve.errors import EngineFault, Overloaded, RunNotFound, ServeError, Unavailable
 from lora_serve.learning_rate import LearningRate
 from lora_serve.training_messages import CloseRun, CreateRun, RestoreRun
+
+MOST_FAILURES = 5  # of training, without a new save
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class JobRunner:
     async def _run(self) -> None:
         if not is_prepared(self._store, self.control.job):
             await self._prepare()
+        saved, failures = -1, 0
         while True:
             await self.control.wait_for_engine()
             restarts = self._engine.restarts
@@ -102,9 +105,17 @@ class JobRunner:
             except ServeError as error:
                 if not isinstance(error, Unavailable | RunNotFound) and self._engine.restarts == restarts:
                     raise
+                reason = error.message
             if self.control.draining:  # it takes no operations any more; the next start goes on from the last save
                 raise Stopped
+            step = await asyncio.to_thread(self._store.saves(self.id).newest_step)
+            saved, failures = step, failures + 1 if step == saved else 1
+            if failures == MOST_FAILURES:  # perhaps it is this job that the engine dies of
+                raise EngineFault(f"training failed {failures} times after step {step}: {reason}")
             self.control.tell("warn", "The engine was lost; training goes on from the last save when it is back")
+            await self.control.wait(self.control.intervals.engine)
+            with suppress(ServeError):
+                await self._engine.call(CloseRun(self.id))
         with suppress(ServeError):
             await self._engine.call(CloseRun(self.id))
         await self._publish(position)
@@ -138,8 +149,8 @@ class JobRunner:
         return await train(
             self.control.call,
             self.id,
-            self._objective(job, training),
-            None if validation is None else self._objective(job, validation),
+            make_objective(job.method, job.numbers, training),
+            None if validation is None else make_objective(job.method, job.numbers, validation),
             order,
             schedule,
             job.trainer,
@@ -149,12 +160,6 @@ class JobRunner:
 
     async def _open(self, job: JobRecord, name: str) -> EncodedData:
         return await asyncio.to_thread(EncodedData, data_folder(self._store, job, name))
-
-    def _objective(self, job: JobRecord, data: EncodedData) -> Objective:
-        assert job.numbers is not None
-        if job.method == "supervised":
-            return SupervisedObjective(data)
-        return PreferenceObjective(data, job.numbers.beta or 0.0, job.numbers.batch_size)
 
     async def _ensure_reference(self, data: EncodedData) -> None:
         """Write what the base computes of the data, once: the run has not learnt anything yet."""

@@ -72,6 +72,11 @@ class JobSaves:
             found = {step: each for step, each in self._saves().items() if (self.folder(step) / RUN).exists()}
             return (self.folder(max(found)), found[max(found)]) if found else None
 
+    def newest_step(self) -> int:
+        """The step to go on from; 0 if there is no save."""
+        newest = self.newest()
+        return 0 if newest is None else newest[1].position.step
+
     def checkpoints(self) -> list[tuple[int, SaveRecord]]:
         """Steps and records of the checkpoints, the oldest first."""
         with self._lock:

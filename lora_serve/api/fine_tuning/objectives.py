@@ -14,6 +14,7 @@ import msgspec
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.fine_tuning.encoded_data import EncodedData
+from lora_serve.api.fine_tuning.job_records import ChosenNumbers, MethodName
 from lora_serve.training_messages import ForwardBackward, PassResult, RunOperation
 
 MOST_TOKENS = 1 << 14  # in one message to the engine, which makes passes of them as its memory allows
@@ -126,6 +127,13 @@ class PreferenceObjective:
 
     def _length(self, index: int) -> int:
         return self._data.length(2 * index) + self._data.length(2 * index + 1)
+
+
+def make_objective(method: MethodName, numbers: ChosenNumbers, data: EncodedData) -> Objective:
+    """The objective of a job's method."""
+    if method == "supervised":
+        return SupervisedObjective(data)
+    return PreferenceObjective(data, numbers.beta or 0.0, numbers.batch_size)
 
 
 async def write_reference(call: Call, run: str, data: EncodedData, disk: Disk) -> None:
