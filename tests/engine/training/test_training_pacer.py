@@ -100,7 +100,7 @@ def test_a_stated_gap_takes_the_place_of_the_usual_one() -> None:
 
 
 def test_a_rest_saves_nothing_up() -> None:
-    served = Served(0.01, quantum=1.0)
+    served = Served(0.01, quantum=4.0)
     served.run(90.0)
     served.pacer.rest()
     trained = served.trained
