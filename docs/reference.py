@@ -171,7 +171,7 @@ def metrics_page() -> str:
     """Every metric of `/metrics`."""
     tiers: Any = {"host": 1, "device": 1}
     by_tier = dict.fromkeys((*TOTALS_BY_TIER, "bytes"), tiers)
-    by_tier |= dict.fromkeys(TOTALS_BY_QUANTUM, {"forward": 1})
+    by_tier |= {field: {"forward": 1} for field in TOTALS_BY_QUANTUM}
     stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, **by_tier)
     totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])
     metrics = Metrics(lambda: stats, lambda: 0, totals)

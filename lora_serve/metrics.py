@@ -290,9 +290,7 @@ class _EngineCollector(Collector):
             sizes.add_metric([tier], size)
         yield sizes
         for field, (name, meaning) in (TOTALS | TOTALS_BY_TIER | TOTALS_BY_QUANTUM).items():
-            by = {**dict.fromkeys(TOTALS_BY_TIER, ["tier"]), **dict.fromkeys(TOTALS_BY_QUANTUM, ["kind"])}.get(
-                field, []
-            )
+            by = ["tier"] if field in TOTALS_BY_TIER else ["kind"] if field in TOTALS_BY_QUANTUM else []
             total = CounterMetricFamily(name, meaning, labels=by)
             for label, value in self._totals.by_label(field):
                 total.add_metric([label] if by else [], value)
