@@ -25,12 +25,14 @@ class QueuedOperation:
     Attributes:
         order: of all operations, in which it came.
         checkpoint: of a `RestoreRun`, once it was read.
+        memory: of a `CreateRun`: bytes that its adapter takes.
     """
 
     operation: RunOperation
     done: Done
     order: int
     checkpoint: RunCheckpoint | None = None
+    memory: int = 0
 
 
 @dataclass(eq=False)

@@ -120,9 +120,9 @@ class TrainingRuns:
     def _create(self, operation: CreateRun, done: Done) -> None:
         if operation.run in self._runs:
             raise RunExists(f"there is a training run {operation.run!r} already", param="run")
-        self._trainer.needed(_lora_settings(operation.settings), 1)  # refuses settings that do not fit
+        memory = self._trainer.needed(_lora_settings(operation.settings), 1).adapter  # refuses what does not fit
         run = self._runs[operation.run] = TrainingRun.of(operation)
-        run.operations.append(QueuedOperation(operation, done, next(self._orders)))
+        run.operations.append(QueuedOperation(operation, done, next(self._orders), memory=memory))
 
     def _enqueue(self, operation: RunOperation, queued: QueuedOperation) -> None:
         run = self._runs.get(operation.run)
@@ -266,7 +266,7 @@ class TrainingRuns:
         """Kind and size of the quantum that a short operation is."""
         match queued.operation:
             case CreateRun():
-                return "create", self._trainer.needed(_lora_settings(queued.operation.settings), 1).adapter
+                return "create", queued.memory
             case OptimizerStep():
                 return "optimizer", run.trained.nbytes
             case _:
@@ -275,11 +275,13 @@ class TrainingRuns:
     def _begin_pass(self, shares: list[PassShare]) -> None:
         try:
             self._pass = SharedPass(self._trainer, shares, self._base.layers)
-        except ServeError as error:
+        except Exception as error:
+            if not isinstance(error, ServeError):
+                log.exception("a training pass could not begin")
             for share in shares:
                 if share.operation.taken:
                     share.run.lose_gradients()
-                self._finish(share.run, error)
+                self._finish(share.run, error if isinstance(error, ServeError) else EngineFault("the pass failed"))
             return
         self._advance_pass()
 
