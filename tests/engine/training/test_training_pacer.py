@@ -126,7 +126,7 @@ def test_passes_are_as_large_as_their_longest_quantum_may_be() -> None:
     assert served.pacer.pass_tokens("backward", IDLE) is None
     for tokens in (100, 200, 400):
         served.pacer.ran("backward", tokens, IDLE, 0.002 + tokens * 1e-4)
-    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.2 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
+    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.25 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
     assert served.pacer.pass_tokens("backward", IDLE) == pytest.approx((0.1 / 1.1 - 0.002) / 1e-4, abs=1)
 
 
