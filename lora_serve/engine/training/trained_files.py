@@ -1,14 +1,24 @@
-"""A trained adapter's PEFT files."""
+"""A trained adapter's PEFT files.
+
+An adapter from whose delta the initial one is subtracted (PiSSA, OLoRA) is saved as LoRA of twice the rank over the
+untouched base, B A − B0 A0 = [B | −B0] [A ; A0]: what PEFT saves with `path_initial_model_for_weight_conversion`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from lora_serve.adapters.adapter import Site
 from lora_serve.adapters.formats.keys import PREFIX
+from lora_serve.adapters.formats.virtual_tokens import TABLE
 from lora_serve.adapters.peft_folder import write_peft_folder
+from lora_serve.engine.training.method_settings import Ia3Settings, PromptTuningSettings
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 
 
@@ -16,11 +26,18 @@ def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
     """The master weights under PEFT's keys, float32, on the host; copies."""
     found = {}
     for name, layer in adapter.layers.items():
-        found[f"{PREFIX}{name}.lora_A.weight"] = layer.a(adapter.masters).cpu().clone()
-        found[f"{PREFIX}{name}.lora_B.weight"] = layer.b(adapter.masters).T.cpu().contiguous()
+        fixed_a, fixed_b = layer.initial(adapter.masters)
+        a = torch.cat([layer.a(adapter.masters), fixed_a])
+        b = torch.cat([layer.b(adapter.masters), fixed_b / layer.module.scaling])
+        found[f"{PREFIX}{name}.lora_A.weight"] = a.cpu()
+        found[f"{PREFIX}{name}.lora_B.weight"] = b.T.cpu().contiguous()
         if layer.magnitude >= 0:
             found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m(adapter.masters).cpu().clone()
-    return found
+    for name, gain in adapter.layout.gains.items():
+        values = gain.values(adapter.masters).cpu().clone()
+        found[f"{PREFIX}{name}.ia3_l"] = values[None] if gain.on_input else values[:, None]
+    table = adapter.layout.table
+    return found if table is None else {TABLE: table.values(adapter.masters).cpu().clone()}
 
 
 def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
@@ -29,19 +46,29 @@ def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> N
     Args:
         base_name: what the configuration says of the base.
     """
-    turned = any(layer.module.site.transposed for layer in adapter.layers.values())
-    config = adapter.settings.peft_config(_targets(adapter)) | {
-        "base_model_name_or_path": base_name,
-        "fan_in_fan_out": turned,
-    }
+    config = _config(adapter) | {"base_model_name_or_path": base_name}
     write_peft_folder(folder, config, peft_tensors(adapter))
 
 
-def _targets(adapter: TrainableAdapter) -> list[str]:
+def _config(adapter: TrainableAdapter) -> dict[str, Any]:
+    settings, gains = adapter.settings, adapter.layout.gains
+    if isinstance(settings, PromptTuningSettings):
+        return settings.peft_config() | {"token_dim": adapter.layout.table.width if adapter.layout.table else 0}
+    if isinstance(settings, Ia3Settings):
+        sites = {name: gain.site for name, gain in gains.items()}
+        feedforward = [name for name, gain in gains.items() if gain.on_input]
+        found = settings.peft_config(_targets(adapter, sites), feedforward)
+    else:
+        sites = {name: layer.module.site for name, layer in adapter.layers.items()}
+        found = settings.peft_config(_targets(adapter, sites))
+    return found | {"fan_in_fan_out": any(site.transposed for site in sites.values())}
+
+
+def _targets(adapter: TrainableAdapter, sites: Mapping[str, Site]) -> list[str]:
     """`target_modules` that name exactly the adapter's modules, whatever a reader takes "all-linear" or a name for.
 
     Names of layers' modules if no other module of the base has one of them, else whole paths.
     """
-    leaves = {name.rpartition(".")[2] for name in adapter.layers}
+    leaves = {name.rpartition(".")[2] for name in sites}
     named = {path for path in adapter.base_sites if not leaves.isdisjoint(re.split(r"[.\[]", path))}
-    return sorted(leaves if named == adapter.layers.keys() else adapter.layers)
+    return sorted(leaves if named == sites.keys() else sites)

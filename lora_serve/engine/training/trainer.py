@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
-from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.training_settings import AdamSettings
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.model.trainable_base import TrainableBase
 
@@ -58,11 +59,11 @@ class Trainer:
         """Bytes of the adapters in training."""
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
-    def needed(self, settings: LoraSettings, tokens: int) -> TrainingMemory:
+    def needed(self, settings: AdapterSettings, tokens: int) -> TrainingMemory:
         """What an adapter with these settings, and a pass over so many tokens, would take."""
         return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))
 
-    def create(self, name: str, settings: LoraSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
+    def create(self, name: str, settings: AdapterSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
         """Start to train an adapter. Raises BadRequest for settings that do not fit, Overloaded with the numbers."""
         if name in self._adapters:
             raise BadRequest(f"{name!r} is in training already", param="name")
@@ -107,7 +108,7 @@ class Trainer:
             if self._adapters.get(batch.adapter.name) is not batch.adapter:
                 raise BadRequest(f"{batch.adapter.name!r} is not in training")
             for sequence in batch.sequences:
-                sequence.check(self._base.vocabulary, self._base.max_length)
+                sequence.check(self._base.vocabulary, self._base.max_length - batch.adapter.virtual_tokens)
         tokens = sum(batch.tokens for batch in batches)
         if not tokens:
             raise BadRequest("there is nothing to train on", param="sequences")
