@@ -56,8 +56,12 @@ def _config(adapter: TrainableAdapter) -> dict[str, Any]:
         return settings.peft_config() | {"token_dim": adapter.layout.table.width if adapter.layout.table else 0}
     if isinstance(settings, Ia3Settings):
         sites = {name: gain.site for name, gain in gains.items()}
-        feedforward = [name for name, gain in gains.items() if gain.on_input]
-        found = settings.peft_config(_targets(adapter, sites), feedforward)
+        targets, feedforward = _targets(adapter, sites), {name for name, gain in gains.items() if gain.on_input}
+        leaves = {name.rpartition(".")[2] for name in feedforward}
+        whole = {name for name in sites if any(name.endswith(leaf) for leaf in leaves)} != feedforward
+        if whole or not leaves <= set(targets):
+            targets, leaves = sorted(sites), feedforward
+        found = settings.peft_config(targets, sorted(leaves))
     else:
         sites = {name: layer.module.site for name, layer in adapter.layers.items()}
         found = settings.peft_config(_targets(adapter, sites))
