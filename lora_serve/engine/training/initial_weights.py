@@ -2,7 +2,7 @@
 
     default       A uniform as in `nn.Linear` (Kaiming, a = √5), B = 0
     gaussian      A normal with deviation 1/r, B = 0
-    orthogonal    A = Q_even N / 10, B = N' Q_odd / 10 with normal N, N' and the rows of an orthogonal Q [r, r]
+    orthogonal    A = Q_oddᵀ N / 10, B = N' Q_even / 10 with normal N, N' and the rows of an orthogonal Q [r, r]
     pissa         A = √(S_r / s) V_rᵀ, B = U_r √(S_r / s) of W = U S Vᵀ      Meng et al. 2024
     olora         A = R_r, B = Q_r of W = Q R                               Büyükakyüz 2024
 

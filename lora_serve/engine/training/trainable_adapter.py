@@ -21,7 +21,6 @@ from lora_serve.engine.training.method_settings import AdapterSettings, PromptTu
 from lora_serve.engine.training.trainable_layout import FlatLayer
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest
-from lora_serve.kernels.contract import Delta
 from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.trainable_linear import output_norm
 from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
@@ -207,7 +206,7 @@ class TrainableAdapter:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The weights that the settings ask for; DoRA's magnitude is ‖W + s B A‖, so that nothing changes by it."""
+        """The weights that the settings ask for; DoRA's magnitude is ‖W‖. Nothing changes before the first step."""
         settings = self.settings
         generator = torch.Generator()
         if isinstance(settings, LoraSettings):
@@ -236,10 +235,7 @@ class TrainableAdapter:
             fixed_a.copy_(layer.a(self.masters))
             fixed_b.copy_(layer.b(self.masters)).mul_(-layer.module.scaling)
         if layer.magnitude >= 0:
-            delta = None
-            if b is not None and not layer.subtracts:
-                delta = Delta(layer.a(self.masters), layer.b(self.masters) * layer.module.scaling)
-            layer.m(self.masters).copy_(output_norm(self._base.weight(name), delta))
+            layer.m(self.masters).copy_(output_norm(self._base.weight(name), None))
 
     def _refresh(self, *, first: bool = False) -> None:
         """Bring the weights that are computed with up to date."""
