@@ -15,7 +15,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         peft_type: "LORA", "IA3" or "PROMPT_TUNING"; fields of another method keep their defaults.
-        init_lora_weights: "default", "gaussian", "orthogonal", "pissa" or "olora".
+        init_lora_weights: "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4" or "olora".
         train_lm_head: adapt the LM head beside `target_modules`, of which "all-linear" is all others.
         feedforward_modules: IA3's modules whose input is multiplied, by the end of their names.
         num_virtual_tokens, prompt_tuning_init: of prompt tuning; "RANDOM" or "SAMPLE_VOCAB".

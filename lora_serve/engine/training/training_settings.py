@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +15,7 @@ from lora_serve.engine.training.trainable_layout import AdaptedSite, TrainableLa
 from lora_serve.errors import AdapterInvalid, BadRequest
 
 MAX_RANK = 1024
-INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
-SUBTRACTING = ("pissa", "olora")
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_[number]", "olora")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LoraSettings:
         lora_dropout: share of the delta's input that is left out at random in passes with gradients; not with
             DoRA, PiSSA and OLoRA.
         init_lora_weights: PEFT's "default" (its True: A uniform, B zero), "gaussian" (A normal, B zero), "orthogonal",
-            or "pissa" and "olora", which begin with a part of W. PEFT takes that part out of W; here W stays, and the
-            initial delta is subtracted: y = W x + s (B A − B0 A0) x.
+            or "pissa", "pissa_niter_4" and "olora", which begin with a part of W. PEFT takes that part out of W; here
+            W stays, and the initial delta is subtracted: y = W x + s (B A − B0 A0) x.
         train_lm_head: adapt the LM head beside the target modules; a tied embedding stays as it is.
     """
 
@@ -49,7 +49,7 @@ class LoraSettings:
     train_lm_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.init_lora_weights not in INITIALISATIONS:
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?", self.init_lora_weights):
             raise BadRequest(
                 f"init_lora_weights {self.init_lora_weights!r} is not trained here, only {', '.join(INITIALISATIONS)}",
                 param="init_lora_weights",
@@ -65,7 +65,7 @@ class LoraSettings:
     @property
     def subtracts(self) -> bool:
         """Whether the initial delta is subtracted; then the adapter's files have twice the rank."""
-        return self.init_lora_weights in SUBTRACTING
+        return self.init_lora_weights == "olora" or self.init_lora_weights.startswith("pissa")
 
     def layout(self, base: BaseShape) -> TrainableLayout:
         """The adapter's parts. Raises BadRequest naming the field that does not fit the base."""

@@ -178,6 +178,22 @@ def test_an_orthogonal_start_trains_as_in_peft(driver: TrainingDriver, tmp_path:
     check_parity(driver, reference("llama"), tmp_path, {"orthogonal": settings}, 3)
 
 
+def test_a_randomised_decomposition_finds_nearly_the_largest_components(driver: TrainingDriver) -> None:
+    exact, fast, again = (
+        driver.trainer.create(str(index), LoraSettings(r=4, lora_alpha=4, init_lora_weights=method))
+        for index, method in enumerate(("pissa", "pissa_niter_8", "pissa_niter_8"))
+    )
+    state = torch.random.get_rng_state()
+    assert fast.masters.equal(again.masters)
+    assert torch.random.get_rng_state().equal(state)
+    for name, layer in fast.layers.items():
+        weight = driver.trainable.weight(name)
+        left = [
+            torch.linalg.matrix_norm(weight - layer.b(each.masters).T @ layer.a(each.masters)) for each in (exact, fast)
+        ]
+        assert float(left[1]) == pytest.approx(float(left[0]), rel=0.01)
+
+
 def test_initialisations_have_peft_s_distributions(driver: TrainingDriver) -> None:
     drawn = {}
     for method in ("default", "gaussian"):
@@ -344,6 +360,7 @@ def test_virtual_tokens_count_in_a_sequence_s_length(driver: TrainingDriver) -> 
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}, "prompt_tuning_init"),
         ({"peft_type": "IA3", "feedforward_modules": "(?=a)b"}, "feedforward_modules"),
         ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "r"),
         ({"init_lora_weights": "pissa", "r": 65}, "r"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
