@@ -14,11 +14,12 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`, `IA3Config`, `PromptTuningConfig`).
 
     Attributes:
-        peft_type: "LORA", "IA3" or "PROMPT_TUNING"; fields of another method keep their defaults.
+        peft_type: "LORA", "IA3", "PROMPT_TUNING" or "PREFIX_TUNING"; fields of another method keep their defaults.
         init_lora_weights: "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4" or "olora".
         train_lm_head: adapt the LM head beside `target_modules`, of which "all-linear" is all others.
         feedforward_modules: IA3's modules whose input is multiplied, by the end of their names.
-        num_virtual_tokens, prompt_tuning_init: of prompt tuning; "RANDOM" or "SAMPLE_VOCAB".
+        num_virtual_tokens: of prompt and prefix tuning.
+        prompt_tuning_init: "RANDOM" or "SAMPLE_VOCAB".
     """
 
     peft_type: str = "LORA"

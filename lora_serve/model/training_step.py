@@ -84,6 +84,21 @@ class VirtualTokens:
 
 
 @dataclass(frozen=True)
+class TrainedPrefix:
+    """Learned keys and values of virtual tokens, which consecutive sequences of one adapter attend to.
+
+    Attributes:
+        sequences: of the batch.
+        values: float32 [tokens, layers · 2, heads, dim]; of layer i keys are [:, 2i], values [:, 2i + 1].
+        gradient: the same, added to.
+    """
+
+    sequences: range
+    values: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """One flat batch, or some rows of it at the LM head.
 
@@ -91,10 +106,11 @@ class TrainingStep:
         lengths: of the sequences, one after the other.
         spans: rows that have an adapter, ascending.
         segments: the same for the kernels, without spans that have dropout.
-        virtual_tokens: of the adapters that have any.
+        virtual_tokens, prefixes: of the adapters that have any.
     """
 
     lengths: Sequence[int]
     spans: Sequence[AdapterSpan]
     segments: Segments
     virtual_tokens: Sequence[VirtualTokens] = ()
+    prefixes: Sequence[TrainedPrefix] = ()

@@ -21,7 +21,7 @@ from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.kernels.contract import Segments
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import TrainableBase
-from lora_serve.model.training_step import AdapterSpan, TrainingStep, VirtualTokens
+from lora_serve.model.training_step import AdapterSpan, TrainedPrefix, TrainingStep, VirtualTokens
 
 LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
@@ -181,8 +181,11 @@ class FusedPass:
     def _quanta(self) -> Generator[None]:
         base = self._base
         spans, segments = self._spans([part.rows for part in self._parts])
-        step = TrainingStep(self._lengths, spans, segments, self._virtual_tokens())
-        positions = [position for length in self._lengths for position in range(length)]
+        step = TrainingStep(self._lengths, spans, segments, self._virtual_tokens(), self._prefixes())
+        before = [part.batch.adapter.prefix_tokens for part in self._parts for _ in part.batch.sequences]
+        positions = [
+            first + place for first, length in zip(before, self._lengths, strict=True) for place in range(length)
+        ]
         ids, at = (to_device(each, torch.int64, base.device) for each in (self._ids, positions))
         running = base.begin(step, ids, at)
         yield
@@ -282,6 +285,16 @@ class FusedPass:
                 first += len(table) + len(sequence.tokens)
             own = to_device(rows, torch.int64, self._base.device).view(-1, len(table))
             found.append(VirtualTokens(table.detach().requires_grad_(self._backward), gradient, own))
+        return found
+
+    def _prefixes(self) -> list[TrainedPrefix]:
+        """The parts' learned keys and values, and the sequences that attend to them."""
+        found, first = [], 0
+        for part in self._parts:
+            own = range(first, first + len(part.batch.sequences))
+            first = own.stop
+            if part.batch.adapter.prefix is not None:
+                found.append(TrainedPrefix(own, *part.batch.adapter.prefix))
         return found
 
 

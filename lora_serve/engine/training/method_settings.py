@@ -1,7 +1,8 @@
-"""Settings of all methods that are trained: LoRA's, those of IA³ and of prompt tuning, and which a run asks for.
+"""Settings of all methods that are trained: LoRA's, IA³, prompt and prefix tuning, and which of them a run asks for.
 
     IA³              y = l ⊙ (W x + b), in feed-forward modules W (l ⊙ x) + b; l begins as ones    Liu et al. 2022
     prompt tuning    embeddings of virtual tokens before every sequence                           Lester et al. 2021
+    prefix tuning    keys and values of virtual tokens before every sequence, in every layer      Li, Liang 2021
 
 Names and defaults are PEFT's.
 """
@@ -89,11 +90,7 @@ class PromptTuningSettings:
 
     def layout(self, base: BaseShape) -> TrainableLayout:
         """The adapter's parts. Raises BadRequest naming the field that does not fit."""
-        if not 0 < self.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
-            raise BadRequest(
-                f"{self.num_virtual_tokens} virtual tokens are not trained; 1 to {MAX_VIRTUAL_TOKENS} are",
-                param="num_virtual_tokens",
-            )
+        _check_virtual_tokens(self.num_virtual_tokens)
         if self.prompt_tuning_init not in PROMPT_INITIALISATIONS:
             raise BadRequest(
                 f"prompt_tuning_init {self.prompt_tuning_init!r} is none of {', '.join(PROMPT_INITIALISATIONS)}",
@@ -113,11 +110,52 @@ class PromptTuningSettings:
         }
 
 
-AdapterSettings = LoraSettings | Ia3Settings | PromptTuningSettings
+@dataclass(frozen=True)
+class PrefixTuningSettings:
+    """Prefix tuning without projection, as in PEFT's `PrefixTuningConfig`; begins with normal numbers.
+
+    Attributes:
+        seed: of the initialisation.
+    """
+
+    num_virtual_tokens: int
+    seed: int = 0
+
+    def layout(self, base: BaseShape) -> TrainableLayout:
+        """The adapter's parts. Raises BadRequest if it does not fit the base."""
+        _check_virtual_tokens(self.num_virtual_tokens)
+        if len(set(base.kv)) != 1 or base.kv[0][1] != base.kv[0][2]:
+            raise BadRequest(
+                "prefix tuning needs layers with keys and values of one shape; this base's differ", param="peft_type"
+            )
+        heads, dim, _ = base.kv[0]
+        return TrainableLayout.of_prefix(self.num_virtual_tokens, len(base.kv), heads, dim)
+
+    def peft_config(self) -> dict[str, Any]:
+        """The adapter's `adapter_config.json`."""
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": 1,
+            "prefix_projection": False,
+        }
+
+
+def _check_virtual_tokens(count: int) -> None:
+    if not 0 < count <= MAX_VIRTUAL_TOKENS:
+        raise BadRequest(
+            f"{count} virtual tokens are not trained; 1 to {MAX_VIRTUAL_TOKENS} are", param="num_virtual_tokens"
+        )
+
+
+AdapterSettings = LoraSettings | Ia3Settings | PromptTuningSettings | PrefixTuningSettings
 METHODS: dict[str, type[AdapterSettings]] = {
     "LORA": LoraSettings,
     "IA3": Ia3Settings,
     "PROMPT_TUNING": PromptTuningSettings,
+    "PREFIX_TUNING": PrefixTuningSettings,
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
 from lora_serve.engine.training.initial_weights import initial_matrices
-from lora_serve.engine.training.method_settings import AdapterSettings, PromptTuningSettings
+from lora_serve.engine.training.method_settings import AdapterSettings, PrefixTuningSettings, PromptTuningSettings
 from lora_serve.engine.training.trainable_layout import FlatLayer
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest
@@ -117,13 +117,24 @@ class TrainableAdapter:
 
     @property
     def virtual_tokens(self) -> int:
-        """Number of virtual tokens before every sequence."""
+        """Number of virtual tokens before every sequence that are rows of a batch."""
         return self.layout.table.tokens if self.layout.table else 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of virtual tokens before every sequence that are keys and values only."""
+        return self.layout.prefix.tokens if self.layout.prefix else 0
 
     @property
     def table(self) -> tuple[Tensor, Tensor] | None:
         """The embeddings of the virtual tokens [tokens, hidden] and their gradient."""
         own = self.layout.table
+        return None if own is None else (own.values(self._computed), own.values(self.gradients))
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of virtual tokens [tokens, layers · 2, heads, dim] and their gradient."""
+        own = self.layout.prefix
         return None if own is None else (own.values(self._computed), own.values(self.gradients))
 
     @property
@@ -136,6 +147,9 @@ class TrainableAdapter:
             for name, gain in self.gains.items()
         }
         prefix = None if self.table is None else Prefix(self.virtual_tokens, embeddings=self.table[0])
+        if self.prefix is not None:
+            parts = self.prefix[0].unbind(1)
+            prefix = Prefix(self.prefix_tokens, keys=parts[::2], values=parts[1::2])
         offsets = {name: layer.offsets for name, layer in self.layers.items()}
         return Adapter(self.name, self._computed, offsets, overrides, prefix)
 
@@ -215,14 +229,15 @@ class TrainableAdapter:
                 self._initialise_layer(name, layer, settings.init_lora_weights, generator)
         for gain in self.layout.gains.values():
             gain.values(self.masters).fill_(1)
-        if isinstance(settings, PromptTuningSettings) and self.layout.table is not None:
+        virtual = self.layout.table or self.layout.prefix
+        if isinstance(settings, PromptTuningSettings | PrefixTuningSettings) and virtual is not None:
             generator.manual_seed(settings.seed)
-            table = self.layout.table
-            if settings.prompt_tuning_init == "SAMPLE_VOCAB":
-                ids = torch.randint(0, self._base.vocabulary, (table.tokens,), generator=generator)
-                table.values(self.masters).copy_(self._base.embed(ids.to(self.masters.device)))
+            values = virtual.values(self.masters)
+            if isinstance(settings, PromptTuningSettings) and settings.prompt_tuning_init == "SAMPLE_VOCAB":
+                ids = torch.randint(0, self._base.vocabulary, (len(values),), generator=generator)
+                values.copy_(self._base.embed(ids.to(values.device)))
             else:
-                table.values(self.masters).copy_(torch.randn(table.tokens, table.width, generator=generator))
+                values.copy_(torch.randn(values.shape, generator=generator))
         self._refresh(first=True)
 
     def _initialise_layer(self, name: str, layer: FlatLayer, method: str, generator: torch.Generator) -> None:

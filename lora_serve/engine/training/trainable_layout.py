@@ -5,6 +5,7 @@ Every part starts at a multiple of `ALIGNMENT`; the numbers between parts are ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -92,19 +93,37 @@ class FlatTable:
 
 
 @dataclass(frozen=True)
+class FlatPrefix:
+    """Keys and values of virtual tokens in every layer, as PEFT's table [tokens, layers · 2 · heads · dim]."""
+
+    tokens: int
+    layers: int
+    heads: int
+    dim: int
+    offset: int
+
+    def values(self, flat: Tensor) -> Tensor:
+        """[tokens, layers · 2, heads, dim], a view; of layer i keys are [:, 2i], values [:, 2i + 1]."""
+        shape = (self.tokens, self.layers * 2, self.heads, self.dim)
+        return flat[self.offset : self.offset + math.prod(shape)].view(shape)
+
+
+@dataclass(frozen=True)
 class TrainableLayout:
     """All parts of an adapter.
 
     Attributes:
         size: of a flat tensor, in elements.
         layers, gains: by module.
-        table: of virtual tokens.
+        table: embeddings of virtual tokens.
+        prefix: their keys and values.
     """
 
     size: int
     layers: Mapping[str, FlatLayer] = field(default_factory=dict)
     gains: Mapping[str, FlatGain] = field(default_factory=dict)
     table: FlatTable | None = None
+    prefix: FlatPrefix | None = None
 
     @classmethod
     def of_matrices(cls, modules: Mapping[str, AdaptedSite], *, dora: bool, subtract: bool) -> TrainableLayout:
@@ -133,6 +152,13 @@ class TrainableLayout:
         table = FlatTable(tokens, width, place(tokens * width))
         return cls(place.size, table=table)
 
+    @classmethod
+    def of_prefix(cls, tokens: int, layers: int, heads: int, dim: int) -> TrainableLayout:
+        """Keys and values of virtual tokens."""
+        place = _Places()
+        prefix = FlatPrefix(tokens, layers, heads, dim, place(tokens * layers * 2 * heads * dim))
+        return cls(place.size, prefix=prefix)
+
     @property
     def trained(self) -> int:
         """Number of trained numbers."""
@@ -142,7 +168,9 @@ class TrainableLayout:
             for layer in self.layers.values()
         )
         gains = sum(gain.site.in_features if gain.on_input else gain.site.out_features for gain in self.gains.values())
-        return matrices + gains + (self.table.tokens * self.table.width if self.table else 0)
+        table = self.table.tokens * self.table.width if self.table else 0
+        own = self.prefix
+        return matrices + gains + table + (own.tokens * own.layers * 2 * own.heads * own.dim if own else 0)
 
     @property
     def description(self) -> dict[str, list[float]]:
@@ -152,7 +180,8 @@ class TrainableLayout:
             for name, layer in self.layers.items()
         }
         found |= {f"{name} gain": [gain.on_input] for name, gain in self.gains.items()}
-        return found | ({"virtual tokens": [self.table.tokens]} if self.table else {})
+        found |= {"virtual tokens": [self.table.tokens]} if self.table else {}
+        return found | ({"prefix": [self.prefix.tokens]} if self.prefix else {})
 
 
 class _Places:

@@ -18,7 +18,7 @@ from lora_serve.adapters.adapter import Site
 from lora_serve.adapters.formats.keys import PREFIX
 from lora_serve.adapters.formats.virtual_tokens import TABLE
 from lora_serve.adapters.peft_folder import write_peft_folder
-from lora_serve.engine.training.method_settings import Ia3Settings, PromptTuningSettings
+from lora_serve.engine.training.method_settings import Ia3Settings, PrefixTuningSettings, PromptTuningSettings
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 
 
@@ -36,8 +36,8 @@ def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
     for name, gain in adapter.layout.gains.items():
         values = gain.values(adapter.masters).cpu().clone()
         found[f"{PREFIX}{name}.ia3_l"] = values[None] if gain.on_input else values[:, None]
-    table = adapter.layout.table
-    return found if table is None else {TABLE: table.values(adapter.masters).cpu().clone()}
+    virtual = adapter.layout.table or adapter.layout.prefix
+    return found if virtual is None else {TABLE: virtual.values(adapter.masters).flatten(1).cpu().clone()}
 
 
 def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
@@ -53,7 +53,13 @@ def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> N
 def _config(adapter: TrainableAdapter) -> dict[str, Any]:
     settings, gains = adapter.settings, adapter.layout.gains
     if isinstance(settings, PromptTuningSettings):
-        return settings.peft_config() | {"token_dim": adapter.layout.table.width if adapter.layout.table else 0}
+        assert adapter.layout.table is not None
+        return settings.peft_config() | {"token_dim": adapter.layout.table.width}
+    if isinstance(settings, PrefixTuningSettings):
+        prefix = adapter.layout.prefix
+        assert prefix is not None
+        sizes = {"token_dim": prefix.heads * prefix.dim, "num_attention_heads": prefix.heads}
+        return settings.peft_config() | sizes | {"num_layers": prefix.layers}
     if isinstance(settings, Ia3Settings):
         sites = {name: gain.site for name, gain in gains.items()}
         targets, feedforward = _targets(adapter, sites), {name for name, gain in gains.items() if gain.on_input}

@@ -108,7 +108,8 @@ class Trainer:
             if self._adapters.get(batch.adapter.name) is not batch.adapter:
                 raise BadRequest(f"{batch.adapter.name!r} is not in training")
             for sequence in batch.sequences:
-                sequence.check(self._base.vocabulary, self._base.max_length - batch.adapter.virtual_tokens)
+                before = batch.adapter.virtual_tokens + batch.adapter.prefix_tokens
+                sequence.check(self._base.vocabulary, self._base.max_length - before)
         tokens = sum(batch.tokens for batch in batches)
         if not tokens:
             raise BadRequest("there is nothing to train on", param="sequences")

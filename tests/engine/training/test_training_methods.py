@@ -22,6 +22,7 @@ from lora_serve.engine.training.loss_formulas import LossValue
 from lora_serve.engine.training.method_settings import (
     AdapterSettings,
     Ia3Settings,
+    PrefixTuningSettings,
     PromptTuningSettings,
     adapter_settings,
 )
@@ -76,12 +77,13 @@ def read_back(driver: TrainingDriver, adapter: TrainableAdapter, folder: Path) -
 
 
 @pytest.mark.parametrize("architecture", LINEAR)
-def test_ia3_and_prompt_tuning_equal_peft(architecture: str, tmp_path: Path) -> None:
+def test_ia3_prompt_and_prefix_tuning_equal_peft(architecture: str, tmp_path: Path) -> None:
     """In one batch with LoRA, over positions and embeddings that the model scales or adds to."""
     driver = TrainingDriver(save(architecture, tmp_path / "base"))
     kinds: dict[str, AdapterSettings] = {
         "ia3": Ia3Settings(feedforward_modules=LINEAR[architecture]),
         "prompt": PromptTuningSettings(5, seed=1),
+        "prefix": PrefixTuningSettings(4, seed=2),
         "lora": LoraSettings(r=4, lora_alpha=6),
     }
     check_parity(driver, reference(architecture), tmp_path, kinds, STEPS)
@@ -92,6 +94,7 @@ def test_ia3_and_prompt_tuning_equal_peft(architecture: str, tmp_path: Path) -> 
     [
         Ia3Settings(["k_proj", "v_proj", "down_proj"], feedforward_modules=r".*\.down_proj"),
         PromptTuningSettings(3, "SAMPLE_VOCAB"),
+        PrefixTuningSettings(3),
         LoraSettings(r=4, init_lora_weights="pissa"),
         LoraSettings(r=4, init_lora_weights="olora", use_rslora=True, rank_pattern={"o_proj": 6}),
     ],
@@ -118,7 +121,8 @@ def test_what_is_saved_is_read_by_peft_and_by_this_server(
             assert tensor.equal(served.overrides[name].tensors[role])
     if lowered.prefix is not None:
         assert served.prefix is not None
-        assert torch.equal(lowered.prefix.tensors["embeddings"], served.prefix.tensors["embeddings"])
+        assert lowered.prefix.tensors.keys() == served.prefix.tensors.keys()
+        assert all(tensor.equal(served.prefix.tensors[role]) for role, tensor in lowered.prefix.tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,7 @@ def test_a_head_is_trained_beside_a_tied_embedding(architecture: str, tmp_path: 
         LoraSettings(r=4, init_lora_weights="olora"),
         Ia3Settings(feedforward_modules=["down_proj"]),
         PromptTuningSettings(4),
+        PrefixTuningSettings(4),
     ],
     ids=str,
 )
