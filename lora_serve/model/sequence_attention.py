@@ -1,8 +1,8 @@
 """Differentiable causal attention over a flat batch of whole sequences, registered with transformers.
 
-The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself, and to the learned prefix of
-its adapter. Consecutive sequences of one length and prefix are one call. Where torch's fused attention has the formula
-it is used, elsewhere scores are computed in float32.
+The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself, and to the learned prefix
+of its adapter. Consecutive sequences of one length and prefix are one call. Where torch's fused attention has the
+formula it is used, elsewhere scores are computed in float32.
 """
 
 from __future__ import annotations

@@ -173,6 +173,12 @@ class TrainableLayout:
         return matrices + gains + table + (own.tokens * own.layers * 2 * own.heads * own.dim if own else 0)
 
     @property
+    def saved(self) -> int:
+        """Numbers that modules with a gain or a magnitude save of each token for their backward pass, in all layers."""
+        gained = sum(gain.site.in_features if gain.on_input else gain.site.out_features for gain in self.gains.values())
+        return gained + sum(layer.module.site.out_features for layer in self.layers.values() if layer.magnitude >= 0)
+
+    @property
     def description(self) -> dict[str, list[float]]:
         """What a saved state must agree in: of each part its shape, and the scaling of matrices; as JSON has it."""
         found: dict[str, list[float]] = {

@@ -93,8 +93,9 @@ class Trainer:
         Raises BadRequest naming what does not fit, before anything is computed.
         """
         tokens = self._check(batches)
-        free = self._memory - self.used - pass_bytes(self._base, tokens)
-        kept = min(self._base.layers, free // (tokens * self._base.token_bytes))
+        layer = self._layer_bytes(batches)
+        free = self._memory - self.used - pass_bytes(self._base, tokens) - layer
+        kept = max(0, min(self._base.layers, free // (tokens * self._base.token_bytes + layer)))
         return FusedPass(self._base, batches, gradients=True, kept_layers=kept)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> FusedPass:
@@ -121,6 +122,16 @@ class Trainer:
                 param="sequences",
             )
         return tokens
+
+    def _layer_bytes(self, batches: Sequence[MicroBatch]) -> int:
+        """Bytes that a layer saves for its backward pass because of the adapters: gains, magnitudes, prefixes."""
+        item, heads = self._base.dtype.itemsize, self._base.shape.kv
+        cached = item * max((count * (keys + values) for count, keys, values in heads), default=0)
+        return sum(
+            batch.tokens * item * -(-batch.adapter.layout.saved // self._base.layers)
+            + len(batch.sequences) * batch.adapter.prefix_tokens * cached
+            for batch in batches
+        )
 
 
 def _mib(size: int) -> str:

@@ -18,6 +18,7 @@ from training_driver import LOSS, WEIGHTS, TrainingDriver, check_parity, example
 from lora_serve.adapters.adapter import Lowered
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
+from lora_serve.engine.training.fused_pass import FusedPass
 from lora_serve.engine.training.loss_formulas import LossValue
 from lora_serve.engine.training.method_settings import (
     AdapterSettings,
@@ -38,7 +39,7 @@ from lora_serve.training_messages import RunSettings
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 STEPS, RATE = 10, 5e-3
-LINEAR = {"llama": ("o_proj", "down_proj"), "gpt2": ("mlp.c_proj",), "gemma2": ("down_proj",)}
+LINEAR = {"llama": ("o_proj", "up_proj", "down_proj"), "gpt2": ("mlp.c_proj",), "gemma2": ("down_proj",)}
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,9 @@ def test_passes_without_gradients_have_no_dropout_and_each_other_pass_a_mask_of_
     batch = examples(2, VOCABULARY, 0)
     results = [driver.trainer.evaluate([MicroBatch(each, batch)]).finish()[0] for each in (adapter, plain)]
     assert results[0].loss == results[1].loss
+    drawn = [dropout_factors(DeltaDropout(0.5, 1), name, torch.zeros(4, 64)) for name in ("q_proj", "k_proj")]
+    assert not drawn[0].equal(drawn[1])
+    assert drawn[0].unique().tolist() == [0, 2]
     losses = [driver.trainer.forward_backward([MicroBatch(adapter, batch)]).finish()[0].loss for _ in range(3)]
     assert len({*losses, results[0].loss}) == 4
 
@@ -343,6 +347,32 @@ def test_split_passes_are_clipped_as_one(driver: TrainingDriver) -> None:
     assert norms[0] > 1e-2
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     torch.testing.assert_close(parts.masters, whole.masters, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [LoraSettings(r=4, use_dora=True), Ia3Settings(feedforward_modules=["down_proj"])], ids=str
+)
+def test_what_gains_and_magnitudes_save_is_counted(driver: TrainingDriver, settings: AdapterSettings) -> None:
+    """Measured as the bytes that a kept layer saves beyond what it does for an adapter without them."""
+    saved = []
+    for index, own in enumerate((settings, LoraSettings(r=4))):
+        adapter = driver.trainer.create(str(index), own)
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = MicroBatch(adapter, examples(2, VOCABULARY, 0))
+        running = FusedPass(driver.trainable, [batch], gradients=True, kept_layers=driver.trainable.layers)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            for _ in range(1 + driver.trainable.layers):
+                running.advance()
+        saved.append(sum(found.values()))
+        running.finish()
+        if index == 0:
+            counted = batch.tokens * 4 * adapter.layout.saved
+    assert saved[0] - saved[1] == pytest.approx(counted, rel=0.05)
 
 
 def test_virtual_tokens_count_in_a_sequence_s_length(driver: TrainingDriver) -> None:
