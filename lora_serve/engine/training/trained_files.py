@@ -40,17 +40,21 @@ def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
     return found if virtual is None else {TABLE: virtual.values(adapter.masters).flatten(1).cpu().clone()}
 
 
-def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
-    """Write the adapter to a folder, which PEFT and the adapter store read.
+def peft_config(adapter: TrainableAdapter, base_name: str = "") -> dict[str, Any]:
+    """The adapter's `adapter_config.json`.
 
     Args:
-        base_name: what the configuration says of the base.
+        base_name: what it says of the base.
     """
-    config = _config(adapter) | {"base_model_name_or_path": base_name}
-    write_peft_folder(folder, config, peft_tensors(adapter))
+    return _settings(adapter) | {"base_model_name_or_path": base_name}
 
 
-def _config(adapter: TrainableAdapter) -> dict[str, Any]:
+def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
+    """Write the adapter to a folder, which PEFT and the adapter store read; `base_name` as in `peft_config`."""
+    write_peft_folder(folder, peft_config(adapter, base_name), peft_tensors(adapter))
+
+
+def _settings(adapter: TrainableAdapter) -> dict[str, Any]:
     settings, gains = adapter.settings, adapter.layout.gains
     if isinstance(settings, PromptTuningSettings):
         assert adapter.layout.table is not None

@@ -59,6 +59,11 @@ class Trainer:
         """Bytes of the adapters in training."""
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
+    @property
+    def free(self) -> int:
+        """Bytes that are left for a running pass, or for further adapters."""
+        return self._memory - self.used
+
     def needed(self, settings: AdapterSettings, tokens: int) -> TrainingMemory:
         """What an adapter with these settings, and a pass over so many tokens, would take."""
         return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))
@@ -72,10 +77,10 @@ class Trainer:
             raise BadRequest(
                 f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}", param="r"
             )
-        if needed > self._memory - self.used or not self._base.free_slots:
+        if needed > self.free or not self._base.free_slots:
             raise Overloaded(
                 f"training {name!r} takes {_mib(needed)} and one of {self._base.deltas.slots} slots; "
-                f"{_mib(self._memory - self.used)} and {self._base.free_slots} slots are free"
+                f"{_mib(self.free)} and {self._base.free_slots} slots are free"
             )
         adapter = TrainableAdapter(name, self._base, settings, adam)
         self._adapters[name] = adapter
@@ -94,7 +99,7 @@ class Trainer:
         """
         tokens = self._check(batches)
         layer = self._layer_bytes(batches)
-        free = self._memory - self.used - pass_bytes(self._base, tokens) - layer
+        free = self.free - pass_bytes(self._base, tokens) - layer
         kept = max(0, min(self._base.layers, free // (tokens * self._base.token_bytes + layer)))
         return FusedPass(self._base, batches, gradients=True, kept_layers=kept)
 
@@ -115,10 +120,10 @@ class Trainer:
         if not tokens:
             raise BadRequest("there is nothing to train on", param="sequences")
         needed = pass_bytes(self._base, tokens)
-        if needed > self._memory - self.used:
+        if needed > self.free:
             raise BadRequest(
                 f"a pass over {tokens} tokens takes {_mib(needed)}; "
-                f"{_mib(self._memory - self.used)} of {_mib(self._memory)} are free: make it smaller",
+                f"{_mib(self.free)} of {_mib(self._memory)} are free: make it smaller",
                 param="sequences",
             )
         return tokens
