@@ -180,8 +180,8 @@ class TrainableAdapter:
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self._optimizer.step()
         for layer in self.layers.values():  # weight decay has changed them
-            for fixed, own in zip(layer.initial(self.masters), layer.initial(self._computed), strict=True):
-                fixed.copy_(own)
+            for fixed, kept in zip(layer.initial(self.masters), layer.initial(self._computed), strict=True):
+                fixed.copy_(kept)
         self.gradients.zero_()
         self.steps += 1
         self._refresh()
