@@ -18,7 +18,7 @@ import re2
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.engine.training.target_sites import target_sites
 from lora_serve.engine.training.trainable_layout import TrainableLayout
-from lora_serve.engine.training.training_settings import LoraSettings
+from lora_serve.engine.training.training_settings import LoraSettings, check_seed
 from lora_serve.errors import BadRequest
 from lora_serve.training_messages import RunSettings
 
@@ -90,6 +90,7 @@ class PromptTuningSettings:
 
     def layout(self, base: BaseShape) -> TrainableLayout:
         """The adapter's parts. Raises BadRequest naming the field that does not fit."""
+        check_seed(self.seed)
         _check_virtual_tokens(self.num_virtual_tokens)
         if self.prompt_tuning_init not in PROMPT_INITIALISATIONS:
             raise BadRequest(
@@ -123,6 +124,7 @@ class PrefixTuningSettings:
 
     def layout(self, base: BaseShape) -> TrainableLayout:
         """The adapter's parts. Raises BadRequest if it does not fit the base."""
+        check_seed(self.seed)
         _check_virtual_tokens(self.num_virtual_tokens)
         if len(set(base.kv)) != 1 or base.kv[0][1] != base.kv[0][2]:
             raise BadRequest(

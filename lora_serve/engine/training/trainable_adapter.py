@@ -77,6 +77,7 @@ class TrainableAdapter:
             [parameter], lr=0.0, betas=self._adam.betas, eps=self._adam.eps, weight_decay=self._adam.weight_decay
         )
         self.steps, self.passes = 0, 0
+        self._dropout_seed = settings.seed if isinstance(settings, LoraSettings) else 0
         offsets = {name: layer.offsets for name, layer in self.layers.items()}
         self.slot: int | None = base.deltas.load(Adapter(name, self._computed, offsets))
         gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
@@ -157,7 +158,7 @@ class TrainableAdapter:
         """The dropout of a new pass with gradients, if the adapter has any: each pass has a mask of its own."""
         if not isinstance(self.settings, LoraSettings) or not self.settings.lora_dropout:
             return None
-        drawn = hashlib.blake2b(f"{self.settings.seed} {self.passes}".encode(), digest_size=7).digest()
+        drawn = hashlib.blake2b(f"{self._dropout_seed} {self.passes}".encode(), digest_size=7).digest()
         self.passes += 1
         return DeltaDropout(self.settings.lora_dropout, int.from_bytes(drawn, "big"))
 
@@ -191,14 +192,15 @@ class TrainableAdapter:
         """Master weights and moments, for a checkpoint; copies."""
         moments = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
         found = {"masters": self.masters} | {key: moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        counts = {"steps": torch.tensor(self.steps), "passes": torch.tensor(self.passes)}
+        numbers = {"steps": self.steps, "passes": self.passes, "seed": self._dropout_seed}
+        counts = {name: torch.tensor(number) for name, number in numbers.items()}
         return {key: tensor.clone() for key, tensor in found.items()} | counts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state` of an adapter with the same settings. Raises BadRequest if it does not fit."""
         if state["masters"].shape != self.masters.shape:
             raise BadRequest(f"the checkpoint of {self.name!r} is of an adapter with other settings")
-        self.steps, self.passes = int(state["steps"]), int(state["passes"])
+        self.steps, self.passes, self._dropout_seed = (int(state[name]) for name in ("steps", "passes", "seed"))
         self.masters.copy_(state["masters"])
         self.gradients.zero_()
         parameter = self._optimizer.param_groups[0]["params"][0]

@@ -49,6 +49,7 @@ class LoraSettings:
     train_lm_head: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?", self.init_lora_weights):
             raise BadRequest(
                 f"init_lora_weights {self.init_lora_weights!r} is not trained here, only {', '.join(INITIALISATIONS)}",
@@ -124,6 +125,12 @@ class LoraSettings:
             raise BadRequest(f"orthogonal: {name} would have rank {rank}; it is even", param="r")
         if self.init_lora_weights == "olora" and site.transposed:
             raise BadRequest(f"olora: PEFT's has wrong shapes for a Conv1D ({name})", param="init_lora_weights")
+
+
+def check_seed(seed: int) -> None:
+    """Raise BadRequest unless it is the seed of a generator, and a number that a state can hold."""
+    if not 0 <= seed < 1 << 63:
+        raise BadRequest("seed is not from 0 to below 2 to the power of 63", param="seed")
 
 
 @dataclass(frozen=True)
