@@ -1,7 +1,9 @@
 """A trained adapter's PEFT files.
 
 An adapter from whose delta the initial one is subtracted (PiSSA, OLoRA) is saved as LoRA of twice the rank over the
-untouched base, B A − B0 A0 = [B | −B0] [A ; A0]: what PEFT saves with `path_initial_model_for_weight_conversion`.
+untouched base, B A − B0 A0, as PEFT does with `path_initial_model_for_weight_conversion`. PEFT's factors are [B | −B0]
+and [A ; A0], whose products nearly cancel: rounded to bf16 they would lose what was trained. These are factors of the
+difference, found in float64.
 """
 
 from __future__ import annotations
@@ -11,26 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lora_serve.adapters.adapter import Site
 from lora_serve.adapters.formats.keys import PREFIX
+from lora_serve.adapters.formats.residual import difference
 from lora_serve.adapters.formats.virtual_tokens import TABLE
 from lora_serve.adapters.peft_folder import write_peft_folder
 from lora_serve.engine.training.method_settings import Ia3Settings, PrefixTuningSettings, PromptTuningSettings
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
+from lora_serve.engine.training.trainable_layout import FlatLayer
 
 
 def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
     """The master weights under PEFT's keys, float32, on the host; copies."""
     found = {}
     for name, layer in adapter.layers.items():
-        fixed_a, fixed_b = layer.initial(adapter.masters)
-        a = torch.cat([layer.a(adapter.masters), fixed_a])
-        b = torch.cat([layer.b(adapter.masters), fixed_b / layer.module.scaling])
-        found[f"{PREFIX}{name}.lora_A.weight"] = a.cpu()
-        found[f"{PREFIX}{name}.lora_B.weight"] = b.T.cpu().contiguous()
+        a, b = _factors(layer, adapter.masters)
+        found[f"{PREFIX}{name}.lora_A.weight"] = a
+        found[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
         if layer.magnitude >= 0:
             found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m(adapter.masters).cpu().clone()
     for name, gain in adapter.layout.gains.items():
@@ -38,6 +40,17 @@ def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
         found[f"{PREFIX}{name}.ia3_l"] = values[None] if gain.on_input else values[:, None]
     virtual = adapter.layout.table or adapter.layout.prefix
     return found if virtual is None else {TABLE: virtual.values(adapter.masters).flatten(1).cpu().clone()}
+
+
+def _factors(layer: FlatLayer, masters: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] of the delta over the untouched base, unscaled; copies on the host."""
+    a, b = layer.a(masters).cpu().clone(), layer.b(masters).T.cpu().clone()
+    if not layer.subtracts:
+        return a, b
+    fixed_a, fixed_b = (each.cpu().double() for each in layer.initial(masters))
+    a, b = difference(a, b, fixed_b.T / -layer.module.scaling, fixed_a)
+    missing = 2 * layer.module.rank - len(a)  # a matrix of a lower rank than that
+    return functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
 
 
 def peft_config(adapter: TrainableAdapter, base_name: str = "") -> dict[str, Any]:
