@@ -110,8 +110,8 @@ class TrainingRuns:
         match operation:
             case CreateRun():
                 self._create(operation, done)
-            case CloseRun(run):
-                self._close(run, done)
+            case CloseRun(name):
+                self._close(name, done)
             case ForwardBackward():
                 run = self._find(operation)
                 self._enqueue(run, self._queued_pass(run, operation, done))
