@@ -27,12 +27,14 @@ class QueuedOperation:
     Attributes:
         order: of all operations, in which it came.
         checkpoint: of a `RestoreRun`, once it was read.
+        memory: of a `CreateRun`: bytes that its adapter takes.
     """
 
     operation: RunOperation
     done: Done
     order: int
     checkpoint: RunCheckpoint | None = None
+    memory: int = 0
 
 
 @dataclass(eq=False)
@@ -75,6 +77,7 @@ class TrainingRun:
     """An adapter in training, or one that will be.
 
     Attributes:
+        virtual_tokens: before every sequence.
         adapter: None until it is created.
         operations: not finished, in order.
         waits: whether a thread reads or writes files for the first one.
@@ -86,6 +89,7 @@ class TrainingRun:
     name: str
     owner: str
     priority: int
+    virtual_tokens: int = 0
     adapter: TrainableAdapter | None = None
     operations: deque[QueuedOperation] = field(default_factory=deque)
     waits: bool = False
@@ -95,7 +99,7 @@ class TrainingRun:
 
     @classmethod
     def of(cls, operation: CreateRun) -> TrainingRun:
-        return cls(operation.run, operation.owner, operation.priority)
+        return cls(operation.run, operation.owner, operation.priority, operation.settings.num_virtual_tokens)
 
     @property
     def first(self) -> QueuedOperation | None:
@@ -124,21 +128,23 @@ class TrainingRun:
         self.lost = True
 
     def describe(self) -> RunInfo:
-        adapter = self.trained
-        parameters = sum(
-            layer.module.rank * (layer.module.site.in_features + layer.module.site.out_features)
-            + (layer.module.site.out_features if layer.magnitude >= 0 else 0)
-            for layer in adapter.layers.values()
-        )
-        return RunInfo(self.name, parameters, adapter.nbytes, adapter.steps)
+        adapter, flat = self.trained, self.trained.masters
+        parts = [part for layer in adapter.layers.values() for part in (layer.a(flat), layer.b(flat))]
+        parts += [layer.m(flat) for layer in adapter.layers.values() if layer.magnitude >= 0]
+        parts += [gain.values(flat) for gain in adapter.layout.gains.values()]
+        parts += [each.values(flat) for each in (adapter.layout.table, adapter.layout.prefix) if each is not None]
+        return RunInfo(self.name, sum(part.numel() for part in parts), adapter.nbytes, adapter.steps)
 
 
-def parts_of(operation: ForwardBackward, group: int, most: int) -> tuple[list[Sequence[TrainingExample]], list[int]]:
+def parts_of(
+    operation: ForwardBackward, group: int, most: int, virtual_tokens: int = 0
+) -> tuple[list[Sequence[TrainingExample]], list[int]]:
     """The parts of an operation, and their tokens; only the examples decide. Raises BadRequest if there are none.
 
     Args:
         group: number of consecutive examples that belong together.
         most: tokens of a part, if it has more than one group.
+        virtual_tokens: before each example, which count as well.
     """
     if not operation.examples:
         raise BadRequest("there are no examples", param="examples")
@@ -146,7 +152,7 @@ def parts_of(operation: ForwardBackward, group: int, most: int) -> tuple[list[Se
     sizes: list[int] = []
     for start in range(0, len(operation.examples), group):
         examples = operation.examples[start : start + group]
-        tokens = sum(len(example.tokens) for example in examples)
+        tokens = sum(len(example.tokens) + virtual_tokens for example in examples)
         if sizes and sizes[-1] + tokens <= most:
             parts[-1] = [*parts[-1], *examples]
             sizes[-1] += tokens

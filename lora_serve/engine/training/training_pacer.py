@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lora_serve.engine.training.quantum_costs import QuantumCosts
 
-STRETCH = 1.2  # times the longest usual gap; what is measured then is below 1.3
+STRETCH = 1.25  # times the longest usual gap; what is measured then is below 1.3
 RARE = 200  # gaps between two that are longer
 MOST_SHARE = 0.05  # of the time beside streams, in quanta that they tolerate
 SAVED = 1.0  # seconds of these that may be saved up

@@ -15,17 +15,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lora_serve.adapters.tensor_folder import json_bytes, tensor_bytes, write_folder
 from lora_serve.adapters.workers import Workers
 from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
+from lora_serve.engine.training.method_settings import adapter_settings
 from lora_serve.engine.training.micro_batch import TrainingSequence
-from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.run_operations import (
     PART_TOKENS,
     Done,
@@ -36,24 +34,17 @@ from lora_serve.engine.training.run_operations import (
 )
 from lora_serve.engine.training.run_turns import RunTurn, RunTurns
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
-from lora_serve.engine.training.trained_files import peft_config, peft_tensors
+from lora_serve.engine.training.short_operations import ShortOperations, run_not_found
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
-from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest, EngineFault, RunExists, RunNotFound, ServeError, Unavailable
 from lora_serve.messages import Stats
 from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.training_messages import (
     CloseRun,
     CreateRun,
-    ExportRun,
     ForwardBackward,
-    OptimizerStep,
-    RestoreRun,
     RunOperation,
-    RunSettings,
-    SaveRun,
-    StepResult,
 )
 
 FIRST_TOKENS = 128  # of a pass while it is not known what one costs
@@ -94,7 +85,7 @@ class TrainingRuns:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base, self._trainer, self.pacer = base, Trainer(base, memory), pacer
-        self._workers, self._base_name, self._clock = workers, base_name, clock
+        self._short, self._clock = ShortOperations(self._trainer, workers, base_name), clock
         self._runs: dict[str, TrainingRun] = {}
         self._pass: SharedPass | None = None
         self._turns = RunTurns()
@@ -117,35 +108,40 @@ class TrainingRuns:
         match operation:
             case CreateRun():
                 self._create(operation, done)
-            case CloseRun(run):
-                self._close(run, done)
+            case CloseRun(name):
+                self._close(name, done)
             case ForwardBackward():
-                self._enqueue(operation, self._queued_pass(operation, done))
+                run = self._find(operation)
+                self._enqueue(run, self._queued_pass(run, operation, done))
             case _:
-                self._enqueue(operation, QueuedOperation(operation, done, next(self._orders)))
+                self._enqueue(self._find(operation), QueuedOperation(operation, done, next(self._orders)))
 
     def _create(self, operation: CreateRun, done: Done) -> None:
         if operation.run in self._runs:
             raise RunExists(f"there is a training run {operation.run!r} already", param="run")
-        self._trainer.needed(_lora_settings(operation.settings), 1)  # refuses settings that do not fit
+        memory = self._trainer.needed(adapter_settings(operation.settings), 1).adapter  # refuses what does not fit
         run = self._runs[operation.run] = TrainingRun.of(operation)
-        run.operations.append(QueuedOperation(operation, done, next(self._orders)))
+        run.operations.append(QueuedOperation(operation, done, next(self._orders), memory=memory))
 
-    def _enqueue(self, operation: RunOperation, queued: QueuedOperation) -> None:
+    def _find(self, operation: RunOperation) -> TrainingRun:
         run = self._runs.get(operation.run)
         if run is None or run.closed:
-            raise _not_found(operation.run)
-        run.operations.append(queued)
-        self._begin(run)
+            raise run_not_found(operation.run)
+        return run
 
-    def _queued_pass(self, operation: ForwardBackward, done: Done) -> QueuedPass:
+    def _enqueue(self, run: TrainingRun, queued: QueuedOperation) -> None:
+        run.operations.append(queued)
+        self._short.begin(run)
+
+    def _queued_pass(self, run: TrainingRun, operation: ForwardBackward, done: Done) -> QueuedPass:
         """A checked operation. Raises BadRequest."""
         loss = find_loss(operation.loss, operation.config)
         loss.check(operation.examples)
         for example in operation.examples:
             sequence = TrainingSequence(example.tokens, example.targets, [0.0] * len(example.targets))
-            sequence.check(self._base.vocabulary, self._base.max_length)
-        parts, sizes = parts_of(operation, loss.group, min(PART_TOKENS, self._most_tokens))
+            sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+        most = min(PART_TOKENS, self._most_tokens)
+        parts, sizes = parts_of(operation, loss.group, most, run.virtual_tokens)
         if max(sizes) > self._most_tokens:
             raise BadRequest(
                 f"a pass over {max(sizes)} tokens takes {_mib(pass_bytes(self._base, max(sizes)))}, and "
@@ -153,29 +149,6 @@ class TrainingRuns:
                 param="examples",
             )
         return QueuedPass(operation, done, next(self._orders), loss=loss, parts=parts, sizes=sizes)
-
-    def _begin(self, run: TrainingRun) -> None:
-        """Let a thread do what the first operation of a run begins with."""
-        first = run.first
-        if first is None or not isinstance(first.operation, RestoreRun) or first.checkpoint is not None:
-            return
-        folder, run.waits = Path(first.operation.folder), True
-
-        def read(found: RunCheckpoint | ServeError) -> None:
-            if not run.operations or run.operations[0] is not first:
-                return  # closed meanwhile
-            run.waits = False
-            if isinstance(found, ServeError):
-                self._finish(run, found)
-            else:
-                first.checkpoint = found
-
-        self._workers.save(lambda: RunCheckpoint.read(folder), read)
-
-    def _finish(self, run: TrainingRun, result: Any) -> None:
-        """End the first operation of a run, and begin the next one."""
-        run.finish(result)
-        self._begin(run)
 
     def _close(self, name: str, done: Done) -> None:
         run = self._runs.get(name)
@@ -241,8 +214,8 @@ class TrainingRuns:
             # A new adapter takes memory, which a running pass has reserved.
             if isinstance(first, QueuedPass) or (run.adapter is None and self._pass is not None):
                 continue
-            kind, size = self._kind(run, first)
-            return _Quantum(kind, size, partial(self._carry_out, run, first), [(run.owner, 1)])
+            kind, size = self._short.kind(run, first)
+            return _Quantum(kind, size, partial(self._short.carry_out, run, first), [(run.owner, 1)])
         if self._pass is not None:
             running = self._pass
             owners = [(share.run.owner, share.tokens) for share in running.shares]
@@ -269,24 +242,18 @@ class TrainingRuns:
             assert first is not None
             yield run, first
 
-    def _kind(self, run: TrainingRun, queued: QueuedOperation) -> tuple[str, int]:
-        """Kind and size of the quantum that a short operation is."""
-        match queued.operation:
-            case CreateRun():
-                return "create", self._trainer.needed(_lora_settings(queued.operation.settings), 1).adapter
-            case OptimizerStep():
-                return "optimizer", run.trained.nbytes
-            case _:
-                return "copy", run.trained.nbytes
-
     def _begin_pass(self, shares: list[PassShare]) -> None:
         try:
             self._pass = SharedPass(self._trainer, shares, self._base.layers)
-        except ServeError as error:
+        except Exception as error:
+            if not isinstance(error, ServeError):
+                log.exception("a training pass could not begin")
             for share in shares:
                 if share.operation.taken:
                     share.run.lose_gradients()
-                self._finish(share.run, error)
+                self._short.finish(
+                    share.run, error if isinstance(error, ServeError) else EngineFault("the pass failed")
+                )
             return
         self._advance_pass()
 
@@ -307,68 +274,7 @@ class TrainingRuns:
             self._tokens += running.tokens if running.gradients else 0
         self._pass = None
         for share in running.shares:
-            self._begin(share.run)
-
-    def _carry_out(self, run: TrainingRun, queued: QueuedOperation) -> None:
-        """One of the operations that are a quantum; errors are its own."""
-        try:
-            match queued.operation:
-                case CreateRun():
-                    self._make_adapter(run, queued.operation)
-                case OptimizerStep():
-                    self._finish(run, self._optimizer_step(run, queued.operation))
-                case SaveRun(folder=folder):
-                    checkpoint, target = RunCheckpoint.of(run.trained), Path(folder)
-                    self._write(run, queued, lambda: checkpoint.write(target))
-                case ExportRun(folder=folder):
-                    config, tensors = peft_config(run.trained, self._base_name), peft_tensors(run.trained)
-                    files, target = {"adapter_config.json": json_bytes(config)}, Path(folder)
-                    model = "adapter_model.safetensors"
-                    self._write(run, queued, lambda: write_folder(target, files | {model: tensor_bytes(tensors)}))
-                case RestoreRun(optimizer=optimizer):
-                    assert queued.checkpoint is not None
-                    queued.checkpoint.restore(run.trained, optimizer=optimizer)
-                    run.lost = False
-                    self._finish(run, run.describe())
-        except ServeError as error:
-            self._finish(run, error)
-        except torch.OutOfMemoryError:
-            self._finish(run, Unavailable("training ran out of memory", retry_after=5))
-        except Exception:
-            log.exception("an operation on training run %s failed", run.name)
-            self._finish(run, EngineFault("the operation on the training run failed"))
-
-    def _make_adapter(self, run: TrainingRun, operation: CreateRun) -> None:
-        try:
-            run.adapter = self._trainer.create(run.name, _lora_settings(operation.settings))
-        except BaseException:
-            run.closed = True  # nor is there a run for the operations that follow
-            first, *others = run.operations
-            run.operations.clear()
-            run.operations.append(first)
-            for queued in others:
-                queued.done(_not_found(run.name))
-            raise
-        self._finish(run, run.describe())
-
-    def _optimizer_step(self, run: TrainingRun, operation: OptimizerStep) -> StepResult:
-        adam = AdamSettings(operation.betas, operation.eps, operation.weight_decay, operation.max_grad_norm)
-        if run.lost:
-            run.lost = False
-            run.trained.gradients.zero_()
-            raise EngineFault("gradients were lost in a batch that failed: no step was made; send its batches again")
-        found = run.trained.optimizer_step(operation.learning_rate, adam)
-        return StepResult(found.grad_norm, found.steps)
-
-    def _write(self, run: TrainingRun, queued: QueuedOperation, write: Callable[[], None]) -> None:
-        """Let a thread write files."""
-        run.waits = True
-
-        def written(result: ServeError | None) -> None:
-            if run.operations and run.operations[0] is queued:  # not closed meanwhile
-                self._finish(run, result)
-
-        self._workers.save(write, written)
+            self._short.begin(share.run)
 
     # --- memory and statistics ---------------------------------------------------------------------------------------
 
@@ -396,15 +302,6 @@ class TrainingRuns:
             run.fail_all(Unavailable("the server is shutting down", retry_after=5))
         self._runs.clear()
         self._pass = None
-
-
-def _lora_settings(settings: RunSettings) -> LoraSettings:
-    """The trainer's form of settings."""
-    return LoraSettings(**{name: getattr(settings, name) for name in settings.__struct_fields__})
-
-
-def _not_found(name: str) -> RunNotFound:
-    return RunNotFound(f"there is no training run {name!r}", param="run")
 
 
 def _mib(size: int) -> str:
