@@ -19,7 +19,8 @@ from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
-from lora_serve.model.load import LoadedModel, load
+from lora_serve.model.load import load
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.shape import base_module
 from lora_serve.model.trainable_base import TrainableBase

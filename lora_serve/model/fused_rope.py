@@ -36,17 +36,19 @@ Rope = Callable[..., tuple[Tensor, Tensor]]
 Kinds = Set[tuple[torch.dtype, torch.dtype]]  # dtypes of heads and of cosines
 
 
-def fuse_ropes(model: nn.Module, layers: list[LayerShape], dtype: torch.dtype, context: ForwardContext) -> None:
+def fuse_ropes(
+    model: nn.Module, layers: list[LayerShape], dtype: torch.dtype, device: torch.device, context: ForwardContext
+) -> None:
     """Fuse all RoPE that matches a kernel, in place, with the KV write where that can be; only modules are touched."""
     for module in model.modules():
         forward = type(module).forward
         if not isinstance(forward, FunctionType) or ROPE not in forward.__code__.co_names:
             continue
-        own, parameter = forward.__globals__.get(ROPE), next(module.parameters(), None)
-        if own is None or parameter is None or hasattr(forward, "__wrapped__"):
+        own = forward.__globals__.get(ROPE)
+        if own is None or hasattr(forward, "__wrapped__"):
             continue
-        if kinds := _kinds(own, dtype, parameter.device, context):
-            deferred = _only_attention_reads(module, own, kinds, layers, dtype, parameter.device)
+        if kinds := _kinds(own, dtype, device, context):
+            deferred = _only_attention_reads(module, own, kinds, layers, dtype, device)
             module.forward = _forward_with(module, _rope(own, kinds, context, deferred=deferred))
 
 
