@@ -41,9 +41,10 @@ class PackedExperts(nn.Module):
         for name in STACKED:
             weight = stacked._parameters.pop(name, None)
             if weight is not None:
-                weights = out_first(stacked, weight.to(device))
-                own = scheme_for(scheme, weights.shape[2])
-                self.packed[name] = kernels.pack_experts(weights, own, importance.get(name))
+                own = scheme_for(scheme, out_first(stacked, weight).shape[2])
+                self.packed[name] = kernels.pack_experts(
+                    out_first(stacked, weight.to(device)), own, importance.get(name)
+                )
 
     def expert_weight(self, parameter: str, expert: int) -> Tensor:
         """One expert's weight [out, in], float32; unpacked on every call."""
