@@ -24,24 +24,11 @@ from lora_serve.model.observe import is_linear
 
 def move_unquantized(model: nn.Module, device: torch.device, *, quantizes_experts: bool) -> None:
     """Move a model to the device in place, except the weights that packing will quantise; tied parameters stay tied."""
-    leaves: dict[int, tuple[str, ...]] = {}  # parameters to leave on the host, by the module's identity
+    moved: dict[int, nn.Parameter] = {}  # by the identity of the parameter on the host
     for module in model.modules():
-        if is_linear(module):
-            leaves[id(module)] = ("weight",)
-        elif quantizes_experts and is_stacked(module):
-            leaves[id(module)] = STACKED
-    _move(model, device, leaves)
-
-
-def move_rest(model: nn.Module, device: torch.device) -> None:
-    """Move what `move_unquantized` left on the host, and packing too."""
-    _move(model, device, {})
-
-
-def _move(model: nn.Module, device: torch.device, leaves: dict[int, tuple[str, ...]]) -> None:
-    moved: dict[int, nn.Parameter] = {}  # by the identity of the parameter
-    for module in model.modules():
-        stay = leaves.get(id(module), ())
+        stay: tuple[str, ...] = ("weight",) if is_linear(module) else ()
+        if quantizes_experts and is_stacked(module):
+            stay = STACKED
         for name, parameter in module._parameters.items():
             if parameter is not None and name not in stay and parameter.device.type != device.type:
                 moved.setdefault(id(parameter), nn.Parameter(parameter.detach().to(device), requires_grad=False))
@@ -49,8 +36,7 @@ def _move(model: nn.Module, device: torch.device, leaves: dict[int, tuple[str, .
             module._buffers[name] = None if buffer is None else buffer.to(device)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) in moved:
-                module._parameters[name] = moved[id(parameter)]
+            module._parameters[name] = moved.get(id(parameter), parameter)
 
 
 def reading_host_weights(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:

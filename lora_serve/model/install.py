@@ -20,7 +20,6 @@ from lora_serve.model.forward_context import ForwardContext
 from lora_serve.model.fused import fuse
 from lora_serve.model.fused_residual import fuse_residuals
 from lora_serve.model.fused_rope import fuse_ropes
-from lora_serve.model.host_weights import move_rest
 from lora_serve.model.linear import AdaptedLinear, SharedInput
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
@@ -59,10 +58,9 @@ def pack(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext
                     if f"{path}.{name}" in loaded.importance
                 }
                 module.base = PackedExperts(module.base, context.kernels, loaded.scheme, own, loaded.device)
-    move_rest(loaded.model, loaded.device)
     for parameter in loaded.model.parameters():
         if parameter.is_cpu:  # one tensor of a memory-mapped file keeps the whole file in memory
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(loaded.device, copy=True)
 
 
 def _install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:

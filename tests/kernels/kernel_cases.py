@@ -149,7 +149,7 @@ def composed_cases(draw: st.DrawFn) -> DeltaCase:
 
 def zeros_like(group: DeltaGroup) -> DeltaGroup:
     """A group for the gradients of another."""
-    found = DeltaGroup(group.in_features, group.out_features, group.rank.shape[1], torch.float32, CPU)
+    found = DeltaGroup(group.in_features, group.out_features, group.rank.shape[1], torch.float32, group.a.device)
     for module in range(len(group.out_features)):
         for slot in range(group.rank.shape[1]):
             delta = group.get(module, slot)
