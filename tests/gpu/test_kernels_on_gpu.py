@@ -12,7 +12,7 @@ from kernels.kernel_cases import AttentionCase, assert_near, zeros_like
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Rotation, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, Launch, PlanTable
@@ -369,7 +369,7 @@ def test_rotary_embeddings_and_kv_writes_equal_the_reference(kernels: GpuKernels
     for got, wanted in zip(mine, right, strict=True):
         assert torch.equal(got, wanted)
     queries, rotated = kernels.rope(q, k, cos, sin)
-    assert_near(kernels.rope_and_write_kv(q, k, -k, cos, sin, *mine, index), queries)
+    assert_near(kernels.rope_and_write_kv(Rotation(q, k, cos, sin), -k, *mine, index), queries)
     kernels.write_kv(*right, rotated[0].transpose(0, 1), -rows, index)
     for got, wanted in zip(mine, right, strict=True):
         assert_near(got, wanted)
