@@ -183,47 +183,36 @@ def add_product(sums: tl.tensor, h: tl.tensor, weights: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def expand_row(
-    sums: tl.tensor, h: tl.tensor, between: tl.tensor, matrix: tl.tensor, width: tl.tensor, share: tl.tensor,
-    n: tl.tensor, n_end: tl.tensor,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, DEPENDENT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """sums + share * (h.sum(0) @ matrix)[n] for one row: h [SPLITS, width], `between` elements from one to the next."""
-    inside = (n < n_end)[None, :]
-    s = tl.arange(0, SPLITS)[:, None]
-    for r0 in range(0, width, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        weights = tl.load(matrix + r[:, None] * n_end + n[None, :], mask=(r < width)[:, None] & inside, other=0.0)
-        if DEPENDENT:
-            gdc_wait()
-        parts = tl.load(h + s.to(tl.int64) * between + r[None, :], mask=(r < width)[None, :], other=0.0)
-        shrunk = tl.sum(parts, 0) * share
-        sums += tl.sum(weights.to(tl.float32) * shrunk[:, None], 0)
-    return sums
-
-
-@triton.jit
 def expand_rows(
     sums: tl.tensor, h: tl.tensor, between: tl.tensor, capacity: tl.tensor, matrix: tl.tensor, width: tl.tensor,
     height: tl.tensor, share: tl.tensor, n: tl.tensor, n_end: tl.tensor,
     SPLITS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The same for the first `height` of BLOCK_M rows of h, `capacity` elements from one to the next."""
+    """sums + share * (h.sum(0) @ matrix)[:, n] for the first `height` of BLOCK_M rows; one row is a vector.
+
+    Shapes: h [SPLITS, height, width], `between` elements from one split to the next and `capacity` from row to row.
+    """
     inside = (n < n_end)[None, :]
+    s = tl.arange(0, SPLITS)[:, None]
     m = tl.arange(0, BLOCK_M)[:, None]
     for r0 in range(0, width, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         weights = tl.load(matrix + r[:, None] * n_end + n[None, :], mask=(r < width)[:, None] & inside, other=0.0)
         if DEPENDENT:
             gdc_wait()
-        there = (m < height) & (r < width)[None, :]
-        shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split0 in range(0, SPLITS, TOGETHER):
-            for i in tl.static_range(TOGETHER):
-                part = h + (split0 + i) * between
-                shrunk += tl.load(part + m * capacity + r[None, :], mask=there, other=0.0)
-        sums = add_product(sums, shrunk * share, weights)
+        if BLOCK_M == 1:
+            parts = tl.load(h + s.to(tl.int64) * between + r[None, :], mask=(r < width)[None, :], other=0.0)
+            vector = tl.sum(parts, 0) * share
+            sums += tl.sum(weights.to(tl.float32) * vector[:, None], 0)
+        else:
+            there = (m < height) & (r < width)[None, :]
+            shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for split0 in range(0, SPLITS, TOGETHER):
+                for i in tl.static_range(TOGETHER):
+                    part = h + (split0 + i) * between
+                    shrunk += tl.load(part + m * capacity + r[None, :], mask=there, other=0.0)
+            sums = add_product(sums, shrunk * share, weights)
     return sums
 
 
@@ -279,8 +268,9 @@ def expand(
             member = covers(segment + 1, begin, stop, start, end, count)
             width = tl.minimum(width, capacity - column)
             values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
-            sums = expand_row(
-                sums, h + column, between, values, width, share, n, n_end, SPLITS, BLOCK_R, DEPENDENT
+            sums = expand_rows(
+                sums, h + column, between, capacity, values, width, 1, share, n, n_end, SPLITS, TOGETHER, 1, BLOCK_R,
+                DEPENDENT,
             )  # fmt: skip
             column += width
             segment += 1
