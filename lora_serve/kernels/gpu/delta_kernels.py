@@ -216,6 +216,38 @@ def expand_rows(
     return sums
 
 
+@triton.jit
+def expand_members(
+    sums: tl.tensor, h: tl.tensor, between: tl.tensor, capacity: tl.tensor, matrix: tl.tensor, width: tl.tensor,
+    share: tl.tensor, segment: tl.tensor, begin: tl.tensor, stop: tl.tensor, row: tl.tensor, n: tl.tensor,
+    n_end: tl.tensor, b: tl.tensor, rank: tl.tensor, start: tl.tensor, end: tl.tensor, slot: tl.tensor,
+    weight: tl.tensor, count: tl.tensor,
+    DTYPE: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """`expand_rows` of all members of a composition, whose first one's matrix, width and share are loaded already.
+
+    Returns the sums, and the columns of h that were read: 0 if no member has a delta.
+    """
+    column = 0
+    member = row < stop
+    while member:
+        member = covers(segment + 1, begin, stop, start, end, count)
+        width = tl.minimum(width, capacity - column)
+        values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
+        sums = expand_rows(
+            sums, h + column, between, capacity, values, width, stop - row, share, n, n_end, SPLITS, TOGETHER, BLOCK_M,
+            BLOCK_R, DEPENDENT,
+        )  # fmt: skip
+        column += width
+        segment += 1
+        place = tl.load(slot + segment, mask=member, other=0)
+        share = tl.load(weight + segment, mask=member, other=0.0)
+        width = tl.load(rank + place)
+        matrix = tl.load(b + place)
+    return sums, column
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_SPECIALIZED)
 def expand(
     out0: tl.tensor, out1: tl.tensor, out2: tl.tensor, out3: tl.tensor,
@@ -258,26 +290,13 @@ def expand(
     out += row.to(tl.int64) * stride
     h += (module.to(tl.int64) * rows + row) * capacity
     between = modules.to(tl.int64) * rows * capacity
-    column = 0
     if (row < stop) & (stop - begin == 1):
         if not DEPENDENT:
             was = tl.load(out + n, mask=n < n_end, other=0.0)  # early: it is needed last
-        sums = tl.zeros((BLOCK_N,), tl.float32)
-        member = row < stop
-        while member:
-            member = covers(segment + 1, begin, stop, start, end, count)
-            width = tl.minimum(width, capacity - column)
-            values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
-            sums = expand_rows(
-                sums, h + column, between, capacity, values, width, 1, share, n, n_end, SPLITS, TOGETHER, 1, BLOCK_R,
-                DEPENDENT,
-            )  # fmt: skip
-            column += width
-            segment += 1
-            place = tl.load(slot + segment, mask=member, other=0)
-            share = tl.load(weight + segment, mask=member, other=0.0)
-            width = tl.load(rank + place)
-            matrix = tl.load(b + place)
+        sums, column = expand_members(
+            tl.zeros((BLOCK_N,), tl.float32), h, between, capacity, matrix, width, share, segment, begin, stop, row, n,
+            n_end, b, rank, start, end, slot, weight, count, DTYPE, SPLITS, TOGETHER, 1, BLOCK_R, DEPENDENT,
+        )  # fmt: skip
         if DEPENDENT:
             gdc_wait()
             was = tl.load(out + n, mask=n < n_end, other=0.0)
@@ -288,25 +307,14 @@ def expand(
         places = out + m * stride + n[None, :]
         if not DEPENDENT:
             tall_was = tl.load(places, mask=there, other=0.0)
-        tall = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        member = row < stop
-        while member:
-            member = covers(segment + 1, begin, stop, start, end, count)
-            width = tl.minimum(width, capacity - column)
-            values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
-            tall = expand_rows(
-                tall, h + column, between, capacity, values, width, stop - row, share, n, n_end, SPLITS, TOGETHER,
-                BLOCK_M, BLOCK_R, DEPENDENT,
-            )  # fmt: skip
-            column += width
-            segment += 1
-            place = tl.load(slot + segment, mask=member, other=0)
-            share = tl.load(weight + segment, mask=member, other=0.0)
-            width = tl.load(rank + place)
-            matrix = tl.load(b + place)
+        tall, tall_column = expand_members(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), h, between, capacity, matrix, width, share, segment, begin, stop,
+            row, n, n_end, b, rank, start, end, slot, weight, count, DTYPE, SPLITS, TOGETHER, BLOCK_M, BLOCK_R,
+            DEPENDENT,
+        )  # fmt: skip
         if DEPENDENT:
             gdc_wait()
             tall_was = tl.load(places, mask=there, other=0.0)
-        tl.store(places, (tall_was.to(tl.float32) + tall).to(tall_was.dtype), mask=there & (column > 0))
+        tl.store(places, (tall_was.to(tl.float32) + tall).to(tall_was.dtype), mask=there & (tall_column > 0))
     elif DEPENDENT:
         gdc_wait()
