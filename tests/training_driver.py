@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import torch
-from lora_serve.engine.training.learning_rate import LearningRate
 from safetensors.torch import load_file
 from support import VOCABULARY
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
+from lora_serve.learning_rate import LearningRate
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
 from lora_serve.model.load import load

@@ -27,7 +27,7 @@ def gradients(driver: TrainingDriver, wanted: int, others: int = 0) -> tuple[tor
     runs = []
     for number in range(1 + others):
         name = f"run-{wanted}-{number}"
-        run = TrainingRun(name, "", 0, driver.trainer.create(name, LoraSettings(r=4, seed=1)))
+        run = TrainingRun(name, "", 0, adapter=driver.trainer.create(name, LoraSettings(r=4, seed=1)))
         operation = ForwardBackward(name, batch(30, seed=number))
         loss = find_loss("cross_entropy", {})
         parts, sizes = parts_of(operation, loss.group, 48)
