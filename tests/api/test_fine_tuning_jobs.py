@@ -66,7 +66,7 @@ async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
         seed=7,
         metadata={"k": "v"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
-        extra={"lora": {"r": 4, "use_rslora": True}, "max_length": 32},
+        extra={"lora": {"r": 4, "use_rslora": True, "lora_dropout": 0.1}, "max_length": 32},
     )
     assert (made.object, made.status, made.seed, made.metadata) == (
         "fine_tuning.job",
@@ -205,6 +205,7 @@ async def test_a_file_that_does_not_fit_fails_the_job(server: TrainingApp) -> No
         ({"suffix": "x" * 65}, "suffix", ""),
         ({"metadata": {"k": "v" * 513}}, "metadata.k", ""),
         ({"extra": {"lora": {"rank": 4}}}, "lora.rank", "unknown"),
+        ({"extra": {"lora": {"init_lora_weights": "eva"}}}, "lora.init_lora_weights", ""),
         ({"extra": {"trainer": {"load_best_model_at_end": True}}}, None, "need a validation_file"),
         ({"extra": {"learning_rate": 1}}, "learning_rate", "unknown"),
         ({"extra": {"adapter": "a b"}}, "adapter", ""),

@@ -79,6 +79,9 @@ class LoraOptions(Strict):
     alpha_pattern: Annotated[dict[str, Alpha], Few] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"] | None = None
+    train_lm_head: bool | None = Field(None, description="adapt the LM head beside target_modules")
 
 
 class TrainerOptions(Strict):
