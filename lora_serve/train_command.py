@@ -45,6 +45,7 @@ class TrainCommand(RemoteCommand):
 
     def run(self) -> None:
         name = check_name(self.name or self.path.name.split(".")[0])
+        self.ask("GET", "/v1/fine_tuning/jobs?limit=1")  # or it says that it does not train, before anything is sent
         model = str(self.ask("GET", "/v1/models")["data"][0]["id"])
         job = self.ask("POST", "/v1/fine_tuning/jobs", json=self._body(model, name))
         console = Console(highlight=False, markup=False, stderr=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from failing_disk import QuickDisk
 from fake_training import COMPLETIONS, PREFERENCES, Jobs, when
@@ -99,11 +100,11 @@ async def test_preferences_have_the_base_s_log_probabilities(jobs: Jobs) -> None
     assert jobs.store.events(id_).metrics()[0].data["train_accuracy"] == 0.5  # type: ignore[index]
 
 
-@pytest.mark.parametrize("kind", [CreateRun, ForwardBackward, OptimizerStep, SaveRun])
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(CreateRun, 1), *((kind, number) for kind in (ForwardBackward, OptimizerStep, SaveRun) for number in (1, 2))],
+)
 async def test_a_lost_engine_changes_nothing_in_the_result(jobs: Jobs, tmp_path: Path, kind: type, number: int) -> None:
-    if kind is CreateRun and number == 2:
-        pytest.skip("a run is created once")
     when(jobs.engine, kind, number, jobs.engine.die)
     id_ = await jobs.create()
     assert (await jobs.end(id_)).status == "succeeded"
@@ -124,6 +125,20 @@ async def test_a_server_that_ends_changes_nothing_in_the_result(jobs: Jobs, tmp_
     assert (await again.end(id_)).status == "succeeded"
     assert again.result == await undisturbed(tmp_path)
     assert again.steps(id_) == STEPS
+
+
+async def test_jobs_wait_while_training_is_off(jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    id_ = await jobs.create()
+    await jobs.until(id_, "running")
+    await jobs.queue.close()
+    off = Jobs(tmp_path, disk=QuickDisk())
+    assert off.engine.info is not None
+    off.engine.info = msgspec.structs.replace(off.engine.info, training_memory=0)
+    await off.queue.start()
+    await asyncio.sleep(0.05)
+    assert off.store.find(id_).status == "queued"
+    assert off.engine.trained == []
+    assert "1 fine-tuning jobs wait" in caplog.text
 
 
 async def test_a_preference_job_goes_on_with_the_reference_of_the_base(jobs: Jobs, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ class JobQueue:
         for job in self.store.list():
             if job.status == "running":
                 self.store.update(job.id, lambda job: msgspec.structs.replace(job, status="queued"), on_disk=False)
+        unfinished = sum(not job.finished for job in self.store.list())
+        if unfinished and not self._trains:
+            log.warning("%d fine-tuning jobs wait until the server is started with --training-memory", unfinished)
         self._fill()
 
     async def close(self) -> None:
@@ -155,13 +158,17 @@ class JobQueue:
 
     # --- what runs ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _trains(self) -> bool:
+        return self._engine.info is not None and self._engine.info.training_memory > 0
+
     def _runner(self, id_: str) -> JobRunner | None:
         self.store.find(id_)
         return self._training.get(id_) or self._validating.get(id_)
 
     def _fill(self) -> None:
-        """Begin with as many jobs as may run."""
-        if self._closed:
+        """Begin with as many jobs as may run; none where training is off."""
+        if self._closed or not self._trains:
             return
         jobs = [job for job in self.store.list() if self._runner(job.id) is None]
         new = [job for job in jobs if job.status == "validating_files"]
