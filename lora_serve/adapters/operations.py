@@ -48,7 +48,9 @@ class AdapterOperations:
         def on_lowered(version: LoweredVersion) -> None:
             done(describe_upload(version.summary))
 
-        self._publisher.inspect(Path(operation.folder), if_successful(on_lowered, done))
+        self._publisher.inspect(
+            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+        )
 
     def names(self) -> Iterator[str]:
         """The names of listed adapters and of aliases; of those that cannot be served as well."""
@@ -168,7 +170,9 @@ class AdapterOperations:
             kept = self._residency.stored(name, record_now())
             self._publisher.store(name, staged, kept, if_successful(on_stored, done))
 
-        self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done))
+        self._publisher.lower(
+            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+        )
 
     def _pin(self, name: str, pinned: bool, done: Done) -> None:
         self._publisher.check_not_broken(name)
