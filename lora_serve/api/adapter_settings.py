@@ -15,16 +15,18 @@ from typing import Any, TypeVar
 import msgspec
 
 from lora_serve.api.caller import Caller
+from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion, Message
 from lora_serve.api.openai.preprocess import resolve_adapters
 from lora_serve.api.openai.schemas import Generation, ModelSelection
 from lora_serve.api.services import Services
 from lora_serve.api.settings_cache import PromptTools, Writing, make_tools
-from lora_serve.errors import AdapterBroken, AdapterNotFound, BadRequest
+from lora_serve.api.upload import ReceivedUpload
+from lora_serve.errors import AdapterBroken, AdapterInvalid, AdapterNotFound, BadRequest
 from lora_serve.messages import ResolveAdapters, ResolvedAdapter
 from lora_serve.names import SETTINGS, adapter_broken
 from lora_serve.request import AdapterUse, Routing
-from lora_serve.serve_settings import SAMPLING, ServeSettings
+from lora_serve.serve_settings import SAMPLING, ServeSettings, parse_settings
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -147,6 +149,32 @@ async def _resolve(
     return found
 
 
+async def check_uploaded_settings(upload: ReceivedUpload, services: Services) -> None:
+    """Check that the settings of an upload fit the base's tokenizer and chat template, as far as these are concerned.
+
+    The compiler checks the rest. What it unpacks first, an archive of a source, is checked by it alone.
+
+    Raises: AdapterInvalid that names the file and the setting.
+    """
+    path = upload.folder / SETTINGS
+    if not upload.trust_settings or not path.is_file():
+        return
+    settings = parse_settings(await asyncio.to_thread(path.read_bytes))
+    tools = await find_tools(services, (None, settings.added_tokens or ()))
+    _, missing = find_tokens(tools.tokenizer, settings.stop_tokens or ())
+    if missing is not None:
+        raise AdapterInvalid(f"{SETTINGS}: {_no_token(missing)}; see added_tokens", param="settings")
+    if settings.system is None or settings.chat_template is not None:
+        return
+    if tools.chat is None:
+        raise AdapterInvalid(f"{SETTINGS}: system: the base has no chat template; give one", param="settings")
+    talk = [Message(role="system", content=settings.system), Message(role="user", content="Hello")]
+    try:
+        await encode_chat(replace(services, tokenizer=tools.tokenizer, encoder=tools.encoder, chat=tools.chat), talk)
+    except BadRequest as error:
+        raise AdapterInvalid(f"{SETTINGS}: system: {error.message}", param="settings") from None
+
+
 async def find_tools(services: Services, writing: Writing) -> PromptTools:
     """The tokenizer and chat format of an adapter, made in a thread if they are not at hand."""
     tools = services.settings.find_tools(writing)
@@ -159,7 +187,7 @@ async def find_tools(services: Services, writing: Writing) -> PromptTools:
 
 def find_tokens(tokenizer: Any, names: tuple[str, ...]) -> tuple[list[int], str | None]:
     """Ids of tokens by their text; and the first text that is no token, if one is none."""
-    found = []
+    found: list[int] = []
     for name in names:
         token = tokenizer.convert_tokens_to_ids(name)
         if token is None or tokenizer.convert_ids_to_tokens(token) != name:

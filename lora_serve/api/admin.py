@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from lora_serve.api.adapter_settings import check_uploaded_settings
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
 from lora_serve.api.caller import Caller
 from lora_serve.api.content_type import is_json
@@ -22,7 +23,7 @@ from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openapi import UNCHANGED, documented
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.api.source_body import receive_from_source, source_schema
+from lora_serve.api.source_body import TRUST, receive_from_source, source_schema
 from lora_serve.api.upload import ReceivedUpload, receive_upload
 from lora_serve.errors import BadRequest
 from lora_serve.messages import (
@@ -49,6 +50,8 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     binary = {"type": "string", "format": "binary"}
     fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
     files = fields | {"files": {"type": "array", "items": binary}, "archive": binary}
+    files["trust_settings"] = {"type": "string", "enum": ["true", "false"], "description": TRUST}
+    files["settings"] = {"type": "string", "description": "the text of a serve.yaml, in place of the adapter's own"}
     schema = {"type": "object", "properties": files, "required": list(required), "additionalProperties": False}
     schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
     content = {"multipart/form-data": {"schema": schema}, "application/json": {"schema": source_schema(name=name)}}
@@ -125,7 +128,8 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 
     async with _receive(request, services, caller, check) as upload:
         check(upload.name)
-        return await _call(services, Inspect(str(upload.folder)))
+        await check_uploaded_settings(upload, services)
+        return await _call(services, Inspect(str(upload.folder), upload.trust_settings))
 
 
 @router.put(
@@ -200,7 +204,10 @@ async def delete(
 
 
 async def _publish(request: Request, services: Services, operation: Publish, upload: ReceivedUpload) -> Response:
-    operation = msgspec.structs.replace(operation, source=upload.source, digest=upload.digest)
+    await check_uploaded_settings(upload, services)
+    operation = msgspec.structs.replace(
+        operation, source=upload.source, digest=upload.digest, trust_settings=upload.trust_settings
+    )
     info = await _change(request, services, "publish", operation)
     return tagged(info, adapter_etag(info), status=201)
 

@@ -177,11 +177,13 @@ def _open_adapters(
 
     notes += open_store(registry, residency, publisher, config.served_name(), report)
     if config.adapters is not None:
-        scanner = FolderScanner(config.adapters)
+        folder, trust = config.adapters, config.trust_settings
+        scanner = FolderScanner(folder, trust_settings=trust)
         first = scanner.scan() or {}
-        notes += publish_folders(registry, operations, residency, config.adapters, report)
+        notes += publish_folders(registry, operations, residency, folder, report, trust_settings=trust)
         if config.watch:
-            workers.repeat(scanner.scan, FolderWatch(config.adapters, operations, residency, first).handle, SCAN_EVERY)
+            watch = FolderWatch(folder, operations, residency, first, trust_settings=trust)
+            workers.repeat(scanner.scan, watch.handle, SCAN_EVERY)
     return registry, operations, compiler
 
 
