@@ -22,6 +22,7 @@ from lora_serve.names import SETTINGS
 MOST_BYTES = 128 << 10  # of the file
 MOST_STOPS = 4
 MOST_TOKENS = 64  # in a list of tokens
+DEEPEST = 8  # lists in lists
 LONGEST_TOKEN = 256  # characters, of a stop string as well
 LONGEST_SYSTEM = 32_000  # characters
 LONGEST_TEMPLATE = 64_000  # characters
@@ -131,13 +132,20 @@ def _invalid(problem: str) -> AdapterInvalid:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors, which make large things of small ones, and without repeated keys."""
+    """YAML without references, which make large things of small ones, without repeated names, and not deep."""
+
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         mapping: Mapping[Hashable, Any] = super().construct_mapping(node, deep)

@@ -1,6 +1,7 @@
 """Reads an adapter's `serve.yaml`, and tries its chat template.
 
-This runs in the compiler's process, whose memory and time are bounded. What a template does with a short conversation is seen here; what it does with any other, where requests are.
+This runs in the compiler's process, whose memory and time are bounded. What a template does with a short conversation
+is seen here; what it does with any other, where requests are.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ async def check_uploaded_settings(upload: ReceivedUpload, services: Services) ->
     path = upload.folder / SETTINGS
     if not upload.trust_settings or not path.is_file():
         return
-    settings = parse_settings(await asyncio.to_thread(path.read_bytes))
+    settings = await asyncio.to_thread(lambda: parse_settings(path.read_bytes()))
     tools = await find_tools(services, (None, settings.added_tokens or ()))
     _, missing = find_tokens(tools.tokenizer, settings.stop_tokens or ())
     if missing is not None:

@@ -82,7 +82,7 @@ async def encode_chat(
         raise text_too_long(info, "messages") from None
     except TemplateTooSlow:
         raise BadRequest("the adapter's chat template takes too long on these messages", param="messages") from None
-    except (TemplateError, ValueError, TypeError, RecursionError) as error:
+    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         what = "tools" if functions and isinstance(error, TypeError) else "messages"
         raise BadRequest(f"the chat template refuses these {what}: {str(error)[:200]}", param=what) from error
     continued = turns[-1]["content"] if continue_final_message else ""
