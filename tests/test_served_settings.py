@@ -1,4 +1,4 @@
-"""An adapter with a system prompt and a chat template on the real server: changed under load, behind an alias, copied."""
+"""An adapter with a system prompt and a chat template on the real server: changed under load, aliased, copied."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def ask(server: ServerProcess, name: str) -> tuple[str, int]:
     return answer["adapter"], answer["usage"]["prompt_tokens"]
 
 
-def test_every_answer_is_by_the_settings_of_the_version_that_it_names(server: ServerProcess, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_every_answer_is_by_the_settings_of_the_version_that_it_names(server: ServerProcess) -> None:
     systems = ["a", "be a fox", "be a fox and then another and another"]
     length = {publish(server, "fox", system)[:12]: prompt_tokens(system) for system in systems}
     assert len({*length.values()}) == 3

@@ -215,7 +215,8 @@ async def test_adapters_with_different_settings_need_the_request_s_word(server: 
     answer = await server.chat(adapter=both)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == (
-        "adapters poet and clerk have different settings of temperature (serve.yaml); say in the request which it shall be"
+        "adapters poet and clerk have different settings of temperature (serve.yaml); "
+        "say in the request which it shall be"
     )
     assert await server.talk(adapter=both, temperature=0.5) == "system:be|user:hi|assistant:"
     assert (server.last.sampling.temperature, server.last.sampling.top_k) == (0.5, 9)
