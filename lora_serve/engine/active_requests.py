@@ -10,14 +10,14 @@ from collections.abc import Callable
 from functools import partial
 
 from lora_serve.adapters.registry import Lease, Registry
-from lora_serve.engine.admission import check, pooling_of
+from lora_serve.engine.admission import check, check_settings, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
 from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.sequence import Sequence
-from lora_serve.errors import BadRequest, EngineFault, Failure, Overloaded, ServeError, SettingsNotApplied
+from lora_serve.errors import BadRequest, EngineFault, Failure, Overloaded, ServeError
 from lora_serve.messages import EngineInfo
 from lora_serve.request import Admitted, Embedded, Event, Finished, Logprob, Request, Served, Tokens
 
@@ -184,7 +184,7 @@ class ActiveRequests:
         try:
             for use in request.adapters:
                 leases.append(self._registry.acquire(use, request.routing))
-            _check_settings(request, leases)
+            check_settings(request, leases)
             check(request, leases, self._info)
             self._registry.check_possible([lease.digest for lease in leases])
         except ServeError:
@@ -262,10 +262,3 @@ class ActiveRequests:
             self._prompt_logprobs[request.id] = [None]
         self._prompt_logprobs[request.id] += found
         return self._prompt_logprobs.pop(request.id) if part.samples else None
-
-
-def _check_settings(request: Request, leases: list[Lease]) -> None:
-    """Check that a request to generate was made by the settings of its adapters. Raises SettingsNotApplied."""
-    missing = next((lease.name for lease in leases if lease.settings_missing), None)
-    if missing is not None and request.embedding is None:
-        raise SettingsNotApplied(f"adapter {missing} was replaced while the request began; ask again", retry_after=1)

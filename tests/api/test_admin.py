@@ -137,7 +137,7 @@ async def test_the_schema_lists_inspection_and_its_response(server: StubAdminApp
     paths = (await server.ask("GET", "/openapi.json")).json()["paths"]
     inspect = paths[INSPECT]["post"]
     form = inspect["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert sorted(form["properties"]) == ["archive", "files"]
+    assert sorted(form["properties"]) == ["archive", "files", "settings", "trust_settings"]
     for answer in (inspect["responses"]["200"], paths["/v1/adapters"]["post"]["responses"]["201"]):
         schema = answer["content"]["application/json"]["schema"]
         schema = schema["properties"].get("versions", {}).get("items", schema)

@@ -344,6 +344,19 @@ async def test_an_admin_publishes_from_a_source(server: StubAdminApp) -> None:
     assert server.leftovers == []
 
 
+async def test_settings_of_a_source_count_only_for_an_admin_who_says_so(server: StubAdminApp, tmp_path: Path) -> None:
+    (tmp_path / "source" / "poet" / "serve.yaml").write_text("top_k: 1\n")
+    for more, expected in (({}, False), ({"trust_settings": False}, False), ({"trust_settings": True}, True)):
+        answer = await post(server, {"source": "disk/poet", **more}, path="/v1/adapters/poet")
+        assert answer.status_code == 201, answer.text
+        publish = server.engine.operations[-1]
+        assert isinstance(publish, Publish)
+        assert publish.trust_settings is expected
+    (tmp_path / "source" / "poet" / "serve.yaml").write_text("top_q: 1\n")
+    answer = await post(server, {"source": "disk/poet", "trust_settings": True}, path="/v1/adapters/poet")
+    assert refusal(answer) == (422, "settings", "serve.yaml: there is no setting top_q; did you mean top_k?")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -357,6 +370,7 @@ async def test_an_admin_publishes_from_a_source(server: StubAdminApp) -> None:
         ({"source": "disk/poet"}, 400, "name"),
         ({"name": "x", "source": "disk", "digest": "xyz"}, 400, "digest"),
         ({"name": "x", "source": "disk", "url": "s3://b"}, 400, "url"),
+        ({"name": "x", "source": "disk", "trust_settings": "true"}, 400, "trust_settings"),
         ({"name": "../x", "source": "disk"}, 400, "source"),
         ([], 400, None),
         ({"name": "x", "source": "y" * 9000}, 413, None),
