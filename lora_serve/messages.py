@@ -58,7 +58,12 @@ class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag="list"):
-    """List all adapters. Answered with a list of `AdapterInfo`, sorted by name."""
+    """List the first adapters whose names come after `after`. Answered with a list of `AdapterInfo`, sorted by name.
+
+    It is empty when there are no more.
+    """
+
+    after: str = ""
 
 
 class DescribeAdapter(msgspec.Struct, frozen=True, tag="describe"):

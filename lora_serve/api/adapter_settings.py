@@ -9,6 +9,7 @@ nothing of this costs anything.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -95,10 +96,13 @@ class AdaptedCall:
 UNSETTLED = ("chat_template", "added_tokens", "stop_tokens")  # that no request can say
 
 
-async def adapt(uses: tuple[AdapterUse, ...], services: Services, routing: Routing, *, chat: bool) -> AdaptedCall:
+async def adapt(
+    uses: tuple[AdapterUse, ...], services: Services, routing: Callable[[], Routing], *, chat: bool
+) -> AdaptedCall:
     """Find the settings that a call of these adapters is to be made by.
 
     Args:
+        routing: what aliases choose by.
         chat: whether it is a conversation, for which a chat template counts.
 
     Raises: BadRequest if those of several adapters contradict each other; AdapterBroken if they do not fit the base.
@@ -106,7 +110,7 @@ async def adapt(uses: tuple[AdapterUse, ...], services: Services, routing: Routi
     state = services.engine.stats.settings_state
     if not uses or not state:
         return AdaptedCall(uses, services)
-    versions = await _resolve(uses, services, routing, state)
+    versions = await _resolve(uses, services, routing(), state)
     if versions is None:
         return AdaptedCall(uses, services)
     settings = tuple((each.name, each.settings) for each in versions if each.settings is not None)
@@ -127,7 +131,7 @@ async def adapt(uses: tuple[AdapterUse, ...], services: Services, routing: Routi
 
 async def adapt_prompt(body: ModelSelection, services: Services, caller: Caller, *, chat: bool = True) -> AdaptedCall:
     """The same where a prompt is only written, and not generated from; of an alias, any target counts."""
-    return await adapt(resolve_adapters(body, services, caller), services, Routing(), chat=chat)
+    return await adapt(resolve_adapters(body, services, caller), services, Routing, chat=chat)
 
 
 async def _resolve(

@@ -11,7 +11,7 @@ from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.messages import ResolvedAdapter
 
-MOST_NAMES = 10_000
+MOST_NAMES = 4_000  # settings may be 100 kB
 MOST_TOKENIZERS = 16  # one with added tokens is as large as the base's
 
 Named = tuple[str, str | None]  # an adapter and, perhaps, how its version's digest begins

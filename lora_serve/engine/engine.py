@@ -280,8 +280,8 @@ class Engine:
                 operations.publish(call.operation, done)
             case Inspect():
                 operations.inspect(call.operation, done)
-            case ListAdapters():
-                done(operations.describe_all())
+            case ListAdapters(after):
+                done(operations.describe_some(after))
             case DescribeAdapter(name):
                 done(operations.describe(name))
             case LoadAdapter(name):

@@ -116,7 +116,7 @@ def _build_parts(
         prefix_cache=config.prefix_cache,
     )
     compiler.is_busy = lambda: bool(scheduler.running)
-    listed = operations.describe_all()
+    listed, broken = operations.count()
     info = EngineInfo(
         model=config.served_name(),
         root=config.model,
@@ -128,8 +128,8 @@ def _build_parts(
         eos_token_ids=loaded.eos_token_ids,
         kv_tokens=setup.blocks * config.kv_block_size,
         adapter_slots=config.adapter_slots,
-        adapters=len(listed),
-        broken_adapters=sum(each.broken is not None for each in listed),
+        adapters=listed,
+        broken_adapters=broken,
         parameters=loaded.parameters,
         created=loaded.created,
         generation_defaults=loaded.generation_defaults,

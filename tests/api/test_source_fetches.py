@@ -352,9 +352,9 @@ async def test_settings_of_a_source_count_only_for_an_admin_who_says_so(server: 
         publish = server.engine.operations[-1]
         assert isinstance(publish, Publish)
         assert publish.trust_settings is expected
-    (tmp_path / "source" / "poet" / "serve.yaml").write_text("top_q: 1\n")
+    (tmp_path / "source" / "poet" / "serve.yaml").write_text("temprature: 1\n")
     answer = await post(server, {"source": "disk/poet", "trust_settings": True}, path="/v1/adapters/poet")
-    assert refusal(answer) == (422, "settings", "serve.yaml: there is no setting top_q; did you mean top_k?")
+    assert refusal(answer) == (422, "settings", "serve.yaml: there is no setting temprature; did you mean temperature?")
 
 
 @pytest.mark.parametrize(

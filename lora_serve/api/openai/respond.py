@@ -78,13 +78,16 @@ async def _start(
 ) -> tuple[ApiCall, RunningCall]:
     """Prepare and start a call; again if what its adapters ask for changed meanwhile."""
 
-    async def prepared(routing: Routing) -> tuple[AdaptedCall, ApiCall]:
-        adapted = await adapt(uses, services, routing, chat=endpoint != "completions")
+    def alias_routing() -> Routing:
+        return routing_of(http, uuid.uuid4().hex, body.user, services)
+
+    async def prepared() -> tuple[AdaptedCall, ApiCall]:
+        adapted = await adapt(uses, services, alias_routing, chat=endpoint != "completions")
         return adapted, await prepare(adapted)
 
     for attempt in range(ATTEMPTS):
-        routing = routing_of(http, uuid.uuid4().hex, body.user, services)
-        adapted, call = await cancel_on_disconnect(http.receive, prepared(routing))
+        adapted, call = await cancel_on_disconnect(http.receive, prepared())
+        routing = routing_of(http, call.choices[0].request.id, body.user, services)
         started = start_choices(services, endpoint, call.choices, record_of(http.scope), routing)
         try:
             return call, await cancel_on_disconnect(http.receive, stack.enter_async_context(started))
