@@ -10,7 +10,7 @@ import torch
 from peft_folders import tensors, write
 from registry_harness import BASE_NAME, RegistryHarness
 
-from lora_serve.adapters import lowered_file
+from lora_serve.adapters import lowered_file, operations
 from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, BadRequest
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
@@ -88,6 +88,17 @@ def test_a_taken_name_is_refused(harness: RegistryHarness) -> None:
     harness.publish("a")
     with pytest.raises(AdapterExists):
         harness.publish("a", 1)
+
+
+def test_adapters_are_described_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PAGE", 2)
+    harness = RegistryHarness(tmp_path)
+    for name in ("z", "x", "y"):
+        harness.publish(name)
+    found = [[info.name for info in harness.operations.describe_some(after)] for after in ("", "y", "z")]
+    assert found == [["x", "y"], ["z"], []]
+    assert harness.operations.count() == (3, 0)
+    harness.registry.close()
 
 
 def test_a_refused_upload_leaves_nothing_behind(harness: RegistryHarness) -> None:
