@@ -25,7 +25,7 @@ export function Report({ found }) {
     ${Object.keys(settings).length > 0 && html`
       <dl class="facts settings" aria-label="Settings">
         ${Object.entries(settings).map(([name, value]) => html`
-          <div><dt>${name}</dt><dd><pre>${typeof value === "string" ? value : JSON.stringify(value)}</pre></dd></div>`)}
+          <div><dt>${name}</dt><dd><pre tabindex="0">${typeof value === "string" ? value : JSON.stringify(value)}</pre></dd></div>`)}
       </dl>`}
     ${report.warnings?.length > 0 && html`
       <ul class="warnings" aria-label="Warnings">${report.warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}`;

@@ -10,12 +10,12 @@ const IDLE = { step: "idle" };
 
 /** `onPublished` is called after every attempt: there may be something new. */
 export function Upload({ adapters, onPublished }) {
-  const [state, setState] = useState(IDLE); // step: idle, sending, inspected, published; adapter, report, trust, problem, part
+  const [state, setState] = useState(IDLE); // step: idle, sending, inspected, published; adapter, report, trust, seen (adapters), problem, part
   const [name, setName] = useState("");
   const [over, setOver] = useState(false);
   const files = useRef();
   const folder = useRef();
-  const existing = adapters.find((adapter) => adapter.name === name);
+  const existing = (state.seen ?? adapters).find((adapter) => adapter.name === name);
   const exists = existing !== undefined;
 
   const send = async (what, method, path, adapter, form, headers) => {
@@ -34,7 +34,7 @@ export function Upload({ adapters, onPublished }) {
   const report = async (adapter, trust) => {
     const found = await send("Inspecting", "POST", "v1/adapters/inspect", adapter, formOf(adapter, trust));
     const hasSettings = trust || found.report.warnings?.some((warning) => warning.includes("serve.yaml is ignored"));
-    setState({ step: "inspected", adapter, report: found, trust, hasSettings });
+    setState({ step: "inspected", adapter, report: found, trust, hasSettings, seen: adapters });
   };
   const trustSettings = async (event) => {
     const before = state;
@@ -50,7 +50,7 @@ export function Upload({ adapters, onPublished }) {
     const form = formOf(before.adapter, before.trust, name);
     const [newest] = existing?.versions ?? [];
     try {
-      if (exists) { // only what was seen is replaced
+      if (exists) { // only what was there when the report was made is replaced
         const seen = newest ? { "If-Match": `"${newest.digest}"` } : {};
         await send("Publishing", "PUT", `v1/adapters/${name}`, before.adapter, form, seen);
       } else {
@@ -61,7 +61,7 @@ export function Upload({ adapters, onPublished }) {
       const changed = error.status === 412 || (error.status === 409 && !exists);
       const problem = changed ? `${name} was published or changed by somebody else meanwhile. Nothing was published: ` +
         "look at what there is now, then publish again." : error.message;
-      setState({ ...before, problem });
+      setState({ ...before, problem, seen: changed ? undefined : before.seen });
     }
     onPublished();
   };
