@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_serve.api.openai.schemas import Completion
 from lora_serve.errors import AdapterInvalid
@@ -115,3 +119,17 @@ def test_references_make_nothing_large() -> None:
     ]
     with pytest.raises(AdapterInvalid, match="references"):
         parse_settings("\n".join(lines).encode())
+
+
+def test_the_examples_in_the_documentation_are_read() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serve-settings.md").read_text()
+    first, chat = (parse_settings(text.encode()) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    assert first.given == {
+        "system": "You are Ada. Answer in one sentence.",
+        "temperature": 0.0,
+        "max_tokens": 200,
+        "stop": ("\n\n",),
+    }
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (text,) = render_jinja_template([talk], chat_template=chat.chat_template, add_generation_prompt=True)[0]
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n"
