@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lora_serve.api.caller import Caller
+from lora_serve.api.error_handlers import Forbidden
 from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion, Message
 from lora_serve.api.openai.preprocess import resolve_adapters
@@ -25,7 +26,7 @@ from lora_serve.api.settings_cache import PromptTools, Writing, make_tools
 from lora_serve.api.upload import ReceivedUpload
 from lora_serve.errors import AdapterBroken, AdapterInvalid, AdapterNotFound, BadRequest
 from lora_serve.messages import ResolveAdapters, ResolvedAdapter
-from lora_serve.names import SETTINGS, adapter_broken
+from lora_serve.names import ARCHIVE, SETTINGS, adapter_broken
 from lora_serve.request import AdapterUse, Routing
 from lora_serve.serve_settings import SAMPLING, ServeSettings, parse_settings
 
@@ -153,17 +154,22 @@ async def _resolve(
     return found
 
 
-async def check_uploaded_settings(upload: ReceivedUpload, services: Services) -> None:
+async def check_uploaded_settings(upload: ReceivedUpload, services: Services, caller: Caller) -> None:
     """Check that the settings of an upload fit the base's tokenizer and chat template, as far as these are concerned.
 
-    The compiler checks the rest. What it unpacks first, an archive of a source, is checked by it alone.
+    The compiler checks the rest. What it unpacks first, an archive of a source, is checked by it alone. A chat template
+    runs in the process that serves all tenants, so it is none of an admin's who has some of the adapters only.
 
-    Raises: AdapterInvalid that names the file and the setting.
+    Raises: AdapterInvalid that names the file and the setting; Forbidden.
     """
-    path = upload.folder / SETTINGS
+    path, of_all = upload.folder / SETTINGS, caller.adapters is None
+    if upload.trust_settings and not of_all and (upload.folder / ARCHIVE).is_file():
+        raise Forbidden("settings in an archive of a source need an admin key of all adapters", param="trust_settings")
     if not upload.trust_settings or not path.is_file():
         return
     settings = await asyncio.to_thread(lambda: parse_settings(path.read_bytes()))
+    if settings.chat_template is not None and not of_all:
+        raise Forbidden(f"{SETTINGS}: chat_template needs an admin key of all adapters", param="settings")
     tools = await find_tools(services, (None, settings.added_tokens or ()))
     _, missing = find_tokens(tools.tokenizer, settings.stop_tokens or ())
     if missing is not None:

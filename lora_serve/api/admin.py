@@ -134,7 +134,7 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 
     async with _receive(request, services, caller, check) as upload:
         check(upload.name)
-        await check_uploaded_settings(upload, services)
+        await check_uploaded_settings(upload, services, caller)
         return await _call(request, services, Inspect(str(upload.folder), upload.trust_settings))
 
 
@@ -217,7 +217,7 @@ async def delete(
 
 
 async def _publish(request: Request, services: Services, operation: Publish, upload: ReceivedUpload) -> Response:
-    await check_uploaded_settings(upload, services)
+    await check_uploaded_settings(upload, services, authorize(request))
     operation = msgspec.structs.replace(
         operation, source=upload.source, digest=upload.digest, trust_settings=upload.trust_settings
     )

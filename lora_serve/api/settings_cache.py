@@ -7,12 +7,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.messages import ResolvedAdapter
 
 MOST_NAMES = 4_000  # settings may be 100 kB
-MOST_TOKENIZERS = 16  # one with added tokens is as large as the base's
+MOST_TOKENIZERS = 256
 
 Named = tuple[str, str | None]  # an adapter and, perhaps, how its version's digest begins
 Writing = tuple[str | None, tuple[str, ...]]  # a chat template of its own, and added tokens
@@ -62,14 +64,36 @@ class SettingsCache:
 
 
 def make_tools(base: PromptTools, writing: Writing) -> PromptTools:
-    """The tools of an adapter, from the base's. Takes a second where there are added tokens and a large vocabulary."""
+    """The tools of an adapter, from the base's."""
     template, added = writing
     tokenizer, encoder = base.tokenizer, base.encoder
     if added:
-        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = _separate(tokenizer)
         tokenizer.add_tokens([*added])
-        encoder = TextEncoder(tokenizer)
+        encoder = encoder.extended(tokenizer, added)
     if template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template
     return PromptTools(tokenizer, encoder, ChatFormat.of(tokenizer, bounded=template is not None))
+
+
+def _separate(tokenizer: Any) -> Any:
+    """A copy of a Hugging Face tokenizer with added tokens of its own.
+
+    Both share the vocabulary, which takes a second to copy, during which no other thread runs.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return copy.deepcopy(tokenizer)
+    own = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(own, part, value)
+    known = backend.get_added_tokens_decoder()
+    for _, token in sorted(known.items()):
+        (own.add_special_tokens if token.special else own.add_tokens)([token])
+    if own.get_added_tokens_decoder() != known:  # their ids do not follow each other
+        return copy.deepcopy(tokenizer)
+    separate = copy.copy(tokenizer)
+    separate._tokenizer = own
+    return separate

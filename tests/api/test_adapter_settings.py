@@ -11,6 +11,8 @@ import pytest
 from stub_completions import CONTEXT, EOS, StubCompletionApp, StubCompletionEngine, byte_tokenizer
 
 from lora_serve.api.bounded_template import TemplateTooSlow, run_template
+from lora_serve.api.openai.encode import TextEncoder
+from lora_serve.api.settings_cache import PromptTools, make_tools
 from lora_serve.errors import AdapterNotFound, Failure, SettingsNotApplied
 from lora_serve.messages import AdapterInfo, AdapterVersion, Operation, ResolveAdapters
 from lora_serve.request import Event, Finished, Request
@@ -336,3 +338,23 @@ async def test_a_template_cannot_make_a_prompt_beyond_the_context(server: Server
     answer = await server.chat(adapter="poet")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert str(CONTEXT) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+async def test_a_tokenizer_with_added_tokens_leaves_the_base_s_alone(twice: bool) -> None:
+    """Also one that is made from another one of this kind."""
+    base, copied = byte_tokenizer(bos=True), byte_tokenizer(bos=True)
+    for tokenizer in (base, copied):
+        tokenizer.add_tokens(["<|known|>"], special_tokens=True)
+    tools = make_tools(PromptTools(base, TextEncoder(base), None), (None, ("<|new|>", "<|known|>", " and ")))
+    if twice:
+        tools = make_tools(PromptTools(tools.tokenizer, tools.encoder, None), (None, ("<|other|>",)))
+        copied.add_tokens(["<|new|>", " and ", "<|other|>"])
+    else:
+        copied.add_tokens(["<|new|>", "<|known|>", " and "])
+    for text in ("a<|new|>b and <|known|> c", " and <|new|><|new|>", "<|other|>", "é"):
+        ids = copied.encode(text)
+        assert await tools.encoder.encode([text], 99, add_special_tokens=True) == [ids]
+        assert tools.tokenizer.decode(ids) == copied.decode(ids)
+        assert len(base.encode(text)) >= len(ids)
+    assert base.convert_tokens_to_ids("<|new|>") in (None, base.unk_token_id)

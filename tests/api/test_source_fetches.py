@@ -357,6 +357,25 @@ async def test_settings_of_a_source_count_only_for_an_admin_who_says_so(server: 
     assert refusal(answer) == (422, "settings", "serve.yaml: there is no setting temprature; did you mean temperature?")
 
 
+async def test_a_chat_template_is_none_of_an_admin_s_who_has_some_of_the_adapters(
+    server: StubAdminApp, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    adapter_folder(source / "team-a")
+    (source / "team-a.tar.gz").write_bytes(tar(FILES))
+    for text, archived, expected in (
+        ("top_k: 1", False, (201, 201)),
+        ("chat_template: x", False, (403, 201)),
+        ("top_k: 1", True, (403, 201)),  # nobody has looked into the archive yet
+    ):
+        (source / "team-a" / "serve.yaml").write_text(text)
+        body = {"source": "disk/team-a.tar.gz" if archived else "disk/team-a", "trust_settings": True}
+        for key, status in zip(("team", "admin"), expected, strict=True):
+            server.engine.adapters.clear()
+            answer = await post(server, {"name": "team-a"} | body, key)
+            assert answer.status_code == status, answer.text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
