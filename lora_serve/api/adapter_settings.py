@@ -16,19 +16,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from lora_serve.api.caller import Caller
-from lora_serve.api.error_handlers import Forbidden
-from lora_serve.api.openai.chat_prompt import encode_chat
 from lora_serve.api.openai.chat_schemas import ChatCompletion, Message
 from lora_serve.api.openai.preprocess import resolve_adapters
 from lora_serve.api.openai.schemas import Generation, ModelSelection
 from lora_serve.api.services import Services
 from lora_serve.api.settings_cache import PromptTools, Writing, make_tools
-from lora_serve.api.upload import ReceivedUpload
-from lora_serve.errors import AdapterBroken, AdapterInvalid, AdapterNotFound, BadRequest
+from lora_serve.errors import AdapterBroken, AdapterNotFound, BadRequest
 from lora_serve.messages import ResolveAdapters, ResolvedAdapter
-from lora_serve.names import ARCHIVE, SETTINGS, adapter_broken
+from lora_serve.names import SETTINGS, adapter_broken
 from lora_serve.request import AdapterUse, Routing
-from lora_serve.serve_settings import SAMPLING, ServeSettings, parse_settings
+from lora_serve.serve_settings import SAMPLING, ServeSettings
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -87,10 +84,10 @@ class AdaptedCall:
         return messages if system is None else [Message(role="system", content=system), *messages]
 
     def _stop_token_ids(self) -> list[int]:
-        names = self.setting("stop_tokens") or ()
-        found, missing = find_tokens(self.services.tokenizer, names)
+        found, missing = find_tokens(self.services.tokenizer, self.setting("stop_tokens") or ())
         if missing is not None:
-            raise adapter_broken(self.settings[0][0], f"its {SETTINGS} has {_no_token(missing)}")
+            adapter = next(name for name, settings in self.settings if settings.stop_tokens)
+            raise adapter_broken(adapter, f"its {SETTINGS} has {no_token(missing)}")
         return found
 
 
@@ -154,37 +151,6 @@ async def _resolve(
     return found
 
 
-async def check_uploaded_settings(upload: ReceivedUpload, services: Services, caller: Caller) -> None:
-    """Check that the settings of an upload fit the base's tokenizer and chat template, as far as these are concerned.
-
-    The compiler checks the rest. What it unpacks first, an archive of a source, is checked by it alone. A chat template
-    runs in the process that serves all tenants, so it is none of an admin's who has some of the adapters only.
-
-    Raises: AdapterInvalid that names the file and the setting; Forbidden.
-    """
-    path, of_all = upload.folder / SETTINGS, caller.adapters is None
-    if upload.trust_settings and not of_all and (upload.folder / ARCHIVE).is_file():
-        raise Forbidden("settings in an archive of a source need an admin key of all adapters", param="trust_settings")
-    if not upload.trust_settings or not path.is_file():
-        return
-    settings = await asyncio.to_thread(lambda: parse_settings(path.read_bytes()))
-    if settings.chat_template is not None and not of_all:
-        raise Forbidden(f"{SETTINGS}: chat_template needs an admin key of all adapters", param="settings")
-    tools = await find_tools(services, (None, settings.added_tokens or ()))
-    _, missing = find_tokens(tools.tokenizer, settings.stop_tokens or ())
-    if missing is not None:
-        raise AdapterInvalid(f"{SETTINGS}: {_no_token(missing)}; see added_tokens", param="settings")
-    if settings.system is None or settings.chat_template is not None:
-        return
-    if tools.chat is None:
-        raise AdapterInvalid(f"{SETTINGS}: system: the base has no chat template; give one", param="settings")
-    talk = [Message(role="system", content=settings.system), Message(role="user", content="Hello")]
-    try:
-        await encode_chat(replace(services, tokenizer=tools.tokenizer, encoder=tools.encoder, chat=tools.chat), talk)
-    except BadRequest as error:
-        raise AdapterInvalid(f"{SETTINGS}: system: {error.message}", param="settings") from None
-
-
 async def find_tools(services: Services, writing: Writing) -> PromptTools:
     """The tokenizer and chat format of an adapter, made in a thread if they are not at hand."""
     tools = services.settings.find_tools(writing)
@@ -206,5 +172,6 @@ def find_tokens(tokenizer: Any, names: tuple[str, ...]) -> tuple[list[int], str 
     return found, None
 
 
-def _no_token(name: str) -> str:
+def no_token(name: str) -> str:
+    """What is wrong with a name in `stop_tokens`, for messages."""
     return f"{name[:50]!r} in stop_tokens, which is no token of the tokenizer"

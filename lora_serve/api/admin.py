@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from lora_serve.api.adapter_settings import check_uploaded_settings
 from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized, authorize
 from lora_serve.api.caller import Caller
 from lora_serve.api.content_type import is_json
@@ -26,6 +25,7 @@ from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.source_body import TRUST, receive_from_source, source_schema
 from lora_serve.api.upload import ReceivedUpload, receive_upload
+from lora_serve.api.uploaded_settings import check_uploaded_settings
 from lora_serve.api.visible_adapters import usable_adapters
 from lora_serve.errors import AdapterNotFound, BadRequest
 from lora_serve.messages import (

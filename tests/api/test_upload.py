@@ -517,6 +517,7 @@ async def test_an_upload_refused_by_the_engine_leaves_nothing_behind(server: Stu
 # --- settings --------------------------------------------------------------------------------------------------------
 
 SETTINGS = b"temperature: 0.5\n"
+TRUST = ("trust_settings", (None, b"true"))
 
 
 def trusted(server: StubAdminApp) -> bool:
@@ -554,6 +555,7 @@ async def test_settings_in_the_form_replace_the_adapter_s_own(server: StubAdminA
         ([("trust_settings", (None, b"true"))] * 2, 400, "trust_settings"),
         ([("settings", (None, b"x" * 200_000))], 400, "settings"),
         ([("settings", (None, b"temprature: 1"))], 422, "settings"),
+        ([("archive", ("a.zip", packed_zip(FILES | {"serve.yaml": b"#" * 200_000}))), TRUST], 422, "settings"),
         ([("settings", (None, b"system: be brief"))], 422, "settings"),  # this base has no chat template
         ([("settings", (None, b"stop_tokens: [<|end|>]"))], 422, "settings"),
     ],
@@ -563,6 +565,7 @@ async def test_settings_that_cannot_be_are_refused_before_anything_is_published(
 ) -> None:
     tokenizer = server.app.state.services.tokenizer
     tokenizer.convert_tokens_to_ids = lambda name: None
-    answer = await server.send([*archive(tar(FILES)), *parts])
+    packed = [] if parts[0][0] == "archive" else archive(tar(FILES))
+    answer = await server.send([*packed, *parts])
     assert refusal(answer)[:2] == (status, param)
     assert (server.engine.published, server.leftovers) == ([], [])
