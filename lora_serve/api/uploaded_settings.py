@@ -1,4 +1,4 @@
-"""The settings of an upload, checked before the compiler sees it: against the base's tokenizer, and who may set them."""
+"""The settings of an upload, checked against the base's tokenizer before the compiler sees it; who may set them."""
 
 from __future__ import annotations
 
