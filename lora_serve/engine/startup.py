@@ -37,7 +37,7 @@ from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.kv.pool import BlockPool
 from lora_serve.messages import EngineInfo
 from lora_serve.model.fingerprint import base_fingerprint
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
