@@ -18,6 +18,7 @@ from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openai.item_memory import ItemMemory
 from lora_serve.api.quotas import Quotas
+from lora_serve.api.settings_cache import SettingsCache
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig
@@ -79,6 +80,7 @@ class Services:
         trained: models that these made, by name.
         sources: what fetches adapters that are not published.
         items: output items that an input of `/v1/responses` may refer to.
+        settings: what is known of adapters with settings.
     """
 
     engine: EngineProtocol
@@ -95,6 +97,7 @@ class Services:
     sources: SourceFetches
     quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)
+    settings: SettingsCache = field(default_factory=SettingsCache)
 
     @property
     def staging(self) -> Path:
