@@ -387,8 +387,11 @@ class Stats(msgspec.Struct):
     sticky_headers: list[str] = []
     settings_state: int = 0
 
-
-from lora_serve.training_messages import RunOperation
+    training_runs: int = 0
+    training_bytes: int = 0
+    training_tokens_total: int = 0
+    training_quanta_total: dict[str, int] = {}
+    training_seconds_total: dict[str, float] = {}
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):
