@@ -386,7 +386,6 @@ class Stats(msgspec.Struct):
     step_costs: dict[str, float] = {}
     sticky_headers: list[str] = []
     settings_state: int = 0
-
     training_runs: int = 0
     training_bytes: int = 0
     training_tokens_total: int = 0
