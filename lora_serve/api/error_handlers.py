@@ -40,10 +40,12 @@ STATUS = {
     "model_not_found": 404,
     "file_not_found": 404,
     "response_not_found": 404,
+    "run_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "adapter_broken": 409,  # not 5xx: one damaged adapter does not make the server unhealthy
     "file_damaged": 409,
+    "run_exists": 409,
     "precondition_failed": 412,
     "too_large": 413,
     "unsupported_media_type": 415,
