@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that load adapters, change the store, and wait for compiler processes; none delays another kind.
+    """Threads that load adapters, change the store, save training runs, and wait for compiler processes.
+
+    None delays another kind.
 
     Args:
         wake: called from a thread when a result is ready for `poll`.
@@ -33,6 +35,7 @@ class Workers:
         self._loads = ThreadPoolExecutor(1, "adapter-load")
         self._store = ThreadPoolExecutor(1, "adapter-store")  # one: changes take effect in the order of calls
         self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
+        self._runs = ThreadPoolExecutor(1, "training-files")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
         self._closed = threading.Event()
@@ -44,6 +47,10 @@ class Workers:
     def store(self, work: Work[T], done: Done[T]) -> None:
         """Run `work` in the thread that changes the store, in the order of calls; `done` as in `load`."""
         self._submit(self._store, work, done)
+
+    def save(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which reads or writes files of training runs, in the order of calls; `done` as in `load`."""
+        self._submit(self._runs, work, done)
 
     def lower(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
@@ -86,7 +93,7 @@ class Workers:
     def close(self) -> None:
         """Wait for running work and drop queued work; what repeats is not repeated."""
         self._closed.set()
-        for executor in (self._loads, self._compilers, self._store):
+        for executor in (self._loads, self._compilers, self._store, self._runs):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:

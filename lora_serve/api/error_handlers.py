@@ -41,11 +41,13 @@ STATUS = {
     "file_not_found": 404,
     "response_not_found": 404,
     "tinker_object_not_found": 404,
+    "run_not_found": 404,
     "adapter_exists": 409,
     "adapter_busy": 409,
     "adapter_broken": 409,  # not 5xx: one damaged adapter does not make the server unhealthy
     "file_damaged": 409,
     "tinker_result_gone": 410,
+    "run_exists": 409,
     "precondition_failed": 412,
     "too_large": 413,
     "unsupported_media_type": 415,

@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_serve.api.services import EngineProtocol
-from lora_serve.errors import ServeError, Unavailable
+from lora_serve.errors import BadRequest, RunNotFound, ServeError, Unavailable
 from lora_serve.training_messages import (
     CloseRun,
     CreateRun,
+    ForwardBackward,
     OptimizerStep,
     RestoreRun,
     RunOperation,
@@ -30,11 +31,17 @@ TRIES = 4  # of an operation during which the engine ends
 START_SECONDS = 600.0  # that a restarted engine may take
 REPLAY_SECONDS = 20.0  # of the engine's work, and bytes of operations, that may have to be repeated
 REPLAY_BYTES = 32 << 20
-GONE = ("run_not_found", Unavailable.kind)  # kinds of errors after which the run has to be made again
+GONE = (RunNotFound.kind, Unavailable.kind)  # kinds of errors after which the run has to be made again
 
 log = logging.getLogger(__name__)
 
 MakeOperation = Callable[[], RunOperation]
+
+
+class _Logged(NamedTuple):
+    make: MakeOperation
+    size: int
+    adds_gradients: bool
 
 
 class ResumableRun:
@@ -53,9 +60,8 @@ class ResumableRun:
         self._engine, self._owner = engine, owner
         self._state = state
         self._generation: int | None = None  # restarts of the engine at which it was made
-        self._log: list[tuple[MakeOperation, int]] = []  # with its bytes
+        self._log: list[_Logged] = []
         self._seconds = 0.0
-        self._at_boundary = True  # whether the engine has no gradients that are not applied yet
 
     def __repr__(self) -> str:
         return f"<ResumableRun {self.name}: {len(self._log)} operations since {self._state or 'its beginning'}>"
@@ -63,8 +69,8 @@ class ResumableRun:
     @property
     def should_save(self) -> bool:
         """Whether repeating what was done since the last state would take long, and the state can be saved now."""
-        long = self._seconds > REPLAY_SECONDS or sum(size for _, size in self._log) > REPLAY_BYTES
-        return self._at_boundary and long
+        long = self._seconds > REPLAY_SECONDS or sum(each.size for each in self._log) > REPLAY_BYTES
+        return long and not self._log[-1].adds_gradients
 
     async def start(self) -> None:
         """Make the run. Raises the engine's `ServeError`."""
@@ -73,8 +79,6 @@ class ResumableRun:
     async def change(self, make: MakeOperation, size: int) -> Any:
         """Carry out an operation that changes weights, gradients or optimizer, and remember it.
 
-        It is remembered even if it fails: a step whose gradient is not finite clears that.
-
         Args:
             make: makes the operation, whenever it is repeated.
             size: bytes that are kept for that.
@@ -82,11 +86,17 @@ class ResumableRun:
         operation = make()
         begun = time.monotonic()
         try:
-            return await self._retried(self._engine_call(operation))
-        finally:
-            self._log.append((make, size))
-            self._seconds += time.monotonic() - begun
-            self._at_boundary = isinstance(operation, OptimizerStep | RestoreRun)
+            result = await self._retried(self._engine_call(operation))
+        except BadRequest:
+            if isinstance(operation, OptimizerStep):
+                self._forget_gradients()
+            raise
+        except ServeError:
+            self._forget_gradients()
+            raise
+        self._log.append(_Logged(make, size, isinstance(operation, ForwardBackward)))
+        self._seconds += time.monotonic() - begun
+        return result
 
     async def ask(self, operation: RunOperation) -> Any:
         """Carry out an operation that changes nothing."""
@@ -106,6 +116,11 @@ class ResumableRun:
         except ServeError as error:
             log.info("a training run was not closed: %s", error.message)
 
+    def _forget_gradients(self) -> None:
+        """Note that the engine has dropped the gradients that were added since the last step."""
+        while self._log and self._log[-1].adds_gradients:
+            self._log.pop()
+
     def _engine_call(self, operation: RunOperation) -> Callable[[], Any]:
         async def call() -> Any:
             await self._ensure()
@@ -118,11 +133,16 @@ class ResumableRun:
             try:
                 return await call()
             except ServeError as error:
-                if error.kind not in GONE or not left:
+                if error.kind not in GONE or not left or self._is_of_a_living_engine(error):
                     raise
                 self._generation = None
                 await self._until_ready()
         raise AssertionError
+
+    def _is_of_a_living_engine(self, error: ServeError) -> bool:
+        """Whether an engine that still has the run raised this, for want of memory."""
+        same = self._engine.ready and self._engine.restarts == self._generation
+        return same and isinstance(error, Unavailable)
 
     async def _until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -140,10 +160,6 @@ class ResumableRun:
         await self._engine.call(CreateRun(self.name, self.settings, self._owner))
         if self._state is not None:
             await self._engine.call(RestoreRun(self.name, str(self._state)))
-        for make, _ in self._log:
-            try:
-                await self._engine.call(make())
-            except ServeError as error:
-                if error.kind in GONE:
-                    raise
+        for logged in self._log:
+            await self._engine.call(logged.make())
         self._generation = generation

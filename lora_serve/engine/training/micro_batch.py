@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -48,8 +48,8 @@ class TrainingSequence:
                 f"a sequence has {len(self.tokens)} tokens; at most {max_length} are trained", param="tokens"
             )
         for param, ids in (("tokens", self.tokens), ("targets", self.targets)):
-            wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-            if wrong is not None:
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                wrong = next(token for token in ids if not 0 <= token < vocabulary)
                 raise BadRequest(f"{wrong} is no token; there are {vocabulary}", param=param)
         if not all(map(math.isfinite, self.weights)):
             raise BadRequest("a weight is not finite", param="weights")
@@ -85,3 +85,4 @@ class MicroBatchResult:
     loss: float
     logprobs: Sequence[Tensor]
     error: Exception | None = None
+    metrics: Mapping[str, object] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,18 +24,22 @@ def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
     return found
 
 
-def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
-    """Write the adapter to a folder, which PEFT and the adapter store read.
+def peft_config(adapter: TrainableAdapter, base_name: str = "") -> dict[str, Any]:
+    """The adapter's `adapter_config.json`.
 
     Args:
-        base_name: what the configuration says of the base.
+        base_name: what it says of the base.
     """
     turned = any(layer.module.site.transposed for layer in adapter.layers.values())
-    config = adapter.settings.peft_config(_targets(adapter)) | {
+    return adapter.settings.peft_config(_targets(adapter)) | {
         "base_model_name_or_path": base_name,
         "fan_in_fan_out": turned,
     }
-    write_peft_folder(folder, config, peft_tensors(adapter))
+
+
+def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> None:
+    """Write the adapter to a folder, which PEFT and the adapter store read; `base_name` as in `peft_config`."""
+    write_peft_folder(folder, peft_config(adapter, base_name), peft_tensors(adapter))
 
 
 def _targets(adapter: TrainableAdapter) -> list[str]:

@@ -58,6 +58,11 @@ class Trainer:
         """Bytes of the adapters in training."""
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
+    @property
+    def free(self) -> int:
+        """Bytes that are left for a running pass, or for further adapters."""
+        return self._memory - self.used
+
     def needed(self, settings: LoraSettings, tokens: int) -> TrainingMemory:
         """What an adapter with these settings, and a pass over so many tokens, would take."""
         return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))

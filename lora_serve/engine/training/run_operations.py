@@ -1,0 +1,141 @@
+"""What a training run still has to do: its operations in order, and how far the first one is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from lora_serve.engine.training.losses import ConfiguredLoss, mean_metrics
+from lora_serve.engine.training.micro_batch import MicroBatchResult
+from lora_serve.engine.training.run_checkpoint import RunCheckpoint
+from lora_serve.engine.training.trainable_adapter import TrainableAdapter
+from lora_serve.errors import BadRequest, ServeError
+from lora_serve.training_messages import CreateRun, ForwardBackward, PassResult, RunInfo, RunOperation
+
+Done = Callable[[Any], None]  # called with a result or a ServeError
+
+
+@dataclass(eq=False)
+class QueuedOperation:
+    """An operation that is not finished.
+
+    Attributes:
+        order: of all operations, in which it came.
+        checkpoint: of a `RestoreRun`, once it was read.
+    """
+
+    operation: RunOperation
+    done: Done
+    order: int
+    checkpoint: RunCheckpoint | None = None
+
+
+@dataclass(eq=False)
+class QueuedPass(QueuedOperation):
+    """A `ForwardBackward`, which several passes may carry out, a part of its examples each.
+
+    Attributes:
+        sizes: tokens of each group of examples, which stay together.
+        taken: groups that were given to a pass.
+        results: of passes that were finished.
+    """
+
+    loss: ConfiguredLoss = field(kw_only=True)
+    sizes: list[int] = field(kw_only=True)
+    taken: int = 0
+    results: list[MicroBatchResult] = field(default_factory=list)
+
+    @property
+    def forward_only(self) -> bool:
+        assert isinstance(self.operation, ForwardBackward)
+        return self.operation.forward_only
+
+    @property
+    def result(self) -> PassResult:
+        """What all its passes found."""
+        return PassResult(
+            loss=sum(each.loss for each in self.results),
+            logprobs=[values.tolist() for each in self.results for values in each.logprobs],
+            metrics=mean_metrics(each.metrics for each in self.results),
+            tokens=sum(self.sizes),
+        )
+
+
+@dataclass(eq=False)
+class TrainingRun:
+    """An adapter in training, or one that will be.
+
+    Attributes:
+        adapter: None until it is created.
+        operations: not finished, in order.
+        waits: whether a thread reads or writes files for the first one.
+        lost: whether gradients were lost, so that the optimizer's next step is refused.
+        closed: whether it only waits for the end of the pass that it takes part in.
+        on_close: called when it has gone.
+    """
+
+    name: str
+    owner: str
+    priority: int
+    adapter: TrainableAdapter | None = None
+    operations: deque[QueuedOperation] = field(default_factory=deque)
+    waits: bool = False
+    lost: bool = False
+    closed: bool = False
+    on_close: list[Done] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, operation: CreateRun) -> TrainingRun:
+        return cls(operation.run, operation.owner, operation.priority)
+
+    @property
+    def first(self) -> QueuedOperation | None:
+        """The operation whose turn it is, unless a thread works on it."""
+        return None if self.waits or self.closed or not self.operations else self.operations[0]
+
+    @property
+    def trained(self) -> TrainableAdapter:
+        """The adapter, which operations after the first one find created."""
+        assert self.adapter is not None
+        return self.adapter
+
+    def finish(self, result: Any) -> None:
+        """End the first operation with its result, or a ServeError."""
+        self.waits = False
+        self.operations.popleft().done(result)
+
+    def fail_all(self, error: ServeError) -> None:
+        """End all operations with an error."""
+        while self.operations:
+            self.operations.popleft().done(error)
+
+    def lose_gradients(self) -> None:
+        """Drop gradients of which only a part was added."""
+        self.trained.gradients.zero_()
+        self.lost = True
+
+    def describe(self) -> RunInfo:
+        adapter = self.trained
+        parameters = sum(
+            layer.module.rank * (layer.module.site.in_features + layer.module.site.out_features)
+            + (layer.module.site.out_features if layer.magnitude >= 0 else 0)
+            for layer in adapter.layers.values()
+        )
+        return RunInfo(self.name, parameters, adapter.nbytes, adapter.steps)
+
+
+def group_sizes(operation: ForwardBackward, group: int) -> list[int]:
+    """Tokens of each group of so many consecutive examples. Raises BadRequest if there are no examples."""
+    lengths = [len(example.tokens) for example in operation.examples]
+    if not lengths:
+        raise BadRequest("there are no examples", param="examples")
+    return [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
+
+
+def groups_within(sizes: list[int], taken: int, most: int) -> int:
+    """How many groups after those that were taken have at most so many tokens together."""
+    sums = accumulate(sizes[taken:])
+    return next((count for count, tokens in enumerate(sums) if tokens > most), len(sizes) - taken)
