@@ -99,6 +99,12 @@ class TinkerCheckpoints:
         self._lock = threading.RLock()
         self._found: dict[str, TinkerCheckpoint] | None = None  # by id
 
+    def expired(self) -> list[TinkerCheckpoint]:
+        """Checkpoints of all keys whose time has come."""
+        with self._lock:
+            now = self._clock()
+            return [each for each in self._opened().values() if each.expires is not None and each.expires <= now]
+
     def list(self, owner: str) -> list[TinkerCheckpoint]:
         """A key's checkpoints, oldest first."""
         with self._lock:
@@ -176,12 +182,6 @@ class TinkerCheckpoints:
             with suppress(OSError):
                 (folder / RECORD).unlink()  # first: a folder without a record is no checkpoint
             shutil.rmtree(folder, ignore_errors=True)
-
-    def expired(self) -> list[TinkerCheckpoint]:
-        """Checkpoints of all keys whose time has come."""
-        with self._lock:
-            now = self._clock()
-            return [each for each in self._opened().values() if each.expires is not None and each.expires <= now]
 
     def _opened(self) -> dict[str, TinkerCheckpoint]:
         if self._found is None:

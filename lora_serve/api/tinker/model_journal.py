@@ -118,7 +118,8 @@ class ModelJournal:
             fresh = self.folder / f"{JOURNAL}.new"
             left = MOST_RESULTS
             with fresh.open("wb") as file:
-                for record in (CallRecord(made), StateRecord(seq), *map(CallRecord, kept)):
+                records: list[JournalRecord] = [CallRecord(made), StateRecord(seq), *map(CallRecord, kept)]
+                for record in records:
                     file.write(_framed(record))
                 for result in results:
                     left -= len(result.body)
