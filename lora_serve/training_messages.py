@@ -56,6 +56,8 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     Attributes:
         loss: name of the loss function; `config` has its numbers.
         forward_only: compute the loss and leave the gradients alone.
+        all_logprobs: compute log-probabilities of the targets that have no part in the loss as well; that costs as
+            much as their part would.
     """
 
     run: str
@@ -63,6 +65,7 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     loss: str = "cross_entropy"
     config: dict[str, float] = {}
     forward_only: bool = False
+    all_logprobs: bool = False
 
 
 class OptimizerStep(msgspec.Struct, frozen=True, tag="optimizer_step"):
@@ -121,7 +124,7 @@ class PassResult(msgspec.Struct, frozen=True):
 
     Attributes:
         loss: summed over the examples; not finite if it diverged.
-        logprobs: of each example's targets; 0 where a target has no part in the loss.
+        logprobs: of each example's targets; 0 where a target has no part in the loss, unless all were asked for.
         metrics: what else the loss function computes, by name.
         tokens: computed.
     """

@@ -41,7 +41,7 @@ class GpuMemory:
     passes: int
     graphs: int
     adapters: int
-    training: int
+    training: int = 0
 
     def left(self, utilization: float) -> int:
         """Bytes left for KV at a given GPU memory utilization; may be negative."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Turn(NamedTuple):
+class RunTurn(NamedTuple):
     """An operation that could be carried out: its run, the run's owner and priority, and when it came (a number)."""
 
     run: str
@@ -25,7 +25,7 @@ class RunTurns:
     def __repr__(self) -> str:
         return f"<RunTurns {len(self._active)} owners wait>"
 
-    def in_order(self, turns: Iterable[Turn]) -> list[Turn]:
+    def in_order(self, turns: Iterable[RunTurn]) -> list[RunTurn]:
         """The operations in the order in which they should be carried out."""
         turns = list(turns)
         owners = {turn.owner for turn in turns}

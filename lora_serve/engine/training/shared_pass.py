@@ -49,7 +49,12 @@ def fill_pass(candidates: Sequence[tuple[TrainingRun, QueuedPass]], wanted: int,
 
 def _go_together(one: QueuedPass, other: QueuedPass) -> bool:
     """Whether two are the same work: a pass that needs log-probabilities first takes longer for all."""
-    return one.forward_only == other.forward_only and one.loss.is_linear == other.loss.is_linear
+    return one.forward_only == other.forward_only and _is_linear(one) == _is_linear(other)
+
+
+def _is_linear(operation: QueuedPass) -> bool:
+    """Whether the gradient does not depend on log-probabilities."""
+    return operation.loss.formula.value is None
 
 
 class SharedPass:
@@ -124,7 +129,7 @@ def _micro_batch(share: PassShare) -> MicroBatch:
     assert isinstance(operation, ForwardBackward)
     group, start = share.operation.loss.group, share.operation.taken
     examples = operation.examples[start * group : (start + share.groups) * group]
-    return share.operation.loss.micro_batch(share.run.trained, examples)
+    return share.operation.loss.micro_batch(share.run.trained, examples, all_logprobs=operation.all_logprobs)
 
 
 def _loss_error(run: TrainingRun, result: MicroBatchResult) -> ServeError:

@@ -27,7 +27,7 @@ from lora_serve.engine.training.losses import find_loss
 from lora_serve.engine.training.micro_batch import TrainingSequence
 from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
-from lora_serve.engine.training.run_turns import RunTurns, Turn
+from lora_serve.engine.training.run_turns import RunTurns, RunTurn
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
 from lora_serve.engine.training.trained_files import peft_config, peft_tensors
 from lora_serve.engine.training.trainer import Trainer
@@ -252,7 +252,7 @@ class TrainingRuns:
     def _in_turn(self) -> Iterator[tuple[TrainingRun, QueuedOperation]]:
         """Runs with an operation that could go on, in the order in which they should."""
         turns = [
-            Turn(run.name, run.owner, run.priority, run.first.order)
+            RunTurn(run.name, run.owner, run.priority, run.first.order)
             for run in self._runs.values()
             if run.first is not None
         ]

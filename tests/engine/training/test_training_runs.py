@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import errno
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +29,17 @@ from lora_serve.training_messages import (
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSession]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSession]:
     session = TrainingSession(tmp_path_factory.mktemp("engine"))
     yield session
     session.engine.close()
+
+
+@pytest.fixture
+def session(engine: TrainingSession) -> Iterator[TrainingSession]:
+    yield engine
+    for name in engine.created:
+        engine.call(CloseRun(name))
 
 
 def test_what_was_saved_continues_bit_for_bit_in_another_engine(session: TrainingSession, tmp_path: Path) -> None:
@@ -42,7 +49,6 @@ def test_what_was_saved_continues_bit_for_bit_in_another_engine(session: Trainin
     session.call(SaveRun("run", str(tmp_path / "saved")))
     wanted = session.train("run", range(3, 6))
     assert wanted[-1] != losses[-1]
-    session.call(CloseRun("run"))
     other = TrainingSession(tmp_path / "other")
     other.call(create("again", seed=7))
     assert other.call(RestoreRun("again", str(tmp_path / "saved")))["steps"] == 3
@@ -60,14 +66,13 @@ def test_what_was_exported_gives_the_same_log_probabilities_in_peft(session: Tra
     session.call(ExportRun("run", str(tmp_path / "peft")))
     (example,) = batch(1, seed=9)
     found = session.call(ForwardBackward("run", [example], forward_only=True))
-    model = PeftModel.from_pretrained(reference("llama"), tmp_path / "peft").eval()
+    model = PeftModel.from_pretrained(copy.deepcopy(reference("llama")), tmp_path / "peft").eval()
     logits = model(input_ids=torch.tensor([example.tokens])).logits[0].float()
     wanted = torch.log_softmax(logits, 1).gather(1, torch.tensor(example.targets)[:, None])[:, 0].detach()
     weights = torch.tensor(example.inputs["weights"])
     torch.testing.assert_close(torch.tensor(found["logprobs"][0]), wanted * (weights != 0), atol=1e-4, rtol=1e-4)
     assert found["loss"] == pytest.approx(-float((wanted * weights).sum()), rel=1e-4)
     assert found["tokens"] == len(example.tokens)
-    session.call(CloseRun("run"))
 
 
 def test_requests_are_served_beside_a_run_and_get_the_same_tokens(session: TrainingSession) -> None:
@@ -76,29 +81,27 @@ def test_requests_are_served_beside_a_run_and_get_the_same_tokens(session: Train
     calls = [session.submit(ForwardBackward("run", batch(4, seed=seed))) for seed in range(3)]
     assert session.ask("during", [5, 6, 7]) == alone
     assert all(not isinstance(session.answer(call), Failure) for call in calls)
-    session.call(CloseRun("run"))
 
 
 def test_batches_of_several_runs_share_passes_and_each_gets_what_it_gets_alone(session: TrainingSession) -> None:
     names = ("one", "two", "three")
     for name in (*names, "alone"):
         session.call(create(name))
-    wanted = [session.call(ForwardBackward("alone", batch(2, seed=seed), forward_only=True)) for seed in range(3)]
     before = session.quanta
+    wanted = [session.call(ForwardBackward("alone", batch(2, seed=seed), forward_only=True)) for seed in range(3)]
+    alone = session.quanta - before
     calls = [
         session.submit(ForwardBackward(name, batch(2, seed=seed), forward_only=True)) for seed, name in enumerate(names)
     ]
     found = [session.answer(call) for call in calls]
-    assert session.quanta - before == 1 + 2 + 1  # embed, two layers, the head: of one pass
+    assert session.quanta - before == alone + alone // 3
     for own, other in zip(found, wanted, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert [len(each) for each in own["logprobs"]] == [len(each) for each in other["logprobs"]]
-    for name in (*names, "alone"):
-        session.call(CloseRun(name))
 
 
 def test_a_batch_that_memory_does_not_hold_is_split_between_sequences(tmp_path: Path) -> None:
-    whole, small = TrainingSession(tmp_path / "whole"), TrainingSession(tmp_path / "small", training_memory=3_700_000)
+    whole, small = TrainingSession(tmp_path / "whole"), TrainingSession(tmp_path / "small", training_memory=13_800_000)
     for session in (whole, small):
         session.call(create("run"))
     examples = batch(40, length=24, weight=0.01)
@@ -123,7 +126,7 @@ def test_a_run_that_diverges_leaves_others_alone(session: TrainingSession) -> No
     losses = []
     for step in range(3):
         calls = [
-            session.submit(ForwardBackward("sick", batch(2, seed=step, weight=math.inf if step > 9 else 1e38))),
+            session.submit(ForwardBackward("sick", batch(2, seed=step, weight=1e38))),
             session.submit(ForwardBackward("healthy", batch(2, seed=step))),
         ]
         assert session.answer(calls[0])["loss"] > 1e37
@@ -132,8 +135,6 @@ def test_a_run_that_diverges_leaves_others_alone(session: TrainingSession) -> No
         assert "the gradient of 'sick' is not finite" in failure.message
         session.call(OptimizerStep("healthy", 5e-3))
     assert losses == pytest.approx(wanted, rel=1e-4)
-    for name in ("sick", "healthy", "alone"):
-        session.call(CloseRun(name))
 
 
 def test_what_cannot_be_done_is_refused_with_the_reason(session: TrainingSession, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(session: TrainingSession
         "unknown": OptimizerStep("nobody", 1e-3),
         "rank": create("large", r=4000),
         "modules": create("wrong", target_modules=["nothing"]),
-        "memory": create("huge", r=512),
+        "memory": create("huge", r=1024),
         "loss": ForwardBackward("run", [first], loss="guess"),
         "weights": ForwardBackward("run", [TrainingExample(first.tokens, first.targets, {})]),
         "token": ForwardBackward("run", [TrainingExample([1 << 30], [1], {"weights": [1.0]})]),
@@ -165,7 +166,6 @@ def test_what_cannot_be_done_is_refused_with_the_reason(session: TrainingSession
     }  # fmt: skip
     assert "takes" in refused["memory"].message
     assert session.call(CloseRun("huge")) is None
-    session.call(CloseRun("run"))
 
 
 def test_a_saved_run_that_does_not_fit_or_is_damaged_is_refused(session: TrainingSession, tmp_path: Path) -> None:
@@ -177,8 +177,6 @@ def test_a_saved_run_that_does_not_fit_or_is_damaged_is_refused(session: Trainin
     state = tmp_path / "saved" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-4])
     assert "is damaged" in session.failure(RestoreRun("run", str(tmp_path / "saved"))).message
-    for name in ("run", "other"):
-        session.call(CloseRun(name))
 
 
 def test_closing_ends_what_is_not_finished_and_frees_the_memory(session: TrainingSession, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class TrainingSession(Session):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **{"training_memory": 1 << 25, "dtype": "float32", **options})
         self._ids = itertools.count(1)
+        self.created: set[str] = set()  # names of runs
 
     @property
     def quanta(self) -> int:
@@ -37,6 +38,8 @@ class TrainingSession(Session):
     def submit(self, operation: Operation) -> int:
         """Send an operation; the id of its reply."""
         call = next(self._ids)
+        if isinstance(operation, CreateRun):
+            self.created.add(operation.run)
         self.engine.receive(Call(call, operation))
         return call
 
