@@ -21,7 +21,7 @@ from lora_serve.training_messages import ForwardBackward, PassResult, TrainingEx
 
 MOST_DATUMS = 4096  # of one request; clients send at most 1024
 MOST_PARTS = 100_000  # chunks, tensors and shapes of all datums together
-TARGETS = "target_tokens"
+TARGETS, WEIGHTS, CROSS_ENTROPY = "target_tokens", "weights", "cross_entropy"
 ELEMENTS = {FLOAT32: "f", INT64: "q", INT32: "i"}  # little-endian, as are the machines that this runs on
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
@@ -70,7 +70,10 @@ def decode_pass(body: bytes, run: str) -> ForwardBackward:
     examples = [_example(datum, f"data[{place}]") for place, datum in enumerate(request.data)]
     if not examples:
         raise BadRequest("there is no datum to train on", param="data")
-    return ForwardBackward(run, examples, request.loss_fn, config, request.forward_only)
+    if request.loss_fn == CROSS_ENTROPY:
+        for example in examples:
+            example.inputs.setdefault(WEIGHTS, [1.0] * len(example.targets))
+    return ForwardBackward(run, examples, request.loss_fn, config, request.forward_only, all_logprobs=True)
 
 
 def encode_pass(result: PassResult) -> bytes:
