@@ -77,7 +77,7 @@ async def test_a_repeated_call_is_carried_out_once(server: StubTrainingApp) -> N
     ("path", "body", "problem"),
     [
         ("forward_backward", lambda model: pass_body(model, 1, loss="nonsense"), "'nonsense' is no loss function"),
-        ("forward_backward", lambda model: pass_body(model, 1) + b"\x1a\x02\x0a\x00", "no target_tokens"),
+        ("forward_backward", lambda model: pass_body(model, 1) + b"\x1a\x00", "no target_tokens"),
         ("optim_step", lambda model: step_body(model, 1) | {"adam_params": {"momentum": 1}}, "adam_params.momentum"),
         ("optim_step", lambda model: {"model_id": model, "seq_id": 1, "optimizer_params": {}}, "adam_params"),
         ("save_weights", lambda model: {"model_id": model, "seq_id": 1, "path": "a/b"}, "a checkpoint's name"),
