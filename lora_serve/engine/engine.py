@@ -244,15 +244,19 @@ class Engine:
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def train(self) -> bool:
-        """Run a quantum of training if it is its turn; whether one was run."""
+        """Run a quantum of training, or what fits between two steps, if it is its turn; whether any was run."""
         if self._training is None or not self._training.pending:
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
-        seconds = self._training.advance(ServingLoad(self._serving, prompts))
+        load = ServingLoad(self._serving, prompts)
+        ran = seconds = self._training.advance(load)
+        while seconds and load.active and self._training.pending:
+            seconds = self._training.advance(load)
+            ran += seconds
         if self.step_in_flight:
-            self._trained += seconds
-        return seconds > 0
+            self._trained += ran
+        return ran > 0
 
     def _shrink_after_out_of_memory(self) -> None:
         """After a step that ran out of memory, halve the token budget of later steps."""

@@ -56,6 +56,7 @@ class TrainingPacer:
         self._usual: float | None = None  # the longest usual gap
         self._since: float | None = None  # when it was last decided that training waits or runs
         self._floor = self._tolerated = 0.0  # seconds that were saved up
+        self._in_gap = 0.0  # seconds of quanta since the last step
 
     def __repr__(self) -> str:
         return f"<TrainingPacer {self._floor:.3f} s of its share, {self._tolerated:.3f} s beside streams>"
@@ -63,7 +64,7 @@ class TrainingPacer:
     def served(self, seconds: float) -> None:
         """Record the duration of a step in which a sequence decoded."""
         self._steps.append(seconds)
-        self._usual = None
+        self._usual, self._in_gap = None, 0.0
 
     def rest(self) -> None:
         """There is nothing to train: no time is saved up for later."""
@@ -80,12 +81,13 @@ class TrainingPacer:
         if seconds <= self._floor:
             return True
         room = self._largest_quantum()
-        return not load.prompts and room is not None and self._tolerated > 0 and seconds * MARGIN <= room
+        return not load.prompts and room is not None and self._tolerated > 0 and self._in_gap + seconds * MARGIN <= room
 
     def ran(self, kind: str, size: int, load: ServingLoad, seconds: float) -> None:
         """Record a quantum that was run."""
         self.costs.record(kind, size, seconds)
         if load.active:
+            self._in_gap += seconds
             self._tolerated -= seconds
             self._floor -= seconds
             if self._floor < 0 and self._share:  # tolerated quanta count as share, but are no debt to pay back

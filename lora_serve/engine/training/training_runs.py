@@ -27,7 +27,7 @@ from lora_serve.engine.training.losses import find_loss
 from lora_serve.engine.training.micro_batch import TrainingSequence
 from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
-from lora_serve.engine.training.run_turns import RunTurns, RunTurn
+from lora_serve.engine.training.run_turns import RunTurn, RunTurns
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
 from lora_serve.engine.training.trained_files import peft_config, peft_tensors
 from lora_serve.engine.training.trainer import Trainer
