@@ -13,7 +13,7 @@ import msgspec
 from lora_serve.errors import Failure
 from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import Event, Pooling, Request
-from lora_serve.training_messages import RunOperation
+from lora_serve.training_messages import PublishRun, RunOperation
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ Operation = (
     | ListAliases
     | ListNames
     | Drain
+    | PublishRun
     | RunOperation
 )
 

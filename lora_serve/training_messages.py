@@ -101,6 +101,13 @@ class ExportRun(msgspec.Struct, frozen=True, tag="export_run"):
     folder: str
 
 
+class PublishRun(msgspec.Struct, frozen=True, tag="publish_run"):
+    """Publish the adapter as it is now under a new name of the adapter store. Answered with an `AdapterInfo`."""
+
+    run: str
+    name: str
+
+
 class CloseRun(msgspec.Struct, frozen=True, tag="close_run"):
     """End a run, if there is one, and free its memory; what it has not finished fails. Answered with None."""
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import msgspec
-from stub_admin import CONFIG
 from stub_completions import CONTEXT, StubCompletionApp, StubCompletionEngine
 
 from lora_serve.api.tinker.protobuf_messages import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
@@ -24,10 +23,10 @@ from lora_serve.messages import Operation, Publish
 from lora_serve.training_messages import (
     CloseRun,
     CreateRun,
-    ExportRun,
     ForwardBackward,
     OptimizerStep,
     PassResult,
+    PublishRun,
     RestoreRun,
     RunInfo,
     RunOperation,
@@ -66,9 +65,7 @@ class StubTrainingEngine(StubCompletionEngine):
         self.restarts += 1
 
     async def call(self, operation: Operation) -> Any:
-        if not isinstance(operation, RunOperation):
-            if isinstance(operation, Publish):
-                self.resolves[operation.name] = "poet"
+        if not isinstance(operation, RunOperation | PublishRun):
             return await super().call(operation)
         self.count += 1
         if self.count in self.lost_at:
@@ -76,6 +73,12 @@ class StubTrainingEngine(StubCompletionEngine):
             raise Unavailable("the engine ended while it served this request", retry_after=1)
         if isinstance(operation, ForwardBackward) and self.gate is not None:
             await self.gate.wait()
+        if isinstance(operation, PublishRun):
+            self._run(operation.run)
+            self.resolves[operation.name] = "poet"
+            folder = Path(str(self.info.store)) / operation.name  # type: ignore[union-attr]
+            folder.mkdir()
+            return await super().call(Publish(operation.name, str(folder)))
         return msgspec.to_builtins(self._train(operation))
 
     def _train(self, operation: RunOperation) -> Any:
@@ -88,9 +91,7 @@ class StubTrainingEngine(StubCompletionEngine):
                 raise RunExists("there is one already")
             self.runs[name] = StubRun(operation.settings)
             return RunInfo(name, 1, 4, 0)
-        run = self.runs.get(name)
-        if run is None:
-            raise RunNotFound("there is no training run")
+        run = self._run(name)
         match operation:
             case ForwardBackward(examples=examples, loss=loss):
                 if loss == "nonsense":
@@ -104,14 +105,9 @@ class StubTrainingEngine(StubCompletionEngine):
                 norm, run.gradient = abs(run.gradient), 0.0 * (change := run.gradient * rate)
                 run.weight, run.steps = run.weight + change, run.steps + 1
                 return StepResult(norm, run.steps)
-            case SaveRun(folder=folder) | ExportRun(folder=folder):
+            case SaveRun(folder=folder):
                 Path(folder).mkdir()
-                state = json.dumps({"weight": run.weight, "steps": run.steps})
-                if isinstance(operation, SaveRun):
-                    (Path(folder) / "state.json").write_text(state)
-                else:
-                    (Path(folder) / "adapter_config.json").write_bytes(CONFIG)
-                    (Path(folder) / "adapter_model.safetensors").write_text(state)
+                (Path(folder) / "state.json").write_text(json.dumps({"weight": run.weight, "steps": run.steps}))
                 return None
             case RestoreRun(folder=folder, optimizer=optimizer):
                 state = json.loads((Path(folder) / "state.json").read_text())
@@ -119,6 +115,11 @@ class StubTrainingEngine(StubCompletionEngine):
                 self.runs[name] = kept
                 return RunInfo(name, 1, 4, kept.steps)
         raise AssertionError(operation)
+
+    def _run(self, name: str) -> StubRun:
+        if name not in self.runs:
+            raise RunNotFound("there is no training run")
+        return self.runs[name]
 
 
 class StubTrainingApp(StubCompletionApp):

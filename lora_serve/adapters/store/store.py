@@ -123,6 +123,10 @@ class Store:
             self._disk.make_folder(path)
             return path
 
+    def new_folder(self) -> Path:
+        """The path of a folder in staging that somebody else is to make."""
+        return self._folder.new_path("publish")
+
     def is_staged(self, folder: Path) -> bool:
         """Whether a folder is in the store's staging, so that publishing may move it."""
         staging = self.staging.resolve()

@@ -21,6 +21,7 @@ from lora_serve.training_messages import (
     CreateRun,
     ForwardBackward,
     OptimizerStep,
+    PublishRun,
     RestoreRun,
     RunOperation,
     RunSettings,
@@ -98,7 +99,7 @@ class ResumableRun:
         self._seconds += time.monotonic() - begun
         return result
 
-    async def ask(self, operation: RunOperation) -> Any:
+    async def ask(self, operation: RunOperation | PublishRun) -> Any:
         """Carry out an operation that changes nothing."""
         return await self._retried(self._engine_call(operation))
 
@@ -121,7 +122,7 @@ class ResumableRun:
         while self._log and self._log[-1].adds_gradients:
             self._log.pop()
 
-    def _engine_call(self, operation: RunOperation) -> Callable[[], Any]:
+    def _engine_call(self, operation: RunOperation | PublishRun) -> Callable[[], Any]:
         async def call() -> Any:
             await self._ensure()
             return await self._engine.call(operation)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -12,10 +10,9 @@ import msgspec
 from lora_serve.api.private_adapters import private_adapter
 from lora_serve.api.services import EngineProtocol
 from lora_serve.api.tinker.resumable_run import ResumableRun
-from lora_serve.api.upload import staging_folder
 from lora_serve.errors import ServeError
-from lora_serve.messages import AdapterInfo, DeleteAdapter, Publish
-from lora_serve.training_messages import ExportRun
+from lora_serve.messages import AdapterInfo, DeleteAdapter
+from lora_serve.training_messages import PublishRun
 
 log = logging.getLogger(__name__)
 
@@ -28,22 +25,15 @@ class PublishedWeights(NamedTuple):
 
 
 class SamplerWeights:
-    """Publishes and deletes such adapters.
+    """Publishes and deletes such adapters."""
 
-    Args:
-        staging: returns a folder on the store's file system.
-    """
-
-    def __init__(self, engine: EngineProtocol, staging: Callable[[], Path]) -> None:
-        self._engine, self._staging = engine, staging
+    def __init__(self, engine: EngineProtocol) -> None:
+        self._engine = engine
 
     async def publish(self, run: ResumableRun, owner: str) -> PublishedWeights:
         """Publish a run's weights as they are now."""
         name = private_adapter(owner)
-        async with staging_folder(self._staging()) as root:
-            folder = root / "adapter"
-            await run.ask(ExportRun(run.name, str(folder)))
-            info = msgspec.convert(await self._engine.call(Publish(name, str(folder))), AdapterInfo)
+        info = msgspec.convert(await run.ask(PublishRun(run.name, name)), AdapterInfo)
         return PublishedWeights(name, info.versions[0].digest)
 
     async def delete(self, adapter: str) -> None:

@@ -48,7 +48,7 @@ class TinkerService:
         self.futures = FutureResults()
         self.samples = SampleRuns(services, self.futures)
         self.checkpoints = TinkerCheckpoints(self._root)
-        self.weights = SamplerWeights(services.engine, lambda: services.staging)
+        self.weights = SamplerWeights(services.engine)
         self._parts = TinkerParts(services.engine, self.futures, self.checkpoints, self.weights, self.check_base_model)
         self._silent_seconds = silent_seconds
         self._sessions: dict[str, TinkerSession] = {}
