@@ -112,14 +112,15 @@ class AdapterOperations:
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def publish(self, operation: Publish, done: Done, *, own: bool = False) -> None:
+    def publish(self, operation: Publish, done: Done, *, own: bool = False, durable: bool = True) -> None:
         """Lower and store a folder as a version of a name; the result is an `AdapterInfo`.
 
         Args:
             own: this engine wrote the files.
+            durable: see `Store.publish`.
         """
         check_adapter_name(operation.name, self._base_name)
-        self._queue.run(operation.name, lambda end: self._publish(operation, end, own=own), done)
+        self._queue.run(operation.name, lambda end: self._publish(operation, end, own, durable), done)
 
     def new_folder(self) -> Path:
         """A folder on the store's file system that is not there yet, for an adapter that is to be published."""
@@ -137,7 +138,7 @@ class AdapterOperations:
         """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
         self._queue.run(name, lambda end: self._unload(name, end), done)
 
-    def _publish(self, operation: Publish, done: Done, *, own: bool) -> None:
+    def _publish(self, operation: Publish, done: Done, own: bool, durable: bool) -> None:
         name = operation.name
         stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
         record = self._residency.names.get(name)
@@ -174,7 +175,7 @@ class AdapterOperations:
                 done(self.describe(name))
 
             kept = self._residency.stored(name, record_now())
-            self._publisher.store(name, staged, kept, if_successful(on_stored, done))
+            self._publisher.store(name, staged, kept, if_successful(on_stored, done), durable=durable)
 
         self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done), own=own)
 

@@ -150,12 +150,12 @@ class Publisher:
         """Read a version's lowered file, verified. Blocks; raises AdapterBroken if it is missing or damaged."""
         return lowered_file.read(self._store.folder(digest), digest)
 
-    def store(self, name: str, staged: StagedVersion, record: NameRecord, done: Saved) -> None:
-        """Store a staged version, and let a name refer to it."""
+    def store(self, name: str, staged: StagedVersion, record: NameRecord, done: Saved, *, durable: bool = True) -> None:
+        """Store a staged version, and let a name refer to it; see `Store.publish`."""
 
         def work() -> None:
             try:
-                self._store.publish(name, staged.folder, staged.version.record, record)
+                self._store.publish(name, staged.folder, staged.version.record, record, durable=durable)
             finally:
                 _remove(staged.folder)
 

@@ -346,9 +346,11 @@ class Engine:
         folder = str(self._operations.new_folder())
 
         def publish(_: Any) -> None:
-            self._operations.publish(Publish(operation.name, folder), done, own=True)
+            named = Publish(operation.name, folder)
+            self._operations.publish(named, done, own=True, durable=operation.durable)
 
-        self._train(ExportRun(operation.run, folder), if_successful(publish, done))
+        # Not waited for: the store waits for its files, if it is to.
+        self._train(ExportRun(operation.run, folder, durable=False), if_successful(publish, done))
 
     def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
         if self._training is None:

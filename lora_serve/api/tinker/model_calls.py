@@ -164,7 +164,7 @@ class ModelCalls:
         if saved is None:
             new = self._new(call, SAMPLER, body.path, body.ttl_seconds, body.user_metadata)
             older = await self._of_path(new)
-            published = await self._publish()
+            published = await self._publish(durable=True)
             id_, folder = await asyncio.to_thread(checkpoints.begin)
             new = msgspec.structs.replace(new, id=id_, adapter=published.adapter, digest=published.digest)
             saved = await asyncio.to_thread(checkpoints.add, new, folder)
@@ -177,7 +177,7 @@ class ModelCalls:
             raise BadRequest("path or sampling_session_seq_id is needed", param="path")
         id_ = self._sampler_id(body.sampling_session_seq_id)
         if self._samplers.get(id_) is None:
-            published = await self._publish()
+            published = await self._publish(durable=False)
             sampler = SamplingSession(
                 id_, self._facts.base_model, None, published.adapter, published.digest, self._model.id
             )
@@ -185,8 +185,8 @@ class ModelCalls:
                 await self._parts.weights.delete(adapter)
         return FutureResult.of({"sampling_session_id": id_, "type": "save_weights_for_sampler"})
 
-    async def _publish(self) -> PublishedWeights:
-        return await self._parts.weights.publish(self._run, self._model.owner)
+    async def _publish(self, *, durable: bool) -> PublishedWeights:
+        return await self._parts.weights.publish(self._run, self._model.owner, durable=durable)
 
     async def _checkpoint(self, path: str) -> TinkerCheckpoint:
         found = await asyncio.to_thread(self._parts.checkpoints.find, path, self._model.owner)

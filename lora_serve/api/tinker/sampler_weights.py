@@ -30,10 +30,10 @@ class SamplerWeights:
     def __init__(self, engine: EngineProtocol) -> None:
         self._engine = engine
 
-    async def publish(self, run: ResumableRun, owner: str) -> PublishedWeights:
-        """Publish a run's weights as they are now."""
+    async def publish(self, run: ResumableRun, owner: str, *, durable: bool) -> PublishedWeights:
+        """Publish a run's weights as they are now; `durable`: so that they survive the end of the machine."""
         name = private_adapter(owner)
-        info = msgspec.convert(await run.ask(PublishRun(run.name, name)), AdapterInfo)
+        info = msgspec.convert(await run.ask(PublishRun(run.name, name, durable)), AdapterInfo)
         return PublishedWeights(name, info.versions[0].digest)
 
     async def delete(self, adapter: str) -> None:
