@@ -1,0 +1,149 @@
+"""Programs that use Tinker's own SDK, unmodified, each in a process of its own: `python tinker_clients.py NAME URL`.
+
+The SDK keeps a thread and connections until its process ends.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinker
+from tinker import types
+
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+WORDS = "three happy wolves sing tonight\n"
+
+
+def demo_tokenizer() -> Any:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(str(DEMO))
+
+
+def datum(prompt: list[int], answer: list[int]) -> types.Datum:
+    """A prompt, and an answer that is trained."""
+    tokens, weights = prompt + answer, [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},  # type: ignore[dict-item]
+    )
+
+
+def stub(url: str) -> None:
+    """All kinds of calls, on the stub engine of `api/stub_training.py`."""
+    service = tinker.ServiceClient(base_url=url)
+    client = service.create_lora_training_client(base_model="Qwen/Qwen3-8B-Base:base", rank=4).result()
+    assert client.get_info().model_data.model_name == "Qwen/Qwen3-8B-Base:base"
+    example = datum([1, 2], [3])
+    pending = []
+    for _ in range(3):
+        passed = client.forward_backward([example], "cross_entropy")
+        pending.append((passed, client.optim_step(types.AdamParams(learning_rate=1.0))))
+    losses = []
+    for passed, stepped in pending:
+        losses.append(passed.result().metrics["loss:sum"])
+        assert stepped.result().metrics == {"grad_norm:mean": 1.0, "learning_rate:mean": 1.0}
+    assert losses == [0.0, 1.0, 2.0]
+    with pytest.raises(tinker.RequestFailedError, match="'nonsense' is no loss function"):
+        client.forward_backward([example], "nonsense").result()  # type: ignore[arg-type]
+    path = client.save_state("one").result().path
+    loaded = service.create_training_client_from_state_with_optimizer(path).result()
+    assert loaded.forward([example], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist() == [-3.0, -3.0]
+    sampler = client.save_weights_and_get_sampling_client().result()
+    prompt = types.ModelInput.from_ints([104, 105])
+    answer = sampler.sample(prompt, 2, types.SamplingParams(max_tokens=3, stop="ell")).result()
+    assert [list(each.tokens) for each in answer.sequences] == [list(b"hel"), list(b"hel")]
+    assert len(answer.sequences[0].logprobs or []) == 3
+    found = service.create_sampling_client(base_model="base").result().compute_logprobs(prompt).result()
+    assert found == [None, pytest.approx(-10.5)]
+    rest = tinker.RestClient(base_url=url)
+    assert [each.tinker_path for each in rest.list_user_checkpoints().result().checkpoints] == [path]
+    rest.delete_checkpoint_from_tinker_path(path).result()
+    assert rest.list_user_checkpoints().result().checkpoints == []
+
+
+def supervised(url: str) -> None:
+    """Learn an answer of the demo model by heart, and give it."""
+    tokenizer = demo_tokenizer()
+    prompt, answer = tokenizer.encode(WORDS), tokenizer.encode("the wolves are gone")
+    end = tokenizer.eos_token_id
+    service = tinker.ServiceClient(base_url=url)
+    client = service.create_lora_training_client(base_model="Qwen/Qwen3-8B-Base:demo", rank=8, seed=1).result()
+    greedy = types.SamplingParams(max_tokens=16, temperature=0.0)
+
+    def said() -> list[int]:
+        sampler = client.save_weights_and_get_sampling_client().result()
+        return list(sampler.sample(types.ModelInput.from_ints(prompt), 1, greedy).result().sequences[0].tokens)
+
+    before, losses = said(), []
+    for _ in range(40):
+        passed = client.forward_backward([datum(prompt, [*answer, end])], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=4e-3)).result()
+        losses.append(passed.result().metrics["loss:sum"])
+    assert losses[-1] < 0.5 < losses[0], losses
+    assert said() == [*answer, end] != before
+    named = client.save_weights_for_sampler("final").result().path
+    sampler = service.create_sampling_client(model_path=named).result()
+    assert list(sampler.sample(types.ModelInput.from_ints(prompt), 1, greedy).result().sequences[0].tokens) == [
+        *answer,
+        end,
+    ]
+
+
+def reinforced(url: str) -> None:
+    """Learn to begin with one of the likelier tokens, by rewards alone."""
+    tokenizer = demo_tokenizer()
+    prompt = tokenizer.encode(WORDS)
+    service = tinker.ServiceClient(base_url=url)
+    client = service.create_lora_training_client(base_model="demo", rank=8, seed=2).result()
+    wanted: set[int] | None = None
+    rewards = []
+    for _ in range(14):
+        sampler = client.save_weights_and_get_sampling_client().result()
+        params = types.SamplingParams(max_tokens=1, temperature=2.0)
+        sampled = sampler.sample(types.ModelInput.from_ints(prompt), 32, params).result().sequences
+        tokens = [each.tokens[0] for each in sampled]
+        if wanted is None:  # half of what it says at first
+            wanted = set(sorted(tokens)[: len(tokens) // 2])
+        won = [float(token in wanted) for token in tokens]
+        rewards.append(sum(won) / len(won))
+        data = []
+        for each, reward in zip(sampled, won, strict=True):
+            masked = [0.0] * (len(prompt) - 1)
+            inputs = {
+                "target_tokens": [0] * (len(prompt) - 1) + [each.tokens[0]],
+                "logprobs": [*masked, (each.logprobs or [])[0]],
+                "advantages": [*masked, reward - rewards[-1]],
+            }
+            data.append(
+                types.Datum(model_input=types.ModelInput.from_ints(prompt), loss_fn_inputs=inputs)  # type: ignore[arg-type]
+            )
+        if 0 < rewards[-1] < 1:
+            client.forward_backward(data, "importance_sampling").result()
+            client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15, rewards
+    print(rewards)
+
+
+def steady(url: str) -> None:
+    """Train, slowly enough to be disturbed; prints each loss."""
+    tokenizer = demo_tokenizer()
+    example = datum(tokenizer.encode(WORDS), tokenizer.encode("the wolves are gone"))
+    service = tinker.ServiceClient(base_url=url)
+    client = service.create_lora_training_client(base_model="demo", rank=4, seed=3).result()
+    for step in range(12):
+        passed = client.forward_backward([example], "cross_entropy")
+        stepped = client.optim_step(types.AdamParams(learning_rate=1e-3))
+        if step == 4:
+            client.save_state("four").result()
+        print(passed.result().metrics["loss:sum"], flush=True)
+        stepped.result()
+        time.sleep(0.4)
+
+
+if __name__ == "__main__":
+    {each.__name__: each for each in (stub, supervised, reinforced, steady)}[sys.argv[1]](sys.argv[2])
