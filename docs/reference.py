@@ -35,6 +35,7 @@ GROUPS = {
     "anthropic": "Anthropic's routes",
     "adapters": "Adapters",
     "tokenizer": "Tokenizer",
+    "tinker": "Tinker's routes",
     "server": "The server",
 }
 PERMISSIONS = {"administer": "an admin key", "read_metrics": "a key that may read metrics"}

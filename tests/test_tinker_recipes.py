@@ -14,7 +14,7 @@ from server_process import DEMO, ROOT, ServerProcess
 
 PYTHON = ROOT / ".venv-tinker" / "bin" / "python"
 MODEL = "Qwen/Qwen3-8B-Base"  # of the cookbook's table; it only says how messages are written
-WORDS = "three happy wolves sing tonight red foxes run small birds fly over green hills".split()
+WORDS = ["three", "happy", "wolves", "sing", "tonight", "red", "foxes", "run", "small", "birds", "fly", "over"]
 SPLITS = "\n".join(f"  - split: {name}\n    path: main/{name}.jsonl" for name in ("train", "test"))
 
 pytestmark = [
