@@ -399,7 +399,7 @@ async def test_results_are_kept_within_bounds() -> None:
     assert (await results.wait("c", "me", 0)) == future_results.FutureResult("x", bytes(140))
     with pytest.raises(KeyError):
         await results.wait("c", "you", 0)
-    now = 11.0
+    now = 61.0
     results.open("d", "me")
     with pytest.raises(KeyError):
         await results.wait("c", "me", 0)

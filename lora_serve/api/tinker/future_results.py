@@ -14,8 +14,11 @@ from lora_serve.errors import EngineFault, ServeError
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
 KEPT_SECONDS = 900.0  # a result, from when it is there
+FETCHED_SECONDS = 60.0  # one that the client had, for a response that was lost on its way
 KEPT_BYTES = 256 << 20  # all results together
-MOST_OF_OWNER = 20_000  # requests of one key whose results are kept or awaited
+MOST_KEPT = 100_000  # results
+MOST_OF_OWNER = 20_000  # requests of one key whose results are awaited
+SWEEP_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class FutureResults:
         self._entries: dict[str, PendingResult] = {}
         self._finished: dict[str, None] = {}  # ids in the order in which they were finished
         self._bytes = 0
-        self._counts: dict[str, int] = {}  # by owner
+        self._awaited: dict[str, int] = {}  # by owner
+        self._swept = 0.0
 
     def __repr__(self) -> str:
         waiting = len(self._entries) - len(self._finished)
@@ -81,10 +85,10 @@ class FutureResults:
         if id_ in self._entries:
             return
         self._sweep()
-        if self._counts.get(owner, 0) >= MOST_OF_OWNER:
-            raise TooMuchWaits(f"{MOST_OF_OWNER:,} requests of this key wait or have results already", retry_after=1)
+        if self._awaited.get(owner, 0) >= MOST_OF_OWNER:
+            raise TooMuchWaits(f"{MOST_OF_OWNER:,} requests of this key wait already", retry_after=1)
         self._entries[id_] = PendingResult(owner)
-        self._counts[owner] = self._counts.get(owner, 0) + 1
+        self._awaited[owner] = self._awaited.get(owner, 0) + 1
 
     def expects(self, id_: str) -> bool:
         """Whether a request is known."""
@@ -104,6 +108,9 @@ class FutureResults:
         entry.done.set()
         self._finished[id_] = None
         self._bytes += len(result.body)
+        self._awaited[entry.owner] -= 1
+        if not self._awaited[entry.owner]:
+            del self._awaited[entry.owner]
         for oldest in list(self._finished):
             if self._bytes <= self._kept_bytes or oldest == id_:
                 break
@@ -138,18 +145,23 @@ class FutureResults:
             self.discard(id_)
 
     def _sweep(self) -> None:
-        before = self._clock() - self._kept_seconds
+        now = self._clock()
+        if now - self._swept < SWEEP_EVERY:
+            return
+        self._swept = now
+        left = len(self._finished)
         for id_ in list(self._finished):
-            if self._entries[id_].finished > before:
+            entry = self._entries[id_]
+            age = now - entry.finished
+            if age < FETCHED_SECONDS and left <= MOST_KEPT:
                 break
-            self._drop(id_)
+            if entry.fetched or age >= self._kept_seconds or left > MOST_KEPT:
+                self._drop(id_)
+                left -= 1
 
     def _drop(self, id_: str) -> None:
         entry = self._entries.pop(id_)
         del self._finished[id_]
-        self._counts[entry.owner] -= 1
-        if not self._counts[entry.owner]:
-            del self._counts[entry.owner]
         self._bytes -= len(entry.result.body) if entry.result is not None else 0
 
     def _lose(self, id_: str) -> None:

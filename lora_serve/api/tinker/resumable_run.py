@@ -68,10 +68,14 @@ class ResumableRun:
         return f"<ResumableRun {self.name}: {len(self._log)} operations since {self._state or 'its beginning'}>"
 
     @property
-    def should_save(self) -> bool:
-        """Whether repeating what was done since the last state would take long, and the state can be saved now."""
-        long = self._seconds > REPLAY_SECONDS or sum(each.size for each in self._log) > REPLAY_BYTES
-        return long and not self._log[-1].adds_gradients
+    def can_save(self) -> bool:
+        """Whether its state is all there is of it now: there are no gradients that were not applied."""
+        return not self._log or not self._log[-1].adds_gradients
+
+    @property
+    def is_long(self) -> bool:
+        """Whether repeating what was done since the last state would take long."""
+        return self._seconds > REPLAY_SECONDS or sum(each.size for each in self._log) > REPLAY_BYTES
 
     async def start(self) -> None:
         """Make the run. Raises the engine's `ServeError`."""
@@ -104,7 +108,7 @@ class ResumableRun:
         return await self._retried(self._engine_call(operation))
 
     async def save_state(self, folder: Path) -> None:
-        """Save the state to a new folder, and go on from there if need be; `should_save` says when."""
+        """Save the state to a new folder, and go on from there if need be; `can_save` says whether it may."""
         await self.ask(SaveRun(self.name, str(folder)))
         self._state = folder
         self._log.clear()

@@ -16,12 +16,13 @@ from lora_serve.api.services import EngineProtocol
 from lora_serve.api.tinker.checkpoint_store import ModelFacts, TinkerCheckpoints
 from lora_serve.api.tinker.future_results import FutureResult, FutureResults
 from lora_serve.api.tinker.model_journal import ModelJournal, ResultRecord
-from lora_serve.api.tinker.ordered_calls import ModelCall, OrderedCalls
+from lora_serve.api.tinker.ordered_calls import HeldBytes, ModelCall, OrderedCalls
 from lora_serve.api.tinker.resumable_run import ResumableRun
 from lora_serve.api.tinker.sampler_weights import SamplerWeights
 from lora_serve.errors import BadRequest, EngineFault, Failure, ServeError
 
 MOST_RECENT = 4096  # calls whose results may be kept with a state
+JOURNAL_BYTES = 128 << 20  # of calls, after which a state is saved that they need not be repeated from
 MADE, REFUSED = "made", "refused"
 
 log = logging.getLogger(__name__)
@@ -29,13 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TinkerParts:
-    """What models work with."""
+    """What models work with; `held`: bytes of calls that wait."""
 
     engine: EngineProtocol
     futures: FutureResults
     checkpoints: TinkerCheckpoints
     weights: SamplerWeights
     check_base_model: Callable[[str], str]
+    held: HeldBytes
 
 
 Carry = Callable[[ModelCall], Awaitable[FutureResult]]
@@ -58,7 +60,8 @@ class TinkerModel:
         self.facts: ModelFacts | None = None
         self.run: ResumableRun | None = None
         self.last_request = time.time()
-        self._calls = OrderedCalls()
+        self._calls = OrderedCalls(0, parts.held)
+        self._journaled = 0  # bytes since the last state
         self._recent: deque[int] = deque(maxlen=MOST_RECENT)
         self._failure: ServeError | None = None  # why it was not made
         self._worker: asyncio.Task[None] | None = None
@@ -81,7 +84,7 @@ class TinkerModel:
             self.facts = msgspec.json.decode(content.calls[0].body, type=ModelFacts)
             state = self.journal.state(content.state)
             self.make_run(self.facts, state)
-            self._calls = OrderedCalls(content.state + 1)
+            self._calls = OrderedCalls(content.state + 1, self.parts.held)
         for seq, result in content.results.items():
             self.parts.futures.open(self.request_id(seq), self.owner)
             self.parts.futures.finish(self.request_id(seq), FutureResult(result.media_type, result.body))
@@ -105,7 +108,8 @@ class TinkerModel:
         except ServeError:
             self.parts.futures.discard(id_)
             raise
-        if fresh:
+        if fresh and self._failure is None:
+            self._journaled += len(body)
             try:
                 await asyncio.to_thread(self.journal.append, call)
             except OSError as error:
@@ -123,6 +127,7 @@ class TinkerModel:
         assert self.run is not None
         folder = self.journal.state(seq)
         await asyncio.to_thread(self.journal.clear, folder)
+        self._journaled = 0
         await self.run.save_state(folder)
         results = [
             ResultRecord(recent, result.media_type, result.body)
@@ -137,6 +142,7 @@ class TinkerModel:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+        self._calls.clear()
 
     async def close(self) -> None:
         """End the model and forget it."""
@@ -153,7 +159,8 @@ class TinkerModel:
             self._recent.append(call.seq)
             self._calls.finish()
             self.parts.futures.finish(self.request_id(call.seq), result)
-            if self.run is not None and self.run.should_save:
+            run = self.run
+            if run is not None and run.can_save and (run.is_long or self._journaled > JOURNAL_BYTES):
                 try:
                     await self.save_state(call.seq)
                 except (ServeError, OSError) as error:

@@ -18,6 +18,7 @@ from lora_serve.api.openai.preprocess import base_names
 from lora_serve.api.services import Services
 from lora_serve.api.tinker.checkpoint_store import TinkerCheckpoints
 from lora_serve.api.tinker.future_results import FutureResult, FutureResults
+from lora_serve.api.tinker.ordered_calls import HeldBytes
 from lora_serve.api.tinker.sample_runs import SampleRuns
 from lora_serve.api.tinker.sampler_weights import SamplerWeights
 from lora_serve.api.tinker.sampling_sessions import SamplingSession
@@ -49,7 +50,9 @@ class TinkerService:
         self.samples = SampleRuns(services, self.futures)
         self.checkpoints = TinkerCheckpoints(self._root)
         self.weights = SamplerWeights(services.engine)
-        self._parts = TinkerParts(services.engine, self.futures, self.checkpoints, self.weights, self.check_base_model)
+        self._parts = TinkerParts(
+            services.engine, self.futures, self.checkpoints, self.weights, self.check_base_model, HeldBytes()
+        )
         self._silent_seconds = silent_seconds
         self._sessions: dict[str, TinkerSession] = {}
         self._started = time.monotonic()
