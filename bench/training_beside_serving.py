@@ -27,6 +27,7 @@ from bench.machine import describe
 from bench.report import json_line, number, table
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import EngineClient
+from lora_serve.messages import Stats
 from lora_serve.request import Finished, Request, Sampling, Tokens
 from lora_serve.training_messages import (
     CloseRun,
@@ -157,10 +158,16 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, list[Window]]]
                 for _ in range(options.rounds):
                     for state in ("off", "on") if load in RESTS else ("on",):
                         found[load][state].append(await loaded.measure(load, training=state == "on"))
-                        print(load, state, engine.stats.training_seconds_total, file=sys.stderr, flush=True)
+                        print(load, state, quanta(engine.stats), file=sys.stderr, flush=True)
             return found
         finally:
             await engine.stop()
+
+
+def quanta(stats: Stats) -> str:
+    """Number and mean milliseconds of quanta so far, by kind."""
+    counts, seconds = stats.training_quanta_total, stats.training_seconds_total
+    return ", ".join(f"{kind} {count} of {1e3 * seconds[kind] / count:.1f} ms" for kind, count in counts.items())
 
 
 def rows(found: dict[str, dict[str, list[Window]]]) -> list[list[str]]:

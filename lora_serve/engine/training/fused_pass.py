@@ -24,7 +24,7 @@ from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.training_step import AdapterSpan, TrainingStep
 
 LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time, at most
-HEAD_ROWS = 16  # that are computed at a time at least: fewer take as long, as the weight is read
+HEAD_ROWS = 64  # that are computed at a time at least: fewer take as long, as the whole weight is read and unpacked
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
 
 

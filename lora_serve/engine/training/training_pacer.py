@@ -4,12 +4,12 @@ A quantum between two steps delays the next token of every stream that runs. Tra
 
 - all the time while nothing is served;
 - beside streams, quanta with which a gap is at most `STRETCH` times the longest that these streams have anyway (the
-  99th percentile of recent steps), or as long as `--itl-target` says, and of these as many as leave serving nine tenths
-  of its throughput;
+  99th percentile of recent steps), or as long as `--itl-target` says; and longer ones in one gap of `RARE`, so that the
+  99th percentile does not know them. All these together leave serving more than nine tenths of its throughput;
 - nothing while prompts wait;
 - in spite of all this, `--training-share` of the time: it is saved up until it pays for the next quantum, however long
-  that is. What is longer than streams tolerate runs so rarely that fewer than one gap in a hundred has one, at the
-  default share. A larger share trains faster at the streams' expense.
+  that is. At the default share fewer than one gap in a hundred has one. A larger share trains faster at the streams'
+  expense.
 
 Passes are made small enough for their quanta to fit between steps, as far as whole sequences allow. Nothing here knows
 tensors or a clock; the output of serving and training is the same whatever is decided.
@@ -23,8 +23,9 @@ from typing import NamedTuple
 from lora_serve.engine.training.quantum_costs import QuantumCosts
 
 STRETCH = 1.2  # times the longest usual gap; what is measured then is below 1.3
+RARE = 200  # gaps between two that are longer
 MOST_SHARE = 0.07  # of the time beside streams, in quanta that they tolerate
-SAVED = 2.0  # seconds of tolerated quanta that may be saved up
+SAVED = 3.0  # seconds of these that may be saved up
 RECENT = 256  # steps whose longest is the usual gap
 FEW = 16  # steps before which that is not known
 LONGEST_QUANTUM = 0.1  # seconds that passes aim at while nothing is served: a request that comes waits so long
@@ -57,6 +58,7 @@ class TrainingPacer:
         self._since: float | None = None  # when it was last decided that training waits or runs
         self._floor = self._tolerated = 0.0  # seconds that were saved up
         self._in_gap = 0.0  # seconds of quanta since the last step
+        self._gaps = 0  # since the last one that was longer
 
     def __repr__(self) -> str:
         return f"<TrainingPacer {self._floor:.3f} s of its share, {self._tolerated:.3f} s beside streams>"
@@ -65,6 +67,7 @@ class TrainingPacer:
         """Record the duration of a step in which a sequence decoded."""
         self._steps.append(seconds)
         self._usual, self._in_gap = None, 0.0
+        self._gaps += 1
 
     def rest(self) -> None:
         """There is nothing to train: no time is saved up for later."""
@@ -81,13 +84,19 @@ class TrainingPacer:
         if seconds <= self._floor:
             return True
         room = self._largest_quantum()
-        return not load.prompts and room is not None and self._tolerated > 0 and self._in_gap + seconds * MARGIN <= room
+        if load.prompts or room is None:
+            return False
+        if self._in_gap + seconds * MARGIN <= room:
+            return self._tolerated > 0
+        return self._gaps >= RARE and seconds <= self._tolerated
 
     def ran(self, kind: str, size: int, load: ServingLoad, seconds: float) -> None:
         """Record a quantum that was run."""
         self.costs.record(kind, size, seconds)
         if load.active:
             self._in_gap += seconds
+            if self._in_gap > (self._largest_quantum() or 0.0):
+                self._gaps = 0
             self._tolerated -= seconds
             self._floor -= seconds
             if self._floor < 0 and self._share:  # tolerated quanta count as share, but are no debt to pay back
