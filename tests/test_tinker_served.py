@@ -44,6 +44,7 @@ def losses(text: str) -> list[float]:
     return [float(line) for line in text.split()]
 
 
+@pytest.mark.timeout(600)
 def test_training_goes_on_after_kills_of_engine_and_server(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "quiet", *OPTIONS) as server:
         expected = losses(finish(start("steady", server.url)))
