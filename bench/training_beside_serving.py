@@ -99,6 +99,7 @@ class Loaded:
 
     async def _client(self, rest: float) -> None:
         options = self._options
+        await asyncio.sleep(rest * self._draw.uniform(0.0, WARM_UP))  # not all at once
         while True:
             self._requests += 1
             prompt = self._draw.choices(range(300, 2000), k=options.prompt)

@@ -63,7 +63,7 @@ from lora_serve.messages import (
     Update,
 )
 from lora_serve.names import check_adapter_name
-from lora_serve.training_messages import ExportRun, PublishRun, RunOperation
+from lora_serve.training_messages import CreateRun, ExportRun, PublishRun, RunOperation
 
 log = logging.getLogger(__name__)
 
@@ -355,7 +355,7 @@ class Engine:
     def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
         if self._training is None:
             raise BadRequest("training is off: this server was started without --training-memory")
-        if self._draining is not None:
+        if self._draining is not None and isinstance(operation, CreateRun):  # those that there are can be saved
             raise Unavailable("the server is shutting down", retry_after=5)
         self._training.start(operation, done)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.kernels.contract import Segments
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import TrainableBase
-from lora_serve.model.training_step import AdapterSpan, TrainingStep
+from lora_serve.model.training_step import AdapterSpan, TrainedPrefix, TrainingStep, VirtualTokens
 
 LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time, at most
 HEAD_ROWS = 64  # that are computed at a time at least: fewer take as long, as the whole weight is read and unpacked
@@ -77,6 +77,7 @@ class _HeadRows:
         for batch in batches:
             start = len(rows)
             for sequence in batch.sequences:
+                first += batch.adapter.virtual_tokens
                 for row, (target, weight) in enumerate(zip(sequence.targets, sequence.weights, strict=True), first):
                     if wanted(batch, weight):
                         rows.append(row)
@@ -118,9 +119,10 @@ class FusedPass:
             self._parts.append(_Part(batch, slice(rows, rows + batch.tokens)))
             rows += batch.tokens
         self.tokens = rows
-        sequences = [each for batch in batches for each in batch.sequences]
-        self._ids = [token for each in sequences for token in each.tokens]
-        self._lengths = [len(each.tokens) for each in sequences]
+        sequences = [(batch.adapter.virtual_tokens, each.tokens) for batch in batches for each in batch.sequences]
+        self._ids = [token for virtual, tokens in sequences for token in (*[0] * virtual, *tokens)]
+        self._lengths = [virtual + len(tokens) for virtual, tokens in sequences]
+        self._dropouts = [batch.adapter.draw_dropout() if gradients else None for batch in batches]
         self._losses = _HeadRows(batches, lambda batch, weight: weight != 0, base.device)
         self._others = _HeadRows(batches, lambda batch, weight: batch.all_logprobs and weight == 0, base.device)
         self._errors: dict[int, Exception] = {}
@@ -181,8 +183,12 @@ class FusedPass:
 
     def _quanta(self) -> Generator[None]:
         base = self._base
-        step = TrainingStep(self._lengths, *self._spans([part.rows for part in self._parts]))
-        positions = [position for length in self._lengths for position in range(length)]
+        spans, segments = self._spans([part.rows for part in self._parts])
+        step = TrainingStep(self._lengths, spans, segments, self._virtual_tokens(), self._prefixes())
+        before = [part.batch.adapter.prefix_tokens for part in self._parts for _ in part.batch.sequences]
+        positions = [
+            first + place for first, length in zip(before, self._lengths, strict=True) for place in range(length)
+        ]
         ids, at = (to_device(each, torch.int64, base.device) for each in (self._ids, positions))
         running = base.begin(step, ids, at)
         yield
@@ -217,7 +223,7 @@ class FusedPass:
             slice(max(part.start, edges.start) - edges.start, min(part.stop, edges.stop) - edges.start)
             for part in heads.parts
         ]
-        step = TrainingStep((len(edges),), *self._spans(spans))
+        step = TrainingStep((len(edges),), *self._spans(spans, edges.start + 1))
         given = hidden[heads.rows[chunk]].detach().requires_grad_(coefficients is not None)
         with torch.set_grad_enabled(coefficients is not None):
             logits = self._base.logits(step, given)
@@ -247,21 +253,52 @@ class FusedPass:
                 coefficients[own] = 0
         return coefficients
 
-    def _spans(self, rows: Sequence[slice]) -> tuple[list[AdapterSpan], Segments]:
-        """Spans and segments of the parts' rows; parts without rows have none."""
+    def _spans(self, rows: Sequence[slice], draw: int = 0) -> tuple[list[AdapterSpan], Segments]:
+        """Spans and segments of the parts' rows; parts without rows have none.
+
+        Args:
+            draw: which of the pass's masks dropout takes.
+        """
         spans = []
-        for part, own in zip(self._parts, rows, strict=True):
+        for part, dropout, own in zip(self._parts, self._dropouts, rows, strict=True):
             adapter = part.batch.adapter
             if own.start < own.stop:
                 assert adapter.slot is not None, "a closed adapter is not trained"
-                spans.append(AdapterSpan(own.start, own.stop, adapter.slot, adapter.magnitudes))
-        device = self._base.device
+                drawn = None if dropout is None else replace(dropout, seed=dropout.seed + draw)
+                spans.append(AdapterSpan(own.start, own.stop, adapter.slot, adapter.magnitudes, adapter.gains, drawn))
+        device, plain = self._base.device, [span for span in spans if span.dropout is None]
         start, end, slot = (
-            to_device([getattr(span, name) for span in spans], torch.int32, device) for name in ("start", "end", "slot")
+            to_device([getattr(span, name) for span in plain], torch.int32, device) for name in ("start", "end", "slot")
         )
-        longest = max((span.end - span.start for span in spans), default=0)
+        longest = max((span.end - span.start for span in plain), default=0)
         rank = max((part.batch.adapter.rank for part in self._parts), default=0)
-        return spans, Segments(start, end, slot, torch.ones(len(spans), device=device), longest, rank)
+        return spans, Segments(start, end, slot, torch.ones(len(plain), device=device), longest, rank)
+
+    def _virtual_tokens(self) -> list[VirtualTokens]:
+        """The parts' learned embeddings, and the rows that they are."""
+        found = []
+        for part in self._parts:
+            if part.batch.adapter.table is None:
+                continue
+            table, gradient = part.batch.adapter.table
+            first = part.rows.start
+            rows: list[int] = []
+            for sequence in part.batch.sequences:
+                rows.extend(range(first, first + len(table)))
+                first += len(table) + len(sequence.tokens)
+            own = to_device(rows, torch.int64, self._base.device).view(-1, len(table))
+            found.append(VirtualTokens(table.detach().requires_grad_(self._backward), gradient, own))
+        return found
+
+    def _prefixes(self) -> list[TrainedPrefix]:
+        """The parts' learned keys and values, and the sequences that attend to them."""
+        found, first = [], 0
+        for part in self._parts:
+            own = range(first, first + len(part.batch.sequences))
+            first = own.stop
+            if part.batch.adapter.prefix is not None:
+                found.append(TrainedPrefix(own, *part.batch.adapter.prefix))
+        return found
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.errors import BadRequest
 from lora_serve.training_messages import TrainingExample
 
+_LARGEST = torch.finfo(torch.float32).max
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 
 
@@ -81,8 +82,8 @@ class ConfiguredLoss:
             raise BadRequest(f"{self.name} reads {name!r} for each target", param=place)
         if len(values) != len(example.targets):
             raise BadRequest(f"{len(example.targets)} targets have {len(values)} {name}", param=place)
-        if not all(map(math.isfinite, values)):
-            raise BadRequest(f"{name} has a number that is not finite", param=place)
+        if not all(abs(value) <= _LARGEST for value in values):  # NaN is not either
+            raise BadRequest(f"{name} has a number that is not finite in float32", param=place)
         if name in self.formula.binary and not set(values) <= {0, 1}:
             raise BadRequest(f"{name} of {self.name} are 0 or 1", param=place)
 

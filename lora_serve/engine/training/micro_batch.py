@@ -72,7 +72,8 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        return sum(len(each.tokens) for each in self.sequences)
+        """Rows of a flat batch, virtual tokens among them."""
+        return sum(len(each.tokens) + self.adapter.virtual_tokens for each in self.sequences)
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,16 @@ class RunCheckpoint:
 
         Gradients are zeroed.
         """
-        if self._record["modules"] != _modules(adapter) or self._record["settings"]["use_dora"] != (
-            adapter.settings.use_dora
-        ):
+        if self._record["modules"] != _modules(adapter):
             raise BadRequest("the saved run has other modules, ranks or scalings than this one", param="folder")
         state = {key: tensor for key, tensor in self._state.items() if optimizer or key not in MOMENTS}
         adapter.restore(state if optimizer else state | {"steps": torch.tensor(0)})
 
 
-def _modules(adapter: TrainableAdapter) -> dict[str, list[float]]:
-    """Rank and scaling of each module, as JSON has them."""
-    return {name: [layer.module.rank, layer.module.scaling] for name, layer in adapter.layers.items()}
+def _modules(adapter: TrainableAdapter) -> dict[str, Any]:
+    """What the flat tensors hold, as JSON has it: of each module rank, scaling and DoRA, gains, virtual tokens."""
+    layers = {
+        name: [layer.offsets.rank, layer.module.scaling, layer.magnitude >= 0] for name, layer in adapter.layers.items()
+    }
+    gains = {name: "input" if gain.on_input else "output" for name, gain in adapter.layout.gains.items()}
+    return {"layers": layers, "gains": gains, "virtual_tokens": adapter.virtual_tokens + adapter.prefix_tokens}

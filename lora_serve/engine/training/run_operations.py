@@ -25,12 +25,14 @@ class QueuedOperation:
     Attributes:
         order: of all operations, in which it came.
         checkpoint: of a `RestoreRun`, once it was read.
+        memory: of a `CreateRun`: bytes that its adapter takes.
     """
 
     operation: RunOperation
     done: Done
     order: int
     checkpoint: RunCheckpoint | None = None
+    memory: int = 0
 
 
 @dataclass(eq=False)
@@ -69,6 +71,7 @@ class TrainingRun:
     """An adapter in training, or one that will be.
 
     Attributes:
+        virtual_tokens: before every sequence.
         adapter: None until it is created.
         operations: not finished, in order.
         waits: whether a thread reads or writes files for the first one.
@@ -80,6 +83,7 @@ class TrainingRun:
     name: str
     owner: str
     priority: int
+    virtual_tokens: int = 0
     adapter: TrainableAdapter | None = None
     operations: deque[QueuedOperation] = field(default_factory=deque)
     waits: bool = False
@@ -89,7 +93,7 @@ class TrainingRun:
 
     @classmethod
     def of(cls, operation: CreateRun) -> TrainingRun:
-        return cls(operation.run, operation.owner, operation.priority)
+        return cls(operation.run, operation.owner, operation.priority, operation.settings.num_virtual_tokens)
 
     @property
     def first(self) -> QueuedOperation | None:
@@ -118,18 +122,17 @@ class TrainingRun:
         self.lost = True
 
     def describe(self) -> RunInfo:
-        adapter = self.trained
-        parameters = sum(
-            layer.module.rank * (layer.module.site.in_features + layer.module.site.out_features)
-            + (layer.module.site.out_features if layer.magnitude >= 0 else 0)
-            for layer in adapter.layers.values()
-        )
-        return RunInfo(self.name, parameters, adapter.nbytes, adapter.steps)
+        adapter, flat = self.trained, self.trained.masters
+        parts = [part for layer in adapter.layers.values() for part in (layer.a(flat), layer.b(flat))]
+        parts += [layer.m(flat) for layer in adapter.layers.values() if layer.magnitude >= 0]
+        parts += [gain.values(flat) for gain in adapter.layout.gains.values()]
+        parts += [each.values(flat) for each in (adapter.layout.table, adapter.layout.prefix) if each is not None]
+        return RunInfo(self.name, sum(part.numel() for part in parts), adapter.nbytes, adapter.steps)
 
 
-def group_sizes(operation: ForwardBackward, group: int) -> list[int]:
-    """Tokens of each group of so many consecutive examples. Raises BadRequest if there are no examples."""
-    lengths = [len(example.tokens) for example in operation.examples]
+def group_sizes(operation: ForwardBackward, group: int, virtual_tokens: int = 0) -> list[int]:
+    """Tokens of each group of so many consecutive examples, with virtual ones. Raises BadRequest if there are none."""
+    lengths = [len(example.tokens) + virtual_tokens for example in operation.examples]
     if not lengths:
         raise BadRequest("there are no examples", param="examples")
     return [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]

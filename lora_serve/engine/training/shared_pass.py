@@ -96,7 +96,7 @@ class SharedPass:
             if run.closed:
                 continue
             if result.error is not None:
-                self._fail(run, _loss_error(run, result))
+                self._fail(share, _loss_error(run, result))
                 continue
             operation.results.append(result)
             if operation.taken == len(operation.sizes):
@@ -105,13 +105,13 @@ class SharedPass:
     def fail(self, error: ServeError) -> None:
         """End the operations with an error; gradients that they added are lost."""
         for share in self.shares:
-            if not share.run.closed:
-                self._fail(share.run, error)
+            if not share.run.closed and share.run.first is share.operation:  # it may be finished already
+                self._fail(share, error)
 
-    def _fail(self, run: TrainingRun, error: ServeError) -> None:
+    def _fail(self, share: PassShare, error: ServeError) -> None:
         if self.gradients:
-            run.lose_gradients()
-        run.finish(error)
+            share.run.lose_gradients()
+        share.run.finish(error)
 
 
 def quantum_kind(running: FusedPass, layers: int, *, gradients: bool) -> str:

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 from lora_serve.engine.training.quantum_costs import QuantumCosts
 
-STRETCH = 1.2  # times the longest usual gap; what is measured then is below 1.3
+STRETCH = 1.25  # times the longest usual gap; what is measured then is below 1.3
 RARE = 200  # gaps between two that are longer
-MOST_SHARE = 0.07  # of the time beside streams, in quanta that they tolerate
-SAVED = 3.0  # seconds of these that may be saved up
+MOST_SHARE = 0.05  # of the time beside streams, in quanta that they tolerate
+SAVED = 1.0  # seconds of these that may be saved up
 RECENT = 256  # steps whose longest is the usual gap
 FEW = 16  # steps before which that is not known
 LONGEST_QUANTUM = 0.1  # seconds that passes aim at while nothing is served: a request that comes waits so long

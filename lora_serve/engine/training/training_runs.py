@@ -25,6 +25,7 @@ from lora_serve.adapters.tensor_folder import json_bytes, tensor_bytes, write_fo
 from lora_serve.adapters.workers import Workers
 from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
+from lora_serve.engine.training.method_settings import adapter_settings
 from lora_serve.engine.training.micro_batch import TrainingSequence
 from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
@@ -33,7 +34,7 @@ from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_p
 from lora_serve.engine.training.trained_files import peft_config, peft_tensors
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
-from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.training_settings import AdamSettings
 from lora_serve.errors import BadRequest, EngineFault, RunExists, RunNotFound, ServeError, Unavailable
 from lora_serve.messages import Stats
 from lora_serve.model.trainable_base import TrainableBase
@@ -45,7 +46,6 @@ from lora_serve.training_messages import (
     OptimizerStep,
     RestoreRun,
     RunOperation,
-    RunSettings,
     SaveRun,
     StepResult,
 )
@@ -111,35 +111,39 @@ class TrainingRuns:
         match operation:
             case CreateRun():
                 self._create(operation, done)
-            case CloseRun(run):
-                self._close(run, done)
+            case CloseRun(name):
+                self._close(name, done)
             case ForwardBackward():
-                self._enqueue(operation, self._queued_pass(operation, done))
+                run = self._find(operation)
+                self._enqueue(run, self._queued_pass(run, operation, done))
             case _:
-                self._enqueue(operation, QueuedOperation(operation, done, next(self._orders)))
+                self._enqueue(self._find(operation), QueuedOperation(operation, done, next(self._orders)))
 
     def _create(self, operation: CreateRun, done: Done) -> None:
         if operation.run in self._runs:
             raise RunExists(f"there is a training run {operation.run!r} already", param="run")
-        self._trainer.needed(_lora_settings(operation.settings), 1)  # refuses settings that do not fit
+        memory = self._trainer.needed(adapter_settings(operation.settings), 1).adapter  # refuses what does not fit
         run = self._runs[operation.run] = TrainingRun.of(operation)
-        run.operations.append(QueuedOperation(operation, done, next(self._orders)))
+        run.operations.append(QueuedOperation(operation, done, next(self._orders), memory=memory))
 
-    def _enqueue(self, operation: RunOperation, queued: QueuedOperation) -> None:
+    def _find(self, operation: RunOperation) -> TrainingRun:
         run = self._runs.get(operation.run)
         if run is None or run.closed:
             raise _not_found(operation.run)
+        return run
+
+    def _enqueue(self, run: TrainingRun, queued: QueuedOperation) -> None:
         run.operations.append(queued)
         self._begin(run)
 
-    def _queued_pass(self, operation: ForwardBackward, done: Done) -> QueuedPass:
+    def _queued_pass(self, run: TrainingRun, operation: ForwardBackward, done: Done) -> QueuedPass:
         """A checked operation. Raises BadRequest."""
         loss = find_loss(operation.loss, operation.config)
         loss.check(operation.examples)
         for example in operation.examples:
             sequence = TrainingSequence(example.tokens, example.targets, [0.0] * len(example.targets))
-            sequence.check(self._base.vocabulary, self._base.max_length)
-        sizes = group_sizes(operation, loss.group)
+            sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+        sizes = group_sizes(operation, loss.group, run.virtual_tokens)
         if max(sizes) > self._most_tokens:
             raise BadRequest(
                 f"a pass over {max(sizes)} tokens takes {_mib(pass_bytes(self._base, max(sizes)))}, and "
@@ -267,7 +271,7 @@ class TrainingRuns:
         """Kind and size of the quantum that a short operation is."""
         match queued.operation:
             case CreateRun():
-                return "create", self._trainer.needed(_lora_settings(queued.operation.settings), 1).adapter
+                return "create", queued.memory
             case OptimizerStep():
                 return "optimizer", run.trained.nbytes
             case _:
@@ -276,11 +280,13 @@ class TrainingRuns:
     def _begin_pass(self, shares: list[PassShare]) -> None:
         try:
             self._pass = SharedPass(self._trainer, shares, self._base.layers)
-        except ServeError as error:
+        except Exception as error:
+            if not isinstance(error, ServeError):
+                log.exception("a training pass could not begin")
             for share in shares:
                 if share.operation.taken:
                     share.run.lose_gradients()
-                self._finish(share.run, error)
+                self._finish(share.run, error if isinstance(error, ServeError) else EngineFault("the pass failed"))
             return
         self._advance_pass()
 
@@ -334,7 +340,7 @@ class TrainingRuns:
 
     def _make_adapter(self, run: TrainingRun, operation: CreateRun) -> None:
         try:
-            run.adapter = self._trainer.create(run.name, _lora_settings(operation.settings))
+            run.adapter = self._trainer.create(run.name, adapter_settings(operation.settings))
         except BaseException:
             run.closed = True  # nor is there a run for the operations that follow
             first, *others = run.operations
@@ -390,11 +396,6 @@ class TrainingRuns:
             run.fail_all(Unavailable("the server is shutting down", retry_after=5))
         self._runs.clear()
         self._pass = None
-
-
-def _lora_settings(settings: RunSettings) -> LoraSettings:
-    """The trainer's form of settings."""
-    return LoraSettings(**{name: getattr(settings, name) for name in settings.__struct_fields__})
 
 
 def _not_found(name: str) -> RunNotFound:

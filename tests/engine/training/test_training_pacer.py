@@ -60,14 +60,14 @@ def test_short_quanta_beside_streams_keep_both_bounds(quantum: float) -> None:
     served = Served(0.003, quantum)
     served.run(200.0)
     assert served.longest_usual <= 1.3 * STEP
-    assert 0.05 * served.now < served.trained < 0.1 * served.now
+    assert 0.04 * served.now < served.trained < 0.06 * served.now
 
 
-@pytest.mark.parametrize("quantum", [0.016, 0.05, 0.4, 2.0])
+@pytest.mark.parametrize("quantum", [0.016, 0.05, 0.4, 0.9])
 def test_long_quanta_run_in_fewer_than_one_gap_in_a_hundred(quantum: float) -> None:
     served = Served(0.003, quantum)
     served.run(2000.0)
-    assert 0.0029 * served.now < served.trained < 0.08 * served.now
+    assert 0.0029 * served.now < served.trained < 0.06 * served.now
     assert served.longest_usual == STEP
 
 
@@ -96,7 +96,7 @@ def test_a_stated_gap_takes_the_place_of_the_usual_one() -> None:
     served = Served(0.0, quantum=0.04, itl_target=0.1)
     served.run(200.0)
     assert served.longest_usual == pytest.approx(0.09)
-    assert 0.05 * served.now < served.trained < 0.1 * served.now
+    assert 0.04 * served.now < served.trained < 0.06 * served.now
 
 
 def test_a_rest_saves_nothing_up() -> None:
@@ -126,7 +126,7 @@ def test_passes_are_as_large_as_their_longest_quantum_may_be() -> None:
     assert served.pacer.pass_tokens("backward", IDLE) is None
     for tokens in (100, 200, 400):
         served.pacer.ran("backward", tokens, IDLE, 0.002 + tokens * 1e-4)
-    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.2 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
+    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.25 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
     assert served.pacer.pass_tokens("backward", IDLE) == pytest.approx((0.1 / 1.1 - 0.002) / 1e-4, abs=1)
 
 

@@ -204,11 +204,34 @@ def test_training_is_refused_where_it_is_off(tmp_path: Path) -> None:
     session.engine.close()
 
 
-def test_a_server_that_drains_starts_nothing(tmp_path: Path) -> None:
+def test_while_the_server_drains_no_run_begins_and_those_that_there_are_can_be_saved(tmp_path: Path) -> None:
     session = TrainingSession(tmp_path)
+    session.call(create("run"))
     session.call(Drain())
-    assert session.failure(create("run")).kind == "unavailable"
+    assert session.failure(create("other")).kind == "unavailable"
+    session.call(SaveRun("run", str(tmp_path / "saved")))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"run.json", "state.safetensors"}
     session.engine.close()
+
+
+def test_gradients_of_a_batch_that_failed_half_way_are_not_applied(session: TrainingSession) -> None:
+    for name in ("run", "alone"):
+        session.call(create(name))
+    wanted = session.train("alone", range(1))
+    runs = session.engine._training
+    assert runs is not None
+    call = session.submit(ForwardBackward("run", batch(2, seed=9)))
+    while runs._pass is None or runs._pass.kind != "backward":
+        session.step()
+
+    def out_of_memory(_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    session.step()
+    runs._pass._pass._run = map(out_of_memory, [0])  # type: ignore[assignment]
+    assert session.answer(call).message == "training ran out of memory; send smaller batches"
+    assert "gradients were lost" in session.failure(OptimizerStep("run", 5e-3)).message
+    assert session.train("run", range(1)) == wanted
 
 
 @pytest.mark.parametrize("at", range(4))
