@@ -160,34 +160,10 @@ class TrainableLayout:
         return cls(place.size, prefix=prefix)
 
     @property
-    def trained(self) -> int:
-        """Number of trained numbers."""
-        matrices = sum(
-            layer.module.rank * (layer.module.site.in_features + layer.module.site.out_features)
-            + (layer.module.site.out_features if layer.magnitude >= 0 else 0)
-            for layer in self.layers.values()
-        )
-        gains = sum(gain.site.in_features if gain.on_input else gain.site.out_features for gain in self.gains.values())
-        table = self.table.tokens * self.table.width if self.table else 0
-        own = self.prefix
-        return matrices + gains + table + (own.tokens * own.layers * 2 * own.heads * own.dim if own else 0)
-
-    @property
     def saved(self) -> int:
         """Numbers that modules with a gain or a magnitude save of each token for their backward pass, in all layers."""
         gained = sum(gain.site.in_features if gain.on_input else gain.site.out_features for gain in self.gains.values())
         return gained + sum(layer.module.site.out_features for layer in self.layers.values() if layer.magnitude >= 0)
-
-    @property
-    def description(self) -> dict[str, list[float]]:
-        """What a saved state must agree in: of each part its shape, and the scaling of matrices; as JSON has it."""
-        found: dict[str, list[float]] = {
-            name: [layer.module.rank, layer.module.scaling, layer.subtracts, layer.magnitude >= 0]
-            for name, layer in self.layers.items()
-        }
-        found |= {f"{name} gain": [gain.on_input] for name, gain in self.gains.items()}
-        found |= {"virtual tokens": [self.table.tokens]} if self.table else {}
-        return found | ({"prefix": [self.prefix.tokens]} if self.prefix else {})
 
 
 class _Places:

@@ -334,8 +334,6 @@ def test_training_goes_on_from_a_saved_state_and_takes_the_bytes_that_were_said(
     assert second.masters.equal(straight.masters)
     tensors = [first.masters, first.gradients, first._computed, state["exp_avg"], state["exp_avg_sq"]]
     assert adapter_bytes(driver.loaded.shape, settings) == first.nbytes == sum(each.nbytes for each in tensors)
-    changed = first.masters != driver.trainer.create("untrained", settings).masters
-    assert int(changed.sum()) == pytest.approx(first.layout.trained, rel=0.02)
 
 
 def test_split_passes_are_clipped_as_one(driver: TrainingDriver) -> None:
