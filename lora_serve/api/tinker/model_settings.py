@@ -15,7 +15,7 @@ MLP = r".*\.(mlp|feed_forward|ffn|block_sparse_moe|moe|shared_expert|fc1|fc2|den
 
 
 def run_settings(lora: LoraBody, model_id: str) -> RunSettings:
-    """The adapter that is asked for. The output layer is never adapted. Raises `BadRequest`.
+    """The adapter that is asked for; `train_unembed` adapts the LM head, and no tied embedding. Raises `BadRequest`.
 
     Args:
         model_id: the seed, where none is given, so that the same model is made again after a restart.
@@ -25,6 +25,12 @@ def run_settings(lora: LoraBody, model_id: str) -> RunSettings:
     elif lora.train_mlp or lora.train_attn:
         targets = MLP if lora.train_mlp else ATTENTION
     else:
-        raise BadRequest("train_mlp or train_attn is needed: an adapter of the output layer alone is not trained")
+        raise BadRequest("train_mlp or train_attn is needed: an adapter of the LM head alone is not trained")
     seed = zlib.crc32(model_id.encode()) if lora.seed is None else lora.seed
-    return RunSettings(r=lora.rank, lora_alpha=ALPHA, target_modules=targets, seed=seed & 0x7FFF_FFFF)
+    return RunSettings(
+        r=lora.rank,
+        lora_alpha=ALPHA,
+        target_modules=targets,
+        train_lm_head=lora.train_unembed,
+        seed=seed & 0x7FFF_FFFF,
+    )

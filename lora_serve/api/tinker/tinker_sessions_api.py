@@ -35,10 +35,7 @@ unread = APIRouter(prefix="/api/v1", tags=["tinker"])  # routes that do not look
 POLL_SECONDS = 25.0  # that a client waits for a result in one request; it gives up after 45
 POLL_STEP = 1.0
 CHUNK_BYTES = 5_000_000  # of a piece of a training request, estimated by the client
-INFO = (
-    "lora-serve trains attention and MLP modules; train_unembed has no effect. "
-    "A session ends when its client was silent for 10 minutes; checkpoints stay."
-)
+INFO = "lora-serve: a session ends when its client was silent for 10 minutes; checkpoints stay."
 SessionId = Annotated[str, InPath(max_length=100)]
 
 
