@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ async def test_a_model_is_made_described_and_trained(server: StubTrainingApp) ->
     assert await server.train(model, 4) == -0.75
     settings = server.engine.runs[model].settings
     assert (settings.r, settings.lora_alpha, settings.target_modules) == (8, 32, "all-linear")
+
+
+async def test_groups_of_layers_are_chosen(server: StubTrainingApp) -> None:
+    session = await server.session()
+    attention = await server.model(session, 0, train_mlp=False, train_unembed=False, seed=5)
+    mlp = await server.model(session, 1, train_attn=False)
+    first, second = server.engine.runs[attention].settings, server.engine.runs[mlp].settings
+    assert (first.train_lm_head, second.train_lm_head, first.seed) == (False, True, 5)
+    paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "transformer.h.0.attn.c_attn", "lm_head"]
+    for settings, named in ((first, [True, False, True, False]), (second, [False, True, False, False])):
+        assert [bool(re.fullmatch(str(settings.target_modules), path)) for path in paths] == named
+    body = {"session_id": session, "model_seq_id": 2, "base_model": "base"}
+    alone = {"rank": 4, "train_mlp": False, "train_attn": False}
+    assert "alone" in (await server.call("create_model", body | {"lora_config": alone}))["error"]
 
 
 async def test_calls_are_carried_out_by_number_whatever_order_they_come_in(server: StubTrainingApp) -> None:
