@@ -18,7 +18,7 @@ from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.api.tinker import future_results, ordered_calls
 from lora_serve.api.tinker.protobuf_messages import SampleResponse
 from lora_serve.api.tinker.sampling_sessions import KEPT_EPHEMERAL
-from lora_serve.api.tinker.tinker_service import TinkerService
+from lora_serve.api.tinker.tinker_service import SILENT_SECONDS
 from lora_serve.errors import Overloaded
 
 KEYS = {
@@ -375,19 +375,18 @@ async def test_a_key_without_admin_may_sample_and_not_train(keyed: StubTrainingA
 
 
 async def test_a_silent_session_is_ended(server: StubTrainingApp) -> None:
-    services = server.app.state.services
-    service = TinkerService(services, silent_seconds=0.1)
-    server.app.state.tinker, before = service, server.app.state.tinker
-    await service.start()
     session = await server.session()
     model = await server.model(session)
-    await asyncio.sleep(0.3)
+    service = server.app.state.tinker
+    await service._end_silent()
+    assert server.engine.runs
+    (own,) = service.sessions("")
+    own.last_seen -= 2 * SILENT_SECONDS
+    await service._end_silent()
     assert not server.engine.runs
     error = refusal(await server.send("optim_step", step_body(model, 1)))
     assert error[0] == 404
     assert "go on from the last checkpoint" in error[2]
-    await service.close()
-    server.app.state.tinker = before
 
 
 async def test_too_much_that_comes_early_is_to_be_sent_again(
