@@ -92,20 +92,20 @@ def supervised(url: str) -> None:
 
 
 def reinforced(url: str) -> None:
-    """Learn to begin with one of the likelier tokens, by rewards alone."""
-    tokenizer = demo_tokenizer()
-    prompt = tokenizer.encode(WORDS)
+    """Learn to go on with one half of the words that may follow, by rewards alone."""
+    prompt = demo_tokenizer().encode("three happy")
     service = tinker.ServiceClient(base_url=url)
     client = service.create_lora_training_client(base_model="demo", rank=8, seed=2).result()
     wanted: set[int] | None = None
     rewards = []
-    for _ in range(14):
+    for step in range(14):
         sampler = client.save_weights_and_get_sampling_client().result()
-        params = types.SamplingParams(max_tokens=1, temperature=2.0)
+        params = types.SamplingParams(max_tokens=1, seed=step)
         sampled = sampler.sample(types.ModelInput.from_ints(prompt), 32, params).result().sequences
         tokens = [each.tokens[0] for each in sampled]
         if wanted is None:  # half of what it says at first
-            wanted = set(sorted(tokens)[: len(tokens) // 2])
+            said = sorted(set(tokens))
+            wanted = set(said[: len(said) // 2])
         won = [float(token in wanted) for token in tokens]
         rewards.append(sum(won) / len(won))
         data = []
@@ -121,7 +121,7 @@ def reinforced(url: str) -> None:
             )
         if 0 < rewards[-1] < 1:
             client.forward_backward(data, "importance_sampling").result()
-            client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+            client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15, rewards
     print(rewards)
 
