@@ -92,38 +92,37 @@ def supervised(url: str) -> None:
 
 
 def reinforced(url: str) -> None:
-    """Learn to go on with one half of the words that may follow, by rewards alone."""
-    prompt = demo_tokenizer().encode("three happy")
+    """Learn by rewards alone to prefer tokens with even numbers, from samples of the newest weights each step."""
+    prompt = demo_tokenizer().encode(WORDS)
     service = tinker.ServiceClient(base_url=url)
     client = service.create_lora_training_client(base_model="demo", rank=8, seed=2).result()
-    wanted: set[int] | None = None
-    rewards = []
-    for step in range(14):
+    params = types.SamplingParams(max_tokens=1, temperature=6.0)  # the demo model is sure of what comes next
+    masked = [0.0] * (len(prompt) - 1)
+    preferences: list[float] = []
+    first: list[types.Datum] = []
+    for _ in range(6):
         sampler = client.save_weights_and_get_sampling_client().result()
-        params = types.SamplingParams(max_tokens=1, seed=step)
-        sampled = sampler.sample(types.ModelInput.from_ints(prompt), 32, params).result().sequences
-        tokens = [each.tokens[0] for each in sampled]
-        if wanted is None:  # half of what it says at first
-            said = sorted(set(tokens))
-            wanted = set(said[: len(said) // 2])
-        won = [float(token in wanted) for token in tokens]
-        rewards.append(sum(won) / len(won))
         data = []
-        for each, reward in zip(sampled, won, strict=True):
-            masked = [0.0] * (len(prompt) - 1)
+        for each in sampler.sample(types.ModelInput.from_ints(prompt), 32, params).result().sequences:
+            (token,), (logprob,) = each.tokens, each.logprobs or []
             inputs = {
-                "target_tokens": [0] * (len(prompt) - 1) + [each.tokens[0]],
-                "logprobs": [*masked, (each.logprobs or [])[0]],
-                "advantages": [*masked, reward - rewards[-1]],
+                "target_tokens": [0] * (len(prompt) - 1) + [token],
+                "logprobs": [*masked, logprob],
+                "advantages": [*masked, 1.0 if token % 2 == 0 else -1.0],
             }
             data.append(
                 types.Datum(model_input=types.ModelInput.from_ints(prompt), loss_fn_inputs=inputs)  # type: ignore[arg-type]
             )
-        if 0 < rewards[-1] < 1:
-            client.forward_backward(data, "importance_sampling").result()
-            client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
-    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15, rewards
-    print(rewards)
+        first = first or data
+        found = client.forward(first, "importance_sampling").result().loss_fn_outputs
+        pairs = zip(found, first, strict=True)
+        preferences.append(
+            sum(out["logprobs"].tolist()[-1] * each.loss_fn_inputs["advantages"].tolist()[-1] for out, each in pairs)
+        )
+        client.forward_backward(data, "importance_sampling").result()
+        client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+    print(preferences)
+    assert preferences[-1] > preferences[0] + 1, preferences
 
 
 def steady(url: str) -> None:

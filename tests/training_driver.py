@@ -21,12 +21,14 @@ from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trained_files import peft_tensors, save_peft
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_settings import AdamSettings
+from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
-from lora_serve.model.load import LoadedModel, load
+from lora_serve.model.load import load
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.shape import base_module
 from lora_serve.model.trainable_base import TrainableBase
@@ -41,13 +43,21 @@ class TrainingDriver:
     """A base in service, and a trainer over it."""
 
     def __init__(
-        self, folder: Path, *, native: bool = True, dtype: str = "float32", scheme: Scheme | None = None, slots: int = 4
+        self,
+        folder: Path,
+        *,
+        native: bool = True,
+        dtype: str = "float32",
+        scheme: Scheme | None = None,
+        slots: int = 4,
+        device: torch.device = CPU,
+        kernels: Kernels | None = None,
     ) -> None:
-        kernels = select(CPU, native)
-        self.loaded = load_small(folder, dtype, scheme)
+        kernels = kernels or select(device, native)
+        self.loaded = load_small(folder, dtype, scheme, device)
         self.trainable = TrainableBase(self.loaded, kernels, slots)
-        served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, CPU)
-        kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, CPU)
+        served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, device)
+        kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, device)
         self.base = ResidentBase(self.loaded, served, kernels, kv)
         self.base.self_check()
         self.trainable.check()
@@ -72,13 +82,15 @@ class TrainingDriver:
         return model
 
 
-def load_small(folder: Path, dtype: str = "float32", scheme: Scheme | None = None) -> LoadedModel:
+def load_small(
+    folder: Path, dtype: str = "float32", scheme: Scheme | None = None, device: torch.device = CPU
+) -> LoadedModel:
     """A base, before it is brought into service."""
     return load(
         str(folder),
         revision=None,
         dtype=dtype,
-        device=CPU,
+        device=device,
         progress=lambda stage, done: None,
         scheme=scheme,
         quantizes_experts=True,

@@ -58,7 +58,14 @@ class Publisher:
 
     # --- lowering ------------------------------------------------------------------------------------------------
 
-    def lower(self, folder: Path, done: Callable[[StagedVersion | ServeError], None], *, own: bool = False) -> None:
+    def lower(
+        self,
+        folder: Path,
+        done: Callable[[StagedVersion | ServeError], None],
+        *,
+        trust_settings: bool = False,
+        own: bool = False,
+    ) -> None:
         """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied.
 
         Args:
@@ -68,7 +75,7 @@ class Publisher:
 
         def work() -> StagedVersion:
             try:
-                return self._lower(LoweringJob(str(folder), move=self._store.is_staged(folder)), lower)
+                return self._lower(self._job(folder, trust_settings), lower)
             finally:
                 self._remove_staged(folder)
 
@@ -78,12 +85,14 @@ class Publisher:
         """A folder in staging that is not there yet."""
         return self._store.new_folder()
 
-    def inspect(self, folder: Path, done: Callable[[LoweredVersion | ServeError], None]) -> None:
+    def inspect(
+        self, folder: Path, done: Callable[[LoweredVersion | ServeError], None], *, trust_settings: bool = False
+    ) -> None:
         """Lower a folder of PEFT files without keeping anything; a folder in staging is removed."""
 
         def work() -> LoweredVersion:
             try:
-                return self._compiler.lower(LoweringJob(str(folder), move=self._store.is_staged(folder)))
+                return self._compiler.lower(self._job(folder, trust_settings))
             finally:
                 self._remove_staged(folder)
 
@@ -197,6 +206,9 @@ class Publisher:
 
     def close(self) -> None:
         self._store.close()
+
+    def _job(self, folder: Path, trust_settings: bool) -> LoweringJob:
+        return LoweringJob(str(folder), move=self._store.is_staged(folder), trust_settings=trust_settings)
 
     def _lower(self, job: LoweringJob, lower: Callable[[LoweringJob], LoweredVersion]) -> StagedVersion:
         """Lower an adapter into a new folder in staging."""

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels, Segments
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
 from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
 from lora_serve.model.shape import base_module
