@@ -15,39 +15,29 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lora_serve.adapters.store.disk import Disk
-from lora_serve.adapters.tensor_folder import json_bytes, tensor_bytes, write_folder
 from lora_serve.adapters.workers import Workers
 from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
 from lora_serve.engine.training.method_settings import adapter_settings
 from lora_serve.engine.training.micro_batch import TrainingSequence
-from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
 from lora_serve.engine.training.run_turns import RunTurn, RunTurns
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
-from lora_serve.engine.training.trained_files import peft_config, peft_tensors
+from lora_serve.engine.training.short_operations import ShortOperations, run_not_found
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
-from lora_serve.engine.training.training_settings import AdamSettings
 from lora_serve.errors import BadRequest, EngineFault, RunExists, RunNotFound, ServeError, Unavailable
 from lora_serve.messages import Stats
 from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.training_messages import (
     CloseRun,
     CreateRun,
-    ExportRun,
     ForwardBackward,
-    OptimizerStep,
-    RestoreRun,
     RunOperation,
-    SaveRun,
-    StepResult,
 )
 
 FIRST_TOKENS = 128  # of a pass while it is not known what one costs
@@ -88,7 +78,7 @@ class TrainingRuns:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base, self._trainer, self.pacer = base, Trainer(base, memory), pacer
-        self._workers, self._base_name, self._clock = workers, base_name, clock
+        self._short, self._clock = ShortOperations(self._trainer, workers, base_name), clock
         self._runs: dict[str, TrainingRun] = {}
         self._pass: SharedPass | None = None
         self._turns = RunTurns()
@@ -129,12 +119,12 @@ class TrainingRuns:
     def _find(self, operation: RunOperation) -> TrainingRun:
         run = self._runs.get(operation.run)
         if run is None or run.closed:
-            raise _not_found(operation.run)
+            raise run_not_found(operation.run)
         return run
 
     def _enqueue(self, run: TrainingRun, queued: QueuedOperation) -> None:
         run.operations.append(queued)
-        self._begin(run)
+        self._short.begin(run)
 
     def _queued_pass(self, run: TrainingRun, operation: ForwardBackward, done: Done) -> QueuedPass:
         """A checked operation. Raises BadRequest."""
@@ -151,29 +141,6 @@ class TrainingRuns:
                 param="examples",
             )
         return QueuedPass(operation, done, next(self._orders), loss=loss, sizes=sizes)
-
-    def _begin(self, run: TrainingRun) -> None:
-        """Let a thread do what the first operation of a run begins with."""
-        first = run.first
-        if first is None or not isinstance(first.operation, RestoreRun) or first.checkpoint is not None:
-            return
-        folder, run.waits = Path(first.operation.folder), True
-
-        def read(found: RunCheckpoint | ServeError) -> None:
-            if not run.operations or run.operations[0] is not first:
-                return  # closed meanwhile
-            run.waits = False
-            if isinstance(found, ServeError):
-                self._finish(run, found)
-            else:
-                first.checkpoint = found
-
-        self._workers.save(lambda: RunCheckpoint.read(folder), read)
-
-    def _finish(self, run: TrainingRun, result: Any) -> None:
-        """End the first operation of a run, and begin the next one."""
-        run.finish(result)
-        self._begin(run)
 
     def _close(self, name: str, done: Done) -> None:
         run = self._runs.get(name)
@@ -239,8 +206,8 @@ class TrainingRuns:
             # A new adapter takes memory, which a running pass has reserved.
             if isinstance(first, QueuedPass) or (run.adapter is None and self._pass is not None):
                 continue
-            kind, size = self._kind(run, first)
-            return _Quantum(kind, size, partial(self._carry_out, run, first), [(run.owner, 1)])
+            kind, size = self._short.kind(run, first)
+            return _Quantum(kind, size, partial(self._short.carry_out, run, first), [(run.owner, 1)])
         if self._pass is not None:
             running = self._pass
             owners = [(share.run.owner, share.tokens) for share in running.shares]
@@ -267,16 +234,6 @@ class TrainingRuns:
             assert first is not None
             yield run, first
 
-    def _kind(self, run: TrainingRun, queued: QueuedOperation) -> tuple[str, int]:
-        """Kind and size of the quantum that a short operation is."""
-        match queued.operation:
-            case CreateRun():
-                return "create", queued.memory
-            case OptimizerStep():
-                return "optimizer", run.trained.nbytes
-            case _:
-                return "copy", run.trained.nbytes
-
     def _begin_pass(self, shares: list[PassShare]) -> None:
         try:
             self._pass = SharedPass(self._trainer, shares, self._base.layers)
@@ -286,7 +243,9 @@ class TrainingRuns:
             for share in shares:
                 if share.operation.taken:
                     share.run.lose_gradients()
-                self._finish(share.run, error if isinstance(error, ServeError) else EngineFault("the pass failed"))
+                self._short.finish(
+                    share.run, error if isinstance(error, ServeError) else EngineFault("the pass failed")
+                )
             return
         self._advance_pass()
 
@@ -307,68 +266,7 @@ class TrainingRuns:
             self._tokens += running.tokens if running.gradients else 0
         self._pass = None
         for share in running.shares:
-            self._begin(share.run)
-
-    def _carry_out(self, run: TrainingRun, queued: QueuedOperation) -> None:
-        """One of the operations that are a quantum; errors are its own."""
-        try:
-            match queued.operation:
-                case CreateRun():
-                    self._make_adapter(run, queued.operation)
-                case OptimizerStep():
-                    self._finish(run, self._optimizer_step(run, queued.operation))
-                case SaveRun(folder=folder):
-                    checkpoint, target = RunCheckpoint.of(run.trained), Path(folder)
-                    self._write(run, queued, lambda: checkpoint.write(target))
-                case ExportRun(folder=folder, durable=durable):
-                    config, tensors = peft_config(run.trained, self._base_name), peft_tensors(run.trained)
-                    files, target = {"adapter_config.json": json_bytes(config)}, Path(folder)
-                    model, disk = "adapter_model.safetensors", Disk(waits=durable)
-                    self._write(run, queued, lambda: write_folder(target, files | {model: tensor_bytes(tensors)}, disk))
-                case RestoreRun(optimizer=optimizer):
-                    assert queued.checkpoint is not None
-                    queued.checkpoint.restore(run.trained, optimizer=optimizer)
-                    run.lost = False
-                    self._finish(run, run.describe())
-        except ServeError as error:
-            self._finish(run, error)
-        except torch.OutOfMemoryError:
-            self._finish(run, Unavailable("training ran out of memory", retry_after=5))
-        except Exception:
-            log.exception("an operation on training run %s failed", run.name)
-            self._finish(run, EngineFault("the operation on the training run failed"))
-
-    def _make_adapter(self, run: TrainingRun, operation: CreateRun) -> None:
-        try:
-            run.adapter = self._trainer.create(run.name, adapter_settings(operation.settings))
-        except BaseException:
-            run.closed = True  # nor is there a run for the operations that follow
-            first, *others = run.operations
-            run.operations.clear()
-            run.operations.append(first)
-            for queued in others:
-                queued.done(_not_found(run.name))
-            raise
-        self._finish(run, run.describe())
-
-    def _optimizer_step(self, run: TrainingRun, operation: OptimizerStep) -> StepResult:
-        adam = AdamSettings(operation.betas, operation.eps, operation.weight_decay, operation.max_grad_norm)
-        if run.lost:
-            run.lost = False
-            run.trained.gradients.zero_()
-            raise EngineFault("gradients were lost in a batch that failed: no step was made; send its batches again")
-        found = run.trained.optimizer_step(operation.learning_rate, adam)
-        return StepResult(found.grad_norm, found.steps)
-
-    def _write(self, run: TrainingRun, queued: QueuedOperation, write: Callable[[], None]) -> None:
-        """Let a thread write files."""
-        run.waits = True
-
-        def written(result: ServeError | None) -> None:
-            if run.operations and run.operations[0] is queued:  # not closed meanwhile
-                self._finish(run, result)
-
-        self._workers.save(write, written)
+            self._short.begin(share.run)
 
     # --- memory and statistics ---------------------------------------------------------------------------------------
 
@@ -396,10 +294,6 @@ class TrainingRuns:
             run.fail_all(Unavailable("the server is shutting down", retry_after=5))
         self._runs.clear()
         self._pass = None
-
-
-def _not_found(name: str) -> RunNotFound:
-    return RunNotFound(f"there is no training run {name!r}", param="run")
 
 
 def _mib(size: int) -> str:

@@ -15,6 +15,7 @@ from support import reference
 from training_session import TrainingSession, batch, create
 
 from lora_serve.adapters.tensor_folder import write_folder
+from lora_serve.config import ServeConfig
 from lora_serve.errors import Failure, StorageFull
 from lora_serve.messages import Drain
 from lora_serve.training_messages import (
@@ -201,6 +202,26 @@ def test_training_is_refused_where_it_is_off(tmp_path: Path) -> None:
     session = TrainingSession(tmp_path, training_memory=0)
     assert session.engine.info.training_memory == 0
     assert session.failure(create("run")).message.startswith("training is off")
+    session.engine.close()
+
+
+def test_a_base_that_devices_share_is_not_trained() -> None:
+    with pytest.raises(ValueError, match="several devices share cannot be trained; leave --tensor-parallel away"):
+        ServeConfig(model="m", tensor_parallel=2, training_memory=1 << 30)  # type: ignore[arg-type]
+
+
+def test_examples_that_a_loss_compares_stay_in_one_pass(tmp_path: Path) -> None:
+    session = TrainingSession(tmp_path, training_memory=13_800_000)
+    session.call(create("run"))
+    pairs = [
+        TrainingExample(each.tokens, each.targets, {"weights": [1.0] * 24, "logprobs": [-4.0] * 24})
+        for each in batch(40, length=24)
+    ]
+    found = session.call(ForwardBackward("run", pairs, loss="dpo"))
+    ones = [session.call(ForwardBackward("run", pairs[i : i + 2], loss="dpo")) for i in range(0, 40, 2)]
+    assert found["loss"] == pytest.approx(sum(each["loss"] for each in ones), rel=1e-4)
+    margins = [each["metrics"]["rewards_margin"] for each in ones]
+    assert found["metrics"]["rewards_margin"] == pytest.approx(sum(margins) / 20, rel=1e-3)
     session.engine.close()
 
 
