@@ -37,6 +37,7 @@ GROUPS = {
     "files": "Files of training data",
     "fine-tuning": "Fine-tuning",
     "tokenizer": "Tokenizer",
+    "tinker": "Tinker's routes",
     "server": "The server",
 }
 PERMISSIONS = {"administer": "an admin key", "read_metrics": "a key that may read metrics"}

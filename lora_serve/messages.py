@@ -14,7 +14,7 @@ from lora_serve.errors import Failure
 from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import AdapterUse, Event, Pooling, Request, Routing
 from lora_serve.serve_settings import ServeSettings
-from lora_serve.training_messages import RunOperation
+from lora_serve.training_messages import PublishRun, RunOperation
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -200,6 +200,7 @@ Operation = (
     | ListAliases
     | ListNames
     | Drain
+    | PublishRun
     | RunOperation
 )
 

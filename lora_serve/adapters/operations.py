@@ -120,10 +120,19 @@ class AdapterOperations:
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def publish(self, operation: Publish, done: Done) -> None:
-        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`."""
+    def publish(self, operation: Publish, done: Done, *, own: bool = False, durable: bool = True) -> None:
+        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`.
+
+        Args:
+            own: this engine wrote the files.
+            durable: see `Store.publish`.
+        """
         check_adapter_name(operation.name, self._base_name)
-        self._queue.run(operation.name, lambda end: self._publish(operation, end), done)
+        self._queue.run(operation.name, lambda end: self._publish(operation, end, own, durable), done)
+
+    def new_folder(self) -> Path:
+        """A folder on the store's file system that is not there yet, for an adapter that is to be published."""
+        return self._publisher.new_folder()
 
     def pin(self, name: str, pinned: bool, done: Done) -> None:
         """Pin an adapter (load it and never evict it), or unpin it; this outlasts the engine."""
@@ -137,7 +146,7 @@ class AdapterOperations:
         """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
         self._queue.run(name, lambda end: self._unload(name, end), done)
 
-    def _publish(self, operation: Publish, done: Done) -> None:
+    def _publish(self, operation: Publish, done: Done, own: bool, durable: bool) -> None:
         name = operation.name
         stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
         record = self._residency.names.get(name)
@@ -174,10 +183,13 @@ class AdapterOperations:
                 done(self.describe(name))
 
             kept = self._residency.stored(name, record_now())
-            self._publisher.store(name, staged, kept, if_successful(on_stored, done))
+            self._publisher.store(name, staged, kept, if_successful(on_stored, done), durable=durable)
 
         self._publisher.lower(
-            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+            Path(operation.folder),
+            if_successful(on_lowered, done),
+            trust_settings=operation.trust_settings,
+            own=own,
         )
 
     def _pin(self, name: str, pinned: bool, done: Done) -> None:

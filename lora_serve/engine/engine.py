@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from lora_serve.adapters.operation_queue import if_successful
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.registry import Registry
 from lora_serve.config import ServeConfig
@@ -62,7 +63,8 @@ from lora_serve.messages import (
     UnloadAdapter,
     Update,
 )
-from lora_serve.training_messages import CreateRun, RunOperation
+from lora_serve.names import check_adapter_name
+from lora_serve.training_messages import CreateRun, ExportRun, PublishRun, RunOperation
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +312,8 @@ class Engine:
                 self._draining = [*(self._draining or []), call.id]
             case Publish():
                 operations.publish(call.operation, done)
+            case PublishRun():
+                self._publish_run(call.operation, done)
             case Inspect():
                 operations.inspect(call.operation, done)
             case ListAdapters(after):
@@ -342,6 +346,18 @@ class Engine:
                 done(list(islice(operations.names(), most)))
             case _:
                 self._train(call.operation, done)
+
+    def _publish_run(self, operation: PublishRun, done: Callable[[Any], None]) -> None:
+        """Write a run's adapter into the store's staging and publish it from there, without a compiler process."""
+        check_adapter_name(operation.name, self.info.model)
+        folder = str(self._operations.new_folder())
+
+        def publish(_: Any) -> None:
+            named = Publish(operation.name, folder)
+            self._operations.publish(named, done, own=True, durable=operation.durable)
+
+        # Not waited for: the store waits for its files, if it is to.
+        self._train(ExportRun(operation.run, folder, durable=False), if_successful(publish, done))
 
     def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
         if self._training is None:

@@ -123,24 +123,31 @@ class Store:
             self._disk.make_folder(path)
             return path
 
+    def new_folder(self) -> Path:
+        """The path of a folder in staging that somebody else is to make."""
+        return self._folder.new_path("publish")
+
     def is_staged(self, folder: Path) -> bool:
         """Whether a folder is in the store's staging, so that publishing may move it."""
         staging = self.staging.resolve()
         return staging in folder.resolve().parents
 
-    def publish(self, name: str, staged: Path, version: VersionRecord, named: NameRecord) -> None:
+    def publish(
+        self, name: str, staged: Path, version: VersionRecord, named: NameRecord, *, durable: bool = True
+    ) -> None:
         """Move a staged folder into the store as `version`, and let `name` refer to it.
 
         The folder holds the version's PEFT files, and its lowered form in `lowered/`; other files are removed. If the
         store has the version, only its lowered form is replaced, unless it is damaged: then it is set aside. After a
-        failure the folder may be incomplete, or gone.
+        failure the folder may be incomplete, or gone. Unless it is to be `durable`, it is not waited for the disk: if
+        the machine ends, the version may be found damaged.
 
         Raises: AdapterInvalid if the files are not those of the version.
         """
         check_name(name)
         if not self.is_staged(staged) or version.digest not in named.versions:
             raise ValueError("only a staged folder can be published, as a version of the name")
-        with self._writing():
+        with self._writing(), self._disk.waiting(durable):
             added = self._add(staged, version)
             self._damaged.pop(version.digest, None)
             for each, record in self._names.items():
