@@ -62,6 +62,19 @@ def is_public(host: str) -> bool:
         return True
 
 
+def parse_shared_store(url: str) -> tuple[str, str]:
+    """Scheme of a shared store's URL, and what follows it: a folder, or BUCKET/PREFIX. Raises ValueError."""
+    scheme, _, place = url.partition("://")
+    place = place.rstrip("/")
+    if scheme not in ("file", "s3") or not place or re.search(r"[?#\\\s@]|//", place):
+        raise ValueError(f"{url} is not file:///FOLDER or s3://BUCKET/PREFIX")
+    if any(part in (".", "..") for part in place.split("/")):
+        raise ValueError(f"{url} must be a plain path, without '.' and '..'")
+    if (scheme == "file") != place.startswith("/"):
+        raise ValueError(f"{url} must be an absolute path, such as file:///srv/shared" if scheme == "file" else url)
+    return scheme, place
+
+
 class ServeConfig(BaseSettings):
     """Serve one base model and its LoRA adapters over an OpenAI-style API.
 
@@ -94,6 +107,11 @@ class ServeConfig(BaseSettings):
     )
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
+    )
+    shared_store: str | None = Field(
+        None,
+        description="URL of the store that replicas share: file:///… or s3://BUCKET/PREFIX; a change at one is made at "
+        "all (default: none)",
     )
     adapter_source: list[str] = Field(
         [],
@@ -216,6 +234,13 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _sources_are_named_places(cls, value: list[str]) -> list[str]:
         parse_sources(value)
+        return value
+
+    @field_validator("shared_store")
+    @classmethod
+    def _a_shared_store_is_a_place(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_shared_store(value)
         return value
 
     @field_validator("tensor_parallel")
