@@ -64,7 +64,7 @@ class BucketObjects:
         with _reaching():
             try:
                 return _tag(obstore.put(self._store, key, data, mode={"e_tag": tag})["e_tag"])
-            except (PreconditionError, AlreadyExistsError):
+            except (PreconditionError, AlreadyExistsError, FileNotFoundError):
                 raise ObjectConflict(key) from None
 
     def remove(self, key: str) -> None:

@@ -80,9 +80,8 @@ class FolderObjects:
                 self._disk.sync(parent)
 
     def download(self, key: str, path: Path, size: int) -> None:
-        source = self._root / key
-        with self._reaching():
-            opened = source.open("rb")
+        with self._reaching(missing=True):
+            opened = (self._root / key).open("rb")
         with opened, path.open("xb") as target:
             while size > 0:
                 with self._reaching():
@@ -156,13 +155,14 @@ class FolderObjects:
         return self._root / UNFINISHED / uuid.uuid4().hex
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _reaching(self, *, missing: bool = False) -> Iterator[None]:
+        """What the file system raises, as the interface says. `missing`: whether a file may be missing."""
         try:
             yield
         except OSError as error:
             if error.errno in StorageFull.errnos:
                 raise StorageFull("the shared store is full; nothing was changed") from error
-            if isinstance(error, FileNotFoundError) and self._root.is_dir():
+            if missing and isinstance(error, FileNotFoundError) and self._root.is_dir():
                 raise
             raise ObjectsUnreachable(error.strerror or str(error)) from error
 

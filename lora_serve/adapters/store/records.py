@@ -49,13 +49,15 @@ class VersionRecord(msgspec.Struct, frozen=True):
 class NameRecord(msgspec.Struct, frozen=True):
     """The versions of a name, by digest, newest first; the plain name refers to the first.
 
-    `source`: the folder that the newest is a copy of, or that folder's signature. Empty for an upload.
+    `source`: the folder that the newest is a copy of, or that folder's signature. Empty for an upload. `shared`: whether
+    the catalog of a shared store decides it.
     """
 
     versions: list[str]
     source: str = ""
     pinned: bool = False
     unlisted: bool = False
+    shared: bool = False
 
 
 class TargetRecord(msgspec.Struct, frozen=True):
@@ -70,11 +72,15 @@ class TargetRecord(msgspec.Struct, frozen=True):
 
 
 class AliasRecord(msgspec.Struct, frozen=True):
-    """What an alias stands for. `sticky`: `user`, `header:NAME` or nothing; `created` in seconds since the epoch."""
+    """What an alias stands for. `sticky`: `user`, `header:NAME` or nothing; `created` in seconds since the epoch.
+
+    `shared`: whether the catalog of a shared store decides it.
+    """
 
     targets: list[TargetRecord]
     sticky: str = ""
     created: float = 0.0
+    shared: bool = False
 
     @property
     def etag(self) -> str:
