@@ -35,8 +35,8 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
     folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
     of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
-    unlisted, either. A folder in staging may hold an archive instead of the files (`ARCHIVE`). Answered with an
-    `AdapterInfo`.
+    unlisted, either. `local`: for this replica alone, also where replicas share a store. A folder in staging may hold an
+    archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     precondition: Precondition = ANYTHING
     digest: str = ""
     unless_known: bool = False
+    local: bool = False
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
@@ -306,6 +307,24 @@ class EngineInfo(msgspec.Struct, frozen=True):
     tensor_parallel: int = 1
 
 
+class SharedStatus(msgspec.Struct, frozen=True):
+    """How far a replica has followed the catalog of a shared store.
+
+    Attributes:
+        generation: of the catalog that it follows.
+        behind: adapters and aliases that are not, or not yet, what the catalog says.
+        age: seconds since the catalog was read.
+        errors: how often it could not be read, while the engine process lives.
+        reachable: whether it could be read the last time.
+    """
+
+    generation: int
+    behind: int
+    age: float
+    errors: int
+    reachable: bool
+
+
 class Stats(msgspec.Struct):
     """Engine statistics. Fields ending in `_total` only grow while the engine process lives.
 
@@ -320,6 +339,7 @@ class Stats(msgspec.Struct):
             comes now is expected to wait, until its prompt is begun.
         sticky_headers: lower-case names of the headers that aliases go by.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
+        shared: None without a shared store.
     """
 
     waiting: int = 0
@@ -348,6 +368,7 @@ class Stats(msgspec.Struct):
     gaps_exceeded_total: int = 0
     step_costs: dict[str, float] = {}
     sticky_headers: list[str] = []
+    shared: SharedStatus | None = None
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

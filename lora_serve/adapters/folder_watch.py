@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_serve.adapter_files import find_adapter
-from lora_serve.adapters.operations import AdapterOperations
+from lora_serve.adapters.operations import AdapterChanges
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
 from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, TooLarge
@@ -117,7 +117,7 @@ class FolderWatch:
         first: a scan from before the folder's adapters were published at start.
     """
 
-    def __init__(self, root: Path, operations: AdapterOperations, residency: Residency, first: Scan) -> None:
+    def __init__(self, root: Path, operations: AdapterChanges, residency: Residency, first: Scan) -> None:
         self._root, self._operations, self._residency = root, operations, residency
         self._begin = _begin(root)  # once: it is compared with every name's, in the loop that computes steps
         self._previous = self._handled = dict(first)
@@ -176,7 +176,9 @@ class FolderWatch:
             self._say(name, f"{shown} is not served: {state.problem}")
             return
         try:
-            self._operations.publish(Publish(name, str(self._root / name), replace=True, source=state.source), done)
+            self._operations.publish(
+                Publish(name, str(self._root / name), replace=True, source=state.source, local=True), done
+            )
         except ServeError as error:
             done(error)
 

@@ -13,7 +13,7 @@ import msgspec
 from lora_serve.adapters.alias_operations import describe_problems, open_aliases
 from lora_serve.adapters.folder_watch import describe_missing_adapter, folder_source
 from lora_serve.adapters.lowered_file import Summary
-from lora_serve.adapters.operations import AdapterOperations
+from lora_serve.adapters.operations import AdapterChanges
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
@@ -102,7 +102,7 @@ def open_store(
 
 
 def publish_folders(
-    registry: Registry, operations: AdapterOperations, residency: Residency, folder: Path, progress: Progress
+    registry: Registry, operations: AdapterChanges, residency: Residency, folder: Path, progress: Progress
 ) -> list[str]:
     """Publish every PEFT folder in `folder` under its own name, unless unchanged; returns notes for the operator."""
     results: dict[str, AdapterInfo | ServeError] = {}
@@ -127,7 +127,7 @@ def publish_folders(
             progress(len(results), len(changed))
 
         try:
-            operations.publish(Publish(path.name, str(path), replace=True, source=source), done)
+            operations.publish(Publish(path.name, str(path), replace=True, source=source, local=True), done)
         except ServeError as error:
             done(error)
 

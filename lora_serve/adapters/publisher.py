@@ -18,7 +18,7 @@ from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
-from lora_serve.adapters.store.records import AliasRecord, NameRecord, VersionRecord
+from lora_serve.adapters.store.records import AliasRecord, FollowedCatalog, NameRecord, VersionRecord
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, ServeError
@@ -56,12 +56,17 @@ class Publisher:
 
     # --- lowering ------------------------------------------------------------------------------------------------
 
-    def lower(self, folder: Path, done: Callable[[StagedVersion | ServeError], None]) -> None:
-        """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied."""
+    def lower(self, folder: Path, done: Callable[[StagedVersion | ServeError], None], vocabulary: str = "") -> None:
+        """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied.
+
+        Args:
+            vocabulary: as in `LoweringJob`.
+        """
 
         def work() -> StagedVersion:
             try:
-                return self._lower(LoweringJob(str(folder), move=self._store.is_staged(folder)))
+                job = LoweringJob(str(folder), move=self._store.is_staged(folder), vocabulary=vocabulary)
+                return self._lower(job)
             finally:
                 self._remove_staged(folder)
 
@@ -149,6 +154,16 @@ class Publisher:
 
         self._workers.store(work, done)
 
+    def receive(self, fetch: Callable[[Path], None]) -> Path:
+        """A new folder in staging that `fetch` has filled. Blocks; raises what `fetch` raises."""
+        folder = self._store.stage()
+        try:
+            fetch(folder)
+            return folder
+        except BaseException:
+            _remove(folder)
+            raise
+
     def discard(self, staged: StagedVersion) -> None:
         """Remove a staged version."""
         self._workers.store(lambda: _remove(staged.folder), lambda result: None)
@@ -168,6 +183,10 @@ class Publisher:
     def remove_alias(self, alias: str, done: Saved) -> None:
         """Remove an alias from the store."""
         self._workers.store(lambda: self._store.remove_alias(alias), done)
+
+    def save_followed(self, followed: FollowedCatalog) -> None:
+        """Note which catalog of a shared store was followed, and how far."""
+        self._workers.store(lambda: self._store.set_followed(followed), lambda result: None)
 
     def drop(self, digest: str) -> None:
         """Delete a version that no name refers to."""

@@ -20,6 +20,9 @@ from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
+from lora_serve.adapters.shared.shared_location import open_objects
+from lora_serve.adapters.shared.shared_store import SharedStore
+from lora_serve.adapters.sharing import SharedOperations
 from lora_serve.adapters.store.location import default_store_folder, describe_other_stores
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
@@ -47,7 +50,10 @@ QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outwei
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What an engine is made of. `ranks`: the other processes that share its base, if there are any."""
+    """What an engine is made of.
+
+    `ranks`: the other processes that share its base, and `shared`: the store that replicas share, if there are any.
+    """
 
     info: EngineInfo
     scheduler: Scheduler
@@ -56,6 +62,7 @@ class EngineParts:
     operations: AdapterOperations
     grammars: GrammarCompiler
     ranks: Ranks | None
+    shared: SharedOperations | None
 
 
 def build_parts(
@@ -84,8 +91,8 @@ def _build_parts(
     progress: Callable[[str, float], None],
     overlap: bool | None,
 ) -> EngineParts:
-    if config.adapters is not None:
-        start_compilers()  # they import while the base is loaded
+    if config.adapters is not None or config.shared_store is not None:
+        start_compilers()  # they import while the base is loaded; what replicas share is to be live in two seconds
     ranks = Ranks.start(config, device, overlap) if config.tensor_parallel > 1 else None
     try:
         setup = set_up_base(config, device, progress, overlap, None if ranks is None else ranks.parallel, ranks)
@@ -103,7 +110,7 @@ def _build_parts(
     notes = [*loaded.notes, *base.notes, *store.notes]
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
-    registry, operations, compiler = _open_adapters(
+    registry, operations, shared, compiler = _open_adapters(
         config, store, loaded, fingerprint, setup.device_slots, setup.adapter_bytes, wake, progress, notes
     )
     fairness = Fairness()
@@ -143,7 +150,7 @@ def _build_parts(
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     runner = Runner(base, config.kv_block_size, device, setup.tokens)
-    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks)
+    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, shared)
 
 
 def _open_adapters(
@@ -156,8 +163,8 @@ def _open_adapters(
     wake: Callable[[], None],
     progress: Callable[[str, float], None],
     notes: list[str],
-) -> tuple[Registry, AdapterOperations, Compiler]:
-    """The adapters of the store and of `config.adapters`; what the operator should know of them is added to `notes`."""
+) -> tuple[Registry, AdapterOperations, SharedOperations | None, Compiler]:
+    """The adapters of the store, of a shared one and of `config.adapters`; what the operator should know of them is added to `notes`."""
     host = int(config.adapter_cache_memory)
     elements = host // loaded.dtype.itemsize
     context = LoweringContext(
@@ -176,13 +183,28 @@ def _open_adapters(
         progress(f"lowering adapters ({done} of {of})", 0.92 + 0.08 * done / of)
 
     notes += open_store(registry, residency, publisher, config.served_name(), report)
+    shared = None
+    if config.shared_store is not None:
+        objects = open_objects(config.shared_store)
+        shared = SharedOperations(
+            SharedStore(objects, fingerprint, config.served_name(), store.followed()),
+            operations,
+            registry,
+            residency,
+            publisher,
+            workers,
+            base_name=config.served_name(),
+            keep_versions=config.keep_versions,
+        )
+        notes += shared.start(report)
     if config.adapters is not None:
+        changes = shared or operations
         scanner = FolderScanner(config.adapters)
         first = scanner.scan() or {}
-        notes += publish_folders(registry, operations, residency, config.adapters, report)
+        notes += publish_folders(registry, changes, residency, config.adapters, report)
         if config.watch:
-            workers.repeat(scanner.scan, FolderWatch(config.adapters, operations, residency, first).handle, SCAN_EVERY)
-    return registry, operations, compiler
+            workers.repeat(scanner.scan, FolderWatch(config.adapters, changes, residency, first).handle, SCAN_EVERY)
+    return registry, operations, shared, compiler
 
 
 def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:

@@ -82,7 +82,7 @@ class BucketObjects:
                     block = obstore.get_range(self._store, key, start=start, length=min(PART, size - start))
                 target.write(block)
 
-    def list(self, folder: str) -> Iterator[ListedFile]:
+    def files(self, folder: str) -> Iterator[ListedFile]:
         with _reaching():
             for page in obstore.list(self._store, folder):
                 for found in page:

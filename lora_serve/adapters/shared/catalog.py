@@ -76,6 +76,10 @@ class Catalog(msgspec.Struct, frozen=True):
 Edit = Callable[[Catalog], Catalog]
 
 
+class _Format(msgspec.Struct):
+    format: int
+
+
 class _Envelope(msgspec.Struct):
     sha256: str
     catalog: msgspec.Raw
@@ -93,9 +97,8 @@ def decode_catalog(data: bytes) -> Catalog:
         envelope = msgspec.json.decode(data, type=_Envelope)
         if hashlib.sha256(envelope.catalog).hexdigest() != envelope.sha256:
             raise ValueError("it has been altered: its checksum does not fit")
-        known = msgspec.json.decode(envelope.catalog, type=dict[str, msgspec.Raw])
-        if known.get("format") != str(FORMAT).encode():
-            raise ValueError(f"it is of another format; this release reads {FORMAT}")
+        if (found := msgspec.json.decode(envelope.catalog, type=_Format).format) != FORMAT:
+            raise ValueError(f"it is of format {found}; this release reads {FORMAT}")
         catalog = msgspec.json.decode(envelope.catalog, type=Catalog)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ValueError("it is truncated, or not a catalog") from None
@@ -110,11 +113,12 @@ def publish_version(
 
     def edit(catalog: Catalog) -> Catalog:
         check_may_publish(catalog, name, replace=replace, precondition=precondition)
+        known = catalog.versions.get(digest, version)
         older = [each for each in catalog.adapters.get(name, ()) if each != digest]
         return _settle(
             catalog,
             adapters=catalog.adapters | {name: [digest, *older]},
-            versions=catalog.versions | {digest: version},
+            versions=catalog.versions | {digest: msgspec.structs.replace(version, created=known.created)},
             reviewed={name: keep},
         )
 
@@ -257,9 +261,8 @@ def _is_whole(digest: str, version: SharedVersion) -> bool:
 
 
 def find_changed(before: Catalog | None, after: Catalog) -> set[str]:
-    """The names that refer to something else in a later catalog, or to something; also to a new upload."""
+    """The names that refer to something else in a later catalog; all of its names, if there was none before."""
     if before is None:
         return {*after.adapters, *after.aliases}
     names = before.adapters.keys() | before.aliases.keys() | after.adapters.keys() | after.aliases.keys()
     return {name for name in names if before.entry(name) != after.entry(name)}
-

@@ -91,7 +91,7 @@ class FolderObjects:
                 target.write(block)
                 size -= len(block)
 
-    def list(self, folder: str) -> Iterator[ListedFile]:
+    def files(self, folder: str) -> Iterator[ListedFile]:
         with self._reaching():
             for parent, _, names in os.walk(self._root / folder):
                 for name in names:

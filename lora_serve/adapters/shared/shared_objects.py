@@ -58,7 +58,7 @@ class SharedObjects(Protocol):
     def download(self, key: str, path: Path, size: int) -> None:
         """Copy the first `size` bytes of a file to a new one. Raises FileNotFoundError; OSError of the local disk."""
 
-    def list(self, folder: str) -> Iterator[ListedFile]:
+    def files(self, folder: str) -> Iterator[ListedFile]:
         """The files whose keys begin with `folder`/."""
 
     def remove_file(self, key: str) -> None:

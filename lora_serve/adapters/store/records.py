@@ -49,8 +49,8 @@ class VersionRecord(msgspec.Struct, frozen=True):
 class NameRecord(msgspec.Struct, frozen=True):
     """The versions of a name, by digest, newest first; the plain name refers to the first.
 
-    `source`: the folder that the newest is a copy of, or that folder's signature. Empty for an upload. `shared`: whether
-    the catalog of a shared store decides it.
+    `source`: the folder that the newest is a copy of, or that folder's signature. Empty for an upload.
+    `shared`: whether the catalog of a shared store decides it.
     """
 
     versions: list[str]
@@ -90,6 +90,13 @@ class AliasRecord(msgspec.Struct, frozen=True):
     def names(self, adapter: str, version: str | None = None) -> bool:
         """Whether it names an adapter, or this version of it."""
         return any(each.name == adapter and version in (None, each.version) for each in self.targets)
+
+
+class FollowedCatalog(msgspec.Struct, frozen=True):
+    """Which catalog of a shared store this one is a copy of, and up to which of its generations it has been seen."""
+
+    id: str = ""
+    generation: int = 0
 
 
 class StoreMarker(msgspec.Struct, frozen=True):
