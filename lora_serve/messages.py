@@ -35,8 +35,8 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
     folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
     of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
-    unlisted, either. `local`: for this replica alone, also where replicas share a store. A folder in staging may hold an
-    archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
+    unlisted, either. `local`: for this replica alone, also where replicas share a store. A folder in staging may hold
+    an archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
     """
 
     name: str

@@ -39,6 +39,7 @@ from lora_serve.errors import (
     TooLarge,
 )
 from lora_serve.messages import DeleteAlias
+from lora_serve.names import check_adapter_name
 
 Step = Callable[[Done], None]  # begins something that ends by the call of what it is given
 
@@ -52,6 +53,9 @@ log = logging.getLogger(__name__)
 class CatalogFollower:
     """What this replica has made of the catalog.
 
+    Args:
+        base_name: name of the base in the API, which no adapter may have.
+
     Attributes:
         catalog: the newest one; None until there was one.
     """
@@ -64,10 +68,12 @@ class CatalogFollower:
         residency: Residency,
         publisher: Publisher,
         workers: Workers,
+        base_name: str,
     ) -> None:
         self.catalog: Catalog | None = None
         self._shared, self._operations, self._registry = shared, operations, registry
         self._residency, self._publisher, self._workers = residency, publisher, workers
+        self._base_name = base_name
         self._active: set[str] = set()  # names of which a step is under way
         self._blocked: dict[str, ServeError] = {}  # names that wait for others, which are active
         self._failed: dict[str, ServeError] = {}
@@ -140,6 +146,8 @@ class CatalogFollower:
         assert self.catalog is not None
         versions, alias = self.catalog.adapters.get(name), self.catalog.aliases.get(name)
         self._prepare_alias(name)
+        if versions or alias is not None:
+            check_adapter_name(name, self._base_name)
         known_alias = self._residency.aliases.records.get(name)
         record, stored = self._residency.names.get(name), self._publisher.stored(name)
         if known_alias is not None and alias is None and (known_alias.shared or versions):

@@ -69,7 +69,7 @@ class SharedOperations:
         self._shared, self._operations, self._residency = shared, operations, residency
         self._registry, self._publisher, self._workers = registry, publisher, workers
         self._base_name, self._keep, self._clock = base_name, keep_versions, clock
-        self._follower = CatalogFollower(shared, operations, registry, residency, publisher, workers)
+        self._follower = CatalogFollower(shared, operations, registry, residency, publisher, workers, base_name)
         self._order = OperationQueue()  # of changes on each name; that of `operations` is of what is done here
         self._problem: str | None = None  # why the catalog could not be read
         self._read_at = clock()  # when it was read last
@@ -84,7 +84,7 @@ class SharedOperations:
             catalog = self._shared.read()
         except Unavailable as error:
             self._note_failure(error)
-            return [f"{error.message}: what is here is served, and nothing can be changed until then"]
+            return [f"{error.message}; what is here is served, and nothing can be changed until it is as before"]
         finally:
             self._workers.repeat(self._shared.read, self.on_read, READ_EVERY, share=1.0)
         self.on_read(catalog)

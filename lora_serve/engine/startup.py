@@ -164,7 +164,10 @@ def _open_adapters(
     progress: Callable[[str, float], None],
     notes: list[str],
 ) -> tuple[Registry, AdapterOperations, SharedOperations | None, Compiler]:
-    """The adapters of the store, of a shared one and of `config.adapters`; what the operator should know of them is added to `notes`."""
+    """The adapters of the store, of a shared one and of `config.adapters`.
+
+    What the operator should know of them is added to `notes`.
+    """
     host = int(config.adapter_cache_memory)
     elements = host // loaded.dtype.itemsize
     context = LoweringContext(

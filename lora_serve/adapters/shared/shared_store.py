@@ -158,17 +158,12 @@ class SharedStore:
             found = self._objects.read(CATALOG, "" if known is None else known[0])
         if found is None:
             raise Unavailable(
-                "the shared store has no catalog any more; nothing is changed until it is back", retry_after=RETRY_AFTER
+                "the shared store has no catalog any more; nothing was changed", retry_after=RETRY_AFTER
             )
         if known is not None and found.tag == known[0]:
             return known
         catalog = self._decode(found)
-        if catalog.generation < followed.generation:
-            raise Unavailable(
-                f"the shared store's catalog is of generation {catalog.generation}, and this replica has followed "
-                f"{followed.generation}: it was restored from a copy. Nothing is changed",
-                retry_after=RETRY_AFTER,
-            )
+        _check_history(catalog, followed)
         return self._take(found.tag, catalog)
 
     def _decode(self, found: StoredObject) -> Catalog:
@@ -186,21 +181,28 @@ class SharedStore:
         return catalog
 
     def _take(self, tag: str, catalog: Catalog) -> tuple[str, Catalog]:
-        """Take note of a catalog that was read or written. Raises Unavailable if its history is another one."""
+        """Take note of a catalog that was read or written; returns it, or a newer one that another thread took."""
         with self._lock:
-            followed = self._followed
-            if followed.id not in ("", catalog.id):
-                raise Unavailable(
-                    "the shared store has another catalog than this replica has followed; nothing is changed. Is "
-                    "--shared-store right?",
-                    retry_after=RETRY_AFTER,
-                )
-            if catalog.generation >= followed.generation:
+            if self._known is None or catalog.generation >= self._known[1].generation:
                 self._followed = FollowedCatalog(catalog.id, catalog.generation)
                 self._known = tag, catalog
-                return self._known
-            assert self._known is not None
-            return self._known  # another thread has read or written a newer one meanwhile
+            return self._known
+
+
+def _check_history(catalog: Catalog, followed: FollowedCatalog) -> None:
+    """Check that a catalog is what came of the one that was followed. Raises Unavailable."""
+    if followed.id not in ("", catalog.id):
+        raise Unavailable(
+            "the shared store has another catalog than this replica has followed; nothing was changed. Is "
+            "--shared-store right?",
+            retry_after=RETRY_AFTER,
+        )
+    if catalog.generation < followed.generation:
+        raise Unavailable(
+            f"the shared store's catalog is of generation {catalog.generation}, and this replica has followed "
+            f"{followed.generation}: it was restored from a copy. Nothing was changed",
+            retry_after=RETRY_AFTER,
+        )
 
 
 def _key(digest: str, version: SharedVersion, name: str) -> str:
