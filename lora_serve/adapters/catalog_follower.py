@@ -37,6 +37,7 @@ from lora_serve.errors import (
     EngineFault,
     ServeError,
     TooLarge,
+    Unavailable,
 )
 from lora_serve.messages import DeleteAlias
 from lora_serve.names import check_adapter_name
@@ -120,11 +121,11 @@ class CatalogFollower:
             names |= {target.name for target in catalog.aliases[alias].targets}
         self._advance_all(names)
 
-    def retry(self) -> None:
-        """Try again what failed and may succeed now."""
-        lasting = {digest: each for digest, each in self._unavailable.items() if isinstance(each[1], LASTING)}
-        self._unavailable = lasting
-        self._advance_all(self._failed)
+    def retry(self, *, all_of_them: bool) -> None:
+        """Try again what could not be fetched, or whatever failed and may succeed now."""
+        again = {digest for digest, (_, error) in self._unavailable.items() if _may_succeed(error, all_of_them)}
+        self._unavailable = {digest: each for digest, each in self._unavailable.items() if digest not in again}
+        self._advance_all([name for name, error in self._failed.items() if _may_succeed(error, all_of_them)])
 
     def offer(self, staged: StagedVersion) -> None:
         """Take a version that was lowered here, and that the catalog names from now on, instead of fetching it."""
@@ -398,3 +399,8 @@ class CatalogFollower:
         for done in self._waiting.pop(name, []):
             done(error)
         self._end_blocked()
+
+
+def _may_succeed(error: ServeError, or_others: bool) -> bool:
+    """Whether what failed may succeed soon: the shared store was away, or it was something that does not last."""
+    return isinstance(error, Unavailable) or (or_others and not isinstance(error, LASTING))

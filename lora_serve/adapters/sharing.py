@@ -40,7 +40,7 @@ from lora_serve.names import check_adapter_name
 from lora_serve.precondition import ANYTHING, Precondition
 
 READ_EVERY = 0.5  # seconds between looks at the catalog
-RETRY_EVERY = 60  # looks after which what failed is tried again
+FETCH_EVERY, RETRY_EVERY = 4, 60  # looks after which what could not be fetched, or failed otherwise, is tried again
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +103,13 @@ class SharedOperations:
         if isinstance(result, ServeError):
             self._note_failure(result)
             return
-        if self._problem is not None:
+        was_away = self._problem is not None
+        if was_away:
             log.warning("the shared store is back; its catalog is of generation %d", result.generation)
         self._problem, self._read_at = None, self._clock()
         self._follower.follow(result)
-        if self._looks % RETRY_EVERY == 0:
-            self._follower.retry()
+        if was_away or self._looks % FETCH_EVERY == 0:
+            self._follower.retry(all_of_them=self._looks % RETRY_EVERY == 0)
 
     def status(self) -> SharedStatus:
         """How far this replica is, for metrics."""

@@ -339,17 +339,17 @@ class Simulation:
     def begin(self, number: int) -> Replica:
         replica = Replica(self.folder / str(number), self.bucket, self.chosen, unreliable=0.1)
         replica.objects.away = self.chosen.random() < 0.2
-        replica.objects.before_change = self.interfere
+        replica.objects.before_change = lambda: self.interfere(replica)
         replica.start()
         return replica
 
-    def interfere(self) -> None:
+    def interfere(self, replica: Replica) -> None:
         """Another replica may change the catalog first."""
         if self._interfering or not self.replicas or self.chosen.random() < 0.7:
             return
         self._interfering = True
         other = self.chosen.choice(self.replicas)
-        if other is not None:
+        if other not in (None, replica):
             other.workers.do_shared()
         self._interfering = False
 
@@ -435,7 +435,7 @@ class Simulation:
         for number, replica in enumerate(self.replicas):
             if replica is None:
                 self.replicas[number] = self.begin(number)
-        for _ in range(2):
+        for _ in range(6):
             for each in self.replicas:
                 assert each is not None
                 each.objects.away, each.objects.unreliable = False, 0.0
