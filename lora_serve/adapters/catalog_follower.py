@@ -283,10 +283,11 @@ class CatalogFollower:
                 return
 
             def on_saved(_: None) -> None:
-                self._registry.set_name(name, record)
                 self._operations.drop_unknown(stored)
                 end(None)
 
+            # First in memory: until then nothing but other names keeps these versions.
+            self._registry.set_name(name, record)
             self._publisher.save(name, self._residency.stored(name, record), if_successful(on_saved, end))
 
         self._operations.queue.run(name, start, done)
