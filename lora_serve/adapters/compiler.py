@@ -81,6 +81,13 @@ class Compiler:
         self.is_busy: Callable[[], bool] = lambda: False
         self._processes = multiprocessing.get_context("forkserver")
 
+    def warm_up(self) -> None:
+        """Start a process that does nothing, and wait for it: then nothing is left to import for the next one."""
+        start_compilers()
+        process = self._processes.Process(target=_do_nothing, daemon=True)
+        process.start()
+        process.join()
+
     def lower(self, job: LoweringJob) -> LoweredVersion:
         """Lower one adapter and wait for it; the first time, for what `start_compilers` starts as well.
 
@@ -128,6 +135,10 @@ class Compiler:
         process = self._processes.Process(target=_main, args=arguments, daemon=True)
         process.start()
         return process
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits) -> None:

@@ -200,6 +200,9 @@ def _open_adapters(
             keep_versions=config.keep_versions,
         )
         notes += shared.start(report)
+        warm: list[None] = []
+        workers.lower(compiler.warm_up, lambda result: warm.append(None))
+        registry.wait(lambda: bool(warm))
     if config.adapters is not None:
         changes = shared or operations
         scanner = FolderScanner(config.adapters)
