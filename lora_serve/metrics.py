@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from lora_serve.messages import Stats, Update
+from lora_serve.messages import SharedStatus, Stats, Update
 from lora_serve.request import Admitted
 from lora_serve.source_metrics import SourceCollector
 from lora_serve.sources.totals import SourceTotals
@@ -288,6 +288,7 @@ class _EngineCollector(Collector):
                 total.add_metric([label] if field in TOTALS_BY_TIER else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
+        yield from _of_shared_store(stats.shared)
         yield from self._for_routers(stats)
 
     def _for_routers(self, stats: Stats) -> Iterator[Metric]:
@@ -320,3 +321,19 @@ class _EngineCollector(Collector):
         if self._residents is not None:
             info.add_metric(self._residents, self._changed)
         yield info
+
+
+def _of_shared_store(status: SharedStatus | None) -> Iterator[Metric]:
+    """How far this replica is with the catalog of a shared store, if it has one."""
+    if status is None:
+        return
+    for name, meaning, value in (
+        ("generation", "Generation of the shared store's catalog that is followed.", status.generation),
+        ("behind", "Adapters and aliases that are not what the catalog says.", status.behind),
+        ("age_seconds", "Seconds since the catalog was read.", status.age),
+        ("up", "Whether the shared store could be read the last time.", float(status.reachable)),
+    ):
+        yield GaugeMetricFamily(f"lora_serve_shared_store_{name}", meaning, value)
+    yield CounterMetricFamily(
+        "lora_serve_shared_store_errors", "Times that the shared store could not be read.", status.errors
+    )

@@ -8,15 +8,16 @@ number was free only because its generation had been removed, there are higher o
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_serve.adapters.shared.shared_objects import (
+    UNFINISHED,
     ListedFile,
     ObjectConflict,
     ObjectsUnreachable,
@@ -24,10 +25,10 @@ from lora_serve.adapters.shared.shared_objects import (
     StoredObject,
 )
 from lora_serve.adapters.store.disk import Disk
-from lora_serve.errors import StorageFull
+from lora_serve.errors import StorageFull, StoreUnusable
 
 KEPT_GENERATIONS = 32
-UNFINISHED = "unfinished"  # folder of files that are being written
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 BLOCK = 1 << 20  # bytes that are copied at once
 _NUMBER = re.compile(r"\d{12}")
 
@@ -44,11 +45,16 @@ class FolderObjects:
 
     def read(self, key: str, known: str = "") -> StoredObject | None:
         with self._reaching():
-            newest = self._newest(key)
-            if not newest:
-                return None
-            tag = str(newest)
-            return StoredObject(None if tag == known else self._generation(key, newest).read_bytes(), tag)
+            while newest := self._newest(key):
+                tag = str(newest)
+                if tag == known:
+                    return StoredObject(None, tag)
+                try:
+                    return StoredObject(self._generation(key, newest).read_bytes(), tag)
+                except FileNotFoundError:  # so many have followed meanwhile that it was removed
+                    if self._newest(key) == newest:
+                        raise
+            return None
 
     def create(self, key: str, data: bytes) -> str:
         with self._reaching():
@@ -133,6 +139,10 @@ class FolderObjects:
             # NFS may repeat a request whose answer was lost: then the first one took it.
             if not os.path.samefile(partial, target):
                 raise ObjectConflict(target.name) from None
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                raise StoreUnusable("the shared store cannot be used: its file system has no hard links") from error
+            raise
 
     def _generation(self, key: str, number: int) -> Path:
         return self._root / key / f"{number:012d}"
@@ -165,11 +175,3 @@ class FolderObjects:
             if missing and isinstance(error, FileNotFoundError) and self._root.is_dir():
                 raise
             raise ObjectsUnreachable(error.strerror or str(error)) from error
-
-
-def remove_unfinished(root: Path, before: float) -> int:
-    """Remove what writers that were killed have left, last changed before a time in seconds; returns how many."""
-    found = [path for path in root.glob(f"{UNFINISHED}/*") if path.stat().st_mtime < before]
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return len(found)

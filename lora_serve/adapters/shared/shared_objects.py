@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+CATALOG = "catalog.json"  # key of the object that all replicas follow
+CONTENTS = "contents"  # folder of the versions' files: contents/DIGEST/UPLOAD/NAME
+PROBES = "probes"  # folder of objects that are made to see what the store does
+UNFINISHED = "unfinished"  # folder of files that are being written, in a store that is a folder
+
 
 class ObjectsUnreachable(Exception):
     """The store cannot be reached, or refuses; whether a change was made is not known. The message says why."""

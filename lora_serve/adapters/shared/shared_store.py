@@ -26,6 +26,8 @@ from lora_serve.adapters.shared.catalog import (
     encode_catalog,
 )
 from lora_serve.adapters.shared.shared_objects import (
+    CATALOG,
+    CONTENTS,
     ObjectConflict,
     ObjectsUnreachable,
     OutcomeUnknown,
@@ -36,8 +38,6 @@ from lora_serve.adapters.shared.store_probe import check_preconditions
 from lora_serve.adapters.store.records import FollowedCatalog, VersionRecord
 from lora_serve.errors import StorageFull, StoreUnusable, Unavailable
 
-CATALOG = "catalog.json"
-CONTENTS = "contents"
 ATTEMPTS = 100  # at a change that other replicas are faster than
 LONGEST_PAUSE = 0.2  # seconds between two of them
 RETRY_AFTER = 5.0  # seconds after which clients may try again
@@ -157,9 +157,7 @@ class SharedStore:
         with _translated():
             found = self._objects.read(CATALOG, "" if known is None else known[0])
         if found is None:
-            raise Unavailable(
-                "the shared store has no catalog any more; nothing was changed", retry_after=RETRY_AFTER
-            )
+            raise Unavailable("the shared store has no catalog any more; nothing was changed", retry_after=RETRY_AFTER)
         if known is not None and found.tag == known[0]:
             return known
         catalog = self._decode(found)

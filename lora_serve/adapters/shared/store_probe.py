@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
-from lora_serve.adapters.shared.shared_objects import ObjectConflict, ObjectsUnreachable, SharedObjects
+from lora_serve.adapters.shared.shared_objects import PROBES, ObjectConflict, ObjectsUnreachable, SharedObjects
 from lora_serve.errors import StoreUnusable
 
 
@@ -15,7 +15,7 @@ def check_preconditions(objects: SharedObjects) -> None:
 
     Leaves nothing behind, unless the store goes away.
     """
-    key = f"probe-{uuid.uuid4().hex}"
+    key = f"{PROBES}/{uuid.uuid4().hex}"
     try:
         first = objects.create(key, b"1")
         _check_refused(lambda: objects.create(key, b"2"), "it makes an object that there is already (If-None-Match: *)")

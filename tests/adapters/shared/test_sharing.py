@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from memory_objects import MemoryBucket
+from registry_harness import RegistryHarness
 from simulated_replicas import Replica, newest, wanted
 
+from lora_serve.adapters.shared.catalog import decode_catalog, encode_catalog
+from lora_serve.adapters.store.records import describe_folder
 from lora_serve.errors import (
     AdapterBusy,
     AdapterExists,
@@ -17,9 +22,11 @@ from lora_serve.errors import (
     PartlyApplied,
     PreconditionFailed,
     ServeError,
+    StorageFull,
     StoreUnusable,
     Unavailable,
 )
+from lora_serve.messages import AliasTarget, DeleteAlias, Publish, PutAlias
 from lora_serve.precondition import Precondition
 from lora_serve.request import AdapterUse
 
@@ -224,13 +231,7 @@ def test_another_catalog_is_not_followed_by_who_followed_one(make: Make, bucket:
 def test_a_store_for_another_base_is_refused(make: Make, bucket: MemoryBucket) -> None:
     a = make("a")
     a.publish("poet", 1)
-    data = bucket.objects["catalog.json"][0].replace(b"a fingerprint", b"b fingerprint")
-    import hashlib
-    import json
-
-    catalog = json.dumps(json.loads(data)["catalog"], separators=(",", ":")).encode()
-    envelope = b'{"sha256":"%s","catalog":%s}' % (hashlib.sha256(catalog).hexdigest().encode(), catalog)
-    bucket.write("catalog.json", envelope)
+    bucket.write("catalog.json", encode_catalog(msgspec.structs.replace(newest(bucket), base="b fingerprint")))
     with pytest.raises(StoreUnusable, match="the shared store is for tests"):
         make("b")
 
@@ -299,8 +300,6 @@ def test_content_that_is_damaged_or_gone_is_said_and_mended_by_publishing_again(
 
 
 def test_a_change_that_this_replica_cannot_follow_is_answered_so(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_serve.errors import StorageFull
-
     a, b = make("a"), make("b")
 
     def full(*given: object) -> None:
@@ -377,8 +376,6 @@ class Simulation:
                     each.harness.registry.poll()
 
     def change(self, replica: Replica) -> None:
-        from lora_serve.messages import AliasTarget, DeleteAlias, Publish, PutAlias
-
         name, seed = f"n{self.chosen.randrange(4)}", self.chosen.randrange(8)
         kind = self.chosen.choice(["publish"] * 4 + ["delete", "alias", "alias", "unalias", "pin", "own"])
         known = replica.harness.residency.names.get(name)
@@ -454,13 +451,11 @@ class Simulation:
 
     def check_told(self) -> None:
         """Each change that a client was told of is one step of the catalog's history, from what it was to replace."""
-        from lora_serve.adapters.shared.catalog import decode_catalog
-
         catalogs = [decode_catalog(data) for data in self.bucket.history]
         assert [each.generation for each in catalogs] == list(range(len(catalogs)))
         steps = [
             (name, after.adapters[name][0], before.adapters.get(name, [""])[0])
-            for before, after in zip(catalogs, catalogs[1:], strict=False)
+            for before, after in pairwise(catalogs)
             for name in after.adapters
             if after.versions != before.versions and after.adapters[name] is not before.adapters.get(name)
         ]
@@ -478,10 +473,6 @@ _DIGESTS: dict[int, str] = {}
 
 @pytest.fixture(autouse=True, scope="module")
 def digests(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from registry_harness import RegistryHarness
-
-    from lora_serve.adapters.store.records import describe_folder
-
     harness = RegistryHarness(tmp_path_factory.mktemp("digests"))
     for seed in range(8):
         _DIGESTS[seed] = describe_folder(harness.upload(seed)).digest
