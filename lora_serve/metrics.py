@@ -48,6 +48,7 @@ TOTALS_BY_TIER = {  # totals in `Stats` by tier
     "loads_total": ("lora_serve_adapter_loads", "Adapters brought into a tier."),
     "load_seconds_total": ("lora_serve_adapter_load_seconds", "Seconds spent bringing adapters into a tier."),
 }
+SHARED_ERRORS = "shared_errors"  # a total in `Stats.shared`
 
 
 class Timer:
@@ -239,6 +240,8 @@ class _EngineCollector(Collector):
             self._totals.update(field, {"": getattr(stats, field)})
         for field in TOTALS_BY_TIER:
             self._totals.update(field, getattr(stats, field))
+        if stats.shared is not None:
+            self._totals.update(SHARED_ERRORS, {"": stats.shared.errors})
         residents = (str(stats.adapter_slots), ",".join(stats.resident), ",".join(stats.waiting_adapters))
         if residents != self._residents:
             self._residents = residents
@@ -288,7 +291,8 @@ class _EngineCollector(Collector):
                 total.add_metric([label] if field in TOTALS_BY_TIER else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
-        yield from _of_shared_store(stats.shared)
+        if stats.shared is not None:
+            yield from _of_shared_store(stats.shared, sum(total for _, total in self._totals.by_label(SHARED_ERRORS)))
         yield from self._for_routers(stats)
 
     def _for_routers(self, stats: Stats) -> Iterator[Metric]:
@@ -323,10 +327,8 @@ class _EngineCollector(Collector):
         yield info
 
 
-def _of_shared_store(status: SharedStatus | None) -> Iterator[Metric]:
-    """How far this replica is with the catalog of a shared store, if it has one."""
-    if status is None:
-        return
+def _of_shared_store(status: SharedStatus, errors: float) -> Iterator[Metric]:
+    """How far this replica is with the catalog of a shared store."""
     for name, meaning, value in (
         ("generation", "Generation of the shared store's catalog that is followed.", status.generation),
         ("behind", "Adapters and aliases that are not what the catalog says.", status.behind),
@@ -335,5 +337,5 @@ def _of_shared_store(status: SharedStatus | None) -> Iterator[Metric]:
     ):
         yield GaugeMetricFamily(f"lora_serve_shared_store_{name}", meaning, value)
     yield CounterMetricFamily(
-        "lora_serve_shared_store_errors", "Times that the shared store could not be read.", status.errors
+        "lora_serve_shared_store_errors", "Times that the shared store could not be read.", errors
     )
