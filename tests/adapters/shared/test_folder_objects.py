@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,32 +27,31 @@ def folder(tmp_path: Path) -> FolderObjects:
     return FolderObjects(tmp_path, QuickDisk())
 
 
-def count_up(objects: SharedObjects, times: int) -> None:
-    """Add to a number, and try again whenever somebody was faster."""
-    for _ in range(times):
+def add_all(objects: SharedObjects, ids: Iterable[str]) -> None:
+    """Add ids to a list, each until it is there: again whenever somebody was faster."""
+    for id in ids:
         while True:
-            found = objects.read("number")
+            found = objects.read("list")
             assert found is not None
             assert found.data is not None
-            try:
-                objects.replace("number", str(int(found.data) + 1).encode(), found.tag)
+            if id in found.data.decode().split():
                 break
-            except ObjectConflict:
-                continue
-            except OutcomeUnknown:  # others were faster to change what this one had made: it was made
-                break
+            with suppress(ObjectConflict, OutcomeUnknown):
+                objects.replace("list", found.data + f"{id} ".encode(), found.tag)
 
 
 def test_writers_that_race_lose_nothing(folder: FolderObjects, tmp_path: Path) -> None:
-    folder.create("number", b"0")
+    folder.create("list", b"")
+    ids = [[f"{writer}.{number}" for number in range(15)] for writer in range(6)]
     with ThreadPoolExecutor(6) as writers:
-        for each in [writers.submit(count_up, FolderObjects(tmp_path, QuickDisk()), 15) for _ in range(6)]:
+        for each in [writers.submit(add_all, FolderObjects(tmp_path, QuickDisk()), own) for own in ids]:
             each.result()
-    found = folder.read("number")
+    found = folder.read("list")
     assert found is not None
-    assert found.data == b"90"
-    assert len(os.listdir(tmp_path / "number")) <= KEPT_GENERATIONS + 6
-    assert folder.read("number", found.tag) == (None, found.tag)
+    assert found.data is not None
+    assert sorted(found.data.decode().split()) == sorted(id for own in ids for id in own)
+    assert len(os.listdir(tmp_path / "list")) <= KEPT_GENERATIONS + 6
+    assert folder.read("list", found.tag) == (None, found.tag)
 
 
 def test_one_of_those_who_begin_an_object_does(tmp_path: Path) -> None:
