@@ -11,35 +11,27 @@ that is taken for as long as lowering takes, is a gap in every stream.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
-import multiprocessing
 import os
 import pickle
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
+from lora_serve.adapters.fork_server import ForkedProcess, ForkServer
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
 from lora_serve.errors import AdapterInvalid, EngineFault, Failure, ServeError, StorageFull
 
 SLICE, PAUSE = 0.003, 0.015  # seconds
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Imported once, not by each process; the second one comes with a base whose weights it reads.
-_IMPORTED = [__name__, "lora_serve.model.checkpoint_weights"]
 log = logging.getLogger(__name__)
 
 
@@ -58,10 +50,9 @@ class CompilerLimits:
     seconds: int
 
 
-def start_compilers() -> None:
-    """Start the process that those of all compilers are forked from, unless it runs; does not wait for it."""
-    forkserver.set_forkserver_preload(_IMPORTED)
-    forkserver.ensure_running()
+def fork_compilers() -> None:
+    """Fork the server of compiler processes from this one, before it has threads. Otherwise the first adapter waits."""
+    _FORKS.fork()
 
 
 class Compiler:
@@ -79,114 +70,67 @@ class Compiler:
         self._context = pickle.dumps(context)
         self._limits = limits
         self.is_busy: Callable[[], bool] = lambda: False
-        self._processes = multiprocessing.get_context("forkserver")
-
-    def warm_up(self) -> None:
-        """Start a process that does nothing, and wait for it: then nothing is left to import for the next one."""
-        start_compilers()
-        process = self._processes.Process(target=_do_nothing, daemon=True)
-        process.start()
-        process.join()
 
     def lower(self, job: LoweringJob) -> LoweredVersion:
-        """Lower one adapter and wait for it; the first time, for what `start_compilers` starts as well.
+        """Lower one adapter and wait for it.
 
         Raises AdapterInvalid, TooLarge and AdapterBroken about the adapter; EngineFault if its process died.
         """
-        start_compilers()
-        results, sender = self._processes.Pipe(duplex=False)
-        arguments = (sender, self._context, msgspec.json.encode(job), self._limits)
         try:
-            process = self._start(arguments)
-        except (OSError, EOFError):  # the process that they are forked from was killed; it is started again
-            process = self._start(arguments)
-        finally:
-            sender.close()
+            process = _FORKS.start()
+        except (OSError, EOFError) as error:
+            raise EngineFault("no process could be started that reads the adapter") from error
+        outcome = _Outcome()
         try:
-            results.recv_bytes()  # it begins; stopped before, it would outlive this process
-            self._wait(process, results)
-            outcome = msgspec.json.decode(results.recv_bytes(), type=_Outcome)
-        except EOFError:
-            process.join()
-            if process.exitcode == -signal.SIGXCPU:
-                raise AdapterInvalid(
-                    f"lowering the adapter needs more than {self._limits.seconds} s of CPU time (--compiler-cpu-time)"
-                ) from None
-            raise EngineFault(f"the process that read the adapter ended ({process.exitcode})") from None
+            for part in (self._context, msgspec.json.encode(job), pickle.dumps(self._limits)):
+                process.connection.send_bytes(part)
+            self._wait(process)
+            outcome = msgspec.json.decode(process.connection.recv_bytes(), type=_Outcome)
+        except (OSError, EOFError):  # it has ended
+            pass
         finally:
-            results.close()
-        process.join()
-        if outcome.version is None:
-            assert outcome.failure is not None
+            status = process.close()
+        if outcome.failure is not None:
             raise outcome.failure.error()
-        return outcome.version
+        if outcome.version is not None:
+            return outcome.version
+        if status == -signal.SIGXCPU:
+            raise AdapterInvalid(
+                f"lowering the adapter needs more than {self._limits.seconds} s of CPU time (--compiler-cpu-time)"
+            )
+        raise EngineFault(f"the process that read the adapter ended ({status})")
 
-    def _wait(self, process: BaseProcess, results: Connection) -> None:
+    def _wait(self, process: ForkedProcess) -> None:
         """Wait for what a process sends, or for its end; beside requests let it run in slices."""
-        assert process.pid is not None
-        while not results.poll(SLICE):
+        while not process.connection.poll(SLICE):
             if self.is_busy():
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGSTOP)
                     time.sleep(PAUSE)
                     os.kill(process.pid, signal.SIGCONT)
 
-    def _start(self, arguments: tuple[Any, ...]) -> BaseProcess:
-        process = self._processes.Process(target=_main, args=arguments, daemon=True)
-        process.start()
-        return process
 
-
-def _do_nothing() -> None:
-    pass
-
-
-def _main(results: Connection, context: bytes, job: bytes, limits: CompilerLimits) -> None:
-    """Lower one adapter in this process, and send the result or the failure."""
-    _end_with_parent()
-    results.send_bytes(b"")
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server drains, then ends this too
-        signal.signal(number, signal.SIG_IGN)
+def run_compiler(connection: Connection) -> None:
+    """Lower one adapter in this process: take context, job and limits, and send the result or the failure."""
+    what_for, job, limits = (connection.recv_bytes() for _ in range(3))
     torch.set_num_threads(1)
     gc.disable()  # the process ends with this adapter, of which there may be 100,000 small tensors
     try:
-        what_for = pickle.loads(context)
-        _bound(limits, what_for)
-        outcome = _Outcome(run(msgspec.json.decode(job, type=LoweringJob), what_for))
+        bounds: CompilerLimits = pickle.loads(limits)
+        context: LoweringContext = pickle.loads(what_for)
+        _bound(bounds, context)
+        outcome = _Outcome(run(msgspec.json.decode(job, type=LoweringJob), context))
     except Exception as error:
         if _is_out_of_memory(error):
             error = AdapterInvalid(
-                f"lowering the adapter needs more than {limits.memory} bytes of memory (--compiler-memory)"
+                f"lowering the adapter needs more than {bounds.memory} bytes of memory (--compiler-memory)"
             )
         elif isinstance(error, OSError) and error.errno in StorageFull.errnos:
             error = StorageFull("the disk of the adapter store is full")
         elif not isinstance(error, ServeError):
             log.exception("lowering an adapter failed")
         outcome = _Outcome(failure=Failure.of(error))
-    results.send_bytes(msgspec.json.encode(outcome))
-    results.close()
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """End this process when the engine's ends, also while it is stopped.
-
-    The process that it was forked from ends with the engine, once nobody else holds its pipe; then the system kills
-    this one.
-    """
-    alive = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_alive_fd", None)
-    if alive is not None:
-        os.close(alive)
-    with suppress(AttributeError):  # Linux has it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    connection.send_bytes(msgspec.json.encode(outcome))
 
 
 def _bound(limits: CompilerLimits, context: LoweringContext) -> None:
@@ -210,3 +154,7 @@ def _data_size() -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate" in str(error))
+
+
+# The second module comes with a base whose weights are read.
+_FORKS = ForkServer(run_compiler, [__name__, "lora_serve.model.checkpoint_weights"])

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -143,11 +144,14 @@ def run(build: Build, address: str, config: ServeConfig, on_exit: Callable[[], N
         waker.close()
 
 
-def die_with_parent(parent: int) -> None:
-    """Make this process die with its parent: at once on Linux, within a second elsewhere, even during a step."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+def die_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, even during a step."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def watch_parent(parent: int) -> None:
+    """End this process within a second of its parent, on any system."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -172,10 +176,14 @@ def end_soon() -> None:
     timer.start()
 
 
-def main(build: Build, arguments: Sequence[str]) -> NoReturn:
-    """Run the process: `arguments` are the address to connect to and the parent's process id."""
+def main(build: Build, arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -> NoReturn:
+    """Run the process: `arguments` are the address to connect to and the parent's process id.
+
+    Args:
+        prepare: called while this process has no threads of its own.
+    """
     address, parent = arguments
-    die_with_parent(int(parent))
+    die_with_parent()
     # Terminals and service managers signal the whole process group, but only the parent decides to drain or to exit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -183,16 +191,27 @@ def main(build: Build, arguments: Sequence[str]) -> NoReturn:
     faulthandler.register(signal.SIGUSR1)  # the parent has a stuck engine dump its stacks before it kills it
     config = ServeConfig.model_validate_json(sys.stdin.read())
     log_format.configure(config.log_level, config.log_format, f"engine[{os.getpid()}]")
+    prepare()
+    watch_parent(int(parent))
     end(run(build, address, config, end_soon))
+
+
+def _prepare() -> None:
+    """Import the engine, which takes seconds, and fork what compiles adapters, which then need not import it."""
+    try:
+        import_module("lora_serve.engine.engine")
+        from lora_serve.adapters.compiler import fork_compilers
+    except Exception:  # it is raised again where the parent gets a message
+        return
+    fork_compilers()
 
 
 def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> EngineCore:
     progress("starting", 0.0)
-    # Imported here: importing torch takes seconds, and a broken installation should reach the parent as a message.
     from lora_serve.engine.engine import Engine
 
     return Engine.build(config, wake=wake, progress=progress)
 
 
 if __name__ == "__main__":
-    main(_build, sys.argv[1:])
+    main(_build, sys.argv[1:], _prepare)

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from lora_serve import log_format
 from lora_serve.config import ServeConfig
-from lora_serve.engine.process_main import die_with_parent, end
+from lora_serve.engine.process_main import die_with_parent, end, watch_parent
 from lora_serve.errors import ServeError
 
 GRACE = 5.0  # seconds for the engine to report the same refusal, before this process's end ends it
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str]) -> NoReturn:
     """Run the process: `arguments` are the descriptor of its socket and the engine's process id."""
     descriptor, parent = map(int, arguments)
-    die_with_parent(parent)
+    die_with_parent()
+    watch_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the whole group; the engine decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()

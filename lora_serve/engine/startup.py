@@ -11,7 +11,7 @@ from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lora_serve.adapters.compiler import Compiler, CompilerLimits, start_compilers
+from lora_serve.adapters.compiler import Compiler, CompilerLimits
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.folder_watch import FolderScanner, FolderWatch
 from lora_serve.adapters.lowering_job import LoweringContext
@@ -91,8 +91,6 @@ def _build_parts(
     progress: Callable[[str, float], None],
     overlap: bool | None,
 ) -> EngineParts:
-    if config.adapters is not None or config.shared_store is not None:
-        start_compilers()  # they import while the base is loaded; what replicas share is to be live in two seconds
     ranks = Ranks.start(config, device, overlap) if config.tensor_parallel > 1 else None
     try:
         setup = set_up_base(config, device, progress, overlap, None if ranks is None else ranks.parallel, ranks)
@@ -200,9 +198,6 @@ def _open_adapters(
             keep_versions=config.keep_versions,
         )
         notes += shared.start(report)
-        warm: list[None] = []
-        workers.lower(compiler.warm_up, lambda result: warm.append(None))
-        registry.wait(lambda: bool(warm))
     if config.adapters is not None:
         changes = shared or operations
         scanner = FolderScanner(config.adapters)
