@@ -66,12 +66,9 @@ def parse_shared_store(url: str) -> tuple[str, str]:
     """Scheme of a shared store's URL, and what follows it: a folder, or BUCKET/PREFIX. Raises ValueError."""
     scheme, _, place = url.partition("://")
     place = place.rstrip("/")
-    if scheme not in ("file", "s3") or not place or re.search(r"[?#\\\s@]|//", place):
+    plain = not re.search(r"[?#\\\s@]|//", place) and not any(part in (".", "..") for part in place.split("/"))
+    if scheme not in ("file", "s3") or not place or not plain or (scheme == "file") != place.startswith("/"):
         raise ValueError(f"{url} is not file:///FOLDER or s3://BUCKET/PREFIX")
-    if any(part in (".", "..") for part in place.split("/")):
-        raise ValueError(f"{url} must be a plain path, without '.' and '..'")
-    if (scheme == "file") != place.startswith("/"):
-        raise ValueError(f"{url} must be an absolute path, such as file:///srv/shared" if scheme == "file" else url)
     return scheme, place
 
 

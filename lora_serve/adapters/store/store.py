@@ -90,16 +90,14 @@ class Store:
         return dict(self._aliases.unreadable)
 
     def followed(self) -> FollowedCatalog:
-        """Which catalog of a shared store was followed, and how far. Raises StoreUnusable if its record is damaged."""
+        """Which catalog of a shared store was followed, and how far; if that cannot be read, whatever comes is."""
         if not self._folder.shared.exists():
             return FollowedCatalog()
         try:
             return read_sealed(self._folder.shared, FollowedCatalog)
         except ValueError as error:
-            raise StoreUnusable(
-                f"{error} (in {self._folder.root}): it says which shared store this is a copy of. Without it, the one "
-                "of --shared-store is followed whatever it holds: remove it if that is right"
-            ) from None
+            log.warning("%s (in %s); the shared store is followed whatever it was before", error, self._folder.root)
+            return FollowedCatalog()
 
     def version(self, digest: str) -> VersionRecord:
         """The record of a version that a name refers to. Raises AdapterBroken if it is damaged or missing."""

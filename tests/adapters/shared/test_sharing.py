@@ -228,6 +228,18 @@ def test_another_catalog_is_not_followed_by_who_followed_one(make: Make, bucket:
     again.kill()
 
 
+def test_a_damaged_record_of_what_was_followed_keeps_nobody_from_starting(
+    make: Make, bucket: MemoryBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = make("a")
+    a.publish("poet", 1)
+    a.kill()
+    (tmp_path / "a" / "store" / "shared.json").write_text("{")
+    again = make("a")
+    assert again.served == wanted(newest(bucket))
+    assert "shared.json is truncated or not JSON" in caplog.text
+
+
 def test_a_store_for_another_base_is_refused(make: Make, bucket: MemoryBucket) -> None:
     a = make("a")
     a.publish("poet", 1)
