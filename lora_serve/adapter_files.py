@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lora_serve.errors import AdapterInvalid
-from lora_serve.names import CARD, CONFIG, MODULES, POOLING, TOKENIZER, WEIGHTS, shorten
+from lora_serve.names import CARD, CONFIG, MODULES, POOLING, SETTINGS, TOKENIZER, WEIGHTS, shorten
 
 # The tokenizer is only compared with the base's, not stored.
-ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER, MODULES, POOLING)
+ADAPTER_FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER, MODULES, POOLING, SETTINGS)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # Pickles that trainers write beside the weights.
 TRAINER_FILES = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "scaler.pt")

@@ -102,6 +102,11 @@ class ServeConfig(BaseSettings):
         False,
         description="follow the folder --adapters: publish what is added or changed, unpublish what is removed",
     )
+    trust_settings: bool = Field(
+        False,
+        description="let the serve.yaml of adapters in the folder --adapters count: their system prompts, chat "
+        "templates, tokens and defaults",
+    )
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
     )
@@ -225,6 +230,13 @@ class ServeConfig(BaseSettings):
     def _a_folder_is_watched(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("adapters") is None:
             raise ValueError("there is no folder to watch; give one with --adapters")
+        return value
+
+    @field_validator("trust_settings")
+    @classmethod
+    def _a_folder_is_trusted(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("adapters") is None:
+            raise ValueError("there is no folder whose settings to trust; give one with --adapters")
         return value
 
     @field_validator("adapter_source")

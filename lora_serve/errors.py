@@ -117,6 +117,12 @@ class Unavailable(ServeError):
     quotes = False
 
 
+class SettingsNotApplied(Unavailable):
+    """A version has settings by which the request was not made: it was published meanwhile. Asking again helps."""
+
+    kind = "settings_not_applied"
+
+
 class PartlyApplied(ServeError):
     """A change was made at some replicas and not at others."""
 

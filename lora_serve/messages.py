@@ -12,7 +12,8 @@ import msgspec
 
 from lora_serve.errors import Failure
 from lora_serve.precondition import ANYTHING, Precondition
-from lora_serve.request import Event, Pooling, Request
+from lora_serve.request import AdapterUse, Event, Pooling, Request, Routing
+from lora_serve.serve_settings import ServeSettings
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -35,8 +36,9 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
     folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
     of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
-    unlisted, either. `local`: for this replica alone, also where replicas share a store. A folder in staging may hold
-    an archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
+    unlisted, either. `local`: for this replica alone, also where replicas share a store. `trust_settings`: its
+    `serve.yaml` counts, for which an administrator vouches. A folder in staging may hold an archive instead of the
+    files (`ARCHIVE`). Answered with an `AdapterInfo`.
     """
 
     name: str
@@ -47,22 +49,39 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     digest: str = ""
     unless_known: bool = False
     local: bool = False
+    trust_settings: bool = False
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
     """Validate the PEFT folder `folder` as publishing would, without storing it. Answered with an `Inspection`."""
 
     folder: str
+    trust_settings: bool = False
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag="list"):
-    """List all adapters. Answered with a list of `AdapterInfo`, sorted by name."""
+    """List the first adapters whose names come after `after`. Answered with a list of `AdapterInfo`, sorted by name.
+
+    It is empty when there are no more.
+    """
+
+    after: str = ""
 
 
 class DescribeAdapter(msgspec.Struct, frozen=True, tag="describe"):
     """Describe one adapter. Answered with an `AdapterInfo`."""
 
     name: str
+
+
+class ResolveAdapters(msgspec.Struct, frozen=True, tag="resolve"):
+    """Find the exact versions that a request of these adapters would get now, aliases resolved.
+
+    Answered with a list of `ResolvedAdapter`, one for each.
+    """
+
+    adapters: tuple[AdapterUse, ...]
+    routing: Routing = Routing()
 
 
 class LocateFiles(msgspec.Struct, frozen=True, tag="locate"):
@@ -169,6 +188,7 @@ Operation = (
     | Inspect
     | ListAdapters
     | DescribeAdapter
+    | ResolveAdapters
     | LocateFiles
     | LoadAdapter
     | EvictAdapter
@@ -212,7 +232,7 @@ Report = Annotated[
 class AdapterVersion(msgspec.Struct, frozen=True):
     """One immutable version of an adapter. Sizes in bytes; `last_used` in seconds since the epoch.
 
-    `vocab_size`: number of its tokens, if it differs from the base's.
+    `vocab_size`: number of its tokens, if it differs from the base's. `settings`: what requests for it get by default.
     """
 
     digest: str
@@ -226,6 +246,7 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     last_used: float | None = None
     report: Report = {}
     vocab_size: int | None = None
+    settings: ServeSettings | None = None
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -237,6 +258,7 @@ class Inspection(msgspec.Struct, frozen=True):
     file_bytes: int
     memory_bytes: int
     report: Report
+    settings: ServeSettings | None = None
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
@@ -249,6 +271,14 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     pinned: bool
     versions: list[AdapterVersion]
     broken: str | None = None
+
+
+class ResolvedAdapter(msgspec.Struct, frozen=True):
+    """The version that a name, or an alias, stands for: the adapter's name, the whole digest, and its settings."""
+
+    name: str
+    digest: str
+    settings: ServeSettings | None = None
 
 
 class AdapterFiles(msgspec.Struct, frozen=True):
@@ -338,6 +368,8 @@ class Stats(msgspec.Struct):
         oldest_wait, expected_wait: seconds for which the oldest waiting sequence has waited, and for which one that
             comes now is expected to wait, until its prompt is begun.
         sticky_headers: lower-case names of the headers that aliases go by.
+        settings_state: another number whenever what an adapter's name stands for changes; 0 while no version has had
+            settings.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
         shared: None without a shared store.
     """
@@ -369,6 +401,7 @@ class Stats(msgspec.Struct):
     step_costs: dict[str, float] = {}
     sticky_headers: list[str] = []
     shared: SharedStatus | None = None
+    settings_state: int = 0
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

@@ -13,6 +13,7 @@ CARD = "README.md"
 TOKENIZER = "tokenizer.json"  # only compared with the base's tokenizer
 MODULES = "modules.json"  # sentence-transformers' list of what follows the transformer
 POOLING = "1_Pooling/config.json"
+SETTINGS = "serve.yaml"  # counts where an administrator said so; see `serve_settings.py`
 ARCHIVE = "archive"  # a file that holds an adapter's files, in staging
 RESERVED = ("base", "other")  # what metrics call the base, and adapters beyond those that they name
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of adapters and of API keys

@@ -26,6 +26,7 @@ from lora_serve.names import CARD
 TIMEOUT = 600.0  # seconds; validating and storing a large adapter takes a while
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 BINARY = "application/octet-stream"
+TRUST_SETTINGS = "let the adapter's serve.yaml count: its system prompt, chat template, tokens and defaults"
 
 
 class RemoteServer(BaseModel):
@@ -81,15 +82,18 @@ class RemoteServer(BaseModel):
             hint = "; is `lora-serve serve` running there?" if isinstance(failure, httpx.ConnectError) else ""
             raise Unavailable(f"no answer from {self.url} ({failure}){hint}") from failure
 
-    def send(self, method: str, where: str, path: Path, name: str | None = None) -> Any:
+    def send(
+        self, method: str, where: str, path: Path, name: str | None = None, *, trust_settings: bool = False
+    ) -> Any:
         """Upload the adapter at `path`, a folder or an archive. Raises `BadRequest` if it is neither."""
+        fields = ({} if name is None else {"name": name}) | ({"trust_settings": "true"} if trust_settings else {})
         archive = path.is_file() and path.name.endswith(ARCHIVES)
         with ExitStack() as stack:
             files = [
                 ("archive" if archive else "files", (name_sent, stack.enter_context(file.open("rb")), BINARY))
                 for name_sent, file in ({path.name: path} if archive else adapter_files(path)).items()
             ]
-            return self.ask(method, where, data={} if name is None else {"name": name}, files=files)
+            return self.ask(method, where, data=fields, files=files)
 
 
 class RemoteCommand(RemoteServer, ABC):
@@ -126,11 +130,13 @@ class UploadCommand(RemoteCommand):
     path: CliPositionalArg[Path] = Field(description="folder or archive")
     name: str | None = Field(None, description="name to serve it under (default: the folder's or archive's own)")
     replace: bool = Field(False, description="publish a new version if the name exists")
+    trust_settings: bool = Field(False, description=TRUST_SETTINGS)
 
     def run(self) -> None:
         name = self.name or self.path.resolve().name.removesuffix(".gz").split(".")[0]
         where = f"/v1/adapters/{parse.quote(name, safe='')}" if self.replace else "/v1/adapters"
-        reports.print_published(self.send("PUT" if self.replace else "POST", where, self.path, name))
+        method, trust = "PUT" if self.replace else "POST", self.trust_settings
+        reports.print_published(self.send(method, where, self.path, name, trust_settings=trust))
 
 
 class InspectCommand(ShowingCommand):
@@ -139,12 +145,13 @@ class InspectCommand(ShowingCommand):
     adapter: CliPositionalArg[str] = Field(
         description="PATH of a folder or archive, which is sent to the server, or NAME of a published adapter"
     )
+    trust_settings: bool = Field(False, description=TRUST_SETTINGS)
 
     def run(self) -> None:
         path = Path(self.adapter)
         local = len(self.adapter) < 4096 and os.path.exists(path)  # not Path.exists, which may raise
         if local:
-            answer = self.send("POST", "/v1/adapters/inspect", path)
+            answer = self.send("POST", "/v1/adapters/inspect", path, trust_settings=self.trust_settings)
         elif path.name != self.adapter:
             raise BadRequest(f"there is no folder or archive {self.adapter}")
         else:

@@ -14,6 +14,7 @@ from pydantic_settings import CliPositionalArg
 from lora_serve import reports
 from lora_serve.adapters.store.records import KEPT, describe_folder
 from lora_serve.errors import AdapterInvalid, BadRequest, ServeError
+from lora_serve.names import SETTINGS
 from lora_serve.remote import RemoteCommand, RemoteServer
 
 
@@ -88,7 +89,8 @@ class PushCommand(CopyCommand):
                 folder = Path(parent) / name.replace(os.sep, "_")
                 folder.mkdir()
                 digest = self.fetch_files(folder)
-                answer = other.send("PUT" if self.replace else "POST", where, folder, name)
+                trust = (folder / SETTINGS).is_file()  # an administrator of the first server did
+                answer = other.send("PUT" if self.replace else "POST", where, folder, name, trust_settings=trust)
         except OSError as error:
             raise ServeError(f"{error.filename}: {error.strerror or error}") from error
         reports.print_published(answer)

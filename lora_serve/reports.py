@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+LONGEST_SETTING = 200  # characters that are shown
+
 Answer = Mapping[str, Any]  # of a server of any version, so every field may be missing
 
 
@@ -61,6 +63,7 @@ def print_published(adapter: Answer) -> None:
     touched = f"{_modules_touched(report)}, {_size(newest, 'memory_bytes')}"
     version = str(newest.get("digest", ""))[:12]
     lines = [f"published {adapter.get('name', '')}@{version}: {report.get('method', 'adapter')}, {touched}"]
+    lines += [f"sets {name}: {_shortened(value)}" for name, value in (newest.get("settings") or {}).items()]
     print_lines(lines + [f"warning: {warning}" for warning in report.get("warnings") or ()])
 
 
@@ -93,8 +96,16 @@ def _report_rows(version: Answer, report: Answer) -> Iterator[tuple[str, str]]:
         yield "active from", f"tokens {tokens}"
     if name := report.get("base_model_name_or_path"):
         yield "trained on", str(name)
+    for name, value in (version.get("settings") or {}).items():
+        yield f"sets {name}", _shortened(value)
     for warning in report.get("warnings") or ():
         yield "warning", str(warning)
+
+
+def _shortened(setting: Any) -> str:
+    """A setting in one line; --json has it in full."""
+    text = " ".join((setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)).split())
+    return text if len(text) <= LONGEST_SETTING else f"{text[:LONGEST_SETTING]}… ({len(text):,} characters)"
 
 
 def _modules_touched(report: Answer) -> str:

@@ -18,11 +18,13 @@ class AdapterUse(msgspec.Struct, frozen=True):
         name: the adapter's published name, or an alias.
         version: prefix of the digest of a required version; None is the newest version, or an alias's choice.
         weight: factor on the adapter's delta; 1 is the adapter as trained.
+        settings_applied: whether the request is made by the settings of the version, which `version` names exactly.
     """
 
     name: str
     version: str | None = None
     weight: float = 1.0
+    settings_applied: bool = False
 
 
 class Routing(msgspec.Struct, frozen=True):

@@ -11,8 +11,18 @@ import msgspec
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`)."""
+    """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`, `IA3Config`, `PromptTuningConfig`).
 
+    Attributes:
+        peft_type: "LORA", "IA3", "PROMPT_TUNING" or "PREFIX_TUNING"; fields of another method keep their defaults.
+        init_lora_weights: "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4" or "olora".
+        train_lm_head: adapt the LM head beside `target_modules`, of which "all-linear" is all others.
+        feedforward_modules: IA3's modules whose input is multiplied, by the end of their names.
+        num_virtual_tokens: of prompt and prefix tuning.
+        prompt_tuning_init: "RANDOM" or "SAMPLE_VOCAB".
+    """
+
+    peft_type: str = "LORA"
     r: int = 16
     lora_alpha: float = 32
     target_modules: str | list[str] = "all-linear"
@@ -20,6 +30,12 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
     use_dora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "default"
+    train_lm_head: bool = False
+    feedforward_modules: str | list[str] = []
+    num_virtual_tokens: int = 0
+    prompt_tuning_init: str = "RANDOM"
     seed: int = 0
 
 
@@ -56,6 +72,8 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     Attributes:
         loss: name of the loss function; `config` has its numbers.
         forward_only: compute the loss and leave the gradients alone.
+        all_logprobs: compute log-probabilities of the targets that have no part in the loss as well; that costs as
+            much as their part would.
     """
 
     run: str
@@ -63,6 +81,7 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag="forward_backward"):
     loss: str = "cross_entropy"
     config: dict[str, float] = {}
     forward_only: bool = False
+    all_logprobs: bool = False
 
 
 class OptimizerStep(msgspec.Struct, frozen=True, tag="optimizer_step"):
@@ -121,7 +140,7 @@ class PassResult(msgspec.Struct, frozen=True):
 
     Attributes:
         loss: summed over the examples; not finite if it diverged.
-        logprobs: of each example's targets; 0 where a target has no part in the loss.
+        logprobs: of each example's targets; 0 where a target has no part in the loss, unless all were asked for.
         metrics: what else the loss function computes, by name.
         tokens: computed.
     """

@@ -86,6 +86,29 @@ def test_all_choices_of_a_call_are_of_one_target_in_a_composition_too(server: Se
     assert seen == {"shout", "reverse"}
 
 
+def test_each_target_s_own_settings_make_the_prompt(server: ServerProcess) -> None:
+    """Two versions of one adapter that differ in their system prompt alone; the longer test is in another file."""
+    paths = [ADAPTERS / "shout" / file for file in ("adapter_config.json", "adapter_model.safetensors")]
+    files: list[Any] = [("files", (path.name, path.read_bytes())) for path in paths]
+    tokens: dict[str, int] = {}  # by version: of the prompt
+    for system in ("a", "two red foxes"):
+        template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        settings = f"system: {system}\nmax_tokens: 1\nchat_template: '{template}'"
+        answer = server.http.put("/v1/adapters/fox", files=[*files, ("settings", (None, settings))]).json()
+        version, *older = answer["versions"]
+        assert version["settings"] == {"system": system, "max_tokens": 1, "chat_template": template}
+        text = server.http.post("/tokenize", json={"prompt": f"{system}hi", "add_special_tokens": False}).json()
+        tokens[f"fox@{version['digest'][:12]}"] = text["count"]
+        put(server, "zoo", *((f"fox@{each['digest']}", 1) for each in (version, *older))).raise_for_status()
+    seen = set()
+    for name in ("zoo",) * 12 + ("fox",):
+        body = {"model": name, "messages": [{"role": "user", "content": "hi"}]}
+        answer = server.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+        seen.add((answer["adapter"], answer["usage"]["prompt_tokens"]))
+        assert answer["usage"]["completion_tokens"] == 1
+    assert seen == {*tokens.items()}
+
+
 def test_rolling_back_to_a_version_that_the_alias_keeps_needs_no_upload(server: ServerProcess, tmp_path: Path) -> None:
     for number in range(2):
         server.http.put("/v1/adapters/mine", **variant(number)).raise_for_status()

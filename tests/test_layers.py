@@ -76,6 +76,7 @@ PACKAGES = (
             "names",
             "adapter_files",
             "adapter_sources",
+            "serve_settings",
             "log_format",
             "malloc",
         ),

@@ -247,6 +247,33 @@ def test_an_adapter_is_inspected_published_pinned_evicted_and_deleted(visitor: V
     assert len(server.http.get("/v1/adapters").json()["data"]) == 6
 
 
+def test_settings_are_shown_and_nobody_s_version_is_written_over(
+    visitor: Visitor, server: ServerProcess, tmp_path: Path
+) -> None:
+    page = visitor.open("/#adapters")
+    files = [path for path in (ADAPTERS / "initials").iterdir() if path.is_file()]
+    (tmp_path / "serve.yaml").write_text("system: Be brief.\n")
+    page.locator("#upload-files").set_input_files([*files, tmp_path / "serve.yaml"])
+    upload = page.get_by_label("Upload an adapter")
+    expect(upload.get_by_label("Warnings")).to_contain_text("its serve.yaml is ignored")
+    upload.get_by_label("Let its serve.yaml count").check()
+    expect(upload.get_by_label("Settings")).to_contain_text("systemBe brief.")
+    upload.get_by_label("Name").fill("theirs")
+    sent: list[Any] = [("files", (path.name, path.read_bytes())) for path in files]
+    theirs = server.http.put("/v1/adapters/theirs", files=sent).raise_for_status().json()  # somebody else, meanwhile
+    upload.get_by_role("button", name="Publish").click()
+    expect(upload.get_by_role("alert")).to_contain_text("theirs was published or changed by somebody else meanwhile")
+    assert server.http.get("/v1/adapters/theirs").json()["versions"] == theirs["versions"]
+    upload.get_by_role("button", name="Publish a new version").click()
+    expect(page.get_by_text("theirs is published.")).to_be_visible()
+    found = server.http.delete("/v1/adapters/theirs", headers={"If-Match": f'"{theirs["versions"][0]["digest"]}"'})
+    assert found.status_code == 412
+    (version, _) = server.http.get("/v1/adapters/theirs").json()["versions"]
+    assert version["settings"] == {"system": "Be brief."}
+    server.http.delete("/v1/adapters/theirs").raise_for_status()
+    visitor.problems.clear()  # browsers log every 409
+
+
 def test_dropped_and_picked_files_that_are_no_adapter_are_explained(visitor: Visitor, tmp_path: Path) -> None:
     page = visitor.open("/#adapters")
     (tmp_path / "notes.txt").write_text("no adapter")

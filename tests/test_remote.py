@@ -157,6 +157,16 @@ print(re.search("VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1], f
 """
 
 
+@pytest.mark.parametrize("command", ["upload", "inspect"])
+def test_settings_are_sent_and_count_if_that_is_said(server: RecordingServer, folder: Path, command: str) -> None:
+    (folder / "serve.yaml").write_text("top_k: 1\n")
+    for flags in ([], ["--trust-settings"]):
+        main(["adapter", command, str(folder), *flags, "--url", server.url])
+        sent = parts(*server.asked[-1][2:])
+        assert ("files", "serve.yaml", b"top_k: 1\n") in sent
+        assert (("trust_settings", None, b"true") in sent) is bool(flags)
+
+
 def test_upload_streams_files_that_need_not_fit_into_memory(server: RecordingServer, folder: Path) -> None:
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.truncate(128 << 20)

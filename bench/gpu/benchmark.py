@@ -1,27 +1,27 @@
-"""GPU benchmark: decode steps beside their roofline, adapter overhead, prefill, stalls by adapter loads, start-up.
+"""GPU benchmark: decode steps beside their roofline, adapter overhead, prefill, load stalls, start-up, training.
 
     python -m bench.gpu.benchmark --shape llama-3.1-8b --json gpu.json
 
 needs a GPU (exit status 3 without one), no network and no model: weights are random. First forward passes are timed as
-the engine's runner calls them, without sampling; then an engine serves the same shape. A part that fails or that there
-is no time for is reported and left out. Prints tables, goals and, last, one line of JSON.
+the engine's runner calls them, without sampling; then an engine serves the same shape, and adapters are trained on it.
+A part that fails or that there is no time for is reported and left out. Prints tables, goals and, last, one line of
+JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu import engine
+from bench.gpu import engine, training
+from bench.gpu.command import add_sizes, command_parser, finish, note, require_device, run_parts
 from bench.gpu.figures import (
     GOAL_ROWS,
     ITEM,
@@ -44,7 +44,6 @@ from bench.gpu.forward_pass import (
     random_adapter,
     synchronize,
     time_in_turns,
-    used_memory,
     write_config,
 )
 from bench.gpu.operation_pairs import time_operation_pairs
@@ -53,19 +52,19 @@ from bench.report import goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
 from lora_serve.kernels.select import select
 
-NO_GPU = 3
 RANK = 16
 MIXED = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a run. `budget` is about the seconds for one repeat of one step."""
+    """Sizes of a run. `trained`: tokens of a training sequence; `budget`: seconds for one repeat of a step, about."""
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     context: int = 512
     prompts: tuple[int, ...] = (512, 2048)
     longest: int = 8192
+    trained: int = 512
     budget: float = 0.15
     work: engine.EngineLoad = field(default_factory=engine.EngineLoad)
 
@@ -75,6 +74,7 @@ QUICK = Sizes(
     context=32,
     prompts=(64,),
     longest=2048,
+    trained=16,
     budget=0.01,
     work=engine.EngineLoad(adapters=3, clients=4, prompt=16, output=8, longest=2048, quiet=0.3, loads=2),
 )
@@ -91,6 +91,7 @@ class Results:
     prompts: dict[str, float] = field(default_factory=dict)
     startup: dict[str, float] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -165,22 +166,24 @@ def measure_engine(shape: Shape, folder: Path, device: torch.device, sizes: Size
         engine.measure(shape, device, sizes.work, folder, adapters, Path(scratch, "store"), found.engine)
 
 
+def measure_training(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
+    """Measure steps of training."""
+    found.training = training.measure_training(shape, folder, device, sizes.trained, sizes.budget)
+
+
 def measure(shape: Shape, device: torch.device, sizes: Sizes, deadline: float) -> Results:
     """Run all parts; one that fails, or that would start after the deadline, is recorded as a failure."""
     found = Results(measure_limits(device))
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(shape, Path(scratch, "model"))
-        for part in (measure_operations, measure_steps, measure_engine):
-            _log(f"{part.__name__} starts")
-            if time.monotonic() > deadline:
-                found.failures.append(f"{part.__name__}: no time was left")
-                continue
-            try:
-                part(shape, folder, device, sizes, found)
-            except Exception as error:  # earlier results are kept
-                traceback.print_exc()
-                found.failures.append(f"{part.__name__}: {type(error).__name__}: {error}")
-            used_memory(device)  # also frees what the part held
+        parts = {
+            "operations": measure_operations,
+            "steps": measure_steps,
+            "engine": measure_engine,
+            "training": measure_training,
+        }
+        calls = {name: partial(part, shape, folder, device, sizes, found) for name, part in parts.items()}
+        found.failures += run_parts(calls, deadline, device)
     return found
 
 
@@ -207,6 +210,8 @@ def report(found: Results) -> str:
             for mix, each in found.engine["decode"].items()
         ]
         lines.append(table(["engine", "decode step ms", "tok/s with prefill"], rows))
+    for what, each in found.training.items():
+        lines.append(table(["training", what], [[name, number(value, 0)] for name, value in each.items()]))
     startup = found.startup | {f"start: {stage}": each for stage, each in found.engine.get("startup", {}).items()}
     rows = [[name, number(each, 2) if each < 1e5 else f"{each / 1e9:,.2f} GB"] for name, each in startup.items()]
     lines.append(table(["start-up", "seconds or bytes"], rows))
@@ -231,6 +236,7 @@ def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dic
         "prompts": found.prompts,
         "startup": found.startup,
         "engine": engine,
+        "training": found.training,
         "goals": goal_records(reached),
         "failures": found.failures,
     }
@@ -252,39 +258,26 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__, 330.0)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to this file")
-    parser.add_argument("--seconds", type=float, default=330.0, help="no part starts later than this")
-    parser.add_argument("--quick", action="store_true", help="few and small sizes, to see that it runs")
-    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # for the tests
+    add_sizes(parser)
     args = parser.parse_args(arguments)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            f"bench.gpu.benchmark: torch {torch.__version__} sees no GPU here, so nothing was measured", file=sys.stderr
-        )
-        raise SystemExit(NO_GPU)
+    device = require_device("benchmark", args.device)
     sizes = QUICK if args.quick else Sizes()
     memory = 0.9 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
     name, rows = largest_fitting(SHAPES, args.shape, sizes, memory)
     if name != args.shape or rows != sizes.rows:
-        _log(f"{memory / 1e9:.0f} GB of free memory fit {name} with up to {rows[-1]} rows: measuring that")
+        note(f"{memory / 1e9:.0f} GB of free memory fit {name} with up to {rows[-1]} rows: measuring that")
         sizes = replace(sizes, rows=rows)
-    _log(", ".join(f"{key} {value}" for key, value in (describe() | describe_gpu(device)).items()))
+    note(", ".join(f"{key} {value}" for key, value in (describe() | describe_gpu(device)).items()))
     found = measure(SHAPES[name], device, sizes, time.monotonic() + args.seconds)
     synchronize(device)
     line = json_line(record(found, name, sizes, device))
     about = f"{name}, bf16, context {sizes.context}, adapters of rank {RANK} on all linear modules"
-    print(about, report(found), line, sep="\n\n")
-    if args.json is not None:
-        args.json.write_text(line + "\n")
+    print(about, report(found), "", sep="\n\n")
+    finish(line, args.json)
     if found.failures:
         raise SystemExit(1)
-
-
-def _log(text: str) -> None:
-    print(f"# {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.gpu.forward_pass import BLOCK, DTYPE, time_in_turns
 from bench.shapes import Shape
-from lora_serve.kernels.contract import Kernels, Recording
+from lora_serve.kernels.contract import Kernels, Recording, Rotation
 
 
 def time_operation_pairs(
@@ -44,7 +44,7 @@ def _rope_and_write(kernels: Kernels, shape: Shape, rows: int, device: torch.dev
 
     def fused() -> Tensor:
         for _ in range(shape.layers):
-            turned = kernels.rope_and_write_kv(q, k, v, cos, sin, keys, values, index)
+            turned = kernels.rope_and_write_kv(Rotation(q, k, cos, sin), v, keys, values, index)
         return turned
 
     return {"apart": apart, "fused": fused}

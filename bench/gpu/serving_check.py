@@ -10,14 +10,12 @@ reported and left out. `--profile` adds the device's time by kernel.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import math
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +24,8 @@ from typing import Any
 import torch
 
 from bench.gpu import engine
-from bench.gpu.benchmark import NO_GPU, RANK, describe_gpu
+from bench.gpu.benchmark import RANK, describe_gpu
+from bench.gpu.command import add_sizes, command_parser, finish, require_device, run_parts
 from bench.gpu.figures import Limits
 from bench.gpu.forward_pass import (
     RandomBase,
@@ -228,19 +227,13 @@ def check_goals(shape: Shape, sizes: CheckSizes, found: Findings) -> list[Goal]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__, 200.0)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="of the steps")
     parser.add_argument("--served-shape", choices=SHAPES, default="qwen2.5-1.5b", help="of the engine and the server")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to this file")
-    parser.add_argument("--seconds", type=float, default=200.0, help="no part starts later than this")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # for the tests
+    add_sizes(parser)
     args = parser.parse_args(arguments)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"bench.gpu.serving_check: torch {torch.__version__} sees no GPU here", file=sys.stderr)
-        raise SystemExit(NO_GPU)
+    device = require_device("serving_check", args.device)
     sizes, end = QUICK_CHECK if args.quick else CheckSizes(), time.monotonic() + args.seconds
     shape, served = SHAPES[args.shape], SHAPES[args.served_shape]
     found = Findings(measure_limits(device))
@@ -249,17 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "http": lambda: measure_http(served, device, sizes, found),
         "engine": lambda: measure_engine(served, device, sizes, found),
     }
-    for name, part in parts.items():
-        print(f"# {name} starts", file=sys.stderr, flush=True)
-        if time.monotonic() > end:
-            found.failures.append(f"{name}: no time was left")
-            continue
-        try:
-            part()
-        except Exception as error:  # earlier results are kept
-            traceback.print_exc()
-            found.failures.append(f"{name}: {type(error).__name__}: {error}")
-        used_memory(device)  # also frees what the part held
+    found.failures += run_parts(parts, end, device)
     goals = check_goals(shape, sizes, found)
     rows = [[name, *(number(1e3 * each[how], 2) for how in ("served", "eager"))] for name, each in found.steps.items()]
     print(table(["step", "served ms", "eager ms"], rows), goal_table(goals), *found.failures, sep="\n\n")
@@ -272,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"bench": "gpu serving", "machine": describe() | describe_gpu(device), "shape": args.shape,
          "served shape": args.served_shape, "sizes": asdict(sizes)} | asdict(found) | {"goals": goal_records(goals)}
     )  # fmt: skip
-    print(line)
-    if args.json is not None:
-        args.json.write_text(line + "\n")
+    finish(line, args.json)
     if found.failures:
         raise SystemExit(1)
 

@@ -10,8 +10,6 @@ holds what was found when the time is over. Prints a table of before and after a
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,14 +19,13 @@ import msgspec
 import torch
 import triton
 
+from bench.gpu.command import command_parser, finish, note, require_device
 from bench.gpu.plan_search import GraphTimer, Tuner
 from bench.gpu.tuning_problems import DECODE_ROWS, MODELS, PREFILL_ROWS, QUANTIZED_ROWS
 from bench.report import json_line, number, table
 from lora_serve.kernels.gpu import plan_table
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.plan_table import DeltaEntry, MatmulEntry, PlanFile, PlanTable
-
-NO_GPU = 3
 
 
 def file_of(table: PlanTable, card: str, capability: tuple[int, int]) -> PlanFile:
@@ -64,15 +61,11 @@ def report(tuner: Tuner) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__, 200.0)
     parser.add_argument("--models", default=",".join(MODELS), help="of bench/shapes.py, the most important first")
-    parser.add_argument("--seconds", type=float, default=200.0, help="no plan is tried later than this")
     parser.add_argument("--folder", type=Path, default=plan_table.FOLDER, help="where the card's file is written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to this file")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print(f"bench.gpu.tune: torch {torch.__version__} sees no GPU here, so nothing was tuned", file=sys.stderr)
-        raise SystemExit(NO_GPU)
+    require_device("tune")
     about = torch.cuda.get_device_properties("cuda")
     capability = (about.major, about.minor)
     plans, begin = PlanTable(), time.monotonic()
@@ -101,10 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "failures": tuner.failures,
         }
     )
-    print(report(tuner), f"{path}, after {seconds:.0f} s", line, sep="\n\n")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(line + "\n")
+    print(report(tuner), f"{path}, after {seconds:.0f} s", "", sep="\n\n")
+    finish(line, args.json)
 
 
 def tune(tuner: Tuner, models: Sequence[str], content: Callable[[], PlanFile], folder: Path) -> Path:
@@ -124,7 +115,7 @@ def tune(tuner: Tuner, models: Sequence[str], content: Callable[[], PlanFile], f
     for part in parts:
         part()
         path = plan_table.write(content(), folder)
-        print(f"# {len(tuner.found)} problems tuned", file=sys.stderr, flush=True)
+        note(f"{len(tuner.found)} problems tuned")
     return path
 
 

@@ -32,9 +32,18 @@ def describe_version(version: Version) -> AdapterVersion:
         last_used=version.last_used,
         report=summary.report,
         vocab_size=summary.traits.vocabulary or None,
+        settings=summary.settings,
     )
 
 
 def describe_upload(summary: Summary) -> Inspection:
     """What an adapter would be if it were published."""
-    return Inspection(summary.digest, summary.rank, summary.modules, summary.file_bytes, summary.nbytes, summary.report)
+    return Inspection(
+        summary.digest,
+        summary.rank,
+        summary.modules,
+        summary.file_bytes,
+        summary.nbytes,
+        summary.report,
+        summary.settings,
+    )

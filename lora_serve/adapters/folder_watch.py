@@ -21,7 +21,7 @@ from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
 from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, TooLarge
 from lora_serve.messages import AdapterInfo, Publish
-from lora_serve.names import CONFIG
+from lora_serve.names import CONFIG, SETTINGS
 
 TRY_AGAIN = 30  # scans after a failure that is not the adapter's
 LASTING = (AdapterInvalid, TooLarge, BadRequest)
@@ -44,10 +44,13 @@ class FolderState(NamedTuple):
 Scan = Mapping[str, FolderState]
 
 
-def folder_source(folder: Path) -> str:
-    """What is recorded of a folder that is published: its path, and a hash of its files' sizes and times."""
+def folder_source(folder: Path, *, trust_settings: bool = False) -> str:
+    """What is recorded of a folder that is published: its path, and a hash of its files' sizes and times.
+
+    Its `serve.yaml` is one of them if it counts, so that it is published again when that changes.
+    """
     signature = sha256()
-    for path in (folder / name for name in IDENTITY):
+    for path in (folder / name for name in IDENTITY if trust_settings or name != SETTINGS):
         if path.exists():
             status = path.stat()
             signature.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -63,10 +66,14 @@ def describe_missing_adapter(folder: Path) -> str:
 
 
 class FolderScanner:
-    """Scans a folder; looks only once into one without an adapter, until it changes. Blocks."""
+    """Scans a folder; looks only once into one without an adapter, until it changes. Blocks.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    Args:
+        trust_settings: whether the `serve.yaml` of adapters count.
+    """
+
+    def __init__(self, root: Path, *, trust_settings: bool = False) -> None:
+        self._root, self._trust_settings = root, trust_settings
         self._explained: dict[str, tuple[int, str]] = {}
         status = root.stat()
         self._identity = status.st_dev, status.st_ino
@@ -102,7 +109,7 @@ class FolderScanner:
 
     def _describe(self, folder: Path) -> FolderState:
         if (folder / CONFIG).exists():
-            return FolderState(folder_source(folder))
+            return FolderState(folder_source(folder, trust_settings=self._trust_settings))
         changed = folder.stat().st_mtime_ns
         known = self._explained.get(folder.name)
         if known is None or known[0] != changed:
@@ -115,10 +122,20 @@ class FolderWatch:
 
     Args:
         first: a scan from before the folder's adapters were published at start.
+        trust_settings: as of the `FolderScanner`.
     """
 
-    def __init__(self, root: Path, operations: AdapterChanges, residency: Residency, first: Scan) -> None:
+    def __init__(
+        self,
+        root: Path,
+        operations: AdapterChanges,
+        residency: Residency,
+        first: Scan,
+        *,
+        trust_settings: bool = False,
+    ) -> None:
         self._root, self._operations, self._residency = root, operations, residency
+        self._trust_settings = trust_settings
         self._begin = _begin(root)  # once: it is compared with every name's, in the loop that computes steps
         self._previous = self._handled = dict(first)
         self._seen_any = bool(first)
@@ -175,10 +192,10 @@ class FolderWatch:
         if state.problem:
             self._say(name, f"{shown} is not served: {state.problem}")
             return
+        folder, source, trust = str(self._root / name), state.source, self._trust_settings
         try:
-            self._operations.publish(
-                Publish(name, str(self._root / name), replace=True, source=state.source, local=True), done
-            )
+            publish = Publish(name, folder, replace=True, source=source, local=True, trust_settings=trust)
+            self._operations.publish(publish, done)
         except ServeError as error:
             done(error)
 

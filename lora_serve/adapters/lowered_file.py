@@ -28,6 +28,7 @@ from lora_serve.adapters.adapter import Adapter, MatrixOffsets, ModuleOverride, 
 from lora_serve.adapters.traits import Traits
 from lora_serve.errors import AdapterBroken
 from lora_serve.kernels.contract import Delta
+from lora_serve.serve_settings import ServeSettings
 
 NAME = "lowered/adapter.bin"  # in a version's folder
 MAGIC = b"lora-lo2"
@@ -121,6 +122,7 @@ class Summary(msgspec.Struct, frozen=True):
         modules: number of adapted modules.
         file_bytes: of the files that it was made from.
         report: for users.
+        settings: of the version's `serve.yaml`, if it has one.
     """
 
     digest: str
@@ -133,6 +135,7 @@ class Summary(msgspec.Struct, frozen=True):
     file_bytes: int
     report: dict[str, Any]
     traits: Traits
+    settings: ServeSettings | None = None
 
 
 class Description(Summary, frozen=True):
@@ -152,7 +155,14 @@ class Description(Summary, frozen=True):
 
 
 def describe(
-    adapter: Adapter, fingerprint: str, *, modules: int, file_bytes: int, report: dict[str, Any], traits: Traits
+    adapter: Adapter,
+    fingerprint: str,
+    *,
+    modules: int,
+    file_bytes: int,
+    report: dict[str, Any],
+    traits: Traits,
+    settings: ServeSettings | None = None,
 ) -> Description:
     """The description of an adapter in memory."""
     layout = FlatLayout.of(adapter)
@@ -167,6 +177,7 @@ def describe(
         file_bytes=file_bytes,
         report=report,
         traits=traits,
+        settings=settings,
         deltas=layout.deltas,
         overrides=layout.overrides,
         prefix=layout.prefix,

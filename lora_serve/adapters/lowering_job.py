@@ -6,6 +6,7 @@ The files are untrusted, so this runs in no process that another one needs to li
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -21,11 +22,12 @@ from lora_serve.adapters.finite import check_finite
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.adapters.formats.report import complete
 from lora_serve.adapters.lowered_file import Summary
-from lora_serve.adapters.store.records import KEPT, VersionRecord, describe_folder
+from lora_serve.adapters.settings_check import read_settings
+from lora_serve.adapters.store.records import KEPT, UNTRUSTED, VersionRecord, describe_folder
 from lora_serve.adapters.traits import traits
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import AdapterBroken, AdapterInvalid, TooLarge
-from lora_serve.names import ARCHIVE, CONFIG, WEIGHTS
+from lora_serve.names import ARCHIVE, CONFIG, SETTINGS, WEIGHTS
 
 
 class LoweringJob(msgspec.Struct, frozen=True):
@@ -38,6 +40,7 @@ class LoweringJob(msgspec.Struct, frozen=True):
         move: whether the files may be moved out of `folder` instead of copied.
         version: the record of a version of the store that is lowered again, of which only the lowered file is written.
         vocabulary: as in `VersionRecord`, where it is known and the tokenizer does not come with the files.
+        trust_settings: whether an administrator vouches for the adapter's `serve.yaml`; otherwise it does not count.
     """
 
     folder: str
@@ -45,6 +48,7 @@ class LoweringJob(msgspec.Struct, frozen=True):
     move: bool = False
     version: VersionRecord | None = None
     vocabulary: str = ""
+    trust_settings: bool = False
 
 
 class LoweredVersion(msgspec.Struct, frozen=True):
@@ -91,9 +95,10 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
         raise (AdapterInvalid if job.version is None else AdapterBroken)(describe_missing(names))
     vocabulary = job.vocabulary or vocabulary_digest(source) if job.version is None else job.version.vocabulary
     folder = source
+    kept = KEPT if job.trust_settings or job.version is not None else UNTRUSTED
     if staged is not None and job.version is None:
-        folder = _stage(source, staged, move=job.move)
-    record = describe_folder(folder, vocabulary)
+        folder = _stage(source, staged, kept, move=job.move)
+    record = describe_folder(folder, vocabulary, kept)
     if job.version is not None and record.digest != job.version.digest:
         raise AdapterBroken("its stored files are not those that were published")
     read = checkpoint.read(
@@ -103,6 +108,11 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
     check_finite(lowered, context.dtype)
     _check_size(lowered, context)
     own_traits, report = traits(lowered, context.base), complete(lowered, read, context.base)
+    settings = None
+    if SETTINGS in record.files:
+        settings = read_settings(folder)
+    elif SETTINGS in names:
+        report["warnings"].append(f"its {SETTINGS} is ignored: it counts only if it is published with trust_settings")
     adapter = flatten(record.digest, lowered, context.dtype)
     description = lowered_file.describe(
         adapter,
@@ -111,6 +121,7 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
         file_bytes=read.file_bytes,
         report=report,
         traits=own_traits,
+        settings=settings,
     )
     if staged is not None:
         lowered_file.write(staged, adapter, description)
@@ -126,9 +137,9 @@ def _unpack(folder: Path, most: int) -> Path:
     return unpacked
 
 
-def _stage(source: Path, staged: Path, *, move: bool) -> Path:
+def _stage(source: Path, staged: Path, kept: Sequence[str], *, move: bool) -> Path:
     """Move or copy the files that are kept, so that what is read is what is stored."""
-    for name in KEPT:
+    for name in kept:
         path = source / name
         if path.is_symlink():
             raise AdapterInvalid(f"{name} is a link")
@@ -155,7 +166,8 @@ def _release() -> str:
     sources = [
         *sorted((adapters / "formats").glob("*.py")),
         *(adapters / name for name in ("adapter.py", "checkpoint.py", "finite.py", "lowered_file.py")),
-        *(adapters / name for name in ("lowering_job.py", "pooling_config.py", "traits.py")),
+        *(adapters / name for name in ("lowering_job.py", "pooling_config.py", "settings_check.py", "traits.py")),
+        package / "serve_settings.py",
         kernels / "packed_weight.py",
         model / "checkpoint_files.py",
         model / "checkpoint_weights.py",

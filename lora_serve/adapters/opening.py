@@ -102,7 +102,13 @@ def open_store(
 
 
 def publish_folders(
-    registry: Registry, operations: AdapterChanges, residency: Residency, folder: Path, progress: Progress
+    registry: Registry,
+    operations: AdapterChanges,
+    residency: Residency,
+    folder: Path,
+    progress: Progress,
+    *,
+    trust_settings: bool = False,
 ) -> list[str]:
     """Publish every PEFT folder in `folder` under its own name, unless unchanged; returns notes for the operator."""
     results: dict[str, AdapterInfo | ServeError] = {}
@@ -112,7 +118,7 @@ def publish_folders(
         try:
             if not (path / CONFIG).exists():
                 continue
-            source = folder_source(path)
+            source = folder_source(path, trust_settings=trust_settings)
         except OSError as error:
             unreadable[path] = f"it cannot be read: {error.strerror}"
             continue
@@ -126,8 +132,11 @@ def publish_folders(
             results[path.name] = result
             progress(len(results), len(changed))
 
+        operation = Publish(
+            path.name, str(path), replace=True, source=source, local=True, trust_settings=trust_settings
+        )
         try:
-            operations.publish(Publish(path.name, str(path), replace=True, source=source, local=True), done)
+            operations.publish(operation, done)
         except ServeError as error:
             done(error)
 

@@ -7,6 +7,7 @@ operations also raise ServeErrors. Those that change what a name refers to, or h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from heapq import nsmallest
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from lora_serve.messages import AdapterFiles, AdapterInfo, Inspect, LocateFiles,
 from lora_serve.names import check_adapter_name, shorten
 from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import AdapterUse
+
+PAGE = 50  # adapters that are described at once: the engine computes nothing else meanwhile
 
 
 class AdapterChanges(Protocol):
@@ -57,18 +60,23 @@ class AdapterOperations:
         def on_lowered(version: LoweredVersion) -> None:
             done(describe_upload(version.summary))
 
-        self._publisher.inspect(Path(operation.folder), if_successful(on_lowered, done))
+        self._publisher.inspect(
+            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+        )
 
     def names(self) -> Iterator[str]:
         """The names of listed adapters and of aliases; of those that cannot be served as well."""
-        yield from (name for name, record in self._residency.names.items() if not record.unlisted)
-        yield from (name for name in self._publisher.broken if name not in self._residency.names)
+        yield from self._listed()
         yield from self.aliases.names()
 
-    def describe_all(self) -> list[AdapterInfo]:
-        """All adapters that are listed, by name; those that cannot be served as well."""
-        listed = {name for name, record in self._residency.names.items() if not record.unlisted}
-        return [self.describe(name) for name in sorted(listed | self._publisher.broken.keys())]
+    def describe_some(self, after: str) -> list[AdapterInfo]:
+        """The next listed adapters by name; those that cannot be served as well."""
+        return [self.describe(name) for name in nsmallest(PAGE, (name for name in self._listed() if name > after))]
+
+    def count(self) -> tuple[int, int]:
+        """How many adapters are listed, and how many of them cannot be served."""
+        listed = [*self._listed()]
+        return len(listed), sum(self.describe(name).broken is not None for name in listed)
 
     def describe(self, name: str) -> AdapterInfo:
         """The state of one adapter. Raises AdapterNotFound."""
@@ -170,7 +178,9 @@ class AdapterOperations:
 
             self.store_staged(name, staged, record_now, done)
 
-        self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done))
+        self._publisher.lower(
+            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+        )
 
     def store_staged(self, name: str, staged: StagedVersion, record_now: Callable[[], NameRecord], done: Done) -> None:
         """Store a lowered version, and let a name, whose turn it is, refer to what `record_now` says then."""
@@ -251,6 +261,11 @@ class AdapterOperations:
             return None if record.unlisted else record.versions[0]
         stored = self._publisher.stored(name)
         return None if name not in self._publisher.broken else "" if stored is None else stored.versions[0]
+
+    def _listed(self) -> Iterator[str]:
+        names, broken = self._residency.names, self._publisher.broken
+        yield from (name for name, record in names.items() if not record.unlisted or name in broken)
+        yield from (name for name in broken if name not in names)
 
     def _check_unaliased(self, name: str) -> None:
         """Check that no alias needs an adapter. Raises AdapterBusy that names those that do."""

@@ -56,7 +56,14 @@ class Publisher:
 
     # --- lowering ------------------------------------------------------------------------------------------------
 
-    def lower(self, folder: Path, done: Callable[[StagedVersion | ServeError], None], vocabulary: str = "") -> None:
+    def lower(
+        self,
+        folder: Path,
+        done: Callable[[StagedVersion | ServeError], None],
+        vocabulary: str = "",
+        *,
+        trust_settings: bool = False,
+    ) -> None:
         """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied.
 
         Args:
@@ -65,19 +72,21 @@ class Publisher:
 
         def work() -> StagedVersion:
             try:
-                job = LoweringJob(str(folder), move=self._store.is_staged(folder), vocabulary=vocabulary)
-                return self._lower(job)
+                job = self._job(folder, trust_settings)
+                return self._lower(msgspec.structs.replace(job, vocabulary=vocabulary))
             finally:
                 self._remove_staged(folder)
 
         self._workers.lower(work, done)
 
-    def inspect(self, folder: Path, done: Callable[[LoweredVersion | ServeError], None]) -> None:
+    def inspect(
+        self, folder: Path, done: Callable[[LoweredVersion | ServeError], None], *, trust_settings: bool = False
+    ) -> None:
         """Lower a folder of PEFT files without keeping anything; a folder in staging is removed."""
 
         def work() -> LoweredVersion:
             try:
-                return self._compiler.lower(LoweringJob(str(folder), move=self._store.is_staged(folder)))
+                return self._compiler.lower(self._job(folder, trust_settings))
             finally:
                 self._remove_staged(folder)
 
@@ -204,6 +213,9 @@ class Publisher:
 
     def close(self) -> None:
         self._store.close()
+
+    def _job(self, folder: Path, trust_settings: bool) -> LoweringJob:
+        return LoweringJob(str(folder), move=self._store.is_staged(folder), trust_settings=trust_settings)
 
     def _lower(self, job: LoweringJob) -> StagedVersion:
         """Lower an adapter into a new folder in staging."""

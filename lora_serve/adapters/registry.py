@@ -22,7 +22,7 @@ from lora_serve.adapters.store.records import NameRecord
 from lora_serve.adapters.traits import Traits
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, AdapterNotFound, ServeError
-from lora_serve.messages import Stats
+from lora_serve.messages import ResolvedAdapter, Stats
 from lora_serve.names import adapter_broken, adapter_not_found
 from lora_serve.request import AdapterUse, Routing
 
@@ -38,6 +38,7 @@ class Lease:
     weight: float
     traits: Traits = field(default_factory=Traits)
     number: int = 0
+    settings_missing: bool = False  # it has settings, by which the request was not made
 
 
 class Registry:
@@ -62,6 +63,8 @@ class Registry:
         self.memory = AdapterMemory(residency, device_slots, publisher, workers, self._on_load_ended, clock)
         self._residency, self._publisher, self._workers = residency, publisher, workers
         self._impossible = False  # whether requests may have become impossible
+        self._some_settings = False  # whether any version has had settings
+        self._changes = time.time_ns()  # of names, counted from a number that no engine before has come to
 
     def __repr__(self) -> str:
         return f"<Registry {self._residency!r}>"
@@ -73,12 +76,7 @@ class Registry:
 
         Raises AdapterNotFound, BadRequest for an ambiguous version, AdapterBroken.
         """
-        alias, use = use.name, self._resolve(use, routing)
-        self._publisher.check_not_broken(use.name)
-        try:
-            version = self._residency.find(use)
-        except AdapterNotFound as error:
-            raise alias_broken(alias, error.message) if alias != use.name else error from None
+        use, version = self._find(use, routing)
         if version.failure is not None:
             if version.leases:  # of requests that are being ended for it
                 raise _named(version, version.failure)
@@ -86,7 +84,13 @@ class Registry:
         version.last_used = time.time()
         self.memory.record_use(version)
         number = self._residency.lease(version)
-        return Lease(use.name, version.digest, use.weight, version.summary.traits, number)
+        settings_missing = version.summary.settings is not None and not use.settings_applied
+        return Lease(use.name, version.digest, use.weight, version.summary.traits, number, settings_missing)
+
+    def resolve(self, use: AdapterUse, routing: Routing = NO_ROUTING) -> ResolvedAdapter:
+        """The version that `acquire` would lease, and its settings. Raises as that does."""
+        use, version = self._find(use, routing)
+        return ResolvedAdapter(use.name, version.digest, version.summary.settings)
 
     def release(self, lease: Lease) -> None:
         """Release a lease; after the last one, free a version that is unnamed or marked for eviction."""
@@ -141,6 +145,11 @@ class Registry:
         """Lower-case names of the headers that aliases go by."""
         return self._residency.aliases.sticky_headers
 
+    @property
+    def settings_state(self) -> int:
+        """Another number whenever what an adapter's name stands for changes; 0 while no version has had settings."""
+        return self._changes if self._some_settings else 0
+
     def bytes(self, digest: str) -> int:
         """Size of a version in memory."""
         return self._residency.versions[digest].bytes
@@ -154,6 +163,7 @@ class Registry:
         stats.pinned = residency.current_names(residency.versions[digest] for digest in residency.pinned)
         stats.adapters = sum(not record.unlisted for record in self._residency.names.values())
         stats.sticky_headers = self.sticky_headers
+        stats.settings_state = self.settings_state
         self.memory.fill_stats(stats)
 
     # --- changes of names, by operations and at start ------------------------------------------------------------
@@ -161,6 +171,8 @@ class Registry:
     def add_version(self, summary: Summary, created: float) -> None:
         """Add a stored version, to which a name is about to refer."""
         known = self._residency.versions.get(summary.digest)
+        if summary.settings is not None:
+            self._some_settings = True
         if known is None:
             self._residency.versions[summary.digest] = Version(summary, created)
         else:
@@ -169,6 +181,7 @@ class Registry:
     def set_name(self, name: str, record: NameRecord | None) -> None:
         """Let a name refer to a record's versions, or to nothing; free versions that nothing refers to any more."""
         before = self._residency.names.get(name)
+        self._changes += 1
         self._residency.apply(name, record)
         for digest in () if before is None else before.versions:
             self.free_if_unused(self._residency.versions[digest])
@@ -207,9 +220,16 @@ class Registry:
 
     # --- parts of these ------------------------------------------------------------------------------------------
 
-    def _resolve(self, use: AdapterUse, routing: Routing) -> AdapterUse:
-        """The adapter that a request gets where it names an alias."""
-        return use if use.name in self._residency.names else self._residency.aliases.resolve(use, routing)
+    def _find(self, use: AdapterUse, routing: Routing) -> tuple[AdapterUse, Version]:
+        """The adapter and version that a request gets, also where it names an alias."""
+        alias = use.name
+        if alias not in self._residency.names:
+            use = self._residency.aliases.resolve(use, routing)
+        self._publisher.check_not_broken(use.name)
+        try:
+            return use, self._residency.find(use)
+        except AdapterNotFound as error:
+            raise alias_broken(alias, error.message) if alias != use.name else error from None
 
     def _on_load_ended(self, version: Version) -> None:
         self._impossible |= version.failure is not None

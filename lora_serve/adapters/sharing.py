@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_serve.adapters.catalog_follower import CatalogFollower
+from lora_serve.adapters.catalog_steps import CatalogSteps
 from lora_serve.adapters.operation_queue import Done, OperationQueue, if_successful, next_step
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher, StagedVersion
@@ -69,7 +70,8 @@ class SharedOperations:
         self._shared, self._operations, self._residency = shared, operations, residency
         self._registry, self._publisher, self._workers = registry, publisher, workers
         self._base_name, self._keep, self._clock = base_name, keep_versions, clock
-        self._follower = CatalogFollower(shared, operations, registry, residency, publisher, workers, base_name)
+        steps = CatalogSteps(shared, operations, registry, residency, publisher, workers, base_name)
+        self._follower = CatalogFollower(steps, residency, publisher)
         self._order = OperationQueue()  # of changes on each name; that of `operations` is of what is done here
         self._problem: str | None = None  # why the catalog could not be read
         self._read_at = clock()  # when it was read last
@@ -177,7 +179,9 @@ class SharedOperations:
         def on_read(catalog: Catalog) -> None:
             check_may_publish(catalog, name, replace=operation.replace, precondition=operation.precondition)
             self._check_free_here(name, catalog, replace=operation.replace)
-            self._publisher.lower(Path(operation.folder), if_successful(on_lowered, done))
+            self._publisher.lower(
+                Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+            )
 
         def on_lowered(staged: StagedVersion) -> None:
             summary = staged.version.summary

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized
+from lora_serve.api.auth import AdapterName, AdministeredAdapter, Administrator, Authorized, authorize
 from lora_serve.api.caller import Caller
 from lora_serve.api.content_type import is_json
 from lora_serve.api.etags import Conditions, KnownTags, adapter_etag, tagged
 from lora_serve.api.json_body import JSONRoute
+from lora_serve.api.openai.preprocess import similar_names
 from lora_serve.api.openapi import UNCHANGED, documented
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.api.source_body import receive_from_source, source_schema
+from lora_serve.api.source_body import TRUST, receive_from_source, source_schema
 from lora_serve.api.upload import ReceivedUpload, receive_upload
-from lora_serve.errors import BadRequest
+from lora_serve.api.uploaded_settings import check_uploaded_settings
+from lora_serve.api.visible_adapters import usable_adapters
+from lora_serve.errors import AdapterNotFound, BadRequest
 from lora_serve.messages import (
     AdapterInfo,
     DeleteAdapter,
@@ -32,7 +35,6 @@ from lora_serve.messages import (
     EvictAdapter,
     Inspect,
     Inspection,
-    ListAdapters,
     LoadAdapter,
     PinAdapter,
     Publish,
@@ -41,6 +43,8 @@ from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(prefix="/v1", tags=["adapters"], route_class=JSONRoute)
 
+Limit = Annotated[int | None, Query(ge=1, le=1000, description="how many; else all")]
+After = Annotated[str, Query(max_length=64, description="the name after which they come")]
 Info = dict[str, Any]  # JSON form of `messages.AdapterInfo` or `Inspection`
 
 
@@ -49,6 +53,8 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
     binary = {"type": "string", "format": "binary"}
     fields: dict[str, Any] = {"name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"}} if name else {}
     files = fields | {"files": {"type": "array", "items": binary}, "archive": binary}
+    files["trust_settings"] = {"type": "string", "enum": ["true", "false"], "description": TRUST}
+    files["settings"] = {"type": "string", "description": "the text of a serve.yaml, in place of the adapter's own"}
     schema = {"type": "object", "properties": files, "required": list(required), "additionalProperties": False}
     schema["oneOf"] = [{"required": ["files"]}, {"required": ["archive"]}]
     content = {"multipart/form-data": {"schema": schema}, "application/json": {"schema": source_schema(name=name)}}
@@ -56,10 +62,13 @@ def _upload_schema(*required: str, name: bool = True) -> dict[str, Any]:
 
 
 class AdapterList(msgspec.Struct, frozen=True):
-    """All adapters that a key may use, by name."""
+    """Adapters that a key may use, by name; `last_id` is what `after` takes for the next ones."""
 
     object: Literal["list"]
     data: list[AdapterInfo]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class DeletedAdapter(msgspec.Struct, frozen=True):
@@ -125,7 +134,8 @@ async def inspect(request: Request, services: ServicesDep, caller: Administrator
 
     async with _receive(request, services, caller, check) as upload:
         check(upload.name)
-        return await _call(services, Inspect(str(upload.folder)))
+        await check_uploaded_settings(upload, services, caller)
+        return await _call(request, services, Inspect(str(upload.folder), upload.trust_settings))
 
 
 @router.put(
@@ -152,16 +162,23 @@ async def publish_version(
 
 
 @router.get("/adapters", responses=documented(AdapterList))
-async def list_adapters(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
-    """All adapters that this key may use, sorted by name."""
-    found = await services.engine.call(ListAdapters())
-    return {"object": "list", "data": [info for info in found if caller.may_use(info["name"])]}
+async def list_adapters(
+    services: ServicesDep, caller: Authorized, limit: Limit = None, after: After = ""
+) -> dict[str, Any]:
+    """The adapters that this key may use, sorted by name: all of them, or so many after a name."""
+    found = await usable_adapters(services, caller, after, None if limit is None else limit + 1)
+    shown = found[:limit]
+    ends = {"first_id": shown[0].name, "last_id": shown[-1].name} if shown else {"first_id": None, "last_id": None}
+    data = [msgspec.to_builtins(info) for info in shown]
+    return {"object": "list", "data": data, **ends, "has_more": len(found) > len(shown)}
 
 
 @router.get("/adapters/{name}", response_class=Response, responses=documented(AdapterInfo, 404, etag=True) | UNCHANGED)
-async def show(name: AdapterName, services: ServicesDep, caller: Authorized, known: KnownTags) -> Response:
-    """One adapter: its versions, the tiers they are in, their sizes, and the report on each."""
-    info = await _call(services, DescribeAdapter(caller.check_may_use(name)))
+async def show(
+    name: AdapterName, request: Request, services: ServicesDep, caller: Authorized, known: KnownTags
+) -> Response:
+    """One adapter: its versions, the tiers they are in, their sizes, and the report and settings of each."""
+    info = await _call(request, services, DescribeAdapter(caller.check_may_use(name)))
     return tagged(info, adapter_etag(info), known)
 
 
@@ -195,12 +212,15 @@ async def delete(
 ) -> dict[str, Any]:
     """Unlist an adapter now; its memory and files are freed when the last request that uses it has ended."""
     record_of(request.scope).changes.append(Change("delete", name))
-    await services.engine.call(DeleteAdapter(name, conditions))
+    await _call(request, services, DeleteAdapter(name, conditions))
     return {"name": name, "deleted": True}
 
 
 async def _publish(request: Request, services: Services, operation: Publish, upload: ReceivedUpload) -> Response:
-    operation = msgspec.structs.replace(operation, source=upload.source, digest=upload.digest)
+    await check_uploaded_settings(upload, services, authorize(request))
+    operation = msgspec.structs.replace(
+        operation, source=upload.source, digest=upload.digest, trust_settings=upload.trust_settings
+    )
     info = await _change(request, services, "publish", operation)
     return tagged(info, adapter_etag(info), status=201)
 
@@ -211,13 +231,21 @@ async def _change(
     """Run an operation that changes an adapter, and record it for the audit log, with the version that it is about."""
     changes = record_of(request.scope).changes
     changes.append(Change(action, operation.name))
-    info = await _call(services, operation)
+    info = await _call(request, services, operation)
     changes[-1] = Change(action, operation.name, info["versions"][0]["digest"])
     return info
 
 
 async def _call(
-    services: Services, operation: Publish | Inspect | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter
+    request: Request,
+    services: Services,
+    operation: Publish | Inspect | DescribeAdapter | LoadAdapter | EvictAdapter | PinAdapter | DeleteAdapter,
 ) -> Info:
-    info: Info = await services.engine.call(operation)
+    try:
+        info: Info = await services.engine.call(operation)
+    except AdapterNotFound as error:
+        if isinstance(operation, Publish | Inspect):
+            raise
+        similar = await similar_names(operation.name, services, authorize(request))
+        raise AdapterNotFound(error.message + similar, param=error.param) from None
     return info

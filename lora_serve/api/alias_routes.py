@@ -98,8 +98,8 @@ async def list_aliases(services: ServicesDep, caller: Authorized) -> dict[str, A
 @router.get("/aliases/{name}", response_class=Response, responses=documented(AliasInfo, 404, etag=True) | UNCHANGED)
 async def show_alias(name: UsableAlias, services: ServicesDep, caller: Authorized, known: KnownTags) -> Response:
     """One alias: its targets that this key may use, with whole digests of versions, weights, what it sticks to."""
-    info = msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo)
-    return tagged(msgspec.to_builtins(as_seen_by(caller, info)), info.etag, known)
+    info = as_seen_by(caller, msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo))
+    return tagged(msgspec.to_builtins(info), info.etag, known)
 
 
 @router.put("/aliases/{name}", response_class=Response, responses=documented(AliasInfo, 404, 409, 412, 507, etag=True))

@@ -54,6 +54,7 @@ STATUS = {
     "server_error": 500,
     "model_unsupported": 500,
     "unavailable": 503,
+    "settings_not_applied": 503,
     "partly_applied": 503,  # of several replicas
     "storage_full": 507,
     "store_unusable": 507,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
@@ -24,8 +24,9 @@ from lora_serve.api.openapi import errors
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.upload import staging_folder
+from lora_serve.api.visible_adapters import usable_adapters
 from lora_serve.errors import AdapterExists, BadRequest, ServeError
-from lora_serve.messages import DeleteAdapter, ListAdapters, PinAdapter, Publish, UnloadAdapter
+from lora_serve.messages import DeleteAdapter, PinAdapter, Publish, UnloadAdapter
 from lora_serve.names import NAME_PATTERN, check_name
 
 router = APIRouter(tags=["adapters"], route_class=JSONRoute)
@@ -136,13 +137,9 @@ async def _unload(name: str, services: Services, caller: Caller) -> None:
 
 
 async def _list(services: Services, caller: Caller) -> SGLangLoras:
-    infos: list[dict[str, Any]] = await services.engine.call(ListAdapters())
+    found = await usable_adapters(services, caller)
     return SGLangLoras(
-        loaded_adapters={
-            info["name"]: f"{info['name']}@{info['versions'][0]['digest']}"
-            for info in infos
-            if info["broken"] is None and caller.may_use(info["name"])
-        }
+        loaded_adapters={info.name: f"{info.name}@{info.versions[0].digest}" for info in found if info.broken is None}
     )
 
 

@@ -16,6 +16,7 @@ from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
 from lora_serve.api.openai.item_memory import ItemMemory
 from lora_serve.api.quotas import Quotas
+from lora_serve.api.settings_cache import SettingsCache
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig
@@ -75,6 +76,7 @@ class Services:
         files: training data, by key.
         sources: what fetches adapters that are not published.
         items: output items that an input of `/v1/responses` may refer to.
+        settings: what is known of adapters with settings.
     """
 
     engine: EngineProtocol
@@ -89,6 +91,7 @@ class Services:
     sources: SourceFetches
     quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)
+    settings: SettingsCache = field(default_factory=SettingsCache)
 
     @property
     def staging(self) -> Path:

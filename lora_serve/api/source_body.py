@@ -21,6 +21,7 @@ from lora_serve.names import NAME_PATTERN
 LONGEST_BODY = 8192
 LONGEST_SOURCE = 1024
 DIGEST = "[0-9a-f]{8,64}"
+TRUST = "let the adapter's serve.yaml count: its system prompt, chat template, tokens and defaults"
 
 
 @asynccontextmanager
@@ -42,9 +43,12 @@ async def receive_from_source(
     if not isinstance(body, dict):
         raise BadRequest("the body must be an object")
     for field, value in body.items():
-        if field not in ("name", "source", "digest"):
+        if field not in ("name", "source", "digest", "trust_settings"):
             raise unknown_field(field)
-        if not isinstance(value, str):
+        if field == "trust_settings":
+            if not isinstance(value, bool):
+                raise BadRequest("trust_settings must be true or false", param=field)
+        elif not isinstance(value, str):
             raise BadRequest(f"{field} must be a string", param=field)
     if not (source := body.get("source")) or len(source) > LONGEST_SOURCE:
         raise BadRequest(f"source must be a string of 1 to {LONGEST_SOURCE} characters", param="source")
@@ -60,7 +64,7 @@ async def receive_from_source(
         raise Forbidden("this key may not fetch that adapter", param="source")
     check_sent(sent)
     async with sources.fetch_for_admin(location, wanted) as folder:
-        yield ReceivedUpload(sent, folder, location.label, digest)
+        yield ReceivedUpload(sent, folder, location.label, digest, body.get("trust_settings", False))
 
 
 def source_schema(*, name: bool) -> dict[str, Any]:
@@ -73,6 +77,7 @@ def source_schema(*, name: bool) -> dict[str, Any]:
             "description": "NAME of a source of the server, NAME/PATH in it, or a URL in it",
         },
         "digest": {"type": "string", "pattern": f"^{DIGEST}$", "description": "refuse any other version"},
+        "trust_settings": {"type": "boolean", "description": TRUST},
     }
     return {"type": "object", "properties": fields, "required": ["source"], "additionalProperties": False}
 

@@ -24,7 +24,8 @@ from lora_serve.adapter_files import ADAPTER_FILES, describe_missing
 from lora_serve.adapters import archive
 from lora_serve.api.multipart import LONGEST_FIELD, Form, receive_form, unknown_field
 from lora_serve.errors import BadRequest, StorageFull
-from lora_serve.names import CONFIG, POOLING, WEIGHTS
+from lora_serve.names import CONFIG, POOLING, SETTINGS, WEIGHTS
+from lora_serve.serve_settings import MOST_BYTES
 
 MOST_FILES = 64
 # Folders in which sentence-transformers keeps the configuration of what follows the transformer.
@@ -36,13 +37,14 @@ class ReceivedUpload:
     """What is to be published: the name, if sent, and a new folder with the adapter's files.
 
     From a source (`source_body.py`) the folder may hold an archive; `source` is where it was fetched from, and `digest`
-    what the version's must begin with. Both are empty for a form.
+    what the version's must begin with. Both are empty for a form. `trust_settings`: its `serve.yaml` counts.
     """
 
     name: str | None
     folder: Path
     source: str = ""
     digest: str = ""
+    trust_settings: bool = False
 
 
 @asynccontextmanager
@@ -97,14 +99,14 @@ async def receive_upload(
 
 
 class _AdapterForm(Form):
-    """A name, and files or one archive: writes these to disk."""
+    """A name, and files or one archive, which are written to disk; and what is said about the adapter's settings."""
 
     def __init__(self, root: Path, most: int) -> None:
         super().__init__(most)
         self._archive = root / "archive"
         self._folder = root / "adapter"
         self._folder.mkdir()
-        self._name: bytes | None = None
+        self._texts: dict[str, bytearray] = {}  # of the fields that are no files
         self._files: set[str] = set()  # sent so far, including those that are left out
         self._open: IO[bytes] | None = None
         self._field = ""
@@ -112,10 +114,10 @@ class _AdapterForm(Form):
     def begin_part(self, field: str, file_name: str) -> None:
         self._field = field
         match field:
-            case "name":
-                if self._name is not None:
-                    raise BadRequest("name was sent twice", param="name")
-                self._name = b""
+            case "name" | "trust_settings" | "settings":
+                if field in self._texts:
+                    raise BadRequest(f"{field} was sent twice", param=field)
+                self._texts[field] = bytearray()
             case "archive":
                 if self._archive.exists():
                     raise BadRequest("send one archive only", param="archive")
@@ -126,10 +128,10 @@ class _AdapterForm(Form):
                 raise unknown_field(field)
 
     def part_data(self, piece: memoryview) -> None:
-        if self._field == "name":
-            self._name = (self._name or b"") + piece
-            if len(self._name) > LONGEST_FIELD:
-                raise BadRequest("the name is too long", param="name")
+        if (text := self._texts.get(self._field)) is not None:
+            text += piece
+            if len(text) > (MOST_BYTES if self._field == "settings" else LONGEST_FIELD):
+                raise BadRequest(f"the {self._field} is too long", param=self._field)
         elif self._open is not None:
             self._open.write(piece)
 
@@ -149,7 +151,20 @@ class _AdapterForm(Form):
             raise BadRequest("the adapter is missing: send files, or one archive", param="files")
         elif not {CONFIG, WEIGHTS} <= self._files:
             raise BadRequest(describe_missing(self._files), param="files")
-        return ReceivedUpload(None if self._name is None else self._name.decode(errors="replace"), self._folder)
+        name, settings = self._texts.get("name"), self._texts.get("settings")
+        if settings is not None:
+            (self._folder / SETTINGS).write_bytes(settings)
+        return ReceivedUpload(
+            None if name is None else name.decode(errors="replace"),
+            self._folder,
+            trust_settings=self._trusts_settings() or settings is not None,
+        )
+
+    def _trusts_settings(self) -> bool:
+        given = self._texts.get("trust_settings", b"false")
+        if given not in (b"true", b"false"):
+            raise BadRequest("trust_settings must be true or false", param="trust_settings")
+        return given == b"true"
 
     def _begin_file(self, name: str, path: str) -> None:
         if not path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from lora_serve.adapters.registry import Lease, Registry
-from lora_serve.engine.admission import check, pooling_of
+from lora_serve.engine.admission import check, check_settings, pooling_of
 from lora_serve.engine.grammar_compiler import CompiledGrammar, Done, GrammarCompiler
 from lora_serve.engine.pooling import EmbeddingSums
 from lora_serve.engine.runner import SequenceOutput
@@ -184,6 +184,7 @@ class ActiveRequests:
         try:
             for use in request.adapters:
                 leases.append(self._registry.acquire(use, request.routing))
+            check_settings(request, leases)
             check(request, leases, self._info)
             self._registry.check_possible([lease.digest for lease in leases])
         except ServeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lora_serve.adapters.registry import Lease
-from lora_serve.errors import BadRequest, ContextExceeded
+from lora_serve.errors import BadRequest, ContextExceeded, SettingsNotApplied
 from lora_serve.messages import EngineInfo
 from lora_serve.names import MODULES, POOLING
 from lora_serve.request import MOST_ADAPTERS, EmbeddingParams, Pooling, Request
@@ -42,6 +42,13 @@ def pooling_of(request: Request, leases: Sequence[Lease], info: EngineInfo) -> P
         return None
     own = leases[0].traits.pooling if leases else None
     return own or info.pooling or Pooling()
+
+
+def check_settings(request: Request, leases: Sequence[Lease]) -> None:
+    """Check that a request to generate was made by the settings of its adapters. Raises SettingsNotApplied."""
+    missing = next((lease.name for lease in leases if lease.settings_missing), None)
+    if missing is not None and request.embedding is None:
+        raise SettingsNotApplied(f"adapter {missing} was replaced while the request began; ask again", retry_after=1)
 
 
 def _check_composition(leases: Sequence[Lease]) -> None:

@@ -20,7 +20,8 @@ from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors, bytes_per_token
 from lora_serve.model.base import ResidentBase
-from lora_serve.model.load import LoadedModel, load
+from lora_serve.model.load import load
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import blocks_needed, refusing
 from lora_serve.model.tensor_parallel import TensorParallel
 

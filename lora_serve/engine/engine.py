@@ -54,6 +54,7 @@ from lora_serve.messages import (
     Publish,
     PutAlias,
     Reply,
+    ResolveAdapters,
     Stats,
     StepReport,
     UnloadAdapter,
@@ -108,7 +109,7 @@ class Engine:
         self._clock = clock
         self._steps = 0
         self._queue_times = QueueTimes()
-        self._sticky_headers: list[str] = []  # that the API was told of
+        self._told: tuple[list[str], int] = [], 0  # what the API must know before it sends another request
         self._stalled = True  # nothing can run until a message or a finished load changes that
 
     @classmethod
@@ -180,7 +181,7 @@ class Engine:
         if self._draining is not None and not self._requests:
             self._replies += [Reply(call) for call in self._draining]
             self._draining = []
-        return Update(self._requests.take_events(), self._stats_of_aliases(), report)
+        return Update(self._requests.take_events(), self._stats_of_names(), report)
 
     def _step(self) -> StepReport | None:
         """Schedule, launch, sample, process the outputs."""
@@ -240,11 +241,15 @@ class Engine:
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
-    def _stats_of_aliases(self) -> Stats | None:
-        """Statistics if aliases go by other headers than were told: before the reply to who changed that."""
-        if self._registry.sticky_headers == self._sticky_headers:
+    def _stats_of_names(self) -> Stats | None:
+        """Statistics if aliases go by other headers than were told, or settings may have changed.
+
+        They come before the reply to who changed that.
+        """
+        now = self._registry.sticky_headers, self._registry.settings_state
+        if now == self._told:
             return None
-        self._sticky_headers = self._registry.sticky_headers
+        self._told = now
         return self.stats()
 
     def _end_impossible(self) -> None:
@@ -288,8 +293,8 @@ class Engine:
                 operations.publish(call.operation, done)
             case Inspect():
                 operations.inspect(call.operation, done)
-            case ListAdapters():
-                done(operations.describe_all())
+            case ListAdapters(after):
+                done(operations.describe_some(after))
             case DescribeAdapter(name):
                 done(operations.describe(name))
             case LoadAdapter(name):
@@ -302,6 +307,8 @@ class Engine:
                 operations.delete(name, done, precondition)
             case UnloadAdapter(name):
                 operations.unload(name, done)
+            case ResolveAdapters(adapters, routing):
+                done([self._registry.resolve(use, routing) for use in adapters])
             case LocateFiles():
                 done(operations.locate(call.operation))
             case PutAlias():

@@ -40,7 +40,7 @@ from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.kv.pool import BlockPool
 from lora_serve.messages import EngineInfo
 from lora_serve.model.fingerprint import base_fingerprint
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _build_parts(
         prefix_cache=config.prefix_cache,
     )
     compiler.is_busy = lambda: bool(scheduler.running)
-    listed = operations.describe_all()
+    listed, broken = operations.count()
     info = EngineInfo(
         model=config.served_name(),
         root=config.model,
@@ -133,8 +133,8 @@ def _build_parts(
         eos_token_ids=loaded.eos_token_ids,
         kv_tokens=setup.blocks * config.kv_block_size,
         adapter_slots=config.adapter_slots,
-        adapters=len(listed),
-        broken_adapters=sum(each.broken is not None for each in listed),
+        adapters=listed,
+        broken_adapters=broken,
         parameters=loaded.parameters,
         created=loaded.created,
         generation_defaults=loaded.generation_defaults,
@@ -200,11 +200,13 @@ def _open_adapters(
         notes += shared.start(report)
     if config.adapters is not None:
         changes = shared or operations
-        scanner = FolderScanner(config.adapters)
+        folder, trust = config.adapters, config.trust_settings
+        scanner = FolderScanner(folder, trust_settings=trust)
         first = scanner.scan() or {}
-        notes += publish_folders(registry, changes, residency, config.adapters, report)
+        notes += publish_folders(registry, changes, residency, folder, report, trust_settings=trust)
         if config.watch:
-            workers.repeat(scanner.scan, FolderWatch(config.adapters, changes, residency, first).handle, SCAN_EVERY)
+            watch = FolderWatch(folder, changes, residency, first, trust_settings=trust)
+            workers.repeat(scanner.scan, watch.handle, SCAN_EVERY)
     return registry, operations, shared, compiler
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels.contract import Activation, DeltaGroup, Kernels, Layers, Segments
+from lora_serve.kernels.contract import Activation, DeltaGroup, Kernels, Layers, Rotation, Segments
 from lora_serve.kernels.packed_weight import PackedWeight
 
 
@@ -21,17 +21,9 @@ class ComposedOperations:
         return total, self.rms_norm(total, weight, eps, plus_one=plus_one)
 
     def rope_and_write_kv(
-        self: Kernels,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        kv_index: Tensor,
+        self: Kernels, rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, kv_index: Tensor
     ) -> Tensor:
-        queries, rotated = self.rope(q, k, cos, sin)
+        queries, rotated = self.rope(rotation.q, rotation.k, rotation.cos, rotation.sin)
         self.write_kv(keys, values, rotated[0].transpose(0, 1), v[0].transpose(0, 1), kv_index)
         return queries
 

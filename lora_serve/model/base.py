@@ -21,9 +21,10 @@ from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.batch import AdapterRows, Batch
 from lora_serve.model.cuda_graphs import CudaGraphs
 from lora_serve.model.forward_context import ForwardContext
+from lora_serve.model.host_weights import reading_host_weights
 from lora_serve.model.input_buffers import InputBuffers
 from lora_serve.model.install import install, pack
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.module_overrides import ModuleOverrides
 from lora_serve.model.quantization_note import quantization_note
 from lora_serve.model.recorded_steps import RecordedSteps
@@ -210,7 +211,7 @@ class ResidentBase:
             own = context.kv
             try:
                 context.kv = KVTensors(loaded.layers, blocks_needed(size), size, torch.float32, self._device)
-                with InFloat32(), eager_experts(self._model):
+                with InFloat32(), eager_experts(self._model), reading_host_weights(self._model, self._device):
                     check(self._eager, oracle, size, oracle.float32_tolerance)
             except torch.OutOfMemoryError as error:  # what is served needs less memory: see below
                 if loaded.parallel is not None:  # the other ranks wait in the middle of the check

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lora_serve.adapters.adapter import Prefix
-from lora_serve.kernels.contract import Kernels
+from lora_serve.kernels.contract import Kernels, Rotation
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model.batch import AdapterRows
 from lora_serve.model.input_buffers import InputBuffers
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """A rotary embedding that attention has still to apply: the arguments of `Kernels.rope`."""
-
-    q: Tensor
-    k: Tensor
-    cos: Tensor
-    sin: Tensor
 
 
 @dataclass

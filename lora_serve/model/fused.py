@@ -75,17 +75,21 @@ class FusedGatedMLP(nn.Module):
         return y
 
 
-def fuse(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Fuse all norms and MLPs that match a kernel, in place; module and parameter paths are unchanged."""
+def fuse(model: nn.Module, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> None:
+    """Fuse all norms and MLPs that match a kernel, in place; module and parameter paths are unchanged.
+
+    Args:
+        device: of the kernels and the norms; weights of linear modules may be elsewhere.
+    """
     for path, module in list(model.named_modules()):
-        fused = _fused_norm(module, dtype, kernels) or _fused_mlp(module, dtype, kernels)
+        fused = _fused_norm(module, dtype, device, kernels) or _fused_mlp(module, dtype, device, kernels)
         if fused is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, fused)
 
 
 @torch.inference_mode()
-def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedRMSNorm | None:
+def _fused_norm(module: nn.Module, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> FusedRMSNorm | None:
     own = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = own.get("weight")
@@ -95,9 +99,7 @@ def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fuse
         return None
     x = probe_rows(weight.shape[0])
     # Not the module's own weights: these may all be one or zero, which hides whether one is added to them.
-    inputs = [
-        each.to(weight.device, dtype) for each in (x, 0.6 + 0.5 * torch.randn(x.shape[-1], generator=probe_generator()))
-    ]
+    inputs = [each.to(device, dtype) for each in (x, 0.6 + 0.5 * torch.randn(x.shape[-1], generator=probe_generator()))]
 
     def original(x: Tensor, weight: Tensor) -> Tensor:
         twin = copy.deepcopy(module)
@@ -112,7 +114,7 @@ def _fused_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fuse
 
 
 @torch.inference_mode()
-def _fused_mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> FusedGatedMLP | None:
+def _fused_mlp(module: nn.Module, dtype: torch.dtype, device: torch.device, kernels: Kernels) -> FusedGatedMLP | None:
     if dict(module.named_children()).keys() != PARTS or dict(module.named_parameters(recurse=False)):
         return None
     gate, up = module.gate_proj, module.up_proj
@@ -121,7 +123,6 @@ def _fused_mlp(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> Fused
     width, inner, generator = 32, 48, probe_generator()
     weights = [torch.randn(inner, width, generator=generator) / width**0.5 for _ in range(2)]
     weights.append(torch.randn(width, inner, generator=generator) / inner**0.5)
-    device = next(gate.parameters()).device
     inputs = [each.to(device, dtype) for each in (probe_rows(width), *weights)]
 
     def small(weights: Sequence[Tensor]) -> nn.Module:

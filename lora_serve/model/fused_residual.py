@@ -37,22 +37,23 @@ class LayerParts:
     defaults: dict[str, Any]
 
 
-def fuse_residuals(model: nn.Module, dtype: torch.dtype) -> None:
+def fuse_residuals(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Fuse the residual additions of all layers that match, in place; module paths are unchanged."""
     for parent in list(model.modules()):
         for name, layers in parent.named_children():
             if isinstance(layers, nn.ModuleList):
-                _fuse_list(layers, [child for other, child in parent.named_children() if other != name], dtype)
+                beside = [child for other, child in parent.named_children() if other != name]
+                _fuse_list(layers, beside, dtype, device)
 
 
-def _fuse_list(layers: nn.ModuleList, beside: list[nn.Module], dtype: torch.dtype) -> None:
+def _fuse_list(layers: nn.ModuleList, beside: list[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
     """Fuse consecutive layers.
 
     Args:
         beside: the list's siblings. If one norm is among them, it is taken to follow the last layer: if it does not,
             a norm is computed that nobody reads, and nothing else.
     """
-    found = [_layer_parts(layer, dtype) for layer in layers]
+    found = [_layer_parts(layer, dtype, device) for layer in layers]
     last = [each for each in beside if isinstance(each, FusedRMSNorm)]
     for index, (layer, parts) in enumerate(zip(layers, found, strict=True)):
         if parts is None:
@@ -83,7 +84,7 @@ def add(norm: Any, x: Tensor, y: Tensor) -> Tensor:
     return norm.add(x, y) if isinstance(norm, FusedRMSNorm) else x + y
 
 
-def _layer_parts(layer: nn.Module, dtype: torch.dtype) -> LayerParts | None:
+def _layer_parts(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> LayerParts | None:
     """The parts of a layer of the pre-norm kind; None for any other."""
     children = [name for name, child in layer.named_children() if not isinstance(child, nn.Dropout)]
     norms = [name for name in children if isinstance(layer.get_submodule(name), FusedRMSNorm)]
@@ -100,7 +101,6 @@ def _layer_parts(layer: nn.Module, dtype: torch.dtype) -> LayerParts | None:
     needed = {name: value for name, value in sentinels.items() if name not in defaults}
     if any(each.kind is each.VAR_KEYWORD for each in signature):
         sentinels["another"] = object()
-    device = next(layer.parameters()).device
     for (attention, mlp), (first, second) in product(permutations(others), permutations(norms)):
         parts = LayerParts(attention, mlp, first, second, defaults)
         if all(_agrees(layer, parts, given, kind, device) for given in (sentinels, needed) for kind in _kinds(dtype)):

@@ -21,7 +21,7 @@ from lora_serve.model.fused import fuse
 from lora_serve.model.fused_residual import fuse_residuals
 from lora_serve.model.fused_rope import fuse_ropes
 from lora_serve.model.linear import AdaptedLinear, SharedInput
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.packed_experts import PackedExperts
 from lora_serve.model.packed_linear import PackedEmbedding, PackedLinear
 from lora_serve.model.shape import base_module
@@ -30,9 +30,9 @@ from lora_serve.model.shape import base_module
 def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext) -> None:
     """Replace the modules of `loaded.model`; linear modules keep their own weights until `pack`."""
     model: Any = loaded.model
-    fuse(model, loaded.dtype, context.kernels)
-    fuse_residuals(model, loaded.dtype)
-    fuse_ropes(model, loaded.layers, loaded.dtype, context)
+    fuse(model, loaded.dtype, loaded.device, context.kernels)
+    fuse_residuals(model, loaded.dtype, loaded.device)
+    fuse_ropes(model, loaded.layers, loaded.dtype, loaded.device, context)
     stacks: dict[str, dict[str, list[DeltaGroup]]] = {}  # module of stacked experts → parameter → group by expert
     for names, group in device_slots.groups.items():
         if _is_expert(names):
@@ -57,10 +57,10 @@ def pack(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext
                     for name in STACKED
                     if f"{path}.{name}" in loaded.importance
                 }
-                module.base = PackedExperts(module.base, context.kernels, loaded.scheme, own)
+                module.base = PackedExperts(module.base, context.kernels, loaded.scheme, own, loaded.device)
     for parameter in loaded.model.parameters():
         if parameter.is_cpu:  # one tensor of a memory-mapped file keeps the whole file in memory
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(loaded.device, copy=True)
 
 
 def _install_linears(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardContext, *, packed: bool) -> None:
@@ -94,9 +94,11 @@ def _pack(
 ) -> list[PackedLinear | ExternalLinear]:
     """Pack modules together; if any is externally quantised, that one is kept and the others are packed one by one."""
     if not any(map(is_externally_quantized, modules)):
-        return [*PackedLinear.pack(modules, context.kernels, loaded.scheme, importance)]
+        return [*PackedLinear.pack(modules, context.kernels, loaded.device, loaded.scheme, importance)]
     return [
-        ExternalLinear(each) if is_externally_quantized(each) else PackedLinear.pack([each], context.kernels)[0]
+        ExternalLinear(each)
+        if is_externally_quantized(each)
+        else PackedLinear.pack([each], context.kernels, loaded.device)[0]
         for each in modules
     ]
 

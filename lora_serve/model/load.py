@@ -6,9 +6,8 @@ A model that flat batches with paged attention would serve wrongly is refused, b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from lora_serve.adapters.adapter import BaseShape
-from lora_serve.adapters.sharding import Sharding
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
-from lora_serve.kv.tensors import LayerShape
 from lora_serve.model.baichuan import divide_head
+from lora_serve.model.base_config import (
+    context_length,
+    creation_time,
+    generation_config,
+    layer_windows,
+    refuse_unsupported,
+    remove_step_dependent_branches,
+)
 from lora_serve.model.base_pooling import read_pooling
 from lora_serve.model.checkpoint_files import weight_files
 from lora_serve.model.checkpoint_weights import CheckpointWeights
@@ -36,8 +40,10 @@ from lora_serve.model.external_quantization import (
     is_externally_quantized,
     prepare_modules,
 )
+from lora_serve.model.host_weights import move_unquantized, reading_host_weights
 from lora_serve.model.identity_experts import mark_experts
 from lora_serve.model.importance import importance_digest, measure_importance, random_tokens, text_tokens
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
 from lora_serve.model.parallel_plan import cut_model
@@ -45,59 +51,6 @@ from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, r
 from lora_serve.model.shape import build_base_shape
 from lora_serve.model.shared_oracle import share_oracle
 from lora_serve.model.tensor_parallel import TensorParallel
-from lora_serve.request import Pooling
-
-SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# RoPE types whose angles depend on the longest position in the batch once that exceeds the original context.
-BATCH_DEPENDENT_ROPES = {"dynamic", "longrope"}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A base model as loaded, before adapters are installed.
-
-    Attributes:
-        shape: of the whole base.
-        layers: KV per token of each attention layer, as far as it is on this device.
-        windows: sliding window of each layer, which the modelling code may not pass on; None: full attention.
-        max_model_len: the longest context that is served correctly.
-        keeps_logits: whether the model's forward takes `logits_to_keep`.
-        created: seconds since the epoch.
-        scheme: how to quantise the linear modules when they are packed.
-        notes: remarks for the operator, in the start-up summary.
-        replayable: whether steps of one shape make the same calls, so that they can be replayed (see `Quantization`).
-        oracle: the untouched model's logits, for the self-check.
-        importance: see `measure_importance`; empty where no weight will be int4.
-        headless: whether the checkpoint has no LM head, so that it can only embed.
-        pooling: how the base alone makes embeddings; None if it does not, then `not_embedding` says why.
-        loaded_whole: bytes of the checkpoint if single weights of it cannot be read (`CheckpointWeights`); else 0.
-        parallel, sharding: the ranks that share the base, and this one's part; None: it is whole here.
-    """
-
-    model: nn.Module
-    shape: BaseShape
-    layers: list[LayerShape]
-    windows: list[int | None]
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    keeps_logits: bool
-    parameters: int
-    created: int
-    generation_defaults: dict[str, Any]
-    notes: list[str]
-    scheme: Scheme | None
-    replayable: bool
-    oracle: Oracle
-    headless: bool = False
-    pooling: Pooling | None = None
-    not_embedding: str = ""
-    loaded_whole: int = 0
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    parallel: TensorParallel | None = None
-    sharding: Sharding | None = None
 
 
 def load(
@@ -142,7 +95,7 @@ def _load(
     parallel: TensorParallel | None,
 ) -> LoadedModel:
     notes: list[str] = []
-    _refuse_unsupported(name, config)
+    refuse_unsupported(name, config)
     quantized = find_quantization(name, config, device)
     if parallel is not None and (quantized is not None or scheme is not None):
         raise ModelUnsupported(f"{name!r} is quantised, and cannot be shared by devices; leave --tensor-parallel away")
@@ -155,7 +108,7 @@ def _load(
                 "leave --quantize away, or name the original checkpoint"
             )
         notes.append(", ".join(filter(None, [f"the base's weights are {quantized.label}", quantized.remark])))
-    max_model_len = _context(config, notes)
+    max_model_len = context_length(config, notes)
     progress("loading weights", 0.05)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # `progress` replaces it
     try:
@@ -179,15 +132,18 @@ def _load(
             raise
         raise ModelUnsupported(f"{name!r} ({quantized.label}) cannot be loaded: {_first_line(error)}") from error
     model, loading_info = loaded
-    if quantized is None:
-        model = model.to(whole)
-    else:
+    if quantized is not None:
         prepare_modules(name, model, None if dtype == "auto" else getattr(torch, dtype))
+    elif scheme is None:
+        model = model.to(whole)
     model = model.eval().requires_grad_(False)
     mark_experts(model)
     divided = divide_head(model)
+    if scheme is not None:
+        move_unquantized(model, device, quantizes_experts=quantizes_experts)
     progress("observing the forward pass", 0.8)
-    observed = _observe(name, model, whole, quantized)
+    with reading_host_weights(model, whole):
+        observed = _observe(name, model, whole, quantized)
     importance: dict[str, Tensor] = {}
     with _eager_attention(model):
         with eager_experts(model):
@@ -198,9 +154,10 @@ def _load(
             if ids is None:
                 notes.append("warning: int4 is fitted to random tokens: there is no tokenizer to read a text with")
                 ids = random_tokens(vocabulary)
-            importance = measure_importance(model, observed.groups, ids[:max_model_len], device)
-    _remove_step_dependent_branches(model)
-    generation = _generation_config(name, revision, model)
+            with reading_host_weights(model, device):
+                importance = measure_importance(model, observed.groups, ids[:max_model_len], device)
+    remove_step_dependent_branches(model)
+    generation = generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     pooling, not_embedding = read_pooling(name, revision, notes)
     shape = build_base_shape(
@@ -236,7 +193,7 @@ def _load(
         model=model,
         shape=shape,
         layers=layers,
-        windows=_windows(config, len(observed.layers)),
+        windows=layer_windows(config, len(observed.layers)),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
@@ -244,7 +201,7 @@ def _load(
         device=device,
         keeps_logits="logits_to_keep" in inspect.signature(type(model).forward).parameters,
         parameters=parameters,
-        created=_created(name),
+        created=creation_time(name),
         generation_defaults={
             key: generation[key]
             for key in ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -263,21 +220,6 @@ def _load(
         parallel=parallel,
         sharding=sharding,
     )
-
-
-def _refuse_unsupported(name: str, config: Any) -> None:
-    """Raise ModelUnsupported for what is known to be served wrongly, before any weight is read."""
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(f"{name!r} ({kind}) is an encoder-decoder; only decoders are served")
-    types = set(getattr(config, "layer_types", None) or ())
-    if "chunked_attention" in types or getattr(config, "attention_chunk_size", None):
-        raise ModelUnsupported(f"{name!r} ({kind}) attends in chunks, which paged attention does not do")
-    if alien := types - SERVED_LAYER_TYPES:
-        raise ModelUnsupported(
-            f"{name!r} ({kind}) has layers of type {', '.join(sorted(alien))}, "
-            "whose state would leak between requests in a flat batch"
-        )
 
 
 def _observe(name: str, model: Any, device: torch.device, quantized: Quantization | None) -> ObservedModel:
@@ -309,67 +251,6 @@ def _eager_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(PAGED_ATTENTION)
-
-
-def _context(config: Any, notes: list[str]) -> int:
-    """Longest context in which every request is independent of others in the batch."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
-        raise ModelUnsupported(f"{config.model_type} does not say how long its context is (max_position_embeddings)")
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        kind = entry.get("rope_type", entry.get("type"))
-        if kind in BATCH_DEPENDENT_ROPES:
-            original = int(
-                entry.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or longest
-            )
-            if original < longest:
-                notes.append(
-                    f"context is {original} instead of {longest} tokens: "
-                    f"beyond it the {kind} rope of one request would change others"
-                )
-                longest = original
-    return longest
-
-
-def _remove_step_dependent_branches(model: Any) -> None:
-    """Disable checks in the forward pass that read values from the device and always have the same outcome.
-
-    Contexts stay below the length at which these RoPE types change, and there are no padding tokens to warn of.
-    """
-    vars(model.config)["pad_token_id"] = None  # some configurations do not allow assigning it
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and kinds in BATCH_DEPENDENT_ROPES:
-            module.rope_type = "default"
-        elif isinstance(kinds, dict):
-            module.rope_type = {
-                layer: "default" if kind in BATCH_DEPENDENT_ROPES else kind for layer, kind in kinds.items()
-            }
-
-
-def _windows(config: Any, layers: int) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None or window is None:
-        return [None] * layers
-    return [window if kind == "sliding_attention" else None for kind in types]
-
-
-def _generation_config(name: str, revision: str | None, model: Any) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = GenerationConfig.from_pretrained(name, revision=revision or "main").to_dict()
-    except OSError:  # many checkpoints have none
-        found = model.generation_config.to_dict()
-    return found
-
-
-def _created(name: str) -> int:
-    """Modification time of the model's configuration, which does not change from start to start; 0 if unknown."""
-    config = Path(name) / "config.json"
-    return int(config.stat().st_mtime) if config.is_file() else 0
 
 
 def _parameters(model: nn.Module) -> int:

@@ -23,9 +23,17 @@ class PackedExperts(nn.Module):
     Args:
         scheme: how to quantise them, if their size allows it.
         importance: of the inputs, by parameter, for that.
+        device: where to pack them; weights that are on the host are copied, and the copies dropped.
     """
 
-    def __init__(self, stacked: nn.Module, kernels: Kernels, scheme: Scheme, importance: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        stacked: nn.Module,
+        kernels: Kernels,
+        scheme: Scheme,
+        importance: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.stacked: Any = stacked
         self.packed: dict[str, PackedExpertWeights] = {}
@@ -33,9 +41,10 @@ class PackedExperts(nn.Module):
         for name in STACKED:
             weight = stacked._parameters.pop(name, None)
             if weight is not None:
-                weights = out_first(stacked, weight)
-                own = scheme_for(scheme, weights.shape[2])
-                self.packed[name] = kernels.pack_experts(weights, own, importance.get(name))
+                own = scheme_for(scheme, out_first(stacked, weight).shape[2])
+                self.packed[name] = kernels.pack_experts(
+                    out_first(stacked, weight.to(device)), own, importance.get(name)
+                )
 
     def expert_weight(self, parameter: str, expert: int) -> Tensor:
         """One expert's weight [out, in], float32; unpacked on every call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -33,19 +34,20 @@ class PackedLinear(nn.Module):
         cls,
         modules: Sequence[Any],
         kernels: Kernels,
+        device: torch.device,
         scheme: Scheme | None = None,
         importance: Tensor | None = None,
     ) -> list[PackedLinear]:
         """Pack linear modules that read the same input.
 
         Args:
+            device: where to pack them; weights that are on the host are copied, and the copies dropped.
             scheme: how to quantise the weights, if their size allows it.
             importance: of the inputs, for that.
         """
         transposed = [isinstance(module, Conv1D) for module in modules]
-        weights = [
-            module.weight.T if turned else module.weight for module, turned in zip(modules, transposed, strict=True)
-        ]
+        copies = [module.weight.to(device) for module in modules]
+        weights = [weight.T if turned else weight for weight, turned in zip(copies, transposed, strict=True)]
         packed = kernels.pack(weights, scheme_for(scheme, weights[0].shape[1]), importance)
         return [
             cls(own, module.bias, kernels, transposed=turned)

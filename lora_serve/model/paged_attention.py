@@ -43,9 +43,7 @@ def paged_attention(
     else:
         assert query is rotation.q  # `fused_rope.py` saw that the model hands on what it was given
         assert key is rotation.k
-        query = context.kernels.rope_and_write_kv(
-            query, key, value, rotation.cos, rotation.sin, keys, values, step.kv_index
-        )
+        query = context.kernels.rope_and_write_kv(rotation, value, keys, values, step.kv_index)
     for start, end, slot, _, first in context.virtual_rows:
         prefix, given = context.prefixes[slot], slice(first, first + end - start)
         if prefix.keys:

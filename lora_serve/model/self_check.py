@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.model.batch import AdapterRows, Batch
+from lora_serve.model.host_weights import reading_host_weights
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def compute_oracle(model: Any, device: torch.device, *, external: bool) -> Oracl
     tokens = torch.randint(0, ids, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def logits() -> Tensor:
-        found: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+        with reading_host_weights(model, device):
+            found: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
         return found.cpu().float()
 
     own = logits()

@@ -1,8 +1,8 @@
 """Differentiable causal attention over a flat batch of whole sequences, registered with transformers.
 
-The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself. Consecutive sequences of
-one length are one call. Where torch's fused attention has the formula it is used, elsewhere scores are computed in
-float32.
+The same maths as `paged_attention.py`, without a KV cache: each sequence attends to itself, and to the learned prefix
+of its adapter. Consecutive sequences of one length and prefix are one call. Where torch's fused attention has the
+formula it is used, elsewhere scores are computed in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from lora_serve.model.training_step import TrainingStep
+from lora_serve.model.training_step import TrainedPrefix, TrainingStep
 
 SEQUENCE_ATTENTION = "lora_serve_sequences"  # a name for which transformers makes no mask
 
@@ -41,26 +41,52 @@ def sequence_attention(
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else training_windows[layer]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     parts = []
-    for start, count, length in _runs(training_step.lengths):
+    for start, count, length, prefix in _runs(training_step):
         q, k, v = (_stacked(each[0, :, start : start + count * length], count) for each in (query, key, value))
-        own_window = None if window is not None and window >= length else window
+        if prefix is not None:
+            k, v = (prefixed(each, prefix, 2 * layer + index) for index, each in enumerate((k, v)))
+        before = k.shape[2] - length
+        own_window = None if window is not None and window >= before + length else window
         if own_window is None and softcap is None and s_aux is None:
             share = q.shape[1] // k.shape[1]
             if share > 1:
                 k, v = (each.repeat_interleave(share, 1) for each in (k, v))
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            mask = None if prefix is None else ~_hidden(length, before, None, q.device)
+            out = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=prefix is None, scale=scale)
         else:
             out = _attend(q, k, v, scale, own_window, softcap, s_aux)
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [rows, heads, value_dim]
     return torch.cat(parts)[None], None
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first row, sequences, length) of consecutive sequences of one length."""
-    start = 0
-    for length, own in groupby(lengths):
+def prefixed(x: Tensor, prefix: TrainedPrefix, place: int) -> Tensor:
+    """Keys or values x [n, kv_heads, length, dim] with those of a prefix before them; `place`: which of its own."""
+    found: Tensor = PrefixedRows.apply(x, prefix.values[:, place], prefix.gradient[:, place])  # type: ignore[no-untyped-call]
+    return found
+
+
+class PrefixedRows(torch.autograd.Function):
+    """x [n, heads, length, dim] after values [tokens, heads, dim], whose gradients are added up; saves no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return torch.cat([values.transpose(0, 1).to(x.dtype).expand(x.shape[0], -1, -1, -1), x], 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        tokens = ctx.gradient.shape[0]
+        ctx.gradient.add_(grad[:, :, :tokens].float().sum(0).transpose(0, 1))
+        return grad[:, :, tokens:], None, None
+
+
+def _runs(step: TrainingStep) -> Iterator[tuple[int, int, int, TrainedPrefix | None]]:
+    """(first row, sequences, length, prefix) of consecutive sequences of one length and prefix."""
+    owners = {sequence: index for index, prefix in enumerate(step.prefixes) for sequence in prefix.sequences}
+    start, kinds = 0, [(length, owners.get(sequence, -1)) for sequence, length in enumerate(step.lengths)]
+    for (length, owner), own in groupby(kinds):
         count = len(list(own))
-        yield start, count, length
+        yield start, count, length, None if owner < 0 else step.prefixes[owner]
         start += count * length
 
 
@@ -73,23 +99,27 @@ def _stacked(rows: Tensor, count: int) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """`Kernels.attention` of whole sequences: q [n, heads, length, key_dim] → [n, heads, length, value_dim]."""
+    """`Kernels.attention` of whole sequences, the last rows of k and v: q [n, heads, length, key_dim] → the same."""
     count, _, length, _ = q.shape
     grouped = q.float().reshape(count, k.shape[1], -1, length, q.shape[3])  # [n, kv_heads, share, length, key_dim]
     score = scale * (grouped @ k.float()[:, :, None].transpose(-1, -2))
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    row = torch.arange(length, device=q.device)
-    hidden = row > row[:, None]
-    if window is not None:
-        hidden = hidden | (row <= row[:, None] - window)
-    score = score.masked_fill(hidden, -torch.inf)
+    score = score.masked_fill(_hidden(length, k.shape[2] - length, window, q.device), -torch.inf)
     if sinks is not None:
         sink = sinks.float().view(k.shape[1], -1, 1, 1).expand(count, -1, -1, length, 1)
         score = torch.cat([score, sink], -1)
-    share = score.softmax(-1)[..., :length]
+    share = score.softmax(-1)[..., : k.shape[2]]
     out: Tensor = (share @ v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
     return out
+
+
+def _hidden(length: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys [before + length] each of the last `length` rows does not see."""
+    key = torch.arange(before + length, device=device)
+    row = key[before:, None]
+    hidden = key > row
+    return hidden if window is None else hidden | (key <= row - window)
 
 
 AttentionInterface.register(SEQUENCE_ATTENTION, sequence_attention)

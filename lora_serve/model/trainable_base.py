@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels, Segments
-from lora_serve.model.load import LoadedModel
+from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
 from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
 from lora_serve.model.shape import base_module
@@ -100,9 +101,13 @@ class TrainableBase:
         return self.deltas.slots - len(self.deltas.ranks)
 
     def begin(self, step: TrainingStep, token_ids: Tensor, positions: Tensor) -> LayerwisePass:
-        """Start a pass over token ids [tokens] at their positions in their sequences: embed them."""
+        """Start a pass over token ids [tokens] at their positions in their sequences: embed them.
+
+        Virtual tokens' rows have any id; the gradient of their tables comes with that of the first layer's input.
+        """
         body = self._model.get_submodule(self.shape.body)
-        with self._running(step), torch.no_grad():
+        learned = any(each.table.requires_grad for each in step.virtual_tokens)
+        with self._running(step), torch.set_grad_enabled(learned):
             body(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
@@ -113,6 +118,8 @@ class TrainableBase:
         calls, self._calls = self._calls, []
         if len(calls) != self.layers:
             raise ModelUnsupported(f"{self._kind} does not call each of its decoder layers once")
+        if learned and any(_requires_grad(call.arguments) for call in calls):
+            raise ModelUnsupported(f"virtual tokens are not trained on {self._kind}: all layers read embeddings")
         return LayerwisePass(self, step, [call.arguments for call in calls], calls[0].hidden)
 
     def layer(self, index: int, step: TrainingStep, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -142,12 +149,16 @@ class TrainableBase:
         return logits
 
     @torch.no_grad()
-    def weight_norm(self, site: str) -> Tensor:
-        """The norm of each output's weights of a linear module, float32 [out]."""
+    def weight(self, site: str) -> Tensor:
+        """A linear module's weight as it is resident, [out, in]; may be the resident memory itself."""
         packed, _ = resident_layer(base_module(self._resident, site), self._context.kernels)
-        weight = self._context.kernels.unpack(packed)
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        return norm
+        return self._context.kernels.unpack(packed)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input embedding of token ids [n]: [n, hidden]."""
+        found: Tensor = self._resident.get_submodule(self.shape.input_embedding)(ids)
+        return found
 
     def check(self) -> None:
         """Compare with the model as it was loaded, in one batch of two sequences. Raises ModelUnsupported."""
@@ -212,7 +223,9 @@ class TrainableBase:
         model: Any = loaded.model
         shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
         embedding = loaded.shape.input_embedding
-        shared[id(model.get_submodule(embedding))] = ResidentEmbedding(partial(model.get_submodule, embedding))
+        shared[id(model.get_submodule(embedding))] = ResidentEmbedding(
+            partial(model.get_submodule, embedding), self._context
+        )
         for names, deltas in self.deltas.groups.items():
             if names[0].endswith("]"):  # one of a mixture's experts
                 experts = names[0].partition("[")[0].rpartition(".")[0]
@@ -239,7 +252,7 @@ class LayerwisePass:
 
     def __init__(self, base: TrainableBase, step: TrainingStep, calls: Sequence[LayerCall], hidden: Tensor) -> None:
         self._base, self._step, self.calls = base, step, calls
-        self.hidden = hidden.detach()
+        self._embedded, self.hidden = hidden, hidden.detach()
         self._edges: list[tuple[Tensor, Tensor]] = []  # each layer's input and output, the graph between them
 
     def forward(self, *, gradients: bool, keep: bool) -> None:
@@ -267,9 +280,17 @@ class LayerwisePass:
         self.hidden = output.detach()
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of the last remaining layer's input, of that of its output; the layer is forgotten."""
+        """The gradient of the last remaining layer's input, of that of its output; the layer is forgotten.
+
+        With the first layer's those of virtual tokens are added.
+        """
         given, output = self._edges.pop()
         (found,) = torch.autograd.grad(output, given, grad)
+        if not self._edges and self._embedded.requires_grad:
+            learned = [each for each in self._step.virtual_tokens if each.table.requires_grad]
+            grads = torch.autograd.grad(self._embedded, [each.table for each in learned], found)
+            for each, own in zip(learned, grads, strict=True):
+                each.gradient.add_(own)
         return found
 
 
@@ -277,6 +298,11 @@ def no_segments(device: torch.device) -> Segments:
     """Segments of a batch without adapters."""
     none = torch.zeros(0, dtype=torch.int32, device=device)
     return Segments(none, none, none, torch.zeros(0, device=device), 0, 0)
+
+
+def _requires_grad(call: LayerCall) -> bool:
+    """Whether a layer's arguments besides the hidden states depend on what is learned."""
+    return any(each.requires_grad for each in tree_leaves(call) if isinstance(each, Tensor))
 
 
 def _weight_of(model: Any, name: str) -> Tensor:

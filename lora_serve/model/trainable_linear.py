@@ -13,7 +13,7 @@ module, whose result nobody needs, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_serve.kernels.contract import DeltaGroup, Kernels
+from lora_serve.kernels.contract import Delta, DeltaGroup, Kernels
 from lora_serve.kernels.packed_weight import PackedWeight
+from lora_serve.model.dropped_delta import add_dropped_delta, add_dropped_gradients
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.packed_linear import PackedLinear
-from lora_serve.model.training_step import AdapterSpan, Magnitude, TrainingStep
+from lora_serve.model.trained_gain import apply_gains
+from lora_serve.model.training_step import AdapterSpan, DeltaDropout, Magnitude, TrainingStep
 
 
 @dataclass
@@ -83,6 +85,9 @@ class _GroupCall:
         ]  # a bias is added after the gain
         outputs = self.kernels.exact_linear(x, inner)
         self.kernels.delta(x, outputs, self.sites.deltas, self.step.segments)
+        for span, module, dropout, delta in self._dropped():
+            dropped = slice(span.start, span.end)
+            add_dropped_delta(outputs[module][dropped], x[dropped], delta, dropout, self.sites.names[module])
         for module, own in enumerate(magnitudes):
             self.gained.append([])
             for span, magnitude in own:
@@ -114,19 +119,24 @@ class _GroupCall:
         """Add the input's gradient through the deltas to dx, and those of the deltas to the adapters'."""
         sites = self.sites
         self.kernels.delta_backward(x, self.grads, dx, sites.deltas, self.step.segments, sites.gradients)
+        for span, module, dropout, delta in self._dropped():
+            gradient = sites.gradients.get(module, span.slot)
+            if gradient is not None:
+                rows, name = slice(span.start, span.end), sites.names[module]
+                add_dropped_gradients(x[rows], self.grads[module][rows], dx[rows], delta, gradient, dropout, name)
         self.grads = ()
 
+    def _dropped(self) -> Iterator[tuple[AdapterSpan, int, DeltaDropout, Delta]]:
+        """Spans with dropout, the modules that they have a delta for, and it."""
+        for span in self.step.spans:
+            for module in range(len(self.sites.names) if span.dropout is not None else 0):
+                delta = self.sites.deltas.get(module, span.slot)
+                if span.dropout is not None and delta is not None:
+                    yield span, module, span.dropout, delta
+
     def _norm(self, module: int, slot: int, packed: PackedWeight) -> Tensor:
-        """‖W + BA‖ of each output, float32: ‖W‖² + 2 · W·BA + ‖BA‖², without W + BA itself."""
-        weight = self.kernels.unpack(packed)
-        square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        delta = self.sites.deltas.get(module, slot)
-        if delta is not None:
-            a, b = delta.a.float(), delta.b.float()
-            both = 2 * (weight.float() @ a.T).T + (a @ a.T) @ b  # [rank, out]
-            square += (b * both).sum(0)
-        norm: Tensor = square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        return norm
+        """‖W + BA‖ of each output, float32."""
+        return output_norm(self.kernels.unpack(packed), self.sites.deltas.get(module, slot))
 
 
 class SavedInput(torch.autograd.Function):
@@ -168,15 +178,20 @@ class TrainableGroup:
     """Computes the outputs of modules that read the same input together, when the first of them is called."""
 
     def __init__(self, sites: TrainableSites, context: TrainingContext) -> None:
-        self._sites, self._context = sites, context
+        self.sites, self._context = sites, context
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # computed and not yet returned
+
+    @property
+    def spans(self) -> Sequence[AdapterSpan]:
+        """Of the batch that is running."""
+        return () if self._context.step is None else self._context.step.spans
 
     def output(self, module: int, x: Tensor) -> Tensor:
         """Output [..., out] of one of the modules for x [..., in]."""
         if x is not self._input or module not in self._outputs:
             assert self._context.step is not None
-            call = _GroupCall(self._sites, self._context.kernels, self._context.step)
+            call = _GroupCall(self.sites, self._context.kernels, self._context.step)
             rows = x.reshape(-1, x.shape[-1])
             saved: Tensor = SavedInput.apply(rows, call)  # type: ignore[no-untyped-call]
             outputs: tuple[Tensor, ...] = AdaptedProduct.apply(saved, call)  # type: ignore[no-untyped-call]
@@ -194,6 +209,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, group: TrainableGroup, module: int, weight: Callable[[], Tensor]) -> None:
         super().__init__()
         self._group, self._module, self._weight = group, module, weight
+        self._name = group.sites.names[module]
 
     @property
     def weight(self) -> Tensor:
@@ -202,15 +218,17 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        return self._group.output(self._module, x)
+        spans = self._group.spans
+        x = apply_gains(x, spans, self._name, on_input=True)
+        return apply_gains(self._group.output(self._module, x), spans, self._name, on_input=False)
 
 
 class ResidentEmbedding(nn.Module):
-    """Takes the input embedding's place in the training pass: a lookup in the resident one."""
+    """Takes the input embedding's place in the training pass: a lookup in the resident one, and virtual tokens."""
 
-    def __init__(self, resident: Callable[[], nn.Module]) -> None:
+    def __init__(self, resident: Callable[[], nn.Module], context: TrainingContext) -> None:
         super().__init__()
-        self._resident = resident
+        self._resident, self._context = resident, context
 
     @property
     def weight(self) -> Tensor:
@@ -223,7 +241,22 @@ class ResidentEmbedding(nn.Module):
         """ids [...] → [..., hidden]."""
         with torch.no_grad():
             found: Tensor = self._resident()(ids)
+        step = self._context.step
+        for each in () if step is None else step.virtual_tokens:
+            table = each.table.to(found.dtype).expand(each.rows.shape[0], -1, -1).flatten(0, 1)
+            found = found.index_put((torch.zeros_like(each.rows).flatten(), each.rows.flatten()), table)
         return found
+
+
+def output_norm(weight: Tensor, delta: Delta | None) -> Tensor:
+    """‖W + BA‖ of each output, float32 [out]: ‖W‖² + 2 · W·BA + ‖BA‖², without W + BA itself."""
+    square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    if delta is not None:
+        a, b = delta.a.float(), delta.b.float()
+        both = 2 * (weight.float() @ a.T).T + (a @ a.T) @ b  # [rank, out]
+        square += (b * both).sum(0)
+    norm: Tensor = square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return norm
 
 
 def resident_layer(module: Any, kernels: Kernels) -> tuple[PackedWeight, Tensor | None]:

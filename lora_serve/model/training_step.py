@@ -26,17 +26,76 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """IA³'s gain of one adapter at one module: y = values ⊙ (W x + b), or W (values ⊙ x) + b.
+
+    Attributes:
+        values: float32 [out], or [in] on the input.
+        gradient: of the values, added to.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    on_input: bool
+
+
+@dataclass(frozen=True)
+class DeltaDropout:
+    """Dropout of the deltas' input: each number is left out with probability `rate`, others are divided by 1 − rate.
+
+    The mask of a module depends on the seed only, so a layer that is computed again has the same one.
+    """
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class AdapterSpan:
     """Rows `start` to `end` of a batch, of the adapter in a slot.
 
     Attributes:
         magnitudes: DoRA's, by module; empty without it.
+        gains: IA³'s, by module.
+        dropout: of the deltas' input; such a span is in no segment.
     """
 
     start: int
     end: int
     slot: int
     magnitudes: Mapping[str, Magnitude] = field(default_factory=dict)
+    gains: Mapping[str, Gain] = field(default_factory=dict)
+    dropout: DeltaDropout | None = None
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """Learned embeddings of one adapter, which take the place of the input embedding's.
+
+    Attributes:
+        table: [tokens, hidden]; requires a gradient if it is wanted.
+        gradient: of the table, added to.
+        rows: [sequences, tokens], the rows of the batch that they are.
+    """
+
+    table: Tensor
+    gradient: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class TrainedPrefix:
+    """Learned keys and values of virtual tokens, which consecutive sequences of one adapter attend to.
+
+    Attributes:
+        sequences: of the batch.
+        values: float32 [tokens, layers · 2, heads, dim]; of layer i keys are [:, 2i], values [:, 2i + 1].
+        gradient: the same, added to.
+    """
+
+    sequences: range
+    values: Tensor
+    gradient: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,9 +105,12 @@ class TrainingStep:
     Attributes:
         lengths: of the sequences, one after the other.
         spans: rows that have an adapter, ascending.
-        segments: the same for the kernels.
+        segments: the same for the kernels, without spans that have dropout.
+        virtual_tokens, prefixes: of the adapters that have any.
     """
 
     lengths: Sequence[int]
     spans: Sequence[AdapterSpan]
     segments: Segments
+    virtual_tokens: Sequence[VirtualTokens] = ()
+    prefixes: Sequence[TrainedPrefix] = ()

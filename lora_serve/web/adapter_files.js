@@ -2,7 +2,7 @@
 
 // What the server opens; the rest of a trainer's folder is not sent.
 const WANTED = ["adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "modules.json",
-  "1_Pooling/config.json"];
+  "1_Pooling/config.json", "serve.yaml"];
 const ARCHIVE = /\.(zip|tar|tgz|tar\.gz)$/i;
 const DEEPEST = 4;
 
@@ -61,10 +61,11 @@ export function chooseAdapter(found) {
 const nameFrom = (path) =>
   path.split("/").at(-1).replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 64);
 
-/** The form that uploads it; inspecting takes no name. */
-export function formOf({ parts }, name) {
+/** The form that uploads it; inspecting takes no name. `trust`: its settings are to count. */
+export function formOf({ parts }, trust, name) {
   const form = new FormData();
   if (name) form.append("name", name);
+  if (trust) form.append("trust_settings", "true");
   for (const part of parts) form.append(...part);
   return form;
 }

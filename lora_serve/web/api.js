@@ -89,12 +89,13 @@ export async function* stream(path, body, signal) {
   }
 }
 
-/** Send a form, reporting the part that has left (0 to 1). Throws `ApiError`. */
-export function upload(method, path, form, onProgress) {
+/** Send a form, reporting the part that has left (0 to 1); `headers` besides the key. Throws `ApiError`. */
+export function upload(method, path, form, onProgress, headers = {}) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(); // fetch does not tell how far it is
     request.open(method, new URL(path, ROOT));
     if (key) request.setRequestHeader("Authorization", `Bearer ${key}`);
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => onProgress(event.loaded / event.total);
     request.onerror = () => reject(noAnswer());
     request.onload = () =>

@@ -6,6 +6,7 @@ import { html } from "./ui.js";
 /** `found`: a version or an inspection. */
 export function Report({ found }) {
   const { report } = found;
+  const settings = found.settings ?? {}; // of requests that name it
   const facts = [
     ["Method", [report.method, ...(report.features ?? [])].join(", ")],
     ["Rank", (report.ranks ?? [found.rank]).join(", ")],
@@ -21,6 +22,11 @@ export function Report({ found }) {
     <dl class="facts">
       ${facts.filter(([, value]) => value).map(([label, value]) => html`<div><dt>${label}</dt><dd>${value}</dd></div>`)}
     </dl>
+    ${Object.keys(settings).length > 0 && html`
+      <dl class="facts settings" aria-label="Settings">
+        ${Object.entries(settings).map(([name, value]) => html`
+          <div><dt>${name}</dt><dd><pre tabindex="0">${typeof value === "string" ? value : JSON.stringify(value)}</pre></dd></div>`)}
+      </dl>`}
     ${report.warnings?.length > 0 && html`
       <ul class="warnings" aria-label="Warnings">${report.warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}`;
 }

@@ -8,40 +8,62 @@ import { classes, html, useRef, useState } from "./ui.js";
 
 const IDLE = { step: "idle" };
 
-/** `onPublished` gets the name. */
+/** `onPublished` is called after every attempt: there may be something new. */
 export function Upload({ adapters, onPublished }) {
-  const [state, setState] = useState(IDLE); // step: idle, sending, inspected, published; adapter, report, problem, part
+  const [state, setState] = useState(IDLE); // step: idle, sending, inspected, published; adapter, report, trust, seen (adapters), problem, part
   const [name, setName] = useState("");
   const [over, setOver] = useState(false);
   const files = useRef();
   const folder = useRef();
-  const exists = adapters.some((adapter) => adapter.name === name);
+  const existing = (state.seen ?? adapters).find((adapter) => adapter.name === name);
+  const exists = existing !== undefined;
 
-  const send = async (what, method, path, adapter, form) => {
+  const send = async (what, method, path, adapter, form, headers) => {
     setState({ step: "sending", what, part: 0, adapter });
-    return upload(method, path, form, (part) => setState({ step: "sending", what, part, adapter }));
+    return upload(method, path, form, (part) => setState({ step: "sending", what, part, adapter }), headers);
   };
   const inspect = async (found) => {
     try {
       const adapter = chooseAdapter(await found);
       setName(adapter.name);
-      const report = await send("Inspecting", "POST", "v1/adapters/inspect", adapter, formOf(adapter));
-      setState({ step: "inspected", adapter, report });
+      await report(adapter, false);
     } catch (error) {
       setState({ ...IDLE, problem: error.message });
     }
   };
+  const report = async (adapter, trust) => {
+    const found = await send("Inspecting", "POST", "v1/adapters/inspect", adapter, formOf(adapter, trust));
+    const hasSettings = trust || found.report.warnings?.some((warning) => warning.includes("serve.yaml is ignored"));
+    setState({ step: "inspected", adapter, report: found, trust, hasSettings, seen: adapters });
+  };
+  const trustSettings = async (event) => {
+    const before = state;
+    try {
+      await report(before.adapter, event.target.checked);
+    } catch (error) {
+      setState({ ...before, problem: error.message });
+    }
+  };
   const publish = async (event) => {
     event.preventDefault();
-    const { adapter, report } = state;
-    const [method, path] = exists ? ["PUT", `v1/adapters/${name}`] : ["POST", "v1/adapters"];
+    const before = state;
+    const form = formOf(before.adapter, before.trust, name);
+    const [newest] = existing?.versions ?? [];
     try {
-      await send("Publishing", method, path, adapter, formOf(adapter, name));
+      if (exists) { // only what was there when the report was made is replaced
+        const seen = newest ? { "If-Match": `"${newest.digest}"` } : {};
+        await send("Publishing", "PUT", `v1/adapters/${name}`, before.adapter, form, seen);
+      } else {
+        await send("Publishing", "POST", "v1/adapters", before.adapter, form);
+      }
       setState({ step: "published", name });
-      onPublished(name);
     } catch (error) {
-      setState({ step: "inspected", adapter, report, problem: error.message });
+      const changed = error.status === 412 || (error.status === 409 && !exists);
+      const problem = changed ? `${name} was published or changed by somebody else meanwhile. Nothing was published: ` +
+        "look at what there is now, then publish again." : error.message;
+      setState({ ...before, problem, seen: changed ? undefined : before.seen });
     }
+    onPublished();
   };
   const pick = (event) => {
     inspect(picked(event.target.files));
@@ -80,6 +102,11 @@ export function Upload({ adapters, onPublished }) {
         <form class="stack inspected" onSubmit=${publish}>
           <h3>Report</h3>
           <${Report} found=${state.report} />
+          ${state.hasSettings && html`
+            <label class="check">
+              <input type="checkbox" checked=${state.trust} onChange=${trustSettings} />
+              Let its serve.yaml count: its system prompt, chat template, tokens and defaults
+            </label>`}
           <label class="field">Name
             <input value=${name} required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._\\-]*" spellcheck=${false}
               autocomplete="off" onInput=${(event) => setName(event.target.value)} />

@@ -71,8 +71,15 @@ class RegistryHarness:
             self.registry, self.residency, publisher, BASE_NAME, lambda *now: self.progress.append(now)
         )
 
-    def publish_folders(self, folder: Path) -> list[str]:
-        return publish_folders(self.registry, self.operations, self.residency, folder, lambda done, of: None)
+    def publish_folders(self, folder: Path, *, trust_settings: bool = False) -> list[str]:
+        return publish_folders(
+            self.registry,
+            self.operations,
+            self.residency,
+            folder,
+            lambda done, of: None,
+            trust_settings=trust_settings,
+        )
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         deadline = time.monotonic() + 10

@@ -92,6 +92,23 @@ def test_an_adapter_that_takes_too_long_is_refused(tmp_path: Path) -> None:
         compiler(take_time).lower(dora(tmp_path / "a"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s of CPU time"),
+        ("{{ ('x' * 10 ** 10) | length }}", "more than 268435456 bytes of memory"),
+    ],
+)
+def test_a_chat_template_that_takes_too_much_is_refused_with_its_adapter(
+    tmp_path: Path, template: str, what: str
+) -> None:
+    folder = write(tmp_path / "source")
+    (folder / "serve.yaml").write_text(f'chat_template: "{template}"')
+    with pytest.raises(AdapterInvalid, match=what):
+        compiler().lower(LoweringJob(str(folder), trust_settings=True))
+
+
 def test_a_crash_costs_one_adapter(tmp_path: Path) -> None:
     with pytest.raises(EngineFault, match="ended"):
         compiler(crash).lower(dora(tmp_path / "a"))

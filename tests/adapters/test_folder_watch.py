@@ -61,7 +61,7 @@ class Watched:
 
     @property
     def digests(self) -> dict[str, str]:
-        return {info.name: info.versions[0].digest for info in self.harness.operations.describe_all()}
+        return {info.name: info.versions[0].digest for info in self.harness.operations.describe_some("")}
 
     def close(self) -> None:
         self.harness.registry.close()

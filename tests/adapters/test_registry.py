@@ -10,7 +10,7 @@ import torch
 from peft_folders import tensors, write
 from registry_harness import BASE_NAME, RegistryHarness
 
-from lora_serve.adapters import lowered_file
+from lora_serve.adapters import lowered_file, operations
 from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, BadRequest
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
@@ -90,11 +90,22 @@ def test_a_taken_name_is_refused(harness: RegistryHarness) -> None:
         harness.publish("a", 1)
 
 
+def test_adapters_are_described_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "PAGE", 2)
+    harness = RegistryHarness(tmp_path)
+    for name in ("z", "x", "y"):
+        harness.publish(name)
+    found = [[info.name for info in harness.operations.describe_some(after)] for after in ("", "y", "z")]
+    assert found == [["x", "y"], ["z"], []]
+    assert harness.operations.count() == (3, 0)
+    harness.registry.close()
+
+
 def test_a_refused_upload_leaves_nothing_behind(harness: RegistryHarness) -> None:
     with pytest.raises(AdapterInvalid, match="use_dora"):
         harness.publish("bad", use_dora=True)
     assert not any(harness.store.staging.iterdir())
-    assert harness.operations.describe_all() == []
+    assert harness.operations.describe_some("") == []
 
 
 def test_a_deleted_adapter_is_freed_when_its_last_lease_is_released(harness: RegistryHarness) -> None:
@@ -128,11 +139,11 @@ def test_unloading_deletes_copies_of_folders_and_keeps_uploads(harness: Registry
     harness.run(lambda done: harness.operations.load("a", done))
     harness.run(unload)
     assert (harness.device_slots.bytes, harness.residency.host_bytes) == (0, 0)
-    assert harness.operations.describe_all() == []
+    assert harness.operations.describe_some("") == []
     with pytest.raises(AdapterNotFound):
         harness.registry.acquire(AdapterUse("a"))
     harness.run(lambda done: harness.operations.load("a", done))  # listed again
-    assert [info.name for info in harness.operations.describe_all()] == ["a"]
+    assert [info.name for info in harness.operations.describe_some("")] == ["a"]
     harness.run(unload)
     harness.run(lambda done: harness.operations.delete("a", done))  # an unloaded one too
     assert not harness.store.names()
@@ -261,7 +272,7 @@ def test_pins_and_unloading_outlast_the_engine(tmp_path: Path) -> None:
     harness.run(lambda done: harness.operations.unload("b", done))
     harness.registry.close()
     again = RegistryHarness(tmp_path)
-    (info,) = again.operations.describe_all()
+    (info,) = again.operations.describe_some("")
     assert (info.name, info.pinned) == ("a", True)
     again.load(info.versions[0].digest)  # without a request
     again.registry.close()
@@ -326,7 +337,7 @@ def test_a_version_whose_files_are_damaged_too_is_refused_by_name_and_others_are
     _flip_a_bit(folder / lowered_file.NAME, 100)
     _flip_a_bit(folder / "adapter_model.safetensors", -1)
     again = RegistryHarness(tmp_path)
-    broken, served = again.operations.describe_all()
+    broken, served = again.operations.describe_some("")
     assert (broken.name, broken.versions, served.broken) == ("a", [], None)
     assert "not those that were published" in str(broken.broken)
     assert [note for note in again.notes if note.startswith("adapter a is not served")]
@@ -409,9 +420,9 @@ def test_a_version_under_two_names_is_repaired_and_pinned_under_both(tmp_path: P
     _flip_a_bit(harness.store.folder(digest) / lowered_file.NAME, 100)
     _flip_a_bit(harness.store.folder(digest) / "adapter_model.safetensors", -1)
     again = RegistryHarness(tmp_path)
-    assert {info.name for info in again.operations.describe_all() if info.broken} == {"a", "b"}
+    assert {info.name for info in again.operations.describe_some("") if info.broken} == {"a", "b"}
     again.publish("b", replace=True)
-    assert [(info.name, info.broken) for info in again.operations.describe_all()] == [("a", None), ("b", None)]
+    assert [(info.name, info.broken) for info in again.operations.describe_some("")] == [("a", None), ("b", None)]
     assert again.registry.acquire(AdapterUse("a")).digest == digest
     again.registry.close()
 
@@ -422,7 +433,7 @@ def test_a_name_that_the_base_got_is_listed_as_broken(tmp_path: Path) -> None:
     harness.store.set_name(BASE_NAME, harness.store.names()["a"])
     harness.registry.close()
     again = RegistryHarness(tmp_path)
-    infos = {info.name: info.broken for info in again.operations.describe_all()}
+    infos = {info.name: info.broken for info in again.operations.describe_some("")}
     assert infos == {"a": None, BASE_NAME: f"{BASE_NAME} is the name of the base model"}
     assert again.registry.acquire(AdapterUse("a")).digest == digest
     again.registry.close()

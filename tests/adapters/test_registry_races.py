@@ -126,7 +126,7 @@ def test_publishing_and_deleting_one_name_at_once_leaves_what_was_asked_for_last
     harness.start_publish("b", harness.upload(3), results.append)
     harness.wait_until(lambda: len(results) == 5)
     assert [isinstance(result, ServeError) for result in results] == [False] * 5
-    (info,) = harness.operations.describe_all()
+    (info,) = harness.operations.describe_some("")
     assert info.name == "b"
     assert list(harness.store.names()) == ["b"]
     with pytest.raises(AdapterNotFound):
@@ -145,7 +145,7 @@ def test_a_pin_and_an_unloading_that_meet_a_publish_are_not_lost(harness: Regist
     harness.operations.pin("a", True, results.append)
     harness.operations.unload("b", results.append)
     harness.wait_until(lambda: len(results) == 4)
-    (info,) = harness.operations.describe_all()
+    (info,) = harness.operations.describe_some("")
     assert (info.name, info.pinned) == ("a", True)
     harness.wait_until(lambda: harness.store.names()["b"].unlisted)
     stored = harness.store.names()["a"]

@@ -241,7 +241,7 @@ def test_inspecting_describes_what_publishing_would_create_and_stores_nothing(ha
     staged = write(harness.folder / "store" / "staging" / "x", RegistryHarness.tensors(1))
     found = inspect(harness, staged)
     assert not staged.exists()
-    assert harness.operations.describe_all() == []
+    assert harness.operations.describe_some("") == []
     assert list((harness.folder / "store" / "versions").iterdir()) == []
     (version,) = harness.publish("x", 1).versions
     assert found == Inspection(

@@ -32,5 +32,5 @@ def test_the_notes_name_adapters_of_another_base_and_folders_without_one(tmp_pat
     for _ in range(2):  # the second time, adapters are unchanged
         harness = RegistryHarness(tmp_path, base=replace(BASE, names=("Qwen/Qwen2.5-0.5B",), model_type="qwen2"))
         assert harness.publish_folders(folder) == expected
-        assert [info.name for info in harness.operations.describe_all()] == ["elsewhere", "mine"]
+        assert [info.name for info in harness.operations.describe_some("")] == ["elsewhere", "mine"]
         harness.registry.close()

@@ -106,8 +106,8 @@ class StubAdminEngine:
                 return self.adapters[name]
             case Inspect():
                 return Inspection("digest", 8, 2, 10_240, 10_240, REPORT)
-            case ListAdapters():
-                return [self.adapters[name] for name in sorted(self.adapters)]
+            case ListAdapters(after):
+                return [self.adapters[name] for name in sorted(self.adapters) if name > after][:2]
             case PinAdapter(name=name):
                 if not self.may_pin:
                     raise AdapterBusy("no slot would be left", param="name")

@@ -63,6 +63,57 @@ async def test_adapters_are_listed_and_shown(server: StubAdminApp) -> None:
     assert refusal(await server.ask("GET", "/v1/adapters/c"))[0] == 404
 
 
+async def test_adapters_are_listed_by_pages_or_all_at_once(tmp_path: Path) -> None:
+    """The engine of these tests lists two at a time."""
+    keys = Keys({hash_key("boss"): Caller("boss"), hash_key("odd"): Caller("odd", adapters=("a1", "a3", "a5", "a7"))})
+    server = StubAdminApp(tmp_path, keys)
+    names = [f"a{number}" for number in range(7)]
+    server.engine.adapters = {name: AdapterInfo(name, False, []) for name in reversed(names)}
+
+    async def listed(query: str, key: str = "boss") -> tuple[list[str], bool]:
+        page = (await server.ask("GET", f"/v1/adapters{query}", key)).json()
+        found = [info["name"] for info in page["data"]]
+        assert (page["first_id"], page["last_id"]) == ((found[0], found[-1]) if found else (None, None))
+        return found, page["has_more"]
+
+    assert await listed("") == (names, False)
+    assert await listed("", "odd") == (["a1", "a3", "a5"], False)
+    for limit in (1, 2, 3, 7, 100):
+        found: list[str] = []
+        more = True
+        while more:
+            page, more = await listed(f"?limit={limit}&after={found[-1] if found else ''}")
+            assert len(page) == limit or not more
+            found += page
+        assert found == names
+    assert await listed("?limit=2&after=a1", "odd") == (["a3", "a5"], False)
+    assert await listed("?limit=2&after=a", "odd") == (["a1", "a3"], True)
+    assert await listed("?after=z") == ([], False)
+    for query in ("?limit=0", "?limit=1001", "?limit=x", f"?after={'x' * 65}"):
+        assert (await server.ask("GET", f"/v1/adapters{query}", "boss")).status_code == 400
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_similar_names_are_told_where_there_is_no_such_adapter(server: StubAdminApp, method: str) -> None:
+    await server.upload(name="customer-7")
+    await server.ask("PUT", "/v1/aliases/prod", json={"targets": [{"adapter": "customer-7"}]})
+    for name, hint in (
+        ("custmer-7", "; did you mean customer-7?"),
+        ("prod", "; it is an alias: see /v1/aliases"),
+        ("x", ""),
+    ):
+        answer = await server.ask(method, f"/v1/adapters/{name}")
+        assert refusal(answer) == (404, "adapter", f"adapter {name} does not exist{hint}")
+
+
+async def test_similar_names_are_those_that_a_key_may_use(tmp_path: Path) -> None:
+    server = StubAdminApp(tmp_path, Keys({hash_key("team"): Caller("team", adapters=("team-*",))}))
+    server.engine.adapters = {name: AdapterInfo(name, False, []) for name in ("team-poet", "tern-poet")}
+    for name, hint in (("team-pot", "; did you mean team-poet?"), ("tern-pot", ""), ("tern-poet", "")):
+        answer = await server.ask("GET", f"/v1/adapters/{name}", "team")
+        assert refusal(answer) == (404, "adapter", f"adapter {name} does not exist{hint}")
+
+
 @pytest.mark.parametrize(
     ("method", "action", "operation"),
     [
@@ -137,7 +188,7 @@ async def test_the_schema_lists_inspection_and_its_response(server: StubAdminApp
     paths = (await server.ask("GET", "/openapi.json")).json()["paths"]
     inspect = paths[INSPECT]["post"]
     form = inspect["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert sorted(form["properties"]) == ["archive", "files"]
+    assert sorted(form["properties"]) == ["archive", "files", "settings", "trust_settings"]
     for answer in (inspect["responses"]["200"], paths["/v1/adapters"]["post"]["responses"]["201"]):
         schema = answer["content"]["application/json"]["schema"]
         schema = schema["properties"].get("versions", {}).get("items", schema)

@@ -141,6 +141,27 @@ async def test_of_an_alias_s_targets_a_key_sees_those_that_it_may_use(keyed: Stu
         assert (await keyed.ask("GET", "/v1/aliases", key)).json()["data"] == [shown]
 
 
+async def test_an_alias_s_entity_tag_tells_nothing_of_targets_that_a_key_does_not_see(keyed: StubAdminApp) -> None:
+    async def tags(key: str, known: str = "") -> tuple[int, str]:
+        shown = await keyed.ask("GET", "/v1/aliases/prod", key, headers={"If-None-Match": known})
+        assert shown.status_code == 304 or shown.headers["ETag"].strip('"') == shown.json()["etag"]
+        return shown.status_code, shown.headers["ETag"]
+
+    seen: dict[str, set[str]] = {"sk-boss": set(), "sk-head": set(), "sk-user": set()}
+    for hidden in ("coder", "coder@3fa4"):
+        targets = [TARGETS[0], {"adapter": hidden, "weight": 5}]
+        answer = await keyed.ask("PUT", "/v1/aliases/prod", "sk-boss", json={"targets": targets})
+        assert answer.status_code == 200
+        for key, found in seen.items():
+            status, tag = await tags(key)
+            assert (status, await tags(key, tag)) == (200, (304, tag))
+            found.add(tag)
+    assert {key: len(found) for key, found in seen.items()} == {"sk-boss": 2, "sk-head": 1, "sk-user": 1}
+    assert len(seen["sk-head"] | seen["sk-user"] | seen["sk-boss"]) == 4
+    await keyed.ask("PUT", "/v1/aliases/prod", "sk-boss", json={"targets": [{**TARGETS[0], "weight": 1}, TARGETS[1]]})
+    assert (await tags("sk-head"))[1] not in seen["sk-head"]
+
+
 async def test_all_aliases_are_listed_though_the_engine_lists_a_few_at_once(keyed: StubAdminApp) -> None:
     names = [f"prod{number}" for number in range(7)]
     for name in reversed(names):

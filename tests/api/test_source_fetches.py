@@ -344,6 +344,38 @@ async def test_an_admin_publishes_from_a_source(server: StubAdminApp) -> None:
     assert server.leftovers == []
 
 
+async def test_settings_of_a_source_count_only_for_an_admin_who_says_so(server: StubAdminApp, tmp_path: Path) -> None:
+    (tmp_path / "source" / "poet" / "serve.yaml").write_text("top_k: 1\n")
+    for more, expected in (({}, False), ({"trust_settings": False}, False), ({"trust_settings": True}, True)):
+        answer = await post(server, {"source": "disk/poet", **more}, path="/v1/adapters/poet")
+        assert answer.status_code == 201, answer.text
+        publish = server.engine.operations[-1]
+        assert isinstance(publish, Publish)
+        assert publish.trust_settings is expected
+    (tmp_path / "source" / "poet" / "serve.yaml").write_text("temprature: 1\n")
+    answer = await post(server, {"source": "disk/poet", "trust_settings": True}, path="/v1/adapters/poet")
+    assert refusal(answer) == (422, "settings", "serve.yaml: there is no setting temprature; did you mean temperature?")
+
+
+async def test_a_chat_template_is_none_of_an_admin_s_who_has_some_of_the_adapters(
+    server: StubAdminApp, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    adapter_folder(source / "team-a")
+    (source / "team-a.tar.gz").write_bytes(tar(FILES))
+    for text, archived, expected in (
+        ("top_k: 1", False, (201, 201)),
+        ("chat_template: x", False, (403, 201)),
+        ("top_k: 1", True, (403, 201)),  # nobody has looked into the archive yet
+    ):
+        (source / "team-a" / "serve.yaml").write_text(text)
+        body = {"source": "disk/team-a.tar.gz" if archived else "disk/team-a", "trust_settings": True}
+        for key, status in zip(("team", "admin"), expected, strict=True):
+            server.engine.adapters.clear()
+            answer = await post(server, {"name": "team-a"} | body, key)
+            assert answer.status_code == status, answer.text
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -357,6 +389,7 @@ async def test_an_admin_publishes_from_a_source(server: StubAdminApp) -> None:
         ({"source": "disk/poet"}, 400, "name"),
         ({"name": "x", "source": "disk", "digest": "xyz"}, 400, "digest"),
         ({"name": "x", "source": "disk", "url": "s3://b"}, 400, "url"),
+        ({"name": "x", "source": "disk", "trust_settings": "true"}, 400, "trust_settings"),
         ({"name": "../x", "source": "disk"}, 400, "source"),
         ([], 400, None),
         ({"name": "x", "source": "y" * 9000}, 413, None),

@@ -21,6 +21,7 @@ from lora_serve.adapters.archive import unpack
 from lora_serve.adapters.store.store import Store
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import AdapterInvalid
+from lora_serve.messages import Inspect, Publish
 
 MOST = 1 << 20
 
@@ -511,3 +512,60 @@ async def test_an_upload_refused_by_the_engine_leaves_nothing_behind(server: Stu
     assert refusal(await server.upload()) == (422, None, "unknown module q_prok")
     assert len(server.engine.published) == 1
     assert server.leftovers == []
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+SETTINGS = b"temperature: 0.5\n"
+TRUST = ("trust_settings", (None, b"true"))
+
+
+def trusted(server: StubAdminApp) -> bool:
+    operation = server.engine.operations[-1]
+    assert isinstance(operation, Publish | Inspect)
+    return operation.trust_settings
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/adapters/poet", "/v1/adapters/inspect"])
+async def test_settings_count_only_if_the_request_says_so(server: StubAdminApp, path: str) -> None:
+    name = None if path.endswith("inspect") else "poet"
+    for said, expected in ((None, False), (b"false", False), (b"true", True)):
+        server.engine.adapters.clear()
+        fields = [] if said is None else [("trust_settings", (None, said))]
+        files = [("files", (file, content)) for file, content in (FILES | {"serve.yaml": SETTINGS}).items()]
+        answer = await server.send([*files, *fields], name, path)
+        assert answer.is_success, answer.text
+        assert trusted(server) is expected
+    assert [*server.engine.published, *server.engine.inspected] == [FILES | {"serve.yaml": SETTINGS}] * 3
+
+
+async def test_settings_in_the_form_replace_the_adapter_s_own(server: StubAdminApp) -> None:
+    packed = tar(FILES | {"serve.yaml": b"temperature: 2\n"})
+    for part in ((None, SETTINGS), ("serve.yaml", SETTINGS)):  # as a field, or as a file
+        server.engine.adapters.clear()
+        assert (await server.send([*archive(packed), ("settings", part)])).status_code == 201
+        assert trusted(server)
+    assert server.engine.published == [FILES | {"serve.yaml": SETTINGS}] * 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "param"),
+    [
+        ([("trust_settings", (None, b"yes"))], 400, "trust_settings"),
+        ([("trust_settings", (None, b"true"))] * 2, 400, "trust_settings"),
+        ([("settings", (None, b"x" * 200_000))], 400, "settings"),
+        ([("settings", (None, b"temprature: 1"))], 422, "settings"),
+        ([("archive", ("a.zip", packed_zip(FILES | {"serve.yaml": b"#" * 200_000}))), TRUST], 422, "settings"),
+        ([("settings", (None, b"system: be brief"))], 422, "settings"),  # this base has no chat template
+        ([("settings", (None, b"stop_tokens: [<|end|>]"))], 422, "settings"),
+    ],
+)
+async def test_settings_that_cannot_be_are_refused_before_anything_is_published(
+    server: StubAdminApp, parts: list[tuple[str, Any]], status: int, param: str
+) -> None:
+    tokenizer = server.app.state.services.tokenizer
+    tokenizer.convert_tokens_to_ids = lambda name: None
+    packed = [] if parts[0][0] == "archive" else archive(tar(FILES))
+    answer = await server.send([*packed, *parts])
+    assert refusal(answer)[:2] == (status, param)
+    assert (server.engine.published, server.leftovers) == ([], [])

@@ -176,7 +176,7 @@ def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Pa
     assert "half of the memory" in session.replies[1].failure.message
     session.engine.close()
     session = Session(tmp_path, adapter_device_memory=2 * size - 2)
-    assert session.engine._operations.describe_all()[0].broken is not None
+    assert session.engine._operations.describe_some("")[0].broken is not None
     assert any("half of --adapter-device-memory" in note for note in session.engine.info.notes)
     session.send("large", [5, 9, 33], adapter="one")
     session.step()

@@ -10,10 +10,13 @@ import torch
 from engine_session import Session
 from support import reference
 
+from lora_serve.adapters.registry import Lease
 from lora_serve.adapters.store.records import AliasRecord, TargetRecord
+from lora_serve.engine.admission import check_settings
+from lora_serve.errors import SettingsNotApplied
 from lora_serve.messages import Abort, AliasTarget, Call, Drain, ListAdapters, PutAlias
 from lora_serve.model.batch import Batch
-from lora_serve.request import Admitted, Tokens
+from lora_serve.request import Admitted, EmbeddingParams, Request, Sampling, Tokens
 
 
 @pytest.fixture(params=[False, True], ids=["step by step", "overlapped"])
@@ -254,4 +257,21 @@ def test_headers_that_aliases_go_by_are_told_before_the_change_is_answered(tmp_p
     assert update.stats is not None
     assert update.stats.sticky_headers == ["x-session"]
     assert engine.step().stats is None
+    engine._registry._some_settings = True  # and so is a change of what names stand for, once a version has settings
+    update = engine.step()
+    assert update.stats is not None
+    assert update.stats.settings_state > 0
+    assert engine.step().stats is None
     engine.close()
+
+
+@pytest.mark.parametrize("embedding", [None, EmbeddingParams()])
+def test_a_request_to_generate_must_be_made_by_the_settings_of_its_adapters(embedding: EmbeddingParams | None) -> None:
+    request = Request("r", [1], Sampling(max_tokens=1), embedding=embedding)
+    leases = [Lease("plain", "a", 1.0), Lease("poet", "b", 1.0, settings_missing=True)]
+    if embedding is not None:
+        check_settings(request, leases)
+        return
+    with pytest.raises(SettingsNotApplied, match="adapter poet was replaced") as refused:
+        check_settings(request, leases)
+    assert refused.value.retry_after == 1

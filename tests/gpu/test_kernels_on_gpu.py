@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gpu_device import DEVICE, gpu_only, here, sized
-from kernels.kernel_cases import AttentionCase, assert_near
+from kernels.kernel_cases import AttentionCase, assert_near, zeros_like
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, DeltaGroup, Kernels, Rotation, Segments
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, Launch, PlanTable
@@ -107,6 +107,33 @@ def test_deltas_equal_the_reference(kernels: GpuKernels, case: Deltas, dtype: to
     kernels.delta(x, again, group, segments)
     REFERENCE.delta(x, wanted, group, segments)
     for mine, twice, right in zip(got, again, wanted, strict=True):
+        assert_near(mine, right)
+        assert torch.equal(mine, twice)
+
+
+TRAINED = sized(
+    [
+        pytest.param(Deltas(*QKV, ((700, 16), (60, 64), (1, 8), (290, 128))), id="qkv, four adapters"),
+        pytest.param(Deltas(*DOWN, ((2048, 16),)), id="down, one adapter"),
+    ],
+    [pytest.param(Deltas(96, (64, 32), ((40, 16), (2, 0), (1, 8))), id="two modules")],
+)
+
+
+@pytest.mark.parametrize("weights", [FP32, BF16])
+@pytest.mark.parametrize("case", TRAINED)
+def test_gradients_of_deltas_equal_the_reference(kernels: GpuKernels, case: Deltas, weights: torch.dtype) -> None:
+    torch.manual_seed(0)
+    group, segments = case.group(weights), case.bounds()
+    x, before = (draw(case.rows, case.in_features, dtype=BF16) for _ in range(2))
+    grads = [draw(case.rows, out, dtype=BF16) for out in case.out_features]
+    found = []
+    for each in (kernels, kernels, REFERENCE):
+        gradients, dx = zeros_like(group), before.clone()
+        each.delta_backward(x, grads, dx, group, segments, gradients)
+        own = [delta for slots in gradients.deltas for delta in slots if delta is not None]
+        found.append([dx, *(matrix for delta in own for matrix in (delta.a, delta.b))])
+    for mine, twice, right in zip(*found, strict=True):
         assert_near(mine, right)
         assert torch.equal(mine, twice)
 
@@ -342,7 +369,7 @@ def test_rotary_embeddings_and_kv_writes_equal_the_reference(kernels: GpuKernels
     for got, wanted in zip(mine, right, strict=True):
         assert torch.equal(got, wanted)
     queries, rotated = kernels.rope(q, k, cos, sin)
-    assert_near(kernels.rope_and_write_kv(q, k, -k, cos, sin, *mine, index), queries)
+    assert_near(kernels.rope_and_write_kv(Rotation(q, k, cos, sin), -k, *mine, index), queries)
     kernels.write_kv(*right, rotated[0].transpose(0, 1), -rows, index)
     for got, wanted in zip(mine, right, strict=True):
         assert_near(got, wanted)

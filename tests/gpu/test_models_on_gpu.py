@@ -13,8 +13,9 @@ import torch
 from driver import Driver
 from gpu_device import DEVICE, ON_GPU, gpu_only, here, sized
 from parity import load_peft, logits, make_adapter, read_adapter
-from support import ARCHITECTURES, reference, save
+from support import ARCHITECTURES, COMMON, reference, save
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import GpuKernels
@@ -167,3 +168,17 @@ def test_memory_of_an_evicted_adapter_is_freed(tmp_path: Path) -> None:
         taken.append(torch.cuda.memory_allocated())
         assert resident - taken[-1] >= adapter.nbytes or len(taken) == 1  # the first pass leaves the libraries' scratch
     assert taken[1] == taken[2]
+
+
+@gpu_only
+def test_a_base_is_quantised_without_being_there_in_full_precision(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 8}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | shape), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    Driver(tmp_path, dtype="bfloat16", device=DEVICE, scheme="int8", max_tokens=23, kernels=NoGraphs())
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 0.85 * sum(parameter.nbytes for parameter in model.parameters())  # packed they are half

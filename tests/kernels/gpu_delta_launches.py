@@ -1,4 +1,4 @@
-"""Kernel table rows of `delta`: what it launches on a GPU for the groups of a model."""
+"""Kernel table rows of `delta` and `delta_backward`: what they launch on a GPU for the groups of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_launches import recorded_launches
 from kernel_cases import CPU
 
 from lora_serve.kernels.contract import DeltaGroup, Segments
-from lora_serve.kernels.gpu import delta
+from lora_serve.kernels.gpu import delta, delta_backward
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, DeltaPlan, DeltaProblem, PlanTable, rows_bucket
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,6 +61,27 @@ def delta_builds() -> Iterator[Build]:
             # Of few columns, each thread of a row's program loads and stores one output.
             few = row.constexprs.get("BLOCK_N", 512) < 2 * 32 * row.warps
             yield replace(row, scalars=() if few or FP32 in (dtype, weights) else ("ld.global.b16",))
+
+
+def delta_backward_builds() -> Iterator[Build]:
+    """The same group in training: a few adapters with many rows each."""
+    vectors = {
+        "shrink_gradients": "cp.async.cg.shared.global",
+        "add_input_gradient": "ld.global.v4",
+        "add_matrix_gradients": "ld.global.v4",
+    }
+    for dtype, weights in ((BF16, BF16), (BF16, FP32), (FP32, FP32)):  # a trainer computes with float32 matrices
+        group, gradients = (DeltaGroup(4096, (4096, 1024, 1024), 8, kind, CPU) for kind in (weights, FP32))
+        four = torch.zeros(4, dtype=torch.int32)
+        segments = Segments(four, four, four, four.float(), 500, 16)
+        x, *grads = (torch.zeros(2000, width, dtype=dtype) for width in (4096, *group.out_features))
+        with (
+            recorded_launches(delta, LOADS, (90,)),
+            recorded_launches(delta_backward, vectors, (90,)) as found,
+            processors_of_a_gpu(),
+        ):
+            delta_backward.delta_backward(x, grads, x, group, segments, gradients)
+        yield from found
 
 
 def _every(plan: DeltaPlan, group: DeltaGroup, rows: int, longest: int) -> PlanTable:

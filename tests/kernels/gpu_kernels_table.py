@@ -50,11 +50,12 @@ class Build:
 
 def builds() -> Iterator[Build]:
     """Every row of the table; each module of kernels has a function that yields its own."""
-    from gpu_delta_launches import delta_builds  # these import `Build`
+    from gpu_delta_launches import delta_backward_builds, delta_builds  # these import `Build`
     from gpu_launches import attention_builds, pointwise_builds
     from gpu_matmul_launches import linear_builds
 
     yield from delta_builds()
+    yield from delta_backward_builds()
     yield from attention_builds()
     yield from pointwise_builds()
     yield from linear_builds()

@@ -17,6 +17,7 @@ from gpu_kernels_table import Build
 from kernel_cases import AttentionCase
 from torch import Tensor
 
+from lora_serve.kernels.contract import Rotation
 from lora_serve.kernels.gpu import attention, pointwise
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -120,6 +121,6 @@ def pointwise_builds() -> Iterator[Build]:
                 pointwise.rope(*heads, turn, turn, dependent=dependent)  # type: ignore[misc]
                 pool = torch.zeros(4, 16, 8, dim).bfloat16()
                 pointwise.write_kv(pool, pool, k, k, index, dependent=dependent)
-                both = (*heads, heads[1], turn, turn, pool, pool, index)
-                pointwise.rope_and_write_kv(*both, dependent=dependent)
+                rotation = Rotation(heads[0], heads[1], turn, turn)
+                pointwise.rope_and_write_kv(rotation, heads[1], pool, pool, index, dependent=dependent)
     yield from rows

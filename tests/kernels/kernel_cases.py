@@ -147,6 +147,40 @@ def composed_cases(draw: st.DrawFn) -> DeltaCase:
     return replace(case, tokens=row + draw(st.integers(1, 3)), segments=runs)
 
 
+def zeros_like(group: DeltaGroup) -> DeltaGroup:
+    """A group for the gradients of another."""
+    found = DeltaGroup(group.in_features, group.out_features, group.rank.shape[1], torch.float32, group.a.device)
+    for module in range(len(group.out_features)):
+        for slot in range(group.rank.shape[1]):
+            delta = group.get(module, slot)
+            if delta is not None:
+                wide = torch.promote_types(delta.a.dtype, torch.float32)
+                found.set(
+                    module, slot, Delta(torch.zeros_like(delta.a, dtype=wide), torch.zeros_like(delta.b, dtype=wide))
+                )
+    return found
+
+
+def disjoint(case: DeltaCase) -> Segments:
+    """The case's segments without compositions, which are not trained."""
+    runs, last = [], 0
+    for run in case.segments:
+        if run[0] >= last:
+            runs.append(run)
+            last = run[1]
+    return segments_of(runs, max(max(ranks) for ranks in case.ranks))
+
+
+def delta_gradients(kernels: Kernels, case: DeltaCase) -> list[Tensor]:
+    """What `delta_backward` adds to: dx, then A and B of every module and slot."""
+    group = case.group()
+    x, grads = case.rows()
+    gradients, dx = zeros_like(group), x.clone().contiguous()
+    kernels.delta_backward(x, grads, dx, group, disjoint(case), gradients)
+    own = [gradients.get(module, slot) for module in range(len(grads)) for slot in range(group.rank.shape[1])]
+    return [dx, *(matrix for each in own if each is not None for matrix in (each.a, each.b))]
+
+
 def experts_delta() -> tuple[ExpertsGroup, Tensor, Segments, Tensor]:
     """Two experts and two adapters, one without a delta for the first expert: group, x, segments, what is added."""
     tables = pointer_tables(2, 3, CPU)

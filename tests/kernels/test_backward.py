@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import CPU, DTYPES, DeltaCase, assert_near, composed_cases, pack_one, segments_of
+from kernel_cases import (
+    CPU,
+    DTYPES,
+    DeltaCase,
+    assert_near,
+    composed_cases,
+    delta_gradients,
+    pack_one,
+    segments_of,
+    zeros_like,
+)
 from torch import Tensor
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
@@ -16,20 +26,6 @@ from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-
-
-def zeros_like(group: DeltaGroup) -> DeltaGroup:
-    """A group for the gradients of another."""
-    found = DeltaGroup(group.in_features, group.out_features, group.rank.shape[1], torch.float32, CPU)
-    for module in range(len(group.out_features)):
-        for slot in range(group.rank.shape[1]):
-            delta = group.get(module, slot)
-            if delta is not None:
-                wide = torch.promote_types(delta.a.dtype, torch.float32)
-                found.set(
-                    module, slot, Delta(torch.zeros_like(delta.a, dtype=wide), torch.zeros_like(delta.b, dtype=wide))
-                )
-    return found
 
 
 class ContractDelta(torch.autograd.Function):
@@ -69,30 +65,12 @@ def test_the_contract_s_gradients_are_the_numerical_ones() -> None:
     torch.autograd.gradcheck(lambda *args: ContractDelta.apply(args[0], segments, places, *args[1:]), (x, *matrices))
 
 
-def disjoint(case: DeltaCase) -> Segments:
-    """The case's segments without compositions, which are not trained."""
-    runs, last = [], 0
-    for run in case.segments:
-        if run[0] >= last:
-            runs.append(run)
-            last = run[1]
-    return segments_of(runs)
-
-
 @given(case=composed_cases())
 @settings(max_examples=30, deadline=None)
 def test_native_delta_gradients_are_the_reference_s(native: NativeKernels, case: DeltaCase) -> None:
-    group, segments = case.group(), disjoint(case)
-    x, grads = case.rows()
-    found = []
-    for kernels in (REFERENCE, native):
-        gradients, dx = zeros_like(group), x.clone().contiguous()
-        kernels.delta_backward(x, grads, dx, group, segments, gradients)
-        own = [gradients.get(m, s) for m in range(len(grads)) for s in range(group.rank.shape[1])]
-        found.append((dx, [matrix for each in own if each is not None for matrix in (each.a, each.b)]))
-    assert_near(found[1][0], found[0][0], "dx")
-    for got, wanted in zip(found[1][1], found[0][1], strict=True):
-        assert_near(got, wanted, "gradient of a matrix")
+    wanted, found = (delta_gradients(kernels, case) for kernels in (REFERENCE, native))
+    for got, want in zip(found, wanted, strict=True):
+        assert_near(got, want)
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])

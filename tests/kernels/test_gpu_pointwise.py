@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
 
-from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.contract import Activation, Rotation
 from lora_serve.kernels.gpu.pointwise import (
     add_rms_norm,
     gated_activation,
@@ -176,14 +176,14 @@ def test_rotating_and_writing_at_once_has_the_bits_of_the_two_operations(
     ours, pair, right = ([pool.clone() for pool in pools] for _ in range(3))
     index = torch.randperm(4 * 3)[:tokens]
     before = wide.clone()
-    got = rope_and_write_kv(q, k, v, cos, sin, *ours, index, dependent=dependent)
+    got = rope_and_write_kv(Rotation(q, k, cos, sin), v, *ours, index, dependent=dependent)
     turned, rotated = rope(q, k, cos, sin)
     write_kv(*pair, rotated[0].transpose(0, 1), v[0].transpose(0, 1), index)
     assert got.equal(turned)
     assert got[0].transpose(0, 1).is_contiguous()
     assert all(map(torch.equal, ours, pair))
     assert wide.equal(before)
-    assert_near(got, REFERENCE.rope_and_write_kv(q, k, v, cos, sin, *right, index))
+    assert_near(got, REFERENCE.rope_and_write_kv(Rotation(q, k, cos, sin), v, *right, index))
     for mine, wanted in zip(ours, right, strict=True):
         assert_near(mine, wanted)
 
@@ -197,7 +197,7 @@ def test_empty_inputs_give_empty_results() -> None:
     pool = torch.zeros(1, 1, 1, 8)
     none = torch.zeros(0, dtype=torch.int64)
     write_kv(pool, pool, torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), none)
-    assert rope_and_write_kv(q, k, k, *[torch.zeros(1, 0, 8)] * 2, pool, pool, none).shape == (1, 2, 0, 8)
+    assert rope_and_write_kv(Rotation(q, k, *[torch.zeros(1, 0, 8)] * 2), k, pool, pool, none).shape == (1, 2, 0, 8)
 
 
 def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
@@ -216,8 +216,8 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
         write_kv(pool, pool, k[:, :, :4], k, index)
     q, v, turn = torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8), torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match="do not fit"):
-        rope_and_write_kv(q, v, v[:, :, :1], turn, turn, pool, pool, index)
+        rope_and_write_kv(Rotation(q, v, turn, turn), v[:, :, :1], pool, pool, index)
     with pytest.raises(ValueError, match="do not fit the pool"):
-        rope_and_write_kv(q, v, v, turn, turn, pool[..., :4], pool, index)
+        rope_and_write_kv(Rotation(q, v, turn, turn), v, pool[..., :4], pool, index)
     with pytest.raises(TypeError, match="pool's type"):
-        rope_and_write_kv(q, v, v, turn, turn, pool, pool.half(), index)
+        rope_and_write_kv(Rotation(q, v, turn, turn), v, pool, pool.half(), index)

@@ -21,6 +21,8 @@ from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
 from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.model.fused import FusedGatedMLP, FusedRMSNorm, fuse
 
+CPU = torch.device("cpu")
+
 NORMS = {"llama": 7, "qwen3": 13, "gemma2": 13, "phi3": 7, "gpt2": 0}
 MLPS = {"llama": 3, "qwen3": 3, "gemma2": 3, "phi3": 0, "gpt2": 0}
 
@@ -84,7 +86,7 @@ class OddAttention(nn.Module):
 def test_modules_that_only_look_alike_are_left_as_they_are() -> None:
     model = nn.ModuleDict({"norm": Odd(), "mlp": OddMLP(), "layer": nn.LayerNorm(8), "attention": OddAttention()})
     before = list(model.modules())
-    fuse(model, torch.float32, ReferenceKernels())
+    fuse(model, torch.float32, CPU, ReferenceKernels())
     assert list(model.modules()) == before
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -108,7 +110,7 @@ def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def fused(module: nn.Module, dtype: torch.dtype, kernels: ReferenceKernels | None = None) -> bool:
     model = nn.ModuleDict({"part": module.to(dtype)})
-    fuse(model, dtype, kernels or ReferenceKernels())
+    fuse(model, dtype, CPU, kernels or ReferenceKernels())
     return isinstance(model["part"], FusedRMSNorm | FusedGatedMLP)
 
 
@@ -143,7 +145,7 @@ def test_whether_one_is_added_to_the_weights_is_seen_whatever_they_are(dtype: to
         model = nn.ModuleDict({"norm": norm.to(dtype)})
         x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
         wanted = norm(x)
-        fuse(model, dtype, ReferenceKernels())
+        fuse(model, dtype, CPU, ReferenceKernels())
         assert isinstance(model["norm"], FusedRMSNorm)
         torch.testing.assert_close(model["norm"](x), wanted)
 

@@ -17,6 +17,8 @@ from lora_serve.kernels.reference import ReferenceKernels
 from lora_serve.model.fused import FusedRMSNorm
 from lora_serve.model.fused_residual import fuse_residuals
 
+CPU = torch.device("cpu")
+
 WIDTH = 16
 FUSED = {"llama": True, "qwen3": True, "phi3": True, "mixtral": True, "gemma2": False, "gpt2": False}
 
@@ -100,7 +102,7 @@ class Model(nn.Module):
 
 
 def is_fused(layer: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    fuse_residuals(Model(layer), dtype)
+    fuse_residuals(Model(layer), dtype, CPU)
     return "forward" in vars(layer)
 
 
@@ -110,7 +112,7 @@ def test_fused_layers_give_the_same_bits(dtype: torch.dtype) -> None:
     model = Model(*(Layer(dtype=dtype) for _ in range(3)), dtype=dtype)
     x = torch.randn(1, 5, WIDTH).to(dtype)
     plain = copy.deepcopy(model)
-    fuse_residuals(model, dtype)
+    fuse_residuals(model, dtype, CPU)
     assert all("forward" in vars(layer) for layer in model.blocks)
     for given in ({}, {"scale": 0.5, "other": object()}):
         assert torch.equal(model(x, **given), plain(x, **given))
@@ -121,7 +123,7 @@ def test_hooks_on_norms_still_correct_their_rows() -> None:
     torch.manual_seed(0)
     model = Model(Layer(), Layer())
     plain = copy.deepcopy(model)
-    fuse_residuals(model, torch.float32)
+    fuse_residuals(model, torch.float32, CPU)
 
     def negate_a_row(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         output[:, 1] = -args[0][:, 1]
@@ -210,5 +212,5 @@ def test_a_layer_with_a_scale_or_in_training_is_left_alone() -> None:
     assert not is_fused(scales)
     model = Model(trains)
     trains.train()
-    fuse_residuals(model, torch.float32)
+    fuse_residuals(model, torch.float32, CPU)
     assert "forward" not in vars(trains)

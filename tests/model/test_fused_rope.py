@@ -97,7 +97,7 @@ def context_of(dtype: torch.dtype = torch.float32) -> tuple[ForwardContext, Coun
 
 
 def fuse(attention: Attention, context: ForwardContext, kernels: CountingKernels) -> None:
-    fuse_ropes(nn.ModuleList([attention]), LAYERS, attention.o_proj.weight.dtype, context)
+    fuse_ropes(nn.ModuleList([attention]), LAYERS, attention.o_proj.weight.dtype, CPU, context)
     kernels.ropes = kernels.writes = kernels.both = 0  # those of the probes
 
 

@@ -105,8 +105,8 @@ def subtract(
     transposed = (is_parameter or "OLoRA" in methods(config)) and site.transposed
     if transposed and is_parameter:
         up, down = component(site.name, weight.T, rank, scaling, config)
-        return _difference(a, b, down.T, up.T)
-    return _difference(a, b, *component(site.name, weight, rank, scaling, config, transposed=transposed))
+        return difference(a, b, down.T, up.T)
+    return difference(a, b, *component(site.name, weight, rank, scaling, config, transposed=transposed))
 
 
 def with_reduced_tables(
@@ -136,7 +136,7 @@ def with_reduced_tables(
     return tensors | reduced
 
 
-def _difference(a: Tensor, b: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def difference(a: Tensor, b: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """A [r', in] and B [out, r'], float32, with B A = b a − up down, by a singular value decomposition."""
     left, right = torch.cat([b.double(), -up], dim=1), torch.cat([a.double(), down])
     if len(right) >= min(len(left), right.shape[1]):

@@ -10,17 +10,18 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from lora_serve.errors import AdapterInvalid
-from lora_serve.names import CARD, CONFIG, MODULES, POOLING, WEIGHTS
+from lora_serve.names import CARD, CONFIG, MODULES, POOLING, SETTINGS, WEIGHTS
 
-IDENTITY = (CONFIG, WEIGHTS, MODULES, POOLING)  # files whose content makes a version what it is
+IDENTITY = (CONFIG, WEIGHTS, MODULES, POOLING, SETTINGS)  # files whose content makes a version what it is
 KEPT = (*IDENTITY, CARD)  # files of a PEFT folder that the store keeps
+UNTRUSTED = tuple(name for name in KEPT if name != SETTINGS)  # of one whose settings nobody has vouched for
 MAX_RECORD = 16 << 20  # bytes
 
 _RecordType = TypeVar("_RecordType")
@@ -118,12 +119,12 @@ def version_digest(files: Mapping[str, FileRecord]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def describe_folder(folder: Path, vocabulary: str = "") -> VersionRecord:
-    """The record of the version that a PEFT folder is; hashes its files and looks into none.
+def describe_folder(folder: Path, vocabulary: str = "", names: Sequence[str] = KEPT) -> VersionRecord:
+    """The record of the version that a PEFT folder is; hashes its files of these names and looks into none.
 
     Raises: AdapterInvalid if a file is a link or not a regular file, or if configuration or weights are missing.
     """
-    files = {name: hash_file(folder, name) for name in KEPT if os.path.lexists(folder / name)}
+    files = {name: hash_file(folder, name) for name in names if os.path.lexists(folder / name)}
     for name in (CONFIG, WEIGHTS):
         if name not in files:
             raise AdapterInvalid(f"{name} is missing")

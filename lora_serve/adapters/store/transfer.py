@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 from lora_serve.adapters.store.folder import DIGEST, StoreFolder
 from lora_serve.adapters.store.records import (
     KEPT,
+    UNTRUSTED,
     AliasRecord,
     NameRecord,
     VersionRecord,
@@ -84,7 +86,7 @@ def import_adapter(store: Store, source: AdapterSource, *, replace: bool) -> boo
     for folder in source.versions:
         staged = store.stage()
         try:
-            version = _copy_version(folder, staged)
+            version = _copy_version(folder, staged, UNTRUSTED if source.record is None else KEPT)
             if not digests and before is not None and name not in store.broken:
                 if before.versions[0] == version.digest:
                     return False
@@ -165,12 +167,12 @@ def export_version(folder: StoreFolder, contents: StoreContents, name: str, pref
     return digest
 
 
-def _copy_version(folder: Path, staged: Path) -> VersionRecord:
-    """Copy and hash a version's files; of a version of this format, check them."""
+def _copy_version(folder: Path, staged: Path, names: Sequence[str]) -> VersionRecord:
+    """Copy and hash a version's files of these names; of a version of this format, check them."""
     if not folder.is_dir():
         raise AdapterInvalid(f"version {folder.name[:12]} has no folder")
     try:
-        _copy_files(folder, staged)
+        _copy_files(folder, staged, names)
     except OSError as error:
         raise ServeError(f"the files of {folder} cannot be copied: {error.strerror or error}") from error
     found = describe_folder(staged, vocabulary_digest(folder))
@@ -184,10 +186,10 @@ def _copy_version(folder: Path, staged: Path) -> VersionRecord:
     return known or found
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def _copy_files(source: Path, target: Path, names: Sequence[str] = KEPT) -> None:
     """Copy the PEFT files of a folder; links are copied as links, which nothing accepts."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
+    for name in names:
         if (source / name).exists():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name, follow_symlinks=False)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api import error_handlers
+from lora_serve.api.adapter_settings import AdaptedCall, adapt_prompt
 from lora_serve.api.anthropic.anthropic_errors import anthropic_error
 from lora_serve.api.anthropic.chat_translation import to_chat_completion
 from lora_serve.api.anthropic.message_content import ContentStream, content_blocks
@@ -18,6 +19,7 @@ from lora_serve.api.anthropic.message_schemas import (
     CountMessageTokens,
     CreateMessage,
     MessageReply,
+    MessagesPrompt,
     MessageTokenCount,
 )
 from lora_serve.api.auth import Authorized
@@ -25,15 +27,14 @@ from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_call import ChatCall, encode_conversation, prepare_chat
 from lora_serve.api.openai.chat_prompt import chat_format
-from lora_serve.api.openai.chat_schemas import ChatCompletion
 from lora_serve.api.openai.choices import Choice, ChoiceOutput, RunningCall
 from lora_serve.api.openai.preprocess import existing_adapters
 from lora_serve.api.openai.respond import model_fields, respond
+from lora_serve.api.openai.schemas import Generation
 from lora_serve.api.request_id import request_id
-from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.services import ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
-from lora_serve.request import AdapterUse
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": AnthropicError}, "5XX": {"model": AnthropicError}}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -63,15 +64,13 @@ def _stream_format(request: Request) -> StreamFormat:
 )
 async def create_message(body: CreateMessage, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Generate the next message of a conversation; streamed if requested."""
-    chat = to_chat_completion(body, body.max_tokens, chat_format(services))
-    show_thinking = body.thinking is None or body.thinking.display != "omitted"
     return await respond(
         request,
-        chat,
+        _selection(body, stream=body.stream),
         services,
         caller,
         "messages",
-        lambda uses: _prepare(chat, services, caller, uses, show_thinking),
+        lambda adapted: _prepare(body, adapted, caller),
         _stream_format(request),
     )
 
@@ -81,9 +80,11 @@ async def count_message_tokens(
     body: CountMessageTokens, services: ServicesDep, caller: Authorized
 ) -> MessageTokenCount:
     """Count the tokens of the prompt that a message would have."""
-    chat = to_chat_completion(body, body.max_tokens, chat_format(services))
-    await existing_adapters(chat, services, caller)
-    prompt = await encode_conversation(chat, services)
+    selection = _selection(body)
+    await existing_adapters(selection, services, caller)
+    adapted = await adapt_prompt(selection, services, caller)
+    chat = to_chat_completion(body, body.max_tokens, chat_format(adapted.services))
+    prompt = await encode_conversation(adapted.complete_chat(chat), adapted.services)
     return MessageTokenCount(input_tokens=len(prompt.tokens))
 
 
@@ -152,7 +153,13 @@ def stopped(reason: str, stop_string: str | None) -> dict[str, str | None]:
     return {"stop_reason": STOP_REASONS[reason], "stop_sequence": None}
 
 
-async def _prepare(
-    body: ChatCompletion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...], show_thinking: bool
-) -> MessageCall:
-    return MessageCall(await prepare_chat(body, services, caller, uses, prefix="msg_"), show_thinking)
+def _selection(body: MessagesPrompt, *, stream: bool | None = None) -> Generation:
+    """What selects the model, and how to answer; the rest is translated when it is known by which chat template."""
+    user = body.metadata.user_id if body.metadata else None
+    return Generation.model_construct(model=body.model, adapter=body.adapter, user=user, stream=stream)
+
+
+async def _prepare(body: CreateMessage, adapted: AdaptedCall, caller: Caller) -> MessageCall:
+    chat = to_chat_completion(body, body.max_tokens, chat_format(adapted.services))
+    show_thinking = body.thinking is None or body.thinking.display != "omitted"
+    return MessageCall(await prepare_chat(chat, adapted, caller, prefix="msg_"), show_thinking)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lora_serve.api.adapter_settings import AdaptedCall
 from lora_serve.api.auth import Authorized
 from lora_serve.api.caller import Caller
 from lora_serve.api.chat_output import OutputEvent, ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
@@ -20,8 +21,8 @@ from lora_serve.api.openai.documented_bodies import EVENT_STREAM, ChatReply
 from lora_serve.api.openai.respond import add_usage, model_fields, respond, usage
 from lora_serve.api.openai.response_logprobs import TokenTexts, chat_logprobs
 from lora_serve.api.openapi import errors
-from lora_serve.api.services import Services, ServicesDep
-from lora_serve.request import AdapterUse, Logprob
+from lora_serve.api.services import ServicesDep
+from lora_serve.request import Logprob
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
 
@@ -33,7 +34,7 @@ router = APIRouter(tags=["openai"], route_class=JSONRoute)
 )
 async def chat(body: ChatCompletion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete a conversation; streamed if requested."""
-    return await respond(request, body, services, caller, "chat", lambda uses: _prepare(body, services, caller, uses))
+    return await respond(request, body, services, caller, "chat", lambda adapted: _prepare(body, adapted, caller))
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,9 @@ class ChatCompletionCall:
         return usage(self.call.prompt_tokens, generated, cached)
 
 
-async def _prepare(
-    body: ChatCompletion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
-) -> ChatCompletionCall:
-    return ChatCompletionCall(body, await prepare_chat(body, services, caller, uses), TokenTexts(services.tokenizer))
+async def _prepare(body: ChatCompletion, adapted: AdaptedCall, caller: Caller) -> ChatCompletionCall:
+    call = await prepare_chat(body, adapted, caller)
+    return ChatCompletionCall(body, call, TokenTexts(adapted.services.tokenizer))
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:

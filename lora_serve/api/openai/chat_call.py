@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from lora_serve.api.adapter_settings import AdaptedCall
 from lora_serve.api.caller import Caller
 from lora_serve.api.chat_output import (
     OutputEvent,
@@ -33,7 +34,7 @@ from lora_serve.api.openai.preprocess import check_n, engine_info, sampling_para
 from lora_serve.api.openai.reply_grammar import reply_grammar
 from lora_serve.api.services import Services
 from lora_serve.errors import BadRequest
-from lora_serve.request import AdapterUse, Logprob
+from lora_serve.request import Logprob
 
 
 @dataclass
@@ -167,12 +168,12 @@ def finish_reason(reason: str, output: ChoiceOutput, parser: OutputParser) -> st
 
 async def prepare_chat(
     body: ChatCompletion,
-    services: Services,
+    adapted: AdaptedCall,
     caller: Caller,
-    uses: tuple[AdapterUse, ...],
     prefix: str = "chatcmpl-",
 ) -> ChatCall:
     """Check a conversation and encode it. Raises the `BadRequest` that names the field at fault."""
+    services, body = adapted.services, adapted.complete_chat(body)
     check_n(body, services)
     chat, tools = chat_format(services), _offered(body)
     encoded = await encode_conversation(body, services)
@@ -184,7 +185,7 @@ async def prepare_chat(
         services,
         prompt_tokens=len(prompt),
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        default_max_tokens=None,
+        default_max_tokens=adapted.setting("max_tokens"),
         clamp=True,
         field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -200,7 +201,7 @@ async def prepare_chat(
         {tool.function.name: tool.function.parameters or {} for tool in tools},
         1 if body.parallel_tool_calls is False else None,
     )
-    choices = make_choices(body, id_, 0, prompt, params, uses, caller, hidden=chat.hidden)
+    choices = make_choices(body, id_, 0, prompt, params, adapted.uses, caller, hidden=chat.hidden)
     return ChatCall(id_, int(time.time()), engine_info(services).model, choices, format)
 
 

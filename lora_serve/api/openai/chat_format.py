@@ -1,4 +1,4 @@
-"""How the base model writes messages: found once in its chat template and vocabulary."""
+"""How a model writes messages: found once in its chat template and vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_serve.api.chat_output import (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A base model's messages.
+    """A model's messages.
 
     Attributes:
         template: the text of the chat template, that for tools if there are several.
@@ -26,6 +26,7 @@ class ChatFormat:
         special_tokens: ids of the vocabulary's special tokens, by text, as grammars refer to them.
         hidden: ids of the special tokens that are not part of a message's text; the markers of tool calls and reasoning
             are, as they are parsed.
+        bounded: the template is an adapter's, which may take only so long.
     """
 
     template: str
@@ -33,9 +34,10 @@ class ChatFormat:
     reasoning: ReasoningFormat | None
     special_tokens: Mapping[str, int]
     hidden: frozenset[int]
+    bounded: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ChatFormat | None:
+    def of(cls, tokenizer: Any, *, bounded: bool = False) -> ChatFormat | None:
         """The format of a Hugging Face tokenizer's chat template; None if it has none."""
         if not tokenizer.chat_template:
             return None
@@ -48,7 +50,7 @@ class ChatFormat:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content not in markers
         }
-        return cls(template, tools, reasoning, special, frozenset(hidden))
+        return cls(template, tools, reasoning, special, frozenset(hidden), bounded)
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply with tool calls, besides the model's end tokens."""

@@ -286,7 +286,8 @@ class RunningCall:
     def _open(self) -> RunningChoice:
         choice = self._later.popleft()
         if self._opened and (served := self.adapters):  # the same versions, even if there are new ones by now
-            uses = tuple(AdapterUse(each.name, each.digest, each.weight) for each in served)
+            pairs = zip(served, choice.request.adapters, strict=True)
+            uses = tuple(AdapterUse(each.name, each.digest, each.weight, use.settings_applied) for each, use in pairs)
             choice = replace(choice, request=msgspec.structs.replace(choice.request, adapters=uses))
         elif choice.request.adapters:
             choice = replace(choice, request=msgspec.structs.replace(choice.request, routing=self._routing))

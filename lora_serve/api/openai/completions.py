@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lora_serve.api.adapter_settings import AdaptedCall
 from lora_serve.api.auth import Authorized
 from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
@@ -31,7 +32,7 @@ from lora_serve.api.openai.structured_output import check_copies, structured_out
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import Services, ServicesDep
 from lora_serve.errors import BadRequest
-from lora_serve.request import AdapterUse, Logprob
+from lora_serve.request import Logprob
 
 router = APIRouter(tags=["openai"], route_class=JSONRoute)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -45,7 +46,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def complete(body: Completion, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Complete each prompt; streamed if requested."""
     return await respond(
-        request, body, services, caller, "completions", lambda uses: _prepare(body, services, caller, uses)
+        request, body, services, caller, "completions", lambda adapted: _prepare(body, adapted, caller)
     )
 
 
@@ -122,9 +123,8 @@ class CompletionCall:
         return self.body.n or 1
 
 
-async def _prepare(
-    body: Completion, services: Services, caller: Caller, uses: tuple[AdapterUse, ...]
-) -> CompletionCall:
+async def _prepare(body: Completion, adapted: AdaptedCall, caller: Caller) -> CompletionCall:
+    services, body = adapted.services, adapted.complete(body)
     check_n(body, services)
     grammar = await structured_output(body)
     texts, prompts = await _prompts(body, services)
@@ -140,13 +140,13 @@ async def _prepare(
             services,
             prompt_tokens=len(prompt),
             max_tokens=body.max_tokens,
-            default_max_tokens=DEFAULT_MAX_TOKENS,
+            default_max_tokens=adapted.setting("max_tokens") or DEFAULT_MAX_TOKENS,
             field="prompt",
             logprobs=logprobs,
             prompt_logprobs=logprobs if body.echo else None,
             grammar=grammar,
         )
-        choices += make_choices(body, id_, len(choices), prompt, params, uses, caller)
+        choices += make_choices(body, id_, len(choices), prompt, params, adapted.uses, caller)
     model = engine_info(services).model
     return CompletionCall(body, id_, int(time.time()), model, choices, prompts, texts, TokenTexts(services.tokenizer))
 

@@ -7,6 +7,7 @@ a usual length, one for the very long, so that those delay only each other.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -39,6 +40,13 @@ class TextEncoder:
         self._longest = max(map(len, tokenizer.get_vocab()), default=1)  # characters of a token
         self._usual = ThreadPoolExecutor(1, "tokenize")
         self._very_long = ThreadPoolExecutor(1, "tokenize-very-long")
+
+    def extended(self, tokenizer: Any, added: Sequence[str]) -> TextEncoder:
+        """The same for this tokenizer with added tokens, in the same threads."""
+        other = copy.copy(self)
+        other._tokenizer, other._backend = tokenizer, getattr(tokenizer, "backend_tokenizer", None)
+        other._longest = max(self._longest, *map(len, added))
+        return other
 
     def check_length(self, characters: int, most: int) -> None:
         """Raise `TextTooLong` if no text of so many characters can have `most` tokens."""

@@ -13,6 +13,7 @@ from lora_serve.api.openai.documented_bodies import ModelCard, ModelList
 from lora_serve.api.openai.preprocess import ModelNotFound, base_names, engine_info, without_base
 from lora_serve.api.openapi import errors
 from lora_serve.api.services import ServicesDep
+from lora_serve.api.visible_adapters import usable_adapters
 from lora_serve.api.visible_aliases import as_seen_by, usable_aliases
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import (
@@ -21,7 +22,6 @@ from lora_serve.messages import (
     DescribeAdapter,
     DescribeAlias,
     EngineInfo,
-    ListAdapters,
 )
 from lora_serve.names import adapter_broken
 
@@ -32,9 +32,9 @@ router = APIRouter(tags=["openai"])
 async def models(services: ServicesDep, caller: Authorized) -> dict[str, Any]:
     """List the base model, and the adapters and aliases that this key may use."""
     info = engine_info(services)
-    adapters = msgspec.convert(await services.engine.call(ListAdapters()), list[AdapterInfo])
+    adapters = await usable_adapters(services, caller)
     aliases = await usable_aliases(services, caller)
-    shown = [_adapter(info, each) for each in adapters if caller.may_use(each.name) and each.broken is None]
+    shown = [_adapter(info, each) for each in adapters if each.broken is None]
     shown += [_alias(info, as_seen_by(caller, each)) for each in aliases if each.targets]
     return {"object": "list", "data": [_base(info), *shown]}
 

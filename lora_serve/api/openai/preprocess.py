@@ -130,14 +130,24 @@ async def explain_not_found(
     error: AdapterNotFound, body: ModelSelection, services: Services, caller: Caller
 ) -> ServeError:
     """The error for a name that no adapter has: about `model` if that is where it was given, with similar names."""
-    names: list[str] = await services.engine.call(ListNames(MOST_NAMES))
-    usable = list(islice(filter(caller.may_use, names), MOST_SIMILAR_NAMES))
+    usable = await _usable_names(services, caller)
     if body.adapter is not None or not body.model:
         given = error.message.removeprefix("adapter ").partition(" ")[0]
         return AdapterNotFound(error.message + services.sources.describe() + _resembles(given, usable), param="adapter")
     resembled = _resembles(without_base(body.model, services), [engine_info(services).model, *usable])
     missing = f"model {body.model[:100]} does not exist{services.sources.describe()}"
     return ModelNotFound(missing + resembled, param="model")
+
+
+async def similar_names(name: str, services: Services, caller: Caller) -> str:
+    """What is added to the message that there is no adapter of this name: similar ones, or that it is an alias."""
+    usable = await _usable_names(services, caller)
+    return "; it is an alias: see /v1/aliases" if name in usable else _resembles(name, usable)
+
+
+async def _usable_names(services: Services, caller: Caller) -> list[str]:
+    names: list[str] = await services.engine.call(ListNames(MOST_NAMES))
+    return list(islice(filter(caller.may_use, names), MOST_SIMILAR_NAMES))
 
 
 def _resembles(name: str, names: Sequence[str]) -> str:

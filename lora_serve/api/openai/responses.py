@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lora_serve.api import error_handlers
+from lora_serve.api.adapter_settings import AdaptedCall
 from lora_serve.api.auth import Authorized
 from lora_serve.api.caller import Caller
 from lora_serve.api.json_body import JSONRoute
@@ -26,10 +27,9 @@ from lora_serve.api.openai.response_object import ResponseObject
 from lora_serve.api.openai.response_schemas import CreateResponse
 from lora_serve.api.openai.response_translation import response_error, to_chat_completion
 from lora_serve.api.openapi import errors
-from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.services import ServicesDep
 from lora_serve.api.sse import StreamFormat
 from lora_serve.errors import ServeError
-from lora_serve.request import AdapterUse
 
 # Fields of a response about what only OpenAI's servers do; always null.
 OPENAI_ONLY = (
@@ -86,7 +86,7 @@ async def create_response(
             services,
             caller,
             "responses",
-            lambda uses: _prepare(body, chat, services, caller, uses),
+            lambda adapted: _prepare(body, chat, adapted, caller),
             EVENTS,
         )
     except ServeError as error:
@@ -233,11 +233,11 @@ def echoed(body: CreateResponse) -> dict[str, Any]:
 async def _prepare(
     body: CreateResponse,
     chat: ChatCompletion,
-    services: Services,
+    adapted: AdaptedCall,
     caller: Caller,
-    uses: tuple[AdapterUse, ...],
 ) -> ResponseCall:
-    call = await prepare_chat(chat, services, caller, uses, prefix="resp_")
+    call = await prepare_chat(chat, adapted, caller, prefix="resp_")
+    services = adapted.services
 
     def keep(items: list[dict[str, Any]]) -> None:
         if body.store is not False:

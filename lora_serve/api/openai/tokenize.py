@@ -1,6 +1,7 @@
 """`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`: the base's tokenizer, which is that of every adapter.
 
-An adapter may have a vocabulary of another size; that decides which token ids there are.
+An adapter may have a vocabulary of another size; that decides which token ids there are. Its settings may add tokens
+and have a chat template.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import Field, model_validator
 
+from lora_serve.api.adapter_settings import adapt_prompt
 from lora_serve.api.auth import Authorized
 from lora_serve.api.json_body import JSONRoute
 from lora_serve.api.openai.chat_prompt import encode_chat
@@ -52,12 +54,17 @@ class Detokenize(ModelSelection):
 async def tokenize(body: Tokenize, services: ServicesDep, caller: Authorized) -> Response:
     """Token ids of a text, which may be longer than the context, or of messages, which may not."""
     await existing_adapters(body, services, caller)
+    adapted = await adapt_prompt(body, services, caller, chat=body.messages is not None)
     if body.messages is not None:
-        chat = await encode_chat(services, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+        chat = await encode_chat(
+            adapted.services,
+            adapted.with_system(body.messages),
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
         tokens = chat.tokens
     else:
         special = body.add_special_tokens is not False
-        tokens = await _encode(services, body.prompt or "", special=special)
+        tokens = await _encode(adapted.services, body.prompt or "", special=special)
     return FastJSONResponse(
         {"count": len(tokens), "max_model_len": engine_info(services).max_model_len, "tokens": tokens}
     )
@@ -69,7 +76,8 @@ async def detokenize(body: Detokenize, services: ServicesDep, caller: Authorized
     adapters = await existing_adapters(body, services, caller)
     sizes = (adapter.versions[0].vocab_size for adapter in adapters)
     check_tokens(body.tokens, next((size for size in sizes if size), engine_info(services).vocab_size), "tokens")
-    text = await services.encoder.run(lambda: services.tokenizer.decode(body.tokens), len(body.tokens))
+    tokenizer = (await adapt_prompt(body, services, caller, chat=False)).services.tokenizer
+    text = await services.encoder.run(lambda: tokenizer.decode(body.tokens), len(body.tokens))
     return FastJSONResponse({"prompt": text})
 
 

@@ -10,17 +10,18 @@ one's loss is its own, and what is not finite, or raises, in one of them reaches
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lora_serve.engine.training.loss_formulas import MeanMetric
 from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.kernels.contract import Segments
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import TrainableBase
-from lora_serve.model.training_step import AdapterSpan, TrainingStep
+from lora_serve.model.training_step import AdapterSpan, TrainedPrefix, TrainingStep, VirtualTokens
 
 LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
@@ -49,11 +50,47 @@ def _chunk_rows(base: TrainableBase) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """A micro-batch's share of the flat batch: rows, and of these the ones that have a loss."""
+    """A micro-batch's rows of the flat batch."""
 
     batch: MicroBatch
     rows: slice
-    losses: slice
+
+
+class _HeadRows:
+    """Rows whose targets' log-probabilities are computed, in order.
+
+    Attributes:
+        parts: of each micro-batch, which of these rows are its own.
+        logprobs: [rows], once they are computed.
+    """
+
+    def __init__(
+        self, batches: Sequence[MicroBatch], wanted: Callable[[MicroBatch, float], bool], device: torch.device
+    ) -> None:
+        rows: list[int] = []
+        targets: list[int] = []
+        weights: list[float] = []
+        self.parts, first = [], 0
+        for batch in batches:
+            start = len(rows)
+            for sequence in batch.sequences:
+                first += batch.adapter.virtual_tokens
+                for row, (target, weight) in enumerate(zip(sequence.targets, sequence.weights, strict=True), first):
+                    if wanted(batch, weight):
+                        rows.append(row)
+                        targets.append(target)
+                        weights.append(weight)
+                first += len(sequence.tokens)
+            self.parts.append(slice(start, len(rows)))
+        self.count = len(rows)
+        self.rows, self.targets = (to_device(each, torch.int64, device) for each in (rows, targets))
+        self.weights = torch.tensor(weights, device=device)
+        self.logprobs = torch.zeros(self.count, device=device)
+
+    def chunks(self, size: int) -> list[slice]:
+        """All rows, about equally many at a time and at most `size`."""
+        count = -(-self.count // size)
+        return [slice(self.count * i // count, self.count * (i + 1) // count) for i in range(count)]
 
 
 class FusedPass:
@@ -74,29 +111,27 @@ class FusedPass:
     ) -> None:
         self._base, self._gradients = base, gradients
         self._first_kept = base.layers - kept_layers
-        self._parts, rows, losses = [], 0, 0
+        self._parts, rows = [], 0
         for batch in batches:
-            count = sum(weight != 0 for each in batch.sequences for weight in each.weights)
-            self._parts.append(_Part(batch, slice(rows, rows + batch.tokens), slice(losses, losses + count)))
-            rows, losses = rows + batch.tokens, losses + count
+            self._parts.append(_Part(batch, slice(rows, rows + batch.tokens)))
+            rows += batch.tokens
         self.tokens = rows
-        sequences = [each for batch in batches for each in batch.sequences]
-        weights = [weight for each in sequences for weight in each.weights]
-        self._loss_rows = [row for row, weight in enumerate(weights) if weight]
-        self._ids = [token for each in sequences for token in each.tokens]
-        targets = [target for each in sequences for target in each.targets]
-        self._targets = to_device([targets[row] for row in self._loss_rows], torch.int64, base.device)
-        self._weights = torch.tensor([weights[row] for row in self._loss_rows], device=base.device)
-        self._lengths = [len(each.tokens) for each in sequences]
-        self._logprobs = torch.zeros(losses, device=base.device)
+        sequences = [(batch.adapter.virtual_tokens, each.tokens) for batch in batches for each in batch.sequences]
+        self._ids = [token for virtual, tokens in sequences for token in (*[0] * virtual, *tokens)]
+        self._lengths = [virtual + len(tokens) for virtual, tokens in sequences]
+        self._dropouts = [batch.adapter.draw_dropout() if gradients else None for batch in batches]
+        self._losses = _HeadRows(batches, lambda batch, weight: weight != 0, base.device)
+        self._others = _HeadRows(batches, lambda batch, weight: batch.all_logprobs and weight == 0, base.device)
         self._errors: dict[int, Exception] = {}
-        self._losses: dict[int, float] = {}  # of loss functions
+        self._values: dict[int, float] = {}  # of loss functions
+        self._metrics: dict[int, Mapping[str, MeanMetric]] = {}
         self._known = all(
             batch.loss is None for batch in batches
         )  # whether gradients do not depend on log-probabilities
-        self._heads, backward = -(-losses // _chunk_rows(base)), gradients and losses > 0
-        heads = 2 * self._heads if backward and not self._known else self._heads
-        self.quanta = 1 + base.layers + heads + (base.layers if backward else 0)
+        chunks, more = (len(each.chunks(_chunk_rows(base))) for each in (self._losses, self._others))
+        self._backward = gradients and chunks > 0
+        heads = 2 * chunks if self._backward and not self._known else chunks
+        self.quanta = 1 + base.layers + more + heads + (base.layers if self._backward else 0)
         self.done = 0
         self._run = self._quanta()
 
@@ -111,6 +146,8 @@ class FusedPass:
             self.done += 1
             if self.done == self.quanta:
                 self._run.close()
+                if not self._backward:
+                    self._coefficients()  # for the losses only
         return self.done < self.quanta
 
     def finish(self) -> list[MicroBatchResult]:
@@ -123,102 +160,142 @@ class FusedPass:
     def results(self) -> list[MicroBatchResult]:
         """One for each micro-batch, once no quantum remains."""
         assert self.done == self.quanta
-        logprobs = self._logprobs.cpu()
-        terms = -(self._weights.cpu() * logprobs)
+        terms = -(self._losses.weights * self._losses.logprobs).cpu()
+        given, others = self._losses.logprobs.cpu(), self._others.logprobs.cpu()
         found = []
         for index, part in enumerate(self._parts):
-            own, each_sequence = logprobs[part.losses], []
+            own, rest, each_sequence = given[self._losses.parts[index]], others[self._others.parts[index]], []
             for sequence in part.batch.sequences:
-                given = torch.tensor(sequence.weights) != 0
-                values = torch.zeros(len(sequence.weights))
-                values[given] = own[: int(given.sum())]
-                own = own[int(given.sum()) :]
+                weighted = torch.tensor(sequence.weights) != 0
+                count, values = int(weighted.sum()), torch.zeros(len(sequence.weights))
+                values[weighted], own = own[:count], own[count:]
+                if part.batch.all_logprobs:
+                    count = len(values) - count
+                    values[~weighted], rest = rest[:count], rest[count:]
                 each_sequence.append(values)
-            loss = self._losses.get(index, float(terms[part.losses].sum()))
-            found.append(MicroBatchResult(loss, each_sequence, self._errors.get(index)))
+            loss = self._values.get(index, float(terms[self._losses.parts[index]].sum()))
+            error, metrics = self._errors.get(index), self._metrics.get(index, {})
+            found.append(MicroBatchResult(loss, each_sequence, error, metrics))
         return found
 
     def _quanta(self) -> Generator[None]:
         base = self._base
-        step = TrainingStep(self._lengths, *self._spans([part.rows for part in self._parts]))
-        positions = [position for length in self._lengths for position in range(length)]
+        spans, segments = self._spans([part.rows for part in self._parts])
+        step = TrainingStep(self._lengths, spans, segments, self._virtual_tokens(), self._prefixes())
+        before = [part.batch.adapter.prefix_tokens for part in self._parts for _ in part.batch.sequences]
+        positions = [
+            first + place for first, length in zip(before, self._lengths, strict=True) for place in range(length)
+        ]
         ids, at = (to_device(each, torch.int64, base.device) for each in (self._ids, positions))
         running = base.begin(step, ids, at)
         yield
         for layer in range(base.layers):
             running.forward(gradients=self._gradients, keep=layer >= self._first_kept)
             yield
-        rows = to_device(self._loss_rows, torch.int64, base.device)
-        count, losses = self._heads, len(self._loss_rows)
-        chunks = [slice(losses * i // count, losses * (i + 1) // count) for i in range(count)]
-        hidden = running.hidden[0]
-        if not self._known or not self._gradients:
+        hidden, rows = running.hidden[0], self._losses.rows
+        for chunk in self._others.chunks(_chunk_rows(base)):
+            self._logits(hidden, self._others, chunk, None)
+            yield
+        chunks = self._losses.chunks(_chunk_rows(base))
+        if not self._known or not self._backward:
             for chunk in chunks:
-                self._logits(hidden[rows[chunk]], chunk, None)
+                self._logits(hidden, self._losses, chunk, None)
                 yield
-        coefficients = self._coefficients()
-        if not chunks or not self._gradients:
+        if not self._backward:
             return
+        coefficients = self._coefficients()
         grad = torch.zeros_like(hidden)
         for chunk in chunks:
-            grad[rows[chunk]] = self._logits(hidden[rows[chunk]], chunk, coefficients[chunk])
+            grad[rows[chunk]] = self._logits(hidden, self._losses, chunk, coefficients[chunk])
             yield
         flowing = grad[None]
         for _ in range(base.layers):
             flowing = running.backward(flowing)
             yield
 
-    def _logits(self, hidden: Tensor, chunk: slice, coefficients: Tensor | None) -> Tensor:
-        """Log-probabilities of a chunk's targets; with coefficients [rows], the gradient of hidden."""
-        edges = range(*chunk.indices(len(self._loss_rows)))
+    def _logits(self, hidden: Tensor, heads: _HeadRows, chunk: slice, coefficients: Tensor | None) -> Tensor:
+        """Log-probabilities of a chunk's targets; with coefficients [rows], the gradient of their hidden states."""
+        edges = range(*chunk.indices(heads.count))
         spans = [
-            slice(max(part.losses.start, edges.start) - edges.start, min(part.losses.stop, edges.stop) - edges.start)
-            for part in self._parts
+            slice(max(part.start, edges.start) - edges.start, min(part.stop, edges.stop) - edges.start)
+            for part in heads.parts
         ]
-        step = TrainingStep((len(edges),), *self._spans(spans))
-        given = hidden.detach().requires_grad_(coefficients is not None)
+        step = TrainingStep((len(edges),), *self._spans(spans, edges.start + 1))
+        given = hidden[heads.rows[chunk]].detach().requires_grad_(coefficients is not None)
         with torch.set_grad_enabled(coefficients is not None):
             logits = self._base.logits(step, given)
-        targets = self._targets[chunk]
-        sums, self._logprobs[chunk] = _log_probabilities(logits.detach(), targets)
+        targets = heads.targets[chunk]
+        sums, heads.logprobs[chunk] = _log_probabilities(logits.detach(), targets)
         if coefficients is None:
-            return hidden
+            return given
         _gradient_in_place(logits.detach(), targets, sums, coefficients)
         (found,) = torch.autograd.grad(logits, given, logits.detach())
         return found
 
     def _coefficients(self) -> Tensor:
         """The gradient [losses] of the losses by their targets' log-probabilities, which loss functions read."""
-        coefficients = -self._weights
+        coefficients = -self._losses.weights
         for index, part in enumerate(self._parts):
+            own = self._losses.parts[index]
             if part.batch.loss is None:
                 continue
-            given = self._logprobs[part.losses].clone().requires_grad_()
+            given = self._losses.logprobs[own].clone().requires_grad_()
             try:
                 with torch.enable_grad():
-                    loss = part.batch.loss(given)
-                    (coefficients[part.losses],) = torch.autograd.grad(loss, given)
-                self._losses[index] = float(loss.detach())
+                    value = part.batch.loss(given)
+                    (coefficients[own],) = torch.autograd.grad(value.loss, given)
+                self._values[index], self._metrics[index] = float(value.loss.detach()), value.metrics
             except Exception as error:  # the loss function is the caller's
-                self._errors[index], self._losses[index] = error, math.nan
-                coefficients[part.losses] = 0
+                self._errors[index], self._values[index] = error, math.nan
+                coefficients[own] = 0
         return coefficients
 
-    def _spans(self, rows: Sequence[slice]) -> tuple[list[AdapterSpan], Segments]:
-        """Spans and segments of the parts' rows; parts without rows have none."""
+    def _spans(self, rows: Sequence[slice], draw: int = 0) -> tuple[list[AdapterSpan], Segments]:
+        """Spans and segments of the parts' rows; parts without rows have none.
+
+        Args:
+            draw: which of the pass's masks dropout takes.
+        """
         spans = []
-        for part, own in zip(self._parts, rows, strict=True):
+        for part, dropout, own in zip(self._parts, self._dropouts, rows, strict=True):
             adapter = part.batch.adapter
             if own.start < own.stop:
                 assert adapter.slot is not None, "a closed adapter is not trained"
-                spans.append(AdapterSpan(own.start, own.stop, adapter.slot, adapter.magnitudes))
-        device = self._base.device
+                drawn = None if dropout is None else replace(dropout, seed=dropout.seed + draw)
+                spans.append(AdapterSpan(own.start, own.stop, adapter.slot, adapter.magnitudes, adapter.gains, drawn))
+        device, plain = self._base.device, [span for span in spans if span.dropout is None]
         start, end, slot = (
-            to_device([getattr(span, name) for span in spans], torch.int32, device) for name in ("start", "end", "slot")
+            to_device([getattr(span, name) for span in plain], torch.int32, device) for name in ("start", "end", "slot")
         )
-        longest = max((span.end - span.start for span in spans), default=0)
+        longest = max((span.end - span.start for span in plain), default=0)
         rank = max((part.batch.adapter.rank for part in self._parts), default=0)
-        return spans, Segments(start, end, slot, torch.ones(len(spans), device=device), longest, rank)
+        return spans, Segments(start, end, slot, torch.ones(len(plain), device=device), longest, rank)
+
+    def _virtual_tokens(self) -> list[VirtualTokens]:
+        """The parts' learned embeddings, and the rows that they are."""
+        found = []
+        for part in self._parts:
+            if part.batch.adapter.table is None:
+                continue
+            table, gradient = part.batch.adapter.table
+            first = part.rows.start
+            rows: list[int] = []
+            for sequence in part.batch.sequences:
+                rows.extend(range(first, first + len(table)))
+                first += len(table) + len(sequence.tokens)
+            own = to_device(rows, torch.int64, self._base.device).view(-1, len(table))
+            found.append(VirtualTokens(table.detach().requires_grad_(self._backward), gradient, own))
+        return found
+
+    def _prefixes(self) -> list[TrainedPrefix]:
+        """The parts' learned keys and values, and the sequences that attend to them."""
+        found, first = [], 0
+        for part in self._parts:
+            own = range(first, first + len(part.batch.sequences))
+            first = own.stop
+            if part.batch.adapter.prefix is not None:
+                found.append(TrainedPrefix(own, *part.batch.adapter.prefix))
+        return found
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lora_serve.engine.training.loss_formulas import LossValue, MeanMetric
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.errors import BadRequest
 
-TokenLoss = Callable[[Tensor], Tensor]
+TokenLoss = Callable[[Tensor], LossValue]
 """A loss of the log-probabilities [targets] of all targets of a micro-batch with a weight other than 0, in order."""
 
 
@@ -61,15 +62,18 @@ class MicroBatch:
 
     Attributes:
         loss: None: cross-entropy, -Σ weight · log-probability. Otherwise the weights only say which targets matter.
+        all_logprobs: compute the log-probabilities of the targets with weight 0 as well.
     """
 
     adapter: TrainableAdapter
     sequences: Sequence[TrainingSequence]
     loss: TokenLoss | None = None
+    all_logprobs: bool = False
 
     @property
     def tokens(self) -> int:
-        return sum(len(each.tokens) for each in self.sequences)
+        """Rows of a flat batch, virtual tokens among them."""
+        return sum(len(each.tokens) + self.adapter.virtual_tokens for each in self.sequences)
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,12 @@ class MicroBatchResult:
 
     Attributes:
         loss: the loss; not finite if it diverged.
-        logprobs: log-probabilities of each sequence's targets, in float32; 0 where the weight is 0.
+        logprobs: log-probabilities of each sequence's targets, in float32; 0 where the weight is 0, unless asked for.
         error: what the micro-batch's own loss function raised; then nothing was added to its gradients.
+        metrics: what its loss function found.
     """
 
     loss: float
     logprobs: Sequence[Tensor]
     error: Exception | None = None
+    metrics: Mapping[str, MeanMetric] = field(default_factory=dict)

@@ -7,6 +7,7 @@ exactly the lowered form that a server loads.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,39 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_serve.adapters.adapter import ALIGNMENT, Adapter, BaseShape, MatrixOffsets
-from lora_serve.engine.training.training_settings import AdamSettings, AdaptedSite, LoraSettings
+from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
+from lora_serve.engine.training.initial_weights import initial_matrices
+from lora_serve.engine.training.method_settings import AdapterSettings, PrefixTuningSettings, PromptTuningSettings
+from lora_serve.engine.training.trainable_layout import FlatLayer
+from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest
 from lora_serve.model.trainable_base import TrainableBase
-from lora_serve.model.training_step import Magnitude
+from lora_serve.model.trainable_linear import output_norm
+from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
 
 FLATS = 5  # masters, computed weights, gradients, two moments
-_STEP = ALIGNMENT // 4  # elements
-
-
-@dataclass(frozen=True)
-class FlatLayer:
-    """One module's part of the flat tensors; offsets in elements.
-
-    Attributes:
-        magnitude: offset of DoRA's magnitude; -1 without.
-    """
-
-    module: AdaptedSite
-    offsets: MatrixOffsets
-    magnitude: int
-
-    def a(self, flat: Tensor) -> Tensor:
-        """[rank, in], a view."""
-        return self.offsets.views(self.module.site, flat).a
-
-    def b(self, flat: Tensor) -> Tensor:
-        """[rank, out], a view; PEFT's transposed."""
-        return self.offsets.views(self.module.site, flat).b
-
-    def m(self, flat: Tensor) -> Tensor:
-        """[out], a view."""
-        return flat[self.magnitude : self.magnitude + self.module.site.out_features]
 
 
 @dataclass(frozen=True)
@@ -62,49 +41,34 @@ class OptimizerResult:
     steps: int
 
 
-def lay_out(modules: Mapping[str, AdaptedSite], *, dora: bool) -> tuple[dict[str, FlatLayer], int]:
-    """Places of all modules' matrices in a flat tensor, and its size in elements."""
-    layers, size = {}, 0
-
-    def place(elements: int) -> int:
-        nonlocal size
-        start, size = size, size + -(-elements // _STEP) * _STEP
-        return start
-
-    for name, module in modules.items():
-        site, rank = module.site, module.rank
-        offsets = MatrixOffsets(place(rank * site.in_features), place(rank * site.out_features), rank)
-        layers[name] = FlatLayer(module, offsets, place(site.out_features) if dora else -1)
-    return layers, size
-
-
-def adapter_bytes(base: BaseShape, settings: LoraSettings) -> int:
+def adapter_bytes(base: BaseShape, settings: AdapterSettings) -> int:
     """Bytes of an adapter in training. Raises BadRequest for settings that do not fit the base."""
-    return FLATS * 4 * lay_out(settings.modules(base), dora=settings.use_dora)[1]
+    return FLATS * 4 * settings.layout(base).size
 
 
 class TrainableAdapter:
-    """A LoRA adapter over a base, with its optimizer.
+    """An adapter over a base, with its optimizer.
 
     Attributes:
         settings: of the adapter.
-        layers: its modules.
+        layout: its parts, in each of the flat tensors.
         masters, gradients: flat float32 tensors.
         slot: its place in the base's pointer tables; None after `close`.
-        magnitudes: DoRA's, by module.
+        magnitudes, gains: DoRA's and IA³'s, by module.
         steps: of the optimizer so far.
+        passes: that have drawn a dropout mask.
 
     Raises BadRequest for settings that do not fit the base, torch.OutOfMemoryError without effect.
     """
 
     def __init__(
-        self, name: str, base: TrainableBase, settings: LoraSettings, adam: AdamSettings | None = None
+        self, name: str, base: TrainableBase, settings: AdapterSettings, adam: AdamSettings | None = None
     ) -> None:
         self.name, self.settings, self._base = name, settings, base
         self._adam = adam or AdamSettings()
-        self.layers, size = lay_out(settings.modules(base.shape), dora=settings.use_dora)
+        self.layout = settings.layout(base.shape)
         self.masters, self._computed, self.gradients = (
-            torch.zeros(size, dtype=torch.float32, device=base.device) for _ in range(FLATS - 2)
+            torch.zeros(self.layout.size, dtype=torch.float32, device=base.device) for _ in range(FLATS - 2)
         )
         self._initialise()
         parameter = nn.Parameter(self.masters, requires_grad=True)
@@ -112,7 +76,8 @@ class TrainableAdapter:
         self._optimizer = torch.optim.AdamW(
             [parameter], lr=0.0, betas=self._adam.betas, eps=self._adam.eps, weight_decay=self._adam.weight_decay
         )
-        self.steps = 0
+        self.steps, self.passes = 0, 0
+        self._dropout_seed = settings.seed if isinstance(settings, LoraSettings) else 0
         offsets = {name: layer.offsets for name, layer in self.layers.items()}
         self.slot: int | None = base.deltas.load(Adapter(name, self._computed, offsets))
         gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
@@ -122,9 +87,19 @@ class TrainableAdapter:
             for name, layer in self.layers.items()
             if layer.magnitude >= 0
         }
+        self.gains = {
+            name: Gain(gain.values(self._computed), gain.values(self.gradients), gain.on_input)
+            for name, gain in self.layout.gains.items()
+        }
 
     def __repr__(self) -> str:
-        return f"<TrainableAdapter {self.name}: {len(self.layers)} modules, {self.nbytes} bytes, {self.steps} steps>"
+        parts = len(self.layers) + len(self.gains)
+        return f"<TrainableAdapter {self.name}: {parts} modules, {self.nbytes} bytes, {self.steps} steps>"
+
+    @property
+    def layers(self) -> Mapping[str, FlatLayer]:
+        """The modules with matrices."""
+        return self.layout.layers
 
     @property
     def nbytes(self) -> int:
@@ -139,14 +114,53 @@ class TrainableAdapter:
     @property
     def rank(self) -> int:
         """The highest rank of a module."""
-        return max(layer.module.rank for layer in self.layers.values())
+        return max((layer.offsets.rank for layer in self.layers.values()), default=0)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of virtual tokens before every sequence that are rows of a batch."""
+        return self.layout.table.tokens if self.layout.table else 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of virtual tokens before every sequence that are keys and values only."""
+        return self.layout.prefix.tokens if self.layout.prefix else 0
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor] | None:
+        """The embeddings of the virtual tokens [tokens, hidden] and their gradient."""
+        own = self.layout.table
+        return None if own is None else (own.values(self._computed), own.values(self.gradients))
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of virtual tokens [tokens, layers · 2, heads, dim] and their gradient."""
+        own = self.layout.prefix
+        return None if own is None else (own.values(self._computed), own.values(self.gradients))
 
     @property
     def lowered(self) -> Adapter:
         """The adapter as it is served, in float32; its memory changes with the next step. Not with DoRA."""
-        if self.settings.use_dora:
+        if self.magnitudes:
             raise BadRequest("an adapter with DoRA is lowered from its saved form", param="use_dora")
-        return Adapter(self.name, self._computed, {name: layer.offsets for name, layer in self.layers.items()})
+        overrides = {
+            name: ModuleOverride(gain_in=gain.values) if gain.on_input else ModuleOverride(gain_out=gain.values)
+            for name, gain in self.gains.items()
+        }
+        prefix = None if self.table is None else Prefix(self.virtual_tokens, embeddings=self.table[0])
+        if self.prefix is not None:
+            parts = self.prefix[0].unbind(1)
+            prefix = Prefix(self.prefix_tokens, keys=parts[::2], values=parts[1::2])
+        offsets = {name: layer.offsets for name, layer in self.layers.items()}
+        return Adapter(self.name, self._computed, offsets, overrides, prefix)
+
+    def draw_dropout(self) -> DeltaDropout | None:
+        """The dropout of a new pass with gradients, if the adapter has any: each pass has a mask of its own."""
+        if not isinstance(self.settings, LoraSettings) or not self.settings.lora_dropout:
+            return None
+        drawn = hashlib.blake2b(f"{self._dropout_seed} {self.passes}".encode(), digest_size=7).digest()
+        self.passes += 1
+        return DeltaDropout(self.settings.lora_dropout, int.from_bytes(drawn, "big"))
 
     def optimizer_step(self, learning_rate: float) -> OptimizerResult:
         """One step of AdamW over the gradients added since the last one, which are zeroed.
@@ -156,6 +170,8 @@ class TrainableAdapter:
         for layer in self.layers.values():  # they are those of B with its scaling
             if layer.module.scaling != 1:
                 layer.b(self.gradients).mul_(layer.module.scaling)
+            for fixed in layer.initial(self.gradients):
+                fixed.zero_()
         norm = float(torch.linalg.vector_norm(self.gradients))
         if not math.isfinite(norm):
             self.gradients.zero_()
@@ -164,6 +180,9 @@ class TrainableAdapter:
             self.gradients.mul_(self._adam.max_grad_norm / (norm + 1e-6))
         self._optimizer.param_groups[0]["lr"] = learning_rate
         self._optimizer.step()
+        for layer in self.layers.values():  # weight decay has changed them
+            for fixed, kept in zip(layer.initial(self.masters), layer.initial(self._computed), strict=True):
+                fixed.copy_(kept)
         self.gradients.zero_()
         self.steps += 1
         self._refresh()
@@ -173,13 +192,15 @@ class TrainableAdapter:
         """Master weights and moments, for a checkpoint; copies."""
         moments = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
         found = {"masters": self.masters} | {key: moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        return {key: tensor.clone() for key, tensor in found.items()} | {"steps": torch.tensor(self.steps)}
+        numbers = {"steps": self.steps, "passes": self.passes, "seed": self._dropout_seed}
+        counts = {name: torch.tensor(number) for name, number in numbers.items()}
+        return {key: tensor.clone() for key, tensor in found.items()} | counts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state` of an adapter with the same settings. Raises BadRequest if it does not fit."""
         if state["masters"].shape != self.masters.shape:
             raise BadRequest(f"the checkpoint of {self.name!r} is of an adapter with other settings")
-        self.steps = int(state["steps"])
+        self.steps, self.passes, self._dropout_seed = (int(state[name]) for name in ("steps", "passes", "seed"))
         self.masters.copy_(state["masters"])
         self.gradients.zero_()
         parameter = self._optimizer.param_groups[0]["params"][0]
@@ -199,16 +220,39 @@ class TrainableAdapter:
             self._base.gradients.evict(self.slot)
             self.slot = None
 
+    @torch.no_grad()
     def _initialise(self) -> None:
-        """PEFT's: A as `nn.Linear` has its weights, B zero; DoRA's magnitude ‖W‖, so that nothing changes yet."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for name, layer in self.layers.items():
-            a = torch.empty(layer.module.rank, layer.module.site.in_features)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            layer.a(self.masters).copy_(a)
-            if layer.magnitude >= 0:
-                layer.m(self.masters).copy_(self._base.weight_norm(name))
+        """The weights that the settings ask for; DoRA's magnitude is ‖W‖. Nothing changes before the first step."""
+        settings = self.settings
+        generator = torch.Generator()
+        if isinstance(settings, LoraSettings):
+            generator.manual_seed(settings.seed)
+            for name, layer in self.layers.items():
+                self._initialise_layer(name, layer, settings.init_lora_weights, generator)
+        for gain in self.layout.gains.values():
+            gain.values(self.masters).fill_(1)
+        virtual = self.layout.table or self.layout.prefix
+        if isinstance(settings, PromptTuningSettings | PrefixTuningSettings) and virtual is not None:
+            generator.manual_seed(settings.seed)
+            values = virtual.values(self.masters)
+            if isinstance(settings, PromptTuningSettings) and settings.prompt_tuning_init == "SAMPLE_VOCAB":
+                ids = torch.randint(0, self._base.vocabulary, (len(values),), generator=generator)
+                values.copy_(self._base.embed(ids.to(values.device)))
+            else:
+                values.copy_(torch.randn(values.shape, generator=generator))
         self._refresh(first=True)
+
+    def _initialise_layer(self, name: str, layer: FlatLayer, method: str, generator: torch.Generator) -> None:
+        a, b = initial_matrices(method, layer.module, lambda: self._base.weight(name), generator)
+        layer.a(self.masters).copy_(a)
+        if b is not None:
+            layer.b(self.masters).copy_(b.T)
+        if layer.subtracts:
+            fixed_a, fixed_b = layer.initial(self.masters)
+            fixed_a.copy_(layer.a(self.masters))
+            fixed_b.copy_(layer.b(self.masters)).mul_(-layer.module.scaling)
+        if layer.magnitude >= 0:
+            layer.m(self.masters).copy_(output_norm(self._base.weight(name), None))
 
     def _refresh(self, *, first: bool = False) -> None:
         """Bring the weights that are computed with up to date."""

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
-from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.training_settings import AdamSettings
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.model.trainable_base import TrainableBase
 
@@ -58,11 +59,16 @@ class Trainer:
         """Bytes of the adapters in training."""
         return sum(adapter.nbytes for adapter in self._adapters.values())
 
-    def needed(self, settings: LoraSettings, tokens: int) -> TrainingMemory:
+    @property
+    def free(self) -> int:
+        """Bytes that are left for a running pass, or for further adapters."""
+        return self._memory - self.used
+
+    def needed(self, settings: AdapterSettings, tokens: int) -> TrainingMemory:
         """What an adapter with these settings, and a pass over so many tokens, would take."""
         return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))
 
-    def create(self, name: str, settings: LoraSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
+    def create(self, name: str, settings: AdapterSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
         """Start to train an adapter. Raises BadRequest for settings that do not fit, Overloaded with the numbers."""
         if name in self._adapters:
             raise BadRequest(f"{name!r} is in training already", param="name")
@@ -71,10 +77,10 @@ class Trainer:
             raise BadRequest(
                 f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}", param="r"
             )
-        if needed > self._memory - self.used or not self._base.free_slots:
+        if needed > self.free or not self._base.free_slots:
             raise Overloaded(
                 f"training {name!r} takes {_mib(needed)} and one of {self._base.deltas.slots} slots; "
-                f"{_mib(self._memory - self.used)} and {self._base.free_slots} slots are free"
+                f"{_mib(self.free)} and {self._base.free_slots} slots are free"
             )
         adapter = TrainableAdapter(name, self._base, settings, adam)
         self._adapters[name] = adapter
@@ -92,8 +98,9 @@ class Trainer:
         Raises BadRequest naming what does not fit, before anything is computed.
         """
         tokens = self._check(batches)
-        free = self._memory - self.used - pass_bytes(self._base, tokens)
-        kept = min(self._base.layers, free // (tokens * self._base.token_bytes))
+        layer = self._layer_bytes(batches)
+        free = self.free - pass_bytes(self._base, tokens) - layer
+        kept = max(0, min(self._base.layers, free // (tokens * self._base.token_bytes + layer)))
         return FusedPass(self._base, batches, gradients=True, kept_layers=kept)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> FusedPass:
@@ -107,18 +114,29 @@ class Trainer:
             if self._adapters.get(batch.adapter.name) is not batch.adapter:
                 raise BadRequest(f"{batch.adapter.name!r} is not in training")
             for sequence in batch.sequences:
-                sequence.check(self._base.vocabulary, self._base.max_length)
+                before = batch.adapter.virtual_tokens + batch.adapter.prefix_tokens
+                sequence.check(self._base.vocabulary, self._base.max_length - before)
         tokens = sum(batch.tokens for batch in batches)
         if not tokens:
             raise BadRequest("there is nothing to train on", param="sequences")
         needed = pass_bytes(self._base, tokens)
-        if needed > self._memory - self.used:
+        if needed > self.free:
             raise BadRequest(
                 f"a pass over {tokens} tokens takes {_mib(needed)}; "
-                f"{_mib(self._memory - self.used)} of {_mib(self._memory)} are free: make it smaller",
+                f"{_mib(self.free)} of {_mib(self._memory)} are free: make it smaller",
                 param="sequences",
             )
         return tokens
+
+    def _layer_bytes(self, batches: Sequence[MicroBatch]) -> int:
+        """Bytes that a layer saves for its backward pass because of the adapters: gains, magnitudes, prefixes."""
+        item, heads = self._base.dtype.itemsize, self._base.shape.kv
+        cached = item * max((count * (keys + values) for count, keys, values in heads), default=0)
+        return sum(
+            batch.tokens * item * -(-batch.adapter.layout.saved // self._base.layers)
+            + len(batch.sequences) * batch.adapter.prefix_tokens * cached
+            for batch in batches
+        )
 
 
 def _mib(size: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.adapters.formats.fields import Patterns
-from lora_serve.adapters.formats.targets import Targets
+from lora_serve.engine.training.target_sites import target_sites
+from lora_serve.engine.training.trainable_layout import AdaptedSite, TrainableLayout
 from lora_serve.errors import AdapterInvalid, BadRequest
 
 MAX_RANK = 1024
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_[number]", "olora")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,13 @@ class LoraSettings:
         rank_pattern, alpha_pattern: ranks and alphas of modules that have others, by expression.
         use_rslora: scale by α/√r instead of α/r.
         use_dora: train a magnitude for each output as well.
-        seed: of A's initialisation; B is zero.
+        seed: of the initialisation, and of dropout.
+        lora_dropout: share of the delta's input that is left out at random in passes with gradients; not with
+            DoRA, PiSSA and OLoRA.
+        init_lora_weights: PEFT's "default" (its True: A uniform, B zero), "gaussian" (A normal, B zero), "orthogonal",
+            or "pissa", "pissa_niter_4" and "olora", which begin with a part of W. PEFT takes that part out of W; here
+            W stays, and the initial delta is subtracted: y = W x + s (B A − B0 A0) x.
+        train_lm_head: adapt the LM head beside the target modules; a tied embedding stays as it is.
     """
 
     r: int = 16
@@ -35,6 +44,33 @@ class LoraSettings:
     use_rslora: bool = False
     use_dora: bool = False
     seed: int = 0
+    lora_dropout: float = 0.0
+    init_lora_weights: str = "default"
+    train_lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?", self.init_lora_weights):
+            raise BadRequest(
+                f"init_lora_weights {self.init_lora_weights!r} is not trained here, only {', '.join(INITIALISATIONS)}",
+                param="init_lora_weights",
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise BadRequest(f"lora_dropout = {self.lora_dropout} is not from 0 to below 1", param="lora_dropout")
+        if self.lora_dropout and (self.use_dora or self.subtracts):
+            raise BadRequest(
+                "lora_dropout is not trained together with use_dora, or with init_lora_weights pissa or olora",
+                param="lora_dropout",
+            )
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the initial delta is subtracted; then the adapter's files have twice the rank."""
+        return self.init_lora_weights == "olora" or self.init_lora_weights.startswith("pissa")
+
+    def layout(self, base: BaseShape) -> TrainableLayout:
+        """The adapter's parts. Raises BadRequest naming the field that does not fit the base."""
+        return TrainableLayout.of_matrices(self.modules(base), dora=self.use_dora, subtract=self.subtracts)
 
     def peft_config(self, targets: str | Sequence[str] | None = None) -> dict[str, Any]:
         """The adapter's `adapter_config.json`.
@@ -43,60 +79,58 @@ class LoraSettings:
             targets: what it says of the modules; None: `target_modules`.
         """
         targets = self.target_modules if targets is None else targets
+        ranks = 2 if self.subtracts else 1
+        alphas = math.sqrt(ranks) if self.use_rslora else ranks
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": 0.0,
+            "r": self.r * ranks,
+            "lora_alpha": self.lora_alpha * alphas,
+            "lora_dropout": self.lora_dropout,
             "bias": "none",
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": {name: rank * ranks for name, rank in self.rank_pattern.items()},
+            "alpha_pattern": {name: alpha * alphas for name, alpha in self.alpha_pattern.items()},
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
         }
 
     def modules(self, base: BaseShape) -> dict[str, AdaptedSite]:
         """The linear modules that are adapted, by path. Raises BadRequest naming the field at fault."""
+        config = replace(self, init_lora_weights="default").peft_config()
+        sites = target_sites(config, base, also=[base.head] if self.train_lm_head else [])
         try:
-            config = self.peft_config()
-            targets = Targets(config, base)
             ranks, alphas = Patterns(config, "rank_pattern"), Patterns(config, "alpha_pattern")
             found = {}
-            for name, site in base.sites.items():
-                if name.endswith("]") or not targets.names(name):  # a mixture's experts are parameters, not modules
-                    continue
+            for name, site in sites.items():
                 rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)
                 if rank != int(rank) or not 0 < rank <= MAX_RANK:
                     raise BadRequest(f"{name} would have rank {rank}; 1 to {MAX_RANK} are trained", param="r")
                 scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
                 if not math.isfinite(scaling) or scaling <= 0:
                     raise BadRequest(f"{name} would have alpha {alpha}; it is positive", param="lora_alpha")
+                self._check_initialisation(name, site, int(rank))
                 found[name] = AdaptedSite(site, int(rank), scaling)
         except AdapterInvalid as error:
             raise BadRequest(error.message, param="target_modules") from error
-        if targets.unreadable:
-            raise BadRequest(f"{targets.unreadable} is not a plain regular expression", param=targets.unreadable)
-        named = [] if isinstance(self.target_modules, str) else self.target_modules
-        missing = [name for name in named if not any(path == name or path.endswith(f".{name}") for path in found)]
-        if missing or not found:
-            raise BadRequest(
-                f"{', '.join(missing) or self.target_modules} is no linear module of the base; "
-                f"some are {', '.join(sorted({name.rpartition('.')[2] for name in base.sites})[:12])}",
-                param="target_modules",
-            )
         return found
 
+    def _check_initialisation(self, name: str, site: Site, rank: int) -> None:
+        """Raise BadRequest where PEFT's initialisation has no matrices of this shape."""
+        most = min(site.in_features, site.out_features)
+        if self.subtracts and rank > most:
+            raise BadRequest(f"{self.init_lora_weights}: {name} allows a rank of {most}, not {rank}", param="r")
+        if self.init_lora_weights == "orthogonal" and rank % 2:
+            raise BadRequest(f"orthogonal: {name} would have rank {rank}; it is even", param="r")
+        if self.init_lora_weights == "olora" and site.transposed:
+            raise BadRequest(f"olora: PEFT's has wrong shapes for a Conv1D ({name})", param="init_lora_weights")
 
-@dataclass(frozen=True)
-class AdaptedSite:
-    """A linear module of the base with the rank and the scaling of its delta."""
 
-    site: Site
-    rank: int
-    scaling: float
+def check_seed(seed: int) -> None:
+    """Raise BadRequest unless it is the seed of a generator, and a number that a state can hold."""
+    if not 0 <= seed < 1 << 63:
+        raise BadRequest("seed is not from 0 to below 2 to the power of 63", param="seed")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lora_serve.kernels.gpu import matmul, pointwise
 from lora_serve.kernels.gpu.attention import attention
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.delta import DeltaCall, adds_nothing, delta
+from lora_serve.kernels.gpu.delta_backward import delta_backward
 from lora_serve.kernels.gpu.graph_sizes import GRAPH_SIZES
 from lora_serve.kernels.gpu.plan_table import PlanTable, current
 from lora_serve.kernels.gpu.stream_fork import StreamFork
@@ -94,6 +95,17 @@ class GpuKernels(ComposedBackward):
 
     def delta(self, x: Tensor, outputs: Sequence[Tensor], group: DeltaGroup, segments: Segments) -> None:
         delta(x, outputs, group, segments, self._plans)
+
+    def delta_backward(
+        self,
+        x: Tensor,
+        grads: Sequence[Tensor],
+        dx: Tensor,
+        group: DeltaGroup,
+        segments: Segments,
+        gradients: DeltaGroup,
+    ) -> None:
+        delta_backward(x, grads, dx, group, segments, gradients, self._plans)
 
     def adapted_linear(
         self,

@@ -139,20 +139,25 @@ def _power_below(number: int) -> int:
 class DeltaCall:
     """One call's two launches, so that something else can run beside the first.
 
+    Attributes:
+        launch: what it launches.
+        operand, precision: how x and A, or like rows and B, are multiplied.
+
     Raises ValueError or TypeError for an input or segments that do not fit the group.
     """
 
     def __init__(self, x: Tensor, group: DeltaGroup, segments: Segments, table: PlanTable) -> None:
         check(x, group, segments)
-        self._x, self._group, self._segments = x, group, segments
-        self._launch = launch_of(x.shape[0], group, segments, x.dtype, processors(x.device), table)
+        self._x, self.group, self.segments = x, group, segments
+        self.launch = launch_of(x.shape[0], group, segments, x.dtype, processors(x.device), table)
         half = x.element_size() == group.dtype.itemsize == 2
-        self._precision = "tf32" if half else "ieee"  # two 16-bit types are exact in tf32
+        self.operand = TYPES[x.dtype if x.dtype is group.dtype else torch.float32]
+        self.precision = "tf32" if half else "ieee"  # two 16-bit types are exact in tf32
         self._h = torch.empty(
-            self._launch.splits,
+            self.launch.splits,
             len(group.out_features),
             x.shape[0],
-            self._launch.capacity,
+            self.launch.capacity,
             dtype=torch.float32,
             device=x.device,
         )
@@ -160,18 +165,18 @@ class DeltaCall:
     @property
     def beside(self) -> bool:
         """Whether shrink is planned to run beside the base's product."""
-        return self._launch.plan.launch == "beside"
+        return self.launch.plan.launch == "beside"
 
     def shrink(self) -> None:
         """Launch x·Aᵀ."""
-        x, group, (plan, tiles, among, splits, span, capacity) = self._x, self._group, self._launch
+        x, group, (plan, tiles, among, splits, span, capacity) = self._x, self.group, self.launch
         modules = len(group.out_features)
         shrink[tiles, modules, splits](
-            *(x, x.stride(0), self._h, group.a, group.a.stride(0), *self._where()),
-            *(self._segments.count, x.shape[0], modules, group.in_features, span, capacity),
+            *(x, x.stride(0), self._h, group.a, group.a.stride(0), *self.where()),
+            *(self.segments.count, x.shape[0], modules, group.in_features, span, capacity),
             DTYPE=TYPES[group.dtype],
-            OPERAND=TYPES[x.dtype if x.dtype is group.dtype else torch.float32],
-            PRECISION=self._precision,
+            OPERAND=self.operand,
+            PRECISION=self.precision,
             BLOCK_M=plan.block_m,
             BLOCK_R=plan.block_r,
             BLOCK_K=plan.block_k,
@@ -183,8 +188,8 @@ class DeltaCall:
 
     def expand(self, outputs: Sequence[Tensor]) -> None:
         """Launch ·B, which adds to the outputs."""
-        check_delta(self._x, outputs, self._group)
-        group, segments, (plan, tiles, among, splits, _, capacity) = self._group, self._segments, self._launch
+        check_delta(self._x, outputs, self.group)
+        group, segments, (plan, tiles, among, splits, _, capacity) = self.group, self.segments, self.launch
         rows, modules = self._x.shape[0], len(outputs)
         for module in range(0, modules, MODULES):
             some = [*outputs[module : module + MODULES]]
@@ -192,7 +197,7 @@ class DeltaCall:
             widths = [output.shape[1] for output in some] + [0] * (MODULES - len(some))
             expand[sum(triton.cdiv(width, plan.block_n) for width in widths), tiles](
                 *(*places, *(output.stride(0) for output in places), *widths, self._h),
-                *(group.b, group.b.stride(0), *self._where(), segments.weight),
+                *(group.b, group.b.stride(0), *self.where(), segments.weight),
                 *(segments.count, rows, modules, module, capacity),
                 DTYPE=TYPES[group.dtype],
                 SPLITS=splits,
@@ -209,19 +214,19 @@ class DeltaCall:
     @property
     def gated(self) -> bool:
         """Whether a gated MLP's two projections are planned to be expanded and gated by one kernel."""
-        return self._launch.plan.gated and len(self._group.out_features) == 2
+        return self.launch.plan.gated and len(self.group.out_features) == 2
 
     def expand_gated(self, outputs: Sequence[Tensor], activation: Activation) -> Tensor:
         """Launch ·B and the gated activation of the two outputs, which are left as they are; the result."""
-        check_delta(self._x, outputs, self._group)
+        check_delta(self._x, outputs, self.group)
         gate, up = outputs
         check_gated(gate, up)
-        group, segments, (plan, _, _, splits, _, capacity) = self._group, self._segments, self._launch
+        group, segments, (plan, _, _, splits, _, capacity) = self.group, self.segments, self.launch
         rows, width = gate.shape
         y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
         expand_gated[triton.cdiv(width, plan.block_n), rows](
             *(gate, up, y, gate.stride(0), up.stride(0), width, self._h),
-            *(group.b, group.b.stride(0), *self._where(), segments.weight, segments.count, rows, capacity),
+            *(group.b, group.b.stride(0), *self.where(), segments.weight, segments.count, rows, capacity),
             DTYPE=TYPES[group.dtype],
             SPLITS=splits,
             BLOCK_R=plan.block_r,
@@ -234,8 +239,18 @@ class DeltaCall:
         )
         return y
 
-    def _where(self) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
-        rank, segments = self._group.rank, self._segments
+    def shrunk(self) -> Tensor:
+        """x·Aᵀ, float32 [modules, rows, capacity], by the first launch; columns beyond a row's ranks are anything."""
+        self.shrink()
+        return self._h.sum(0)
+
+    def like_shrunk(self) -> Tensor:
+        """Scratch memory as the first launch writes it, [splits, modules, rows, capacity]."""
+        return torch.empty_like(self._h)
+
+    def where(self) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
+        """The kernels' arguments that find rows and their slots."""
+        rank, segments = self.group.rank, self.segments
         return rank, rank.stride(0), segments.start, segments.end, segments.slot
 
 

@@ -183,48 +183,69 @@ def add_product(sums: tl.tensor, h: tl.tensor, weights: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def expand_row(
-    sums: tl.tensor, h: tl.tensor, between: tl.tensor, matrix: tl.tensor, width: tl.tensor, share: tl.tensor,
-    n: tl.tensor, n_end: tl.tensor,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, DEPENDENT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """sums + share * (h.sum(0) @ matrix)[n] for one row: h [SPLITS, width], `between` elements from one to the next."""
-    inside = (n < n_end)[None, :]
-    s = tl.arange(0, SPLITS)[:, None]
-    for r0 in range(0, width, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        weights = tl.load(matrix + r[:, None] * n_end + n[None, :], mask=(r < width)[:, None] & inside, other=0.0)
-        if DEPENDENT:
-            gdc_wait()
-        parts = tl.load(h + s.to(tl.int64) * between + r[None, :], mask=(r < width)[None, :], other=0.0)
-        shrunk = tl.sum(parts, 0) * share
-        sums += tl.sum(weights.to(tl.float32) * shrunk[:, None], 0)
-    return sums
-
-
-@triton.jit
 def expand_rows(
     sums: tl.tensor, h: tl.tensor, between: tl.tensor, capacity: tl.tensor, matrix: tl.tensor, width: tl.tensor,
     height: tl.tensor, share: tl.tensor, n: tl.tensor, n_end: tl.tensor,
     SPLITS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The same for the first `height` of BLOCK_M rows of h, `capacity` elements from one to the next."""
+    """sums + share * (h.sum(0) @ matrix)[:, n] for the first `height` of BLOCK_M rows; one row is a vector.
+
+    Shapes: h [SPLITS, height, width], `between` elements from one split to the next and `capacity` from row to row.
+    """
     inside = (n < n_end)[None, :]
+    s = tl.arange(0, SPLITS)[:, None]
     m = tl.arange(0, BLOCK_M)[:, None]
     for r0 in range(0, width, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         weights = tl.load(matrix + r[:, None] * n_end + n[None, :], mask=(r < width)[:, None] & inside, other=0.0)
         if DEPENDENT:
             gdc_wait()
-        there = (m < height) & (r < width)[None, :]
-        shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split0 in range(0, SPLITS, TOGETHER):
-            for i in tl.static_range(TOGETHER):
-                part = h + (split0 + i) * between
-                shrunk += tl.load(part + m * capacity + r[None, :], mask=there, other=0.0)
-        sums = add_product(sums, shrunk * share, weights)
+        if BLOCK_M == 1:
+            parts = tl.load(h + s.to(tl.int64) * between + r[None, :], mask=(r < width)[None, :], other=0.0)
+            vector = tl.sum(parts, 0) * share
+            sums += tl.sum(weights.to(tl.float32) * vector[:, None], 0)
+        else:
+            there = (m < height) & (r < width)[None, :]
+            shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for split0 in range(0, SPLITS, TOGETHER):
+                for i in tl.static_range(TOGETHER):
+                    part = h + (split0 + i) * between
+                    shrunk += tl.load(part + m * capacity + r[None, :], mask=there, other=0.0)
+            sums = add_product(sums, shrunk * share, weights)
     return sums
+
+
+@triton.jit
+def expand_members(
+    sums: tl.tensor, h: tl.tensor, between: tl.tensor, capacity: tl.tensor, matrix: tl.tensor, width: tl.tensor,
+    share: tl.tensor, segment: tl.tensor, begin: tl.tensor, stop: tl.tensor, row: tl.tensor, n: tl.tensor,
+    n_end: tl.tensor, b: tl.tensor, rank: tl.tensor, start: tl.tensor, end: tl.tensor, slot: tl.tensor,
+    weight: tl.tensor, count: tl.tensor,
+    DTYPE: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """`expand_rows` of all members of a composition, whose first one's matrix, width and share are loaded already.
+
+    Returns the sums, and the columns of h that were read: 0 if no member has a delta.
+    """
+    column = 0
+    member = row < stop
+    while member:
+        member = covers(segment + 1, begin, stop, start, end, count)
+        width = tl.minimum(width, capacity - column)
+        values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
+        sums = expand_rows(
+            sums, h + column, between, capacity, values, width, stop - row, share, n, n_end, SPLITS, TOGETHER, BLOCK_M,
+            BLOCK_R, DEPENDENT,
+        )  # fmt: skip
+        column += width
+        segment += 1
+        place = tl.load(slot + segment, mask=member, other=0)
+        share = tl.load(weight + segment, mask=member, other=0.0)
+        width = tl.load(rank + place)
+        matrix = tl.load(b + place)
+    return sums, column
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_SPECIALIZED)
@@ -269,25 +290,13 @@ def expand(
     out += row.to(tl.int64) * stride
     h += (module.to(tl.int64) * rows + row) * capacity
     between = modules.to(tl.int64) * rows * capacity
-    column = 0
     if (row < stop) & (stop - begin == 1):
         if not DEPENDENT:
             was = tl.load(out + n, mask=n < n_end, other=0.0)  # early: it is needed last
-        sums = tl.zeros((BLOCK_N,), tl.float32)
-        member = row < stop
-        while member:
-            member = covers(segment + 1, begin, stop, start, end, count)
-            width = tl.minimum(width, capacity - column)
-            values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
-            sums = expand_row(
-                sums, h + column, between, values, width, share, n, n_end, SPLITS, BLOCK_R, DEPENDENT
-            )  # fmt: skip
-            column += width
-            segment += 1
-            place = tl.load(slot + segment, mask=member, other=0)
-            share = tl.load(weight + segment, mask=member, other=0.0)
-            width = tl.load(rank + place)
-            matrix = tl.load(b + place)
+        sums, column = expand_members(
+            tl.zeros((BLOCK_N,), tl.float32), h, between, capacity, matrix, width, share, segment, begin, stop, row, n,
+            n_end, b, rank, start, end, slot, weight, count, DTYPE, SPLITS, TOGETHER, 1, BLOCK_R, DEPENDENT,
+        )  # fmt: skip
         if DEPENDENT:
             gdc_wait()
             was = tl.load(out + n, mask=n < n_end, other=0.0)
@@ -298,25 +307,14 @@ def expand(
         places = out + m * stride + n[None, :]
         if not DEPENDENT:
             tall_was = tl.load(places, mask=there, other=0.0)
-        tall = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        member = row < stop
-        while member:
-            member = covers(segment + 1, begin, stop, start, end, count)
-            width = tl.minimum(width, capacity - column)
-            values = tl.multiple_of(matrix.to(tl.pointer_type(DTYPE)), 16)
-            tall = expand_rows(
-                tall, h + column, between, capacity, values, width, stop - row, share, n, n_end, SPLITS, TOGETHER,
-                BLOCK_M, BLOCK_R, DEPENDENT,
-            )  # fmt: skip
-            column += width
-            segment += 1
-            place = tl.load(slot + segment, mask=member, other=0)
-            share = tl.load(weight + segment, mask=member, other=0.0)
-            width = tl.load(rank + place)
-            matrix = tl.load(b + place)
+        tall, tall_column = expand_members(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), h, between, capacity, matrix, width, share, segment, begin, stop,
+            row, n, n_end, b, rank, start, end, slot, weight, count, DTYPE, SPLITS, TOGETHER, BLOCK_M, BLOCK_R,
+            DEPENDENT,
+        )  # fmt: skip
         if DEPENDENT:
             gdc_wait()
             tall_was = tl.load(places, mask=there, other=0.0)
-        tl.store(places, (tall_was.to(tl.float32) + tall).to(tall_was.dtype), mask=there & (column > 0))
+        tl.store(places, (tall_was.to(tl.float32) + tall).to(tall_was.dtype), mask=there & (tall_column > 0))
     elif DEPENDENT:
         gdc_wait()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lora_serve.kernels.gpu.delta_kernels import NOT_SPECIALIZED, expand_row
+from lora_serve.kernels.gpu.delta_kernels import NOT_SPECIALIZED, expand_rows
 from lora_serve.kernels.gpu.pointwise import gate_values
 
 
@@ -49,13 +49,13 @@ def expand_gated(
         up_width = tl.minimum(tl.load(rank + rank_stride + place), capacity - up_column)
         gate_values_b = tl.multiple_of(tl.load(b + place).to(tl.pointer_type(DTYPE)), 16)
         up_values_b = tl.multiple_of(tl.load(b + b_stride + place).to(tl.pointer_type(DTYPE)), 16)
-        gate_sums = expand_row(
-            gate_sums, h + gate_column, 2 * beside, gate_values_b, gate_width, share, n, n_end, SPLITS, BLOCK_R,
-            DEPENDENT,
+        gate_sums = expand_rows(
+            gate_sums, h + gate_column, 2 * beside, capacity, gate_values_b, gate_width, 1, share, n, n_end, SPLITS,
+            SPLITS, 1, BLOCK_R, DEPENDENT,
         )  # fmt: skip
-        up_sums = expand_row(
-            up_sums, h + beside + up_column, 2 * beside, up_values_b, up_width, share, n, n_end, SPLITS, BLOCK_R,
-            DEPENDENT,
+        up_sums = expand_rows(
+            up_sums, h + beside + up_column, 2 * beside, capacity, up_values_b, up_width, 1, share, n, n_end, SPLITS,
+            SPLITS, 1, BLOCK_R, DEPENDENT,
         )  # fmt: skip
         gate_column += gate_width
         up_column += up_width

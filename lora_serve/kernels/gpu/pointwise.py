@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lora_serve.kernels.checks import check_gated, check_norm, check_rope, check_write
-from lora_serve.kernels.contract import Activation
+from lora_serve.kernels.contract import Activation, Rotation
 from lora_serve.kernels.gpu.device import launch_options
 
 PROGRAM = 2048  # numbers of a program, unless a row is longer
@@ -119,21 +119,13 @@ def write_kv(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, kv_index: Tenso
 
 
 def rope_and_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kv_index: Tensor,
-    *,
-    dependent: bool = False,
+    rotation: Rotation, v: Tensor, keys: Tensor, values: Tensor, kv_index: Tensor, *, dependent: bool = False
 ) -> Tensor:
     """`Kernels.rope_and_write_kv`; the result is a view of [tokens, heads, dim]. An index is checked as in `write_kv`.
 
     Raises ValueError or TypeError for shapes, strides or types that do not fit.
     """
+    q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
     check_rope(q, k, cos, sin)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")

@@ -123,6 +123,7 @@ def test_the_whole_benchmark_runs_on_the_cpu(tmp_path: Path, capsys: pytest.Capt
     assert all(each["fused"] > 0 < each["apart"] for each in found["operations"].values())
     assert found["engine"]["decode"].keys() == {"none", "one", "uniform"}
     assert found["engine"]["stall"]["loads"] == 2
+    assert [list(each) for each in found["training"].values()] == [["one adapter", "4 adapters"], ["kernels", "torch"]]
     assert {goal["number"] for goal in found["goals"]} == {1, 2, 3, 6, 11}
     assert all(goal["value"] is not None for goal in found["goals"])
 
@@ -166,7 +167,7 @@ def test_a_failing_part_does_not_stop_the_others(
         benchmark.main(["--quick", "--shape", "tiny", "--device", "cpu"])
     assert ended.value.code == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["failures"] == ["fails: RuntimeError: no such memory"] * 2
+    assert found["failures"] == [f"{part}: RuntimeError: no such memory" for part in ("steps", "engine")]
     assert found["limits"]["read"] > 0
 
 

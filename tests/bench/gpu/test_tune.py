@@ -14,6 +14,7 @@ from memory_recording import MemoryRecording
 from torch import Tensor
 
 from bench.gpu import plan_search, tune
+from bench.gpu.command import NO_GPU
 from bench.gpu.plan_search import GraphTimer, PlanFails, Run, Tuner
 from bench.gpu.tuning_problems import DeltaCase, Group, delta_cases, groups
 from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
@@ -213,5 +214,5 @@ def test_without_a_gpu_nothing_is_tuned(capsys: pytest.CaptureFixture[str]) -> N
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit) as status:
         tune.main([])
-    assert status.value.code == tune.NO_GPU
+    assert status.value.code == NO_GPU
     assert "sees no GPU" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from training_driver import MEMORY, TrainingDriver, examples
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.loss_formulas import LossValue
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trained_files import save_peft
@@ -66,10 +67,10 @@ def test_a_loss_function_gets_log_probabilities_and_its_errors_are_its_own(drive
     own = examples(2, VOCABULARY, 0)
     count = sum(weight != 0 for each in own for weight in each.weights)
 
-    def mean(logprobs: Tensor) -> Tensor:
-        return -logprobs.mean()
+    def mean(logprobs: Tensor) -> LossValue:
+        return LossValue(-logprobs.mean())
 
-    def fails(logprobs: Tensor) -> Tensor:
+    def fails(logprobs: Tensor) -> LossValue:
         raise ZeroDivisionError("the caller's own")
 
     batches = [MicroBatch(given, own), MicroBatch(function, own, mean), MicroBatch(broken, own, fails)]

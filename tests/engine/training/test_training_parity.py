@@ -6,22 +6,17 @@ Two adapters of different kinds and ranks are trained in the same flat batches h
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from support import ARCHITECTURES, COMMON, EXPERTS, HEADS_FIRST, VOCABULARY, make_model, reference, save
-from training_driver import CPU, TrainingDriver, examples, load_small, load_trainable, train_peft
+from training_driver import CPU, TrainingDriver, check_parity, load_small
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, OPTConfig
 
-from lora_serve.engine.training.learning_rate import LearningRate
-from lora_serve.engine.training.micro_batch import MicroBatch
-from lora_serve.engine.training.trained_files import peft_tensors, save_peft
-from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
@@ -29,8 +24,6 @@ from lora_serve.model.trainable_base import TrainableBase
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-STEPS = int(os.environ.get("TRAINING_STEPS", "6"))
-RATE = LearningRate(5e-3, steps=STEPS, warmup=2, decay="cosine")
 KINDS = {
     "lora": LoraSettings(r=4, lora_alpha=6),
     "rslora dora": LoraSettings(r=3, lora_alpha=5, use_dora=True, use_rslora=True, seed=1),
@@ -40,35 +33,6 @@ ATTENTION = {
     name: replace(settings, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]) for name, settings in KINDS.items()
 }
 PATTERNS: dict[str, Any] = {"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"q_proj": 11}}
-LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
-
-
-def check_parity(driver: TrainingDriver, base: Any, folder: Path, kinds: dict[str, LoraSettings]) -> None:
-    """Train one adapter of each kind, all in one batch, and each alone in PEFT from the same weights and data."""
-    adapters, models, data = [], [], []
-    for index, (name, settings) in enumerate(kinds.items()):
-        adapter = driver.trainer.create(name, settings, AdamSettings(weight_decay=0.01))
-        save_peft(adapter, folder / name)
-        adapters.append(adapter)
-        models.append(load_trainable(base, folder / name))
-        data.append([examples(3, VOCABULARY, seed=100 * index + step) for step in range(STEPS)])
-    rates = [RATE.at(step) for step in range(STEPS)]
-    losses: list[list[float]] = [[] for _ in adapters]
-    for step, rate in enumerate(rates):
-        batches = [MicroBatch(adapter, own[step]) for adapter, own in zip(adapters, data, strict=True)]
-        for own, result in zip(losses, driver.trainer.forward_backward(batches).finish(), strict=True):
-            own.append(result.loss)
-        for adapter in adapters:
-            adapter.optimizer_step(rate)
-    for adapter, model, own, got in zip(adapters, models, data, losses, strict=True):
-        start = peft_tensors(adapter)
-        wanted = train_peft(model, own, rates, weight_decay=0.01)
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), atol=LOSS, rtol=0)
-        theirs = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        assert start.keys() == theirs.keys()
-        for key, tensor in start.items():
-            torch.testing.assert_close(tensor, theirs[key].detach(), atol=WEIGHTS, rtol=0)
-        driver.trainer.close(adapter)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi3", "gpt2", "mistral", "qwen3_moe", "gemma3"])

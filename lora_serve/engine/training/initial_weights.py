@@ -1,0 +1,63 @@
+"""Initial weights of LoRA adapters, as PEFT 0.21 has them.
+
+    default       A uniform as in `nn.Linear` (Kaiming, a = √5), B = 0
+    gaussian      A normal with deviation 1/r, B = 0
+    orthogonal    A = Q_oddᵀ N / 10, B = N' Q_even / 10 with normal N, N' and the rows of an orthogonal Q [r, r]
+    pissa         A = √(S_r / s) V_rᵀ, B = U_r √(S_r / s) of W = U S Vᵀ      Meng et al. 2024
+    pissa_niter_n the same by a randomised decomposition with n power iterations, many times faster
+    olora         A = R_r, B = Q_r of W = Q R                               Büyükakyüz 2024
+
+Random numbers are a run's own: a generator that begins with its seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lora_serve.engine.training.trainable_layout import AdaptedSite
+
+
+def initial_matrices(
+    method: str, module: AdaptedSite, weight: Callable[[], Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """A [rank, in] and B [out, rank], float32; None: zeros.
+
+    Args:
+        weight: W [out, in], only called by methods that need it.
+        generator: of the host.
+    """
+    rank, site = module.rank, module.site
+    if method.startswith("pissa"):
+        u, values, vh = _components(method, weight().float(), rank, generator)
+        roots = (values[:rank] / module.scaling).sqrt()
+        return roots[:, None] * vh[:rank], u[:, :rank] * roots
+    if method == "olora":
+        whole = weight().float()
+        q = torch.linalg.qr(whole[:, :rank]).Q
+        return q.T @ whole, q
+    if method == "orthogonal":
+        q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
+        a = torch.randn(site.in_features, rank // 2, generator=generator) @ q[0::2]
+        b = torch.randn(rank // 2, site.out_features, generator=generator).T @ q[1::2]
+        return a.T / 10, b / 10
+    a = torch.empty(rank, site.in_features)
+    if method == "gaussian":
+        return nn.init.normal_(a, std=1 / rank, generator=generator), None
+    return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), None
+
+
+def _components(method: str, weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, r'], S [r'] and Vᵀ [r', in] of a weight, with r' ≥ rank."""
+    iterations = method.removeprefix("pissa").removeprefix("_niter_")
+    if not iterations:
+        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u, values, vh
+    seed = int(torch.randint(0, 1 << 31, (), generator=generator))
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # torch's function takes no generator
+        torch.manual_seed(seed)
+        u, values, v = torch.svd_lowrank(weight, rank, niter=int(iterations))
+    return u, values, v.T
