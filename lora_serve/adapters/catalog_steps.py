@@ -64,8 +64,9 @@ class CatalogSteps:
     @property
     def shared_names(self) -> set[str]:
         """Names of adapters and aliases here that the catalog decides, and of those that cannot be read."""
-        records = {**self._residency.names, **self._residency.aliases.records}
-        return {name for name, record in records.items() if record.shared} | self._publisher.broken.keys()
+        names = {name for name, record in self._residency.names.items() if record.shared}
+        aliases = {name for name, record in self._residency.aliases.records.items() if record.shared}
+        return names | aliases | self._publisher.broken.keys()
 
     def offer(self, staged: StagedVersion) -> None:
         """Take a version that was lowered here, and that the catalog names from now on, instead of fetching it."""
