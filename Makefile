@@ -17,10 +17,13 @@ OUT        ?= gpu-check
 TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 CPU_INDEX ?=
 
-.PHONY: serve test ray-test asan older-cpus emulated check sources-check shared-store-test format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve train-demo test ray-test asan older-cpus emulated check sources-check shared-store-test format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
+
+train-demo: $(VENV)/.serve  ## train a further task on the demo server while it answers, and ask it (a minute or two)
+	$(BIN)/python demo/train_on_server.py --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev  ## all tests, two files at a time, or ARGS="tests/engine -k drain"
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(DOCS.parent))
 from lora_serve.api.app import create_app  # noqa: E402
 from lora_serve.config import ServeConfig  # noqa: E402
 from lora_serve.messages import SharedStatus, Stats, Update  # noqa: E402
-from lora_serve.metrics import TOTALS_BY_TIER, Metrics  # noqa: E402
+from lora_serve.metrics import TOTALS_BY_QUANTUM, TOTALS_BY_TIER, Metrics  # noqa: E402
 from lora_serve.sources.totals import RunningFetch, SourceTotals  # noqa: E402
 
 MADE = "<!-- Made by `python docs/reference.py`; changes here are lost. -->"
@@ -34,6 +34,8 @@ GROUPS = {
     "openai": "OpenAI's routes",
     "anthropic": "Anthropic's routes",
     "adapters": "Adapters",
+    "files": "Files of training data",
+    "fine-tuning": "Fine-tuning",
     "tokenizer": "Tokenizer",
     "server": "The server",
 }
@@ -171,6 +173,7 @@ def metrics_page() -> str:
     """Every metric of `/metrics`."""
     tiers: Any = {"host": 1, "device": 1}
     by_tier = dict.fromkeys((*TOTALS_BY_TIER, "bytes"), tiers)
+    by_tier |= {field: {"forward": 1} for field in TOTALS_BY_QUANTUM}
     shared = SharedStatus(1, 0, 0.0, 0, True)
     stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, shared=shared, **by_tier)
     totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])

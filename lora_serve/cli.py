@@ -1,7 +1,7 @@
 """The `lora-serve` command.
 
-`serve` runs the server, `adapter` and `top` manage and show a running one, `store` works on its folder, `key` on the
-file of API keys.
+`serve` runs the server; `adapter`, `train` and `top` manage, use and show a running one; `store` works on its folder,
+`key` on the file of API keys.
 Options are parsed here and errors printed; the work is done elsewhere.
 """
 
@@ -45,6 +45,7 @@ from lora_serve.remote import RemoteCommand
 from lora_serve.shared_store_commands import CleanSharedCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
+from lora_serve.train_command import TrainCommand
 
 if TYPE_CHECKING:
     from lora_serve.api.key_file import Keys
@@ -68,6 +69,7 @@ class Cli(BaseSettings):
 
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    train: CliSubCommand[TrainCommand] = Field(description="train an adapter on a running server")
     top: CliSubCommand[TopCommand] = Field(description="show what a running server does")
     store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
     key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")

@@ -177,6 +177,17 @@ class ServeConfig(BaseSettings):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that may be used")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
+    training_memory: Size = Field(
+        Size(0),
+        description="memory for adapters in training, beside all other; 0: no training, nothing of it is loaded",
+    )
+    training_share: float = Field(
+        0.003,
+        ge=0,
+        le=1,
+        description="share of the time that training gets even where it delays streams; without streams it gets all",
+    )
+    training_jobs: int = Field(4, ge=1, description="fine-tuning jobs that train at once; further ones wait")
     prefix_cache: bool = Field(True, description="reuse the KV of shared prompt prefixes under the same adapter")
     max_queue: int = Field(1024, ge=1, description="requests that may wait; further ones get 429")
 
@@ -257,6 +268,13 @@ class ServeConfig(BaseSettings):
     def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
         if value > 1 and info.data.get("quantize") is not None:
             raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
+        return value
+
+    @field_validator("training_memory")
+    @classmethod
+    def _one_device_trains(cls, value: Size, info: ValidationInfo) -> Size:
+        if value and (info.data.get("tensor_parallel") or 1) > 1:
+            raise ValueError("a base that several devices share cannot be trained; leave --tensor-parallel away")
         return value
 
     @field_validator("allow_origin")

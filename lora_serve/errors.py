@@ -89,6 +89,18 @@ class AdapterBroken(ServeError):
     kind = "adapter_broken"
 
 
+class RunNotFound(ServeError):
+    """There is no training run of this name; after a restart of the engine there is none at all."""
+
+    kind = "run_not_found"
+
+
+class RunExists(ServeError):
+    """There is a training run of this name already."""
+
+    kind = "run_exists"
+
+
 class PreconditionFailed(ServeError):
     """What was to be changed is not, or no more, what the request's If-Match or If-None-Match says."""
 

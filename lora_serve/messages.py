@@ -14,6 +14,7 @@ from lora_serve.errors import Failure
 from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import AdapterUse, Event, Pooling, Request, Routing
 from lora_serve.serve_settings import ServeSettings
+from lora_serve.training_messages import RunOperation
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -201,11 +202,12 @@ Operation = (
     | ListAliases
     | ListNames
     | Drain
+    | RunOperation
 )
 
 
 class Call(msgspec.Struct, frozen=True, tag="call"):
-    """An admin operation, answered by one `Reply` with the same id."""
+    """An operation on adapters or training runs, answered by one `Reply` with the same id."""
 
     id: int
     operation: Operation
@@ -310,7 +312,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
     generates no text. `store`: folder of the published adapters. `adapters`: how many are listed, and
     `broken_adapters` how many of them cannot be served. `tensor_parallel`: how many devices share the base; `device` is
-    the first.
+    the first. `training_memory`: bytes for training runs; 0: training is off.
     """
 
     model: str
@@ -335,6 +337,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     store: str = ""
     broken_adapters: int = 0
     tensor_parallel: int = 1
+    training_memory: int = 0
 
 
 class SharedStatus(msgspec.Struct, frozen=True):
@@ -372,6 +375,9 @@ class Stats(msgspec.Struct):
             settings.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
         shared: None without a shared store.
+        training_runs, training_bytes: how many there are, and the memory they take between passes.
+        training_tokens_total: tokens of passes that were finished.
+        training_quanta_total, training_seconds_total: pieces of training, by kind, and the engine's time they took.
     """
 
     waiting: int = 0
@@ -402,6 +408,11 @@ class Stats(msgspec.Struct):
     sticky_headers: list[str] = []
     shared: SharedStatus | None = None
     settings_state: int = 0
+    training_runs: int = 0
+    training_bytes: int = 0
+    training_tokens_total: int = 0
+    training_quanta_total: dict[str, int] = {}
+    training_seconds_total: dict[str, float] = {}
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

@@ -40,6 +40,11 @@ TOTALS = {  # totals in `Stats` → metric name and help text
         "lora_serve_prefill_gaps_exceeded",
         "Steps whose prompts exceed the bound on gaps in streams.",
     ),
+    "training_tokens_total": ("lora_serve_training_tokens", "Tokens of training passes."),
+}
+TOTALS_BY_QUANTUM = {  # totals in `Stats` by kind of quantum
+    "training_quanta_total": ("lora_serve_training_quanta", "Pieces of training that ran between steps."),
+    "training_seconds_total": ("lora_serve_training_seconds", "Seconds of the engine that training took."),
 }
 TOTALS_BY_TIER = {  # totals in `Stats` by tier
     "cache_hits_total": ("lora_serve_adapter_hits", "Adapters found in a tier."),
@@ -238,7 +243,7 @@ class _EngineCollector(Collector):
             self._totals.reset()
         for field in TOTALS:
             self._totals.update(field, {"": getattr(stats, field)})
-        for field in TOTALS_BY_TIER:
+        for field in TOTALS_BY_TIER | TOTALS_BY_QUANTUM:
             self._totals.update(field, getattr(stats, field))
         if stats.shared is not None:
             self._totals.update(SHARED_ERRORS, {"": stats.shared.errors})
@@ -265,6 +270,8 @@ class _EngineCollector(Collector):
             ("lora_serve_adapter_slots", "Adapters that fit on the device at once.", stats.adapter_slots),
             ("lora_serve_queue_oldest_seconds", "How long the oldest sequence in the queue waits.", stats.oldest_wait),
             ("lora_serve_queue_expected_seconds", "How long one that comes now would wait.", stats.expected_wait),
+            ("lora_serve_training_runs", "Training runs.", stats.training_runs),
+            ("lora_serve_training_bytes", "Bytes that adapters in training take.", stats.training_bytes),
             ("vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting),
             ("vllm:num_requests_running", "Sequences being served.", stats.running),
             ("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", usage),
@@ -285,10 +292,11 @@ class _EngineCollector(Collector):
         for tier, size in sorted(stats.bytes.items()):
             sizes.add_metric([tier], size)
         yield sizes
-        for field, (name, meaning) in (TOTALS | TOTALS_BY_TIER).items():
-            total = CounterMetricFamily(name, meaning, labels=["tier"] if field in TOTALS_BY_TIER else [])
+        for field, (name, meaning) in (TOTALS | TOTALS_BY_TIER | TOTALS_BY_QUANTUM).items():
+            by = ["tier"] if field in TOTALS_BY_TIER else ["kind"] if field in TOTALS_BY_QUANTUM else []
+            total = CounterMetricFamily(name, meaning, labels=by)
             for label, value in self._totals.by_label(field):
-                total.add_metric([label] if field in TOTALS_BY_TIER else [], value)
+                total.add_metric([label] if by else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
         if stats.shared is not None:

@@ -104,6 +104,9 @@ def test_the_engine_s_statistics_are_shown_with_their_current_values(engine: Fak
         evictions_total={"device": 2},
         load_seconds_total={"host": 1.5},
         bytes={"host": 1000},
+        training_runs=2,
+        training_tokens_total=7,
+        training_seconds_total={"forward": 0.5},
     )
     read = engine.read()
     assert read["lora_serve_kv_usage_ratio"] == read["vllm:kv_cache_usage_perc"] == 0.25
@@ -112,6 +115,9 @@ def test_the_engine_s_statistics_are_shown_with_their_current_values(engine: Fak
     assert read["lora_serve_adapter_evictions_total{tier=device}"] == 2
     assert read["lora_serve_adapter_load_seconds_total{tier=host}"] == 1.5
     assert read["lora_serve_adapter_bytes{tier=host}"] == 1000
+    assert read["lora_serve_training_runs"] == 2
+    assert read["lora_serve_training_tokens_total"] == 7
+    assert read["lora_serve_training_seconds_total{kind=forward}"] == 0.5
 
 
 @pytest.mark.parametrize("after", [2, 50])

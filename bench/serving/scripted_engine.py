@@ -31,6 +31,9 @@ class ScriptedEngine:
 
     step_in_flight = False
 
+    def train(self) -> bool:
+        return False
+
     def __init__(self, script: list[int], pace: float, info: EngineInfo) -> None:
         self.info = info
         self._script = script

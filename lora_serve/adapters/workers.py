@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that load adapters, change the store and a shared one, and wait for compiler processes.
+    """Threads that load adapters, change the store and a shared one, save training runs, and wait for compilers.
 
     None delays another kind.
 
@@ -38,6 +38,7 @@ class Workers:
         self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
         self._shared = ThreadPoolExecutor(1, "shared-store")  # one: changes are made in the order of calls
         self._transfers = ThreadPoolExecutor(TRANSFERS, "shared-transfer")
+        self._runs = ThreadPoolExecutor(1, "training-files")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
         self._closed = threading.Event()
@@ -49,6 +50,10 @@ class Workers:
     def store(self, work: Work[T], done: Done[T]) -> None:
         """Run `work` in the thread that changes the store, in the order of calls; `done` as in `load`."""
         self._submit(self._store, work, done)
+
+    def save(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which reads or writes files of training runs, in the order of calls; `done` as in `load`."""
+        self._submit(self._runs, work, done)
 
     def lower(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
@@ -99,7 +104,8 @@ class Workers:
     def close(self) -> None:
         """Wait for running work and drop queued work; what repeats is not repeated."""
         self._closed.set()
-        for executor in (self._loads, self._compilers, self._transfers, self._shared, self._store):
+        executors = (self._loads, self._compilers, self._transfers, self._shared, self._store, self._runs)
+        for executor in executors:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:

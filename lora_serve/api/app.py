@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,12 @@ from lora_serve.api.auth import Authorized, MetricsReader
 from lora_serve.api.caller import EVERYBODY
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
-from lora_serve.api.fine_tuning import file_routes
+from lora_serve.api.fine_tuning import file_routes, job_routes
 from lora_serve.api.fine_tuning.file_store import FileStore
+from lora_serve.api.fine_tuning.job_queue import JobQueue
+from lora_serve.api.fine_tuning.job_results import JobResults
+from lora_serve.api.fine_tuning.job_store import JobStore
+from lora_serve.api.fine_tuning.trained_models import TrainedModels
 from lora_serve.api.key_file import Keys
 from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
@@ -43,7 +48,7 @@ from lora_serve.sources.totals import SourceTotals
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
-USAGE_FILE, FILES = "usage.sqlite", "files"  # in the adapter store's folder
+USAGE_FILE, FILES, JOBS = "usage.sqlite", "files", "fine-tuning-jobs"  # in the adapter store's folder
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are files of the page
 
 router = APIRouter(tags=["server"])
@@ -80,15 +85,30 @@ def create_app(
 
     usage = UsageRecords(lambda: in_store(USAGE_FILE))
     files = FileStore(lambda: in_store(FILES), quota=config.max_files_size)
+    stored = JobStore(lambda: in_store(JOBS))
+    results = JobResults(stored, engine, files, lambda: staging_of(engine))
+    jobs = JobQueue(stored, engine, tokenizer, results, config.training_jobs)
     sources = make_source_fetches(config, engine, totals)
     services = Services(
-        engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files, sources
+        engine,
+        tokenizer,
+        encoder,
+        ChatFormat.of(tokenizer),
+        config,
+        keys,
+        metrics,
+        usage,
+        files,
+        jobs,
+        TrainedModels(stored, engine, results),
+        sources,
     )
     app.state.services = services
     owners = {EVERYBODY.owner} if keys is None else keys.owners
-    for start in (partial(files.open_at_start, owners), sources.start):
+    starts: list[Callable[[], Any]] = [partial(files.open_at_start, owners), sources.start, jobs.start]
+    for start in starts:
         app.router.add_event_handler("startup", start)
-    for close in (sources.close, usage.close, files.close):
+    for close in (jobs.close, sources.close, usage.close, files.close):
         app.router.add_event_handler("shutdown", close)
     if traces is not None:
         app.router.add_event_handler("shutdown", traces.close)
@@ -127,6 +147,7 @@ def create_app(
         download,
         lora_routes,
         file_routes,
+        job_routes,
         usage_routes,
         key_routes,
         page,

@@ -24,7 +24,9 @@ from lora_serve.model.load import load
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import blocks_needed, refusing
 from lora_serve.model.tensor_parallel import TensorParallel
+from lora_serve.model.trainable_base import TrainableBase
 
+MOST_RUNS = 64  # adapters in training at a time, if memory allows
 MIN_KV_BLOCKS = 2  # for the check of replayed steps
 
 
@@ -37,6 +39,7 @@ class BaseSetup:
         adapter_bytes: memory for adapters on the device; None: host memory is the limit.
         tokens: sampled tokens on the device, if steps are launched before those of the last one are read.
         blocks: of KV.
+        trainable: the base as training runs it; None: there is no memory for training.
     """
 
     loaded: LoadedModel
@@ -48,6 +51,7 @@ class BaseSetup:
     base: ResidentBase
     max_model_len: int
     blocks: int
+    trainable: TrainableBase | None
 
 
 def set_up_base(
@@ -88,11 +92,14 @@ def set_up_base(
     device_slots = DeviceSlots(*own) if ranks is None else LeadingDeviceSlots(ranks, *own)
     tokens = SampledTokens(limits.seqs, device) if overlap or (overlap is None and device.type != "cpu") else None
     kv = KVTensors(loaded.layers, blocks_needed(config.kv_block_size), config.kv_block_size, loaded.dtype, device)
+    trainable = TrainableBase(loaded, kernels, MOST_RUNS) if config.training_memory else None
     with refusing(loaded.shape.model_type):
         parts = (loaded, device_slots, kernels, kv, None if tokens is None else tokens.previous)
         base = ResidentBase(*parts) if ranks is None else LeadingBase(ranks, *parts)
     progress("checking the base against the model as it was loaded", 0.85)
     base.self_check()
+    if trainable is not None:
+        trainable.check()
     progress("allocating KV", 0.88)
     longest = _requested_context(config, loaded)
     gpu = measure_memory(base, config, device, limits, longest, capacity or 0) if device.type == "cuda" else None
@@ -106,7 +113,7 @@ def set_up_base(
     progress("preparing steps", 0.9)
     base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
     described = f"{kernels.name} kernels" + (f" {kernels.build}" if kernels.build else "")
-    return BaseSetup(loaded, described, limits, capacity, device_slots, tokens, base, max_model_len, blocks)
+    return BaseSetup(loaded, described, limits, capacity, device_slots, tokens, base, max_model_len, blocks, trainable)
 
 
 def device_of(name: str, rank: int = 0, size: int = 1) -> torch.device:

@@ -5,7 +5,8 @@ the next step is scheduled and its forward pass launched while one is in flight,
 one read, so the device never waits for Python. Tokens computed for a sequence that turns out to have ended are dropped.
 
 The loop never touches the disk and never waits for a load or a compilation: adapters are published and loaded, and
-grammars compiled, in threads, whose results are picked up at the beginning of a step.
+grammars compiled, in threads, whose results are picked up at the beginning of a step. Between steps, and while there
+are none, it trains adapters, a quantum at a time (`training/`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduled_sequence import ScheduledSequence
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.startup import build_parts
-from lora_serve.errors import Failure, ServeError, Unavailable
+from lora_serve.engine.training.training_pacer import ServingLoad
+from lora_serve.engine.training.training_runs import TrainingRuns
+from lora_serve.errors import BadRequest, Failure, ServeError, Unavailable
 from lora_serve.messages import (
     Abort,
     Call,
@@ -60,6 +63,7 @@ from lora_serve.messages import (
     UnloadAdapter,
     Update,
 )
+from lora_serve.training_messages import CreateRun, RunOperation
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ class Engine:
         max_queue: maximum number of waiting sequences.
         ranks: the other processes that share the base.
         shared: the changes that all replicas make, where these share a store.
+        training: adapters that are trained on the base; None: there is no memory for any.
         clock: seconds, from which durations of steps are taken.
     """
 
@@ -90,9 +95,12 @@ class Engine:
         max_queue: int,
         ranks: Ranks | None = None,
         shared: SharedOperations | None = None,
+        training: TrainingRuns | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._ranks = ranks
+        self._training = training
+        self._trained = 0.0  # seconds of training since the outputs of the last step were read
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
@@ -138,13 +146,19 @@ class Engine:
             max_queue=config.max_queue,
             ranks=parts.ranks,
             shared=parts.shared,
+            training=parts.training,
         )
 
     @property
     def busy(self) -> bool:
-        """Whether another step would do any work now."""
-        running = bool(self._requests) and not self._stalled
-        return running or self._requests.has_events or bool(self._replies) or self.step_in_flight
+        """Whether another step, or a quantum of training, would do any work now."""
+        training = self._training is not None and self._training.pending
+        return self._serving or self._requests.has_events or bool(self._replies) or training
+
+    @property
+    def _serving(self) -> bool:
+        """Whether a step runs, or could."""
+        return (bool(self._requests) and not self._stalled) or self.step_in_flight
 
     @property
     def step_in_flight(self) -> bool:
@@ -225,12 +239,30 @@ class Engine:
             self._requests.process(output)
         self._steps += 1
         now = self._clock()
-        seconds, self._last_outputs = now - max(step.started, self._last_outputs), now
+        seconds = max(0.0, now - max(step.started, self._last_outputs) - self._trained)
+        self._last_outputs, self._trained = now, 0.0
         tokens = sum(part.count for part in step.scheduled)
         decoding = sum(part.decodes for part in step.scheduled)
         self._pacer.record(decoding, tokens - decoding, seconds)
+        if self._training is not None and decoding:
+            self._training.pacer.served(seconds)
         self._queue_times.record(self._scheduler.running.started, len(self._scheduler.waiting), now)
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
+
+    def train(self) -> bool:
+        """Run a quantum of training, or what fits between two steps, if it is its turn; whether any was run."""
+        if self._training is None or not self._training.pending:
+            return False
+        scheduler = self._scheduler
+        prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
+        load = ServingLoad(self._serving, prompts)
+        ran = seconds = self._training.advance(load)
+        while seconds and load.active and self._training.pending:
+            seconds = self._training.advance(load)
+            ran += seconds
+        if self.step_in_flight:
+            self._trained += ran
+        return ran > 0
 
     def _shrink_after_out_of_memory(self) -> None:
         """After a step that ran out of memory, halve the token budget of later steps."""
@@ -321,6 +353,15 @@ class Engine:
                 done(operations.aliases.describe_some(after))
             case ListNames(most):
                 done(list(islice(operations.names(), most)))
+            case _:
+                self._train(call.operation, done)
+
+    def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
+        if self._training is None:
+            raise BadRequest("training is off: this server was started without --training-memory")
+        if self._draining is not None and isinstance(operation, CreateRun):  # those that there are can be saved
+            raise Unavailable("the server is shutting down", retry_after=5)
+        self._training.start(operation, done)
 
     # --- replies and statistics --------------------------------------------------------------------------------------
 
@@ -351,11 +392,15 @@ class Engine:
         self._registry.fill_stats(stats)
         if self._shared is not None:
             stats.shared = self._shared.status()
+        if self._training is not None:
+            self._training.fill_stats(stats)
         return stats
 
     def close(self) -> None:
         """End all requests (a last `step` returns their events) and free the adapters."""
         self._requests.finish_all(Unavailable("the server is shutting down", retry_after=5))
+        if self._training is not None:
+            self._training.close()
         self._registry.close()
         self._grammars.close()
         if self._ranks is not None:

@@ -61,6 +61,7 @@ class EngineCore(Protocol):
     def step_in_flight(self) -> bool: ...
     def receive(self, message: Generate | Abort | Call) -> None: ...
     def step(self) -> Update: ...
+    def train(self) -> bool: ...
     def replies(self) -> list[Reply]: ...
     def stats(self) -> Stats: ...
     def close(self) -> None: ...
@@ -75,7 +76,9 @@ class Build(Protocol):
 
 
 def serve(engine: EngineCore, connection: Connection, on_exit: Callable[[], None]) -> None:
-    """The engine's loop until `Exit`: receive messages, run one step, send updates; waits only if nothing can run.
+    """The engine's loop until `Exit`: receive messages, run one step, send updates, train for a moment.
+
+    Waits only if nothing can run.
 
     Args:
         on_exit: called at `Exit`, before the engine is closed.
@@ -106,11 +109,14 @@ def serve(engine: EngineCore, connection: Connection, on_exit: Callable[[], None
                 update, last_stats = msgspec.structs.replace(update, stats=engine.stats()), now
             connection.send(update)
             last_update = now
+        trained = engine.train()  # after the events: streams do not wait for it
         for reply in engine.replies():  # after the events: a drain is answered after the last stream's end
             connection.send(reply)
 
-        if idle:
-            connection.wait(last_update + HEARTBEAT - now)
+        if trained:
+            continue
+        if not engine.busy:
+            connection.wait(last_update + HEARTBEAT - time.monotonic())
         elif not ran and not engine.step_in_flight:
             connection.wait(IDLE_STEP_WAIT)
 

@@ -30,17 +30,22 @@ class StepLimits(NamedTuple):
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """A GPU's memory in bytes: in total, in use before KV is allocated, and needed by everything except KV."""
+    """A GPU's memory in bytes: in total, in use before KV is allocated, and needed by everything except KV.
+
+    Attributes:
+        training: reserved for adapters in training and the pass that runs.
+    """
 
     total: int
     taken: int
     passes: int
     graphs: int
     adapters: int
+    training: int = 0
 
     def left(self, utilization: float) -> int:
         """Bytes left for KV at a given GPU memory utilization; may be negative."""
-        return int(self.total * utilization) - self.taken - self.passes - self.graphs - self.adapters
+        return int(self.total * utilization) - self.taken - self.passes - self.graphs - self.adapters - self.training
 
     def __str__(self) -> str:
         def gib(number: int) -> str:
@@ -49,6 +54,7 @@ class GpuMemory:
         return (
             f"of {gib(self.total)} GiB, {gib(self.taken)} are taken (the base and what else is there), a step takes up "
             f"to {gib(self.passes)}, graphs {gib(self.graphs)}, adapters {gib(self.adapters)}"
+            + (f", training {gib(self.training)}" if self.training else "")
         )
 
 
@@ -85,7 +91,8 @@ def kv_memory(config: ServeConfig, memory: GpuMemory | None, layers: list[LayerS
         raise ModelUnsupported(
             f"the GPU has no room for the KV cache: {memory}; {max(0, left) >> 20} MiB are left at "
             f"--gpu-memory-utilization {config.gpu_memory_utilization:g}. Lower --max-num-batched-tokens, "
-            "--max-num-seqs, --adapter-device-memory or --kv-cache-memory, or use a smaller or quantised base"
+            "--max-num-seqs, --adapter-device-memory, --training-memory or --kv-cache-memory, or use a smaller or "
+            "quantised base"
         )
     return granted
 
@@ -110,7 +117,7 @@ def measure_memory(
     blocks = -(-longest // config.kv_block_size)
     graphs = base.graph_memory(limits.seqs, limits.tokens, blocks, lambda: torch.cuda.mem_get_info(device)[0])
     _release_cached_memory()
-    return GpuMemory(total, total - free, passes, graphs, adapters)
+    return GpuMemory(total, total - free, passes, graphs, adapters, int(config.training_memory))
 
 
 def _release_cached_memory() -> None:

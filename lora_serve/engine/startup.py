@@ -36,6 +36,8 @@ from lora_serve.engine.ranks import Ranks
 from lora_serve.engine.runner import Runner
 from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.slot_rotation import SlotRotation
+from lora_serve.engine.training.training_pacer import TrainingPacer
+from lora_serve.engine.training.training_runs import TrainingRuns
 from lora_serve.errors import BadRequest, ModelUnsupported
 from lora_serve.kv.pool import BlockPool
 from lora_serve.messages import EngineInfo
@@ -52,7 +54,10 @@ QUANTUM = 16  # steps for which an adapter keeps its slot: long enough to outwei
 class EngineParts:
     """What an engine is made of.
 
-    `ranks`: the other processes that share its base, and `shared`: the store that replicas share, if there are any.
+    Attributes:
+        ranks: the other processes that share its base, if there are any.
+        shared: the changes that all replicas make, if these share a store.
+        training: None if there is no memory for it.
     """
 
     info: EngineInfo
@@ -63,6 +68,7 @@ class EngineParts:
     grammars: GrammarCompiler
     ranks: Ranks | None
     shared: SharedOperations | None
+    training: TrainingRuns | None
 
 
 def build_parts(
@@ -108,9 +114,14 @@ def _build_parts(
     notes = [*loaded.notes, *base.notes, *store.notes]
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
+    workers = Workers(wake, compilers=max(2, physical_cores() // 2))
     registry, operations, shared, compiler = _open_adapters(
-        config, store, loaded, fingerprint, setup.device_slots, setup.adapter_bytes, wake, progress, notes
+        config, store, loaded, fingerprint, setup.device_slots, setup.adapter_bytes, workers, progress, notes
     )
+    training = None
+    if setup.trainable is not None:
+        pacer = TrainingPacer(config.training_share, config.itl_target)
+        training = TrainingRuns(setup.trainable, int(config.training_memory), pacer, workers, config.model)
     fairness = Fairness()
     scheduler = Scheduler(
         BlockPool(setup.blocks, config.kv_block_size),
@@ -145,10 +156,11 @@ def _build_parts(
         headless=loaded.headless,
         store=str(root),
         tensor_parallel=config.tensor_parallel,
+        training_memory=int(config.training_memory),
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     runner = Runner(base, config.kv_block_size, device, setup.tokens)
-    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, shared)
+    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, shared, training)
 
 
 def _open_adapters(
@@ -158,7 +170,7 @@ def _open_adapters(
     fingerprint: str,
     device_slots: DeviceSlots,
     capacity: int | None,
-    wake: Callable[[], None],
+    workers: Workers,
     progress: Callable[[str, float], None],
     notes: list[str],
 ) -> tuple[Registry, AdapterOperations, SharedOperations | None, Compiler]:
@@ -172,8 +184,6 @@ def _open_adapters(
         loaded.shape, fingerprint, loaded.dtype, int(config.max_adapter_size), elements, loaded.loaded_whole
     )
     limits = CompilerLimits(int(config.compiler_memory), config.compiler_cpu_time)
-    cores = physical_cores()
-    workers = Workers(wake, compilers=max(2, cores // 2))
     compiler = Compiler(context, limits)
     publisher = Publisher(store, compiler, workers)
     residency = Residency(Budget(config.adapter_slots, host, capacity), config.keep_versions)

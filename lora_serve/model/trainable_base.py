@@ -58,6 +58,7 @@ class TrainableBase:
         deltas, gradients: slots of the adapters that are trained: their matrices, and the gradients of these, float32.
         layers: number of decoder layers.
         device, dtype: of activations.
+        layer_weights: numbers in the linear modules of a layer, on average.
         vocabulary: number of logits.
         max_length: of a sequence.
         token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
@@ -90,6 +91,8 @@ class TrainableBase:
         self._model.set_attn_implementation(SEQUENCE_ATTENTION)
         self._layers: list[nn.Module] = [*_decoder_layers(self._model, loaded.shape.body, self._kind)]
         self.layers = len(self._layers)
+        sites = {name: site for name, site in self.shape.sites.items() if name != self.shape.head}
+        self.layer_weights = sum(site.in_features * site.out_features for site in sites.values()) // self.layers
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):

@@ -51,6 +51,7 @@ class Session:
     def step(self) -> None:
         for event in self.engine.step().events:
             self.events.setdefault(event.request_id, []).append(event)
+        self.engine.train()
         self.replies |= {reply.id: reply for reply in self.engine.replies()}
 
     def run(self) -> None:

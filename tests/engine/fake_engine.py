@@ -64,6 +64,9 @@ class FakeEngine:
 
     step_in_flight = False
 
+    def train(self) -> bool:
+        return False
+
     @property
     def busy(self) -> bool:
         return bool(self.running)

@@ -44,10 +44,28 @@ class Counting(FakeEngine):
         return super().step()
 
 
+class Training(Counting):
+    """Trains for `left` quanta of a millisecond."""
+
+    left = 0
+
+    @property
+    def busy(self) -> bool:
+        return super().busy or self.left > 0
+
+    def train(self) -> bool:
+        if self.left:
+            time.sleep(0.001)
+            self.left -= 1
+            return True
+        return False
+
+
 class Hosted:
     """A counting fake engine under `run`, in a thread."""
 
-    def __init__(self, parent: Parent) -> None:
+    def __init__(self, parent: Parent, kind: type[Counting] = Counting) -> None:
+        self.kind = kind
         self.status: int | None = None
         self.built = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(parent.address,))
@@ -60,7 +78,7 @@ class Hosted:
     def _build(
         self, config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]
     ) -> Counting:
-        self.engine = Counting(config, 1)
+        self.engine = self.kind(config, 1)
         self.wake = wake
         self.built.set()
         return self.engine
@@ -131,6 +149,30 @@ def test_a_parent_that_does_not_read_pauses_generation_and_loses_nothing(parent:
         if isinstance(message, Update):
             got += [id for event in message.events for id in getattr(event, "token_ids", [])]
     assert got == list(range(6000))
+    parent.send(Exit())
+    hosted.thread.join(5)
+    assert hosted.status == 0
+
+
+def test_an_idle_engine_trains_without_pauses_hears_messages_meanwhile_and_sleeps_afterwards(parent: Parent) -> None:
+    hosted = Hosted(parent, Training)
+    engine = hosted.engine
+    assert isinstance(engine, Training)
+    engine.left = 400
+    hosted.wake()
+    time.sleep(0.1)
+    began, left = time.monotonic(), engine.left
+    assert left < 390
+    parent.send(Generate(Request("r", [Act.COUNT], Sampling(max_tokens=3))))
+    while not (isinstance(message := parent.receive(), Update) and Finished("r", "length") in message.events):
+        pass
+    assert engine.left > 0
+    while engine.left:
+        time.sleep(0.01)
+    assert (time.monotonic() - began) / left < 0.004  # with a pause after each it were 0.006
+    steps = engine.steps
+    time.sleep(0.2)
+    assert engine.steps - steps < 4
     parent.send(Exit())
     hosted.thread.join(5)
     assert hosted.status == 0

@@ -23,7 +23,8 @@ from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.training_step import AdapterSpan, TrainedPrefix, TrainingStep, VirtualTokens
 
-LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time
+LOGITS_BYTES = 1 << 28  # of the logits that are computed at a time, at most
+HEAD_ROWS = 64  # that are computed at a time at least: fewer take as long, as the whole weight is read and unpacked
 _BLOCK = 1 << 20  # logits that are widened to float32 at a time
 
 
@@ -35,7 +36,7 @@ def pass_bytes(base: TrainableBase, tokens: int, kept_layers: int = 0) -> int:
     """
     item = base.dtype.itemsize
     widest = max(site.in_features * site.out_features for site in base.shape.sites.values())
-    rows = min(tokens, _chunk_rows(base))
+    rows = min(tokens, _chunk_rows(base, tokens))
     return (
         tokens * base.shape.hidden_size * item * (base.layers + 2)
         + (2 + kept_layers) * tokens * base.token_bytes
@@ -44,8 +45,10 @@ def pass_bytes(base: TrainableBase, tokens: int, kept_layers: int = 0) -> int:
     )  # fmt: skip
 
 
-def _chunk_rows(base: TrainableBase) -> int:
-    return max(1, LOGITS_BYTES // (base.vocabulary * base.dtype.itemsize))
+def _chunk_rows(base: TrainableBase, tokens: int) -> int:
+    """Rows of the LM head that take about as long as a layer of so many tokens."""
+    like_a_layer = tokens * base.layer_weights // (base.vocabulary * base.shape.hidden_size)
+    return max(1, min(max(HEAD_ROWS, like_a_layer), LOGITS_BYTES // (base.vocabulary * base.dtype.itemsize)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class FusedPass:
         self._known = all(
             batch.loss is None for batch in batches
         )  # whether gradients do not depend on log-probabilities
-        chunks, more = (len(each.chunks(_chunk_rows(base))) for each in (self._losses, self._others))
+        chunks, more = (len(each.chunks(_chunk_rows(base, self.tokens))) for each in (self._losses, self._others))
         self._backward = gradients and chunks > 0
         heads = 2 * chunks if self._backward and not self._known else chunks
         self.quanta = 1 + base.layers + more + heads + (base.layers if self._backward else 0)
@@ -193,10 +196,10 @@ class FusedPass:
             running.forward(gradients=self._gradients, keep=layer >= self._first_kept)
             yield
         hidden, rows = running.hidden[0], self._losses.rows
-        for chunk in self._others.chunks(_chunk_rows(base)):
+        for chunk in self._others.chunks(_chunk_rows(base, self.tokens)):
             self._logits(hidden, self._others, chunk, None)
             yield
-        chunks = self._losses.chunks(_chunk_rows(base))
+        chunks = self._losses.chunks(_chunk_rows(base, self.tokens))
         if not self._known or not self._backward:
             for chunk in chunks:
                 self._logits(hidden, self._losses, chunk, None)

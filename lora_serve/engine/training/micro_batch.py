@@ -49,8 +49,8 @@ class TrainingSequence:
                 f"a sequence has {len(self.tokens)} tokens; at most {max_length} are trained", param="tokens"
             )
         for param, ids in (("tokens", self.tokens), ("targets", self.targets)):
-            wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-            if wrong is not None:
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                wrong = next(token for token in ids if not 0 <= token < vocabulary)
                 raise BadRequest(f"{wrong} is no token; there are {vocabulary}", param=param)
         if not all(map(math.isfinite, self.weights)):
             raise BadRequest("a weight is not finite", param="weights")

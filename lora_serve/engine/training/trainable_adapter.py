@@ -162,11 +162,17 @@ class TrainableAdapter:
         self.passes += 1
         return DeltaDropout(self.settings.lora_dropout, int.from_bytes(drawn, "big"))
 
-    def optimizer_step(self, learning_rate: float) -> OptimizerResult:
+    def optimizer_step(self, learning_rate: float, adam: AdamSettings | None = None) -> OptimizerResult:
         """One step of AdamW over the gradients added since the last one, which are zeroed.
 
+        Args:
+            adam: its settings from this step on; None: as they are.
         Raises BadRequest if they are not finite; then the weights stay, and the gradients are zeroed as well.
         """
+        if adam is not None:
+            self._adam = adam
+            own = {"betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay}
+            self._optimizer.param_groups[0].update(own)
         for layer in self.layers.values():  # they are those of B with its scaling
             if layer.module.scaling != 1:
                 layer.b(self.gradients).mul_(layer.module.scaling)

@@ -1,0 +1,128 @@
+"""When training may run a quantum beside serving.
+
+A quantum between two steps delays the next token of every stream that runs. Training gets
+
+- all the time while nothing is served;
+- beside streams, quanta with which a gap is at most `STRETCH` times the longest that these streams have anyway (the
+  99th percentile of recent steps), or as long as `--itl-target` says; and longer ones in one gap of `RARE`, so that the
+  99th percentile does not know them. All these together leave serving more than nine tenths of its throughput;
+- nothing while prompts wait;
+- in spite of all this, `--training-share` of the time: it is saved up until it pays for the next quantum, however long
+  that is. At the default share fewer than one gap in a hundred has one. A larger share trains faster at the streams'
+  expense.
+
+Passes are made small enough for their quanta to fit between steps, as far as whole sequences allow. Nothing here knows
+tensors or a clock; the output of serving and training is the same whatever is decided.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from lora_serve.engine.training.quantum_costs import QuantumCosts
+
+STRETCH = 1.25  # times the longest usual gap; what is measured then is below 1.3
+RARE = 200  # gaps between two that are longer
+MOST_SHARE = 0.05  # of the time beside streams, in quanta that they tolerate
+SAVED = 1.0  # seconds of these that may be saved up
+RECENT = 256  # steps whose longest is the usual gap
+FEW = 16  # steps before which that is not known
+LONGEST_QUANTUM = 0.1  # seconds that passes aim at while nothing is served: a request that comes waits so long
+MARGIN = 1.1  # times the expected duration of a quantum
+
+
+class ServingLoad(NamedTuple):
+    """What serving does: whether anything runs or could run, and whether prompts wait or are being computed."""
+
+    active: bool
+    prompts: bool
+
+
+class TrainingPacer:
+    """Decides about each quantum, and how large passes are.
+
+    Attributes:
+        costs: of quanta.
+
+    Args:
+        share: of the time, that training always gets.
+        itl_target: seconds between two tokens of a stream that should not be exceeded; None: taken from the steps.
+    """
+
+    def __init__(self, share: float, itl_target: float | None = None) -> None:
+        self.costs = QuantumCosts()
+        self._share, self._itl_target = share, itl_target
+        self._steps: deque[float] = deque(maxlen=RECENT)  # seconds
+        self._usual: float | None = None  # the longest usual gap
+        self._since: float | None = None  # when it was last decided that training waits or runs
+        self._floor = self._tolerated = 0.0  # seconds that were saved up
+        self._in_gap = 0.0  # seconds of quanta since the last step
+        self._gaps = 0  # since the last one that was longer
+
+    def __repr__(self) -> str:
+        return f"<TrainingPacer {self._floor:.3f} s of its share, {self._tolerated:.3f} s beside streams>"
+
+    def served(self, seconds: float) -> None:
+        """Record the duration of a step in which a sequence decoded."""
+        self._steps.append(seconds)
+        self._usual, self._in_gap = None, 0.0
+        self._gaps += 1
+
+    def rest(self) -> None:
+        """There is nothing to train: no time is saved up for later."""
+        self._since, self._floor, self._tolerated = None, 0.0, 0.0
+
+    def allows(self, kind: str, size: int, load: ServingLoad, now: float) -> bool:
+        """Whether the next quantum, which is of this kind and size, may run now (seconds on any clock)."""
+        self._save_up(load, now)
+        if not load.active:
+            return True
+        seconds = self.costs.seconds(kind, size)
+        if seconds is None:  # it has to be tried once; the share pays for it as soon as there is any
+            return self._floor > 0
+        if seconds <= self._floor:
+            return True
+        room = self._largest_quantum()
+        if load.prompts or room is None:
+            return False
+        if self._in_gap + seconds * MARGIN <= room:
+            return self._tolerated > 0
+        return self._gaps >= RARE and seconds <= self._tolerated
+
+    def ran(self, kind: str, size: int, load: ServingLoad, seconds: float) -> None:
+        """Record a quantum that was run."""
+        self.costs.record(kind, size, seconds)
+        if load.active:
+            self._in_gap += seconds
+            if self._in_gap > (self._largest_quantum() or 0.0):
+                self._gaps = 0
+            self._tolerated -= seconds
+            self._floor -= seconds
+            if self._floor < 0 and self._share:  # tolerated quanta count as share, but are no debt to pay back
+                self._floor = 0.0
+
+    def pass_tokens(self, kind: str, load: ServingLoad) -> int | None:
+        """Tokens of a new pass whose quanta of this kind, the longest one, fit; None: unknown."""
+        room = self._largest_quantum() if load.active else LONGEST_QUANTUM
+        return None if room is None else self.costs.size_within(kind, room / MARGIN)
+
+    def _save_up(self, load: ServingLoad, now: float) -> None:
+        passed = 0.0 if self._since is None else max(0.0, now - self._since)
+        self._since = now
+        if not load.active:
+            self._floor = self._tolerated = 0.0
+            return
+        self._floor += self._share * passed
+        self._tolerated = min(SAVED, self._tolerated + MOST_SHARE * passed)
+
+    def _largest_quantum(self) -> float | None:
+        """Seconds of a quantum with which no gap is too long; None: unknown."""
+        if len(self._steps) < FEW:
+            return None
+        if self._usual is None:
+            ordered = sorted(self._steps)
+            self._usual = ordered[int(0.99 * (len(ordered) - 1))]
+            self._step = ordered[len(ordered) // 2]
+        gap = STRETCH * self._usual if self._itl_target is None else self._itl_target
+        return max(0.0, gap - self._step)
