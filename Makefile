@@ -17,7 +17,7 @@ OUT        ?= gpu-check
 TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 CPU_INDEX ?=
 
-.PHONY: serve train-demo test ray-test tinker-test asan older-cpus emulated check sources-check format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve train-demo test ray-test tinker-test asan older-cpus emulated check sources-check shared-store-test format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -74,6 +74,9 @@ check: $(VENV)/.dev  ## style, types, and the import rules
 sources-check: $(VENV)/.dev  ## sources of adapters against an object store, a hub, web servers and a real server
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[sources]"
 	$(BIN)/pytest -m "slow or not slow" tests/sources tests/test_served_sources.py
+
+shared-store-test: $(VENV)/.dev  ## replicas that share a folder or a bucket: seconds to be live at all, twenty kills, random faults
+	$(BIN)/pytest -s -m "slow or not slow" tests/adapters/shared tests/test_served_shared_store.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
-from lora_serve.adapters.store.records import AliasRecord, NameRecord, VersionRecord
+from lora_serve.adapters.store.records import AliasRecord, FollowedCatalog, NameRecord, VersionRecord
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, ServeError
@@ -62,6 +62,7 @@ class Publisher:
         self,
         folder: Path,
         done: Callable[[StagedVersion | ServeError], None],
+        vocabulary: str = "",
         *,
         trust_settings: bool = False,
         own: bool = False,
@@ -69,13 +70,15 @@ class Publisher:
         """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied.
 
         Args:
+            vocabulary: as in `LoweringJob`.
             own: this engine wrote the files, so that no process of its own has to read them.
         """
         lower = self._compiler.lower_own if own else self._compiler.lower
 
         def work() -> StagedVersion:
             try:
-                return self._lower(self._job(folder, trust_settings), lower)
+                job = self._job(folder, trust_settings)
+                return self._lower(msgspec.structs.replace(job, vocabulary=vocabulary), lower)
             finally:
                 self._remove_staged(folder)
 
@@ -170,6 +173,16 @@ class Publisher:
 
         self._workers.store(work, done)
 
+    def receive(self, fetch: Callable[[Path], None]) -> Path:
+        """A new folder in staging that `fetch` has filled. Blocks; raises what `fetch` raises."""
+        folder = self._store.stage()
+        try:
+            fetch(folder)
+            return folder
+        except BaseException:
+            _remove(folder)
+            raise
+
     def discard(self, staged: StagedVersion) -> None:
         """Remove a staged version."""
         self._workers.store(lambda: _remove(staged.folder), lambda result: None)
@@ -189,6 +202,10 @@ class Publisher:
     def remove_alias(self, alias: str, done: Saved) -> None:
         """Remove an alias from the store."""
         self._workers.store(lambda: self._store.remove_alias(alias), done)
+
+    def save_followed(self, followed: FollowedCatalog) -> None:
+        """Note which catalog of a shared store was followed, and how far."""
+        self._workers.store(lambda: self._store.set_followed(followed), lambda result: None)
 
     def drop(self, digest: str) -> None:
         """Delete a version that no name refers to."""

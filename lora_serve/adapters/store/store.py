@@ -20,10 +20,12 @@ from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.folder import LOWERED, RECORD, StoreFolder, unwanted_entries
 from lora_serve.adapters.store.records import (
     AliasRecord,
+    FollowedCatalog,
     NameRecord,
     VersionRecord,
     find_damage,
     find_missing,
+    read_sealed,
     read_version,
     seal,
     version_digest,
@@ -86,6 +88,16 @@ class Store:
     def unreadable_aliases(self) -> dict[str, str]:
         """Alias → why its record cannot be read, of the others."""
         return dict(self._aliases.unreadable)
+
+    def followed(self) -> FollowedCatalog:
+        """Which catalog of a shared store was followed, and how far; if that cannot be read, whatever comes is."""
+        if not self._folder.shared.exists():
+            return FollowedCatalog()
+        try:
+            return read_sealed(self._folder.shared, FollowedCatalog)
+        except ValueError as error:
+            log.warning("%s (in %s); the shared store is followed whatever it was before", error, self._folder.root)
+            return FollowedCatalog()
 
     def version(self, digest: str) -> VersionRecord:
         """The record of a version that a name refers to. Raises AdapterBroken if it is damaged or missing."""
@@ -217,6 +229,11 @@ class Store:
         check_name(alias)
         with self._writing():
             self._aliases.remove(alias)
+
+    def set_followed(self, followed: FollowedCatalog) -> None:
+        """Note which catalog of a shared store was followed, and how far."""
+        with self._writing():
+            self._folder.replace_file(self._folder.shared, seal(followed))
 
     def drop(self, digest: str) -> None:
         """Delete a version, if there. Raises AdapterBusy if a name refers to it."""
