@@ -314,7 +314,7 @@ def test_content_that_is_damaged_or_gone_is_said_and_mended_by_publishing_again(
 def test_a_change_that_this_replica_cannot_follow_is_answered_so(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = make("a"), make("b")
 
-    def full(*given: object) -> None:
+    def full(*given: object, **_: object) -> None:
         raise StorageFull("the disk of the adapter store is full; nothing was changed")
 
     with monkeypatch.context() as patch:
