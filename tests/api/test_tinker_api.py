@@ -15,7 +15,7 @@ from stub_training import StubTrainingApp, pass_body, sample_body, samples, step
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
-from lora_serve.api.tinker import future_results, ordered_calls
+from lora_serve.api.tinker import future_results, ordered_calls, sampling_sessions
 from lora_serve.api.tinker.protobuf_messages import SampleResponse
 from lora_serve.api.tinker.sampling_sessions import KEPT_EPHEMERAL
 from lora_serve.api.tinker.tinker_service import SILENT_SECONDS
@@ -427,3 +427,94 @@ async def test_telemetry_is_not_read(server: StubTrainingApp) -> None:
     assert flags["parallel_fwdbwd_chunks"] is False
     assert (await server.ask("client/dynamic_config", {}))["sample_cancel_enabled"] is True
     assert (await server.client.get("/api/v1/get_server_capabilities")).json()["supported_models"][0]["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("create_session", {"user_metadata": {"a": "x" * 20_000}}),
+        ("create_sampling_session", {"sampling_session_seq_id": 10**18, "base_model": "base"}),
+        ("create_sampling_session", {"sampling_session_seq_id": 10**400, "base_model": "base"}),
+        ("create_sampling_session", {"sampling_session_seq_id": 1, "base_model": "x" * 300 + ":base"}),
+        ("create_model", {"model_seq_id": True, "base_model": "base"}),
+        ("optim_step", {"model_id": "m", "seq_id": 10**400}),
+        ("optim_step", {"model_id": "m", "seq_id": 1 << 31}),
+    ],
+)
+async def test_what_would_be_kept_has_bounds(server: StubTrainingApp, path: str, more: dict[str, Any]) -> None:
+    session = await server.session()
+    named = {"session_id": session} if path != "create_session" else {}
+    if "model_id" in more:
+        more = more | {"model_id": await server.model(session)}
+    assert (await server.send(path, named | more)).status_code in (400, 422)
+
+
+async def test_numbers_that_the_engine_cannot_take_are_refused(server: StubTrainingApp) -> None:
+    begun = {"session_id": await server.session(), "sampling_session_seq_id": 0, "base_model": "base"}
+    sampler = (await server.ask("create_sampling_session", begun))["sampling_session_id"]
+    for wrong in ({"seed": 10**30}, {"top_k": 10**30}, {"max_tokens": 10**30}, {"stop": [10**30]}):
+        assert (await server.send("asample", sample_body(sampler, sampling_params=wrong))).status_code in (400, 422)
+    last = 10**18 + 1  # of a pickled copy of a sampler
+    assert samples(await server.call("asample", sample_body(sampler, last)))
+
+
+async def test_what_comes_early_waits_within_the_bounds_of_all_models(
+    server: StubTrainingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ordered_calls, "ALL_HELD_BYTES", 10)
+    session = await server.session()
+    models = [await server.model(session, number) for number in range(2)]
+    for model in models:
+        assert (await server.send("optim_step", step_body(model, 2))).status_code == 429
+        await server.call("optim_step", step_body(model, 1))
+
+
+async def test_a_session_that_cannot_be_read_whole_does_not_go_on_in_part(tmp_path: Path) -> None:
+    async with StubTrainingApp(tmp_path) as server:
+        session = await server.session()
+        models = [await server.model(session, number) for number in range(2)]
+    bad = tmp_path / "tinker" / "sessions" / session / "models" / "1" / "journal"
+    good = bad.read_bytes()
+    bad.unlink()
+    bad.mkdir()
+    async with StubTrainingApp(tmp_path) as server:
+        for _ in range(2):
+            assert (await server.send("optim_step", step_body(models[0], 1))).status_code == 404
+        assert not server.engine.runs
+        bad.rmdir()
+        bad.write_bytes(good)
+        for model in models:
+            await server.train(model, 1)
+        assert len(server.engine.passes) == 2
+
+
+async def test_a_call_that_the_disk_has_altered_is_not_carried_out(tmp_path: Path) -> None:
+    async with StubTrainingApp(tmp_path) as server:
+        session = await server.session()
+        model = await server.model(session)
+        await server.train(model, 1, 2.0)
+        await server.train(model, 2, 3.0)
+    journal = tmp_path / "tinker" / "sessions" / session / "models" / "0" / "journal"
+    data = journal.read_bytes()
+    number = data.rindex(b"\x00\x00\x40\x40")  # the 3.0
+    journal.write_bytes(data[:number] + bytes(4) + data[number + 4 :])
+    async with StubTrainingApp(tmp_path) as server:
+        assert (await server.step(model, 2))["metrics"]["grad_norm:mean"] == 2.0
+
+
+async def test_many_freed_sampling_sessions_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_sessions, "KEPT_FREED", 3)
+    monkeypatch.setattr(sampling_sessions, "NEEDLESS_LINES", 20)
+    sessions = sampling_sessions.SamplingSessions(tmp_path)
+    freed = [
+        adapter
+        for number in range(100)
+        for adapter in sessions.add(
+            sampling_sessions.SamplingSession(f"s{number}", "base", adapter=f"a{number}", model_id="m")
+        )
+    ]
+    assert freed == [f"a{number}" for number in range(100 - KEPT_EPHEMERAL)]
+    again = sampling_sessions.SamplingSessions(tmp_path)
+    assert {each.id for each in sessions} == {f"s{number}" for number in range(100 - KEPT_EPHEMERAL - 3, 100)}
+    assert {each.id for each in again} >= {each.id for each in sessions}
+    assert (tmp_path / "samplers").read_bytes().count(b"\n") < 60

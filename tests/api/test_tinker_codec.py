@@ -100,6 +100,7 @@ def test_what_is_not_trained_on_is_named(given: types.Datum, config: dict[str, f
         b"\x10" + b"\xff" * 12,  # an endless number
         b"\x0a\x02\xff\xff",  # no text
         b"\x1a\x00" * (MOST_DATUMS + 1),
+        b"\x10\x01" * 4_000_000,  # many small fields, which cost more than their bytes
         b"\x1a" + b"\xa0\x8d\x18" + b"\x0a\x00" * (MOST_PARTS + 100_000),  # one datum of many chunks
     ],
 )

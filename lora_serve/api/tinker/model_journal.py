@@ -5,7 +5,7 @@ journal             a msgpack record after another: calls as they came, results 
 state-<seq>         weights and optimizer after this call, as the engine saves them
 
 A call is written before its request is answered, without waiting for the disk: the end of a process loses nothing, that
-of the machine may lose the last calls. A record that was cut off ends the journal.
+of the machine may lose the last calls. A record that is not as it was written, by its checksum, ends the journal.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.tinker.ordered_calls import ModelCall
 
 JOURNAL, STATE = "journal", "state-"
-LENGTH = 4  # bytes before a record
+LENGTH, CHECKSUM = 4, 4  # bytes before a record: its length, and its CRC-32
+HEAD = LENGTH + CHECKSUM
 MOST_RESULTS = 16 << 20  # bytes of results that are kept with a state
 
 
@@ -74,16 +77,12 @@ class ModelJournal:
         except FileNotFoundError:
             return content
         place = 0
-        while place + LENGTH <= len(data):
-            end = place + LENGTH + int.from_bytes(data[place : place + LENGTH], "little")
-            try:
-                record = _decode(data[place + LENGTH : end]) if end <= len(data) else None
-            except msgspec.MsgspecError:
-                record = None
-            match record:
+        while place + HEAD <= len(data):
+            end = place + HEAD + int.from_bytes(data[place : place + LENGTH], "little")
+            match _unframed(data[place:end]) if end <= len(data) else None:
                 case CallRecord(call):
                     content.calls[call.seq] = call
-                case ResultRecord(seq):
+                case ResultRecord(seq) as record:
                     content.results[seq] = record
                 case StateRecord(seq):
                     content.state = seq
@@ -128,6 +127,7 @@ class ModelJournal:
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(self.folder / JOURNAL)
+            Disk().sync(self.folder)  # before the state that the old journal names goes
             for state in self.folder.glob(f"{STATE}*"):
                 if state != self.state(seq):
                     shutil.rmtree(state, ignore_errors=True)
@@ -140,4 +140,15 @@ class ModelJournal:
 
 def _framed(record: JournalRecord) -> bytes:
     data = _encode(record)
-    return len(data).to_bytes(LENGTH, "little") + data
+    return len(data).to_bytes(LENGTH, "little") + zlib.crc32(data).to_bytes(CHECKSUM, "little") + data
+
+
+def _unframed(framed: bytes) -> JournalRecord | None:
+    """A record, or None if it is not as it was written."""
+    data = framed[HEAD:]
+    if zlib.crc32(data) != int.from_bytes(framed[LENGTH:HEAD], "little"):
+        return None
+    try:
+        return _decode(data)
+    except msgspec.MsgspecError:
+        return None

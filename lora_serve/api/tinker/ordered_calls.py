@@ -67,7 +67,7 @@ class OrderedCalls:
         full = (
             len(self._held) >= MOST_HELD or self._bytes + size > HELD_BYTES or self._all.count + size > ALL_HELD_BYTES
         )
-        if full and self._held and call.seq != self.next:
+        if full and call.seq != self.next:
             raise TooMuchWaits("too many calls of this model wait already", retry_after=1)
         self._held[call.seq] = call
         self._bytes += size

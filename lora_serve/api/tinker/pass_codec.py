@@ -20,7 +20,8 @@ from lora_serve.errors import BadRequest
 from lora_serve.training_messages import ForwardBackward, PassResult, TrainingExample
 
 MOST_DATUMS = 4096  # of one request; clients send at most 1024
-MOST_PARTS = 100_000  # chunks, tensors and shapes of all datums together
+MOST_PARTS = 100_000  # chunks and tensors of all datums together
+MOST_FIELDS = MOST_DATUMS + 1000  # of a request itself: its datums, and the numbers of its loss
 TARGETS, WEIGHTS, CROSS_ENTROPY = "target_tokens", "weights", "cross_entropy"
 ELEMENTS = {FLOAT32: "f", INT64: "q", INT32: "i"}  # little-endian, as are the machines that this runs on
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
@@ -36,8 +37,11 @@ class PassHeader(NamedTuple):
 def read_pass_header(body: bytes) -> PassHeader:
     """Find model and call in a request without decoding its data, and count what that has. Raises `BadRequest`."""
     view = memoryview(body)
-    model_id, seq_id, datums, parts = b"", 0, 0, 0
+    model_id, seq_id, fields, datums, parts = b"", 0, 0, 0, 0
     for number, wire, value in _fields(view):
+        fields += 1
+        if fields > MOST_FIELDS:
+            raise BadRequest(f"a request has more than {MOST_FIELDS:,} fields")
         if number == 1 and wire == BYTES:
             model_id = bytes(view[value[0] : value[1]])
         elif number == 2 and wire == VARINT:
@@ -107,7 +111,10 @@ def _example(datum: Any, where: str) -> TrainingExample:
     for name, values in inputs.items():
         if len(values) != len(tokens):
             raise BadRequest(f"{where} has {len(tokens)} tokens and {len(values)} {name[:100]}", param="data")
-    whole = [int(target) for target in targets]
+    try:
+        whole = [int(target) for target in targets]
+    except (ValueError, OverflowError):
+        raise BadRequest(f"{where}: {TARGETS} are no numbers of tokens", param="data") from None
     return TrainingExample(tokens, whole, {name: [float(value) for value in each] for name, each in inputs.items()})
 
 

@@ -10,6 +10,8 @@ import msgspec
 
 FILE = "samplers"  # a JSON object a line, in the session's folder
 KEPT_EPHEMERAL = 8  # newest weights of a model that were saved for a sampling session alone
+KEPT_FREED = 1000  # newest ones whose weights were freed: who asks for one is told so
+NEEDLESS_LINES = 4000  # after which the file is written anew
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,10 @@ class SamplingSessions:
     def __init__(self, folder: Path) -> None:
         self._file = folder / FILE
         self._found: dict[str, SamplingSession] = {}
+        self._lines = 0
         if self._file.exists():
             for line in self._file.read_bytes().splitlines():
+                self._lines += 1
                 try:
                     sampler = msgspec.json.decode(line, type=SamplingSession)
                 except msgspec.MsgspecError:  # a line that was cut off
@@ -53,6 +57,9 @@ class SamplingSessions:
 
     def __iter__(self) -> Iterator[SamplingSession]:
         return iter(list(self._found.values()))
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def get(self, id_: str) -> SamplingSession | None:
         return self._found.get(id_)
@@ -66,6 +73,11 @@ class SamplingSessions:
         old = own[:-KEPT_EPHEMERAL]
         for each in old:
             self._put(msgspec.structs.replace(each, freed=True))
+        freed = [each.id for each in self._found.values() if each.freed]
+        for id_ in freed[:-KEPT_FREED]:
+            del self._found[id_]
+        if self._lines > len(self._found) + NEEDLESS_LINES:
+            self._rewrite()
         return [each.adapter for each in old]
 
     @property
@@ -78,5 +90,16 @@ class SamplingSessions:
         try:
             with self._file.open("ab", buffering=0) as file:
                 file.write(msgspec.json.encode(sampler) + b"\n")
+            self._lines += 1
         except OSError as error:
             log.warning("a sampling session was not written down: %s", error.strerror)
+
+    def _rewrite(self) -> None:
+        """Write the file without what was changed or forgotten since."""
+        fresh = self._file.with_suffix(".new")
+        try:
+            fresh.write_bytes(b"".join(msgspec.json.encode(each) + b"\n" for each in self._found.values()))
+            fresh.replace(self._file)
+            self._lines = len(self._found)
+        except OSError as error:
+            log.warning("a list of sampling sessions was not shortened: %s", error.strerror)

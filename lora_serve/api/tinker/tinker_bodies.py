@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from lora_serve.api.error_handlers import validation_error
 from lora_serve.api.json_body import decode
 from lora_serve.errors import BadRequest
 
 LONGEST_TEXT = 1000  # characters of a name, a path or an id
+LONGEST_BASE = 256  # of what a sampling session calls the base, which is kept with it
 MOST_SAMPLES = 1024  # of one request
 MOST_STOPS = 64
 MOST_ALTERNATIVES = 20
+MOST_METADATA = 16 << 10  # bytes of JSON; it is kept in memory as long as what it describes
+LARGEST = (1 << 63) - 1  # that a number may be: the engine's are of 64 bits
 
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
-Count = Annotated[int, Field(ge=0)]
+Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Ordinal = Annotated[int, Field(ge=0, lt=10**18)]  # of a sampling session, a part of its id
+
+
+def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
+    if len(to_json(given)) > MOST_METADATA:
+        raise ValueError(f"has more than {MOST_METADATA:,} bytes of JSON")
+    return given
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
+TextMetadata = Annotated[dict[str, str], AfterValidator(_check_metadata)]
 Element = TypeVar("Element")
 Stops = Annotated[list[Element], Field(max_length=MOST_STOPS)]
 Body = TypeVar("Body", bound="TinkerBody")
@@ -38,7 +54,7 @@ class SessionBody(TolerantBody):
     """Begin a session."""
 
     tags: list[Text] = Field([], max_length=1000)
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     sdk_version: Text = ""
 
 
@@ -51,8 +67,8 @@ class HeartbeatBody(TolerantBody):
 class LoraBody(TinkerBody):
     """The adapter of a new model."""
 
-    rank: int = Field(32, ge=1)
-    seed: int | None = None
+    rank: int = Field(32, ge=1, le=LARGEST)
+    seed: Integer | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -72,7 +88,7 @@ class CreateModelBody(TinkerBody):
     base_model: Text
     lora_config: LoraBody = LoraBody()
     optimizer_config: OptimizerBody = OptimizerBody()
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     type: Literal["create_model"] = "create_model"
 
 
@@ -86,7 +102,7 @@ class LoadWeightsBody(TinkerBody):
     base_model: Text | None = None
     model_id: Text | None = None
     seq_id: Count | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: OptimizerBody = OptimizerBody()
     weights_access_token: str | None = None
     type: Literal["load_weights"] = "load_weights"
@@ -124,9 +140,9 @@ class SaveWeightsBody(TinkerBody):
     model_id: Text
     seq_id: Count | None = None
     path: Text | None = None
-    ttl_seconds: int | None = None
+    ttl_seconds: Integer | None = None
     overwrite: bool = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: TextMetadata | None = None
     type: Literal["save_weights"] = "save_weights"
 
 
@@ -136,10 +152,10 @@ class SaveSamplerBody(TinkerBody):
     model_id: Text
     seq_id: Count | None = None
     path: Text | None = None
-    sampling_session_seq_id: Count | None = None
+    sampling_session_seq_id: Ordinal | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
-    ttl_seconds: int | None = None
-    user_metadata: dict[str, str] | None = None
+    ttl_seconds: Integer | None = None
+    user_metadata: TextMetadata | None = None
     type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
 
 
@@ -147,8 +163,8 @@ class SamplingSessionBody(TinkerBody):
     """Begin to sample from a base or a checkpoint."""
 
     session_id: Text
-    sampling_session_seq_id: Count
-    base_model: Text | None = None
+    sampling_session_seq_id: Ordinal
+    base_model: Annotated[str, Field(max_length=LONGEST_BASE)] | None = None
     model_path: Text | None = None
     type: Literal["create_sampling_session"] = "create_sampling_session"
 
@@ -169,11 +185,11 @@ class PromptBody(TinkerBody):
 class SamplingParamsBody(TinkerBody):
     """How to sample."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: int | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
+    seed: Integer | None = None
     stop: Text | Stops[Text] | Stops[Count] | None = None
     temperature: float = Field(1.0, ge=0)
-    top_k: int = -1
+    top_k: Integer = -1
     top_p: float = Field(1.0, gt=0, le=1)
 
 
@@ -189,7 +205,7 @@ class SampleBody(TinkerBody):
     topk_prompt_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
     topk_sample_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
     prompt_alt_tokens_k: Literal[0] = 0
-    prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
+    prompt_logprobs_last_n: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     target_prompt_logprobs: None = None
     record_stability_info: bool | None = None
     base_model: None = None
@@ -212,7 +228,7 @@ class PathBody(TolerantBody):
 class TtlBody(TolerantBody):
     """When a checkpoint expires; null is never."""
 
-    ttl_seconds: int | None = None
+    ttl_seconds: Integer | None = None
 
 
 def read_body(kind: type[Body], body: bytes) -> Body:

@@ -142,6 +142,10 @@ class TinkerModel:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+        self.drop_calls()
+
+    def drop_calls(self) -> None:
+        """Hold no calls any more."""
         self._calls.clear()
 
     async def close(self) -> None:

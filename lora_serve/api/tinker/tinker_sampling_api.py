@@ -29,7 +29,10 @@ async def create_sampling_session(
     """Begin to sample from the base, or from weights that were saved for it."""
     session = await tinker.session(body.session_id, caller.owner)
     id_ = session.sampler_id(body.sampling_session_seq_id)
-    sampler = session.samplers.get(id_) or session.add_sampler(await _sampler(id_, body, tinker, caller))
+    sampler = session.samplers.get(id_)
+    if sampler is None:
+        tinker.check_more_samplers(caller.owner)
+        sampler = session.add_sampler(await _sampler(id_, body, tinker, caller))
     return SamplingSessionReply(sampling_session_id=sampler.id)
 
 

@@ -31,6 +31,7 @@ FOLDER = "tinker"  # in the adapter store's folder
 SILENT_SECONDS = 600.0  # after which a session whose client sent nothing is ended; clients send a heartbeat every 10 s
 SWEEP_SECONDS = 30.0
 MOST_SESSIONS = 256  # of one key
+MOST_SAMPLERS = 100_000  # sampling sessions of one key
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _PART = re.compile(r"([0-9a-f]{32}):(train|sample):(\d{1,18})")
 
@@ -116,6 +117,11 @@ class TinkerService:
             )
         session.last_seen = time.monotonic()
         return session
+
+    def check_more_samplers(self, owner: str) -> None:
+        """Raise TooMuchWaits if a key may begin no more sampling sessions."""
+        if sum(len(session.samplers) for session in self.sessions(owner)) >= MOST_SAMPLERS:
+            raise TooMuchWaits(f"this key has {MOST_SAMPLERS:,} sampling sessions; end a session", retry_after=60)
 
     async def finish(self, id_: str, owner: str) -> None:
         """End a session. Raises UnknownTinkerObject."""

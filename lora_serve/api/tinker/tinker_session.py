@@ -19,7 +19,6 @@ from lora_serve.api.tinker.tinker_model import TinkerModel, TinkerParts
 
 RECORD = "session.json"
 MOST_MODELS = 64  # of a session
-MOST_SAMPLERS = 100_000
 
 
 class SessionRecord(msgspec.Struct, frozen=True):
@@ -63,9 +62,19 @@ class TinkerSession:
         return cls(msgspec.json.decode((folder / RECORD).read_bytes(), type=SessionRecord), folder, parts)
 
     def resume(self) -> None:
-        """Go on with the models that the session had. Raises OSError."""
-        for journal in sorted(self.folder.glob(f"models/*/{JOURNAL}")):
-            self._open(int(journal.parent.name), resume=True)
+        """Go on with the models that the session had. Raises OSError, msgspec.MsgspecError; then none goes on."""
+        numbers = sorted(int(each.parent.name) for each in self.folder.glob(f"models/[0-9]*/{JOURNAL}"))
+        models = {number: self._new(number) for number in numbers}
+        try:
+            for model in models.values():
+                model.resume()
+        except BaseException:
+            for model in models.values():
+                model.drop_calls()
+            self.parts.futures.forget(f"{self.id}:")
+            raise
+        for number, model in models.items():  # only now: if another try made them again, two would do the same calls
+            self._start(number, model)
 
     @property
     def id(self) -> str:
@@ -88,7 +97,7 @@ class TinkerSession:
         if number not in self._models:
             if len(self._models) >= MOST_MODELS:
                 raise TooMuchWaits(f"a session has at most {MOST_MODELS} models", retry_after=5)
-            self._open(number, resume=False)
+            self._start(number, self._new(number))
         return self._models[number]
 
     def find_model(self, number: int) -> TinkerModel:
@@ -101,8 +110,6 @@ class TinkerSession:
         """The sampling session of this id, which is added if there is none."""
         known = self.samplers.get(sampler.id)
         if known is None:
-            if sum(1 for _ in self.samplers) >= MOST_SAMPLERS:
-                raise TooMuchWaits(f"a session has at most {MOST_SAMPLERS} sampling sessions", retry_after=60)
             self.samplers.add(sampler)
         return known or sampler
 
@@ -119,11 +126,11 @@ class TinkerSession:
             await self.parts.weights.delete(adapter)
         await asyncio.to_thread(self._remove)
 
-    def _open(self, number: int, *, resume: bool) -> None:
+    def _new(self, number: int) -> TinkerModel:
         journal = ModelJournal(self.folder / "models" / str(number))
-        model = TinkerModel(self.model_id(number), self.record.owner, self.parts, journal)
-        if resume:
-            model.resume()
+        return TinkerModel(self.model_id(number), self.record.owner, self.parts, journal)
+
+    def _start(self, number: int, model: TinkerModel) -> None:
         model.start(ModelCalls(model, self.samplers, self.sampler_id).carry)
         self._models[number] = model
 

@@ -14,6 +14,7 @@ from lora_serve.api.openapi import Responses, errors
 from lora_serve.api.services import ServicesDep
 from lora_serve.api.tinker.future_results import PROTOBUF
 from lora_serve.api.tinker.model_calls import CREATE, LOAD, PASS, SAMPLE, SAVE, STEP
+from lora_serve.api.tinker.ordered_calls import HIGHEST
 from lora_serve.api.tinker.pass_codec import read_pass_header
 from lora_serve.api.tinker.tinker_bodies import (
     LONGEST_TEXT,
@@ -104,7 +105,7 @@ async def save_weights_external(request: Request, tinker: TinkerDep, caller: Adm
 async def _begin(tinker: TinkerService, owner: str, kind: str, body: bytes, sent: dict[str, Any]) -> FutureReply:
     session = await tinker.session(_text(sent, "session_id"), owner)
     number = sent.get("model_seq_id")
-    if not isinstance(number, int) or not 0 <= number < 1 << 31:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 31:
         raise BadRequest("model_seq_id must be a number", param="model_seq_id")
     model = session.new_model(number)
     return await _accept(tinker, model, 0, kind, body)
@@ -145,6 +146,6 @@ def _text(sent: dict[str, Any], field: str) -> str:
 
 def _seq(value: Any) -> int:
     """The number of a call; those of clients begin at 1, and 0 is the one that makes the model."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise BadRequest("seq_id must be a number from 1 on", param="seq_id")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= HIGHEST:
+        raise BadRequest(f"seq_id must be a number from 1 to {HIGHEST}", param="seq_id")
     return value
