@@ -14,6 +14,11 @@ def private_adapter(owner: str) -> str:
     return f"tinker-{_mark(owner)}-{secrets.token_hex(8)}"
 
 
+def is_private(adapter: str) -> bool:
+    """Whether a name is one of these."""
+    return _PRIVATE.fullmatch(adapter) is not None
+
+
 def may_use_private(adapter: str, owner: str) -> bool | None:
     """Whether an adapter is this owner's; None if it is nobody's in particular."""
     found = _PRIVATE.fullmatch(adapter)

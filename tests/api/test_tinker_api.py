@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -518,3 +519,40 @@ async def test_many_freed_sampling_sessions_are_forgotten(tmp_path: Path, monkey
     assert {each.id for each in sessions} == {f"s{number}" for number in range(100 - KEPT_EPHEMERAL - 3, 100)}
     assert {each.id for each in again} >= {each.id for each in sessions}
     assert (tmp_path / "samplers").read_bytes().count(b"\n") < 60
+
+
+async def test_what_a_killed_server_left_is_removed(tmp_path: Path) -> None:
+    async with StubTrainingApp(tmp_path) as server:
+        service, engine = server.app.state.tinker, server.engine
+        session = await server.session()
+        model = await server.model(session)
+        for seq, more in ((1, {"sampling_session_seq_id": 0}), (2, {"path": "kept"})):
+            await server.call("save_weights_for_sampler", {"model_id": model, "seq_id": seq, **more})
+        needed = {name for name in engine.adapters if name.startswith("tinker-")}
+        run = server.app.state.tinker._sessions[session].find_model(0).run
+        left = (await service.weights.publish(run, "", durable=False)).adapter  # killed before it was written down
+        gone, young = (tmp_path / "tinker" / "sessions" / (each * 32) for each in "ab")
+        for folder in (gone, young):
+            (folder / "models" / "0" / "state-3").mkdir(parents=True)
+        os.utime(gone, (1, 1))
+        service._started -= 2 * SILENT_SECONDS
+        for _ in range(2):
+            await service._remove_left()
+            await service._remove_needless()
+            assert (gone.exists(), young.exists()) == (False, True)
+            assert {name for name in engine.adapters if name.startswith("tinker-")} == {*needed, left}
+        service._needless._seen[left] -= SILENT_SECONDS
+        await service._remove_needless()
+        assert {name for name in engine.adapters if name.startswith("tinker-")} == needed
+
+
+async def test_a_session_that_is_ending_does_not_go_on(server: StubTrainingApp) -> None:
+    session = await server.session()
+    model = await server.model(session)
+    server.engine.gate = asyncio.Event()
+    await server.ask("forward_backward", pass_body(model, 1))
+    asked = [server.send(f"sessions/{session}/finish", {}), server.send("session_heartbeat", {"session_id": session})]
+    answers = await asyncio.gather(*asked)
+    assert (answers[0].status_code, answers[1].status_code in (200, 404)) == (200, True)
+    assert not server.app.state.tinker.sessions("")
+    assert not server.engine.runs

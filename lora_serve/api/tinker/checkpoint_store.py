@@ -105,6 +105,11 @@ class TinkerCheckpoints:
             now = self._clock()
             return [each for each in self._opened().values() if each.expires is not None and each.expires <= now]
 
+    def adapters(self) -> set[str]:
+        """The adapters that checkpoints of all keys name."""
+        with self._lock:
+            return {each.adapter for each in self._opened().values() if each.adapter}
+
     def list(self, owner: str) -> list[TinkerCheckpoint]:
         """A key's checkpoints, oldest first."""
         with self._lock:

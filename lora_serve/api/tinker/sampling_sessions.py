@@ -81,6 +81,11 @@ class SamplingSessions:
         return [each.adapter for each in old]
 
     @property
+    def adapters(self) -> set[str]:
+        """Adapters that are sampled from."""
+        return {each.adapter for each in self._found.values() if each.adapter and not each.freed}
+
+    @property
     def ephemeral(self) -> list[str]:
         """Adapters that were published for these sessions alone, and are not freed."""
         return [each.adapter for each in self._found.values() if each.model_id and not each.freed]

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import secrets
+import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from lora_serve.api.tinker.sample_runs import SampleRuns
 from lora_serve.api.tinker.sampler_weights import SamplerWeights
 from lora_serve.api.tinker.sampling_sessions import SamplingSession
 from lora_serve.api.tinker.tinker_errors import ResultGone, TooMuchWaits, UnknownTinkerObject
+from lora_serve.api.tinker.tinker_leftovers import NeedlessAdapters, old_session_folders
 from lora_serve.api.tinker.tinker_model import TinkerModel, TinkerParts
 from lora_serve.api.tinker.tinker_session import SessionRecord, TinkerSession
 from lora_serve.errors import BadRequest, EngineFault, ServeError, StoreUnusable, Unavailable
@@ -55,6 +56,7 @@ class TinkerService:
             services.engine, self.futures, self.checkpoints, self.weights, self.check_base_model, HeldBytes()
         )
         self._silent_seconds = silent_seconds
+        self._needless = NeedlessAdapters(services.engine, silent_seconds)
         self._sessions: dict[str, TinkerSession] = {}
         self._started = time.monotonic()
         self._sweeper: asyncio.Task[None] | None = None
@@ -200,7 +202,7 @@ class TinkerService:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, self._silent_seconds / 2))
-            for step in (self._end_silent, self._remove_left, self._remove_expired):
+            for step in (self._end_silent, self._remove_left, self._remove_expired, self._remove_needless):
                 try:
                     await step()
                 except (ServeError, OSError) as error:
@@ -215,19 +217,33 @@ class TinkerService:
                 await session.close()
 
     async def _remove_left(self) -> None:
-        """Remove sessions of before the server started that nobody went on with."""
+        """Remove sessions of before the server started that nobody went on with, and folders that are none any more."""
         if time.monotonic() - self._started < self._silent_seconds:
             return
-        folder = self._folder()
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if _SESSION.fullmatch(path.name) and path.name not in self._sessions:
-                with suppress(OSError, msgspec.MsgspecError):
-                    await TinkerSession.read(path, self._parts).close()
+        for path in await asyncio.to_thread(old_session_folders, self._folder(), self._silent_seconds):
+            if path.name in self._sessions:
+                continue
+            try:
+                await TinkerSession.read(path, self._parts).close()
+            except (OSError, msgspec.MsgspecError):
+                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     async def _remove_expired(self) -> None:
         for checkpoint in await asyncio.to_thread(self.checkpoints.expired):
             await asyncio.to_thread(self.checkpoints.delete, checkpoint)
             await self.weights.delete(checkpoint.adapter)
+
+    async def _remove_needless(self) -> None:
+        """Remove sampling weights whose deletion failed, or whose server was killed before it had noted them."""
+        if time.monotonic() - self._started < self._silent_seconds:
+            return
+        await asyncio.to_thread(self.checkpoints.adapters)  # opens them
+        for adapter in await self._needless.find(self._needed_adapters):
+            log.info("weights for sampling that nothing names are deleted: %s", adapter)
+            await self.weights.delete(adapter)
+
+    def _needed_adapters(self) -> set[str]:
+        return self.checkpoints.adapters().union(*(each.samplers.adapters for each in self._sessions.values()))
 
 
 def _service(request: Request) -> TinkerService:

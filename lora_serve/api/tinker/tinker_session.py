@@ -119,12 +119,14 @@ class TinkerSession:
 
     async def close(self) -> None:
         """End the session: its models, and weights that were saved for its sampling sessions alone."""
+        with suppress(OSError):
+            (self.folder / RECORD).unlink()  # first: who asks for it meanwhile must not resume it
         for model in self.models:
             await model.close()
         self.parts.futures.forget(f"{self.id}:")
         for adapter in self.samplers.ephemeral:
             await self.parts.weights.delete(adapter)
-        await asyncio.to_thread(self._remove)
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
     def _new(self, number: int) -> TinkerModel:
         journal = ModelJournal(self.folder / "models" / str(number))
@@ -133,8 +135,3 @@ class TinkerSession:
     def _start(self, number: int, model: TinkerModel) -> None:
         model.start(ModelCalls(model, self.samplers, self.sampler_id).carry)
         self._models[number] = model
-
-    def _remove(self) -> None:
-        with suppress(OSError):
-            (self.folder / RECORD).unlink()  # first: a folder without a record is no session
-        shutil.rmtree(self.folder, ignore_errors=True)
