@@ -16,7 +16,7 @@ from stub_training import StubTrainingApp, pass_body, sample_body, samples, step
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
-from lora_serve.api.tinker import future_results, ordered_calls, sampling_sessions
+from lora_serve.api.tinker import future_results, ordered_calls, sample_runs, sampling_sessions
 from lora_serve.api.tinker.protobuf_messages import SampleResponse
 from lora_serve.api.tinker.sampling_sessions import KEPT_EPHEMERAL
 from lora_serve.api.tinker.tinker_service import SILENT_SECONDS
@@ -556,3 +556,31 @@ async def test_a_session_that_is_ending_does_not_go_on(server: StubTrainingApp) 
     assert (answers[0].status_code, answers[1].status_code in (200, 404)) == (200, True)
     assert not server.app.state.tinker.sessions("")
     assert not server.engine.runs
+
+
+async def test_samples_of_one_key_leave_space_for_those_of_others(
+    keyed: StubTrainingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_runs, "MOST_OF_KEY", 3)
+    monkeypatch.setattr(sample_runs, "MOST_TOKENS", 8)
+    runs = keyed.app.state.tinker.samples
+    held = [runs._at_once.slot("other") for _ in range(runs._at_once._free)]
+    for slot in held:
+        await slot.__aenter__()
+    samplers = {}
+    for key in ("tml-sk-a", "tml-sk-c"):
+        begun = {"session_id": await keyed.session(key), "sampling_session_seq_id": 0, "base_model": "base"}
+        samplers[key] = (await keyed.ask("create_sampling_session", begun, key))["sampling_session_id"]
+
+    async def begin(key: str, seq: int, tokens: int) -> int:
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [104] * tokens}]}
+        return (await keyed.send("asample", sample_body(samplers[key], seq, prompt=prompt), key)).status_code
+
+    assert [await begin("tml-sk-a", seq, tokens) for seq, tokens in enumerate((2, 3, 1, 1, 1))] == [200, 429, 200, 200, 429]
+    assert [await begin("tml-sk-c", seq, 2) for seq in range(3)] == [200, 200, 429]
+    for slot in held:
+        await slot.__aexit__(None, None, None)
+    for key, seqs in (("tml-sk-a", (0, 2, 3)), ("tml-sk-c", (0, 1))):
+        for seq in seqs:
+            assert samples(await keyed.result(f"{samplers[key]}:{seq}", key))
+    assert not runs._requests and not runs._tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_serve.api.openai.choices import Choice, ChoiceOutput, collect_outputs,
 from lora_serve.api.openai.preprocess import check_tokens, context_exceeded, engine_info
 from lora_serve.api.request_record import RequestRecord
 from lora_serve.api.services import Services
+from lora_serve.api.tinker.fair_slots import FairSlots
 from lora_serve.api.tinker.future_results import PROTOBUF, FutureResult, FutureResults
 from lora_serve.api.tinker.sample_codec import SampleOutput, encode_samples
 from lora_serve.api.tinker.sampling_sessions import SamplingSession
@@ -24,7 +26,8 @@ from lora_serve.engine.detokenizer import Detokenizer
 from lora_serve.errors import BadRequest, EngineFault, Overloaded, ServeError, Unavailable
 from lora_serve.request import AdapterUse, Request, Routing, Sampling
 
-MOST_WAITING = 4096  # requests of all keys; clients send others again
+MOST_WAITING, MOST_OF_KEY = 4096, 2048  # requests of all keys, and of one; clients send others again
+MOST_TOKENS = 8 << 20  # of the prompts of all of these; of one key half as many
 TRIES = 20  # of a request that the engine does not take
 PAUSE = 1.0  # seconds before it is tried again; a restart of the engine may take longer than all of them
 START_SECONDS = 600.0
@@ -39,7 +42,9 @@ class SampleRuns:
     def __init__(self, services: Services, futures: FutureResults) -> None:
         self._services, self._futures = services, futures
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._at_once = asyncio.Semaphore(requests_at_once(services))
+        self._at_once = FairSlots(requests_at_once(services))
+        self._requests = Counter[str]()  # of each key, running or waiting
+        self._tokens = Counter[str]()  # of their prompts
 
     def __repr__(self) -> str:
         return f"<SampleRuns {len(self._running)} running or waiting>"
@@ -51,8 +56,8 @@ class SampleRuns:
         """
         if self._futures.expects(id_):
             return
-        if len(self._running) >= MOST_WAITING:
-            raise TooMuchWaits("too many samples wait already", retry_after=1)
+        owner, tokens = caller.owner, sum(len(chunk.tokens) for chunk in body.prompt.chunks)
+        self._check_more(owner, tokens)
         record = RequestRecord()
         with ExitStack() as stack:
             stack.enter_context(self._services.quotas.use(caller, [sampler.adapter] if sampler.adapter else [], record))
@@ -60,7 +65,13 @@ class SampleRuns:
             held = stack.pop_all()
         task = asyncio.create_task(self._run(id_, body, sampler, caller, record, held))
         self._running[id_] = task
-        task.add_done_callback(lambda _: self._running.pop(id_, None))
+        self._count(owner, 1, tokens)
+
+        def end(_: object) -> None:
+            del self._running[id_]
+            self._count(owner, -1, -tokens)
+
+        task.add_done_callback(end)
 
     def cancel(self, id_: str) -> None:
         """Abort a request if it runs."""
@@ -74,6 +85,19 @@ class SampleRuns:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _check_more(self, owner: str, tokens: int) -> None:
+        """Raise TooMuchWaits if a prompt of so many tokens is too much; one alone never is."""
+        many = len(self._running) >= MOST_WAITING or self._requests[owner] >= MOST_OF_KEY
+        own, all_ = self._tokens[owner], self._tokens.total()
+        if many or (all_ and all_ + tokens > MOST_TOKENS) or (own and own + tokens > MOST_TOKENS // 2):
+            raise TooMuchWaits("too many samples wait already", retry_after=1)
+
+    def _count(self, owner: str, requests: int, tokens: int) -> None:
+        for counter, change in ((self._requests, requests), (self._tokens, tokens)):
+            counter[owner] += change
+            if not counter[owner]:
+                del counter[owner]
+
     async def _run(
         self,
         id_: str,
@@ -85,8 +109,10 @@ class SampleRuns:
     ) -> None:
         result = FutureResult.failed(EngineFault("the request was aborted"))
         try:
-            choices = self._choices(body, sampler, caller)
-            result = FutureResult(PROTOBUF, await self._sample(choices, body, record))
+            first = self._choices(body, sampler, caller, 1)  # to see what is wrong; the others once they can run
+            async with self._at_once.slot(caller.owner):
+                choices = first if body.num_samples == 1 else self._choices(body, sampler, caller, body.num_samples)
+                result = FutureResult(PROTOBUF, await self._sample(choices, body, record))
         except ServeError as error:
             result = FutureResult.failed(error)
         except Exception:
@@ -102,10 +128,9 @@ class SampleRuns:
     async def _sample(self, choices: list[Choice], body: SampleBody, record: RequestRecord) -> bytes:
         for left in reversed(range(TRIES)):
             try:
-                async with self._at_once:
-                    started = start_choices(self._services, ENDPOINT, choices, record, Routing())
-                    async with started as running:
-                        outputs = await collect_outputs(running)
+                started = start_choices(self._services, ENDPOINT, choices, record, Routing())
+                async with started as running:
+                    outputs = await collect_outputs(running)
                 return self._encode(body, choices, outputs)
             except (Overloaded, Unavailable):
                 if not left:
@@ -120,8 +145,8 @@ class SampleRuns:
             await asyncio.sleep(0.2)
             waited += 0.2
 
-    def _choices(self, body: SampleBody, sampler: SamplingSession, caller: Caller) -> list[Choice]:
-        """The samples of one prompt. Raises `BadRequest`, `ContextExceeded`."""
+    def _choices(self, body: SampleBody, sampler: SamplingSession, caller: Caller, count: int) -> list[Choice]:
+        """The first samples of one prompt. Raises `BadRequest`, `ContextExceeded`."""
         info = engine_info(self._services)
         given = body.sampling_params
         prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
@@ -146,7 +171,7 @@ class SampleRuns:
         uses = (AdapterUse(sampler.adapter, sampler.digest),) if sampler.adapter else ()
         call = f"tinker-{uuid.uuid4().hex}"
         choices = []
-        for index in range(body.num_samples):
+        for index in range(count):
             seed = None if given.seed is None else given.seed + index
             own = msgspec.structs.replace(params, seed=seed, prompt_logprobs=top if index == 0 else None)
             request = Request(f"{call}-{index}", prompt, own, uses, caller.name, weight=caller.share)
