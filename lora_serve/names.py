@@ -17,6 +17,8 @@ SETTINGS = "serve.yaml"  # counts where an administrator said so; see `serve_set
 ARCHIVE = "archive"  # a file that holds an adapter's files, in staging
 RESERVED = ("base", "other")  # what metrics call the base, and adapters beyond those that they name
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of adapters and of API keys
+MOST_TARGETS, MOST_WEIGHT = 16, 1_000_000  # of an alias
+STICKY_PATTERN = r"(user|header:[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100})"  # what an alias goes by
 
 
 def shorten(names: Iterable[str], most: int = 8) -> str:

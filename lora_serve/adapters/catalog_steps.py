@@ -21,7 +21,7 @@ from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.shared.catalog import Catalog
 from lora_serve.adapters.shared.shared_store import SharedStore
-from lora_serve.adapters.store.records import NameRecord
+from lora_serve.adapters.store.records import AliasRecord, NameRecord
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, ServeError
 from lora_serve.messages import DeleteAlias
@@ -100,7 +100,7 @@ class CatalogSteps:
         known_alias = self._residency.aliases.records.get(name)
         record, stored = self._residency.names.get(name), self._publisher.stored(name)
         if known_alias is not None and alias is None and (known_alias.shared or versions):
-            return lambda done: self._operations.aliases.delete(DeleteAlias(name), done)
+            return lambda done: self._drop_alias(name, done)
         if versions:
             return self._decide_versions(name, versions, record, stored)
         shared = any(each is not None and each.shared for each in (record, stored))
@@ -109,7 +109,7 @@ class CatalogSteps:
         if shared:
             return lambda done: self._operations.delete(name, done)
         if alias is not None and alias != known_alias:
-            return lambda done: self._operations.aliases.put_shared(name, alias, done)
+            return lambda done: self._put_alias(name, alias, done)
         return None
 
     def prepare_alias(self, name: str) -> None:
@@ -151,6 +151,29 @@ class CatalogSteps:
         return [digest for digest in stored.versions if digest not in wanted and keeps(name, digest)]
 
     # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _drop_alias(self, name: str, done: Done) -> None:
+        known = self._residency.aliases.records.get(name)
+        if known is not None and not known.shared:
+            targets = ", ".join(map(str, known.targets))
+            log.warning("alias %s of this replica, for %s, is deleted: the shared store has an adapter", name, targets)
+        self._operations.aliases.delete(DeleteAlias(name), done)
+
+    def _put_alias(self, name: str, record: AliasRecord, done: Done) -> None:
+        known = self._residency.aliases.records.get(name)
+        if known is not None and not known.shared:
+            targets = ", ".join(map(str, known.targets))
+            log.warning("alias %s of this replica, for %s, is replaced by that of the shared store", name, targets)
+        self._operations.aliases.put_shared(name, record, done)
+
+    def _warn_of_replacing(self, name: str) -> None:
+        known = self._residency.names.get(name)
+        if known is not None and not known.shared:
+            log.warning(
+                "adapter %s of this replica, version %s, is replaced by that of the shared store",
+                name,
+                known.versions[0][:12],
+            )
 
     def _bring(self, name: str, digest: str, wanted: list[str], done: Done) -> None:
         """Publish a version here: what was lowered here, or what is fetched now."""
@@ -211,6 +234,7 @@ class CatalogSteps:
         except ServeError:
             self._publisher.discard(staged)
             raise
+        self._warn_of_replacing(name)
         summary = staged.version.summary
 
         def record_now() -> NameRecord:
@@ -234,6 +258,7 @@ class CatalogSteps:
                 self._operations.drop_unknown(stored)
                 end(None)
 
+            self._warn_of_replacing(name)
             # First in memory: until then nothing but other names keeps these versions.
             self._registry.set_name(name, record)
             self._publisher.save(name, self._residency.stored(name, record), if_successful(on_saved, end))

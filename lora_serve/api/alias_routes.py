@@ -25,11 +25,15 @@ from lora_serve.api.services import Services, ServicesDep
 from lora_serve.api.visible_aliases import adapter_of, as_seen_by, usable_aliases
 from lora_serve.errors import AdapterNotFound
 from lora_serve.messages import AliasInfo, AliasTarget, DeleteAlias, DescribeAlias, PutAlias
-from lora_serve.names import adapter_not_found, alias_not_found, check_name
+from lora_serve.names import (
+    MOST_TARGETS,
+    MOST_WEIGHT,
+    STICKY_PATTERN,
+    adapter_not_found,
+    alias_not_found,
+    check_name,
+)
 from lora_serve.precondition import Precondition
-
-MOST_TARGETS = 16
-HEADER_NAME = r"header:[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}"
 
 router = APIRouter(prefix="/v1", tags=["aliases"], route_class=JSONRoute)
 
@@ -38,7 +42,7 @@ class Target(Strict):
     """An adapter, or NAME@VERSION, and its share of the requests by weight; at weight 0 a version is only kept."""
 
     adapter: Annotated[str, Field(min_length=1, max_length=200)]
-    weight: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
+    weight: Annotated[float, Field(ge=0, le=MOST_WEIGHT)] = 1.0
 
 
 class Alias(Strict):
@@ -49,7 +53,7 @@ class Alias(Strict):
     """
 
     targets: Annotated[list[Target], Field(min_length=1, max_length=MOST_TARGETS, fail_fast=True)]
-    sticky: Annotated[str, Field(pattern=f"^(user|{HEADER_NAME})$")] | None = None
+    sticky: Annotated[str, Field(pattern=f"^{STICKY_PATTERN}$")] | None = None
 
     @field_validator("targets")
     @classmethod

@@ -198,7 +198,7 @@ def _open_adapters(
     if config.shared_store is not None:
         objects = open_objects(config.shared_store)
         shared = SharedOperations(
-            SharedStore(objects, fingerprint, config.served_name(), store.followed()),
+            SharedStore(objects, fingerprint, config.served_name(), store.followed(), int(config.max_adapter_size)),
             operations,
             registry,
             residency,

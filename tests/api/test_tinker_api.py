@@ -576,11 +576,18 @@ async def test_samples_of_one_key_leave_space_for_those_of_others(
         prompt = {"chunks": [{"type": "encoded_text", "tokens": [104] * tokens}]}
         return (await keyed.send("asample", sample_body(samplers[key], seq, prompt=prompt), key)).status_code
 
-    assert [await begin("tml-sk-a", seq, tokens) for seq, tokens in enumerate((2, 3, 1, 1, 1))] == [200, 429, 200, 200, 429]
+    assert [await begin("tml-sk-a", seq, tokens) for seq, tokens in enumerate((2, 3, 1, 1, 1))] == [
+        200,
+        429,
+        200,
+        200,
+        429,
+    ]
     assert [await begin("tml-sk-c", seq, 2) for seq in range(3)] == [200, 200, 429]
     for slot in held:
         await slot.__aexit__(None, None, None)
     for key, seqs in (("tml-sk-a", (0, 2, 3)), ("tml-sk-c", (0, 1))):
         for seq in seqs:
             assert samples(await keyed.result(f"{samplers[key]}:{seq}", key))
-    assert not runs._requests and not runs._tokens
+    assert not runs._requests
+    assert not runs._tokens

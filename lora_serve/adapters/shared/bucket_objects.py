@@ -15,7 +15,13 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 from obstore.store import S3Store
 
-from lora_serve.adapters.shared.shared_objects import ListedFile, ObjectConflict, ObjectsUnreachable, StoredObject
+from lora_serve.adapters.shared.shared_objects import (
+    ListedFile,
+    ObjectConflict,
+    ObjectsUnreachable,
+    StoredObject,
+    check_object_size,
+)
 
 CONNECT, REQUEST = timedelta(seconds=3), timedelta(seconds=30)  # that a connection, and a whole request, may take
 RETRIES = timedelta(seconds=5)  # in which a failed request is sent again
@@ -51,6 +57,7 @@ class BucketObjects:
                 return None
             except NotModifiedError:
                 return StoredObject(None, known)
+            check_object_size(found.meta["size"])
             return StoredObject(bytes(found.bytes()), _tag(found.meta["e_tag"]))
 
     def create(self, key: str, data: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -17,11 +17,20 @@ from lora_serve.adapters.store.folder import DIGEST
 from lora_serve.adapters.store.records import KEPT, AliasRecord, FileRecord, TargetRecord, version_digest
 from lora_serve.errors import AdapterBusy, AdapterExists, AdapterNotFound, BadRequest, TooLarge
 from lora_serve.messages import AliasTarget
-from lora_serve.names import NAME_PATTERN, adapter_not_found, alias_not_found, shorten
+from lora_serve.names import (
+    MOST_TARGETS,
+    MOST_WEIGHT,
+    NAME_PATTERN,
+    STICKY_PATTERN,
+    adapter_not_found,
+    alias_not_found,
+    shorten,
+)
 from lora_serve.precondition import Precondition
 
 FORMAT = 1
 MOST_RECENT = 256  # changes whose ids are kept
+LATEST = 1e11  # seconds since the epoch
 _UPLOAD = re.compile(r"[0-9a-f]{32}")
 
 
@@ -166,8 +175,7 @@ def put_alias(
         aliases = catalog.aliases | {name: record}
         if len(aliases) > MOST_ALIASES:
             raise TooLarge(f"there may be {MOST_ALIASES:,} aliases; delete others first", param="name")
-        headers = {each.sticky.lower() for each in aliases.values() if each.sticky.startswith(HEADER)}
-        if len(headers) > MOST_STICKY_HEADERS:
+        if len(_headers(aliases)) > MOST_STICKY_HEADERS:
             raise BadRequest(f"aliases may go by {MOST_STICKY_HEADERS} different headers", param="sticky")
         return _settle(catalog, aliases=aliases, reviewed=_named(before, keep))
 
@@ -241,14 +249,34 @@ def _check(catalog: Catalog) -> None:
     if not (
         all(re.fullmatch(NAME_PATTERN, name) for name in names)
         and len(set(names)) == len(names)
-        and all(catalog.adapters.values())
+        and all(digests and len(set(digests)) == len(digests) for digests in catalog.adapters.values())
         and named == catalog.versions.keys()
-        and all(record.targets for record in catalog.aliases.values())
+        and 0 <= catalog.generation < 1 << 62
+        and all(_is_alias(record) for record in catalog.aliases.values())
+        and len(catalog.aliases) <= MOST_ALIASES
+        and len(_headers(catalog.aliases)) <= MOST_STICKY_HEADERS
         and all(not each.version or each.version in catalog.adapters.get(each.name, ()) for each in targets)
         and all(each.name in catalog.adapters for each in targets)
         and all(_is_whole(digest, version) for digest, version in catalog.versions.items())
     ):
         raise ValueError("it contradicts itself")
+
+
+def _headers(aliases: Mapping[str, AliasRecord]) -> set[str]:
+    """What aliases go by, of those that go by a header."""
+    return {each.sticky.lower() for each in aliases.values() if each.sticky.startswith(HEADER)}
+
+
+def _is_alias(record: AliasRecord) -> bool:
+    """Whether an alias is one that the API takes."""
+    return (
+        record.shared
+        and 0 < len(record.targets) <= MOST_TARGETS
+        and all(0 <= each.weight <= MOST_WEIGHT for each in record.targets)
+        and any(each.weight > 0 for each in record.targets)
+        and re.fullmatch(f"{STICKY_PATTERN}?", record.sticky) is not None
+        and 0 <= record.created < LATEST
+    )
 
 
 def _is_whole(digest: str, version: SharedVersion) -> bool:
@@ -257,6 +285,8 @@ def _is_whole(digest: str, version: SharedVersion) -> bool:
         and _UPLOAD.fullmatch(version.upload) is not None
         and version.files.keys() <= set(KEPT)
         and version_digest(version.files) == digest
+        and all(file.size >= 0 for file in version.files.values())
+        and 0 <= version.created < LATEST
     )
 
 

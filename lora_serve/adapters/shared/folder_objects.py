@@ -23,6 +23,7 @@ from lora_serve.adapters.shared.shared_objects import (
     ObjectsUnreachable,
     OutcomeUnknown,
     StoredObject,
+    check_object_size,
 )
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.errors import StorageFull, StoreUnusable
@@ -30,7 +31,7 @@ from lora_serve.errors import StorageFull, StoreUnusable
 KEPT_GENERATIONS = 32
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 BLOCK = 1 << 20  # bytes that are copied at once
-_NUMBER = re.compile(r"\d{12}")
+_NUMBER = re.compile(r"[0-9]{12}")
 
 
 class FolderObjects:
@@ -50,7 +51,9 @@ class FolderObjects:
                 if tag == known:
                     return StoredObject(None, tag)
                 try:
-                    return StoredObject(self._generation(key, newest).read_bytes(), tag)
+                    path = self._generation(key, newest)
+                    check_object_size(path.stat().st_size)
+                    return StoredObject(path.read_bytes(), tag)
                 except FileNotFoundError:  # so many have followed meanwhile that it was removed
                     if self._newest(key) == newest:
                         raise

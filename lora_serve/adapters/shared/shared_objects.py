@@ -14,6 +14,7 @@ CATALOG = "catalog.json"  # key of the object that all replicas follow
 CONTENTS = "contents"  # folder of the versions' files: contents/DIGEST/UPLOAD/NAME
 PROBES = "probes"  # folder of objects that are made to see what the store does
 UNFINISHED = "unfinished"  # folder of files that are being written, in a store that is a folder
+MOST_BYTES = 256 << 20  # of an object
 
 
 class ObjectsUnreachable(Exception):
@@ -33,6 +34,12 @@ class StoredObject(NamedTuple):
 
     data: bytes | None
     tag: str
+
+
+def check_object_size(size: int) -> None:
+    """Raise ObjectsUnreachable for an object that nobody who follows the rules has written."""
+    if size > MOST_BYTES:
+        raise ObjectsUnreachable(f"an object has {size:,} bytes; {MOST_BYTES:,} are the most that is read")
 
 
 class ListedFile(NamedTuple):

@@ -28,6 +28,7 @@ from lora_serve.adapters.shared.catalog import (
 from lora_serve.adapters.shared.shared_objects import (
     CATALOG,
     CONTENTS,
+    MOST_BYTES,
     ObjectConflict,
     ObjectsUnreachable,
     OutcomeUnknown,
@@ -36,7 +37,7 @@ from lora_serve.adapters.shared.shared_objects import (
 )
 from lora_serve.adapters.shared.store_probe import check_preconditions
 from lora_serve.adapters.store.records import FollowedCatalog, VersionRecord
-from lora_serve.errors import StorageFull, StoreUnusable, Unavailable
+from lora_serve.errors import StorageFull, StoreUnusable, TooLarge, Unavailable
 
 ATTEMPTS = 100  # at a change that other replicas are faster than
 LONGEST_PAUSE = 0.2  # seconds between two of them
@@ -48,6 +49,7 @@ class SharedStore:
 
     Args:
         base, model: fingerprint and name of the base.
+        max_bytes: largest file of a version that is fetched.
         followed: what this replica has followed before.
         pause: waits between attempts.
     """
@@ -58,9 +60,11 @@ class SharedStore:
         base: str,
         model: str,
         followed: FollowedCatalog | None = None,
+        max_bytes: int = 2 << 30,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._objects, self._base, self._model, self._pause = objects, base, model, pause
+        self._max_bytes = max_bytes
         self._followed = followed or FollowedCatalog()
         self._known: tuple[str, Catalog] | None = None
         self._lock = threading.Lock()
@@ -98,9 +102,12 @@ class SharedStore:
             after = msgspec.structs.replace(
                 edit(before), generation=before.generation + 1, recent=[id, *before.recent][:MOST_RECENT]
             )
+            encoded = encode_catalog(after)
+            if len(encoded) > MOST_BYTES:
+                raise TooLarge("the catalog of the shared store would be too large; delete adapters or aliases first")
             try:
                 with _translated():
-                    self._take(self._objects.replace(CATALOG, encode_catalog(after), tag), after)
+                    self._take(self._objects.replace(CATALOG, encoded, tag), after)
                 return after
             except ObjectConflict:
                 pass
@@ -121,8 +128,10 @@ class SharedStore:
     def fetch(self, digest: str, version: SharedVersion, folder: Path) -> None:
         """Copy the files of a version into an empty folder; their content is not checked.
 
-        Raises: Unavailable also if they are gone, as those of a version that is deleted meanwhile; StorageFull.
+        Raises: Unavailable also if they are gone, as those of a version that is deleted meanwhile; StorageFull; TooLarge.
         """
+        if (largest := max((file.size for file in version.files.values()), default=0)) > self._max_bytes:
+            raise TooLarge(f"a file has {largest:,} bytes; --max-adapter-size is {self._max_bytes:,}")
         try:
             for name, file in version.files.items():
                 (folder / name).parent.mkdir(exist_ok=True)

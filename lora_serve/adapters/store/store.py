@@ -253,6 +253,8 @@ class Store:
             if (staged / LOWERED).is_dir():
                 self.replace_lowered(version.digest, staged)
             self._folder.discard(staged)
+            for path in (*folder.rglob("*"), folder, folder.parent):  # it may have been stored without waiting
+                self._disk.sync(path)
             return False
         self._complete(staged, version)
         aside = self._folder.set_aside(folder) if exists else None

@@ -97,7 +97,15 @@ class SimulatedWorkers(Workers):
 class Replica:
     """One replica; its store survives when it is killed."""
 
-    def __init__(self, folder: Path, bucket: MemoryBucket, chosen: random.Random, *, unreliable: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bucket: MemoryBucket,
+        chosen: random.Random,
+        *,
+        unreliable: float = 0.0,
+        max_bytes: int = 1 << 20,
+    ) -> None:
         self.workers = SimulatedWorkers(chosen)
         self.objects = MemoryObjects(bucket, chosen)
         self.objects.unreliable = unreliable
@@ -105,7 +113,7 @@ class Replica:
             folder, keep_versions=3, disk=QuickDisk(), workers=self.workers, compiler=COMPILER
         )
         shared = SharedStore(
-            self.objects, "a fingerprint", "tests", self.harness.store.followed(), pause=lambda seconds: None
+            self.objects, "a fingerprint", "tests", self.harness.store.followed(), max_bytes, lambda seconds: None
         )
         self.shared = SharedOperations(
             shared,

@@ -11,6 +11,7 @@ import pytest
 from careless_bucket import CarelessBucket
 from moto.server import ThreadedMotoServer
 
+from lora_serve.adapters.shared import shared_objects
 from lora_serve.adapters.shared.bucket_objects import PART, BucketObjects
 from lora_serve.adapters.shared.shared_location import open_objects
 from lora_serve.adapters.shared.shared_objects import ObjectConflict, ObjectsUnreachable, SharedObjects
@@ -116,3 +117,10 @@ def test_what_keeps_a_bucket_from_being_reached_is_said(bucket: SharedObjects, c
     credentials.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ObjectsUnreachable, match="Error performing GET"):
         open_objects("s3://replicas").read("object")
+
+
+def test_an_object_that_is_too_large_is_not_read(bucket: SharedObjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.create("large", b"12345")
+    monkeypatch.setattr(shared_objects, "MOST_BYTES", 4)
+    with pytest.raises(ObjectsUnreachable, match="an object has 5 bytes; 4 are the most"):
+        bucket.read("large")

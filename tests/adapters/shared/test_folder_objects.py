@@ -13,6 +13,7 @@ from failing_disk import QuickDisk
 
 from lora_serve.adapters.shared.folder_objects import KEPT_GENERATIONS, FolderObjects
 from lora_serve.adapters.shared.shared_objects import (
+    MOST_BYTES,
     ObjectConflict,
     ObjectsUnreachable,
     OutcomeUnknown,
@@ -145,3 +146,26 @@ def test_a_folder_passes_the_probe_and_one_without_hard_links_is_refused(
     monkeypatch.setattr(os, "link", none)
     with pytest.raises(StoreUnusable, match="has no hard links"):
         check_preconditions(folder)
+
+
+def test_an_object_that_is_too_large_is_not_read(folder: FolderObjects, tmp_path: Path) -> None:
+    folder.create("list", b"")
+    with (tmp_path / "list" / f"{2:012d}").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(ObjectsUnreachable, match="bytes"):
+        folder.read("list")
+
+
+def test_the_probe_knows_its_own_requests_when_they_are_repeated(tmp_path: Path) -> None:
+    class Repeating(FolderObjects):
+        """Answers the repetition of a request whose answer was lost, as a library does that sends it twice."""
+
+        def create(self, key: str, data: bytes) -> str:
+            super().create(key, data)
+            return super().create(key, data)
+
+        def replace(self, key: str, data: bytes, tag: str) -> str:
+            super().replace(key, data, tag)
+            return super().replace(key, data, tag)
+
+    check_preconditions(Repeating(tmp_path, QuickDisk()))

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from registry_harness import RegistryHarness
 from simulated_replicas import Replica, newest, wanted
 
 from lora_serve.adapters.shared.catalog import decode_catalog, encode_catalog
-from lora_serve.adapters.store.records import describe_folder
+from lora_serve.adapters.store.records import FileRecord, describe_folder
 from lora_serve.errors import (
     AdapterBusy,
     AdapterExists,
@@ -279,6 +280,62 @@ def test_an_own_adapter_with_the_name_of_a_shared_alias_stays_and_is_said(make: 
     a.look()
     assert a.shared.status().behind == 0
     assert a.served == b.served
+
+
+def test_what_gives_way_to_the_shared_store_is_said(
+    make: Make, bucket: MemoryBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = make("a"), make("b")
+    a.publish("own", 1, local=True)
+    for name in ("first", "second"):
+        put = PutAlias(name, [AliasTarget("own")])
+        a.call(lambda done, put=put: a.harness.operations.aliases.put(put, done))
+    for name in ("own", "first"):
+        b.publish(name, 2)
+    b.put_alias("second", "own")
+    a.look()
+    assert a.served == b.served
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "alias first of this replica, for own, is deleted: the shared store has an adapter" in said
+    assert "alias second of this replica, for own, is replaced by that of the shared store" in said
+    assert sum(each.startswith("adapter own of this replica, version") for each in said) == 1
+
+
+def test_a_catalog_that_the_api_would_not_have_made_is_not_followed(make: Make, bucket: MemoryBucket) -> None:
+    a = make("a")
+    a.publish("poet", 1)
+    a.put_alias("muse", "poet")
+    good = decode_catalog(bucket.history[-1])
+    (digest,), alias = good.adapters["poet"], good.aliases["muse"]
+    target, version, change = alias.targets[0], good.versions[digest], msgspec.structs.replace
+
+    def with_alias(**changes: Any) -> dict[str, Any]:
+        return {"aliases": {"muse": change(alias, **changes)}}
+
+    wrong: list[dict[str, Any]] = [
+        {"adapters": {"poet": [digest, digest]}},
+        {"generation": 1 << 63},
+        {"versions": {digest: change(version, created=1e300)}},
+        {"versions": {digest: change(version, files=version.files | {"README.md": FileRecord(-1, "0")})}},
+        with_alias(targets=[change(target, weight=0.0)]),
+        with_alias(targets=[target, change(target, weight=-1.0)]),
+        with_alias(targets=[target] * 17),
+        with_alias(sticky="header:" + "x" * 1000),
+        with_alias(shared=False),
+    ]
+    assert decode_catalog(encode_catalog(change(good, generation=9))).generation == 9
+    for changes in wrong:
+        with pytest.raises(ValueError, match="contradicts itself"):
+            decode_catalog(encode_catalog(change(good, **changes)))
+
+
+def test_what_is_larger_than_this_replica_takes_is_not_fetched(make: Make, tmp_path: Path) -> None:
+    a, b = make("a"), make("b", max_bytes=1000)
+    a.publish("poet", 1)
+    b.objects.download = lambda *_: pytest.fail("it is fetched")  # type: ignore[method-assign]
+    b.look()
+    assert b.shared.status().behind == 1
+    assert b.served == {}
 
 
 def test_pins_are_a_replicas_own_and_last(make: Make) -> None:

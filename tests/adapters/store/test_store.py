@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from failing_disk import QuickDisk
 from store_files import digest_of, listing, publish, stage
 
 from lora_serve.adapters.store.records import NameRecord, describe_folder
@@ -21,6 +22,33 @@ VERSION_FILES = {"version.json", "adapter_config.json", "adapter_model.safetenso
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "store"
+
+
+class WatchedDisk(QuickDisk):
+    """Notes which paths are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.synced: set[Path] = set()
+
+    def sync(self, path: Path) -> None:
+        if self._waits:
+            self.synced.add(path)
+
+
+def test_a_version_that_was_stored_without_waiting_is_waited_for_when_it_is_to_last(root: Path) -> None:
+    disk = WatchedDisk()
+    store = Store(root, disk=disk)
+    for name, durable in (("own", False), ("kept", True)):
+        disk.synced.clear()
+        staged = stage(store)
+        version = describe_folder(staged)
+        store.publish(name, staged, version, NameRecord([version.digest]), durable=durable)
+        folder = store.folder(version.digest)
+        found = {path for path in folder.rglob("*") if path in disk.synced}
+        assert found == ({*folder.rglob("*")} if durable else set())
+        assert (folder.parent in disk.synced) == durable
+    store.close()
 
 
 # --- versions and names ----------------------------------------------------------------------------------------------
