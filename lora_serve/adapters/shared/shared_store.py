@@ -128,7 +128,8 @@ class SharedStore:
     def fetch(self, digest: str, version: SharedVersion, folder: Path) -> None:
         """Copy the files of a version into an empty folder; their content is not checked.
 
-        Raises: Unavailable also if they are gone, as those of a version that is deleted meanwhile; StorageFull; TooLarge.
+        Raises: Unavailable also if they are gone, as those of a version that is deleted meanwhile;
+            TooLarge, StorageFull.
         """
         if (largest := max((file.size for file in version.files.values()), default=0)) > self._max_bytes:
             raise TooLarge(f"a file has {largest:,} bytes; --max-adapter-size is {self._max_bytes:,}")

@@ -1,4 +1,4 @@
-"""A bound on what runs at once, whose slots go to keys in turn: one with much to do does not keep the others waiting."""
+"""A bound on what runs at once, whose slots go to keys in turn: one with much to do does not keep others waiting."""
 
 from __future__ import annotations
 

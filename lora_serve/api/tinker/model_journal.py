@@ -149,6 +149,7 @@ def _unframed(framed: bytes) -> JournalRecord | None:
     if zlib.crc32(data) != int.from_bytes(framed[LENGTH:HEAD], "little"):
         return None
     try:
-        return _decode(data)
+        record: JournalRecord = _decode(data)
     except msgspec.MsgspecError:
         return None
+    return record

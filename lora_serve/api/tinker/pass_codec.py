@@ -37,10 +37,9 @@ class PassHeader(NamedTuple):
 def read_pass_header(body: bytes) -> PassHeader:
     """Find model and call in a request without decoding its data, and count what that has. Raises `BadRequest`."""
     view = memoryview(body)
-    model_id, seq_id, fields, datums, parts = b"", 0, 0, 0, 0
-    for number, wire, value in _fields(view):
-        fields += 1
-        if fields > MOST_FIELDS:
+    model_id, seq_id, datums, parts = b"", 0, 0, 0
+    for place, (number, wire, value) in enumerate(_fields(view)):
+        if place >= MOST_FIELDS:
             raise BadRequest(f"a request has more than {MOST_FIELDS:,} fields")
         if number == 1 and wire == BYTES:
             model_id = bytes(view[value[0] : value[1]])

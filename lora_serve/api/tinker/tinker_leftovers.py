@@ -47,7 +47,7 @@ def old_session_folders(folder: Path, seconds: float, now: Callable[[], float] =
     """The folders of sessions to which nothing came for so many seconds; those without a record as well."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _SESSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            if path.stat().st_mtime <= now() - seconds:
-                found.append(path)
+        is_session = _SESSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        if is_session and path.stat().st_mtime <= now() - seconds:
+            found.append(path)
     return found
