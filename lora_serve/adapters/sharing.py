@@ -12,6 +12,7 @@ result, or a ServeError, now or later; operations also raise ServeErrors.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ from lora_serve.precondition import ANYTHING, Precondition
 READ_EVERY = 0.5  # seconds between looks at the catalog
 FETCH_EVERY, RETRY_EVERY = 4, 60  # looks after which what could not be fetched, or failed otherwise, is tried again
 
+_VARYING = re.compile(r"[0-9a-f]{32}|[0-9]+")  # parts of messages that differ although the problem is the same
+
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +76,7 @@ class SharedOperations:
         steps = CatalogSteps(shared, operations, registry, residency, publisher, workers, base_name)
         self._follower = CatalogFollower(steps, residency, publisher)
         self._order = OperationQueue()  # of changes on each name; that of `operations` is of what is done here
-        self._problem: str | None = None  # why the catalog could not be read
+        self._problem: str | None = None  # why the catalog could not be read, without `_VARYING`
         self._read_at = clock()  # when it was read last
         self._looks = self._errors = 0
 
@@ -275,6 +278,7 @@ class SharedOperations:
 
     def _note_failure(self, error: ServeError) -> None:
         self._errors += 1
-        if self._problem != error.message:
+        problem = _VARYING.sub("", error.message)
+        if self._problem != problem:
             log.warning("%s; what is here is served, and nothing can be changed", error.message)
-        self._problem = error.message
+        self._problem = problem

@@ -6,6 +6,7 @@ Credentials, region and endpoint are obstore's own, from the environment (`AWS_â
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,8 @@ from lora_serve.adapters.shared.shared_objects import (
 
 CONNECT, REQUEST = timedelta(seconds=3), timedelta(seconds=30)  # that a connection, and a whole request, may take
 RETRIES = timedelta(seconds=5)  # in which a failed request is sent again
+_TIMES = re.compile(r" in [0-9.]+\w+(, after \d+ retries)?(, max_retries: \d+)?(, retry_timeout: \w+)?")
+_STATUS, _REASON = re.compile(r"\b(\d{3} [A-Z][A-Za-z ]+)"), re.compile(r'\bmessage: "([^"\n]+)"')
 PART = 8 << 20  # bytes of a file that are sent or asked for at once
 
 
@@ -120,5 +123,12 @@ def _reaching(*, missing: bool = False) -> Iterator[None]:
 
 
 def _first_line(error: BaseError) -> str:
-    """The beginning of a message, which goes on with the request and, over lines, with how it came about."""
-    return str(error).partition("\n")[0].partition(" - Server returned")[0][:300]
+    """The beginning of a message, which goes on with the request and, over lines, with how it came about.
+
+    Without how long it took and how often it was tried: the same problem is to have the same message.
+    """
+    whole = str(error)
+    first, _, answer = whole.partition("\n")[0].partition(" - Server returned")
+    found = _STATUS.search(answer) if answer else _REASON.search(whole)
+    shown = _TIMES.sub("", first.removeprefix("Generic S3 error: ")).replace("  - ", ": ")[:300]
+    return f"{shown}: {found[1][:100]}" if found else shown

@@ -14,8 +14,9 @@ import msgspec
 from lora_serve.api.tinker.model_calls import ModelCalls
 from lora_serve.api.tinker.model_journal import JOURNAL, ModelJournal
 from lora_serve.api.tinker.sampling_sessions import SamplingSession, SamplingSessions
-from lora_serve.api.tinker.tinker_errors import TooMuchWaits, UnknownTinkerObject
+from lora_serve.api.tinker.tinker_errors import UnknownTinkerObject
 from lora_serve.api.tinker.tinker_model import TinkerModel, TinkerParts
+from lora_serve.errors import BadRequest
 
 RECORD = "session.json"
 MOST_MODELS = 64  # of a session
@@ -96,7 +97,7 @@ class TinkerSession:
         """The model of this number, which is begun if there is none."""
         if number not in self._models:
             if len(self._models) >= MOST_MODELS:
-                raise TooMuchWaits(f"a session has at most {MOST_MODELS} models", retry_after=5)
+                raise BadRequest(f"a session has at most {MOST_MODELS} models; begin another one", param="model_seq_id")
             self._start(number, self._new(number))
         return self._models[number]
 

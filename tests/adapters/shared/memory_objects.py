@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,4 +108,4 @@ class MemoryObjects:
 
     def _reach(self) -> None:
         if self.away:
-            raise ObjectsUnreachable("it is away")
+            raise ObjectsUnreachable(f"probes/{uuid.uuid4().hex} is away after {time.monotonic()} ms")
