@@ -591,3 +591,13 @@ async def test_samples_of_one_key_leave_space_for_those_of_others(
             assert samples(await keyed.result(f"{samplers[key]}:{seq}", key))
     assert not runs._requests
     assert not runs._tokens
+
+
+async def test_results_beyond_the_bound_cost_no_more_than_others() -> None:
+    results = future_results.FutureResults(kept_bytes=1000)
+    for number in range(3000):
+        results.open(f"{number}", "me")
+        results.finish(f"{number}", future_results.FutureResult("x", bytes(200)))
+    lost = [id_ for id_ in results._entries if (await results.wait(id_, "me", 0)) is future_results.LOST]
+    assert len(lost) >= 2990
+    assert len(results._whole) <= 5

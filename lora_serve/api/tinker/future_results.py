@@ -72,6 +72,7 @@ class FutureResults:
         self._kept_bytes, self._kept_seconds, self._clock = kept_bytes, kept_seconds, clock
         self._entries: dict[str, PendingResult] = {}
         self._finished: dict[str, None] = {}  # ids in the order in which they were finished
+        self._whole: dict[str, None] = {}  # those whose bytes are kept, oldest first
         self._bytes = 0
         self._awaited: dict[str, int] = {}  # by owner
         self._swept = 0.0
@@ -106,14 +107,12 @@ class FutureResults:
             return
         entry.result, entry.finished = result, self._clock()
         entry.done.set()
-        self._finished[id_] = None
+        self._finished[id_] = self._whole[id_] = None
         self._bytes += len(result.body)
         self._awaited[entry.owner] -= 1
         if not self._awaited[entry.owner]:
             del self._awaited[entry.owner]
-        for oldest in list(self._finished):
-            if self._bytes <= self._kept_bytes or oldest == id_:
-                break
+        while self._bytes > self._kept_bytes and (oldest := next(iter(self._whole))) != id_:
             self._lose(oldest)
 
     async def wait(self, id_: str, owner: str, seconds: float) -> FutureResult | None:
@@ -162,10 +161,12 @@ class FutureResults:
     def _drop(self, id_: str) -> None:
         entry = self._entries.pop(id_)
         del self._finished[id_]
+        self._whole.pop(id_, None)
         self._bytes -= len(entry.result.body) if entry.result is not None else 0
 
     def _lose(self, id_: str) -> None:
         """Free a result's bytes; who asks for it is told so."""
+        del self._whole[id_]
         entry = self._entries[id_]
         if entry.result is not None and entry.result is not LOST:
             self._bytes -= len(entry.result.body) - len(LOST.body)
