@@ -59,6 +59,10 @@ class AdaptedCall:
                 )
         return found[0][1] if found else None
 
+    def max_tokens(self, requested: int | None) -> int | None:
+        """What the adapters say about the length of a reply, if the request does not."""
+        return self.setting("max_tokens") if requested is None else None
+
     def complete(self, body: Body) -> Body:
         """A body with the adapters' defaults where it says nothing."""
         if not self.settings:
