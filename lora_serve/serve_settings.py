@@ -137,7 +137,7 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
         if (tag := getattr(event, "tag", None)) is not None:  # !!set has no order, by which added tokens get their ids
@@ -157,6 +157,6 @@ class _Loader(yaml.SafeLoader):
 
 
 # As in YAML 1.2 and JSON; YAML 1.1, which is PyYAML's, takes 1e-3 for a text.
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
