@@ -138,7 +138,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
         if (tag := getattr(event, "tag", None)) is not None:  # !!set has no order, by which added tokens get their ids
             raise yaml.composer.ComposerError(None, None, f"tags ({tag}) are not read", event.start_mark)
