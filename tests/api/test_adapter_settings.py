@@ -52,7 +52,13 @@ class SettingsEngine(StubCompletionEngine):
             if name not in self.settings:
                 raise AdapterNotFound(f"adapter {name} does not exist", param="adapter")
         return [
-            {"name": name, "digest": self.current[name], "settings": _builtins(self.settings[name])} for name in names
+            {
+                "name": name,
+                "digest": self.current[name],
+                "settings": _builtins(self.settings[name]),
+                "vocab_size": self.adapters[name].versions[0].vocab_size if name in self.adapters else None,
+            }
+            for name in names
         ]
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -220,6 +226,14 @@ async def test_a_stop_token_that_is_none_is_the_adapter_s_fault(server: Server) 
     assert "'<|nothing|>' in stop_tokens, which is no token" in answer.json()["error"]["message"]
 
 
+async def test_a_stop_token_that_the_model_cannot_have_is_the_adapter_s_fault(server: Server) -> None:
+    """One that was added, but for which the adapter has no row: nothing that the client sent is wrong."""
+    server.engine.publish("poet", ServeSettings(added_tokens=("<|a|>", "<|b|>", "<|c|>"), stop_tokens=("<|c|>",)))
+    answer = await server.chat(adapter="poet")
+    assert answer.status_code == 409
+    assert "'<|c|>' in stop_tokens, token 260 of a model that has 260" in answer.json()["error"]["message"]
+
+
 # --- several adapters ------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +361,7 @@ async def test_an_unknown_adapter_is_404_where_others_have_settings(server: Serv
         ("{{ x.y.z }}", "undefined"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ cycler().next() }}", "at least one item"),  # Python's RuntimeError
     ],
 )
 async def test_what_a_template_may_not_do_is_400(server: Server, template: str, what: str) -> None:
