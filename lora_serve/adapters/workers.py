@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that load adapters, change the store, save training runs, and wait for compiler processes.
+    """Threads that load adapters, change the store, save and begin training runs, and wait for compiler processes.
 
     None delays another kind.
 
@@ -36,6 +36,7 @@ class Workers:
         self._store = ThreadPoolExecutor(1, "adapter-store")  # one: changes take effect in the order of calls
         self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
         self._runs = ThreadPoolExecutor(1, "training-files")
+        self._decompositions = ThreadPoolExecutor(1, "training-weights")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
         self._closed = threading.Event()
@@ -51,6 +52,10 @@ class Workers:
     def save(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which reads or writes files of training runs, in the order of calls; `done` as in `load`."""
         self._submit(self._runs, work, done)
+
+    def decompose(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which computes what an adapter begins with from the base's weights; `done` as in `load`."""
+        self._submit(self._decompositions, work, done)
 
     def lower(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
@@ -93,7 +98,7 @@ class Workers:
     def close(self) -> None:
         """Wait for running work and drop queued work; what repeats is not repeated."""
         self._closed.set()
-        for executor in (self._loads, self._compilers, self._store, self._runs):
+        for executor in (self._loads, self._compilers, self._store, self._runs, self._decompositions):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:

@@ -27,7 +27,7 @@ def initial_matrices(
     """A [rank, in] and B [out, rank], float32; None: zeros.
 
     Args:
-        weight: W [out, in], only called by methods that need it.
+        weight: W [out, in] on the host, only called by methods that need it.
         generator: of the host.
     """
     rank, site = module.rank, module.site
@@ -56,8 +56,9 @@ def _components(method: str, weight: Tensor, rank: int, generator: torch.Generat
     if not iterations:
         u, values, vh = torch.linalg.svd(weight, full_matrices=False)
         return u, values, vh
-    seed = int(torch.randint(0, 1 << 31, (), generator=generator))
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # torch's function takes no generator
-        torch.manual_seed(seed)
-        u, values, v = torch.svd_lowrank(weight, rank, niter=int(iterations))
-    return u, values, v.T
+    # Halko et al. 2009, algorithms 4.4 and 5.1; torch's function draws from the process's generator.
+    basis = torch.linalg.qr(weight @ torch.randn(weight.shape[1], rank, generator=generator)).Q
+    for _ in range(int(iterations)):
+        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
+    u, values, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ u, values, vh

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from lora_serve.model.trainable_linear import output_norm
 from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
 
 FLATS = 5  # masters, computed weights, gradients, two moments
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,44 @@ def adapter_bytes(base: BaseShape, settings: AdapterSettings) -> int:
     return FLATS * 4 * settings.layout(base).size
 
 
+class InitialWeights(NamedTuple):
+    """What a module begins with: A [rank, in], B [out, rank] (None: zeros) and DoRA's magnitude [out], float32."""
+
+    a: Tensor
+    b: Tensor | None
+    magnitude: Tensor | None
+
+
+def lora_weights(
+    base: TrainableBase, settings: LoraSettings, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, InitialWeights]:
+    """What the modules of a LoRA adapter begin with, on the host. Takes long where `settings.reads_weights`.
+
+    May run in any thread. Raises BadRequest for settings that do not fit, and where a weight cannot be decomposed.
+
+    Args:
+        go_on: whether it is still wanted; asked before each module.
+    """
+    generator, found = torch.Generator().manual_seed(settings.seed), {}
+    with torch.no_grad():
+        for name, layer in settings.layout(base.shape).layers.items():
+            if not go_on():
+                raise BadRequest("the adapter is not wanted any more")
+            try:
+                a, b = initial_matrices(
+                    settings.init_lora_weights, layer.module, partial(_host_weight, base, name), generator
+                )
+            except torch.linalg.LinAlgError as error:
+                raise BadRequest(f"the weight of {name} has no decomposition", param="init_lora_weights") from error
+            magnitude = output_norm(base.weight(name), None).cpu() if layer.magnitude >= 0 else None
+            found[name] = InitialWeights(a, b, magnitude)
+    return found
+
+
+def _host_weight(base: TrainableBase, name: str) -> Tensor:
+    return base.weight(name).cpu()
+
+
 class TrainableAdapter:
     """An adapter over a base, with its optimizer.
 
@@ -58,11 +99,18 @@ class TrainableAdapter:
         steps: of the optimizer so far.
         passes: that have drawn a dropout mask.
 
+    Args:
+        initial: `lora_weights`; None: they are computed now.
     Raises BadRequest for settings that do not fit the base, torch.OutOfMemoryError without effect.
     """
 
     def __init__(
-        self, name: str, base: TrainableBase, settings: AdapterSettings, adam: AdamSettings | None = None
+        self,
+        name: str,
+        base: TrainableBase,
+        settings: AdapterSettings,
+        adam: AdamSettings | None = None,
+        initial: Mapping[str, InitialWeights] | None = None,
     ) -> None:
         self.name, self.settings, self._base = name, settings, base
         self._adam = adam or AdamSettings()
@@ -70,7 +118,7 @@ class TrainableAdapter:
         self.masters, self._computed, self.gradients = (
             torch.zeros(self.layout.size, dtype=torch.float32, device=base.device) for _ in range(FLATS - 2)
         )
-        self._initialise()
+        self._initialise(initial)
         parameter = nn.Parameter(self.masters, requires_grad=True)
         parameter.grad = self.gradients
         self._optimizer = torch.optim.AdamW(
@@ -167,8 +215,11 @@ class TrainableAdapter:
 
         Args:
             adam: its settings from this step on; None: as they are.
-        Raises BadRequest if they are not finite; then the weights stay, and the gradients are zeroed as well.
+        Raises BadRequest without effect for a learning rate that is none. Also if gradients are not finite; then the
+        weights stay, and the gradients are zeroed.
         """
+        if not 0 <= learning_rate <= torch.finfo(torch.float32).max:  # NaN is not either
+            raise BadRequest(f"a learning rate of {learning_rate} is none", param="learning_rate")
         if adam is not None:
             self._adam = adam
             own = {"betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay}
@@ -197,26 +248,28 @@ class TrainableAdapter:
     def state(self) -> dict[str, Tensor]:
         """Master weights and moments, for a checkpoint; copies."""
         moments = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
-        found = {"masters": self.masters} | {key: moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        found = {"masters": self.masters} | {key: moments[key] for key in MOMENTS if key in moments}
         numbers = {"steps": self.steps, "passes": self.passes, "seed": self._dropout_seed}
         counts = {name: torch.tensor(number) for name, number in numbers.items()}
         return {key: tensor.clone() for key, tensor in found.items()} | counts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state` of an adapter with the same settings. Raises BadRequest if it does not fit."""
-        if state["masters"].shape != self.masters.shape:
+        """Continue from `state` of an adapter with the same settings.
+
+        Raises BadRequest if it does not fit, and torch.OutOfMemoryError, without effect.
+        """
+        numbers, flats = ("steps", "passes", "seed"), ("masters", *(key for key in MOMENTS if key in state))
+        whole = all(key in state for key in (*numbers, "masters")) and len(flats) in (1, 1 + len(MOMENTS))
+        if not whole or any(state[key].shape != self.masters.shape for key in flats):
             raise BadRequest(f"the checkpoint of {self.name!r} is of an adapter with other settings")
-        self.steps, self.passes, self._dropout_seed = (int(state[name]) for name in ("steps", "passes", "seed"))
+        moments = {key: state[key].to(self.masters, copy=True) for key in flats[1:]}  # may run out of memory
+        self.steps, self.passes, self._dropout_seed = (int(state[key]) for key in numbers)
         self.masters.copy_(state["masters"])
         self.gradients.zero_()
         parameter = self._optimizer.param_groups[0]["params"][0]
         self._optimizer.state.pop(parameter, None)
-        if "exp_avg" in state:
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.steps)),
-                "exp_avg": state["exp_avg"].to(self.masters, copy=True),
-                "exp_avg_sq": state["exp_avg_sq"].to(self.masters, copy=True),
-            }
+        if moments:
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(self.steps)), **moments}
         self._refresh()
 
     def close(self) -> None:
@@ -227,14 +280,13 @@ class TrainableAdapter:
             self.slot = None
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, initial: Mapping[str, InitialWeights] | None) -> None:
         """The weights that the settings ask for; DoRA's magnitude is ‖W‖. Nothing changes before the first step."""
         settings = self.settings
         generator = torch.Generator()
         if isinstance(settings, LoraSettings):
-            generator.manual_seed(settings.seed)
-            for name, layer in self.layers.items():
-                self._initialise_layer(name, layer, settings.init_lora_weights, generator)
+            for name, weights in (lora_weights(self._base, settings) if initial is None else initial).items():
+                self._initialise_layer(self.layers[name], weights)
         for gain in self.layout.gains.values():
             gain.values(self.masters).fill_(1)
         virtual = self.layout.table or self.layout.prefix
@@ -248,17 +300,16 @@ class TrainableAdapter:
                 values.copy_(torch.randn(values.shape, generator=generator))
         self._refresh(first=True)
 
-    def _initialise_layer(self, name: str, layer: FlatLayer, method: str, generator: torch.Generator) -> None:
-        a, b = initial_matrices(method, layer.module, lambda: self._base.weight(name), generator)
-        layer.a(self.masters).copy_(a)
-        if b is not None:
-            layer.b(self.masters).copy_(b.T)
+    def _initialise_layer(self, layer: FlatLayer, weights: InitialWeights) -> None:
+        layer.a(self.masters).copy_(weights.a)
+        if weights.b is not None:
+            layer.b(self.masters).copy_(weights.b.T)
         if layer.subtracts:
             fixed_a, fixed_b = layer.initial(self.masters)
             fixed_a.copy_(layer.a(self.masters))
             fixed_b.copy_(layer.b(self.masters)).mul_(-layer.module.scaling)
-        if layer.magnitude >= 0:
-            layer.m(self.masters).copy_(output_norm(self._base.weight(name), None))
+        if weights.magnitude is not None:
+            layer.m(self.masters).copy_(weights.magnitude)
 
     def _refresh(self, *, first: bool = False) -> None:
         """Bring the weights that are computed with up to date."""

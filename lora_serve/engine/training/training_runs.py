@@ -30,6 +30,7 @@ from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_p
 from lora_serve.engine.training.short_operations import ShortOperations, run_not_found
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
+from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.errors import BadRequest, EngineFault, RunExists, RunNotFound, ServeError, Unavailable
 from lora_serve.messages import Stats
 from lora_serve.model.trainable_base import TrainableBase
@@ -41,7 +42,8 @@ from lora_serve.training_messages import (
 )
 
 FIRST_TOKENS = 128  # of a pass while it is not known what one costs
-MOST_TOKENS = 1 << 20  # of a pass
+MOST_TOKENS = 1 << 20  # of a pass, and of an operation, which the engine's loop reads and checks at once
+MOST_EXAMPLES = 1 << 16  # of an operation
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class TrainingRuns:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base, self._trainer, self.pacer = base, Trainer(base, memory), pacer
-        self._short, self._clock = ShortOperations(self._trainer, workers, base_name), clock
+        self._short, self._clock = ShortOperations(self._trainer, workers, base_name, self._remove_closed), clock
         self._runs: dict[str, TrainingRun] = {}
         self._pass: SharedPass | None = None
         self._turns = RunTurns()
@@ -112,9 +114,18 @@ class TrainingRuns:
     def _create(self, operation: CreateRun, done: Done) -> None:
         if operation.run in self._runs:
             raise RunExists(f"there is a training run {operation.run!r} already", param="run")
-        memory = self._trainer.needed(adapter_settings(operation.settings), 1).adapter  # refuses what does not fit
+        settings = adapter_settings(operation.settings)
+        memory = self._trainer.needed(settings, 1).adapter  # refuses what does not fit
+        if operation.settings.num_virtual_tokens >= self._base.max_length:
+            raise BadRequest(
+                f"{operation.settings.num_virtual_tokens} virtual tokens leave none of {self._base.max_length} to a "
+                "sequence",
+                param="num_virtual_tokens",
+            )
+        if isinstance(settings, LoraSettings) and settings.reads_weights:
+            self._trainer.check(operation.run, settings)  # before a thread reads all weights
         run = self._runs[operation.run] = TrainingRun.of(operation)
-        run.operations.append(QueuedOperation(operation, done, next(self._orders), memory=memory))
+        self._enqueue(run, QueuedOperation(operation, done, next(self._orders), memory=memory))
 
     def _find(self, operation: RunOperation) -> TrainingRun:
         run = self._runs.get(operation.run)
@@ -129,10 +140,20 @@ class TrainingRuns:
     def _queued_pass(self, run: TrainingRun, operation: ForwardBackward, done: Done) -> QueuedPass:
         """A checked operation. Raises BadRequest."""
         loss = find_loss(operation.loss, operation.config)
+        tokens = sum(len(example.tokens) for example in operation.examples)
+        for count, most, what in ((len(operation.examples), MOST_EXAMPLES, "examples"), (tokens, MOST_TOKENS, "tokens")):
+            if count > most:
+                raise BadRequest(
+                    f"{count} {what} are too many for one operation, {most} at most: send several, gradients add up",
+                    param="examples",
+                )
         loss.check(operation.examples)
-        for example in operation.examples:
+        for index, example in enumerate(operation.examples):
             sequence = TrainingSequence(example.tokens, example.targets, [0.0] * len(example.targets))
-            sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+            try:
+                sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+            except BadRequest as error:
+                raise BadRequest(error.message, param=f"examples.{index}.{error.param}") from None
         sizes = group_sizes(operation, loss.group, run.virtual_tokens)
         if max(sizes) > self._most_tokens:
             raise BadRequest(
@@ -291,7 +312,10 @@ class TrainingRuns:
     def close(self) -> None:
         """End all operations."""
         for run in self._runs.values():
+            run.closed = True  # so that a thread does not go on
             run.fail_all(Unavailable("the server is shutting down", retry_after=5))
+            for done in run.on_close:
+                done(None)
         self._runs.clear()
         self._pass = None
 
