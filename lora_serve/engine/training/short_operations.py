@@ -45,9 +45,7 @@ class ShortOperations:
         remove_closed: called when a run could not be created.
     """
 
-    def __init__(
-        self, trainer: Trainer, workers: Workers, base_name: str, remove_closed: Callable[[], None]
-    ) -> None:
+    def __init__(self, trainer: Trainer, workers: Workers, base_name: str, remove_closed: Callable[[], None]) -> None:
         self._trainer, self._workers, self._base_name = trainer, workers, base_name
         self._remove_closed = remove_closed
 
@@ -135,9 +133,7 @@ class ShortOperations:
 
     def _make_adapter(self, run: TrainingRun, queued: QueuedOperation, operation: CreateRun) -> None:
         try:
-            run.adapter = self._trainer.create(
-                run.name, adapter_settings(operation.settings), initial=queued.prepared
-            )
+            run.adapter = self._trainer.create(run.name, adapter_settings(operation.settings), initial=queued.prepared)
             queued.prepared = None
         except ServeError as error:
             self._fail_create(run, error)

@@ -43,6 +43,9 @@ from lora_serve.training_messages import (
 
 FIRST_TOKENS = 128  # of a pass while it is not known what one costs
 MOST_TOKENS = 1 << 20  # of a pass, and of an operation, which the engine's loop reads and checks at once
+MOST_LEAD = (
+    1.0  # seconds that an owner may have had more than others whose passes wait, for short operations to go first
+)
 MOST_EXAMPLES = 1 << 16  # of an operation
 
 log = logging.getLogger(__name__)
@@ -141,7 +144,10 @@ class TrainingRuns:
         """A checked operation. Raises BadRequest."""
         loss = find_loss(operation.loss, operation.config)
         tokens = sum(len(example.tokens) for example in operation.examples)
-        for count, most, what in ((len(operation.examples), MOST_EXAMPLES, "examples"), (tokens, MOST_TOKENS, "tokens")):
+        for count, most, what in (
+            (len(operation.examples), MOST_EXAMPLES, "examples"),
+            (tokens, MOST_TOKENS, "tokens"),
+        ):
             if count > most:
                 raise BadRequest(
                     f"{count} {what} are too many for one operation, {most} at most: send several, gradients add up",
@@ -221,19 +227,22 @@ class TrainingRuns:
             torch.cuda.synchronize(self._base.device)
 
     def _next(self, load: ServingLoad) -> _Quantum | None:
-        """The next quantum: short operations first, then that of the running pass, or of a new one."""
+        """The next quantum: short operations first, unless their owners had too much, then that of the running pass, or of a new one."""
         waiting = list(self._in_turn())
+        passes = [(run, first) for run, first in waiting if isinstance(first, QueuedPass)]
+        computing = [run for run, _ in passes] if self._pass is None else [share.run for share in self._pass.shares]
         for run, first in waiting:
             # A new adapter takes memory, which a running pass has reserved.
             if isinstance(first, QueuedPass) or (run.adapter is None and self._pass is not None):
                 continue
+            if self._turns.lead(run.owner, (other.owner for other in computing)) > MOST_LEAD:
+                continue  # else who sends short operations without end keeps all others' passes waiting
             kind, size = self._short.kind(run, first)
             return _Quantum(kind, size, partial(self._short.carry_out, run, first), [(run.owner, 1)])
         if self._pass is not None:
             running = self._pass
             owners = [(share.run.owner, share.tokens) for share in running.shares]
             return _Quantum(running.kind, running.tokens, self._advance_pass, owners)
-        passes = [(run, first) for run, first in waiting if isinstance(first, QueuedPass)]
         if not passes:
             return None
         slowest = "forward" if passes[0][1].forward_only else "backward"

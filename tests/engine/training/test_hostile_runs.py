@@ -1,7 +1,8 @@
-"""What a hostile or careless user asks of training runs: it is refused by name, and neither serving nor others notice."""
+"""What a hostile or careless user asks of training runs is refused by name; neither serving nor others notice."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_training_that_may_have_all_the_time_leaves_steps_to_streams(tmp_path: P
     assert ended < len(calls)
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True}]
+)
 def test_what_reads_all_weights_is_not_done_in_the_loop(
     session: TrainingSession, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -137,6 +140,35 @@ def test_what_reads_all_weights_is_not_done_in_the_loop(
     found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(tensor.equal(wanted[key]) for key, tensor in found.items())
+
+
+def test_a_pass_that_could_not_begin_leaves_none_of_its_calls(session: TrainingSession) -> None:
+    session.call(create("run"))
+    assert session.engine._training is not None
+    norm = session.engine._training._base._model.get_submodule("model.norm")
+
+    def out_of_memory(*_: object) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError
+
+    hook = norm.register_forward_hook(out_of_memory)
+    assert session.failure(ForwardBackward("run", batch(1))).message.startswith("training ran out of memory")
+    assert session.call(ForwardBackward("run", batch(1)))["tokens"] == 12
+
+
+def test_short_operations_without_end_do_not_keep_others_passes_waiting(session: TrainingSession) -> None:
+    for name in ("greedy", "patient"):
+        session.call(create(name))
+    runs, ticks = session.engine._training, itertools.count()
+    assert runs is not None
+    clock, runs._clock = runs._clock, lambda: next(ticks) * 0.2  # a quantum takes so many seconds
+    greedy = [session.submit(OptimizerStep("greedy", 1e-3)) for _ in range(60)]
+    patient = session.submit(ForwardBackward("patient", batch(1)))
+    session.answer(patient)
+    ended = sum(call in session.replies for call in greedy)
+    session.answer(greedy[-1])
+    runs._clock = clock
+    assert 0 < ended < 40
 
 
 def test_a_run_can_be_closed_while_a_thread_computes_what_it_begins_with(session: TrainingSession) -> None:
