@@ -1,7 +1,7 @@
 """Operations on training runs that are one quantum each: all but passes.
 
-Files are read before that quantum, or written after it, in a thread. So is what is computed from all weights: what DoRA,
-PiSSA and OLoRA begin with, and the difference to the initial delta that is exported.
+Files are read before that quantum, or written after it, in a thread. There is computed as well what all weights are read
+for: what DoRA, PiSSA and OLoRA begin with, and the difference to the initial delta that is exported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trained_files import peft_config, peft_tensors
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
-from lora_serve.errors import EngineFault, RunNotFound, ServeError, Unavailable
+from lora_serve.errors import BadRequest, EngineFault, RunNotFound, ServeError, Unavailable
 from lora_serve.training_messages import (
     CreateRun,
     ExportRun,
@@ -154,6 +154,8 @@ class ShortOperations:
 
     def _export(self, adapter: TrainableAdapter, masters: Tensor, folder: Path) -> None:
         """Write PEFT's files of an adapter with these master weights."""
+        if not masters.isfinite().all():
+            raise BadRequest(f"the weights of {adapter.name!r} are not finite; restore what was saved before")
         config, tensors = peft_config(adapter, self._base_name), peft_tensors(adapter, masters)
         write_folder(
             folder, {"adapter_config.json": json_bytes(config), "adapter_model.safetensors": tensor_bytes(tensors)}

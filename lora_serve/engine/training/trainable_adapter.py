@@ -76,7 +76,7 @@ def lora_weights(
                 a, b = initial_matrices(
                     settings.init_lora_weights, layer.module, partial(_host_weight, base, name), generator
                 )
-            except torch._C._LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise BadRequest(f"the weight of {name} has no decomposition", param="init_lora_weights") from error
             magnitude = output_norm(base.weight(name), None).cpu() if layer.magnitude >= 0 else None
             found[name] = InitialWeights(a, b, magnitude)

@@ -227,7 +227,7 @@ class TrainingRuns:
             torch.cuda.synchronize(self._base.device)
 
     def _next(self, load: ServingLoad) -> _Quantum | None:
-        """The next quantum: short operations first, unless their owners had too much, then that of the running pass, or of a new one."""
+        """The next quantum: short operations first, then that of the running pass, or of a new one."""
         waiting = list(self._in_turn())
         passes = [(run, first) for run, first in waiting if isinstance(first, QueuedPass)]
         computing = [run for run, _ in passes] if self._pass is None else [share.run for share in self._pass.shares]

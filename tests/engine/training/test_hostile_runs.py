@@ -188,6 +188,13 @@ def test_a_run_that_a_thread_could_not_begin_is_gone(session: TrainingSession, t
     assert session.call(create("run"))["steps"] == 0
 
 
+def test_weights_that_a_step_made_infinite_are_not_exported(session: TrainingSession, tmp_path: Path) -> None:
+    session.call(create("run", init_lora_weights="olora"))
+    trained(session, "run").masters[0] = math.inf  # by a step at an immense rate
+    assert "are not finite" in session.failure(ExportRun("run", str(tmp_path / "peft"))).message
+    assert not (tmp_path / "peft").exists()
+
+
 def test_a_saved_run_is_not_restored_as_another_method_of_the_same_size(
     session: TrainingSession, tmp_path: Path
 ) -> None:
