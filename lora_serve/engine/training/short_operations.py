@@ -1,7 +1,7 @@
 """Operations on training runs that are one quantum each: all but passes.
 
-Files are read before that quantum, or written after it, in a thread. There is computed as well what all weights are read
-for: what DoRA, PiSSA and OLoRA begin with, and the difference to the initial delta that is exported.
+Files are read before that quantum, or written after it, in a thread. What all weights are read for is computed there
+as well: what DoRA, PiSSA and OLoRA begin with, and the difference to the initial delta that is exported.
 """
 
 from __future__ import annotations
