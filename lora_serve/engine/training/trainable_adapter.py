@@ -128,7 +128,11 @@ class TrainableAdapter:
         self._dropout_seed = settings.seed if isinstance(settings, LoraSettings) else 0
         offsets = {name: layer.offsets for name, layer in self.layers.items()}
         self.slot: int | None = base.deltas.load(Adapter(name, self._computed, offsets))
-        gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
+        try:
+            gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
+        except BaseException:
+            base.deltas.evict(self.slot)  # else no later adapter would have the same slot of both
+            raise
         assert gradient_slot == self.slot, "both have the same adapters, in the same order"
         self.magnitudes = {
             name: Magnitude(layer.m(self._computed), layer.m(self.gradients))
