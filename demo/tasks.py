@@ -79,6 +79,13 @@ TASKS = {
     )
 }
 
+# What `make train-demo` trains: no bundled adapter does it.
+ALTERNATE = Task(
+    "alternate",
+    "says every other word in upper case",
+    lambda s: " ".join(word.upper() if place % 2 else word for place, word in enumerate(s.split())),
+)
+
 
 def sentence(rng: random.Random) -> str:
     """One sentence of two to eight words."""

@@ -1,7 +1,7 @@
 """The `lora-serve` command.
 
-`serve` runs the server, `adapter` and `top` manage and show a running one, `store` works on its folder, `key` on the
-file of API keys.
+`serve` runs the server; `adapter`, `train` and `top` manage, use and show a running one; `store` works on its folder,
+`key` on the file of API keys.
 Options are parsed here and errors printed; the work is done elsewhere.
 """
 
@@ -42,15 +42,17 @@ from lora_serve.option_errors import (
     describe_parse_error,
 )
 from lora_serve.remote import RemoteCommand
+from lora_serve.shared_store_commands import CleanSharedCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
+from lora_serve.train_command import TrainCommand
 
 if TYPE_CHECKING:
     from lora_serve.api.key_file import Keys
 
 LoadKeys = Callable[[Path | None], "Keys | None"]
 
-POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
+POSITIONAL = ("model", "name", "path", "adapter", "target", "folders", "url")
 
 
 class Cli(BaseSettings):
@@ -67,6 +69,7 @@ class Cli(BaseSettings):
 
     serve: CliSubCommand[ServeConfig] = Field(description="serve a base model and its adapters")
     adapter: CliSubCommand[AdapterCommand] = Field(description="manage the adapters of a running server")
+    train: CliSubCommand[TrainCommand] = Field(description="train an adapter on a running server")
     top: CliSubCommand[TopCommand] = Field(description="show what a running server does")
     store: CliSubCommand[StoreCommands] = Field(description="verify, list, export and import a store's adapters")
     key: CliSubCommand[KeyCommands] = Field(description="make, list and revoke API keys")
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None, load_keys: LoadKeys | None = No
         match chosen:
             case ServeConfig():
                 return serve(chosen, load_keys)
-            case RemoteCommand() | StoreCommand() | KeyCommand():
+            case RemoteCommand() | StoreCommand() | CleanSharedCommand() | KeyCommand():
                 chosen.run()
     except ServeError as error:
         return print_error(1, error.message)

@@ -32,7 +32,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["serve", "x", "--zzz"], "there is no option --zzz"),
         (["adapter", "list", "--ulr", "x"], "there is no option --ulr; did you mean --url?"),
         (["serve", "a", "b"], "one argument too many: b"),
-        (["serv", "x"], "there is no command serv; did you mean serve?; there are serve, adapter, top, store, key"),
+        (
+            ["serv", "x"],
+            "there is no command serv; did you mean serve?; there are serve, adapter, train, top, store, key",
+        ),
         (["serve", "x", "--port", "many"], "--port: Input should be a valid integer"),
         (["serve"], "MODEL: name the base model"),
         (["serve", "x", "--config", "no.yaml"], "config: there is no file no.yaml"),

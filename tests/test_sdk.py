@@ -14,9 +14,9 @@ import openai
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from openai import AsyncOpenAI, OpenAI
-from server_process import ADAPTERS, ServerProcess
+from server_process import ADAPTERS, ServerProcess, until
 
-from demo.tasks import TASKS
+from demo.tasks import TASKS, heldout_prompts
 
 TEXT = "two red foxes run home"
 
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         archive.add(ADAPTERS / "reverse", "reverse")
     sources = (f"folders=file://{source}", f"archives=file://{source}/{{name}}.tar.gz")
     options = [word for each in sources for word in ("--adapter-source", each)]
-    options += ["--adapters", str(ADAPTERS), "--served-model-name", "demo"]
+    options += ["--adapters", str(ADAPTERS), "--served-model-name", "demo", "--training-memory", "64MiB"]
     with ServerProcess(tmp_path_factory.mktemp("store"), *options) as server:
         yield server
 
@@ -200,3 +200,32 @@ async def test_many_adapters_are_served_concurrently_with_the_async_client(serve
         names = [*TASKS] * 4
         answers = await asyncio.gather(*map(ask, names))
     assert answers == [TASKS[name].answer(TEXT) for name in names]
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_fine_tuned_and_answers(client: OpenAI) -> None:
+    prompts = heldout_prompts(17, seed=21)
+    lines = [json.dumps({"prompt": f"{text}\n", "completion": "all is quiet tonight"}) for text in prompts[:16]]
+    file = client.files.create(file=("quiet.jsonl", "\n".join(lines).encode()), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="demo",
+        training_file=file.id,
+        suffix="quiet",
+        seed=1,
+        hyperparameters={"n_epochs": 8, "batch_size": 4},
+        extra_body={"lora": {"r": 4}, "trainer": {"learning_rate": 0.006}},
+    )
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), 60)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.error is None
+    assert job.fine_tuned_model is not None
+    steps = [event.data for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.type == "metrics"]
+    assert len(steps) == 32
+    assert steps[0]["train_loss"] < 0.1 * steps[-1]["train_loss"]  # type: ignore[index]
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].fine_tuned_model_checkpoint
+    assert client.files.content(job.result_files[0]).text.count("\n") == 33
+    for model in (job.fine_tuned_model, checkpoint):
+        answer = client.completions.create(model=model, prompt=f"{prompts[16]}\n", temperature=0, max_tokens=16)
+        assert answer.choices[0].text == "all is quiet tonight"

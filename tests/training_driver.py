@@ -15,7 +15,6 @@ from support import VOCABULARY
 from torch import Tensor, nn
 
 from lora_serve.adapters.device_slots import DeviceSlots
-from lora_serve.engine.training.learning_rate import LearningRate
 from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trained_files import peft_tensors, save_peft
@@ -25,6 +24,7 @@ from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
+from lora_serve.learning_rate import LearningRate
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.batch import dummy_batch
 from lora_serve.model.load import load

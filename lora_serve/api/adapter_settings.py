@@ -129,6 +129,7 @@ async def adapt(
 
 async def adapt_prompt(body: ModelSelection, services: Services, caller: Caller, *, chat: bool = True) -> AdaptedCall:
     """The same where a prompt is only written, and not generated from; of an alias, any target counts."""
+    await services.trained.publish_checkpoint(body.model, caller)
     return await adapt(resolve_adapters(body, services, caller), services, Routing, chat=chat)
 
 

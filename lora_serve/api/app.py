@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,12 @@ from lora_serve.api.auth import Authorized, MetricsReader
 from lora_serve.api.caller import EVERYBODY
 from lora_serve.api.content_encoding import ContentEncoding
 from lora_serve.api.error_responses import ErrorResponses
-from lora_serve.api.fine_tuning import file_routes
+from lora_serve.api.fine_tuning import file_routes, job_routes
 from lora_serve.api.fine_tuning.file_store import FileStore
+from lora_serve.api.fine_tuning.job_queue import JobQueue
+from lora_serve.api.fine_tuning.job_results import JobResults
+from lora_serve.api.fine_tuning.job_store import JobStore
+from lora_serve.api.fine_tuning.trained_models import TrainedModels
 from lora_serve.api.key_file import Keys
 from lora_serve.api.limits import BodyLimit, RequireKey
 from lora_serve.api.methods import HeadRequests
@@ -33,6 +38,13 @@ from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep, staging_of
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.sse import ClientDisconnected
+from lora_serve.api.tinker import (
+    tinker_checkpoints_api,
+    tinker_sampling_api,
+    tinker_sessions_api,
+    tinker_training_api,
+)
+from lora_serve.api.tinker.tinker_service import TinkerService
 from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
@@ -43,8 +55,15 @@ from lora_serve.sources.totals import SourceTotals
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
-USAGE_FILE, FILES = "usage.sqlite", "files"  # in the adapter store's folder
-QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are files of the page
+USAGE_FILE, FILES, JOBS = "usage.sqlite", "files", "fine-tuning-jobs"  # in the adapter store's folder
+# Asked for every few seconds; so are files of the page.
+QUIET_PATHS = (
+    *OPEN_PATHS,
+    "/metrics",
+    "/api/v1/retrieve_future",
+    "/api/v1/session_heartbeat",
+    "/api/v1/telemetry",
+)
 
 router = APIRouter(tags=["server"])
 
@@ -80,15 +99,31 @@ def create_app(
 
     usage = UsageRecords(lambda: in_store(USAGE_FILE))
     files = FileStore(lambda: in_store(FILES), quota=config.max_files_size)
+    stored = JobStore(lambda: in_store(JOBS))
+    results = JobResults(stored, engine, files, lambda: staging_of(engine))
+    jobs = JobQueue(stored, engine, tokenizer, results, config.training_jobs)
     sources = make_source_fetches(config, engine, totals)
     services = Services(
-        engine, tokenizer, encoder, ChatFormat.of(tokenizer), config, keys, metrics, usage, files, sources
+        engine,
+        tokenizer,
+        encoder,
+        ChatFormat.of(tokenizer),
+        config,
+        keys,
+        metrics,
+        usage,
+        files,
+        jobs,
+        TrainedModels(stored, engine, results),
+        sources,
     )
     app.state.services = services
+    tinker = app.state.tinker = TinkerService(services)
     owners = {EVERYBODY.owner} if keys is None else keys.owners
-    for start in (partial(files.open_at_start, owners), sources.start):
+    starts: list[Callable[[], Any]] = [partial(files.open_at_start, owners), sources.start, jobs.start, tinker.start]
+    for start in starts:
         app.router.add_event_handler("startup", start)
-    for close in (sources.close, usage.close, files.close):
+    for close in (jobs.close, tinker.close, sources.close, usage.close, files.close):
         app.router.add_event_handler("shutdown", close)
     if traces is not None:
         app.router.add_event_handler("shutdown", traces.close)
@@ -127,11 +162,17 @@ def create_app(
         download,
         lora_routes,
         file_routes,
+        job_routes,
+        tinker_sessions_api,
+        tinker_training_api,
+        tinker_sampling_api,
+        tinker_checkpoints_api,
         usage_routes,
         key_routes,
         page,
     ):
         app.include_router(routes.router)
+    app.include_router(tinker_sessions_api.unread)
     app.include_router(router)
     return app
 

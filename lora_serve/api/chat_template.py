@@ -89,3 +89,8 @@ def _arguments(arguments: Any) -> Any:
 def _short_id(id_: str) -> str:
     """An id of nine letters and digits, the same for the same id."""
     return id_ if SHORT_ID.fullmatch(id_) else hashlib.sha256(id_.encode()).hexdigest()[:9]
+
+
+def without_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for surrogates that are no pair, as escapes in a tool call's arguments can make them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

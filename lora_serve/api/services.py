@@ -11,6 +11,8 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from lora_serve.api.fine_tuning.file_store import FileStore
+from lora_serve.api.fine_tuning.job_queue import JobQueue
+from lora_serve.api.fine_tuning.trained_models import TrainedModels
 from lora_serve.api.key_file import Keys
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.encode import TextEncoder
@@ -74,6 +76,8 @@ class Services:
         quotas: of the keys.
         usage: tokens by key, adapter and day.
         files: training data, by key.
+        jobs: fine-tuning jobs.
+        trained: models that these made, by name.
         sources: what fetches adapters that are not published.
         items: output items that an input of `/v1/responses` may refer to.
         settings: what is known of adapters with settings.
@@ -88,6 +92,8 @@ class Services:
     metrics: Metrics
     usage: UsageRecords
     files: FileStore
+    jobs: JobQueue
+    trained: TrainedModels
     sources: SourceFetches
     quotas: Quotas = field(default_factory=Quotas)
     items: ItemMemory = field(default_factory=ItemMemory)

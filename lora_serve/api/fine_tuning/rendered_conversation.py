@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from lora_serve.api.chat_template import ONE_CALL, template_messages, template_tools
+from lora_serve.api.chat_template import ONE_CALL, template_messages, template_tools, without_lone_surrogates
 from lora_serve.api.fine_tuning.example_schemas import TrainingMessage
-from lora_serve.api.openai.chat_prompt import without_lone_surrogates
 from lora_serve.api.openai.chat_schemas import FunctionTool
 from lora_serve.errors import BadRequest
 

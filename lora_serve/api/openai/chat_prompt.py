@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from lora_serve.api.bounded_template import TemplateTooSlow, run_template
 from lora_serve.api.chat_output import ends_in_open_reasoning
-from lora_serve.api.chat_template import template_messages, template_tools
+from lora_serve.api.chat_template import template_messages, template_tools, without_lone_surrogates
 from lora_serve.api.openai.chat_format import ChatFormat
 from lora_serve.api.openai.chat_schemas import FunctionTool, Message
 from lora_serve.api.openai.encode import TextTooLong
@@ -88,11 +88,6 @@ async def encode_chat(
     continued = turns[-1]["content"] if continue_final_message else ""
     is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
     return ChatPrompt(tokens, is_open)
-
-
-def without_lone_surrogates(text: str) -> str:
-    """The text with U+FFFD for surrogates that are no pair, as escapes in a tool call's arguments can make them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def thinking_switch(template: str) -> str | None:

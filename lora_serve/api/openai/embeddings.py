@@ -55,6 +55,7 @@ Embedding = tuple[bytes, list[Served]]  # float32 little-endian, and the adapter
 async def embed(body: EmbeddingBody, request: Request, services: ServicesDep, caller: Authorized) -> Response:
     """Embed each input."""
     try:
+        await services.trained.publish_checkpoint(body.model, caller)
         uses = resolve_adapters(body, services, caller)
         with services.quotas.use(caller, [use.name for use in uses], record_of(request.scope)) as quota:
             response = await _respond(body, request, services, caller, uses, quota)

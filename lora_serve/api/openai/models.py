@@ -45,7 +45,8 @@ async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[s
     info = engine_info(services)
     if model in base_names(services):
         return _base(info)
-    name = without_base(model, services)
+    await services.trained.publish_checkpoint(model, caller)
+    name = without_base(model, services).partition("@")[0]
     if caller.may_use(name):
         with suppress(AdapterNotFound):
             adapter = msgspec.convert(await services.engine.call(DescribeAdapter(name)), AdapterInfo)

@@ -91,6 +91,7 @@ async def existing_adapters(body: ModelSelection, services: Services, caller: Ca
     """
     found = []
     try:
+        await services.trained.publish_checkpoint(body.model, caller)
         uses = resolve_adapters(body, services, caller)
         await services.sources.fetch_missing([use.name for use in uses], caller.name)
         for use in uses:
@@ -162,7 +163,9 @@ def check_n(body: Generation, services: Services) -> None:
 
 
 def without_base(model: str, services: Services) -> str:
-    """The adapter that `model` names, as `adapter` or as `base:adapter` (SGLang's form)."""
+    """The adapter that `model` names: a fine-tuned model's, or as `adapter` or `base:adapter` (SGLang's form)."""
+    if (trained := services.trained.adapter(model)) is not None:
+        return trained
     base = next((name for name in base_names(services) if model.startswith(f"{name}:")), None)
     return model if base is None else model[len(base) + 1 :]
 

@@ -55,6 +55,7 @@ async def respond(
     record = record_of(http.scope)
     async with AsyncExitStack() as stack:
         try:
+            await services.trained.publish_checkpoint(body.model, caller)
             uses = resolve_adapters(body, services, caller)
             quota = stack.enter_context(services.quotas.use(caller, [use.name for use in uses], record))
             call, running = await _start(http, body, services, uses, endpoint, prepare, stack)

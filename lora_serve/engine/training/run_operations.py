@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ from lora_serve.engine.training.losses import ConfiguredLoss, mean_metrics
 from lora_serve.engine.training.micro_batch import MicroBatchResult
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.errors import BadRequest, ServeError
-from lora_serve.training_messages import CreateRun, ForwardBackward, PassResult, RunInfo, RunOperation
+from lora_serve.training_messages import CreateRun, ForwardBackward, PassResult, RunInfo, RunOperation, TrainingExample
+
+PART_TOKENS = 128  # of examples whose gradients are added up at once
 
 Done = Callable[[Any], None]  # called with a result or a ServeError
 
@@ -35,15 +37,19 @@ class QueuedOperation:
 
 @dataclass(eq=False)
 class QueuedPass(QueuedOperation):
-    """A `ForwardBackward`, which several passes may carry out, a part of its examples each.
+    """A `ForwardBackward`, which several passes may carry out, some of its parts each.
+
+    Gradients are added up part by part, so that their bits do not depend on which passes the parts were in.
 
     Attributes:
-        sizes: tokens of each group of examples, which stay together.
-        taken: groups that were given to a pass.
-        results: of passes that were finished.
+        parts: consecutive examples that stay together.
+        sizes: tokens of each part.
+        taken: parts that were given to a pass.
+        results: of the parts that were finished.
     """
 
     loss: ConfiguredLoss = field(kw_only=True)
+    parts: list[Sequence[TrainingExample]] = field(kw_only=True)
     sizes: list[int] = field(kw_only=True)
     taken: int = 0
     results: list[MicroBatchResult] = field(default_factory=list)
@@ -128,16 +134,34 @@ class TrainingRun:
         return RunInfo(self.name, sum(part.numel() for part in parts), adapter.nbytes, adapter.steps)
 
 
-def group_sizes(operation: ForwardBackward, group: int, virtual_tokens: int = 0) -> list[int]:
-    """Tokens of each group of so many consecutive examples, with virtual ones. Raises BadRequest if there are none."""
-    lengths = [len(example.tokens) + virtual_tokens for example in operation.examples]
-    if not lengths:
+def parts_of(
+    operation: ForwardBackward, group: int, most: int, virtual_tokens: int = 0
+) -> tuple[list[Sequence[TrainingExample]], list[int]]:
+    """The parts of an operation, and their tokens; only the examples decide. Raises BadRequest if there are none.
+
+    Args:
+        group: number of consecutive examples that belong together.
+        most: tokens of a part, if it has more than one group.
+        virtual_tokens: before each example, which count as well.
+    """
+    if not operation.examples:
         raise BadRequest("there are no examples", param="examples")
-    return [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
+    parts: list[Sequence[TrainingExample]] = []
+    sizes: list[int] = []
+    for start in range(0, len(operation.examples), group):
+        examples = operation.examples[start : start + group]
+        tokens = sum(len(example.tokens) + virtual_tokens for example in examples)
+        if sizes and sizes[-1] + tokens <= most:
+            parts[-1] = [*parts[-1], *examples]
+            sizes[-1] += tokens
+        else:
+            parts.append(examples)
+            sizes.append(tokens)
+    return parts, sizes
 
 
-def groups_within(sizes: list[int], taken: int, most: int) -> int:
-    """How many groups after those that were taken have at most so many tokens together."""
+def parts_within(sizes: list[int], taken: int, most: int) -> int:
+    """How many parts after those that were taken have at most so many tokens together."""
     tokens = 0
     for index in range(taken, len(sizes)):  # a slice would be a copy of all that remain, for each pass
         tokens += sizes[index]

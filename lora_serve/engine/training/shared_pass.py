@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from lora_serve.engine.training.fused_pass import FusedPass
 from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
-from lora_serve.engine.training.run_operations import QueuedPass, TrainingRun, groups_within
+from lora_serve.engine.training.run_operations import QueuedPass, TrainingRun, parts_within
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.errors import EngineFault, ServeError
 from lora_serve.training_messages import ForwardBackward
@@ -18,19 +19,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassShare:
-    """Groups of a run's examples, the first ones that no pass has had yet, and their tokens."""
+    """Parts of a run's examples, the first ones that no pass has had yet, and their tokens."""
 
     run: TrainingRun
     operation: QueuedPass
-    groups: int
+    parts: int
     tokens: int
 
 
 def fill_pass(candidates: Sequence[tuple[TrainingRun, QueuedPass]], wanted: int, most: int) -> list[PassShare]:
-    """What a pass should have: whole groups of the runs in this order, of one kind: with gradients or without.
+    """What a pass should have: whole parts of the runs in this order, of one kind: with gradients or without.
 
     Args:
-        wanted: tokens that are aimed at; at least one group is taken.
+        wanted: tokens that are aimed at; at least one part is taken.
         most: tokens that memory allows.
     """
     shares: list[PassShare] = []
@@ -38,7 +39,7 @@ def fill_pass(candidates: Sequence[tuple[TrainingRun, QueuedPass]], wanted: int,
         if shares and not _go_together(shares[0].operation, operation):
             continue
         free = min(wanted, most) - sum(share.tokens for share in shares)
-        count = groups_within(operation.sizes, operation.taken, free)
+        count = parts_within(operation.sizes, operation.taken, free)
         if not shares and not count:
             count = 1
         if count:
@@ -69,10 +70,10 @@ class SharedPass:
     def __init__(self, trainer: Trainer, shares: Sequence[PassShare], layers: int) -> None:
         self.shares, self._layers = shares, layers
         self.gradients = not shares[0].operation.forward_only
-        batches = [_micro_batch(share) for share in shares]
+        batches = [batch for share in shares for batch in _micro_batches(share)]
         self._pass = trainer.forward_backward(batches) if self.gradients else trainer.evaluate(batches)
         for share in shares:
-            share.operation.taken += share.groups
+            share.operation.taken += share.parts
 
     def __repr__(self) -> str:
         return f"<SharedPass of {len(self.shares)} runs, {self._pass!r}>"
@@ -91,14 +92,17 @@ class SharedPass:
 
     def finish(self) -> None:
         """Give the results to the runs; operations that are complete are answered."""
-        for share, result in zip(self.shares, self._pass.results, strict=True):
+        results = iter(self._pass.results)
+        for share in self.shares:
             run, operation = share.run, share.operation
+            own = list(islice(results, share.parts))
             if run.closed:
                 continue
-            if result.error is not None:
-                self._fail(share, _loss_error(run, result))
+            failed = next((each for each in own if each.error is not None), None)
+            if failed is not None:
+                self._fail(share, _loss_error(run, failed))
                 continue
-            operation.results.append(result)
+            operation.results += own
             if operation.taken == len(operation.sizes):
                 run.finish(operation.result)
 
@@ -123,13 +127,15 @@ def quantum_kind(running: FusedPass, layers: int) -> str:
     return "backward" if running.backward and running.done >= running.quanta - layers else "head"
 
 
-def _micro_batch(share: PassShare) -> MicroBatch:
-    """The share's examples."""
+def _micro_batches(share: PassShare) -> list[MicroBatch]:
+    """The share's parts."""
     operation = share.operation.operation
     assert isinstance(operation, ForwardBackward)
-    group, start = share.operation.loss.group, share.operation.taken
-    examples = operation.examples[start * group : (start + share.groups) * group]
-    return share.operation.loss.micro_batch(share.run.trained, examples, all_logprobs=operation.all_logprobs)
+    taken = share.operation.taken
+    return [
+        share.operation.loss.micro_batch(share.run.trained, part, all_logprobs=operation.all_logprobs)
+        for part in share.operation.parts[taken : taken + share.parts]
+    ]
 
 
 def _loss_error(run: TrainingRun, result: MicroBatchResult) -> ServeError:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.tensor_folder import json_bytes, tensor_bytes, write_folder
 from lora_serve.adapters.workers import Done, Work, Workers
 from lora_serve.engine.training.method_settings import adapter_settings
@@ -115,9 +116,10 @@ class ShortOperations:
                 case SaveRun(folder=folder):
                     checkpoint, target = RunCheckpoint.of(run.trained), Path(folder)
                     self._write(run, queued, lambda: checkpoint.write(target))
-                case ExportRun(folder=folder):
+                case ExportRun(folder=folder, durable=durable):
                     adapter, masters = run.trained, run.trained.masters.to("cpu", copy=True)
-                    self._write(run, queued, lambda: self._export(adapter, masters, Path(folder)))
+                    target, disk = Path(folder), Disk(waits=durable)
+                    self._write(run, queued, lambda: self._export(adapter, masters, target, disk))
                 case RestoreRun(optimizer=optimizer):
                     assert isinstance(queued.prepared, RunCheckpoint)
                     queued.prepared.restore(run.trained, optimizer=optimizer)
@@ -152,14 +154,13 @@ class ShortOperations:
         run.fail_all(run_not_found(run.name))
         self._remove_closed()
 
-    def _export(self, adapter: TrainableAdapter, masters: Tensor, folder: Path) -> None:
+    def _export(self, adapter: TrainableAdapter, masters: Tensor, folder: Path, disk: Disk) -> None:
         """Write PEFT's files of an adapter with these master weights."""
         if not masters.isfinite().all():
             raise BadRequest(f"the weights of {adapter.name!r} are not finite; restore what was saved before")
         config, tensors = peft_config(adapter, self._base_name), peft_tensors(adapter, masters)
-        write_folder(
-            folder, {"adapter_config.json": json_bytes(config), "adapter_model.safetensors": tensor_bytes(tensors)}
-        )
+        files = {"adapter_config.json": json_bytes(config), "adapter_model.safetensors": tensor_bytes(tensors)}
+        write_folder(folder, files, disk)
 
     def _optimizer_step(self, run: TrainingRun, operation: OptimizerStep) -> StepResult:
         adam = AdamSettings(operation.betas, operation.eps, operation.weight_decay, operation.max_grad_norm)

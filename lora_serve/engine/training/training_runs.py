@@ -24,7 +24,14 @@ from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
 from lora_serve.engine.training.method_settings import adapter_settings
 from lora_serve.engine.training.micro_batch import TrainingSequence
-from lora_serve.engine.training.run_operations import Done, QueuedOperation, QueuedPass, TrainingRun, group_sizes
+from lora_serve.engine.training.run_operations import (
+    PART_TOKENS,
+    Done,
+    QueuedOperation,
+    QueuedPass,
+    TrainingRun,
+    parts_of,
+)
 from lora_serve.engine.training.run_turns import RunTurn, RunTurns
 from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_pass
 from lora_serve.engine.training.short_operations import ShortOperations, run_not_found
@@ -160,14 +167,15 @@ class TrainingRuns:
                 sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
             except BadRequest as error:
                 raise BadRequest(error.message, param=f"examples.{index}.{error.param}") from None
-        sizes = group_sizes(operation, loss.group, run.virtual_tokens)
+        most = min(PART_TOKENS, self._most_tokens)
+        parts, sizes = parts_of(operation, loss.group, most, run.virtual_tokens)
         if max(sizes) > self._most_tokens:
             raise BadRequest(
                 f"a pass over {max(sizes)} tokens takes {_mib(pass_bytes(self._base, max(sizes)))}, and "
                 f"{_mib(self._trainer.free)} of --training-memory are free: make the sequences shorter",
                 param="examples",
             )
-        return QueuedPass(operation, done, next(self._orders), loss=loss, sizes=sizes)
+        return QueuedPass(operation, done, next(self._orders), loss=loss, parts=parts, sizes=sizes)
 
     def _close(self, name: str, done: Done) -> None:
         run = self._runs.get(name)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lora_serve.engine.training.learning_rate import Decay, LearningRate
 from lora_serve.errors import BadRequest
+from lora_serve.learning_rate import Decay, LearningRate
 
 NAMES: dict[Decay, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

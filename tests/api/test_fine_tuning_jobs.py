@@ -1,0 +1,251 @@
+"""`/v1/fine_tuning` as OpenAI's SDK uses it, over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fake_training import COMPLETIONS, PREFERENCES, TrainingApp
+from stub_admin import StubAdminApp
+
+from lora_serve.api.caller import Caller
+from lora_serve.api.key_file import Keys, hash_key
+
+CALLERS = {
+    "sk-a": Caller("a", admin=True, adapters=("a-*", "ft-*"), key="1"),
+    "sk-b": Caller("b", admin=True, adapters=("b-*",), key="2"),
+    "sk-all": Caller("root", admin=True, key="3"),
+    "sk-plain": Caller("c", adapters=("a-*",), key="4"),
+}
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[TrainingApp]:
+    keys = Keys({hash_key(key): caller for key, caller in CALLERS.items()})
+    async with TrainingApp(tmp_path, keys) as app:
+        yield app
+
+
+async def upload(server: TrainingApp, key: str = "sk-a", lines: list[str] = COMPLETIONS) -> str:
+    content = "\n".join(lines).encode()
+    return (await server.sdk(key).files.create(file=("train.jsonl", content), purpose="fine-tune")).id
+
+
+async def create(server: TrainingApp, key: str = "sk-a", **given: Any) -> Any:
+    given.setdefault("training_file", await upload(server, key))
+    extra = {"adapter": f"{CALLERS[key].name}-x"} | given.pop("extra", {})
+    return await server.sdk(key).fine_tuning.jobs.create(**({"model": "base"} | given), extra_body=extra)
+
+
+async def finish(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
+    async with asyncio.timeout(10):
+        while True:
+            job = await server.sdk(key).fine_tuning.jobs.retrieve(id_)
+            if job.status in ("succeeded", "failed", "cancelled"):
+                return job
+            await asyncio.sleep(0.01)
+
+
+async def refusal(call: Any, error: type[openai.APIStatusError] = openai.BadRequestError) -> tuple[str | None, str]:
+    with pytest.raises(error) as refused:
+        await call
+    return refused.value.param, refused.value.message
+
+
+async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
+    client = server.sdk("sk-a")
+    validation = await upload(server)
+    made = await create(
+        server,
+        validation_file=validation,
+        suffix="My sums!",
+        seed=7,
+        metadata={"k": "v"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+        extra={"lora": {"r": 4, "use_rslora": True, "lora_dropout": 0.1}, "max_length": 32},
+    )
+    assert (made.object, made.status, made.seed, made.metadata) == (
+        "fine_tuning.job",
+        "validating_files",
+        7,
+        {"k": "v"},
+    )
+    assert made.hyperparameters.n_epochs == 2
+    assert made.hyperparameters.batch_size == made.hyperparameters.learning_rate_multiplier == "auto"
+    assert (made.lora["r"], made.lora["use_rslora"], made.lora["seed"], made.max_length) == (4, True, 7, 32)
+    job = await finish(server, made.id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.fine_tuned_model == f"ft:base:a:My sums!:{job.id[-10:]}"
+    assert (job.hyperparameters.batch_size, job.hyperparameters.learning_rate_multiplier) == (4, 1.0)
+    assert job.method.supervised.hyperparameters.n_epochs == 2
+    assert job.trained_tokens > 0
+    assert job.finished_at >= job.created_at
+    assert job.integrations == []
+    table = (await client.files.content(job.result_files[0])).text
+    assert table.startswith("step,train_loss,")
+    assert [each.purpose async for each in client.files.list(purpose="fine-tune-results")] == ["fine-tune-results"]
+    events = [each async for each in client.fine_tuning.jobs.list_events(job.id, limit=3)]
+    assert events[0].message == "The job has successfully completed"
+    assert events[-1].message == f"Created fine-tuning job: {job.id}"
+    assert len({each.id for each in events}) == len(events)
+    metrics = [each.data for each in events if each.type == "metrics"]
+    assert [each["step"] for each in metrics] == [6, 5, 4, 3, 2, 1]  # type: ignore[index]
+    checkpoints = [each async for each in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
+    assert [each.step_number for each in checkpoints] == [6, 3]
+    assert checkpoints[0].metrics.full_valid_loss == 1.0
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-6"
+
+
+async def test_the_name_of_the_result_is_a_model(server: TrainingApp) -> None:
+    made = await create(server, hyperparameters={"n_epochs": 1}, extra={"adapter": "a-x"})
+    job = await finish(server, made.id)
+    client = server.sdk("sk-plain")
+    assert (await client.models.retrieve(job.fine_tuned_model)).id == "a-x"
+    checkpoint = f"{job.fine_tuned_model}:ckpt-step-3"
+    published = f"a-x-{job.id[-10:]}-step-3"
+    assert published not in server.engine.adapters
+    assert (await client.models.retrieve(checkpoint)).id == published  # published when it was asked for
+    before = len(server.engine.published)
+    await client.models.retrieve(checkpoint)
+    assert len(server.engine.published) == before
+    for wrong in (f"{job.fine_tuned_model}:ckpt-step-1", job.fine_tuned_model.replace("base", "other"), "ft:x"):
+        await refusal(client.models.retrieve(wrong), openai.NotFoundError)
+    for name in (job.fine_tuned_model, checkpoint):  # b may use neither
+        await refusal(server.sdk("sk-b").models.retrieve(name), openai.NotFoundError)
+    del server.engine.adapters[published]
+    await refusal(server.sdk("sk-b").models.retrieve(checkpoint), openai.NotFoundError)
+    assert published not in server.engine.adapters
+
+
+async def test_a_job_without_a_name_makes_an_adapter_of_its_own(server: TrainingApp) -> None:
+    training = await upload(server, "sk-all")
+    client = server.sdk("sk-all").fine_tuning.jobs
+    made = await client.create(model="base", training_file=training, suffix="My sums! 2")
+    job = await finish(server, made.id, "sk-all")
+    assert job.adapter.startswith(f"My-sums-2-{job.id[-10:]}@")
+    again = await client.create(model="base", training_file=training, hyperparameters={"n_epochs": 1})
+    assert (await finish(server, again.id, "sk-all")).adapter.startswith("ft-")
+    assert again.seed != job.seed
+
+
+async def test_a_job_is_seen_by_its_own_key_and_by_who_administers_all(server: TrainingApp) -> None:
+    mine, other = await create(server), await create(server, "sk-b")
+    for key, seen in (("sk-a", [mine.id]), ("sk-b", [other.id]), ("sk-all", [other.id, mine.id])):
+        assert [each.id async for each in server.sdk(key).fine_tuning.jobs.list()] == seen
+    jobs = server.sdk("sk-b").fine_tuning.jobs
+    calls = (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list)
+    for call in calls:
+        hidden = await refusal(call(mine.id), openai.NotFoundError)
+        unknown = await refusal(call("ftjob-0"), openai.NotFoundError)
+        assert hidden[1].replace(mine.id, "ftjob-0") == unknown[1]
+    await refusal(server.sdk("sk-plain").fine_tuning.jobs.retrieve(mine.id), openai.PermissionDeniedError)
+    assert (await finish(server, mine.id)).status == "succeeded"
+    await finish(server, other.id, "sk-b")
+
+
+async def test_lists_are_pages_and_select_by_metadata(server: TrainingApp) -> None:
+    ids = [(await create(server, metadata={"n": str(number % 2)} if number else None)).id for number in range(5)]
+    jobs = server.sdk("sk-a").fine_tuning.jobs
+    assert [each.id async for each in jobs.list(limit=2)] == ids[::-1]
+    assert [each.id async for each in jobs.list(metadata={"n": "1"})] == [ids[3], ids[1]]
+    assert [each.id async for each in jobs.list(extra_query={"metadata": "null"})] == [ids[0]]
+    for id_ in ids:
+        await finish(server, id_)
+
+
+async def test_pause_resume_and_cancel(server: TrainingApp) -> None:
+    jobs = server.sdk("sk-a").fine_tuning.jobs
+    id_ = (await create(server)).id
+    assert (await jobs.pause(id_)).status == (await jobs.pause(id_)).status == "paused"
+    assert (await jobs.resume(id_)).status in ("validating_files", "queued", "running")
+    assert (await jobs.resume(id_)).status in ("validating_files", "queued", "running")
+    assert (await jobs.cancel(id_)).status == (await jobs.cancel(id_)).status == "cancelled"
+    assert "has been cancelled" in (await refusal(jobs.pause(id_)))[1]
+    done = (await create(server)).id
+    await finish(server, done)
+    for call in (jobs.cancel, jobs.pause, jobs.resume):
+        assert "has succeeded" in (await refusal(call(done)))[1]
+
+
+async def test_dpo_shows_its_beta(server: TrainingApp) -> None:
+    training = await upload(server, lines=PREFERENCES)
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}}
+    made = await create(server, training_file=training, method=method)
+    job = await finish(server, made.id)
+    assert job.error is None
+    assert job.method.dpo.hyperparameters.beta == 0.3
+    assert job.hyperparameters.n_epochs == 1
+
+
+async def test_a_file_that_does_not_fit_fails_the_job(server: TrainingApp) -> None:
+    made = await create(server, training_file=await upload(server, lines=COMPLETIONS[:3]))
+    job = await finish(server, made.id)
+    assert (job.status, job.fine_tuned_model, job.result_files) == ("failed", None, [])
+    assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
+    events = (await server.sdk("sk-a").fine_tuning.jobs.list_events(made.id)).data
+    assert events[0].level == "error"
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        ({"training_file": "file-1"}, "training_file", "file file-1 does not exist"),
+        ({"validation_file": "file-2"}, "validation_file", "file file-2 does not exist"),
+        ({"model": "gpt-4o"}, "model", "cannot be fine-tuned here; base can"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method", "graders is not supported"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "wandb"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", ""),
+        ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta", "unknown"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method", "in dpo"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {}}, None, "send them in method"),
+        ({"suffix": "x" * 65}, "suffix", ""),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k", ""),
+        ({"extra": {"lora": {"rank": 4}}}, "lora.rank", "unknown"),
+        ({"extra": {"lora": {"init_lora_weights": "eva"}}}, "lora.init_lora_weights", ""),
+        ({"extra": {"trainer": {"load_best_model_at_end": True}}}, None, "need a validation_file"),
+        ({"extra": {"learning_rate": 1}}, "learning_rate", "unknown"),
+        ({"extra": {"adapter": "a b"}}, "adapter", ""),
+    ],
+)
+async def test_what_cannot_be_is_refused_at_once(
+    server: TrainingApp, given: dict[str, Any], param: str | None, message: str
+) -> None:
+    found = await refusal(create(server, **given))
+    assert found[0] == param or param is None, found
+    assert message in found[1]
+    assert [each async for each in server.sdk("sk-a").fine_tuning.jobs.list()] == []
+
+
+async def test_an_adapter_is_the_key_s_own(server: TrainingApp) -> None:
+    assert (await refusal(create(server, extra={"adapter": "b-x"}), openai.PermissionDeniedError))[0] == "adapter"
+    with pytest.raises(openai.ConflictError):
+        await create(server, "sk-all", extra={"adapter": "base"})
+    hidden = await upload(server, "sk-b")
+    assert "does not exist" in (await refusal(create(server, training_file=hidden)))[1]
+
+
+async def test_permissions_are_refused_in_words(server: TrainingApp) -> None:
+    permissions = server.sdk("sk-a").fine_tuning.checkpoints.permissions
+    name = "ft:base:a::0123456789:ckpt-step-1"
+    for call in (
+        permissions.create(name, project_ids=["p"]),
+        permissions.list(name),
+        permissions.delete("cp_1", fine_tuned_model_checkpoint=name),
+    ):
+        assert "no projects" in (await refusal(call))[1]
+
+
+async def test_without_training_every_route_says_how_to_turn_it_on(tmp_path: Path) -> None:
+    server = StubAdminApp(tmp_path)
+    for method, path in (
+        ("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/cancel"), ("POST", "/x/pause"), ("POST", "/x/resume"),
+        ("GET", "/x/events"), ("GET", "/x/checkpoints"),
+    ):  # fmt: skip
+        body = {"model": "base", "training_file": "file-1"} if (method, path) == ("POST", "") else None
+        answer = await server.ask(method, f"/v1/fine_tuning/jobs{path}", json=body)
+        assert answer.status_code == 400
+        assert "--training-memory" in answer.json()["error"]["message"]
