@@ -14,11 +14,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_serve.engine.training.trainable_layout import AdaptedSite
+from lora_serve.engine.training.training_settings import LoraSettings
+from lora_serve.errors import BadRequest
+from lora_serve.model.trainable_base import TrainableBase
+from lora_serve.model.trainable_linear import output_norm
+
+
+class InitialWeights(NamedTuple):
+    """What a module begins with: A [rank, in], B [out, rank] (None: zeros) and DoRA's magnitude [out], float32."""
+
+    a: Tensor
+    b: Tensor | None
+    magnitude: Tensor | None
+
+
+def lora_weights(
+    base: TrainableBase, settings: LoraSettings, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, InitialWeights]:
+    """What the modules of a LoRA adapter begin with, on the host. Takes long where `settings.reads_weights`.
+
+    May run in any thread. Raises BadRequest for settings that do not fit, and where a weight cannot be decomposed.
+
+    Args:
+        go_on: whether it is still wanted; asked before each module.
+    """
+    generator, found = torch.Generator().manual_seed(settings.seed), {}
+    with torch.no_grad():
+        for name, layer in settings.layout(base.shape).layers.items():
+            if not go_on():
+                raise BadRequest("the adapter is not wanted any more")
+            try:
+                a, b = initial_matrices(
+                    settings.init_lora_weights, layer.module, partial(_host_weight, base, name), generator
+                )
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise BadRequest(f"the weight of {name} has no decomposition", param="init_lora_weights") from error
+            magnitude = output_norm(base.weight(name), None).cpu() if layer.magnitude >= 0 else None
+            found[name] = InitialWeights(a, b, magnitude)
+    return found
+
+
+def _host_weight(base: TrainableBase, name: str) -> Tensor:
+    return base.weight(name).cpu()
 
 
 def initial_matrices(

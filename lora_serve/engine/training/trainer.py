@@ -18,14 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.initial_weights import InitialWeights, lora_weights
 from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch
-from lora_serve.engine.training.trainable_adapter import (
-    InitialWeights,
-    TrainableAdapter,
-    adapter_bytes,
-    lora_weights,
-)
+from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.model.trainable_base import TrainableBase
