@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from lora_serve.api.error_handlers import Forbidden
-from lora_serve.api.private_adapters import may_use_private
+from lora_serve.api.private_adapters import is_private, may_use_private
+from lora_serve.errors import BadRequest
 from lora_serve.names import adapter_not_found
 
 Count = Annotated[int, Field(ge=1)]
@@ -80,9 +81,11 @@ class Caller:
         return adapter
 
     def check_may_publish(self, adapter: str, param: str = "name") -> str:
-        """Return the name of an adapter to publish. Raises `Forbidden` if it is not one of this caller's."""
+        """Return the name of an adapter to publish. Raises `Forbidden` if it is not this caller's, `BadRequest`."""
         if not self.may_use(adapter):
             raise Forbidden("this key may not publish an adapter of that name", param=param)
+        if is_private(adapter):
+            raise BadRequest("names of this form are of weights that the server itself publishes", param=param)
         return adapter
 
 

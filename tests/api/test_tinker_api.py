@@ -16,6 +16,7 @@ from stub_training import StubTrainingApp, pass_body, sample_body, samples, step
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
+from lora_serve.api.private_adapters import private_adapter
 from lora_serve.api.tinker import future_results, ordered_calls, sample_runs, sampling_sessions
 from lora_serve.api.tinker.protobuf_messages import SampleResponse
 from lora_serve.api.tinker.sampling_sessions import KEPT_EPHEMERAL
@@ -601,3 +602,15 @@ async def test_results_beyond_the_bound_cost_no_more_than_others() -> None:
     lost = [id_ for id_ in results._entries if (await results.wait(id_, "me", 0)) is future_results.LOST]
     assert len(lost) >= 2990
     assert len(results._whole) <= 5
+
+
+async def test_nothing_is_published_under_the_names_of_sampling_weights(server: StubTrainingApp) -> None:
+    name = private_adapter("")
+    for path in (f"/v1/adapters/{name}", f"/v1/aliases/{name}"):
+        answer = await server.client.put(path, json={"source": "support", "targets": [{"adapter": "poet"}]})
+        assert answer.status_code in (400, 422)
+        assert not any(each.startswith("tinker-") for each in (*server.engine.adapters, *server.engine.aliases))
+    assert (
+        "the server itself publishes"
+        in refusal(await server.client.put(f"/v1/aliases/{name}", json={"targets": [{"adapter": "poet"}]}))[2]
+    )
