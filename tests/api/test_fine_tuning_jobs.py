@@ -115,7 +115,8 @@ async def test_the_name_of_the_result_is_a_model(server: TrainingApp) -> None:
     for wrong in (f"{job.fine_tuned_model}:ckpt-step-1", job.fine_tuned_model.replace("base", "other"), "ft:x"):
         await refusal(client.models.retrieve(wrong), openai.NotFoundError)
     for name in (job.fine_tuned_model, checkpoint):  # b may use neither
-        await refusal(server.sdk("sk-b").models.retrieve(name), openai.NotFoundError)
+        hidden = await refusal(server.sdk("sk-b").models.retrieve(name), openai.NotFoundError)
+        assert f"model {name} does not exist" in hidden[1]  # and not what it stands for
     del server.engine.adapters[published]
     await refusal(server.sdk("sk-b").models.retrieve(checkpoint), openai.NotFoundError)
     assert published not in server.engine.adapters

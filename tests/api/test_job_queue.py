@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,19 @@ async def test_a_preference_job_goes_on_with_the_reference_of_the_base(jobs: Job
     assert jobs.result == await undisturbed(tmp_path, **given)
 
 
+async def test_a_reference_that_was_lost_is_computed_of_the_base_again(jobs: Jobs, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"lines": PREFERENCES, "kind": "preference", "method": "dpo"}
+
+    def lose() -> None:
+        (jobs.store.folder(jobs.store.find(id_)) / "encoded-training" / "reference").unlink()
+        jobs.engine.die()
+
+    when(jobs.engine, OptimizerStep, 5, lose)
+    id_ = await jobs.create(**given)
+    assert (await jobs.end(id_)).status == "succeeded"
+    assert jobs.result == await undisturbed(tmp_path, **given)
+
+
 @pytest.mark.parametrize("step", [1, 4, 8])
 async def test_a_paused_job_goes_on_where_it_was(jobs: Jobs, tmp_path: Path, step: int) -> None:
     when(jobs.engine, OptimizerStep, step, lambda: jobs.queue.pause(id_))
@@ -251,6 +265,29 @@ async def test_a_disk_that_is_full_for_all_loses_nothing(tmp_path: Path) -> None
     assert jobs.result == await undisturbed(tmp_path)
 
 
+async def test_a_job_goes_on_by_itself_if_the_engine_is_lost_while_the_disk_is_full(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.engine.full = True
+    id_ = await jobs.create()
+    await jobs.until(id_, "paused")
+    jobs.engine.die()
+    jobs.engine.alive = jobs.engine.ready = False
+    await asyncio.sleep(0.03)
+    jobs.engine.full = False
+    jobs.engine.alive = jobs.engine.ready = True
+    assert (await jobs.end(id_)).status == "succeeded"
+    assert jobs.result == await undisturbed(tmp_path)
+
+
+async def test_an_adapter_that_the_engine_dies_of_fails_its_job(jobs: Jobs) -> None:
+    jobs.engine.dies_of_publishing = True
+    job = await jobs.end(await jobs.create())
+    assert (job.status, job.error and job.error.code) == ("failed", "engine_fault")
+    assert job.error is not None
+    assert job.error.message.startswith("publishing failed 5 times: ")
+    assert jobs.engine.restarts == 5
+    assert [step for step, _ in jobs.store.saves(job.id).checkpoints()] == [3, 6, 9]  # it can be asked for
+
+
 async def test_jobs_run_a_few_at_a_time_and_wait_for_memory(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, most=2, disk=QuickDisk())
     jobs.engine.memory = 1
@@ -336,6 +373,19 @@ async def test_a_loss_that_is_no_number_fails_the_job(jobs: Jobs) -> None:
     jobs.engine.diverges = True
     job = await jobs.end(await jobs.create())
     assert (job.status, job.error and job.error.code) == ("failed", "training_diverged")
+
+
+async def test_a_validation_loss_that_is_no_number_fails_the_job(jobs: Jobs) -> None:
+    jobs.engine.validation_losses = [1.0, float("nan")]
+    job = await jobs.end(await jobs.create(validation=COMPLETIONS[:10]))
+    assert (job.status, job.error and job.error.code) == ("failed", "training_diverged")
+
+
+async def test_examples_that_the_context_cuts_away_fail_the_job_in_words(jobs: Jobs) -> None:
+    line = json.dumps({"prompt": "x" * 100, "completion": "y"})
+    job = await jobs.end(await jobs.create([line] * 10))
+    assert job.error is not None
+    assert job.error.message.endswith("has nothing to learn within 64 tokens")
 
 
 async def test_runs_are_saved_between_epochs_too(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class JobQueue:
         runner = self._runner(id_)
 
         def change(job: JobRecord) -> JobRecord:
-            self._check_can_change(job, runner, "resumed")
+            if job.finished:
+                raise _has_finished(job, "resumed")
             waits = runner is not None and runner.control.waits_for_space
             if job.status != "paused" or waits:
                 return job
@@ -142,7 +143,7 @@ class JobQueue:
 
     def _check_can_change(self, job: JobRecord, runner: JobRunner | None, how: str) -> None:
         if job.finished:
-            raise BadRequest(f"job {job.id} has {_how(job)} and cannot be {how}", param="fine_tuning_job_id")
+            raise _has_finished(job, how)
         if runner is not None and runner.publishing:
             raise BadRequest(f"job {job.id} is trained and being published: it cannot be {how} any more")
 
@@ -211,5 +212,6 @@ def choose(waiting: Iterable[JobRecord], running: Counter[str], most: int) -> li
     return chosen
 
 
-def _how(job: JobRecord) -> str:
-    return {"succeeded": "succeeded", "failed": "failed"}.get(job.status, "been cancelled")
+def _has_finished(job: JobRecord, how: str) -> BadRequest:
+    ended = {"succeeded": "succeeded", "failed": "failed"}.get(job.status, "been cancelled")
+    return BadRequest(f"job {job.id} has {ended} and cannot be {how}", param="fine_tuning_job_id")

@@ -90,6 +90,8 @@ async def train(
         if order.ends_epoch(position.step):
             if validation is not None:
                 measured = await validation.measure(call, run)
+                if not math.isfinite(measured.loss):
+                    raise Diverged(f"the validation loss of step {position.step} is not finite: try a lower rate")
                 metrics |= _validation_metrics(measured)
                 position = _compared(position, measured.loss)
             await progress.stepped(position, metrics)
