@@ -141,6 +141,15 @@ class JobQueue:
         self._fill()
         return self.store.find(id_)
 
+    async def delete(self, id_: str) -> None:
+        """Remove a finished job and its checkpoints. Raises `BadRequest` if it has not finished."""
+        job = self.store.find(id_)
+        if not job.finished:
+            raise BadRequest(f"job {id_} has not finished: cancel it first", param="fine_tuning_job_id")
+        if (runner := self._runner(id_)) is not None:
+            await runner.ended.wait()
+        await asyncio.to_thread(self.store.delete, id_)
+
     def _check_can_change(self, job: JobRecord, runner: JobRunner | None, how: str) -> None:
         if job.finished:
             raise _has_finished(job, how)
@@ -188,6 +197,7 @@ class JobQueue:
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
+            runner.ended.set()
             del where[job.id]
             if not self._engine.alive or self._engine.ready:  # otherwise it drains
                 self._fill()

@@ -41,6 +41,7 @@ class JobRunner:
 
     Attributes:
         publishing: whether it is too late to pause or cancel.
+        ended: set by the queue, when nothing runs any more.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class JobRunner:
         self._store, self.id, self._engine, self._tokenizer, self._results = store, id_, engine, tokenizer, results
         self.control = JobControl(store, id_, engine, intervals)
         self.publishing = False
+        self.ended = asyncio.Event()
         self._progress: JobProgress | None = None
 
     @property
