@@ -17,7 +17,7 @@ OUT        ?= gpu-check
 TORCH     ?= $(if $(wildcard /dev/nvidiactl /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 CPU_INDEX ?=
 
-.PHONY: serve train-demo test ray-test asan older-cpus emulated check sources-check format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
+.PHONY: serve train-demo test ray-test tinker-test asan older-cpus emulated check sources-check shared-store-test format docs wheel wheel-test image-test gpu-check gpu-tune gpu-wheels clean
 
 serve: $(VENV)/.serve  ## serve the bundled demo, or MODEL=<folder or hub id> [PORT=8000] [ARGS="--adapter-slots 8 ..."]
 	$(BIN)/lora-serve serve $(MODEL) --port $(PORT) $(DEMO) $(ARGS)
@@ -59,6 +59,9 @@ older-cpus: $(VENV)/.dev  ## the kernels' tests on builds for older x86-64 CPUs,
 ray-test: $(VENV)/.ray  ## a Ray cluster on this machine with three replicas, some of which are killed: some minutes
 	$(BIN)/pytest -m ray -s $(or $(ARGS),tests/ray)
 
+tinker-test: .venv-tinker/.tinker  ## Tinker's SDK and two of its cookbook's recipes against a server, which is killed too: minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(or $(ARGS),tests/test_tinker_served.py tests/test_tinker_recipes.py)
+
 emulated: $(VENV)/.dev  ## the kernels' tests on emulated CPUs: aarch64 with and without dot products, x86-64 with AVX2
 	PYTHON=$(BIN)/python bash tests/emulated.sh
 
@@ -71,6 +74,9 @@ check: $(VENV)/.dev  ## style, types, and the import rules
 sources-check: $(VENV)/.dev  ## sources of adapters against an object store, a hub, web servers and a real server
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[sources]"
 	$(BIN)/pytest -m "slow or not slow" tests/sources tests/test_served_sources.py
+
+shared-store-test: $(VENV)/.dev  ## replicas that share a folder or a bucket: seconds to be live at all, twenty kills, random faults
+	$(BIN)/pytest -s -m "slow or not slow" tests/adapters/shared tests/test_served_shared_store.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -108,7 +114,7 @@ gpu-wheels:  ## on a machine with a network: wheels that gpu-check may need, for
 	$(PYTHON) bench/gpu/wheels.py --python $(GPU_PYTHON)
 
 clean:
-	rm -rf $(VENV) .venv-gpu .venv-docs .emulated wheels gpu-check build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .venv-docs .venv-tinker .emulated wheels gpu-check build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -133,6 +139,14 @@ $(VENV)/.ray: requirements/ray.txt $(VENV)/.dev
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.serve
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
+	touch $@
+
+# The recipes in an environment of their own, which sees what the tests have as well.
+.venv-tinker/.tinker: requirements/tinker.txt $(VENV)/.dev
+	$(BIN)/python -m venv .venv-tinker
+	.venv-tinker/bin/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/tinker.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-tinker/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth"
 	touch $@
 
 .venv-docs/.docs: requirements/docs.txt

@@ -24,7 +24,7 @@ sys.path.insert(0, str(DOCS.parent))
 from lora_serve.api.app import create_app  # noqa: E402
 from lora_serve.api.fine_tuning.job_store import JobStore  # noqa: E402
 from lora_serve.config import ServeConfig  # noqa: E402
-from lora_serve.messages import Stats, Update  # noqa: E402
+from lora_serve.messages import SharedStatus, Stats, Update  # noqa: E402
 from lora_serve.metrics import TOTALS_BY_QUANTUM, TOTALS_BY_TIER, Metrics  # noqa: E402
 from lora_serve.sources.totals import RunningFetch, SourceTotals  # noqa: E402
 
@@ -38,6 +38,7 @@ GROUPS = {
     "files": "Files of training data",
     "fine-tuning": "Fine-tuning",
     "tokenizer": "Tokenizer",
+    "tinker": "Tinker's routes",
     "server": "The server",
 }
 PERMISSIONS = {"administer": "an admin key", "read_metrics": "a key that may read metrics"}
@@ -175,7 +176,8 @@ def metrics_page() -> str:
     tiers: Any = {"host": 1, "device": 1}
     by_tier = dict.fromkeys((*TOTALS_BY_TIER, "bytes"), tiers)
     by_tier |= {field: {"forward": 1} for field in TOTALS_BY_QUANTUM}
-    stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, **by_tier)
+    shared = SharedStatus(1, 0, 0.0, 0, True)
+    stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, shared=shared, **by_tier)
     totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])
     metrics = Metrics(lambda: stats, lambda: 0, totals, JobStore(lambda: None).count_by_status)
     metrics.observe(Update([], stats=stats))

@@ -42,6 +42,7 @@ from lora_serve.option_errors import (
     describe_parse_error,
 )
 from lora_serve.remote import RemoteCommand
+from lora_serve.shared_store_commands import CleanSharedCommand
 from lora_serve.store_commands import StoreCommand, StoreCommands
 from lora_serve.top_command import TopCommand
 from lora_serve.train_command import TrainCommand
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 LoadKeys = Callable[[Path | None], "Keys | None"]
 
-POSITIONAL = ("model", "name", "path", "adapter", "target", "folders")
+POSITIONAL = ("model", "name", "path", "adapter", "target", "folders", "url")
 
 
 class Cli(BaseSettings):
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None, load_keys: LoadKeys | None = No
         match chosen:
             case ServeConfig():
                 return serve(chosen, load_keys)
-            case RemoteCommand() | StoreCommand() | KeyCommand():
+            case RemoteCommand() | StoreCommand() | CleanSharedCommand() | KeyCommand():
                 chosen.run()
     except ServeError as error:
         return print_error(1, error.message)

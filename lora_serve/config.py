@@ -62,6 +62,16 @@ def is_public(host: str) -> bool:
         return True
 
 
+def parse_shared_store(url: str) -> tuple[str, str]:
+    """Scheme of a shared store's URL, and what follows it: a folder, or BUCKET/PREFIX. Raises ValueError."""
+    scheme, _, place = url.partition("://")
+    place = place.rstrip("/")
+    plain = not re.search(r"[?#\\\s@]|//", place) and not any(part in (".", "..") for part in place.split("/"))
+    if scheme not in ("file", "s3") or not place or not plain or (scheme == "file") != place.startswith("/"):
+        raise ValueError(f"{url} is not file:///FOLDER or s3://BUCKET/PREFIX")
+    return scheme, place
+
+
 class ServeConfig(BaseSettings):
     """Serve one base model and its LoRA adapters over an OpenAI-style API.
 
@@ -99,6 +109,11 @@ class ServeConfig(BaseSettings):
     )
     store: Path | None = Field(
         None, description="folder where published adapters are kept (default: per base, in the user's data folder)"
+    )
+    shared_store: str | None = Field(
+        None,
+        description="URL of the store that replicas share: file:///… or s3://BUCKET/PREFIX; a change at one is made at "
+        "all (default: none)",
     )
     adapter_source: list[str] = Field(
         [],
@@ -239,6 +254,13 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _sources_are_named_places(cls, value: list[str]) -> list[str]:
         parse_sources(value)
+        return value
+
+    @field_validator("shared_store")
+    @classmethod
+    def _a_shared_store_is_a_place(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_shared_store(value)
         return value
 
     @field_validator("tensor_parallel")

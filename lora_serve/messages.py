@@ -14,7 +14,7 @@ from lora_serve.errors import Failure
 from lora_serve.precondition import ANYTHING, Precondition
 from lora_serve.request import AdapterUse, Event, Pooling, Request, Routing
 from lora_serve.serve_settings import ServeSettings
-from lora_serve.training_messages import RunOperation
+from lora_serve.training_messages import PublishRun, RunOperation
 
 # --- to the engine -----------------------------------------------------------------------------------------------
 
@@ -37,8 +37,9 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     With `replace`, an existing name gets a new version, if `precondition` holds of its current one. `source`: the
     folder on this machine that `folder` is a copy of, or where it was fetched from; empty for an upload. `digest`: that
     of the only version that may be published, or how it begins. `unless_known`: not if the name has versions that are
-    unlisted, either. `trust_settings`: its `serve.yaml` counts, for which an administrator vouches. A folder in staging
-    may hold an archive instead of the files (`ARCHIVE`). Answered with an `AdapterInfo`.
+    unlisted, either. `local`: for this replica alone, also where replicas share a store. `trust_settings`: its
+    `serve.yaml` counts, for which an administrator vouches. A folder in staging may hold an archive instead of the
+    files (`ARCHIVE`). Answered with an `AdapterInfo`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Publish(msgspec.Struct, frozen=True, tag="publish"):
     precondition: Precondition = ANYTHING
     digest: str = ""
     unless_known: bool = False
+    local: bool = False
     trust_settings: bool = False
 
 
@@ -200,6 +202,7 @@ Operation = (
     | ListAliases
     | ListNames
     | Drain
+    | PublishRun
     | RunOperation
 )
 
@@ -338,6 +341,24 @@ class EngineInfo(msgspec.Struct, frozen=True):
     training_memory: int = 0
 
 
+class SharedStatus(msgspec.Struct, frozen=True):
+    """How far a replica has followed the catalog of a shared store.
+
+    Attributes:
+        generation: of the catalog that it follows.
+        behind: adapters and aliases that are not, or not yet, what the catalog says.
+        age: seconds since the catalog was read.
+        errors: how often it could not be read, while the engine process lives.
+        reachable: whether it could be read the last time.
+    """
+
+    generation: int
+    behind: int
+    age: float
+    errors: int
+    reachable: bool
+
+
 class Stats(msgspec.Struct):
     """Engine statistics. Fields ending in `_total` only grow while the engine process lives.
 
@@ -354,6 +375,7 @@ class Stats(msgspec.Struct):
         settings_state: another number whenever what an adapter's name stands for changes; 0 while no version has had
             settings.
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
+        shared: None without a shared store.
         training_runs, training_bytes: how many there are, and the memory they take between passes.
         training_tokens_total: tokens of passes that were finished.
         training_quanta_total, training_seconds_total: pieces of training, by kind, and the engine's time they took.
@@ -385,6 +407,7 @@ class Stats(msgspec.Struct):
     gaps_exceeded_total: int = 0
     step_costs: dict[str, float] = {}
     sticky_headers: list[str] = []
+    shared: SharedStatus | None = None
     settings_state: int = 0
     training_runs: int = 0
     training_bytes: int = 0

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from lora_serve.messages import Stats, Update
+from lora_serve.messages import SharedStatus, Stats, Update
 from lora_serve.request import Admitted
 from lora_serve.source_metrics import SourceCollector
 from lora_serve.sources.totals import SourceTotals
@@ -53,6 +53,7 @@ TOTALS_BY_TIER = {  # totals in `Stats` by tier
     "loads_total": ("lora_serve_adapter_loads", "Adapters brought into a tier."),
     "load_seconds_total": ("lora_serve_adapter_load_seconds", "Seconds spent bringing adapters into a tier."),
 }
+SHARED_ERRORS = "shared_errors"  # a total in `Stats.shared`
 
 
 class Timer:
@@ -259,6 +260,8 @@ class _EngineCollector(Collector):
             self._totals.update(field, {"": getattr(stats, field)})
         for field in TOTALS_BY_TIER | TOTALS_BY_QUANTUM:
             self._totals.update(field, getattr(stats, field))
+        if stats.shared is not None:
+            self._totals.update(SHARED_ERRORS, {"": stats.shared.errors})
         residents = (str(stats.adapter_slots), ",".join(stats.resident), ",".join(stats.waiting_adapters))
         if residents != self._residents:
             self._residents = residents
@@ -311,6 +314,8 @@ class _EngineCollector(Collector):
                 total.add_metric([label] if by else [], value)
             yield total
         yield CounterMetricFamily("lora_serve_engine_restarts", "Engines started after one was lost.", self._restarts())
+        if stats.shared is not None:
+            yield from _of_shared_store(stats.shared, sum(total for _, total in self._totals.by_label(SHARED_ERRORS)))
         yield from self._for_routers(stats)
 
     def _for_routers(self, stats: Stats) -> Iterator[Metric]:
@@ -343,3 +348,17 @@ class _EngineCollector(Collector):
         if self._residents is not None:
             info.add_metric(self._residents, self._changed)
         yield info
+
+
+def _of_shared_store(status: SharedStatus, errors: float) -> Iterator[Metric]:
+    """How far this replica is with the catalog of a shared store."""
+    for name, meaning, value in (
+        ("generation", "Generation of the shared store's catalog that is followed.", status.generation),
+        ("behind", "Adapters and aliases that are not what the catalog says.", status.behind),
+        ("age_seconds", "Seconds since the catalog was read.", status.age),
+        ("up", "Whether the shared store could be read the last time.", float(status.reachable)),
+    ):
+        yield GaugeMetricFamily(f"lora_serve_shared_store_{name}", meaning, value)
+    yield CounterMetricFamily(
+        "lora_serve_shared_store_errors", "Times that the shared store could not be read.", errors
+    )

@@ -29,6 +29,7 @@ from lora_serve.adapters.store.transfer import (
     import_alias,
 )
 from lora_serve.errors import AdapterBroken, BadRequest, ServeError, StorageFull, StoreUnusable, Unavailable
+from lora_serve.shared_store_commands import CleanSharedCommand
 
 
 class StoreCommand(BaseModel, ABC):
@@ -190,6 +191,9 @@ class StoreCommands(BaseModel):
     verify: CliSubCommand[StoreVerifyCommand] = Field(description="hash all files")
     export: CliSubCommand[StoreExportCommand] = Field(description="copy an adapter out, as a PEFT folder")
     import_: CliSubCommand[StoreImportCommand] = Field(alias="import", description="copy adapters in, without a server")
+    clean_shared: CliSubCommand[CleanSharedCommand] = Field(
+        alias="clean-shared", description="remove what is not needed any more from a store that replicas share"
+    )
 
 
 def _rows(contents: StoreContents) -> Iterator[tuple[str, ...]]:

@@ -111,10 +111,23 @@ class RestoreRun(msgspec.Struct, frozen=True, tag="restore_run"):
 
 
 class ExportRun(msgspec.Struct, frozen=True, tag="export_run"):
-    """Write the adapter's PEFT files to a new folder. Answered with None once they are on the disk."""
+    """Write the adapter's PEFT files to a new folder. Answered with None once they are on the disk, if `durable`."""
 
     run: str
     folder: str
+    durable: bool = True
+
+
+class PublishRun(msgspec.Struct, frozen=True, tag="publish_run"):
+    """Publish the adapter as it is now under a new name of the adapter store. Answered with an `AdapterInfo`.
+
+    Attributes:
+        durable: wait until it is on the disk; without, it survives the end of processes, and not that of the machine.
+    """
+
+    run: str
+    name: str
+    durable: bool = True
 
 
 class CloseRun(msgspec.Struct, frozen=True, tag="close_run"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lora_serve.messages import Stats, StepReport, Update
+from lora_serve.messages import SharedStatus, Stats, StepReport, Update
 from lora_serve.metrics import MOST_ADAPTER_LABELS, Metrics
 from lora_serve.request import Admitted, Tokens
 
@@ -178,3 +178,15 @@ def test_routers_see_every_adapter_in_memory_with_its_tier(engine: FakeEngineMet
         'vllm:lora_adapter_load_seconds_sum{level="cpu"} 1.5',
     ):
         assert line in text.splitlines()
+
+
+def test_a_shared_store_shows_how_far_it_is_followed_and_none_shows_nothing(engine: FakeEngineMetrics) -> None:
+    assert not any("shared_store" in name for name in engine.read())
+    engine.stats.shared = SharedStatus(generation=7, behind=2, age=0.4, errors=3, reachable=False)
+    engine.read()
+    engine.restarts = 1
+    engine.stats.shared = SharedStatus(generation=8, behind=0, age=0.1, errors=1, reachable=True)
+    read = engine.read()
+    assert read["lora_serve_shared_store_generation"] == 8
+    assert read["lora_serve_shared_store_up"] == 1
+    assert read["lora_serve_shared_store_errors_total"] == 4

@@ -65,14 +65,27 @@ class AliasOperations:
         check_adapter_name(operation.name, self._base_name)
         self._queue.run(operation.name, lambda end: self._put(operation, end), done)
 
+    def put_shared(self, name: str, record: AliasRecord, done: Done) -> None:
+        """Let a name stand for what the catalog of a shared store says; the result is an `AliasInfo`.
+
+        Raises, through `done`, AdapterExists and AdapterNotFound while what has to come or go first has not.
+        """
+
+        def put(end: Done) -> None:
+            self._check_free(name)
+            for target in record.targets:
+                self._residency.find(AdapterUse(target.name, target.version or None))
+            self._store(name, record, end)
+
+        self._queue.run(name, put, done)
+
     def delete(self, operation: DeleteAlias, done: Done) -> None:
         """Remove an alias; versions that only it kept are freed when their last lease is released."""
         self._queue.run(operation.name, lambda end: self._delete(operation, end), done)
 
     def _put(self, operation: PutAlias, done: Done) -> None:
         name = operation.name
-        if name in self._residency.names or name in self._publisher.broken:
-            raise AdapterExists(f"{name} is the name of an adapter", param="name")
+        self._check_free(name)
         operation.precondition.check(self._etag(name))
         before = self._aliases.records.get(name)
         targets = [self._find_target(number, target) for number, target in enumerate(operation.targets)]
@@ -83,6 +96,15 @@ class AliasOperations:
         if not self._aliases.may_go_by(operation.sticky):
             raise BadRequest(f"aliases may go by {MOST_STICKY_HEADERS} different headers", param="sticky")
         record = AliasRecord(targets, operation.sticky, time.time() if before is None else before.created)
+        self._store(name, record, done)
+
+    def _check_free(self, name: str) -> None:
+        """Check that no adapter has a name. Raises AdapterExists."""
+        if name in self._residency.names or name in self._publisher.broken:
+            raise AdapterExists(f"{name} is the name of an adapter", param="name")
+
+    def _store(self, name: str, record: AliasRecord, done: Done) -> None:
+        before = self._aliases.records.get(name)
         self._aliases.begin(name, record)
 
         def on_stored(error: ServeError | None) -> None:

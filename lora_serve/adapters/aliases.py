@@ -111,7 +111,8 @@ class Aliases:
             self._count(record, 1)
 
     def begin(self, alias: str, record: AliasRecord) -> None:
-        """Keep what an alias is going to stand for."""
+        """Keep what an alias is going to stand for, instead of what it was going to before."""
+        self.cancel(alias)
         self._coming[alias] = record
         self._count(record, 1)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_serve.adapter_files import find_adapter
-from lora_serve.adapters.operations import AdapterOperations
+from lora_serve.adapters.operations import AdapterChanges
 from lora_serve.adapters.residency import Residency
 from lora_serve.adapters.store.records import IDENTITY
 from lora_serve.errors import AdapterInvalid, BadRequest, ServeError, TooLarge
@@ -128,7 +128,7 @@ class FolderWatch:
     def __init__(
         self,
         root: Path,
-        operations: AdapterOperations,
+        operations: AdapterChanges,
         residency: Residency,
         first: Scan,
         *,
@@ -194,7 +194,8 @@ class FolderWatch:
             return
         folder, source, trust = str(self._root / name), state.source, self._trust_settings
         try:
-            self._operations.publish(Publish(name, folder, replace=True, source=source, trust_settings=trust), done)
+            publish = Publish(name, folder, replace=True, source=source, local=True, trust_settings=trust)
+            self._operations.publish(publish, done)
         except ServeError as error:
             done(error)
 

@@ -15,7 +15,6 @@ PEFT files (`store/records.py`), from which this file can be made again.
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -185,7 +184,7 @@ def describe(
 
 
 def write(folder: Path, adapter: Adapter, description: Description) -> None:
-    """Write `NAME` below a version's folder and sync it."""
+    """Write `NAME` below a version's folder; the store waits until it is on the disk."""
     encoded = msgspec.json.encode(description)
     path = folder / NAME
     path.parent.mkdir(exist_ok=True)
@@ -193,8 +192,6 @@ def write(folder: Path, adapter: Adapter, description: Description) -> None:
         head = MAGIC + len(encoded).to_bytes(8, "little") + xxh3_128_digest(encoded) + encoded
         file.write(head + bytes(-len(head) % PAGE))
         file.write(flat_bytes(adapter.flat))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_summary(folder: Path) -> Summary:

@@ -39,6 +39,7 @@ class LoweringJob(msgspec.Struct, frozen=True):
             written, the adapter is only inspected.
         move: whether the files may be moved out of `folder` instead of copied.
         version: the record of a version of the store that is lowered again, of which only the lowered file is written.
+        vocabulary: as in `VersionRecord`, where it is known and the tokenizer does not come with the files.
         trust_settings: whether an administrator vouches for the adapter's `serve.yaml`; otherwise it does not count.
     """
 
@@ -46,6 +47,7 @@ class LoweringJob(msgspec.Struct, frozen=True):
     staged: str = ""
     move: bool = False
     version: VersionRecord | None = None
+    vocabulary: str = ""
     trust_settings: bool = False
 
 
@@ -91,7 +93,7 @@ def run(job: LoweringJob, context: LoweringContext) -> LoweredVersion:
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
     if not {CONFIG, WEIGHTS} <= names:
         raise (AdapterInvalid if job.version is None else AdapterBroken)(describe_missing(names))
-    vocabulary = vocabulary_digest(source) if job.version is None else job.version.vocabulary
+    vocabulary = job.vocabulary or vocabulary_digest(source) if job.version is None else job.version.vocabulary
     folder = source
     kept = KEPT if job.trust_settings or job.version is not None else UNTRUSTED
     if staged is not None and job.version is None:

@@ -13,7 +13,7 @@ import msgspec
 from lora_serve.adapters.alias_operations import describe_problems, open_aliases
 from lora_serve.adapters.folder_watch import describe_missing_adapter, folder_source
 from lora_serve.adapters.lowered_file import Summary
-from lora_serve.adapters.operations import AdapterOperations
+from lora_serve.adapters.operations import AdapterChanges
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Residency
@@ -103,7 +103,7 @@ def open_store(
 
 def publish_folders(
     registry: Registry,
-    operations: AdapterOperations,
+    operations: AdapterChanges,
     residency: Residency,
     folder: Path,
     progress: Progress,
@@ -132,7 +132,9 @@ def publish_folders(
             results[path.name] = result
             progress(len(results), len(changed))
 
-        operation = Publish(path.name, str(path), replace=True, source=source, trust_settings=trust_settings)
+        operation = Publish(
+            path.name, str(path), replace=True, source=source, local=True, trust_settings=trust_settings
+        )
         try:
             operations.publish(operation, done)
         except ServeError as error:

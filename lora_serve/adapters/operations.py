@@ -6,9 +6,10 @@ operations also raise ServeErrors. Those that change what a name refers to, or h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import nsmallest
 from pathlib import Path
+from typing import Protocol
 
 from lora_serve.adapters.alias_operations import AliasOperations
 from lora_serve.adapters.descriptions import describe_adapter, describe_upload
@@ -27,11 +28,19 @@ from lora_serve.request import AdapterUse
 PAGE = 50  # adapters that are described at once: the engine computes nothing else meanwhile
 
 
+class AdapterChanges(Protocol):
+    """Who publishes and deletes: `AdapterOperations`, or where replicas share a store, `SharedOperations`."""
+
+    def publish(self, operation: Publish, done: Done) -> None: ...
+    def delete(self, name: str, done: Done, precondition: Precondition = ANYTHING) -> None: ...
+
+
 class AdapterOperations:
     """The admin operations on the adapters of one resident base.
 
     Attributes:
         aliases: the operations on aliases, which share names and order with these.
+        queue: the order of operations on each name.
 
     Args:
         base_name: name of the base in the API, which no adapter may have.
@@ -40,8 +49,8 @@ class AdapterOperations:
     def __init__(self, registry: Registry, residency: Residency, publisher: Publisher, base_name: str) -> None:
         self._registry, self._residency, self._publisher = registry, residency, publisher
         self._base_name = base_name
-        self._queue = OperationQueue()
-        self.aliases = AliasOperations(registry, residency, publisher, base_name, self._queue)
+        self.queue = OperationQueue()
+        self.aliases = AliasOperations(registry, residency, publisher, base_name, self.queue)
 
     # --- without changes -----------------------------------------------------------------------------------------
 
@@ -97,7 +106,7 @@ class AdapterOperations:
         record = self._residency.names.get(name)
         if record is not None and record.unlisted:
             on_listed = if_successful(lambda _: self.load(name, done), done)
-            self._queue.run(name, lambda end: self._registry.save_name(name, end, unlisted=False), on_listed)
+            self.queue.run(name, lambda end: self._registry.save_name(name, end, unlisted=False), on_listed)
             return
         version = self._residency.current(name)
         version.evict_when_unused = False
@@ -120,24 +129,33 @@ class AdapterOperations:
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def publish(self, operation: Publish, done: Done) -> None:
-        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`."""
+    def publish(self, operation: Publish, done: Done, *, own: bool = False, durable: bool = True) -> None:
+        """Lower and store a folder as a version of a name; the result is an `AdapterInfo`.
+
+        Args:
+            own: this engine wrote the files.
+            durable: see `Store.publish`.
+        """
         check_adapter_name(operation.name, self._base_name)
-        self._queue.run(operation.name, lambda end: self._publish(operation, end), done)
+        self.queue.run(operation.name, lambda end: self._publish(operation, end, own, durable), done)
+
+    def new_folder(self) -> Path:
+        """A folder on the store's file system that is not there yet, for an adapter that is to be published."""
+        return self._publisher.new_folder()
 
     def pin(self, name: str, pinned: bool, done: Done) -> None:
         """Pin an adapter (load it and never evict it), or unpin it; this outlasts the engine."""
-        self._queue.run(name, lambda end: self._pin(name, pinned, end), done)
+        self.queue.run(name, lambda end: self._pin(name, pinned, end), done)
 
     def delete(self, name: str, done: Done, precondition: Precondition = ANYTHING) -> None:
         """Remove an adapter; its memory and files are freed when its last lease is released."""
-        self._queue.run(name, lambda end: self._delete(name, end, precondition), done)
+        self.queue.run(name, lambda end: self._delete(name, end, precondition), done)
 
     def unload(self, name: str, done: Done) -> None:
         """Evict and unlist an adapter, until it is loaded or published again; delete it if it is a folder's copy."""
-        self._queue.run(name, lambda end: self._unload(name, end), done)
+        self.queue.run(name, lambda end: self._unload(name, end), done)
 
-    def _publish(self, operation: Publish, done: Done) -> None:
+    def _publish(self, operation: Publish, done: Done, own: bool, durable: bool) -> None:
         name = operation.name
         stored = self._publisher.stored(name) or NameRecord([])  # more than the residency knows if it is broken
         record = self._residency.names.get(name)
@@ -151,11 +169,12 @@ class AdapterOperations:
             raise AdapterExists(f"adapter {name} exists; PUT publishes a new version of it", param="name")
 
         def on_lowered(staged: StagedVersion) -> None:
-            version, digest = staged.version, staged.version.summary.digest
+            summary = staged.version.summary
+            digest = summary.digest
             try:
                 if not digest.startswith(operation.digest):
                     raise AdapterInvalid(f"this is version {digest}, not {operation.digest[:64]}", param="digest")
-                self._residency.check_publish(name, digest, version.summary.nbytes)
+                self._residency.check_publish(name, digest, summary.nbytes)
                 operation.precondition.check(self._etag(name))
             except ServeError:
                 self._publisher.discard(staged)
@@ -166,19 +185,36 @@ class AdapterOperations:
                 versions = [digest, *(each for each in older if each != digest)]
                 return NameRecord(versions, operation.source, stored.pinned)
 
-            def on_stored(_: None) -> None:
-                self._registry.add_version(version.summary, version.record.created)
-                self._registry.set_name(name, record_now())
-                self._serve_repaired(digest)
-                self._drop_unknown(stored)
-                done(self.describe(name))
-
-            kept = self._residency.stored(name, record_now())
-            self._publisher.store(name, staged, kept, if_successful(on_stored, done))
+            self.store_staged(name, staged, record_now, done, durable=durable)
 
         self._publisher.lower(
-            Path(operation.folder), if_successful(on_lowered, done), trust_settings=operation.trust_settings
+            Path(operation.folder),
+            if_successful(on_lowered, done),
+            trust_settings=operation.trust_settings,
+            own=own,
         )
+
+    def store_staged(
+        self,
+        name: str,
+        staged: StagedVersion,
+        record_now: Callable[[], NameRecord],
+        done: Done,
+        *,
+        durable: bool = True,
+    ) -> None:
+        """Store a lowered version, and let a name, whose turn it is, refer to what `record_now` says then."""
+        version, stored = staged.version, self._publisher.stored(name) or NameRecord([])
+
+        def on_stored(_: None) -> None:
+            self._registry.add_version(version.summary, version.record.created)
+            self._registry.set_name(name, record_now())
+            self._serve_repaired(version.summary.digest)
+            self.drop_unknown(stored)
+            done(self.describe(name))
+
+        kept = self._residency.stored(name, record_now())
+        self._publisher.store(name, staged, kept, if_successful(on_stored, done), durable=durable)
 
     def _pin(self, name: str, pinned: bool, done: Done) -> None:
         self._publisher.check_not_broken(name)
@@ -231,7 +267,7 @@ class AdapterOperations:
         def on_removed(error: ServeError | None) -> None:
             if error is None:
                 self._registry.set_name(name, None)
-                self._drop_unknown(stored)
+                self.drop_unknown(stored)
             elif record is not None and name in self._residency.names:
                 self._registry.change_name(name, unlisted=record.unlisted)
             done(error or info)
@@ -263,7 +299,7 @@ class AdapterOperations:
             if name not in self._residency.names and record.versions[0] == digest:
                 self._registry.set_name(name, record)
 
-    def _drop_unknown(self, stored: NameRecord) -> None:
+    def drop_unknown(self, stored: NameRecord) -> None:
         """Delete versions of a broken name, of which nobody knows any more."""
         for digest in stored.versions:
             if digest not in self._residency.versions:

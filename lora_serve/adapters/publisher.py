@@ -18,7 +18,7 @@ from lora_serve.adapters import lowered_file
 from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringJob
-from lora_serve.adapters.store.records import AliasRecord, NameRecord, VersionRecord
+from lora_serve.adapters.store.records import AliasRecord, FollowedCatalog, NameRecord, VersionRecord
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
 from lora_serve.errors import AdapterBroken, ServeError
@@ -42,6 +42,8 @@ class AdapterCompiler(Protocol):
 
     def lower(self, job: LoweringJob) -> LoweredVersion: ...
 
+    def lower_own(self, job: LoweringJob) -> LoweredVersion: ...
+
 
 class Publisher:
     """The compiler and the store, for one resident base.
@@ -57,17 +59,34 @@ class Publisher:
     # --- lowering ------------------------------------------------------------------------------------------------
 
     def lower(
-        self, folder: Path, done: Callable[[StagedVersion | ServeError], None], *, trust_settings: bool = False
+        self,
+        folder: Path,
+        done: Callable[[StagedVersion | ServeError], None],
+        vocabulary: str = "",
+        *,
+        trust_settings: bool = False,
+        own: bool = False,
     ) -> None:
-        """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied."""
+        """Lower a folder of PEFT files into staging; a folder in staging is removed, another one is copied.
+
+        Args:
+            vocabulary: as in `LoweringJob`.
+            own: this engine wrote the files, so that no process of its own has to read them.
+        """
+        lower = self._compiler.lower_own if own else self._compiler.lower
 
         def work() -> StagedVersion:
             try:
-                return self._lower(self._job(folder, trust_settings))
+                job = self._job(folder, trust_settings)
+                return self._lower(msgspec.structs.replace(job, vocabulary=vocabulary), lower)
             finally:
                 self._remove_staged(folder)
 
-        self._workers.lower(work, done)
+        (self._workers.save if own else self._workers.lower)(work, done)
+
+    def new_folder(self) -> Path:
+        """A folder in staging that is not there yet."""
+        return self._store.new_folder()
 
     def inspect(
         self, folder: Path, done: Callable[[LoweredVersion | ServeError], None], *, trust_settings: bool = False
@@ -86,7 +105,8 @@ class Publisher:
         """Make a stored version's lowered file from its PEFT files, in place of any that it has."""
 
         def work() -> StagedVersion:
-            return self._lower(LoweringJob(str(self._store.folder(digest)), version=self._store.version(digest)))
+            job = LoweringJob(str(self._store.folder(digest)), version=self._store.version(digest))
+            return self._lower(job, self._compiler.lower)
 
         def on_lowered(result: StagedVersion | ServeError) -> None:
             if isinstance(result, ServeError):
@@ -142,16 +162,26 @@ class Publisher:
         """Read a version's lowered file, verified. Blocks; raises AdapterBroken if it is missing or damaged."""
         return lowered_file.read(self._store.folder(digest), digest)
 
-    def store(self, name: str, staged: StagedVersion, record: NameRecord, done: Saved) -> None:
-        """Store a staged version, and let a name refer to it."""
+    def store(self, name: str, staged: StagedVersion, record: NameRecord, done: Saved, *, durable: bool = True) -> None:
+        """Store a staged version, and let a name refer to it; see `Store.publish`."""
 
         def work() -> None:
             try:
-                self._store.publish(name, staged.folder, staged.version.record, record)
+                self._store.publish(name, staged.folder, staged.version.record, record, durable=durable)
             finally:
                 _remove(staged.folder)
 
         self._workers.store(work, done)
+
+    def receive(self, fetch: Callable[[Path], None]) -> Path:
+        """A new folder in staging that `fetch` has filled. Blocks; raises what `fetch` raises."""
+        folder = self._store.stage()
+        try:
+            fetch(folder)
+            return folder
+        except BaseException:
+            _remove(folder)
+            raise
 
     def discard(self, staged: StagedVersion) -> None:
         """Remove a staged version."""
@@ -173,6 +203,10 @@ class Publisher:
         """Remove an alias from the store."""
         self._workers.store(lambda: self._store.remove_alias(alias), done)
 
+    def save_followed(self, followed: FollowedCatalog) -> None:
+        """Note which catalog of a shared store was followed, and how far."""
+        self._workers.store(lambda: self._store.set_followed(followed), lambda result: None)
+
     def drop(self, digest: str) -> None:
         """Delete a version that no name refers to."""
         self._workers.store(lambda: self._store.drop(digest), lambda result: None)
@@ -193,11 +227,11 @@ class Publisher:
     def _job(self, folder: Path, trust_settings: bool) -> LoweringJob:
         return LoweringJob(str(folder), move=self._store.is_staged(folder), trust_settings=trust_settings)
 
-    def _lower(self, job: LoweringJob) -> StagedVersion:
+    def _lower(self, job: LoweringJob, lower: Callable[[LoweringJob], LoweredVersion]) -> StagedVersion:
         """Lower an adapter into a new folder in staging."""
         staged = self._store.stage()
         try:
-            return StagedVersion(staged, self._compiler.lower(msgspec.structs.replace(job, staged=str(staged))))
+            return StagedVersion(staged, lower(msgspec.structs.replace(job, staged=str(staged))))
         except BaseException:
             _remove(staged)
             raise

@@ -16,13 +16,14 @@ T = TypeVar("T")
 Work = Callable[[], T]
 Done = Callable[[T | ServeError], None]
 
+TRANSFERS = 4  # of versions from and to a shared store at the same time
 BUSY_SHARE = 0.02  # of a thread's time that repeated work may take
 
 log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that load adapters, change the store, save training runs, and wait for compiler processes.
+    """Threads that load adapters, change the store and a shared one, save training runs, and wait for compilers.
 
     None delays another kind.
 
@@ -35,6 +36,8 @@ class Workers:
         self._loads = ThreadPoolExecutor(1, "adapter-load")
         self._store = ThreadPoolExecutor(1, "adapter-store")  # one: changes take effect in the order of calls
         self._compilers = ThreadPoolExecutor(compilers, "adapter-compile")
+        self._shared = ThreadPoolExecutor(1, "shared-store")  # one: changes are made in the order of calls
+        self._transfers = ThreadPoolExecutor(TRANSFERS, "shared-transfer")
         self._runs = ThreadPoolExecutor(1, "training-files")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
@@ -56,15 +59,23 @@ class Workers:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
         self._submit(self._compilers, work, done)
 
-    def repeat(self, work: Work[T], done: Done[T], seconds: float) -> None:
+    def change_shared(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work` in the thread that changes the shared store, in the order of calls; `done` as in `load`."""
+        self._submit(self._shared, work, done)
+
+    def transfer(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which copies files from or to the shared store; `done` as in `load`."""
+        self._submit(self._transfers, work, done)
+
+    def repeat(self, work: Work[T], done: Done[T], seconds: float, share: float = BUSY_SHARE) -> None:
         """Run `work` in a thread of its own again and again, with pauses; `done` as in `load`.
 
-        A pause is so long, or longer where the work takes long: `BUSY_SHARE` of the time at most.
+        A pause is so long, or longer where the work takes long: `share` of the time at most.
         """
 
         def run() -> None:
             took = 0.0
-            while not self._closed.wait(max(seconds, took / BUSY_SHARE)):
+            while not self._closed.wait(max(seconds, took / share)):
                 begun = time.monotonic()
                 self._run(work, done)
                 took = time.monotonic() - begun
@@ -93,7 +104,8 @@ class Workers:
     def close(self) -> None:
         """Wait for running work and drop queued work; what repeats is not repeated."""
         self._closed.set()
-        for executor in (self._loads, self._compilers, self._store, self._runs):
+        executors = (self._loads, self._compilers, self._transfers, self._shared, self._store, self._runs)
+        for executor in executors:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:

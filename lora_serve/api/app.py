@@ -38,6 +38,13 @@ from lora_serve.api.request_id import RequestId
 from lora_serve.api.services import EngineProtocol, Services, ServicesDep, staging_of
 from lora_serve.api.source_fetches import SourceFetches
 from lora_serve.api.sse import ClientDisconnected
+from lora_serve.api.tinker import (
+    tinker_checkpoints_api,
+    tinker_sampling_api,
+    tinker_sessions_api,
+    tinker_training_api,
+)
+from lora_serve.api.tinker.tinker_service import TinkerService
 from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
@@ -49,7 +56,14 @@ from lora_serve.sources.totals import SourceTotals
 OPEN_PATHS = ("/health", "/ready")  # without a key
 RATE_HEADERS = [f"x-ratelimit-{part}-{of}" for part in ("limit", "remaining", "reset") for of in ("requests", "tokens")]
 USAGE_FILE, FILES, JOBS = "usage.sqlite", "files", "fine-tuning-jobs"  # in the adapter store's folder
-QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked for every few seconds; so are files of the page
+# Asked for every few seconds; so are files of the page.
+QUIET_PATHS = (
+    *OPEN_PATHS,
+    "/metrics",
+    "/api/v1/retrieve_future",
+    "/api/v1/session_heartbeat",
+    "/api/v1/telemetry",
+)
 
 router = APIRouter(tags=["server"])
 
@@ -110,11 +124,12 @@ def create_app(
         sources,
     )
     app.state.services = services
+    tinker = app.state.tinker = TinkerService(services)
     owners = {EVERYBODY.owner} if keys is None else keys.owners
-    starts: list[Callable[[], Any]] = [partial(files.open_at_start, owners), sources.start, jobs.start]
+    starts: list[Callable[[], Any]] = [partial(files.open_at_start, owners), sources.start, jobs.start, tinker.start]
     for start in starts:
         app.router.add_event_handler("startup", start)
-    for close in (jobs.close, sources.close, usage.close, files.close):
+    for close in (jobs.close, tinker.close, sources.close, usage.close, files.close):
         app.router.add_event_handler("shutdown", close)
     if traces is not None:
         app.router.add_event_handler("shutdown", traces.close)
@@ -154,11 +169,16 @@ def create_app(
         lora_routes,
         file_routes,
         job_routes,
+        tinker_sessions_api,
+        tinker_training_api,
+        tinker_sampling_api,
+        tinker_checkpoints_api,
         usage_routes,
         key_routes,
         page,
     ):
         app.include_router(routes.router)
+    app.include_router(tinker_sessions_api.unread)
     app.include_router(router)
     return app
 

@@ -17,6 +17,8 @@ from lora_serve.api.caller import EVERYBODY, Caller
 from lora_serve.api.error_handlers import Forbidden, Unauthenticated
 from lora_serve.api.key_file import Keys
 
+TINKER_PREFIX = "tml-"  # Tinker's clients send no key without it, so any key may be sent with it
+
 
 def authorize(request: Request) -> Caller:
     """The caller of a request, by its bearer token or, as Anthropic's clients send it, `x-api-key`.
@@ -39,7 +41,8 @@ def _find_caller(request: Request) -> Caller:
         key = request.headers.get("x-api-key", "")
     if not key.strip():
         raise Unauthenticated("an API key is needed: Authorization: Bearer <key>, or x-api-key: <key>")
-    if (caller := keys.find(key.strip())) is None:
+    key = key.strip()
+    if (caller := keys.find(key) or keys.find(key.removeprefix(TINKER_PREFIX))) is None:
         raise Unauthenticated("unknown API key")
     return caller
 

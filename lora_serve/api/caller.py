@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from lora_serve.api.error_handlers import Forbidden
+from lora_serve.api.private_adapters import may_use_private
 from lora_serve.names import adapter_not_found
 
 Count = Annotated[int, Field(ge=1)]
@@ -68,6 +69,8 @@ class Caller:
 
     def may_use(self, adapter: str) -> bool:
         """Whether this caller may see, use and, as an admin, change an adapter."""
+        if (own := may_use_private(adapter, self.owner)) is not None:
+            return own
         return self.adapters is None or any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
     def check_may_use(self, adapter: str) -> str:

@@ -126,7 +126,7 @@ async def _load(name: str, path: str, services: Services, caller: Caller, *, rep
     async with staging_folder(services.staging) as folder:
         await asyncio.to_thread(archive.copy, source, folder, roots, services.config.max_adapter_size)
         try:
-            await services.engine.call(Publish(name, str(folder), replace=replace, source=str(source)))
+            await services.engine.call(Publish(name, str(folder), replace=replace, source=str(source), local=True))
         except AdapterExists as error:
             hint = "; load_inplace: true replaces an adapter" if not replace and "exists" in error.message else ""
             raise AdapterExists(error.message.partition(";")[0] + hint, param="lora_name") from None

@@ -191,7 +191,7 @@ class SourceFetches:
                 async with self._slots.take(source.name, key):
                     begun = time.monotonic()
                     async with self._fetch(location, left) as folder:
-                        publish = Publish(name, str(folder), source=location.label, unless_known=True)
+                        publish = Publish(name, str(folder), source=location.label, unless_known=True, local=True)
                         info = await self._published(publish)
             except AdapterNotFound:
                 left -= time.monotonic() - begun

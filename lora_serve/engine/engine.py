@@ -19,8 +19,10 @@ from typing import Any
 
 import msgspec
 
+from lora_serve.adapters.operation_queue import if_successful
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.registry import Registry
+from lora_serve.adapters.sharing import SharedOperations
 from lora_serve.config import ServeConfig
 from lora_serve.engine.active_requests import ActiveRequests
 from lora_serve.engine.grammar_compiler import GrammarCompiler
@@ -62,7 +64,8 @@ from lora_serve.messages import (
     UnloadAdapter,
     Update,
 )
-from lora_serve.training_messages import CreateRun, RunOperation
+from lora_serve.names import check_adapter_name
+from lora_serve.training_messages import CreateRun, ExportRun, PublishRun, RunOperation
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Engine:
         info: the base model and limits, as reported to clients.
         max_queue: maximum number of waiting sequences.
         ranks: the other processes that share the base.
+        shared: the changes that all replicas make, where these share a store.
         training: adapters that are trained on the base; None: there is no memory for any.
         clock: seconds, from which durations of steps are taken.
     """
@@ -92,6 +96,7 @@ class Engine:
         *,
         max_queue: int,
         ranks: Ranks | None = None,
+        shared: SharedOperations | None = None,
         training: TrainingRuns | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -103,6 +108,7 @@ class Engine:
         self._runner = runner
         self._registry = registry
         self._operations = operations
+        self._shared = shared
         self._grammars = grammars
         self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue, clock)
         self._replies: list[Reply] = []
@@ -141,6 +147,7 @@ class Engine:
             PrefillPacer(config.itl_target, config.ttft_target, buckets=parts.runner.token_buckets),
             max_queue=config.max_queue,
             ranks=parts.ranks,
+            shared=parts.shared,
             training=parts.training,
         )
 
@@ -304,12 +311,22 @@ class Engine:
 
         `done` is called with its result or a ServeError, now or later. Also raises ServeError.
         """
-        operations = self._operations
+        operations, shared = self._operations, self._shared
         match call.operation:
             case Drain():
                 self._draining = [*(self._draining or []), call.id]
+            case Publish() if shared is not None:
+                shared.publish(call.operation, done)
+            case DeleteAdapter(name, precondition) if shared is not None:
+                shared.delete(name, done, precondition)
+            case PutAlias() if shared is not None:
+                shared.put_alias(call.operation, done)
+            case DeleteAlias() if shared is not None:
+                shared.delete_alias(call.operation, done)
             case Publish():
                 operations.publish(call.operation, done)
+            case PublishRun():
+                self._publish_run(call.operation, done)
             case Inspect():
                 operations.inspect(call.operation, done)
             case ListAdapters(after):
@@ -342,6 +359,18 @@ class Engine:
                 done(list(islice(operations.names(), most)))
             case _:
                 self._train(call.operation, done)
+
+    def _publish_run(self, operation: PublishRun, done: Callable[[Any], None]) -> None:
+        """Write a run's adapter into the store's staging and publish it from there, without a compiler process."""
+        check_adapter_name(operation.name, self.info.model)
+        folder = str(self._operations.new_folder())
+
+        def publish(_: Any) -> None:
+            named = Publish(operation.name, folder)
+            self._operations.publish(named, done, own=True, durable=operation.durable)
+
+        # Not waited for: the store waits for its files, if it is to.
+        self._train(ExportRun(operation.run, folder, durable=False), if_successful(publish, done))
 
     def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
         if self._training is None:
@@ -377,6 +406,8 @@ class Engine:
             step_costs={"decode": costs.decode(1), "prompt": costs.fixed, "prompt_token": costs.per_token},
         )
         self._registry.fill_stats(stats)
+        if self._shared is not None:
+            stats.shared = self._shared.status()
         if self._training is not None:
             self._training.fill_stats(stats)
         return stats

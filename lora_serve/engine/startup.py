@@ -20,6 +20,9 @@ from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
+from lora_serve.adapters.shared.shared_location import open_objects
+from lora_serve.adapters.shared.shared_store import SharedStore
+from lora_serve.adapters.sharing import SharedOperations
 from lora_serve.adapters.store.location import default_store_folder, describe_other_stores
 from lora_serve.adapters.store.store import Store
 from lora_serve.adapters.workers import Workers
@@ -53,6 +56,7 @@ class EngineParts:
 
     Attributes:
         ranks: the other processes that share its base, if there are any.
+        shared: the changes that all replicas make, if these share a store.
         training: None if there is no memory for it.
     """
 
@@ -63,6 +67,7 @@ class EngineParts:
     operations: AdapterOperations
     grammars: GrammarCompiler
     ranks: Ranks | None
+    shared: SharedOperations | None
     training: TrainingRuns | None
 
 
@@ -110,7 +115,7 @@ def _build_parts(
     if config.store is None:
         notes += describe_other_stores(config.model, fingerprint, root)
     workers = Workers(wake, compilers=max(2, physical_cores() // 2))
-    registry, operations, compiler = _open_adapters(
+    registry, operations, shared, compiler = _open_adapters(
         config, store, loaded, fingerprint, setup.device_slots, setup.adapter_bytes, workers, progress, notes
     )
     training = None
@@ -155,7 +160,7 @@ def _build_parts(
     )
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     runner = Runner(base, config.kv_block_size, device, setup.tokens)
-    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, training)
+    return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, shared, training)
 
 
 def _open_adapters(
@@ -168,8 +173,11 @@ def _open_adapters(
     workers: Workers,
     progress: Callable[[str, float], None],
     notes: list[str],
-) -> tuple[Registry, AdapterOperations, Compiler]:
-    """The adapters of the store and of `config.adapters`; what the operator should know of them is added to `notes`."""
+) -> tuple[Registry, AdapterOperations, SharedOperations | None, Compiler]:
+    """The adapters of the store, of a shared one and of `config.adapters`.
+
+    What the operator should know of them is added to `notes`.
+    """
     host = int(config.adapter_cache_memory)
     elements = host // loaded.dtype.itemsize
     context = LoweringContext(
@@ -186,15 +194,30 @@ def _open_adapters(
         progress(f"lowering adapters ({done} of {of})", 0.92 + 0.08 * done / of)
 
     notes += open_store(registry, residency, publisher, config.served_name(), report)
+    shared = None
+    if config.shared_store is not None:
+        objects = open_objects(config.shared_store)
+        shared = SharedOperations(
+            SharedStore(objects, fingerprint, config.served_name(), store.followed()),
+            operations,
+            registry,
+            residency,
+            publisher,
+            workers,
+            base_name=config.served_name(),
+            keep_versions=config.keep_versions,
+        )
+        notes += shared.start(report)
     if config.adapters is not None:
+        changes = shared or operations
         folder, trust = config.adapters, config.trust_settings
         scanner = FolderScanner(folder, trust_settings=trust)
         first = scanner.scan() or {}
-        notes += publish_folders(registry, operations, residency, folder, report, trust_settings=trust)
+        notes += publish_folders(registry, changes, residency, folder, report, trust_settings=trust)
         if config.watch:
-            watch = FolderWatch(folder, operations, residency, first, trust_settings=trust)
+            watch = FolderWatch(folder, changes, residency, first, trust_settings=trust)
             workers.repeat(scanner.scan, watch.handle, SCAN_EVERY)
-    return registry, operations, compiler
+    return registry, operations, shared, compiler
 
 
 def _grammar_tokenizer(config: ServeConfig, loaded: LoadedModel) -> LLTokenizer:

@@ -62,6 +62,8 @@ class AppOptions(BaseModel):
     @model_validator(mode="after")
     def _others_are_the_servers(self) -> AppOptions:
         for name in self.model_extra or {}:
+            if name == "shared_store":
+                raise ValueError("shared_store is not an option here: the journal brings changes to all replicas")
             if name in NOT_HERE:
                 raise ValueError(f"{name} is not an option here: replicas have their own")
             if name not in ServeConfig.model_fields:

@@ -17,7 +17,7 @@ from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.adapters.lowering_job import LoweredVersion, LoweringContext, LoweringJob, run
 from lora_serve.adapters.opening import open_store, publish_folders
 from lora_serve.adapters.operations import AdapterOperations
-from lora_serve.adapters.publisher import Publisher
+from lora_serve.adapters.publisher import AdapterCompiler, Publisher
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.residency import Budget, Residency
 from lora_serve.adapters.store.disk import Disk
@@ -39,6 +39,9 @@ class InProcessCompiler:
     def lower(self, job: LoweringJob) -> LoweredVersion:
         return run(job, self._context)
 
+    def lower_own(self, job: LoweringJob) -> LoweredVersion:
+        return self.lower(job)
+
 
 class RegistryHarness:
     """A registry on a small base, with blocking versions of its operations."""
@@ -54,18 +57,19 @@ class RegistryHarness:
         dtype: torch.dtype = torch.float32,
         base: BaseShape = BASE,
         disk: Disk | None = None,
+        workers: Workers | None = None,
+        compiler: AdapterCompiler | None = None,
     ) -> None:
         self.folder = folder
         self.device_slots = DeviceSlots(base, slots, dtype, torch.device("cpu"))
         self.residency = Residency(Budget(slots, memory, device), keep_versions)
         self.store = Store(folder / "store", "a fingerprint", disk=disk)
-        workers = Workers(lambda: None, compilers=2)
-        compiler = InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))
-        publisher = Publisher(self.store, compiler, workers)
+        self.workers = workers = workers or Workers(lambda: None, compilers=2)
+        compiler = compiler or InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))
+        self.publisher = publisher = Publisher(self.store, compiler, workers)
         self.registry = Registry(self.residency, self.device_slots, publisher, workers)
         self.operations = AdapterOperations(self.registry, self.residency, publisher, BASE_NAME)
         self.progress: list[tuple[int, int]] = []
-        self._publisher = publisher
         self.notes = open_store(
             self.registry, self.residency, publisher, BASE_NAME, lambda *now: self.progress.append(now)
         )

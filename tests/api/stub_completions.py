@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,8 @@ class StubCompletionEngine(StubAdminEngine):
 class StubCompletionApp:
     """An app on a `StubCompletionEngine`, and a client."""
 
+    make_engine: Callable[[Path, int], StubCompletionEngine] = StubCompletionEngine
+
     def __init__(
         self,
         store: Path,
@@ -149,7 +151,7 @@ class StubCompletionApp:
         traces: RequestTraces | None = None,
         **options: Any,
     ) -> None:
-        self.engine = StubCompletionEngine(store, context)
+        self.engine = type(self).make_engine(store, context)
         config = ServeConfig(model="base", store=store, **options)
         self.app: FastAPI = create_app(self.engine, tokenizer or byte_tokenizer(), config, keys, traces)
         transport = httpx.ASGITransport(self.app)

@@ -40,6 +40,7 @@ EVERYTHING: dict[str, Any] = ALL | {
     "insecure": True,
     "keys": {"secret": ""},
 }
+SHARED: dict[str, Any] = {"replicas": 3, "sharedStore": {"claim": "adapters"}}
 
 
 def strict(**properties: Any) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def test_the_chart_is_clean() -> None:
     assert [each for each in report["messages"] if each["severity"] > 1] == []
 
 
-@pytest.mark.parametrize("values", [{}, ALL, EVERYTHING], ids=["defaults", "all", "everything"])
+@pytest.mark.parametrize("values", [{}, ALL, EVERYTHING, SHARED], ids=["defaults", "all", "everything", "shared"])
 def test_every_field_is_one_that_kubernetes_knows(values: dict[str, Any]) -> None:
     for resource in render(**values).values():
         if resource["kind"] in KINDS:
@@ -116,6 +117,9 @@ def test_the_validation_finds_a_wrong_field() -> None:
         ({"options": {"port": 3}}, "options"),
         ({"replicas": 2}, "a store has one server"),
         ({"keys": {"secret": ""}}, "insecure: true"),
+        ({"sharedStore": {"url": "gs://bucket"}}, "url"),
+        ({"sharedStore": {"url": "s3://bucket", "claim": "adapters"}}, "not both"),
+        ({"options": {"model": "m", "shared_store": "s3://bucket"}}, "shared_store"),
     ],
 )
 def test_mistakes_in_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
@@ -169,6 +173,23 @@ def test_an_uninstall_keeps_the_store_and_without_persistence_there_may_be_repli
     several = render(replicas=3, persistence={"enabled": False})
     assert several["Deployment/lora-serve"]["spec"]["replicas"] == 3
     assert not any(name.startswith("PersistentVolumeClaim") for name in several)
+
+
+def test_replicas_that_share_a_store_have_copies_and_no_claim_of_their_own() -> None:
+    bucket = {"replicas": 3, "sharedStore": {"url": "s3://bucket/adapters"}}
+    for values, url in ((SHARED, "file:///shared"), (bucket, "s3://bucket/adapters")):
+        resources = render(**values)
+        assert served_options(resources).shared_store == url
+        assert not any(name.startswith("PersistentVolumeClaim") for name in resources)
+        spec = resources["Deployment/lora-serve"]["spec"]
+        assert (spec["replicas"], "strategy" in spec) == (3, False)
+        volumes = {each["name"]: each for each in pod(resources)["volumes"]}
+        assert volumes["data"]["emptyDir"] == {}
+    mounts = {each["name"]: each["mountPath"] for each in pod(render(**SHARED))["containers"][0]["volumeMounts"]}
+    assert mounts["shared"] == "/shared"
+    (shared,) = [each for each in pod(render(**SHARED))["volumes"] if each["name"] == "shared"]
+    assert shared["persistentVolumeClaim"] == {"claimName": "adapters"}
+    assert "shared" not in {each["name"] for each in pod(render(**bucket))["volumes"]}
 
 
 def test_the_endpoint_picker_uses_the_plugins_that_it_has() -> None:

@@ -7,11 +7,32 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class Disk:
-    """The file system. All methods raise OSError."""
+    """The file system. All methods raise OSError.
+
+    Args:
+        waits: whether `write` and `sync` wait for the disk; without, what is written survives the end of processes, and
+            not that of the machine.
+    """
+
+    _waits = True
+
+    def __init__(self, *, waits: bool = True) -> None:
+        self._waits = waits
+
+    @contextmanager
+    def waiting(self, waits: bool) -> Iterator[None]:
+        """Wait for the disk meanwhile, or do not. For the only thread that uses this object."""
+        before, self._waits = self._waits, self._waits and waits
+        try:
+            yield
+        finally:
+            self._waits = before
 
     def make_folder(self, path: Path) -> None:
         """Create a folder and its parents, if missing."""
@@ -22,7 +43,8 @@ class Disk:
         with path.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if self._waits:
+                os.fsync(file.fileno())
 
     def copy(self, source: Path, target: Path) -> None:
         """Copy a file; a failure may leave a part of it."""
@@ -39,7 +61,8 @@ class Disk:
         """Wait until a file's content, or a folder's list of entries, is on the disk."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            if self._waits:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

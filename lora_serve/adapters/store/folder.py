@@ -4,6 +4,7 @@ lora-serve-store.json   marker: the format, and which base the adapters are for
 versions/<digest>/      version.json, the PEFT files as they came, and lowered/, which can be made again from them
 names/<name>.json       the versions of a name
 aliases/<name>.json     the names and versions that an alias stands for
+shared.json             which catalog of a shared store was followed, and how far
 staging/                unfinished work of this server, swept when the store is opened
 set-aside/              what was found and not understood, or had no name; never deleted by the server
 lock                    held by the process that has the store open
@@ -42,6 +43,7 @@ class StoreFolder:
         self.disk = disk or Disk()
         self.marker = root / MARKER
         self.lock = root / "lock"
+        self.shared = root / "shared.json"
         self.versions = root / "versions"
         self.names = root / "names"
         self.aliases = root / "aliases"

@@ -51,12 +51,14 @@ class NameRecord(msgspec.Struct, frozen=True):
     """The versions of a name, by digest, newest first; the plain name refers to the first.
 
     `source`: the folder that the newest is a copy of, or that folder's signature. Empty for an upload.
+    `shared`: whether the catalog of a shared store decides it.
     """
 
     versions: list[str]
     source: str = ""
     pinned: bool = False
     unlisted: bool = False
+    shared: bool = False
 
 
 class TargetRecord(msgspec.Struct, frozen=True):
@@ -71,11 +73,15 @@ class TargetRecord(msgspec.Struct, frozen=True):
 
 
 class AliasRecord(msgspec.Struct, frozen=True):
-    """What an alias stands for. `sticky`: `user`, `header:NAME` or nothing; `created` in seconds since the epoch."""
+    """What an alias stands for. `sticky`: `user`, `header:NAME` or nothing; `created` in seconds since the epoch.
+
+    `shared`: whether the catalog of a shared store decides it.
+    """
 
     targets: list[TargetRecord]
     sticky: str = ""
     created: float = 0.0
+    shared: bool = False
 
     @property
     def etag(self) -> str:
@@ -85,6 +91,13 @@ class AliasRecord(msgspec.Struct, frozen=True):
     def names(self, adapter: str, version: str | None = None) -> bool:
         """Whether it names an adapter, or this version of it."""
         return any(each.name == adapter and version in (None, each.version) for each in self.targets)
+
+
+class FollowedCatalog(msgspec.Struct, frozen=True):
+    """Which catalog of a shared store this one is a copy of, and up to which of its generations it has been seen."""
+
+    id: str = ""
+    generation: int = 0
 
 
 class StoreMarker(msgspec.Struct, frozen=True):

@@ -20,10 +20,12 @@ from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.store.folder import LOWERED, RECORD, StoreFolder, unwanted_entries
 from lora_serve.adapters.store.records import (
     AliasRecord,
+    FollowedCatalog,
     NameRecord,
     VersionRecord,
     find_damage,
     find_missing,
+    read_sealed,
     read_version,
     seal,
     version_digest,
@@ -87,6 +89,16 @@ class Store:
         """Alias → why its record cannot be read, of the others."""
         return dict(self._aliases.unreadable)
 
+    def followed(self) -> FollowedCatalog:
+        """Which catalog of a shared store was followed, and how far; if that cannot be read, whatever comes is."""
+        if not self._folder.shared.exists():
+            return FollowedCatalog()
+        try:
+            return read_sealed(self._folder.shared, FollowedCatalog)
+        except ValueError as error:
+            log.warning("%s (in %s); the shared store is followed whatever it was before", error, self._folder.root)
+            return FollowedCatalog()
+
     def version(self, digest: str) -> VersionRecord:
         """The record of a version that a name refers to. Raises AdapterBroken if it is damaged or missing."""
         if digest in self._versions:
@@ -123,24 +135,31 @@ class Store:
             self._disk.make_folder(path)
             return path
 
+    def new_folder(self) -> Path:
+        """The path of a folder in staging that somebody else is to make."""
+        return self._folder.new_path("publish")
+
     def is_staged(self, folder: Path) -> bool:
         """Whether a folder is in the store's staging, so that publishing may move it."""
         staging = self.staging.resolve()
         return staging in folder.resolve().parents
 
-    def publish(self, name: str, staged: Path, version: VersionRecord, named: NameRecord) -> None:
+    def publish(
+        self, name: str, staged: Path, version: VersionRecord, named: NameRecord, *, durable: bool = True
+    ) -> None:
         """Move a staged folder into the store as `version`, and let `name` refer to it.
 
         The folder holds the version's PEFT files, and its lowered form in `lowered/`; other files are removed. If the
         store has the version, only its lowered form is replaced, unless it is damaged: then it is set aside. After a
-        failure the folder may be incomplete, or gone.
+        failure the folder may be incomplete, or gone. Unless it is to be `durable`, it is not waited for the disk: if
+        the machine ends, the version may be found damaged.
 
         Raises: AdapterInvalid if the files are not those of the version.
         """
         check_name(name)
         if not self.is_staged(staged) or version.digest not in named.versions:
             raise ValueError("only a staged folder can be published, as a version of the name")
-        with self._writing():
+        with self._writing(), self._disk.waiting(durable):
             added = self._add(staged, version)
             self._damaged.pop(version.digest, None)
             for each, record in self._names.items():
@@ -210,6 +229,11 @@ class Store:
         check_name(alias)
         with self._writing():
             self._aliases.remove(alias)
+
+    def set_followed(self, followed: FollowedCatalog) -> None:
+        """Note which catalog of a shared store was followed, and how far."""
+        with self._writing():
+            self._folder.replace_file(self._folder.shared, seal(followed))
 
     def drop(self, digest: str) -> None:
         """Delete a version, if there. Raises AdapterBusy if a name refers to it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.tensor_folder import json_bytes, tensor_bytes, write_folder
 from lora_serve.adapters.workers import Workers
 from lora_serve.engine.training.method_settings import adapter_settings
@@ -88,11 +89,11 @@ class ShortOperations:
                 case SaveRun(folder=folder):
                     checkpoint, target = RunCheckpoint.of(run.trained), Path(folder)
                     self._write(run, queued, lambda: checkpoint.write(target))
-                case ExportRun(folder=folder):
+                case ExportRun(folder=folder, durable=durable):
                     config, tensors = peft_config(run.trained, self._base_name), peft_tensors(run.trained)
                     files, target = {"adapter_config.json": json_bytes(config)}, Path(folder)
-                    model = "adapter_model.safetensors"
-                    self._write(run, queued, lambda: write_folder(target, files | {model: tensor_bytes(tensors)}))
+                    model, disk = "adapter_model.safetensors", Disk(waits=durable)
+                    self._write(run, queued, lambda: write_folder(target, files | {model: tensor_bytes(tensors)}, disk))
                 case RestoreRun(optimizer=optimizer):
                     assert queued.checkpoint is not None
                     queued.checkpoint.restore(run.trained, optimizer=optimizer)

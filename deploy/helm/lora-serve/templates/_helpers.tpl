@@ -19,6 +19,23 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- .Values.options | default $demo | toYaml }}
 {{- end }}
 
+{{- /* URL of the store that replicas share; empty without one. */}}
+{{- define "lora-serve.sharedStore" -}}
+{{- if .Values.sharedStore.claim }}
+{{- if .Values.sharedStore.url }}
+{{- fail "sharedStore: give url or claim, not both" }}
+{{- end }}
+{{- print "file:///shared" }}
+{{- else }}
+{{- .Values.sharedStore.url }}
+{{- end }}
+{{- end }}
+
+{{- /* Whether /data is a claim. */}}
+{{- define "lora-serve.persistent" -}}
+{{- if and .Values.persistence.enabled (not (include "lora-serve.sharedStore" .)) }}yes{{ end }}
+{{- end }}
+
 {{- /* The file that --config names. */}}
 {{- define "lora-serve.options" -}}
 {{- $fixed := dict "host" "0.0.0.0" "port" .Values.port "drain_timeout" .Values.drain.timeout }}
@@ -28,6 +45,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $_ := set $fixed "insecure" true }}
 {{- else }}
 {{- fail "keys.secret: name a Secret with keys, or say insecure: true" }}
+{{- end }}
+{{- with include "lora-serve.sharedStore" . }}
+{{- $_ := set $fixed "shared_store" . }}
 {{- end }}
 {{- merge $fixed (include "lora-serve.base" . | fromYaml) | toYaml }}
 {{- end }}
