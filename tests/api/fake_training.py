@@ -170,7 +170,7 @@ class FakeTrainingEngine(StubAdminEngine):
         ]
         if operation.loss == "dpo":
             pairs = len(operation.examples) // 2
-            loss, metrics = 0.7 * pairs, {"accuracy": 0.5}
+            loss, metrics = 0.7 * pairs, {"rewards_accuracy": 0.5}
         else:
             loss = sum(0.5 * weight for each in operation.examples for weight in each.inputs["weights"])
             metrics = {}
@@ -180,7 +180,8 @@ class FakeTrainingEngine(StubAdminEngine):
         else:
             run.gradients.append(encoded)
         loss = float("nan") if self.diverges else loss
-        return PassResult(loss, logprobs, metrics, tokens)
+        learnt = sum(bool(weight) for each in operation.examples for weight in each.inputs["weights"])
+        return PassResult(loss, logprobs, metrics, tokens, hits=learnt)
 
 
 def _hash(*parts: str) -> str:

@@ -104,6 +104,9 @@ async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
     checkpoints = [each async for each in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
     assert [each.step_number for each in checkpoints] == [6, 3]
     assert checkpoints[0].metrics.full_valid_loss == 1.0
+    assert checkpoints[0].metrics.train_mean_token_accuracy == 1.0
+    assert checkpoints[0].metrics.valid_mean_token_accuracy == 1.0
+    assert checkpoints[0].metrics.full_valid_mean_token_accuracy == 1.0
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-6"
 
 

@@ -43,7 +43,7 @@ from lora_serve.errors import AdapterExists, AdapterNotFound, BadRequest, Unavai
 from lora_serve.messages import DescribeAlias
 from lora_serve.names import check_adapter_name
 
-MOST_LISTED, LISTED = 1000, 20
+MOST_LISTED, LISTED = 100, 20  # as OpenAI; a page is made on the event loop
 _METADATA = re.compile(r"metadata\[(.{0,64})\]", re.DOTALL)
 NO_PERMISSIONS = (
     "this server has no projects to share checkpoints with: a key may use a checkpoint's model if it may use the "

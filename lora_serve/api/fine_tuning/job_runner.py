@@ -115,8 +115,8 @@ class JobRunner:
             if failures == MOST_FAILURES:  # perhaps it is this job that the engine dies of
                 raise EngineFault(f"training failed {failures} times after step {step}: {reason}")
             if self._engine.restarts != restarts or not self._engine.ready:
+                await self.control.wait(self.control.intervals.engine)  # which ends here if the server ends
                 self.control.tell("warn", "The engine was lost; training goes on from the last save when it is back")
-                await self.control.wait(self.control.intervals.engine)
             else:
                 self.control.tell("warn", f"Training goes on from the last save: {reason}")
                 await self.control.wait(self.control.intervals.retry)
