@@ -18,6 +18,7 @@ from lora_serve.api.fine_tuning.job_control import Intervals
 from lora_serve.api.fine_tuning.job_queue import choose
 from lora_serve.api.fine_tuning.job_records import TrainerSettings
 from lora_serve.api.fine_tuning.job_saves import RUN
+from lora_serve.api.fine_tuning.job_store import TRAINING
 from lora_serve.errors import BadRequest
 from lora_serve.training_messages import CreateRun, ForwardBackward, OptimizerStep, SaveRun
 
@@ -287,6 +288,23 @@ async def test_an_adapter_that_the_engine_dies_of_fails_its_job(jobs: Jobs) -> N
     assert job.error.message.startswith("publishing failed 5 times: ")
     assert jobs.engine.restarts == 5
     assert [step for step, _ in jobs.store.saves(job.id).checkpoints()] == [3, 6, 9]  # it can be asked for
+
+
+async def test_a_job_that_is_cancelled_on_a_full_disk_is_so_after_a_restart(tmp_path: Path) -> None:
+    class FreedDisk(FullDisk):
+        def remove(self, path: Path) -> None:
+            self.full = self.full and path.name != TRAINING  # the job's own data filled it
+            super().remove(path)
+
+    disk = FreedDisk()
+    jobs = Jobs(tmp_path, disk=disk)
+    id_ = await jobs.create()
+    await jobs.until(id_, "running")
+    disk.full = True
+    await jobs.queue.cancel(id_)
+    await jobs.end(id_)
+    await jobs.queue.close()
+    assert Jobs(tmp_path, disk=QuickDisk()).store.find(id_).status == "cancelled"
 
 
 async def test_jobs_run_a_few_at_a_time_and_wait_for_memory(tmp_path: Path) -> None:

@@ -203,7 +203,10 @@ class JobStore:
         return self._folder() / job.id
 
     def clean_up(self, id_: str) -> None:
-        """Remove what a finished job does not need any more; its checkpoints stay."""
+        """Remove what a finished job does not need any more; its checkpoints stay.
+
+        Its record is written once more: if the disk was full when it finished, it is not there yet.
+        """
         job, saves = self.find(id_), self.saves(id_)
         try:
             for name in (TRAINING, VALIDATION, *ENCODED.values()):
@@ -211,6 +214,10 @@ class JobStore:
             saves.keep_adapters_only()
         except OSError as error:
             log.error("what job %s does not need any more cannot be removed: %s", id_, error)
+        try:
+            self.update(id_, lambda job: job)
+        except ServeError as error:
+            log.error("the record of job %s cannot be written: %s", id_, error.message)
 
     # --- on disk -----------------------------------------------------------------------------------------------------
 
