@@ -43,7 +43,7 @@ from lora_serve.errors import AdapterExists, AdapterNotFound, BadRequest, Unavai
 from lora_serve.messages import DescribeAlias
 from lora_serve.names import check_adapter_name
 
-MOST_LISTED, LISTED = 100, 20  # as OpenAI; a page is made on the event loop
+MOST_JOBS_LISTED, MOST_LISTED, LISTED = 100, 1000, 20  # a job is large, and pages are made on the event loop
 _METADATA = re.compile(r"metadata\[(.{0,64})\]", re.DOTALL)
 NO_PERMISSIONS = (
     "this server has no projects to share checkpoints with: a key may use a checkpoint's model if it may use the "
@@ -131,7 +131,11 @@ async def create_job(
 
 @router.get("/jobs")
 async def list_jobs(
-    request: Request, jobs: Jobs, caller: Administrator, after: After = None, limit: Limit = LISTED
+    request: Request,
+    jobs: Jobs,
+    caller: Administrator,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_JOBS_LISTED)] = LISTED,
 ) -> JobPage:
     """This key's jobs, newest first; `metadata[key]=value` selects, and `metadata=null` those without any."""
     wanted = {match[1]: value for name, value in request.query_params.items() if (match := _METADATA.fullmatch(name))}
