@@ -277,11 +277,15 @@ class AdapterInfo(msgspec.Struct, frozen=True):
 
 
 class ResolvedAdapter(msgspec.Struct, frozen=True):
-    """The version that a name, or an alias, stands for: the adapter's name, the whole digest, and its settings."""
+    """The version that a name, or an alias, stands for: the adapter's name, the whole digest, and its settings.
+
+    `vocab_size`: number of its tokens, if it differs from the base's.
+    """
 
     name: str
     digest: str
     settings: ServeSettings | None = None
+    vocab_size: int | None = None
 
 
 class AdapterFiles(msgspec.Struct, frozen=True):

@@ -132,14 +132,16 @@ def _invalid(problem: str) -> AdapterInvalid:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without references, which make large things of small ones, without repeated names, and not deep."""
+    """YAML without references, which make large things of small ones, tags, or repeated names, and not deep."""
 
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "references (*name) are not read", event.start_mark)
+        if (tag := getattr(event, "tag", None)) is not None:  # !!set has no order, by which added tokens get their ids
+            raise yaml.composer.ComposerError(None, None, f"tags ({tag}) are not read", event.start_mark)
         self._depth += 1
         if self._depth > DEEPEST:
             raise RecursionError
@@ -152,3 +154,9 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode) and len(mapping) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a name is given twice", node.start_mark)
         return dict(mapping)
+
+
+# As in YAML 1.2 and JSON; YAML 1.1, which is PyYAML's, takes 1e-3 for a text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

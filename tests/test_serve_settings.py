@@ -51,6 +51,13 @@ def test_one_stop_string_needs_no_list() -> None:
     assert parse_settings(b"stop: END").stop == ("END",)
 
 
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "0.1e-2", "+1.e-3", "1.0e-3", "0.001"])
+def test_numbers_may_be_written_as_in_json(number: str) -> None:
+    assert parse_settings(f"min_p: {number}\nstop: [1e, e3, '1e3']".encode()) == ServeSettings(
+        min_p=0.001, stop=("1e", "e3", "1e3")
+    )
+
+
 @pytest.mark.parametrize("end", [0, 1])
 def test_a_request_may_say_what_settings_may(end: int) -> None:
     """Both have limits of their own; a default beyond a request's would be one that no client could ask for."""
@@ -92,7 +99,9 @@ def test_a_request_may_say_what_settings_may(end: int) -> None:
         ("temperature: [", "(line 1)"),
         ("a: 1\n---\nb: 2", "another document (line 2)"),
         ("system: &x a\nstop: *x", "references (*name) are not read (line 2)"),
-        ("system: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("system: !!python/object/apply:os.system [ls]", "tags (tag:yaml.org,2002:python/object/apply:os.system) are"),
+        ("added_tokens: !!set {a, b}", "tags (tag:yaml.org,2002:set) are not read (line 1)"),
+        ("system: !a b", "tags (!a) are not read"),
         ("? [a]\n: 1", "unhashable"),
         ("system: 2020-99-99", "month must be in 1..12"),
         ("[" * 50_000, "nested too deeply"),

@@ -141,10 +141,17 @@ def _bound(limits: CompilerLimits, context: LoweringContext) -> None:
     """Let this process run no longer, and become no larger, than allowed."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(used.ru_utime + used.ru_stime) + limits.seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
+    _limit(resource.RLIMIT_CORE, 0, 0)
     memory = _data_size() + limits.memory + context.base_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    _limit(resource.RLIMIT_DATA, memory, memory)
+
+
+def _limit(kind: int, soft: int, hard: int) -> None:
+    """Set a limit of this process, or leave it at what it is held to already, which no process may raise."""
+    _, most = resource.getrlimit(kind)
+    hard = hard if most == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(kind, (min(soft, hard), hard))
 
 
 def _data_size() -> int:

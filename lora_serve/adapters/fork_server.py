@@ -74,8 +74,7 @@ class ForkServer:
     def fork(self) -> None:
         """Start the server as a copy of this process, which should have one thread and all modules imported."""
         ours, theirs = socket.socketpair()
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the threads of a BLAS
-            pid = os.fork()
+        pid = _fork()
         if not pid:
             ours.close()
             _serve(theirs, self._target)
@@ -83,12 +82,17 @@ class ForkServer:
         self._control, self._pid = ours, pid
 
     def start(self) -> ForkedProcess:
-        """Start a process that runs the target. Raises EOFError or OSError if that fails twice."""
+        """Start a process that runs the target. Raises EOFError or OSError if that fails twice.
+
+        Processes that run go on in any case, unless the server was killed.
+        """
         with self._lock:
             if self._control is not None:
                 try:
                     return _request(self._control)
-                except (OSError, EOFError):  # the server was killed
+                except (OSError, EOFError):
+                    if _is_open(self._control):  # no process could be made, or it was killed at once
+                        return _request(self._control)
                     self.close()
             self._control, self._pid = self._spawn()
             return _request(self._control)
@@ -140,6 +144,22 @@ def _request(control: socket.socket) -> ForkedProcess:
         raise
 
 
+def _is_open(control: socket.socket) -> bool:
+    """Whether the server, which sends nothing, has its end of the socket."""
+    try:
+        control.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _fork() -> int:
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the threads of a BLAS
+        return os.fork()
+
+
 def _serve(control: socket.socket, target: Target) -> NoReturn:
     """Fork a process for each request, and tell how it ended; until the other end of the socket is closed."""
     try:
@@ -162,10 +182,18 @@ def _serve(control: socket.socket, target: Target) -> NoReturn:
                 continue
             request, descriptors, _, _ = socket.recv_fds(control, 1, 2)
             if not request:
+                for pid in running:  # also of a system on which they would outlive this process if they are stopped
+                    os.kill(pid, signal.SIGKILL)
                 os._exit(0)
-            connection, status = descriptors
             server = os.getpid()
-            pid = os.fork()
+            try:
+                connection, status = descriptors  # fewer if this process has too many open
+                pid = _fork()
+            except (OSError, ValueError):  # the other end sees that nobody has these
+                traceback.print_exc()
+                for each in descriptors:
+                    os.close(each)
+                continue
             if not pid:
                 for each in (control.detach(), woken, waker, status, *running.values()):
                     os.close(each)

@@ -90,7 +90,8 @@ class Registry:
     def resolve(self, use: AdapterUse, routing: Routing = NO_ROUTING) -> ResolvedAdapter:
         """The version that `acquire` would lease, and its settings. Raises as that does."""
         use, version = self._find(use, routing)
-        return ResolvedAdapter(use.name, version.digest, version.summary.settings)
+        summary = version.summary
+        return ResolvedAdapter(use.name, version.digest, summary.settings, summary.traits.vocabulary or None)
 
     def release(self, lease: Lease) -> None:
         """Release a lease; after the last one, free a version that is unnamed or marked for eviction."""

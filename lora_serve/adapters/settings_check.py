@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from lora_serve.errors import AdapterInvalid
 from lora_serve.names import SETTINGS
 from lora_serve.serve_settings import MOST_BYTES, ServeSettings, parse_settings
@@ -43,10 +41,14 @@ def _try_template(template: str, system: str | None) -> None:
             texts = render_jinja_template(
                 [[*first, *talk]], chat_template=template, add_generation_prompt=True, **_SPECIAL
             )
-        except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it can raise whatever it likes
             problem = f"it cannot write a short conversation: {str(error)[:200]}"
             raise AdapterInvalid(f"{SETTINGS}: chat_template: {problem}", param="settings") from None
         text = texts[0][0]
+        if not text:
+            raise AdapterInvalid(f"{SETTINGS}: chat_template: it writes nothing", param="settings")
         if len(text) > LONGEST_PROMPT + len(template) + len(system or ""):
             problem = f"it makes {len(text):,} characters of a few words"
             raise AdapterInvalid(f"{SETTINGS}: chat_template: {problem}", param="settings")

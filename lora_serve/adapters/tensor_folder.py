@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,20 +43,23 @@ def write_folder(folder: Path, files: Mapping[str, bytes], disk: Disk | None = N
     Raises BadRequest if it exists, StorageFull and StoreUnusable; then there is no folder.
     """
     disk = disk or Disk()
-    if folder.exists():
-        raise BadRequest("the folder exists already", param="folder")
-    unfinished = folder.with_name(folder.name + UNFINISHED)
+    if not folder.is_absolute() or folder.name in ("", "..") or "\0" in str(folder):
+        raise BadRequest("the folder is no absolute path of one", param="folder")
+    unfinished, own = folder.with_name(folder.name + UNFINISHED), False
     try:
+        if os.path.lexists(folder):
+            raise BadRequest("the folder exists already", param="folder")
         disk.remove(unfinished)
         disk.make_folder(unfinished)
         for name, content in files.items():
             disk.write(unfinished / name, content)
         disk.sync(unfinished)
         disk.move(unfinished, folder)
+        own = True
         disk.sync(folder.parent)
     except OSError as error:
         log.error("%s cannot be written: %s", folder, error)
-        for path in (unfinished, folder):
+        for path in (unfinished, *([folder] if own else [])):  # another may have made the folder meanwhile
             with suppress(OSError):
                 disk.remove(path)
         if error.errno in StorageFull.errnos:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Workers:
-    """Threads that load adapters, change the store and a shared one, save training runs, and wait for compilers.
+    """Threads that load adapters, change the store and a shared one, wait for compilers, begin and save training runs.
 
     None delays another kind.
 
@@ -39,6 +39,7 @@ class Workers:
         self._shared = ThreadPoolExecutor(1, "shared-store")  # one: changes are made in the order of calls
         self._transfers = ThreadPoolExecutor(TRANSFERS, "shared-transfer")
         self._runs = ThreadPoolExecutor(1, "training-files")
+        self._decompositions = ThreadPoolExecutor(1, "training-weights")
         self._finished: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake = wake
         self._closed = threading.Event()
@@ -54,6 +55,10 @@ class Workers:
     def save(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which reads or writes files of training runs, in the order of calls; `done` as in `load`."""
         self._submit(self._runs, work, done)
+
+    def decompose(self, work: Work[T], done: Done[T]) -> None:
+        """Run `work`, which computes what an adapter begins with from the base's weights; `done` as in `load`."""
+        self._submit(self._decompositions, work, done)
 
     def lower(self, work: Work[T], done: Done[T]) -> None:
         """Run `work`, which waits for a compiler process; `done` as in `load`."""
@@ -104,8 +109,8 @@ class Workers:
     def close(self) -> None:
         """Wait for running work and drop queued work; what repeats is not repeated."""
         self._closed.set()
-        executors = (self._loads, self._compilers, self._transfers, self._shared, self._store, self._runs)
-        for executor in executors:
+        executors = (self._loads, self._compilers, self._transfers, self._shared, self._store)
+        for executor in (*executors, self._runs, self._decompositions):
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, executor: ThreadPoolExecutor, work: Work[T], done: Done[T]) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.openai.chat_schemas import ChatCompletion, Message
-from lora_serve.api.openai.preprocess import resolve_adapters
+from lora_serve.api.openai.preprocess import engine_info, resolve_adapters
 from lora_serve.api.openai.schemas import Generation, ModelSelection
 from lora_serve.api.services import Services
 from lora_serve.api.settings_cache import PromptTools, Writing, make_tools
@@ -40,11 +40,13 @@ class AdaptedCall:
         uses: its adapters; exact versions if any of them has settings.
         services: with the tokenizer and the chat format that the adapters ask for.
         settings: adapter → its settings, of those that have some.
+        vocab_size: number of the model's tokens with these adapters; known if there are settings.
     """
 
     uses: tuple[AdapterUse, ...]
     services: Services
     settings: tuple[tuple[str, ServeSettings], ...] = ()
+    vocab_size: int = 0
 
     def setting(self, name: str) -> Any:
         """What the adapters say; None if they do not. Raises BadRequest if they say different things."""
@@ -58,6 +60,10 @@ class AdaptedCall:
                     param="adapter",
                 )
         return found[0][1] if found else None
+
+    def max_tokens(self, requested: int | None) -> int | None:
+        """What the adapters say about the length of a reply, if the request does not."""
+        return self.setting("max_tokens") if requested is None else None
 
     def complete(self, body: Body) -> Body:
         """A body with the adapters' defaults where it says nothing."""
@@ -84,10 +90,15 @@ class AdaptedCall:
         return messages if system is None else [Message(role="system", content=system), *messages]
 
     def _stop_token_ids(self) -> list[int]:
-        found, missing = find_tokens(self.services.tokenizer, self.setting("stop_tokens") or ())
-        if missing is not None:
+        names = self.setting("stop_tokens") or ()
+        found, missing = find_tokens(self.services.tokenizer, names)
+        reason = None if missing is None else no_token(missing)
+        for name, token in zip(names, found, strict=False):
+            if token >= self.vocab_size:
+                reason = f"{name[:50]!r} in stop_tokens, token {token} of a model that has {self.vocab_size}"
+        if reason is not None:
             adapter = next(name for name, settings in self.settings if settings.stop_tokens)
-            raise adapter_broken(adapter, f"its {SETTINGS} has {no_token(missing)}")
+            raise adapter_broken(adapter, f"its {SETTINGS} has {reason}")
         return found
 
 
@@ -118,7 +129,8 @@ async def adapt(
         AdapterUse(version.name, version.digest, use.weight, settings_applied=True)
         for version, use in zip(versions, uses, strict=True)
     )
-    adapted = AdaptedCall(exact, services, settings)
+    own = (version.vocab_size for version in versions if version.vocab_size)
+    adapted = AdaptedCall(exact, services, settings, next(own, engine_info(services).vocab_size))
     writing = adapted.setting("chat_template") if chat else None, adapted.setting("added_tokens") or ()
     if writing == (None, ()):
         return adapted

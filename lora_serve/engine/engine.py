@@ -69,6 +69,7 @@ from lora_serve.training_messages import CreateRun, ExportRun, PublishRun, RunOp
 
 log = logging.getLogger(__name__)
 
+MOST_TRAINING = 0.1  # seconds between two steps, from which on no further quantum begins
 MIN_STEP_TOKENS = 16  # a step's token budget is not lowered below this after out-of-memory errors
 
 
@@ -252,14 +253,17 @@ class Engine:
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
     def train(self) -> bool:
-        """Run a quantum of training, or what fits between two steps, if it is its turn; whether any was run."""
+        """Run a quantum of training, or what fits between two steps, if it is its turn; whether any was run.
+
+        However large its share is, messages are received and a step runs after `MOST_TRAINING`.
+        """
         if self._training is None or not self._training.pending:
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
         load = ServingLoad(self._serving, prompts)
         ran = seconds = self._training.advance(load)
-        while seconds and load.active and self._training.pending:
+        while seconds and load.active and self._training.pending and ran < MOST_TRAINING:
             seconds = self._training.advance(load)
             ran += seconds
         if self.step_in_flight:

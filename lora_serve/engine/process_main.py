@@ -209,7 +209,8 @@ def _prepare() -> None:
         from lora_serve.adapters.compiler import fork_compilers
     except Exception:  # it is raised again where the parent gets a message
         return
-    fork_compilers()
+    with suppress(OSError):  # too many processes: it is tried again with the first adapter
+        fork_compilers()
 
 
 def _build(config: ServeConfig, *, wake: Callable[[], None], progress: Callable[[str, float], None]) -> EngineCore:

@@ -109,6 +109,7 @@ class TrainableBase:
         Virtual tokens' rows have any id; the gradient of their tables comes with that of the first layer's input.
         """
         body = self._model.get_submodule(self.shape.body)
+        self._calls = []  # of a pass that could not begin
         learned = any(each.table.requires_grad for each in step.virtual_tokens)
         with self._running(step), torch.set_grad_enabled(learned):
             body(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -45,6 +46,21 @@ def take_time(path: str) -> Tensor:
 def wait(path: str) -> Tensor:
     time.sleep(60)
     return HEAD
+
+
+class HeldToLess:
+    """Weights in a process that may run for less than a compiler's time, which nobody may raise."""
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[[str], Tensor]], tuple[()]]:
+        return hold_to_less, ()
+
+    def __call__(self, path: str) -> Tensor:
+        raise AssertionError("it is another one where it is read")
+
+
+def hold_to_less() -> Callable[[str], Tensor]:
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+    return head
 
 
 def compiler(weight: Callable[[str], Tensor] = head) -> Compiler:
@@ -107,6 +123,10 @@ def test_a_chat_template_that_takes_too_much_is_refused_with_its_adapter(
     (folder / "serve.yaml").write_text(f'chat_template: "{template}"')
     with pytest.raises(AdapterInvalid, match=what):
         compiler().lower(LoweringJob(str(folder), trust_settings=True))
+
+
+def test_limits_of_the_system_that_are_lower_stay(tmp_path: Path) -> None:
+    assert compiler(HeldToLess()).lower(dora(tmp_path / "a")).summary.rank == 4
 
 
 def test_a_crash_costs_one_adapter(tmp_path: Path) -> None:

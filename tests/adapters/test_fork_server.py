@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -55,6 +56,22 @@ def test_many_at_once_are_of_one_server(server: ForkServer) -> None:
         answers = list(threads.map(lambda number: _ask(server, str(number)), range(40)))
     assert [answer for answer, _ in answers] == [str(number) for number in range(40)]
     assert len({parent for _, parent in answers}) == 1
+
+
+def test_a_process_that_cannot_be_started_costs_no_other(server: ForkServer) -> None:
+    running, (_, parent) = server.start(), _ask(server, "")
+    for limited in (parent, os.getpid()):  # to as many open files as it has
+        limits = resource.prlimit(limited, resource.RLIMIT_NOFILE)
+        resource.prlimit(limited, resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises((EOFError, OSError)):
+                server.start()
+        finally:
+            resource.prlimit(limited, resource.RLIMIT_NOFILE, limits)
+        assert _ask(server, "b") == ("b", parent)
+    running.connection.send("a")
+    assert running.connection.recv() == ("a", parent)
+    assert running.close() == 0
 
 
 def test_a_killed_server_takes_its_processes_along_and_is_started_again(server: ForkServer) -> None:

@@ -101,6 +101,8 @@ def test_inspecting_shows_what_publishing_would_do(harness: RegistryHarness) -> 
         (b"chat_template: \"{{ raise_exception('no') }}\"", "short conversation: no"),
         (b"chat_template: '{{ 1 // 0 }}'", "short conversation"),
         (b"chat_template: '{{ messages.__class__.__mro__ }}'", "unsafe"),
+        (b"chat_template: '{{ cycler().next() }}'", "short conversation: at least one item"),
+        (b"chat_template: '{% if false %}{% endif %}'", "it writes nothing"),
         (b"chat_template: '{% include \"x\" %}'", "short conversation"),
         (b"chat_template: '{% for i in range(99999) %}xxxxxxxxxx{% endfor %}'", "characters of a few words"),
     ],

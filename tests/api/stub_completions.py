@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class StubCompletionEngine(StubAdminEngine):
     def __init__(self, store: Path, context: int = CONTEXT) -> None:
         super().__init__()
         self.info = engine_info(store, max_model_len=context, eos_token_ids=(EOS,), hidden_size=4)
-        self.reply = b"hello"
+        self.reply: Sequence[int] = b"hello"
         self.requests: list[Request] = []
         self.closed: list[str] = []
         self.events = 0  # token events that were taken

@@ -52,7 +52,13 @@ class SettingsEngine(StubCompletionEngine):
             if name not in self.settings:
                 raise AdapterNotFound(f"adapter {name} does not exist", param="adapter")
         return [
-            {"name": name, "digest": self.current[name], "settings": _builtins(self.settings[name])} for name in names
+            {
+                "name": name,
+                "digest": self.current[name],
+                "settings": _builtins(self.settings[name]),
+                "vocab_size": self.adapters[name].versions[0].vocab_size if name in self.adapters else None,
+            }
+            for name in names
         ]
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -200,11 +206,32 @@ async def test_added_tokens_are_those_that_transformers_adds(server: Server) -> 
     assert (await server.ok("/detokenize", tokens=[104, 258], adapter="poet"))["prompt"] == "h<|im_start|>"
 
 
+async def test_added_tokens_that_are_generated_are_part_of_the_text(server: Server) -> None:
+    added = ("<|verse|>", "<|end|>")
+    server.engine.publish("poet", ServeSettings(added_tokens=added, stop=("<|end|>",)))
+    server.engine.reply = [ord("a"), 258, ord("b"), 259, ord("c")]
+    said = await server.ok("/v1/completions", prompt="hi", adapter="poet", logprobs=0)
+    assert said["choices"][0]["text"] == "a<|verse|>b"
+    assert said["choices"][0]["logprobs"]["tokens"][:3] == ["a", "<|verse|>", "b"]
+    said = await server.ok("/v1/chat/completions", messages=HI, adapter="poet", stop=[])
+    assert said["choices"][0]["message"]["content"] == "a<|verse|>b<|end|>c"
+    said = await server.ok("/v1/chat/completions", messages=HI, adapter="clerk")
+    assert said["choices"][0]["message"]["content"] == "abc"
+
+
 async def test_a_stop_token_that_is_none_is_the_adapter_s_fault(server: Server) -> None:
     server.engine.publish("poet", ServeSettings(stop_tokens=("<|nothing|>",)))
     answer = await server.chat(adapter="poet")
     assert answer.status_code == 409
     assert "'<|nothing|>' in stop_tokens, which is no token" in answer.json()["error"]["message"]
+
+
+async def test_a_stop_token_that_the_model_cannot_have_is_the_adapter_s_fault(server: Server) -> None:
+    """One that was added, but for which the adapter has no row: nothing that the client sent is wrong."""
+    server.engine.publish("poet", ServeSettings(added_tokens=("<|a|>", "<|b|>", "<|c|>"), stop_tokens=("<|c|>",)))
+    answer = await server.chat(adapter="poet")
+    assert answer.status_code == 409
+    assert "'<|c|>' in stop_tokens, token 260 of a model that has 260" in answer.json()["error"]["message"]
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
@@ -222,6 +249,24 @@ async def test_adapters_with_different_settings_need_the_request_s_word(server: 
     )
     assert await server.talk(adapter=both, temperature=0.5) == "system:be|user:hi|assistant:"
     assert (server.last.sampling.temperature, server.last.sampling.top_k) == (0.5, 9)
+
+
+async def test_adapters_with_different_limits_need_the_request_s_word_alone(server: Server) -> None:
+    server.engine.publish("poet", ServeSettings(max_tokens=3, temperature=0.3))
+    server.engine.publish("clerk", ServeSettings(max_tokens=4, temperature=0.4))
+    both = {"adapter": [{"name": "poet"}, {"name": "clerk"}], "model": "base"}
+    said = {**both, "temperature": 0.5, "max_tokens": 2}
+    for path, prompt in (
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/messages", {"messages": HI}),
+    ):
+        await server.ok(path, **prompt, **said)
+        assert server.last.sampling.max_tokens == 2
+    answer = await server.post("/v1/completions", {"prompt": "hi", **both, "temperature": 0.5})
+    assert (answer.status_code, "of max_tokens" in answer.json()["error"]["message"]) == (400, True)
+    counted = await server.ok("/v1/messages/count_tokens", messages=HI, **both)  # the prompt is the same in any case
+    assert counted == {"input_tokens": len("user:hi|assistant:")}
 
 
 async def test_different_chat_templates_cannot_be_composed_in_a_conversation(server: Server) -> None:
@@ -316,6 +361,7 @@ async def test_an_unknown_adapter_is_404_where_others_have_settings(server: Serv
         ("{{ x.y.z }}", "undefined"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ cycler().next() }}", "at least one item"),  # Python's RuntimeError
     ],
 )
 async def test_what_a_template_may_not_do_is_400(server: Server, template: str, what: str) -> None:

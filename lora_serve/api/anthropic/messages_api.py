@@ -84,7 +84,8 @@ async def count_message_tokens(
     await existing_adapters(selection, services, caller)
     adapted = await adapt_prompt(selection, services, caller)
     chat = to_chat_completion(body, body.max_tokens, chat_format(adapted.services))
-    prompt = await encode_conversation(adapted.complete_chat(chat), adapted.services)
+    chat = chat.model_copy(update={"messages": adapted.with_system(chat.messages)})
+    prompt = await encode_conversation(chat, adapted.services)
     return MessageTokenCount(input_tokens=len(prompt.tokens))
 
 

@@ -180,12 +180,13 @@ async def prepare_chat(
     prompt = encoded.tokens
     if not prompt:
         raise BadRequest("the messages have no tokens", param="messages")
+    requested = body.max_completion_tokens or body.max_tokens
     params = sampling_params(
         body,
         services,
         prompt_tokens=len(prompt),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        default_max_tokens=adapted.setting("max_tokens"),
+        max_tokens=requested,
+        default_max_tokens=adapted.max_tokens(requested),
         clamp=True,
         field="messages",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from lora_serve.api.bounded_template import TemplateTooSlow, run_template
 from lora_serve.api.chat_output import ends_in_open_reasoning
 from lora_serve.api.chat_template import template_messages, template_tools, without_lone_surrogates
@@ -77,14 +75,15 @@ async def encode_chat(
 
     try:
         text = await asyncio.to_thread(run_template, render) if chat.bounded else await asyncio.to_thread(render)
+    except TemplateTooSlow:
+        raise BadRequest("the adapter's chat template takes too long on these messages", param="messages") from None
+    except Exception as error:  # a template is a program: it can raise whatever it likes
+        what = "tools" if functions and isinstance(error, TypeError) else "messages"
+        raise BadRequest(f"the chat template refuses these {what}: {str(error)[:200]}", param=what) from error
+    try:
         (tokens,) = await services.encoder.encode([text], info.max_model_len, add_special_tokens=False)
     except TextTooLong:
         raise text_too_long(info, "messages") from None
-    except TemplateTooSlow:
-        raise BadRequest("the adapter's chat template takes too long on these messages", param="messages") from None
-    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        what = "tools" if functions and isinstance(error, TypeError) else "messages"
-        raise BadRequest(f"the chat template refuses these {what}: {str(error)[:200]}", param=what) from error
     continued = turns[-1]["content"] if continue_final_message else ""
     is_open = chat.reasoning is not None and ends_in_open_reasoning(text, chat.reasoning, continued)
     return ChatPrompt(tokens, is_open)

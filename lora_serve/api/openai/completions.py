@@ -140,7 +140,7 @@ async def _prepare(body: Completion, adapted: AdaptedCall, caller: Caller) -> Co
             services,
             prompt_tokens=len(prompt),
             max_tokens=body.max_tokens,
-            default_max_tokens=adapted.setting("max_tokens") or DEFAULT_MAX_TOKENS,
+            default_max_tokens=adapted.max_tokens(body.max_tokens) or DEFAULT_MAX_TOKENS,
             field="prompt",
             logprobs=logprobs,
             prompt_logprobs=logprobs if body.echo else None,

@@ -89,7 +89,7 @@ async def _start(
     for attempt in range(ATTEMPTS):
         adapted, call = await cancel_on_disconnect(http.receive, prepared())
         routing = routing_of(http, call.choices[0].request.id, body.user, services)
-        started = start_choices(services, endpoint, call.choices, record_of(http.scope), routing)
+        started = start_choices(adapted.services, endpoint, call.choices, record_of(http.scope), routing)
         try:
             return call, await cancel_on_disconnect(http.receive, stack.enter_async_context(started))
         except (SettingsNotApplied, AdapterNotFound) as error:

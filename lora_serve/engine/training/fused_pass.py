@@ -104,6 +104,7 @@ class FusedPass:
         quanta: number of quanta in all.
         done: of these, those that have run.
         tokens: of the batch.
+        backward: whether it goes backwards: gradients are wanted, and there is a loss.
 
     Args:
         gradients: add the gradients of the losses to those of the adapters; else only the losses are computed.
@@ -133,9 +134,9 @@ class FusedPass:
             batch.loss is None for batch in batches
         )  # whether gradients do not depend on log-probabilities
         chunks, more = (len(each.chunks(_chunk_rows(base, self.tokens))) for each in (self._losses, self._others))
-        self._backward = gradients and chunks > 0
-        heads = 2 * chunks if self._backward and not self._known else chunks
-        self.quanta = 1 + base.layers + more + heads + (base.layers if self._backward else 0)
+        self.backward = gradients and chunks > 0
+        heads = 2 * chunks if self.backward and not self._known else chunks
+        self.quanta = 1 + base.layers + more + heads + (base.layers if self.backward else 0)
         self.done = 0
         self._run = self._quanta()
 
@@ -150,7 +151,7 @@ class FusedPass:
             self.done += 1
             if self.done == self.quanta:
                 self._run.close()
-                if not self._backward:
+                if not self.backward:
                     self._coefficients()  # for the losses only
         return self.done < self.quanta
 
@@ -203,11 +204,11 @@ class FusedPass:
             self._logits(hidden, self._others, chunk, None)
             yield
         chunks = self._losses.chunks(_chunk_rows(base, self.tokens))
-        if not self._known or not self._backward:
+        if not self._known or not self.backward:
             for chunk in chunks:
                 self._logits(hidden, self._losses, chunk, None)
                 yield
-        if not self._backward:
+        if not self.backward:
             return
         coefficients = self._coefficients()
         grad = torch.zeros_like(hidden)
@@ -290,7 +291,7 @@ class FusedPass:
                 rows.extend(range(first, first + len(table)))
                 first += len(table) + len(sequence.tokens)
             own = to_device(rows, torch.int64, self._base.device).view(-1, len(table))
-            found.append(VirtualTokens(table.detach().requires_grad_(self._backward), gradient, own))
+            found.append(VirtualTokens(table.detach().requires_grad_(self.backward), gradient, own))
         return found
 
     def _prefixes(self) -> list[TrainedPrefix]:

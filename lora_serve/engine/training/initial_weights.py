@@ -14,11 +14,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_serve.engine.training.trainable_layout import AdaptedSite
+from lora_serve.engine.training.training_settings import LoraSettings
+from lora_serve.errors import BadRequest
+from lora_serve.model.trainable_base import TrainableBase
+from lora_serve.model.trainable_linear import output_norm
+
+
+class InitialWeights(NamedTuple):
+    """What a module begins with: A [rank, in], B [out, rank] (None: zeros) and DoRA's magnitude [out], float32."""
+
+    a: Tensor
+    b: Tensor | None
+    magnitude: Tensor | None
+
+
+def lora_weights(
+    base: TrainableBase, settings: LoraSettings, go_on: Callable[[], bool] = lambda: True
+) -> dict[str, InitialWeights]:
+    """What the modules of a LoRA adapter begin with, on the host. Takes long where `settings.reads_weights`.
+
+    May run in any thread. Raises BadRequest for settings that do not fit, and where a weight cannot be decomposed.
+
+    Args:
+        go_on: whether it is still wanted; asked before each module.
+    """
+    generator, found = torch.Generator().manual_seed(settings.seed), {}
+    with torch.no_grad():
+        for name, layer in settings.layout(base.shape).layers.items():
+            if not go_on():
+                raise BadRequest("the adapter is not wanted any more")
+            try:
+                a, b = initial_matrices(
+                    settings.init_lora_weights, layer.module, partial(_host_weight, base, name), generator
+                )
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise BadRequest(f"the weight of {name} has no decomposition", param="init_lora_weights") from error
+            magnitude = output_norm(base.weight(name), None).cpu() if layer.magnitude >= 0 else None
+            found[name] = InitialWeights(a, b, magnitude)
+    return found
+
+
+def _host_weight(base: TrainableBase, name: str) -> Tensor:
+    return base.weight(name).cpu()
 
 
 def initial_matrices(
@@ -27,7 +71,7 @@ def initial_matrices(
     """A [rank, in] and B [out, rank], float32; None: zeros.
 
     Args:
-        weight: W [out, in], only called by methods that need it.
+        weight: W [out, in] on the host, only called by methods that need it.
         generator: of the host.
     """
     rank, site = module.rank, module.site
@@ -56,8 +100,9 @@ def _components(method: str, weight: Tensor, rank: int, generator: torch.Generat
     if not iterations:
         u, values, vh = torch.linalg.svd(weight, full_matrices=False)
         return u, values, vh
-    seed = int(torch.randint(0, 1 << 31, (), generator=generator))
-    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):  # torch's function takes no generator
-        torch.manual_seed(seed)
-        u, values, v = torch.svd_lowrank(weight, rank, niter=int(iterations))
-    return u, values, v.T
+    # Halko et al. 2009, algorithms 4.4 and 5.1; torch's function draws from the process's generator.
+    basis = torch.linalg.qr(weight @ torch.randn(weight.shape[1], rank, generator=generator)).Q
+    for _ in range(int(iterations)):
+        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
+    u, values, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ u, values, vh

@@ -145,9 +145,10 @@ def find_loss(name: str, config: Mapping[str, float]) -> ConfiguredLoss:
     """The loss function of a name. Raises BadRequest for a name, or a number in `config`, that there is not."""
     formula = FORMULAS.get(name)
     if formula is None:
-        raise BadRequest(f"{name!r} is no loss function; there are {', '.join(FORMULAS)}", param="loss")
+        raise BadRequest(f"{name[:100]!r} is no loss function; there are {', '.join(FORMULAS)}", param="loss")
     complete = {key: number.default for key, number in formula.config.items()}
     for key, value in config.items():
+        key = key[:100]
         place = f"config.{key}"
         if key not in formula.config:
             known = f"only {', '.join(formula.config)}" if formula.config else "no numbers"

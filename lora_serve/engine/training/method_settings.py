@@ -23,6 +23,8 @@ from lora_serve.errors import BadRequest
 from lora_serve.training_messages import RunSettings
 
 MAX_VIRTUAL_TOKENS = 1024
+MOST_NAMES = 4096  # in a list, or patterns: the engine's loop compares each with the base's modules
+LONGEST_NAME = 4000  # characters; as of a regular expression that is read
 PROMPT_INITIALISATIONS = ("RANDOM", "SAMPLE_VOCAB")
 
 
@@ -163,6 +165,7 @@ METHODS: dict[str, type[AdapterSettings]] = {
 
 def adapter_settings(settings: RunSettings) -> AdapterSettings:
     """What a run asks for. Raises BadRequest for a method that is not trained, or a field that is another method's."""
+    _check_sizes(settings)
     method = METHODS.get(settings.peft_type)
     if method is None:
         raise BadRequest(f"{settings.peft_type} is not trained here, only {', '.join(METHODS)}", param="peft_type")
@@ -172,3 +175,15 @@ def adapter_settings(settings: RunSettings) -> AdapterSettings:
         if name not in own and name != "seed" and value != getattr(default, name):
             raise BadRequest(f"{name} does not belong to {settings.peft_type}", param=name)
     return method(**{name: value for name, value in given.items() if name in own})
+
+
+def _check_sizes(settings: RunSettings) -> None:
+    """Raise BadRequest for a field that would keep the engine busy before it is refused, or fill the message."""
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        parts = [value] if isinstance(value, str) else [*value] if isinstance(value, list | dict) else []
+        if len(parts) > MOST_NAMES:
+            raise BadRequest(f"{name} has {len(parts)} entries; at most {MOST_NAMES} are read", param=name)
+        longest = max(map(len, parts), default=0)
+        if longest > LONGEST_NAME:
+            raise BadRequest(f"{name} has {longest} characters; at most {LONGEST_NAME} are read", param=name)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.adapters.tensor_folder import json_bytes, read_tensors, tensor_bytes, write_folder
-from lora_serve.engine.training.trainable_adapter import TrainableAdapter
+from lora_serve.engine.training.trainable_adapter import MOMENTS, TrainableAdapter
 from lora_serve.errors import BadRequest
 
 RECORD, STATE, CHECKSUM = "run.json", "state.safetensors", "sha256"
-MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 class RunCheckpoint:
@@ -53,23 +52,35 @@ class RunCheckpoint:
     @classmethod
     def read(cls, folder: Path) -> RunCheckpoint:
         """Read what `write` wrote. May block. Raises BadRequest if it is missing or damaged."""
-        return cls(*read_tensors(folder, RECORD, STATE, CHECKSUM))
+        record, state = read_tensors(folder, RECORD, STATE, CHECKSUM)
+        if "steps" not in state:
+            raise BadRequest("the saved run is damaged: its files do not fit together", param="folder")
+        return cls(record, state)
 
     def restore(self, adapter: TrainableAdapter, *, optimizer: bool) -> None:
         """Continue from here; without `optimizer` only the weights are restored. Raises BadRequest if they do not fit.
 
         Gradients are zeroed.
         """
-        if self._record["modules"] != _modules(adapter):
+        if self._record.get("modules") != _modules(adapter):
             raise BadRequest("the saved run has other modules, ranks or scalings than this one", param="folder")
         state = {key: tensor for key, tensor in self._state.items() if optimizer or key not in MOMENTS}
         adapter.restore(state if optimizer else state | {"steps": torch.tensor(0)})
 
 
 def _modules(adapter: TrainableAdapter) -> dict[str, Any]:
-    """What the flat tensors hold, as JSON has it: of each module rank, scaling and DoRA, gains, virtual tokens."""
+    """What the flat tensors hold, as JSON has it.
+
+    Of each module rank, scaling, whether it has DoRA's magnitude and an initial delta; gains; virtual tokens.
+    """
     layers = {
-        name: [layer.offsets.rank, layer.module.scaling, layer.magnitude >= 0] for name, layer in adapter.layers.items()
+        name: [layer.module.rank, layer.module.scaling, layer.magnitude >= 0, layer.subtracts]
+        for name, layer in adapter.layers.items()
     }
     gains = {name: "input" if gain.on_input else "output" for name, gain in adapter.layout.gains.items()}
-    return {"layers": layers, "gains": gains, "virtual_tokens": adapter.virtual_tokens + adapter.prefix_tokens}
+    return {
+        "layers": layers,
+        "gains": gains,
+        "virtual_tokens": adapter.virtual_tokens,
+        "prefix_tokens": adapter.prefix_tokens,
+    }

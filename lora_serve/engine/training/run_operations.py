@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from lora_serve.engine.training.losses import ConfiguredLoss, mean_metrics
 from lora_serve.engine.training.micro_batch import MicroBatchResult
-from lora_serve.engine.training.run_checkpoint import RunCheckpoint
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.errors import BadRequest, ServeError
 from lora_serve.training_messages import CreateRun, ForwardBackward, PassResult, RunInfo, RunOperation, TrainingExample
@@ -26,14 +24,14 @@ class QueuedOperation:
 
     Attributes:
         order: of all operations, in which it came.
-        checkpoint: of a `RestoreRun`, once it was read.
+        prepared: by a thread: the checkpoint of a `RestoreRun`, what the adapter of a `CreateRun` begins with.
         memory: of a `CreateRun`: bytes that its adapter takes.
     """
 
     operation: RunOperation
     done: Done
     order: int
-    checkpoint: RunCheckpoint | None = None
+    prepared: Any = None
     memory: int = 0
 
 
@@ -165,5 +163,9 @@ def parts_of(
 
 def parts_within(sizes: list[int], taken: int, most: int) -> int:
     """How many parts after those that were taken have at most so many tokens together."""
-    sums = accumulate(sizes[taken:])
-    return next((count for count, tokens in enumerate(sums) if tokens > most), len(sizes) - taken)
+    tokens = 0
+    for index in range(taken, len(sizes)):  # a slice would be a copy of all that remain, for each pass
+        tokens += sizes[index]
+        if tokens > most:
+            return index - taken
+    return len(sizes) - taken

@@ -37,6 +37,11 @@ class RunTurns:
         self._active = owners
         return sorted(turns, key=lambda turn: (-turn.priority, self._used[turn.owner], turn.order))
 
+    def lead(self, owner: str, others: Iterable[str]) -> float:
+        """Seconds that an owner has had more than the one of the others who had least; 0 without others."""
+        used = self._used.get(owner, 0.0)
+        return used - min((self._used.get(other, 0.0) for other in others), default=used)
+
     def charge(self, owner: str, seconds: float) -> None:
         """An operation of this owner has taken so long."""
         self._used[owner] = self._used.get(owner, 0.0) + seconds

@@ -84,7 +84,7 @@ class SharedPass:
 
     @property
     def kind(self) -> str:
-        return quantum_kind(self._pass, self._layers, gradients=self.gradients)
+        return quantum_kind(self._pass, self._layers)
 
     def advance(self) -> bool:
         """Run a quantum; whether more remain."""
@@ -118,13 +118,13 @@ class SharedPass:
         share.run.finish(error)
 
 
-def quantum_kind(running: FusedPass, layers: int, *, gradients: bool) -> str:
+def quantum_kind(running: FusedPass, layers: int) -> str:
     """What the next quantum of a pass is."""
     if running.done == 0:
         return "embed"
     if running.done <= layers:
         return "forward"
-    return "backward" if gradients and running.done >= running.quanta - layers else "head"
+    return "backward" if running.backward and running.done >= running.quanta - layers else "head"
 
 
 def _micro_batches(share: PassShare) -> list[MicroBatch]:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
-from lora_serve.engine.training.initial_weights import initial_matrices
+from lora_serve.engine.training.initial_weights import InitialWeights, lora_weights
 from lora_serve.engine.training.method_settings import AdapterSettings, PrefixTuningSettings, PromptTuningSettings
 from lora_serve.engine.training.trainable_layout import FlatLayer
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest
 from lora_serve.model.trainable_base import TrainableBase
-from lora_serve.model.trainable_linear import output_norm
 from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
 
 FLATS = 5  # masters, computed weights, gradients, two moments
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,18 @@ class TrainableAdapter:
         steps: of the optimizer so far.
         passes: that have drawn a dropout mask.
 
+    Args:
+        initial: `lora_weights`; None: they are computed now.
     Raises BadRequest for settings that do not fit the base, torch.OutOfMemoryError without effect.
     """
 
     def __init__(
-        self, name: str, base: TrainableBase, settings: AdapterSettings, adam: AdamSettings | None = None
+        self,
+        name: str,
+        base: TrainableBase,
+        settings: AdapterSettings,
+        adam: AdamSettings | None = None,
+        initial: Mapping[str, InitialWeights] | None = None,
     ) -> None:
         self.name, self.settings, self._base = name, settings, base
         self._adam = adam or AdamSettings()
@@ -70,7 +77,7 @@ class TrainableAdapter:
         self.masters, self._computed, self.gradients = (
             torch.zeros(self.layout.size, dtype=torch.float32, device=base.device) for _ in range(FLATS - 2)
         )
-        self._initialise()
+        self._initialise(initial)
         parameter = nn.Parameter(self.masters, requires_grad=True)
         parameter.grad = self.gradients
         self._optimizer = torch.optim.AdamW(
@@ -80,7 +87,11 @@ class TrainableAdapter:
         self._dropout_seed = settings.seed if isinstance(settings, LoraSettings) else 0
         offsets = {name: layer.offsets for name, layer in self.layers.items()}
         self.slot: int | None = base.deltas.load(Adapter(name, self._computed, offsets))
-        gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
+        try:
+            gradient_slot = base.gradients.load(Adapter(name, self.gradients, offsets))
+        except BaseException:
+            base.deltas.evict(self.slot)  # else no later adapter would have the same slot of both
+            raise
         assert gradient_slot == self.slot, "both have the same adapters, in the same order"
         self.magnitudes = {
             name: Magnitude(layer.m(self._computed), layer.m(self.gradients))
@@ -167,8 +178,11 @@ class TrainableAdapter:
 
         Args:
             adam: its settings from this step on; None: as they are.
-        Raises BadRequest if they are not finite; then the weights stay, and the gradients are zeroed as well.
+        Raises BadRequest without effect for a learning rate that is none. Also if gradients are not finite; then the
+        weights stay, and the gradients are zeroed.
         """
+        if not 0 <= learning_rate <= torch.finfo(torch.float32).max:  # NaN is not either
+            raise BadRequest(f"a learning rate of {learning_rate} is none", param="learning_rate")
         if adam is not None:
             self._adam = adam
             own = {"betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay}
@@ -197,26 +211,28 @@ class TrainableAdapter:
     def state(self) -> dict[str, Tensor]:
         """Master weights and moments, for a checkpoint; copies."""
         moments = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
-        found = {"masters": self.masters} | {key: moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
+        found = {"masters": self.masters} | {key: moments[key] for key in MOMENTS if key in moments}
         numbers = {"steps": self.steps, "passes": self.passes, "seed": self._dropout_seed}
         counts = {name: torch.tensor(number) for name, number in numbers.items()}
         return {key: tensor.clone() for key, tensor in found.items()} | counts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state` of an adapter with the same settings. Raises BadRequest if it does not fit."""
-        if state["masters"].shape != self.masters.shape:
+        """Continue from `state` of an adapter with the same settings.
+
+        Raises BadRequest if it does not fit, and torch.OutOfMemoryError, without effect.
+        """
+        numbers, flats = ("steps", "passes", "seed"), ("masters", *(key for key in MOMENTS if key in state))
+        whole = all(key in state for key in (*numbers, "masters")) and len(flats) in (1, 1 + len(MOMENTS))
+        if not whole or any(state[key].shape != self.masters.shape for key in flats):
             raise BadRequest(f"the checkpoint of {self.name!r} is of an adapter with other settings")
-        self.steps, self.passes, self._dropout_seed = (int(state[name]) for name in ("steps", "passes", "seed"))
+        moments = {key: state[key].to(self.masters, copy=True) for key in flats[1:]}  # may run out of memory
+        self.steps, self.passes, self._dropout_seed = (int(state[key]) for key in numbers)
         self.masters.copy_(state["masters"])
         self.gradients.zero_()
         parameter = self._optimizer.param_groups[0]["params"][0]
         self._optimizer.state.pop(parameter, None)
-        if "exp_avg" in state:
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.steps)),
-                "exp_avg": state["exp_avg"].to(self.masters, copy=True),
-                "exp_avg_sq": state["exp_avg_sq"].to(self.masters, copy=True),
-            }
+        if moments:
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(self.steps)), **moments}
         self._refresh()
 
     def close(self) -> None:
@@ -227,14 +243,13 @@ class TrainableAdapter:
             self.slot = None
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialise(self, initial: Mapping[str, InitialWeights] | None) -> None:
         """The weights that the settings ask for; DoRA's magnitude is ‖W‖. Nothing changes before the first step."""
         settings = self.settings
         generator = torch.Generator()
         if isinstance(settings, LoraSettings):
-            generator.manual_seed(settings.seed)
-            for name, layer in self.layers.items():
-                self._initialise_layer(name, layer, settings.init_lora_weights, generator)
+            for name, weights in (lora_weights(self._base, settings) if initial is None else initial).items():
+                self._initialise_layer(self.layers[name], weights)
         for gain in self.layout.gains.values():
             gain.values(self.masters).fill_(1)
         virtual = self.layout.table or self.layout.prefix
@@ -248,17 +263,16 @@ class TrainableAdapter:
                 values.copy_(torch.randn(values.shape, generator=generator))
         self._refresh(first=True)
 
-    def _initialise_layer(self, name: str, layer: FlatLayer, method: str, generator: torch.Generator) -> None:
-        a, b = initial_matrices(method, layer.module, lambda: self._base.weight(name), generator)
-        layer.a(self.masters).copy_(a)
-        if b is not None:
-            layer.b(self.masters).copy_(b.T)
+    def _initialise_layer(self, layer: FlatLayer, weights: InitialWeights) -> None:
+        layer.a(self.masters).copy_(weights.a)
+        if weights.b is not None:
+            layer.b(self.masters).copy_(weights.b.T)
         if layer.subtracts:
             fixed_a, fixed_b = layer.initial(self.masters)
             fixed_a.copy_(layer.a(self.masters))
             fixed_b.copy_(layer.b(self.masters)).mul_(-layer.module.scaling)
-        if layer.magnitude >= 0:
-            layer.m(self.masters).copy_(output_norm(self._base.weight(name), None))
+        if weights.magnitude is not None:
+            layer.m(self.masters).copy_(weights.magnitude)
 
     def _refresh(self, *, first: bool = False) -> None:
         """Bring the weights that are computed with up to date."""

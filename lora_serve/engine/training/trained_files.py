@@ -26,20 +26,24 @@ from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trainable_layout import FlatLayer
 
 
-def peft_tensors(adapter: TrainableAdapter) -> dict[str, Tensor]:
-    """The master weights under PEFT's keys, float32, on the host; copies."""
-    found = {}
+def peft_tensors(adapter: TrainableAdapter, masters: Tensor | None = None) -> dict[str, Tensor]:
+    """The master weights under PEFT's keys, float32, on the host; copies. Takes long where an initial delta goes out.
+
+    Args:
+        masters: a copy of the adapter's, with which this may run in any thread; None: as they are now.
+    """
+    masters, found = adapter.masters if masters is None else masters, {}
     for name, layer in adapter.layers.items():
-        a, b = _factors(layer, adapter.masters)
+        a, b = _factors(layer, masters)
         found[f"{PREFIX}{name}.lora_A.weight"] = a
         found[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
         if layer.magnitude >= 0:
-            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m(adapter.masters).cpu().clone()
+            found[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m(masters).cpu().clone()
     for name, gain in adapter.layout.gains.items():
-        values = gain.values(adapter.masters).cpu().clone()
+        values = gain.values(masters).cpu().clone()
         found[f"{PREFIX}{name}.ia3_l"] = values[None] if gain.on_input else values[:, None]
     virtual = adapter.layout.table or adapter.layout.prefix
-    return found if virtual is None else {TABLE: virtual.values(adapter.masters).flatten(1).cpu().clone()}
+    return found if virtual is None else {TABLE: virtual.values(masters).flatten(1).cpu().clone()}
 
 
 def _factors(layer: FlatLayer, masters: Tensor) -> tuple[Tensor, Tensor]:

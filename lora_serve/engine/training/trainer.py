@@ -14,14 +14,15 @@ micro-batch is a sum: who wants a mean divides its weights. Not thread-safe: qua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
+from lora_serve.engine.training.initial_weights import InitialWeights, lora_weights
 from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
-from lora_serve.engine.training.training_settings import AdamSettings
+from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
 from lora_serve.errors import BadRequest, Overloaded
 from lora_serve.model.trainable_base import TrainableBase
 
@@ -68,8 +69,8 @@ class Trainer:
         """What an adapter with these settings, and a pass over so many tokens, would take."""
         return TrainingMemory(adapter_bytes(self._base.shape, settings), pass_bytes(self._base, tokens))
 
-    def create(self, name: str, settings: AdapterSettings, adam: AdamSettings | None = None) -> TrainableAdapter:
-        """Start to train an adapter. Raises BadRequest for settings that do not fit, Overloaded with the numbers."""
+    def check(self, name: str, settings: AdapterSettings) -> None:
+        """Raise BadRequest for an adapter that can never be made, Overloaded, with the numbers, if not now."""
         if name in self._adapters:
             raise BadRequest(f"{name!r} is in training already", param="name")
         needed = adapter_bytes(self._base.shape, settings)
@@ -82,7 +83,25 @@ class Trainer:
                 f"training {name!r} takes {_mib(needed)} and one of {self._base.deltas.slots} slots; "
                 f"{_mib(self.free)} and {self._base.free_slots} slots are free"
             )
-        adapter = TrainableAdapter(name, self._base, settings, adam)
+
+    def initial_weights(self, settings: LoraSettings, go_on: Callable[[], bool]) -> dict[str, InitialWeights]:
+        """What an adapter begins with, for `create`; see `lora_weights`. May run in any thread."""
+        return lora_weights(self._base, settings, go_on)
+
+    def create(
+        self,
+        name: str,
+        settings: AdapterSettings,
+        adam: AdamSettings | None = None,
+        initial: Mapping[str, InitialWeights] | None = None,
+    ) -> TrainableAdapter:
+        """Start to train an adapter. Raises as `check` does.
+
+        Args:
+            initial: `lora_weights` of the settings; None: they are computed now.
+        """
+        self.check(name, settings)
+        adapter = TrainableAdapter(name, self._base, settings, adam, initial)
         self._adapters[name] = adapter
         return adapter
 

@@ -37,6 +37,7 @@ from lora_serve.engine.training.shared_pass import PassShare, SharedPass, fill_p
 from lora_serve.engine.training.short_operations import ShortOperations, run_not_found
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
+from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.errors import BadRequest, EngineFault, RunExists, RunNotFound, ServeError, Unavailable
 from lora_serve.messages import Stats
 from lora_serve.model.trainable_base import TrainableBase
@@ -48,7 +49,11 @@ from lora_serve.training_messages import (
 )
 
 FIRST_TOKENS = 128  # of a pass while it is not known what one costs
-MOST_TOKENS = 1 << 20  # of a pass
+MOST_TOKENS = 1 << 20  # of a pass, and of an operation, which the engine's loop reads and checks at once
+MOST_LEAD = (
+    1.0  # seconds that an owner may have had more than others whose passes wait, for short operations to go first
+)
+MOST_EXAMPLES = 1 << 16  # of an operation
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +90,7 @@ class TrainingRuns:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base, self._trainer, self.pacer = base, Trainer(base, memory), pacer
-        self._short, self._clock = ShortOperations(self._trainer, workers, base_name), clock
+        self._short, self._clock = ShortOperations(self._trainer, workers, base_name, self._remove_closed), clock
         self._runs: dict[str, TrainingRun] = {}
         self._pass: SharedPass | None = None
         self._turns = RunTurns()
@@ -119,9 +124,18 @@ class TrainingRuns:
     def _create(self, operation: CreateRun, done: Done) -> None:
         if operation.run in self._runs:
             raise RunExists(f"there is a training run {operation.run!r} already", param="run")
-        memory = self._trainer.needed(adapter_settings(operation.settings), 1).adapter  # refuses what does not fit
+        settings = adapter_settings(operation.settings)
+        memory = self._trainer.needed(settings, 1).adapter  # refuses what does not fit
+        if operation.settings.num_virtual_tokens >= self._base.max_length:
+            raise BadRequest(
+                f"{operation.settings.num_virtual_tokens} virtual tokens leave none of {self._base.max_length} to a "
+                "sequence",
+                param="num_virtual_tokens",
+            )
+        if isinstance(settings, LoraSettings) and settings.reads_weights:
+            self._trainer.check(operation.run, settings)  # before a thread reads all weights
         run = self._runs[operation.run] = TrainingRun.of(operation)
-        run.operations.append(QueuedOperation(operation, done, next(self._orders), memory=memory))
+        self._enqueue(run, QueuedOperation(operation, done, next(self._orders), memory=memory))
 
     def _find(self, operation: RunOperation) -> TrainingRun:
         run = self._runs.get(operation.run)
@@ -136,10 +150,23 @@ class TrainingRuns:
     def _queued_pass(self, run: TrainingRun, operation: ForwardBackward, done: Done) -> QueuedPass:
         """A checked operation. Raises BadRequest."""
         loss = find_loss(operation.loss, operation.config)
+        tokens = sum(len(example.tokens) for example in operation.examples)
+        for count, most, what in (
+            (len(operation.examples), MOST_EXAMPLES, "examples"),
+            (tokens, MOST_TOKENS, "tokens"),
+        ):
+            if count > most:
+                raise BadRequest(
+                    f"{count} {what} are too many for one operation, {most} at most: send several, gradients add up",
+                    param="examples",
+                )
         loss.check(operation.examples)
-        for example in operation.examples:
+        for index, example in enumerate(operation.examples):
             sequence = TrainingSequence(example.tokens, example.targets, [0.0] * len(example.targets))
-            sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+            try:
+                sequence.check(self._base.vocabulary, self._base.max_length - run.virtual_tokens)
+            except BadRequest as error:
+                raise BadRequest(error.message, param=f"examples.{index}.{error.param}") from None
         most = min(PART_TOKENS, self._most_tokens)
         parts, sizes = parts_of(operation, loss.group, most, run.virtual_tokens)
         if max(sizes) > self._most_tokens:
@@ -210,17 +237,20 @@ class TrainingRuns:
     def _next(self, load: ServingLoad) -> _Quantum | None:
         """The next quantum: short operations first, then that of the running pass, or of a new one."""
         waiting = list(self._in_turn())
+        passes = [(run, first) for run, first in waiting if isinstance(first, QueuedPass)]
+        computing = [run for run, _ in passes] if self._pass is None else [share.run for share in self._pass.shares]
         for run, first in waiting:
             # A new adapter takes memory, which a running pass has reserved.
             if isinstance(first, QueuedPass) or (run.adapter is None and self._pass is not None):
                 continue
+            if self._turns.lead(run.owner, (other.owner for other in computing)) > MOST_LEAD:
+                continue  # else who sends short operations without end keeps all others' passes waiting
             kind, size = self._short.kind(run, first)
             return _Quantum(kind, size, partial(self._short.carry_out, run, first), [(run.owner, 1)])
         if self._pass is not None:
             running = self._pass
             owners = [(share.run.owner, share.tokens) for share in running.shares]
             return _Quantum(running.kind, running.tokens, self._advance_pass, owners)
-        passes = [(run, first) for run, first in waiting if isinstance(first, QueuedPass)]
         if not passes:
             return None
         slowest = "forward" if passes[0][1].forward_only else "backward"
@@ -299,7 +329,10 @@ class TrainingRuns:
     def close(self) -> None:
         """End all operations."""
         for run in self._runs.values():
+            run.closed = True  # so that a thread does not go on
             run.fail_all(Unavailable("the server is shutting down", retry_after=5))
+            for done in run.on_close:
+                done(None)
         self._runs.clear()
         self._pass = None
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from lora_serve.adapters.adapter import BaseShape, Site
 from lora_serve.adapters.formats.fields import Patterns
 from lora_serve.engine.training.target_sites import target_sites
@@ -15,6 +17,7 @@ from lora_serve.engine.training.trainable_layout import AdaptedSite, TrainableLa
 from lora_serve.errors import AdapterInvalid, BadRequest
 
 MAX_RANK = 1024
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_[number]", "olora")
 
 
@@ -68,6 +71,11 @@ class LoraSettings:
         """Whether the initial delta is subtracted; then the adapter's files have twice the rank."""
         return self.init_lora_weights == "olora" or self.init_lora_weights.startswith("pissa")
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the adapter begins with something computed from every weight, which takes long."""
+        return self.subtracts or self.use_dora
+
     def layout(self, base: BaseShape) -> TrainableLayout:
         """The adapter's parts. Raises BadRequest naming the field that does not fit the base."""
         return TrainableLayout.of_matrices(self.modules(base), dora=self.use_dora, subtract=self.subtracts)
@@ -108,8 +116,10 @@ class LoraSettings:
                 if rank != int(rank) or not 0 < rank <= MAX_RANK:
                     raise BadRequest(f"{name} would have rank {rank}; 1 to {MAX_RANK} are trained", param="r")
                 scaling = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-                if not math.isfinite(scaling) or scaling <= 0:
-                    raise BadRequest(f"{name} would have alpha {alpha}; it is positive", param="lora_alpha")
+                if not _SMALLEST <= scaling <= _LARGEST:
+                    raise BadRequest(
+                        f"{name} would have alpha {alpha}; it is positive, and a float32", param="lora_alpha"
+                    )
                 self._check_initialisation(name, site, int(rank))
                 found[name] = AdaptedSite(site, int(rank), scaling)
         except AdapterInvalid as error:
@@ -149,7 +159,7 @@ class AdamSettings:
     def __post_init__(self) -> None:
         checks = {
             "betas": all(0 <= beta < 1 for beta in self.betas),
-            "eps": self.eps > 0,
+            "eps": self.eps >= _SMALLEST,  # else it is 0 in float32, and a weight without a gradient becomes NaN
             "weight_decay": self.weight_decay >= 0,
             "max_grad_norm": self.max_grad_norm >= 0,
         }

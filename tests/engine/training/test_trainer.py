@@ -11,6 +11,7 @@ from support import VOCABULARY, save
 from torch import Tensor
 from training_driver import MEMORY, TrainingDriver, examples
 
+from lora_serve.adapters.adapter import Adapter
 from lora_serve.adapters.checkpoint import read
 from lora_serve.adapters.formats.dispatch import lower
 from lora_serve.engine.training.fused_pass import FusedPass, pass_bytes
@@ -253,6 +254,19 @@ def test_data_that_do_not_fit_are_refused(driver: TrainingDriver, sequence: Trai
             driver.trainer.forward_backward([MicroBatch(adapter, [sequence])])
     finally:
         driver.trainer.close(adapter)
+
+
+def test_an_adapter_that_could_not_be_made_keeps_no_slot(driver: TrainingDriver) -> None:
+    gradients = driver.trainable.gradients
+    nothing = Adapter("nothing", torch.zeros(4), {})
+    taken = [gradients.load(nothing) for _ in range(gradients.slots)]
+    with pytest.raises(IndexError):  # as any other fault of a device
+        driver.trainer.create("failed", LoraSettings(r=4))
+    for slot in reversed(taken):
+        gradients.evict(slot)
+    assert driver.trainer.used == 0
+    assert driver.trainable.free_slots == gradients.slots
+    driver.trainer.close(driver.trainer.create("made", LoraSettings(r=4)))
 
 
 def test_a_closed_adapter_is_not_trained(driver: TrainingDriver) -> None:

@@ -425,6 +425,38 @@ def test_runs_ask_for_methods_in_peft_s_words() -> None:
     assert adapter_settings(prompt) == PromptTuningSettings(8, seed=3)
 
 
+METHODS: dict[str, AdapterSettings] = {
+    "lora": LoraSettings(r=3),
+    "dora": LoraSettings(r=4, use_dora=True),
+    "dropout": LoraSettings(r=5, lora_dropout=0.2),
+    "ia3": Ia3Settings(),
+    "prompt": PromptTuningSettings(3),
+    "prefix": PrefixTuningSettings(3),
+}
+
+
+@pytest.mark.parametrize("sick", METHODS)
+def test_weights_that_are_no_numbers_change_no_bit_of_another_method_s_run(sick: str, tmp_path: Path) -> None:
+    """In one pass with all methods, on a base in bf16 and int8: compared with the same pass while they are numbers."""
+    driver = TrainingDriver(save("qwen2", tmp_path), dtype="bfloat16", scheme="int8", slots=len(METHODS) + 1)
+    adapters = [driver.trainer.create(name, settings) for name, settings in {**METHODS, "sick": METHODS[sick]}.items()]
+    data, broken = examples(2, VOCABULARY, 7, shortest=2), adapters[-1]
+    found: list[list[tuple[float, Tensor]]] = []
+    for masters in (broken.masters.clone(), torch.full_like(broken.masters, torch.nan)):
+        broken.restore(broken.state() | {"masters": masters})
+        for adapter in adapters:
+            adapter.gradients.zero_()
+            adapter.passes = 0  # the same mask again
+        order = [*adapters[:3], broken, *adapters[3:-1]]
+        results = driver.trainer.forward_backward([MicroBatch(each, data) for each in order]).finish()
+        losses = {each.name: result.loss for each, result in zip(order, results, strict=True)}
+        found.append([(losses[each.name], each.gradients.clone()) for each in adapters[:-1]])
+    for before, after in zip(*found, strict=True):
+        assert before[0] == after[0]
+        assert before[1].isfinite().all()
+        assert before[1].equal(after[1])
+
+
 def test_experts_and_embeddings_are_refused_by_what_they_are(tmp_path: Path) -> None:
     driver = TrainingDriver(save("qwen3_moe", tmp_path))
     for name, what in (("gate_up_proj", "experts, which are not trained"), ("embed_tokens", "is an embedding")):

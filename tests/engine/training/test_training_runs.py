@@ -162,8 +162,8 @@ def test_what_cannot_be_done_is_refused_with_the_reason(session: TrainingSession
     assert set(kinds.values()) == {"bad_request"}
     assert {name: failure.param for name, failure in refused.items()} == {
         "exists": "run", "unknown": "run", "rank": "r", "modules": "target_modules", "memory": "r", "loss": "loss",
-        "weights": "examples.0.inputs.weights", "token": "tokens", "nothing": "examples", "missing": "folder",
-        "exists already": "folder", "betas": "betas",
+        "weights": "examples.0.inputs.weights", "token": "examples.0.tokens", "nothing": "examples",
+        "missing": "folder", "exists already": "folder", "betas": "betas",
     }  # fmt: skip
     assert "takes" in refused["memory"].message
     assert session.call(CloseRun("huge")) is None
