@@ -235,23 +235,25 @@ class JobRunner:
                 finished_at=int(self._store.clock()),
             )
 
-        await self.control.with_space(lambda: self.control.update(succeed))
         self.control.tell("info", f"New fine-tuned model created: {job.model_name} (adapter {job.adapter})")
-        self.control.tell("info", "The job has successfully completed")
+        self.control.tell("info", "The job has successfully completed")  # before the status is seen
+        await self.control.with_space(lambda: self.control.update(succeed))
 
     async def _fail(self, error: ServeError) -> None:
         failure = JobError(error.kind, error.message, error.param)
         now = int(self._store.clock())
-        changed = False
+        told = False
 
         def fail(job: JobRecord) -> JobRecord:
-            nonlocal changed
-            changed = not job.finished
-            return msgspec.structs.replace(job, status="failed", error=failure, finished_at=now) if changed else job
+            nonlocal told
+            if job.finished:
+                return job
+            if not told:  # before the status is seen: who waits for it reads the events then
+                self.control.tell("error", f"The job failed: {error.message}")
+            told = True
+            return msgspec.structs.replace(job, status="failed", error=failure, finished_at=now)
 
         try:
             await self.control.update(fail)
         except ServeError:  # the next start runs it again, and it fails again
             self._store.update(self.id, fail, on_disk=False)
-        if changed:
-            self.control.tell("error", f"The job failed: {error.message}")
