@@ -131,7 +131,7 @@ def test_gaps_of_streams_are_shown_by_the_prompt_beside_them(tmp_path: Path) -> 
     absolute, ratio = drawn(recorded("prefill_interference", gaps=gaps), tmp_path)
     assert labels(absolute) == ("tokens of the new prompt", "gap between two tokens, ms")
     assert lines_of(absolute)["worst of all"] == [(64, 40), (512, 50)]
-    assert lines_of(ratio)["worst ÷ usual"] == pytest.approx([(64, 1.5), (512, 1.8)])
+    assert [y for _, y in lines_of(ratio)["worst ÷ usual"]] == pytest.approx([1.5, 1.8])
     assert [y for _, y in lines_of(ratio)["goal ≤ 2"]] == [2, 2]
     assert ratio.get_ylim()[0] == 0
 
@@ -169,7 +169,7 @@ def test_without_matplotlib_only_png_is_refused_and_at_once(
     with pytest.raises(SystemExit):
         goals.main(["--folder", str(tmp_path), "--png", "goals.png"])
     assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == ("goals.py: error: argument --png: needs matplotlib, which is in the extra `bench`: pip install matplotlib")
-        or "argument --png: needs matplotlib" in capsys.readouterr().err
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("argument --png: needs matplotlib, which is in the extra `bench`: pip install matplotlib")
     )
