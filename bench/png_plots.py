@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]  # what a line of JSON holds
-WIDTH, HEIGHT, BAR = 10.0, 3.6, 0.4  # inches: of a plot, and of a row of a plot of goals
+WIDTH, HEIGHT, BAR = 12.0, 3.6, 0.4  # inches: of a plot, and of a row of a plot of goals
 MET, MISSED = "#0072b2", "#d55e00"
+STYLES = ("--", ":")  # of the lines of goals
 GAP_RATIO = 2.0  # goal of prefills: the worst gap beside them ÷ the usual one
 TRAINED_GAP, TRAINED_SERVED = 1.3, 0.9  # goals of training beside streams: P99 of gaps, tokens served; with ÷ without
 
@@ -67,8 +68,9 @@ def plot_goals(axes: Axes, record: Record) -> None:
         axes.barh(place, 0.0 if math.isnan(value / target) else value / target, color=MET if goal["met"] else MISSED)
         shown = "not measured" if math.isnan(value) else f"{value:.3g}"
         bound = f"{'≤' if goal['at_most'] else '≥'} {target:g}: {'met' if goal['met'] else 'missed'}"
-        axes.annotate(f" {shown}, {bound}", (0.0, place), va="center", fontsize="small", backgroundcolor="#ffffffc0")
-    axes.axvline(1.0, color="black", linestyle="--", label="goal")
+        at = {"xy": (1.01, place), "xycoords": ("axes fraction", "data"), "va": "center"}
+        axes.annotate(f"{shown}, {bound}", fontsize="small", **at)
+    axes.axvline(1.0, color="black", linestyle="--", zorder=3)
     axes.set_yticks(
         range(len(record["goals"])),
         [textwrap.fill(f"{goal['number']} {goal['name']}", 44) for goal in record["goals"]],
@@ -76,8 +78,7 @@ def plot_goals(axes: Axes, record: Record) -> None:
     )
     axes.invert_yaxis()
     axes.set_xlim(left=0.0)
-    axes.set_xlabel("measured ÷ target")
-    axes.legend(loc="lower left", bbox_to_anchor=(1.0, 0.0))
+    axes.set_xlabel("measured ÷ target; dashed: the goal")
 
 
 def plot_compared_throughput(axes: Axes, record: Record) -> None:
@@ -144,6 +145,8 @@ def plot_prefill_ratios(axes: Axes, record: Record) -> None:
 
 def plot_trained_gaps(axes: Axes, record: Record) -> None:
     """Quantiles of the gaps of streams in milliseconds, without and with a run beside them."""
+    from matplotlib.ticker import LogFormatter
+
     for load, states in record["loads"].items():
         for state, figures in states.items():
             if figures["gap_ms"]:
@@ -151,7 +154,8 @@ def plot_trained_gaps(axes: Axes, record: Record) -> None:
                 style = "-" if state == "on" else ":"
                 axes.plot(quantiles, [*map(_or_nan, figures["gap_ms"].values())], f"o{style}", label=f"{load}, {state}")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.0, 0.5)))  # where a decade is tall
     axes.set(xlabel="quantile of the gaps", ylabel="gap between two tokens, ms")
     axes.grid(alpha=0.3)
     _add_legend(axes)
@@ -171,10 +175,10 @@ def plot_trained_ratios(axes: Axes, record: Record) -> None:
         (("P99 of gaps", p99, TRAINED_GAP, "≤"), ("tokens served per second", served, TRAINED_SERVED, "≥"))
     ):
         ratios = [of(states["on"]) / of(states["off"]) for states in loads.values()]
-        colour = f"C{side}"
-        axes.bar([place + 0.4 * side - 0.2 for place in range(len(loads))], ratios, 0.35, color=colour, label=name)
-        axes.axhline(goal, color=colour, linestyle="--", label=f"goal {bound} {goal:g}")
+        axes.bar([place + 0.4 * side - 0.2 for place in range(len(loads))], ratios, 0.35, label=name)
+        axes.axhline(goal, color="black", linestyle=STYLES[side], label=f"goal {bound} {goal:g}, {name}")
     axes.set_xticks(range(len(loads)), list(loads))
+    axes.set_xlim(-1.0, len(loads))
     axes.set_ylim(bottom=0.0)
     axes.set(xlabel="load", ylabel="with a run ÷ without")
     _add_legend(axes)
@@ -223,11 +227,11 @@ def _plot_lines(
         sizes = sorted(line)
         axes.plot(sizes, [line[size] for size in sizes], "o-", label=name)
     for number, (name, value) in enumerate((goals or {}).items()):
-        axes.axhline(value, color="black", linestyle=("--", ":")[number % 2], label=name)
+        axes.axhline(value, color="black", linestyle=STYLES[number % len(STYLES)], label=name)
     ticks = sorted({size for line in lines.values() for size in line})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(bottom=0.0, top=1.08 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else None)
     axes.set(xlabel=across, ylabel=upwards)
     axes.grid(alpha=0.3)
     _add_legend(axes)
@@ -245,7 +249,7 @@ def _quantile(text: str) -> str:
 def _what_ran(record: Record) -> str:
     """The command's arguments, or the shape where the record has none."""
     text = shlex.join(record["arguments"]) if "arguments" in record else record["shape"]
-    return textwrap.fill(textwrap.shorten(text, 260, placeholder=" …"), 100)
+    return textwrap.fill(textwrap.shorten(text, 280, placeholder=" …"), 120)
 
 
 def _where(record: Record) -> str:
