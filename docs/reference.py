@@ -22,6 +22,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from lora_serve.api.app import create_app  # noqa: E402
+from lora_serve.api.fine_tuning.job_store import JobStore  # noqa: E402
 from lora_serve.config import ServeConfig  # noqa: E402
 from lora_serve.messages import SharedStatus, Stats, Update  # noqa: E402
 from lora_serve.metrics import TOTALS_BY_QUANTUM, TOTALS_BY_TIER, Metrics  # noqa: E402
@@ -178,7 +179,7 @@ def metrics_page() -> str:
     shared = SharedStatus(1, 0, 0.0, 0, True)
     stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, shared=shared, **by_tier)
     totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])
-    metrics = Metrics(lambda: stats, lambda: 0, totals)
+    metrics = Metrics(lambda: stats, lambda: 0, totals, JobStore(lambda: None).count_by_status)
     metrics.observe(Update([], stats=stats))
     timer = metrics.begin("chat")
     timer.admitted("a")

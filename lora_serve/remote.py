@@ -46,7 +46,7 @@ class RemoteServer(BaseModel):
         Args:
             body: `data` and `files` of a multipart form, as httpx takes them; files are streamed.
 
-        Raises: `ServeError` with the server's message; `Unavailable` if there is no answer.
+        Raises: `ServeError` with the server's message; `Unavailable` if there is no answer, or 503.
         """
         with self._answer(method, path, **body) as answer:
             return bytes(answer.read())
@@ -76,7 +76,8 @@ class RemoteServer(BaseModel):
                 proxy=_proxy(self.url),
             ) as client, client.stream(method, self.url.rstrip("/") + path, **body) as answer:  # fmt: skip
                 if not answer.is_success:
-                    raise ServeError(f"{answer.status_code}: {_reason(answer.read())}")
+                    error = Unavailable if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else ServeError
+                    raise error(f"{answer.status_code}: {_reason(answer.read())}")
                 yield answer
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as failure:
             hint = "; is `lora-serve serve` running there?" if isinstance(failure, httpx.ConnectError) else ""

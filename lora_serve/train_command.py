@@ -13,11 +13,12 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_serve.errors import BadRequest, ServeError
+from lora_serve.errors import BadRequest, ServeError, Unavailable
 from lora_serve.names import check_name
 from lora_serve.remote import BINARY, RemoteCommand
 
 FINISHED = ("succeeded", "failed", "cancelled")
+PATIENCE = 120.0  # seconds that a server may be away while its job is followed
 
 Job = dict[str, Any]
 
@@ -104,9 +105,18 @@ class TrainCommand(RemoteCommand):
         told: set[str] = set()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task(job["status"], total=None, loss="")
+            answered = time.monotonic()
             while True:
-                job = self.ask("GET", where)
-                for event in self._new_events(where, told):
+                try:
+                    job, events = self.ask("GET", where), self._new_events(where, told)
+                except Unavailable:  # the job goes on when the server is back
+                    if time.monotonic() - answered > PATIENCE:
+                        raise
+                    progress.update(bar, description="no answer")
+                    time.sleep(self.interval)
+                    continue
+                answered = time.monotonic()
+                for event in events:
                     if event["type"] == "metrics":
                         step, steps = event["data"]["step"], event["data"]["total_steps"]
                         loss = f"loss {event['data']['train_loss']:.4f}"
@@ -126,8 +136,8 @@ class TrainCommand(RemoteCommand):
             page = self.ask("GET", f"{where}/events?limit=100{after}")
             new = [event for event in page["data"] if event["id"] not in told]
             found += new
-            told.update(event["id"] for event in new)
             if len(new) < len(page["data"]) or not page["has_more"]:
+                told.update(event["id"] for event in found)
                 return found[::-1]
             after = f"&after={page['data'][-1]['id']}"
 

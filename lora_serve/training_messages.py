@@ -156,12 +156,14 @@ class PassResult(msgspec.Struct, frozen=True):
         logprobs: of each example's targets; 0 where a target has no part in the loss, unless all were asked for.
         metrics: what else the loss function computes, by name.
         tokens: computed.
+        hits: targets with a part in the loss that no other token has a higher logit than.
     """
 
     loss: float
     logprobs: list[list[float]]
     metrics: dict[str, float]
     tokens: int
+    hits: int = 0
 
 
 class StepResult(msgspec.Struct, frozen=True):

@@ -90,16 +90,22 @@ def create_app(
         strict_content_type=False,  # a body without a Content-Type is taken for JSON
     )
     totals = SourceTotals()
-    metrics = Metrics(lambda: engine.stats, lambda: engine.restarts, totals, block_size=config.kv_block_size)
-    engine.observe(metrics.observe)
-    encoder = TextEncoder(tokenizer)
 
     def in_store(name: str) -> Path | None:
         return Path(info.store) / name if (info := engine.info) and info.store else None
 
+    stored = JobStore(lambda: in_store(JOBS))
+    metrics = Metrics(
+        lambda: engine.stats,
+        lambda: engine.restarts,
+        totals,
+        stored.count_by_status,
+        block_size=config.kv_block_size,
+    )
+    engine.observe(metrics.observe)
+    encoder = TextEncoder(tokenizer)
     usage = UsageRecords(lambda: in_store(USAGE_FILE))
     files = FileStore(lambda: in_store(FILES), quota=config.max_files_size)
-    stored = JobStore(lambda: in_store(JOBS))
     results = JobResults(stored, engine, files, lambda: staging_of(engine))
     jobs = JobQueue(stored, engine, tokenizer, results, config.training_jobs)
     sources = make_source_fetches(config, engine, totals)

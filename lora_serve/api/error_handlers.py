@@ -34,6 +34,8 @@ STATUS = {
     "context_length_exceeded": 400,
     "thread_unsupported_request": 400,
     "invalid_training_file": 400,
+    "invalid_validation_file": 400,
+    "training_diverged": 400,
     "invalid_api_key": 401,
     "forbidden": 403,
     "adapter_not_found": 404,

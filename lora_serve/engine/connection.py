@@ -6,6 +6,7 @@ import logging
 import socket
 from collections import deque
 from contextlib import suppress
+from math import ceil
 
 import zmq
 
@@ -86,7 +87,7 @@ class Connection:
 
     def wait(self, seconds: float) -> None:
         """Wait for a message or a wake-up, `seconds` at most."""
-        self._poller.poll(max(0, round(seconds * 1000)))
+        self._poller.poll(max(0, ceil(seconds * 1000)))
         self._waker.clear()
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ from lora_serve.api.fine_tuning.job_store import TRAINING, VALIDATION, JobStore
 from lora_serve.api.key_file import Keys
 from lora_serve.config import ServeConfig
 from lora_serve.errors import Overloaded, RunExists, RunNotFound, StorageFull, Unavailable
-from lora_serve.messages import Operation
+from lora_serve.messages import Operation, Publish
 from lora_serve.training_messages import (
     CloseRun,
     CreateRun,
@@ -84,6 +84,7 @@ class FakeTrainingEngine(StubAdminEngine):
         memory: how many runs there may be.
         full: whether the disk is full.
         diverges: whether losses are no numbers.
+        dies_of_publishing: whether it is lost, and back at once, when an adapter is published.
         validation_losses: what passes without gradients find, in turn; then 1.
     """
 
@@ -96,12 +97,16 @@ class FakeTrainingEngine(StubAdminEngine):
         self.full = False
         self.trained: list[Any] = []
         self.diverges = False
+        self.dies_of_publishing = False
         self.validation_losses: list[float] = []
         self.most_at_once = 0
 
     async def call(self, operation: Operation) -> Any:
         if not self.alive or (not self.ready and hasattr(operation, "run")):
             raise Unavailable("the engine is not running, or drains")
+        if isinstance(operation, Publish) and self.dies_of_publishing:
+            self.die()
+            raise Unavailable("the engine ended")
         if not hasattr(operation, "run"):
             return await super().call(operation)
         restarts = self.restarts
@@ -165,7 +170,7 @@ class FakeTrainingEngine(StubAdminEngine):
         ]
         if operation.loss == "dpo":
             pairs = len(operation.examples) // 2
-            loss, metrics = 0.7 * pairs, {"accuracy": 0.5}
+            loss, metrics = 0.7 * pairs, {"rewards_accuracy": 0.5}
         else:
             loss = sum(0.5 * weight for each in operation.examples for weight in each.inputs["weights"])
             metrics = {}
@@ -175,7 +180,8 @@ class FakeTrainingEngine(StubAdminEngine):
         else:
             run.gradients.append(encoded)
         loss = float("nan") if self.diverges else loss
-        return PassResult(loss, logprobs, metrics, tokens)
+        learnt = sum(bool(weight) for each in operation.examples for weight in each.inputs["weights"])
+        return PassResult(loss, logprobs, metrics, tokens, hits=learnt)
 
 
 def _hash(*parts: str) -> str:

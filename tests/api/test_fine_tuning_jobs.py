@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from stub_admin import StubAdminApp
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
+from lora_serve.messages import AliasInfo
 
 CALLERS = {
     "sk-a": Caller("a", admin=True, adapters=("a-*", "ft-*"), key="1"),
@@ -48,6 +50,11 @@ async def finish(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
             if job.status in ("succeeded", "failed", "cancelled"):
                 return job
             await asyncio.sleep(0.01)
+
+
+async def delete(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
+    """Our own route: the SDK has no method for it."""
+    return await server.sdk(key).delete(f"/fine_tuning/jobs/{id_}", cast_to=object)
 
 
 async def refusal(call: Any, error: type[openai.APIStatusError] = openai.BadRequestError) -> tuple[str | None, str]:
@@ -97,6 +104,9 @@ async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
     checkpoints = [each async for each in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
     assert [each.step_number for each in checkpoints] == [6, 3]
     assert checkpoints[0].metrics.full_valid_loss == 1.0
+    assert checkpoints[0].metrics.train_mean_token_accuracy == 1.0
+    assert checkpoints[0].metrics.valid_mean_token_accuracy == 1.0
+    assert checkpoints[0].metrics.full_valid_mean_token_accuracy == 1.0
     assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-6"
 
 
@@ -115,7 +125,8 @@ async def test_the_name_of_the_result_is_a_model(server: TrainingApp) -> None:
     for wrong in (f"{job.fine_tuned_model}:ckpt-step-1", job.fine_tuned_model.replace("base", "other"), "ft:x"):
         await refusal(client.models.retrieve(wrong), openai.NotFoundError)
     for name in (job.fine_tuned_model, checkpoint):  # b may use neither
-        await refusal(server.sdk("sk-b").models.retrieve(name), openai.NotFoundError)
+        hidden = await refusal(server.sdk("sk-b").models.retrieve(name), openai.NotFoundError)
+        assert f"model {name} does not exist" in hidden[1]  # and not what it stands for
     del server.engine.adapters[published]
     await refusal(server.sdk("sk-b").models.retrieve(checkpoint), openai.NotFoundError)
     assert published not in server.engine.adapters
@@ -138,6 +149,7 @@ async def test_a_job_is_seen_by_its_own_key_and_by_who_administers_all(server: T
         assert [each.id async for each in server.sdk(key).fine_tuning.jobs.list()] == seen
     jobs = server.sdk("sk-b").fine_tuning.jobs
     calls = (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list)
+    calls += (partial(delete, server, key="sk-b"),)
     for call in calls:
         hidden = await refusal(call(mine.id), openai.NotFoundError)
         unknown = await refusal(call("ftjob-0"), openai.NotFoundError)
@@ -169,6 +181,28 @@ async def test_pause_resume_and_cancel(server: TrainingApp) -> None:
     await finish(server, done)
     for call in (jobs.cancel, jobs.pause, jobs.resume):
         assert "has succeeded" in (await refusal(call(done)))[1]
+
+
+async def test_a_finished_job_can_be_deleted(server: TrainingApp) -> None:
+    id_ = (await create(server)).id
+    assert "cancel it first" in (await refusal(delete(server, id_)))[1]
+    job = await finish(server, id_)
+    assert await delete(server, id_) == {"id": id_, "object": "fine_tuning.job", "deleted": True}
+    await refusal(delete(server, id_), openai.NotFoundError)
+    jobs = server.sdk("sk-a").fine_tuning.jobs
+    await refusal(jobs.list_events(id_), openai.NotFoundError)
+    assert (await jobs.list()).data == []
+    await refusal(server.sdk("sk-a").models.retrieve(job.fine_tuned_model), openai.NotFoundError)
+    assert (await server.sdk("sk-a").models.retrieve("a-x")).id == "a-x"  # which it published
+
+
+async def test_jobs_are_counted_by_status(server: TrainingApp) -> None:
+    await finish(server, (await create(server)).id)
+    await server.sdk("sk-a").fine_tuning.jobs.cancel((await create(server)).id)
+    metrics = (await server.http.get("/metrics", headers={"Authorization": "Bearer sk-all"})).text
+    counts = {"succeeded": 1, "cancelled": 1, "failed": 0, "queued": 0}
+    for status, count in counts.items():
+        assert f'lora_serve_fine_tuning_jobs{{status="{status}"}} {count}.0' in metrics
 
 
 async def test_dpo_shows_its_beta(server: TrainingApp) -> None:
@@ -224,6 +258,9 @@ async def test_an_adapter_is_the_key_s_own(server: TrainingApp) -> None:
     assert (await refusal(create(server, extra={"adapter": "b-x"}), openai.PermissionDeniedError))[0] == "adapter"
     with pytest.raises(openai.ConflictError):
         await create(server, "sk-all", extra={"adapter": "base"})
+    server.engine.aliases["a-alias"] = AliasInfo("a-alias", [], None, "tag", 1.0)
+    with pytest.raises(openai.ConflictError, match="a-alias is an alias"):
+        await create(server, extra={"adapter": "a-alias"})
     hidden = await upload(server, "sk-b")
     assert "does not exist" in (await refusal(create(server, training_file=hidden)))[1]
 
@@ -243,7 +280,7 @@ async def test_without_training_every_route_says_how_to_turn_it_on(tmp_path: Pat
     server = StubAdminApp(tmp_path)
     for method, path in (
         ("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/cancel"), ("POST", "/x/pause"), ("POST", "/x/resume"),
-        ("GET", "/x/events"), ("GET", "/x/checkpoints"),
+        ("GET", "/x/events"), ("GET", "/x/checkpoints"), ("DELETE", "/x"),
     ):  # fmt: skip
         body = {"model": "base", "training_file": "file-1"} if (method, path) == ("POST", "") else None
         answer = await server.ask(method, f"/v1/fine_tuning/jobs{path}", json=body)

@@ -75,4 +75,4 @@ async def test_the_schema_lists_every_route(server: StubAdminApp) -> None:
     for path in ("/health", "/ready", "/metrics", "/v1/adapters", "/v1/adapters/{name}", "/v1/load_lora_adapter"):
         assert path in schema["paths"]
     upload = schema["paths"]["/v1/adapters"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(upload["properties"]) == {"name", "files", "archive"}
+    assert set(upload["properties"]) == {"name", "files", "archive", "settings", "trust_settings"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from lora_serve.api.fine_tuning.job_records import (
     TrainerSettings,
 )
 from lora_serve.api.fine_tuning.job_saves import ADAPTER, RUN, JobSaves
-from lora_serve.api.fine_tuning.job_store import MOST_UNFINISHED, TRAINING, JobStore, UnknownJob
+from lora_serve.api.fine_tuning.job_store import MOST_JOBS, MOST_UNFINISHED, TRAINING, JobStore, UnknownJob
 from lora_serve.errors import BadRequest, ServeError, StorageFull, Unavailable
 from lora_serve.training_messages import RunSettings
 
@@ -95,6 +96,54 @@ def test_a_new_job_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     raise AssertionError("it never worked")
 
 
+def test_a_job_whose_creation_fails_does_not_run_at_the_next_start(tmp_path: Path) -> None:
+    for at in range(40):
+        root = tmp_path / str(at)
+        root.mkdir()
+        disk = FailingDisk(at, lambda: OSError(errno.ENOSPC, "full"))
+        failing = store(root, disk)
+        try:
+            add(failing, root)
+        except StorageFull:
+            assert store(root).list() == failing.list() == []
+            continue
+        assert store(root).list() == failing.list() != []
+        if not disk.reached:
+            return
+    raise AssertionError("it never worked")
+
+
+def test_a_file_that_is_deleted_while_its_job_is_made_is_named(tmp_path: Path) -> None:
+    full = store(tmp_path)
+    with pytest.raises(BadRequest) as refused:
+        full.add(record(full.new_id()), {TRAINING: tmp_path / "gone"})
+    assert refused.value.param == "training_file"
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", [Killed, lambda: OSError(errno.EIO, "broken")])
+def test_a_deleted_job_is_there_as_a_whole_or_not_at_all(tmp_path: Path, fault: Callable[[], BaseException]) -> None:
+    for at in range(40):
+        root = tmp_path / str(at)
+        root.mkdir()
+        job = add(store(root), root)
+        disk = FailingDisk(at, fault)
+        failing = store(root, disk)
+        try:
+            failing.delete(job.id)
+        except (Killed, ServeError):
+            assert store(root).list() in ([], [job])
+            continue
+        again = store(root)
+        assert failing.list() == again.list() == []
+        assert list((root / "jobs").iterdir()) == []
+        with pytest.raises(UnknownJob):
+            failing.delete(job.id)
+        if not disk.reached:
+            return
+    raise AssertionError("it never worked")
+
+
 def test_a_change_is_the_old_or_the_new_record(tmp_path: Path) -> None:
     for at in range(40):
         root = tmp_path / str(at)
@@ -105,8 +154,7 @@ def test_a_change_is_the_old_or_the_new_record(tmp_path: Path) -> None:
         try:
             failing.update(job.id, lambda job: msgspec.structs.replace(job, status="paused"))
         except StorageFull:
-            assert failing.find(job.id).status == "validating_files"
-            assert store(root).find(job.id).status in ("validating_files", "paused")
+            assert failing.find(job.id) == store(root).find(job.id)  # what is shown is what the next start finds
             continue
         except ServeError:
             continue
@@ -127,6 +175,11 @@ def test_a_key_may_have_so_many_unfinished_jobs(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="1,000 jobs"):
         add(full, tmp_path)
     full.add(record(full.new_id(), tenant="b"), {TRAINING: tmp_path / "data"})
+    for number in range(MOST_JOBS):
+        job = msgspec.structs.replace(record(f"ftjob-{number:024x}"), status="failed")
+        full._jobs[job.id] = job
+    with pytest.raises(BadRequest, match="10,000 jobs; delete finished ones first"):
+        add(full, tmp_path)
 
 
 def test_nothing_works_while_the_folder_is_not_known() -> None:

@@ -7,20 +7,29 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
 from fake_training import COMPLETIONS, PREFERENCES, TrainingApp
+from starlette.responses import JSONResponse
 
 from lora_serve.cli import main
 
 
 class ServedApp:
-    """The application on a free port, in a thread."""
+    """The application on a free port, in a thread.
+
+    Attributes:
+        away: how often a question about a job is answered as by a server that starts.
+    """
 
     def __init__(self, store: Path) -> None:
         self.app = TrainingApp(store)
-        self._server = uvicorn.Server(uvicorn.Config(self.app.app, port=0, log_config=None, ws="none"))
+        self.away = 0
+        self._server = uvicorn.Server(
+            uvicorn.Config(self._answer, port=0, log_config=None, ws="none", interface="asgi3")
+        )
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> ServedApp:
@@ -29,6 +38,13 @@ class ServedApp:
             time.sleep(0.01)
         self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
         return self
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.away and "/jobs/ftjob-" in scope.get("path", ""):
+            self.away -= 1
+            await JSONResponse({"error": {"message": "the server is starting"}}, 503)(scope, receive, send)
+        else:
+            await self.app.app(scope, receive, send)
 
     def __exit__(self, *error: object) -> None:
         self._server.should_exit = True
@@ -57,6 +73,13 @@ def test_a_file_becomes_an_adapter(served: ServedApp, tmp_path: Path, capsys: py
     assert "Step 4/4: training loss=0.5000, validation loss=1.0000" in shown.err
     jobs = served.app.app.state.services.jobs.store.list()
     assert (jobs[0].settings.r, jobs[0].settings.seed, jobs[0].trainer.learning_rate) == (4, 5, 1e-3)
+
+
+def test_a_server_that_is_away_for_a_moment_does_not_end_it(served: ServedApp, tmp_path: Path) -> None:
+    served.away = 3
+    file = write(tmp_path / "a.jsonl", COMPLETIONS)
+    assert main(["train", file, "--epochs", "1", "--url", served.url, "--interval", "0.01"]) == 0
+    assert served.away == 0
 
 
 def test_preferences_are_learnt_by_their_method(

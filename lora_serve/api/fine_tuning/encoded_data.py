@@ -135,6 +135,7 @@ class ReferenceWriter:
         self.close()
         self._disk.sync(self._new)
         self._disk.move(self._new, self._path)
+        self._disk.sync(self._path.parent)
 
     def close(self) -> None:
         self._file.close()

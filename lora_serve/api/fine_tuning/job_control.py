@@ -12,7 +12,7 @@ import msgspec
 
 from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord, Status
 from lora_serve.api.fine_tuning.job_store import JobStore
-from lora_serve.errors import StorageFull
+from lora_serve.errors import ServeError, StorageFull
 from lora_serve.messages import EngineInfo, Operation
 
 Result = TypeVar("Result")
@@ -122,7 +122,10 @@ class JobControl:
             await self.wait(self.intervals.engine)
 
     async def with_space(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Do something, again and again while the disk is full; meanwhile the job is paused."""
+        """Do something, again and again while the disk is full; meanwhile the job is paused.
+
+        It is not any more when that fails otherwise: nobody but the runner would let it go on.
+        """
         while True:
             try:
                 result = await work()
@@ -133,11 +136,20 @@ class JobControl:
                     self.tell("warn", f"The job is paused: {error.message}; it goes on by itself when there is space")
                 await self.wait(self.intervals.retry)
                 continue
-            if self.waits_for_space:
-                self.waits_for_space = False
-                self._change_status("queued", ("paused",), on_disk=False)
+            except ServeError:
+                self._go_on()
+                raise
+            if self._go_on():
                 self.tell("info", "There is space on the disk again, and the job goes on")
             return result
+
+    def _go_on(self) -> bool:
+        """End the pause that a full disk began; whether there was one."""
+        waited, self.waits_for_space = self.waits_for_space, False
+        if waited:
+            status: Status = "validating_files" if self.job.numbers is None else "queued"
+            self._change_status(status, ("paused",), on_disk=False)
+        return waited
 
     # --- telling -----------------------------------------------------------------------------------------------------
 

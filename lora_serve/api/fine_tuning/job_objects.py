@@ -86,6 +86,14 @@ class CheckpointObject(BaseModel):
     metrics: dict[str, float]
 
 
+class DeletedJob(BaseModel):
+    """The id of the job that was deleted."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    deleted: Literal[True] = True
+
+
 class JobPage(BaseModel):
     """A page of jobs, newest first; `after=<last id>` asks for the next one."""
 

@@ -90,11 +90,8 @@ async def _encode(
         raise invalid(f"{file.id} has {file.kind} examples; method {job.method} learns from {needed} ones", param=param)
     if name == TRAINING and file.examples < FEWEST_EXAMPLES:
         raise invalid(f"{file.id} has {file.examples} examples; at least {FEWEST_EXAMPLES} are needed", param=param)
-    encoder = ExampleEncoder(
-        tokenizer,
-        end_tokens=info.eos_token_ids,
-        most_tokens=min(job.max_length or info.max_model_len, info.max_model_len),
-    )
+    most_tokens = min(job.max_length or info.max_model_len, info.max_model_len)
+    encoder = ExampleEncoder(tokenizer, end_tokens=info.eos_token_ids, most_tokens=most_tokens)
     folder = store.folder(job)
     encoded = encoder.encode_all(read_examples(folder / name))
     with disk_errors():
@@ -105,7 +102,7 @@ async def _encode(
                 await asyncio.sleep(REST)
             counts = encoder.counts
             if counts.examples == counts.dropped:
-                raise invalid(f"{file.id} has nothing to learn within {job.max_length} tokens", param=param)
+                raise invalid(f"{file.id} has nothing to learn within {most_tokens} tokens", param=param)
             await asyncio.to_thread(writer.finish)
         except InvalidExamples as error:
             raise invalid(f"{file.id}: {error.message}", param=param) from None

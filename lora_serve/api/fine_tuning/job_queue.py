@@ -128,7 +128,8 @@ class JobQueue:
         runner = self._runner(id_)
 
         def change(job: JobRecord) -> JobRecord:
-            self._check_can_change(job, runner, "resumed")
+            if job.finished:
+                raise _has_finished(job, "resumed")
             waits = runner is not None and runner.control.waits_for_space
             if job.status != "paused" or waits:
                 return job
@@ -140,9 +141,18 @@ class JobQueue:
         self._fill()
         return self.store.find(id_)
 
+    async def delete(self, id_: str) -> None:
+        """Remove a finished job and its checkpoints. Raises `BadRequest` if it has not finished."""
+        job = self.store.find(id_)
+        if not job.finished:
+            raise BadRequest(f"job {id_} has not finished: cancel it first", param="fine_tuning_job_id")
+        if (runner := self._runner(id_)) is not None:
+            await runner.ended.wait()
+        await asyncio.to_thread(self.store.delete, id_)
+
     def _check_can_change(self, job: JobRecord, runner: JobRunner | None, how: str) -> None:
         if job.finished:
-            raise BadRequest(f"job {job.id} has {_how(job)} and cannot be {how}", param="fine_tuning_job_id")
+            raise _has_finished(job, how)
         if runner is not None and runner.publishing:
             raise BadRequest(f"job {job.id} is trained and being published: it cannot be {how} any more")
 
@@ -187,6 +197,7 @@ class JobQueue:
 
         def ended(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
+            runner.ended.set()
             del where[job.id]
             if not self._engine.alive or self._engine.ready:  # otherwise it drains
                 self._fill()
@@ -211,5 +222,6 @@ def choose(waiting: Iterable[JobRecord], running: Counter[str], most: int) -> li
     return chosen
 
 
-def _how(job: JobRecord) -> str:
-    return {"succeeded": "succeeded", "failed": "failed"}.get(job.status, "been cancelled")
+def _has_finished(job: JobRecord, how: str) -> BadRequest:
+    ended = {"succeeded": "succeeded", "failed": "failed"}.get(job.status, "been cancelled")
+    return BadRequest(f"job {job.id} has {ended} and cannot be {how}", param="fine_tuning_job_id")

@@ -27,13 +27,13 @@ from lora_serve.messages import AdapterInfo, Publish
 from lora_serve.names import CARD
 
 PURPOSE = "fine-tune-results"
-# OpenAI's columns → our metrics.
+# OpenAI's columns → our metrics, of tokens or of preferences.
 COLUMNS = {
-    "step": "step",
-    "train_loss": "train_loss",
-    "train_accuracy": "train_accuracy",
-    "valid_loss": "valid_loss",
-    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+    "step": ("step",),
+    "train_loss": ("train_loss",),
+    "train_accuracy": ("train_mean_token_accuracy", "train_rewards_accuracy"),
+    "valid_loss": ("valid_loss",),
+    "valid_mean_token_accuracy": ("valid_mean_token_accuracy",),
 }
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ class JobResults:
         table = csv.writer(written, lineterminator="\n")
         table.writerow(COLUMNS)
         for event in self._store.events(job.id).metrics():
-            table.writerow([(event.data or {}).get(name, "") for name in COLUMNS.values()])
+            data = event.data or {}
+            table.writerow([next((data[name] for name in names if name in data), "") for names in COLUMNS.values()])
         content = written.getvalue().encode()
         with disk_errors():
             folder.mkdir()

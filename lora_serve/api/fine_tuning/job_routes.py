@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from lora_serve.api.caller import Caller
 from lora_serve.api.fine_tuning.file_store import FINE_TUNE, StoredFile, UnknownFile
 from lora_serve.api.fine_tuning.job_objects import (
     CheckpointPage,
+    DeletedJob,
     EventPage,
     JobObject,
     JobPage,
@@ -37,10 +39,11 @@ from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openapi import errors
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
-from lora_serve.errors import BadRequest
+from lora_serve.errors import AdapterExists, AdapterNotFound, BadRequest, Unavailable
+from lora_serve.messages import DescribeAlias
 from lora_serve.names import check_adapter_name
 
-MOST_LISTED, LISTED = 1000, 20
+MOST_JOBS_LISTED, MOST_LISTED, LISTED = 100, 1000, 20  # a job is large, and pages are made on the event loop
 _METADATA = re.compile(r"metadata\[(.{0,64})\]", re.DOTALL)
 NO_PERMISSIONS = (
     "this server has no projects to share checkpoints with: a key may use a checkpoint's model if it may use the "
@@ -98,6 +101,9 @@ async def create_job(
     suffix = body.suffix or ""
     adapter = result_adapter(suffix, id_[-10:]) if body.adapter is None else body.adapter
     caller.check_may_publish(check_adapter_name(adapter, engine_info(services).model), param="adapter")
+    with suppress(AdapterNotFound, Unavailable):
+        await services.engine.call(DescribeAlias(adapter))
+        raise AdapterExists(f"{adapter} is an alias", param="adapter")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     data = {name: DataFile(file.id, file.sha256, file.kind, file.examples) for name, (file, _) in files.items()}
     job = JobRecord(
@@ -125,7 +131,11 @@ async def create_job(
 
 @router.get("/jobs")
 async def list_jobs(
-    request: Request, jobs: Jobs, caller: Administrator, after: After = None, limit: Limit = LISTED
+    request: Request,
+    jobs: Jobs,
+    caller: Administrator,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_JOBS_LISTED)] = LISTED,
 ) -> JobPage:
     """This key's jobs, newest first; `metadata[key]=value` selects, and `metadata=null` those without any."""
     wanted = {match[1]: value for name, value in request.query_params.items() if (match := _METADATA.fullmatch(name))}
@@ -146,6 +156,14 @@ async def list_jobs(
 async def retrieve_job(job: Job, jobs: Jobs) -> JobObject:
     """Describe a job."""
     return job_object(job, jobs.estimated_finish(job))
+
+
+@router.delete("/jobs/{fine_tuning_job_id}", responses=errors(404))
+async def delete_job(request: Request, job: Job, jobs: Jobs) -> DeletedJob:
+    """Delete a finished job, its events and checkpoints, which OpenAI has no route for; what it published stays."""
+    record_of(request.scope).changes.append(Change("delete-job", job.id))
+    await jobs.delete(job.id)
+    return DeletedJob(id=job.id)
 
 
 @router.post("/jobs/{fine_tuning_job_id}/cancel", responses=errors(404))

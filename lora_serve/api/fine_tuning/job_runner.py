@@ -31,7 +31,7 @@ from lora_serve.errors import EngineFault, Overloaded, RunNotFound, ServeError, 
 from lora_serve.learning_rate import LearningRate
 from lora_serve.training_messages import CloseRun, CreateRun, RestoreRun
 
-MOST_FAILURES = 5  # of training, without a new save
+MOST_FAILURES = 5  # of training without a new save, and of publishing
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class JobRunner:
 
     Attributes:
         publishing: whether it is too late to pause or cancel.
+        ended: set by the queue, when nothing runs any more.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class JobRunner:
         self._store, self.id, self._engine, self._tokenizer, self._results = store, id_, engine, tokenizer, results
         self.control = JobControl(store, id_, engine, intervals)
         self.publishing = False
+        self.ended = asyncio.Event()
         self._progress: JobProgress | None = None
 
     @property
@@ -112,8 +114,12 @@ class JobRunner:
             saved, failures = step, failures + 1 if step == saved else 1
             if failures == MOST_FAILURES:  # perhaps it is this job that the engine dies of
                 raise EngineFault(f"training failed {failures} times after step {step}: {reason}")
-            self.control.tell("warn", "The engine was lost; training goes on from the last save when it is back")
-            await self.control.wait(self.control.intervals.engine)
+            if self._engine.restarts != restarts or not self._engine.ready:
+                await self.control.wait(self.control.intervals.engine)  # which ends here if the server ends
+                self.control.tell("warn", "The engine was lost; training goes on from the last save when it is back")
+            else:
+                self.control.tell("warn", f"Training goes on from the last save: {reason}")
+                await self.control.wait(self.control.intervals.retry)
             with suppress(ServeError):
                 await self._engine.call(CloseRun(self.id))
         with suppress(ServeError):
@@ -136,12 +142,12 @@ class JobRunner:
         if is_complete(job.trainer, order, position):
             return position
         await self._create_run(job)
-        if newest is not None:
-            await self.control.call(RestoreRun(self.id, str(newest[0] / RUN)))
         await self._begin(position)
         if job.method == "dpo":
             for data in filter(None, (training, validation)):
                 await self._ensure_reference(data)
+        if newest is not None:  # after the reference, which is of a run that has not learnt anything
+            await self.control.call(RestoreRun(self.id, str(newest[0] / RUN)))
         rate = job.numbers.learning_rate
         schedule = LearningRate(rate, order.steps, job.numbers.warmup, job.trainer.lr_scheduler_type)
         told = await asyncio.to_thread(self._store.events(self.id).last_step)
@@ -206,12 +212,17 @@ class JobRunner:
         job = await asyncio.to_thread(partial(self._store.update, self.id, begin, on_disk=False))
         best = job.trainer.load_best_model_at_end and position.best_step > 0
         step = position.best_step if best else position.step
+        failures = 0
         while True:
             try:
                 digest = await self.control.with_space(lambda: self._results.publish(job, step))
                 files = await self.control.with_space(lambda: self._results.keep_metrics(job))
                 break
-            except Unavailable:
+            except Unavailable as error:
+                failures += 1
+                if failures == MOST_FAILURES and not self.control.draining:  # perhaps the engine dies of the adapter
+                    raise EngineFault(f"publishing failed {failures} times: {error.message}") from None
+                await self.control.wait(self.control.intervals.engine)
                 await self.control.wait_for_engine()
 
         def succeed(job: JobRecord) -> JobRecord:
@@ -224,23 +235,25 @@ class JobRunner:
                 finished_at=int(self._store.clock()),
             )
 
-        await self.control.with_space(lambda: self.control.update(succeed))
         self.control.tell("info", f"New fine-tuned model created: {job.model_name} (adapter {job.adapter})")
-        self.control.tell("info", "The job has successfully completed")
+        self.control.tell("info", "The job has successfully completed")  # before the status is seen
+        await self.control.with_space(lambda: self.control.update(succeed))
 
     async def _fail(self, error: ServeError) -> None:
         failure = JobError(error.kind, error.message, error.param)
         now = int(self._store.clock())
-        changed = False
+        told = False
 
         def fail(job: JobRecord) -> JobRecord:
-            nonlocal changed
-            changed = not job.finished
-            return msgspec.structs.replace(job, status="failed", error=failure, finished_at=now) if changed else job
+            nonlocal told
+            if job.finished:
+                return job
+            if not told:  # before the status is seen: who waits for it reads the events then
+                self.control.tell("error", f"The job failed: {error.message}")
+            told = True
+            return msgspec.structs.replace(job, status="failed", error=failure, finished_at=now)
 
         try:
             await self.control.update(fail)
         except ServeError:  # the next start runs it again, and it fails again
             self._store.update(self.id, fail, on_disk=False)
-        if changed:
-            self.control.tell("error", f"The job failed: {error.message}")

@@ -17,15 +17,17 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
 from lora_serve.adapters.store.disk import Disk
 from lora_serve.api.fine_tuning.job_events import EventLog
-from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord
+from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord, Status
 from lora_serve.api.fine_tuning.job_saves import JobSaves
 from lora_serve.errors import BadRequest, ServeError, StorageFull, StoreUnusable, Unavailable
 
@@ -33,7 +35,7 @@ RECORD, TRAINING, VALIDATION, EVENTS, SAVES = "job.json", "training", "validatio
 ENCODED = {TRAINING: "encoded-training", VALIDATION: "encoded-validation"}
 ID = re.compile(r"ftjob-[0-9a-f]{24}")
 NEW = "new-"  # how folders begin that are not complete
-MOST_UNFINISHED = 1000  # jobs of one key
+MOST_UNFINISHED, MOST_JOBS = 1000, 10_000  # of one key; the others are finished
 
 log = logging.getLogger(__name__)
 
@@ -108,31 +110,36 @@ class JobStore:
         return f"ftjob-{int(self.clock() * 1e6):014x}{secrets.token_hex(5)}"
 
     def add(self, job: JobRecord, files: dict[str, Path]) -> None:
-        """Keep a new job. Raises `BadRequest` if its key has too many that are not finished.
+        """Keep a new job. Raises `BadRequest` if its key has too many, or a file was deleted meanwhile.
 
         Args:
             files: content of `TRAINING` and perhaps `VALIDATION`, on the same file system.
         """
         with self._lock:
             self.open()
-            own = [each for each in self._jobs.values() if each.tenant == job.tenant and not each.finished]
-            if len(own) >= MOST_UNFINISHED:
+            own = [each for each in self._jobs.values() if each.tenant == job.tenant]
+            if sum(not each.finished for each in own) >= MOST_UNFINISHED:
                 raise BadRequest(f"a key may have {MOST_UNFINISHED:,} jobs that are not finished; cancel others first")
+            if len(own) >= MOST_JOBS:
+                raise BadRequest(f"a key may have {MOST_JOBS:,} jobs; delete finished ones first")
             folder = self._folder()
             new = folder / (NEW + job.id)
             with disk_errors():
                 try:
                     self.disk.make_folder(new / SAVES)
                     for name, path in files.items():
-                        self.disk.link(path, new / name)
+                        self._link(path, new / name)
                     self.disk.write(new / RECORD, msgspec.json.encode(job))
                     self.disk.sync(new)
                     self.disk.move(new, folder / job.id)
                 except BaseException:
                     self.disk.remove(new)
                     raise
+            self._keep(job)  # it is there, whatever happens now
+            try:
                 self.disk.sync(folder)
-            self._keep(job)
+            except OSError as error:
+                log.error("job %s is kept and may be lost if the machine stops now: %s", job.id, error)
 
     def update(self, id_: str, change: Callable[[JobRecord], JobRecord], *, on_disk: bool = True) -> JobRecord:
         """Change a job's record as it is now; returns the new one.
@@ -149,9 +156,33 @@ class JobStore:
                     self.disk.remove(new)
                     self.disk.write(new, msgspec.json.encode(job))
                     self.disk.move(new, folder / RECORD)
+                    self._jobs[id_] = job  # as on disk, even if that is not certain to last
                     self.disk.sync(folder)
             self._jobs[id_] = job
             return job
+
+    def delete(self, id_: str) -> None:
+        """Remove a job with all that was kept of it. Raises `UnknownJob`."""
+        with self._lock:
+            job = self.find(id_)
+            folder = self._folder()
+            old = folder / (NEW + id_)  # which the next start removes, if it is not removed now
+            with disk_errors():
+                self.disk.remove(old)
+                self.disk.move(folder / id_, old)
+                for kept in (self._jobs, self._events, self._saves):
+                    del kept[id_]
+                self._by_short_id.pop(job.short_id, None)
+                self.disk.sync(folder)
+        try:
+            self.disk.remove(old)
+        except OSError as error:
+            log.error("what is left of job %s cannot be removed now: %s", id_, error)
+
+    def count_by_status(self) -> dict[str, int]:
+        """How many jobs there are; none before the records are read."""
+        counts = Counter(job.status for job in [*self._jobs.values()])
+        return {status: counts[status] for status in get_args(Status)}
 
     def tell(self, id_: str, event: JobEvent) -> None:
         """Add an event. If it cannot be written now, it is with the next one."""
@@ -172,16 +203,29 @@ class JobStore:
         return self._folder() / job.id
 
     def clean_up(self, id_: str) -> None:
-        """Remove what a finished job does not need any more; its checkpoints stay."""
-        job = self.find(id_)
+        """Remove what a finished job does not need any more; its checkpoints stay.
+
+        Its record is written once more: if the disk was full when it finished, it is not there yet.
+        """
+        job, saves = self.find(id_), self.saves(id_)
         try:
             for name in (TRAINING, VALIDATION, *ENCODED.values()):
                 self.disk.remove(self.folder(job) / name)
-            self._saves[id_].keep_adapters_only()
+            saves.keep_adapters_only()
         except OSError as error:
             log.error("what job %s does not need any more cannot be removed: %s", id_, error)
+        try:
+            self.update(id_, lambda job: job)
+        except ServeError as error:
+            log.error("the record of job %s cannot be written: %s", id_, error.message)
 
     # --- on disk -----------------------------------------------------------------------------------------------------
+
+    def _link(self, path: Path, target: Path) -> None:
+        try:
+            self.disk.link(path, target)
+        except FileNotFoundError:
+            raise BadRequest("a file was deleted while the job was made", param=f"{target.name}_file") from None
 
     def _ensure_open(self) -> None:
         """Open if need be. What only reads does not wait for the lock, which others hold while they write."""

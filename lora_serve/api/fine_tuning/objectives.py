@@ -17,6 +17,7 @@ from lora_serve.api.fine_tuning.encoded_data import EncodedData
 from lora_serve.api.fine_tuning.job_records import ChosenNumbers, MethodName
 from lora_serve.training_messages import ForwardBackward, PassResult, RunOperation
 
+TOKEN_ACCURACY = "mean_token_accuracy"
 MOST_TOKENS = 1 << 14  # in one message to the engine, which makes passes of them as its memory allows
 
 Call = Callable[[RunOperation], Awaitable[Any]]
@@ -68,22 +69,23 @@ class SupervisedObjective:
         return self._data.sequences
 
     async def learn(self, call: Call, run: str, batch: Sequence[int]) -> BatchLoss:
-        weight = 1.0 / sum(map(self._data.learnt, batch))
-        return await self._pass(call, run, batch, weight)
+        learnt = sum(map(self._data.learnt, batch))
+        return await self._pass(call, run, batch, learnt, 1.0 / learnt)
 
     async def measure(self, call: Call, run: str) -> BatchLoss:
-        total = await self._pass(call, run, range(self.examples), 1.0, forward_only=True)
-        return BatchLoss(total.loss / self._data.learnt_tokens, {}, total.tokens)
+        learnt = self._data.learnt_tokens
+        total = await self._pass(call, run, range(self.examples), learnt, 1.0, forward_only=True)
+        return BatchLoss(total.loss / learnt, total.metrics, total.tokens)
 
     async def _pass(
-        self, call: Call, run: str, batch: Iterable[int], weight: float, *, forward_only: bool = False
+        self, call: Call, run: str, batch: Iterable[int], learnt: int, weight: float, *, forward_only: bool = False
     ) -> BatchLoss:
-        loss, tokens = 0.0, 0
+        loss, tokens, hits = 0.0, 0, 0
         for part in _parts(batch, self._data.length):
             examples = [self._data.example(index, weight) for index in part]
             result = await _forward_backward(call, ForwardBackward(run, examples, forward_only=forward_only))
-            loss, tokens = loss + result.loss, tokens + result.tokens
-        return BatchLoss(loss, {}, tokens)
+            loss, tokens, hits = loss + result.loss, tokens + result.tokens, hits + result.hits
+        return BatchLoss(loss, {TOKEN_ACCURACY: hits / learnt}, tokens)
 
 
 class PreferenceObjective:

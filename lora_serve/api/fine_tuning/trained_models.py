@@ -40,20 +40,28 @@ class TrainedModels:
 
     async def publish_checkpoint(self, model: str | None, caller: Caller) -> None:
         """Publish the checkpoint that a model's name stands for, if it is one and not published yet."""
-        found = None if model is None else self._find(model)
+        if model is None or not model.startswith(PREFIX):
+            return
+        found = await asyncio.to_thread(self._find, model)  # it may read the records
         if found is None:
             return
         job, step = found
         if step is None:
             return
         name = checkpoint_adapter(job, step)
-        if not caller.may_use(name) or self._store.saves(job.id).adapter(step) is None:
+        saves = self._store.saves(job.id)
+        if not caller.may_use(name) or await asyncio.to_thread(saves.adapter, step) is None or await self._exists(name):
             return
         async with self._publishing:
-            try:
-                await self._engine.call(DescribeAdapter(name))
-            except AdapterNotFound:
+            if not await self._exists(name):
                 await self._results.publish(job, step, name)
+
+    async def _exists(self, adapter: str) -> bool:
+        try:
+            await self._engine.call(DescribeAdapter(adapter))
+        except AdapterNotFound:
+            return False
+        return True
 
     def _find(self, model: str) -> tuple[JobRecord, int | None] | None:
         if not model.startswith(PREFIX) or (match := _NAME.fullmatch(model)) is None:

@@ -17,7 +17,7 @@ import msgspec
 
 from lora_serve.api.fine_tuning.batch_order import BatchOrder
 from lora_serve.api.fine_tuning.job_records import Position, TrainerSettings
-from lora_serve.api.fine_tuning.objectives import BatchLoss, Call, Objective
+from lora_serve.api.fine_tuning.objectives import TOKEN_ACCURACY, BatchLoss, Call, Objective
 from lora_serve.errors import BadRequest, ServeError
 from lora_serve.learning_rate import LearningRate
 from lora_serve.training_messages import OptimizerStep, StepResult
@@ -90,6 +90,8 @@ async def train(
         if order.ends_epoch(position.step):
             if validation is not None:
                 measured = await validation.measure(call, run)
+                if not math.isfinite(measured.loss):
+                    raise Diverged(f"the validation loss of step {position.step} is not finite: try a lower rate")
                 metrics |= _validation_metrics(measured)
                 position = _compared(position, measured.loss)
             await progress.stepped(position, metrics)
@@ -100,8 +102,10 @@ async def train(
 
 
 def _validation_metrics(measured: BatchLoss) -> Metrics:
+    own = {name: value for name, value in measured.metrics.items() if name == TOKEN_ACCURACY}
     return {
         "valid_loss": measured.loss,
+        **{f"valid_{name}": value for name, value in own.items()},
         "full_valid_loss": measured.loss,
         **{f"full_valid_{name}": value for name, value in measured.metrics.items()},
     }

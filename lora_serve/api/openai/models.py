@@ -57,7 +57,7 @@ async def model(model: str, services: ServicesDep, caller: Authorized) -> dict[s
             alias = msgspec.convert(await services.engine.call(DescribeAlias(name)), AliasInfo)
             if alias.targets:
                 return _alias(info, as_seen_by(caller, alias))
-    raise ModelNotFound(f"model {name[:100]} does not exist", param="model")
+    raise ModelNotFound(f"model {model[:100]} does not exist", param="model")  # not what a name stands for
 
 
 def _base(info: EngineInfo) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class _HeadRows:
 
     Attributes:
         parts: of each micro-batch, which of these rows are its own.
-        logprobs: [rows], once they are computed.
+        logprobs, hits: [rows], once they are computed; a target is hit if no other token has a higher logit.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class _HeadRows:
         self.rows, self.targets = (to_device(each, torch.int64, device) for each in (rows, targets))
         self.weights = torch.tensor(weights, device=device)
         self.logprobs = torch.zeros(self.count, device=device)
+        self.hits = torch.zeros(self.count, dtype=torch.bool, device=device)
 
     def chunks(self, size: int) -> list[slice]:
         """All rows, about equally many at a time and at most `size`."""
@@ -166,6 +167,7 @@ class FusedPass:
         assert self.done == self.quanta
         terms = -(self._losses.weights * self._losses.logprobs).cpu()
         given, others = self._losses.logprobs.cpu(), self._others.logprobs.cpu()
+        hits = self._losses.hits.cpu()
         found = []
         for index, part in enumerate(self._parts):
             own, rest, each_sequence = given[self._losses.parts[index]], others[self._others.parts[index]], []
@@ -179,7 +181,8 @@ class FusedPass:
                 each_sequence.append(values)
             loss = self._values.get(index, float(terms[self._losses.parts[index]].sum()))
             error, metrics = self._errors.get(index), self._metrics.get(index, {})
-            found.append(MicroBatchResult(loss, each_sequence, error, metrics))
+            own_hits = int(hits[self._losses.parts[index]].sum())
+            found.append(MicroBatchResult(loss, each_sequence, error, metrics, own_hits))
         return found
 
     def _quanta(self) -> Generator[None]:
@@ -229,7 +232,7 @@ class FusedPass:
         with torch.set_grad_enabled(coefficients is not None):
             logits = self._base.logits(step, given)
         targets = heads.targets[chunk]
-        sums, heads.logprobs[chunk] = _log_probabilities(logits.detach(), targets)
+        sums, heads.logprobs[chunk], heads.hits[chunk] = _log_probabilities(logits.detach(), targets)
         if coefficients is None:
             return given
         _gradient_in_place(logits.detach(), targets, sums, coefficients)
@@ -302,10 +305,13 @@ class FusedPass:
         return found
 
 
-def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [rows, vocabulary]: the log of its exponentials' sum, and its target's log-probability."""
-    sums = torch.cat([block.float().logsumexp(1) for block in torch.split(logits, _block_rows(logits))])
-    return sums, logits.gather(1, targets[:, None])[:, 0].float() - sums
+def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of logits [rows, vocabulary]: log of the exponentials' sum, the target's log-probability and hit."""
+    blocks = torch.split(logits, _block_rows(logits))
+    sums = torch.cat([block.float().logsumexp(1) for block in blocks])
+    highest = torch.cat([block.amax(1) for block in blocks])
+    own = logits.gather(1, targets[:, None])[:, 0]
+    return sums, own.float() - sums, own >= highest
 
 
 def _gradient_in_place(logits: Tensor, targets: Tensor, sums: Tensor, coefficients: Tensor) -> None:

@@ -85,9 +85,11 @@ class MicroBatchResult:
         logprobs: log-probabilities of each sequence's targets, in float32; 0 where the weight is 0, unless asked for.
         error: what the micro-batch's own loss function raised; then nothing was added to its gradients.
         metrics: what its loss function found.
+        hits: targets with a weight that no other token has a higher logit than.
     """
 
     loss: float
     logprobs: Sequence[Tensor]
     error: Exception | None = None
     metrics: Mapping[str, MeanMetric] = field(default_factory=dict)
+    hits: int = 0

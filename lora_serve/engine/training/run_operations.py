@@ -67,6 +67,7 @@ class QueuedPass(QueuedOperation):
             logprobs=[values.tolist() for each in self.results for values in each.logprobs],
             metrics=mean_metrics(each.metrics for each in self.results),
             tokens=sum(self.sizes),
+            hits=sum(each.hits for each in self.results),
         )
 
 

@@ -117,15 +117,19 @@ def test_losses_and_gradients_equal_autograd_over_peft(driver: TrainingDriver, n
     examples = data(name)
     save_peft(adapter, tmp_path)
     model = load_trainable(reference("llama"), tmp_path)
-    rows = []
+    rows, hits = [], 0
     for example in examples:
         logits = model(input_ids=torch.tensor([example.tokens]), use_cache=False).logits[0].float()
+        example.targets[-1] = int(logits[-1].argmax())  # so that there is a hit
         logprobs = logits.log_softmax(-1).gather(1, torch.tensor(example.targets)[:, None])[:, 0]
         rows.append((logprobs, example.inputs))
+        (part,) = (each.weights for each in find_loss(name, {}).sequences([example]))
+        hits += int(((logits.argmax(1) == torch.tensor(example.targets)) & (torch.tensor(part) != 0)).sum())
     wanted = FORMULAS_AGAIN[name](rows)
     wanted.backward()  # type: ignore[no-untyped-call]
     (whole,) = run(driver, adapter, name, [examples])
-    assert whole.error is None
+    assert (whole.error, whole.hits) == (None, hits)
+    assert hits >= len(examples)
     assert whole.loss == pytest.approx(float(wanted.detach()), rel=1e-4, abs=1e-5)
     for path, layer in adapter.layers.items():
         own = model.get_submodule(f"base_model.model.{path}").lora_B["default"].weight.grad
