@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe
+from bench.png_plots import add_png_option, write_png
 from bench.report import json_line, number, table
 from lora_serve.config import ServeConfig
 from lora_serve.engine.client import EngineClient
@@ -196,6 +197,7 @@ def record(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint (bench.make_model makes one)")
     parser.add_argument("--loads", default="full,half,none", help="of these, comma-separated")
@@ -211,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=12.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    add_png_option(parser)
+    options = parser.parse_args(given)
     found = asyncio.run(run(options))
     print(
         table(
@@ -222,8 +225,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {
         load: {state: record(windows) for state, windows in states.items() if windows} for load, states in found.items()
     }
-    settings = {key: value for key, value in vars(options).items() if key != "model"}
-    print(json_line({"training_beside_serving": figures, "settings": settings} | describe()))
+    settings = {key: value for key, value in vars(options).items() if key not in ("model", "png")}
+    content = {
+        "bench": "training_beside_serving",
+        "machine": describe(),
+        "arguments": given,
+        "settings": settings,
+        "loads": figures,
+    }
+    line = json_line(content)
+    print(line)
+    write_png(line, options.png)
     return 0
 
 

@@ -48,6 +48,7 @@ from bench.gpu.forward_pass import (
 )
 from bench.gpu.operation_pairs import time_operation_pairs
 from bench.machine import describe
+from bench.png_plots import add_png_option, write_png
 from bench.report import goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
 from lora_serve.kernels.select import select
@@ -261,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__, 330.0)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     add_sizes(parser)
+    add_png_option(parser)
     args = parser.parse_args(arguments)
     device = require_device("benchmark", args.device)
     sizes = QUICK if args.quick else Sizes()
@@ -276,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = f"{name}, bf16, context {sizes.context}, adapters of rank {RANK} on all linear modules"
     print(about, report(found), "", sep="\n\n")
     finish(line, args.json)
+    write_png(line, args.png)
     if found.failures:
         raise SystemExit(1)
 

@@ -41,6 +41,7 @@ from bench.gpu.forward_pass import (
 from bench.gpu.kernel_profile import kernel_times
 from bench.machine import describe
 from bench.make_model import make_model
+from bench.png_plots import add_png_option, write_png
 from bench.report import Goal, goal_records, goal_table, json_line, number, table
 from bench.serving.client import Server, list_models
 from bench.serving.engine_throughput import Driver
@@ -232,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--served-shape", choices=SHAPES, default="qwen2.5-1.5b", help="of the engine and the server")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
     add_sizes(parser)
+    add_png_option(parser)
     args = parser.parse_args(arguments)
     device = require_device("serving_check", args.device)
     sizes, end = QUICK_CHECK if args.quick else CheckSizes(), time.monotonic() + args.seconds
@@ -256,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
          "served shape": args.served_shape, "sizes": asdict(sizes)} | asdict(found) | {"goals": goal_records(goals)}
     )  # fmt: skip
     finish(line, args.json)
+    write_png(line, args.png)
     if found.failures:
         raise SystemExit(1)
 

@@ -20,6 +20,7 @@ from typing import get_args
 
 from bench.machine import describe
 from bench.peers.peer_server import Peer, started_peer
+from bench.png_plots import add_png_option, write_png
 from bench.report import json_line, number, table
 from bench.serving.client import Server, list_models
 from bench.serving.load import Load, Mix, add_load_arguments, load_from, mixes, run_interleaved
@@ -123,6 +124,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_load_arguments(parser)
     parser.add_argument("--clients", type=numbers, default=[8, 1], help="clients of the closed loops, comma-separated")
     parser.add_argument("--requests", type=int, default=3, help="requests per client and run")
+    add_png_option(parser)
     args = parser.parse_args(arguments)
     names = [name for name, _ in args.server + args.start]
     if not names or len(set(names)) < len(names):
@@ -194,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "footprints": {name: asdict(cost) for name, cost in costs.items()},
         "results": records(results),
     }
-    print(json_line(content))
+    line = json_line(content)
+    print(line)
+    write_png(line, args.png)
 
 
 if __name__ == "__main__":

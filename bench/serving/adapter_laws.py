@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import describe
+from bench.png_plots import add_png_option, write_png
 from bench.report import Goal, goal_records, goal_table, json_line
 from bench.serving import residency_laws, throughput_laws
 from bench.serving.adapter_server import Scale, Workspace
@@ -111,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "goals": goal_records(goals),
         "figures": figures,
     }
-    print(json_line(content))
+    line = json_line(content)
+    print(line)
+    write_png(line, args.png)
     return int(any("error" in each for each in figures.values()))
 
 
@@ -133,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="of the server")
     parser.add_argument("--dtype", default="auto", help="of the server: bfloat16, float16 or float32")
     parser.add_argument("--serve", default="", metavar="ARGS", help="further options of `lora-serve serve`")
+    add_png_option(parser)
     return parser
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe
+from bench.png_plots import add_png_option, write_png
 from bench.report import Goal, goal_records, goal_table, json_line
 from bench.serving.client import Server, list_models
 from bench.serving.launch import launched
@@ -186,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--goals", type=lambda text: [int(each) for each in text.split(",")], default=list(GOALS))
     parser.add_argument("--serve", default="", metavar="ARGS", help="further options of `lora-serve serve`")
     add_load_arguments(parser)
+    add_png_option(parser)
     args = parser.parse_args(given)
     if not set(args.goals) <= set(GOALS):
         parser.error(f"goals are {', '.join(map(str, GOALS))}")
@@ -206,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results": records(over_http),
         "in_process": in_process,
     }
-    print(json_line(content))
+    line = json_line(content)
+    print(line)
+    write_png(line, args.png)
 
 
 if __name__ == "__main__":

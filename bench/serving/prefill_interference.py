@@ -15,6 +15,7 @@ import asyncio
 import random
 import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 import aiohttp
 
 from bench.machine import describe
+from bench.png_plots import add_png_option, write_png
 from bench.report import json_line, number, table
 from bench.serving.client import Job, Server, Timing, list_models, read, stream
 from bench.serving.launch import launched
@@ -95,6 +97,7 @@ async def _keep_streaming(session: aiohttp.ClientSession, server: Server, timing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="of a running server")
@@ -104,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=8, help="prompts of each length")
     parser.add_argument("--adapter-field", choices=["adapter", "model"], default="adapter")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    add_png_option(parser)
+    args = parser.parse_args(given)
     with nullcontext(args.url) if args.url else launched(shlex.split(args.start)) as url:
         base, adapters = list_models(url)
         server = Server(url, base, args.adapter_field)
@@ -121,11 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tokens, gaps in found.items()
     ]
     print(table(["new prompt", "usual gap ms", "worst gap ms", "worst of all", "its TTFT ms", "worst ÷ usual"], rows))
-    print(
-        json_line(
-            {"bench": "prefill_interference", "machine": describe(), "gaps": {t: asdict(g) for t, g in found.items()}}
-        )
-    )
+    content = {
+        "bench": "prefill_interference",
+        "machine": describe(),
+        "arguments": given,
+        "gaps": {tokens: asdict(gaps) for tokens, gaps in found.items()},
+    }
+    line = json_line(content)
+    print(line)
+    write_png(line, args.png)
 
 
 if __name__ == "__main__":

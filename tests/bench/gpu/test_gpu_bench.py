@@ -109,7 +109,9 @@ def test_the_largest_shape_that_fits_is_measured() -> None:
 
 
 def test_the_whole_benchmark_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["--quick", "--shape", "tiny", "--device", "cpu", "--json", str(tmp_path / "gpu.json")])
+    files = ["--json", str(tmp_path / "gpu.json"), "--png", str(tmp_path / "gpu.png")]
+    benchmark.main(["--quick", "--shape", "tiny", "--device", "cpu", *files])
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out.strip()
     line = (tmp_path / "gpu.json").read_text().strip()
     assert shown.endswith(line)

@@ -66,14 +66,15 @@ def test_an_inconsistent_command_line_is_refused(
 
 
 def test_a_running_and_a_started_server_are_compared_in_turns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compare, "IDLE", 0.3)
-    sizes = "--mix none,distinct --clients 2,1 --requests 2 --prompt 4 --output 3 --repeats 2"
+    sizes = f"--mix none,distinct --clients 2,1 --requests 2 --prompt 4 --output 3 --repeats 2 --png {tmp_path}/a.png"
     with launched([], command=FAKE, timeout=60) as url:
         compare.main(
             ["--server", f"one={url}", "--start", f"two={START}", "--adapter-field", "one=adapter", *sizes.split()]
         )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     printed, told = capsys.readouterr()
     turns = [line.split(maxsplit=2)[2].partition(":")[0] for line in told.splitlines() if "tok/s" in line]
     forwards = ["one none ×2", "two none ×2", "one distinct ×2", "two distinct ×2", "one none ×1", "two none ×1"]
