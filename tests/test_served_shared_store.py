@@ -158,7 +158,8 @@ class Clients:
         elif code == 404:
             assert wanted is None
             assert None in before, f"{name} is lost"
-            self.known[name] = {None}
+            # Nothing was changed, so what a killed replica had sent to the store without an answer may still be made.
+            self.known[name] = before
         elif code == 409:  # an alias stands for it
             assert wanted is None
             self.known[name] = before
@@ -177,7 +178,7 @@ class Clients:
             self.aliased[alias] = {wanted}
         elif code == 404:  # there is no such adapter, or no such alias
             assert wanted is not None or None in before, f"{alias} is lost"
-            self.aliased[alias] = before if wanted is not None else {None}
+            self.aliased[alias] = before  # as above
 
     def _send(self, send: Callable[[], httpx.Response]) -> int:
         """The status of a change; 0 if there was no answer, or none that says what happened."""
