@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,6 @@ from lora_serve.training_messages import (
     SaveRun,
     TrainingExample,
 )
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSession]:
-    session = TrainingSession(tmp_path_factory.mktemp("engine"))
-    yield session
-    session.engine.close()
-
-
-@pytest.fixture
-def session(engine: TrainingSession) -> Iterator[TrainingSession]:
-    yield engine
-    for name in engine.created:
-        engine.call(CloseRun(name))
 
 
 def trained(session: TrainingSession, run: str) -> TrainableAdapter:

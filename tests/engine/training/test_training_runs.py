@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,20 +26,6 @@ from lora_serve.training_messages import (
     SaveRun,
     TrainingExample,
 )
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSession]:
-    session = TrainingSession(tmp_path_factory.mktemp("engine"))
-    yield session
-    session.engine.close()
-
-
-@pytest.fixture
-def session(engine: TrainingSession) -> Iterator[TrainingSession]:
-    yield engine
-    for name in engine.created:
-        engine.call(CloseRun(name))
 
 
 def test_what_was_saved_continues_bit_for_bit_in_another_engine(session: TrainingSession, tmp_path: Path) -> None:
