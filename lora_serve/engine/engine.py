@@ -257,7 +257,10 @@ class Engine:
 
         However large its share is, messages are received and a step runs after `MOST_TRAINING`.
         """
-        if self._training is None or not self._training.pending:
+        if self._training is None:
+            return False
+        if not self._training.pending:
+            self._training.pacer.rest()
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
@@ -266,6 +269,8 @@ class Engine:
         while seconds and load.active and self._training.pending and ran < MOST_TRAINING:
             seconds = self._training.advance(load)
             ran += seconds
+        if not self._training.pending:
+            self._training.pacer.rest()
         if self.step_in_flight:
             self._trained += ran
         return ran > 0

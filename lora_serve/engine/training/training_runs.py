@@ -206,10 +206,7 @@ class TrainingRuns:
     @property
     def pending(self) -> bool:
         """Whether there is a quantum to run, as soon as it may."""
-        found = self._pass is not None or any(run.first is not None for run in self._runs.values())
-        if not found:
-            self.pacer.rest()
-        return found
+        return self._pass is not None or any(run.first is not None for run in self._runs.values())
 
     def advance(self, load: ServingLoad) -> float:
         """Run the next quantum if it may run now; returns the seconds it took, 0 if none was run."""
