@@ -141,8 +141,10 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
     )
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
+    quantize: Literal["int8", "int4", "fp8"] | None = Field(
+        None,
+        description="quantize the base's linear modules and experts at load; adapters keep their precision; "
+        "fp8 needs a GPU of Ada or newer",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     tensor_parallel: int = Field(

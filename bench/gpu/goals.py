@@ -14,10 +14,12 @@ from bench.gpu.figures import GOAL_ROWS, Limits, Stall, Step, find_step, seconds
 from bench.gpu.steps import MIXED_NAME, StepFigures
 from bench.report import Goal
 from bench.shapes import Shape
+from lora_serve.kernels.packed_weight import Scheme
 
 LONG = 2048  # tokens of a prompt from which the stricter goals hold
 QUANTIZED_ROWS = 32  # largest batch of the goals of quantised bases
-EIGHT_BITS, FOUR_BITS = ("int8", "fp8"), ("int4",)
+EIGHT_BITS: tuple[Scheme, ...] = ("int8", "fp8")
+FOUR_BITS: tuple[Scheme, ...] = ("int4",)
 Value = tuple[float, str]  # and what it is made of
 
 

@@ -29,9 +29,10 @@ from bench.machine import describe
 from bench.png_plots import add_png_option, write_png
 from bench.report import goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
+from lora_serve.kernels.select import refuse_scheme
 
-# Parts in their order, and about the seconds of each with the 8B and the 1.5B shape: a base on the device with its graphs
-# takes 8 s to 25 s, a step 0.7 s, a server of the 1.5B shape 15 s, the files of the 8B shape 20 s.
+# Parts in their order, and about the seconds of each with the 8B and the 1.5B shape: a base with its graphs takes
+# 8 s to 25 s, a step 0.7 s, a server of the 1.5B shape 15 s, the files of the 8B shape 20 s.
 PARTS = {"steps": 60.0, "quantized": 50.0, "small server": 45.0, "large server": 90.0, "cliff": 40.0, "registry": 70.0}
 BUDGET = 360.0  # seconds of all
 
@@ -79,9 +80,12 @@ class Findings:
 
 
 def measure_quantized(folder: Path, device: torch.device, sizes: CheckSizes, found: Findings) -> None:
-    """Decode steps of a base in each scheme."""
+    """Decode steps of a base in each scheme that the device has."""
+    steps = sizes.steps
     for scheme in (*EIGHT_BITS, *FOUR_BITS):
-        steps = sizes.steps
+        if reason := refuse_scheme(scheme, device):
+            note(reason)
+            continue
         found.quantized[scheme] = measure_decode(folder, device, sizes.quantized, steps.context, steps.budget, scheme)
         note(f"{scheme}: {found.quantized[scheme]}")
 
