@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import goals, serving_check
+from bench.gpu import check, goals, serving_check
 from bench.gpu.command import Part, run_parts
 from bench.gpu.figures import Limits, Stall, Step, weights_read
 from bench.gpu.goals import GOALS, quantized_values, reached, stall_value, step_values
@@ -159,6 +159,8 @@ def test_steps_and_quantised_bases_are_measured_on_the_cpu(tmp_path: Path, capsy
     expected = {row.name for row in GOALS if row.part in ("steps", "quantized") and not row.name.startswith("prompt ")}
     assert measured == expected  # the quick run has shorter prompts
     assert {field.name for field in fields(StepFigures)} <= found.keys()
+    assert check.goals_of(file) == {key: found[key] for key in ("machine", "goals", "missing")}
+    assert check.goals_of(tmp_path / "none.json") == {}
     with pytest.raises(SystemExit):
         serving_check.main([*run, "--parts", "steps,laws"])
 
