@@ -265,13 +265,6 @@ class ServeConfig(BaseSettings):
             parse_shared_store(value)
         return value
 
-    @field_validator("tensor_parallel")
-    @classmethod
-    def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and info.data.get("quantize") is not None:
-            raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
-        return value
-
     @field_validator("training_memory")
     @classmethod
     def _one_device_trains(cls, value: Size, info: ValidationInfo) -> Size:

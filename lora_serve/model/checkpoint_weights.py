@@ -93,6 +93,7 @@ class CheckpointWeights:
         divided: modules whose weight's rows are divided by their lengths at load.
         schemes: how the resident base's sites were quantised at load, by site.
         importance: of their inputs for that, by site; one for all experts.
+        parts: sites whose inputs several devices share, each of which quantised its part: the number of parts, by site.
         external: whether the checkpoint itself is quantised, so that its library has to load it as a whole.
     """
 
@@ -104,6 +105,7 @@ class CheckpointWeights:
     divided: frozenset[str] = frozenset()
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
     external: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +125,10 @@ class CheckpointWeights:
         scheme = self.schemes.get(site)
         if scheme is None:
             return weight.detach()
-        return dequantize(*quantize(weight, scheme, self.importance.get(site.partition("[")[0])))
+        importance, count = self.importance.get(site.partition("[")[0]), self.parts.get(site, 1)
+        own = [None] * count if importance is None else importance.chunk(count)
+        parts = zip(weight.chunk(count, 1), own, strict=True)
+        return torch.cat([dequantize(*quantize(part, scheme, each)) for part, each in parts], 1)
 
     def parameter(self, path: str) -> Tensor:
         """A parameter by its path in the model, as the checkpoint has it. Raises KeyError if there is none."""

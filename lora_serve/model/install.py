@@ -77,9 +77,12 @@ def _install_group(
     model: Any = loaded.model
     modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
-    bases = _pack(modules, context, loaded, loaded.importance.get(names[0])) if packed else modules
     parallel, sharding = loaded.parallel, loaded.sharding
     partial = sharding is not None and names[0] in sharding.row_parallel
+    importance = loaded.importance.get(names[0])
+    if sharding is not None and partial and importance is not None:
+        importance = sharding.part(importance, 0)
+    bases = _pack(modules, context, loaded, importance) if packed else modules
     shared = SharedInput(bases, group, context.kernels, parallel.all_reduce if parallel and partial else None)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits

@@ -73,15 +73,15 @@ def plan_sharding(model: Any, groups: Sequence[Sequence[str]], layers: int, para
     return Sharding(parallel.rank, size, columns, rows, (False,) * layers)
 
 
-def cut_model(model: Any, whole: ObservedModel, parallel: TensorParallel) -> tuple[Sharding, list[LayerShape]]:
+def cut_model(model: Any, whole: ObservedModel, sharding: Sharding) -> tuple[Sharding, list[LayerShape]]:
     """Cut a model in place to this rank's part; returns what was cut, and the KV per token that is left to this rank.
 
     Args:
         model: on the CPU.
         whole: the trace of the uncut model.
+        sharding: as planned.
     Raises ModelUnsupported.
     """
-    sharding = plan_sharding(model, whole.groups, len(whole.layers), parallel)
     _cut_modules(model, sharding)
     try:
         own = observe(model, CPU).layers
@@ -89,9 +89,9 @@ def cut_model(model: Any, whole: ObservedModel, parallel: TensorParallel) -> tup
         kv = sorted({layer.kv_heads for layer in whole.layers})
         raise ModelUnsupported(
             f"{model.config.model_type}: {model.config.num_attention_heads} attention heads and "
-            f"{', '.join(map(str, kv))} of keys and values cannot be divided among {parallel.size} devices"
+            f"{', '.join(map(str, kv))} of keys and values cannot be divided among {sharding.size} devices"
         ) from error
-    return replace(sharding, kv_cut=_cut_layers(model.config.model_type, whole.layers, own, parallel.size)), own
+    return replace(sharding, kv_cut=_cut_layers(model.config.model_type, whole.layers, own, sharding.size)), own
 
 
 def _cut_modules(model: Any, sharding: Sharding) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ def build_base_shape(
     quantized: str = "",
     rounding: str = "",
     divided: frozenset[str] = frozenset(),
+    parts: Mapping[str, int] | None = None,
 ) -> BaseShape:
     """Describe a traced model.
 
@@ -38,6 +39,7 @@ def build_base_shape(
         scheme: how its linear modules will be quantised.
         quantizes_experts: whether its experts will be, too.
         names, vocabulary, quantized, rounding, divided: see `BaseShape`.
+        parts: see `CheckpointWeights`.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     sites: dict[str, Site] = {}
@@ -69,8 +71,10 @@ def build_base_shape(
     input_embedding, head = paths[id(inputs)], paths[id(model.get_output_embeddings())]
     tied = bool(model.config.tie_word_embeddings)
     packed = (site for site in sites.values() if quantizes_experts or not site.name.endswith("]"))
-    schemes = {site.name: found for site in packed if (found := scheme_for(scheme, site.in_features)) is not None}
-    weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes)
+    shares = parts or {}
+    inputs_of = {site.name: site.in_features // shares.get(site.name, 1) for site in packed}
+    schemes = {name: found for name, width in inputs_of.items() if (found := scheme_for(scheme, width)) is not None}
+    weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes, parts=shares)
     return BaseShape(
         sites=sites,
         groups=tuple(groups),

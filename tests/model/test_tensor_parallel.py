@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import peft
 import pytest
 import torch
 from driver import Driver
-from parity import make_adapter, read_adapter, save_noisy_adapter
+from parity import logits, make_adapter, read_adapter, save_noisy_adapter
 from ranks import RankRunner
-from support import COMMON, make_model, reference, save
+from support import COMMON, make_model, reference, save, uncentred
 from torch import Tensor
 from transformers import LlamaConfig
 
 from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.model.shape import base_module
 from lora_serve.model.tensor_parallel import TensorParallel
 
 pytestmark = [  # PEFT talks about heads, ties and patterns
@@ -103,6 +106,50 @@ def test_biases_of_layers_whose_outputs_are_added_up_count_once(run_ranks: RankR
 @pytest.mark.parametrize("kind", METHODS)
 def test_what_adapters_do_beside_deltas_is_cut_as_well(kind: str, run_ranks: RankRunner, tmp_path: Path) -> None:
     compare(run_ranks, tmp_path, reference("qwen3"), METHODS[kind])
+
+
+def serve_quantized(
+    folder: Path, scheme: Scheme, adapters: int, parallel: TensorParallel | None = None
+) -> tuple[list[Tensor], list[list[int]], dict[str, Tensor], dict[str, Tensor]]:
+    """As `serve` over a quantised base; also the weights that adapters are lowered against, and those in use here."""
+    driver = Driver(folder / "base", max_tokens=11, parallel=parallel, scheme=scheme, native=scheme != "fp8")
+    routes: list[list[tuple[str, float]]] = [[]]
+    for number in range(adapters):
+        routes.append([(driver.load_adapter(read_adapter(driver, folder / str(number))), 1.0)])
+    rows = driver.teach([PROMPTS[1]] * len(routes), decode=3, adapters=routes)
+    lowered = {name: driver.loaded.shape.weight(name) for name in driver.loaded.shape.sites}
+    own = {name: base_module(driver.loaded.model, name).full_weight for name in lowered}
+    return rows, driver.sequences, lowered, own
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["int4", "int8", "fp8"],
+)
+def test_a_base_is_quantised_part_by_part_and_adapters_are_lowered_against_the_parts(
+    scheme: Scheme, run_ranks: RankRunner, tmp_path: Path
+) -> None:
+    theirs = uncentred(LlamaConfig(**COMMON | {"intermediate_size": 128}))
+    theirs.save_pretrained(tmp_path / "base")
+    for number, config in enumerate(LORAS):
+        save_noisy_adapter(theirs, tmp_path / str(number), number, config, noise=0.08)
+    ranks = run_ranks(partial(serve_quantized, tmp_path, scheme, len(LORAS)))
+    (rows, sequences, lowered, _), second = ranks[0], ranks[1]
+    assert all(torch.equal(mine, other) for mine, other in zip(rows, second[0], strict=True))
+    for name, whole in lowered.items():
+        parts = [each[3][name] for each in ranks]
+        cut = 0 if parts[0].shape[0] < whole.shape[0] else 1
+        assert torch.equal(parts[0] if parts[0].shape == whole.shape else torch.cat(parts, cut), whole), name
+        assert torch.equal(second[2][name], whole), name
+    with torch.no_grad():
+        for name, weight in lowered.items():
+            theirs.get_submodule(name).weight.copy_(weight)
+    models = [theirs.eval()]
+    models += [peft.PeftModel.from_pretrained(deepcopy(theirs), tmp_path / str(n)).eval() for n in range(len(LORAS))]
+    for got, tokens, model in zip(rows, sequences, models, strict=True):
+        wanted = logits(model, tokens)
+        apart = [(got - logits(other, tokens)).norm().item() for other in models]
+        assert apart[models.index(model)] == min(apart) < (0.1 if scheme == "fp8" else 0.05) * wanted.norm()
 
 
 def first_adapter(folder: Path, dtype: str, parallel: TensorParallel | None = None) -> Tensor:
