@@ -39,7 +39,9 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
             module, _, parameter = names[0].partition("[")[0].rpartition(".")
             stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
     for module, groups in stacks.items():
-        _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context))
+        cut = loaded.sharding is not None and any(f"{module}.{name}" in loaded.sharding.row_parallel for name in groups)
+        all_reduce = loaded.parallel.all_reduce if loaded.parallel and cut else None
+        _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context, all_reduce))
     _install_linears(loaded, device_slots, context, packed=False)
 
 

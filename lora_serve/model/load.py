@@ -34,6 +34,7 @@ from lora_serve.model.base_config import (
 from lora_serve.model.base_pooling import read_pooling
 from lora_serve.model.checkpoint_files import weight_files
 from lora_serve.model.checkpoint_weights import CheckpointWeights
+from lora_serve.model.experts import is_stacked, stacked_parameters
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -270,6 +271,9 @@ def _importance(
     widths = {
         name: parameter_shapes(model.get_submodule(name))["weight"][1] for names in observed.groups for name in names
     }
+    for path, module in model.named_modules():
+        if is_stacked(module):
+            widths |= {f"{path}.{name}": sizes[0][0] for name, sizes in stacked_parameters(module).items()}
     return share_importance(own, widths, parallel)
 
 

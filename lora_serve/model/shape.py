@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.adapters.adapter import BaseShape, Site
+from lora_serve.adapters.sharding import stack_of
 from lora_serve.kernels.packed_weight import Scheme, scheme_for
 from lora_serve.model.checkpoint_weights import CheckpointWeights
 from lora_serve.model.experts import AdaptedExperts, is_stacked, stacked_parameters
@@ -72,7 +73,7 @@ def build_base_shape(
     tied = bool(model.config.tie_word_embeddings)
     packed = (site for site in sites.values() if quantizes_experts or not site.name.endswith("]"))
     shares = parts or {}
-    inputs_of = {site.name: site.in_features // shares.get(site.name, 1) for site in packed}
+    inputs_of = {site.name: site.in_features // shares.get(stack_of(site.name), 1) for site in packed}
     schemes = {name: found for name, width in inputs_of.items() if (found := scheme_for(scheme, width)) is not None}
     weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes, parts=shares)
     return BaseShape(
