@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -120,6 +121,8 @@ class ServedModels:
             starts, figures["cold start"] = measure_cold_start(workspace, server, routes, slots=slots)
             self._take(goals.COLD_HOST, starts[:1])
             self._take(goals.COLD_DISK, starts[1:])
+        for folder in (workspace.folder, workspace.model):
+            shutil.rmtree(folder)
 
     def cliff(self, shape: str) -> None:
         """Law 5 on the small shape: twice as many adapters as have slots."""
@@ -185,6 +188,8 @@ class ServedModels:
 
     def _record_throughput(self, name: str, figures: dict[str, Any], rate: float) -> None:
         figures["decode rate"] = rate
+        if math.isnan(rate):
+            return
         self.found.values[name] = figures["throughput"] / rate, f"{figures['throughput']:.0f} ÷ {rate:.0f} tok/s"
 
     def _take(self, name: str, measured: Sequence[Goal]) -> None:

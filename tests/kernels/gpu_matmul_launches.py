@@ -30,7 +30,6 @@ CASES: list[tuple[Scheme, torch.dtype, int, tuple[int, ...]]] = [  # scheme, row
     ("int4", torch.bfloat16, 500, (80, 89, 90)),
     ("fp8", torch.bfloat16, 1, (89, 90)),
     ("fp8", torch.bfloat16, 64, (89, 90)),
-    ("fp8", torch.float16, 500, (89, 90)),
 ]
 
 

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near, pack_one
 from torch import Tensor
 
-from lora_serve.kernels.gpu.matmul import linear, merge, merged_layer, pack, quantize_rows, tiling, unpack
+from lora_serve.kernels.gpu.matmul import (
+    MOST_FP8_TILE,
+    linear,
+    merge,
+    merged_layer,
+    pack,
+    quantize_rows,
+    tiling,
+    unpack,
+)
 from lora_serve.kernels.packed_weight import FP8, GROUP, RUN, PackedWeight, Scheme, dequantize, quantize, round_rows
 from lora_serve.kernels.reference import ReferenceKernels
 
@@ -125,6 +134,13 @@ def test_every_float_of_eight_bits_is_what_torch_rounds_to() -> None:
     codes, step, _ = quantize_rows(x, "fp8")  # of a step of 1, as the largest is 448
     assert step.item() == 1
     assert codes.float().flatten()[: x.shape[1]].equal(x.to(FP8).float()[0])
+
+
+def test_a_row_of_more_floats_than_a_program_holds_is_rounded_by_its_largest() -> None:
+    x = torch.randn(2, MOST_FP8_TILE + 70)
+    x[0, 5], x[1, -1] = 300, 500
+    codes, step, _ = quantize_rows(x, "fp8")
+    assert (codes.float() * step[:, None]).transpose(0, 1).flatten(1)[:, : x.shape[1]].equal(round_rows(x, "fp8"))
 
 
 @each_scheme

@@ -185,7 +185,7 @@ def serve_quantized(
 
 @pytest.mark.parametrize(
     "scheme",
-    ["int4", "int8", "fp8"],
+    ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp8", marks=pytest.mark.slow)],
 )
 def test_a_base_is_quantised_part_by_part_and_adapters_are_lowered_against_the_parts(
     scheme: Scheme, run_ranks: RankRunner, tmp_path: Path

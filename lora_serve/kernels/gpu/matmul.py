@@ -35,6 +35,7 @@ from lora_serve.kernels.gpu.plan_table import NO_PLANS, MatmulPlan, MatmulProble
 from lora_serve.kernels.packed_weight import FP8, GROUP, RUN, PackedWeight, Scheme, dequantize, quantize
 
 PROGRAM = 2048  # numbers that a program of round_rows rounds
+MOST_FP8_TILE = 16384  # numbers that a program of round_rows_to_fp8 holds, 32 a thread
 COLUMNS = 1024  # outputs of a program of add_splits
 MOST_SPLITS = 8
 LEAST_SPAN = 4  # runs of a split; fewer do not fill a pipeline
@@ -165,7 +166,10 @@ def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
     if scheme == "fp8":
         codes = torch.empty(triton.cdiv(width, RUN), rows, RUN, dtype=torch.int8, device=x.device)
         steps = torch.empty(rows, dtype=torch.float32, device=x.device)
-        round_rows_to_fp8[(rows,)](x, codes, steps, x.stride(0), rows, WIDTH=width, RUN=RUN, TILE=PROGRAM)
+        tile = min(MOST_FP8_TILE, max(PROGRAM, triton.next_power_of_2(width)))
+        round_rows_to_fp8[(rows,)](
+            *(x, codes, steps, x.stride(0), rows), WIDTH=width, RUN=RUN, TILE=tile, num_warps=max(4, tile // 1024)
+        )
         return RoundedRows(codes.view(FP8), steps, None)
     size = RUN if scheme == "int8" else GROUP
     groups = triton.cdiv(width, RUN) * (RUN // size)

@@ -60,11 +60,12 @@ def round_rows_to_fp8(
         x[t, r * RUN + i] ≈ step[t] * codes[r, t, i], whose bits are stored
 
     Shapes: x [rows, WIDTH], codes int8 [runs, rows, RUN], step float32 [rows].
-    Program: (row). It reads the row twice, TILE inputs at a time.
+    Program: (row). A row of more than TILE inputs is read twice.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     most, fault = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    part = most
     for first in range(0, WIDTH, TILE):
         column = first + tl.arange(0, TILE)
         part = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -74,7 +75,8 @@ def round_rows_to_fp8(
     times = tl.div_rn(1.0, size)
     for first in range(0, WIDTH, TILE):
         column = first + tl.arange(0, TILE)
-        part = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        if WIDTH > TILE:
+            part = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         near = tl.minimum(tl.maximum(part * times, -448.0), 448.0)
         place = (column // RUN).to(tl.int64) * rows * RUN + row * RUN + column % RUN
         tl.store(codes + place, e4m3_bits(near), mask=column < (WIDTH + RUN - 1) // RUN * RUN)
