@@ -10,12 +10,13 @@ from typing import Any
 
 import openai
 import pytest
-from fake_training import COMPLETIONS, PREFERENCES, TrainingApp
+from fake_training import COMPLETIONS, PREFERENCES, TrainingApp, when
 from stub_admin import StubAdminApp
 
 from lora_serve.api.caller import Caller
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AliasInfo
+from lora_serve.training_messages import OptimizerStep
 
 CALLERS = {
     "sk-a": Caller("a", admin=True, adapters=("a-*", "ft-*"), key="1"),
@@ -55,6 +56,11 @@ async def finish(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
 async def delete(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
     """Our own route: the SDK has no method for it."""
     return await server.sdk(key).delete(f"/fine_tuning/jobs/{id_}", cast_to=object)
+
+
+async def checkpoint(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
+    """Our own route as well: a checkpoint as soon as possible."""
+    return await server.sdk(key).post(f"/fine_tuning/jobs/{id_}/checkpoints", cast_to=object)
 
 
 async def refusal(call: Any, error: type[openai.APIStatusError] = openai.BadRequestError) -> tuple[str | None, str]:
@@ -132,6 +138,28 @@ async def test_the_name_of_the_result_is_a_model(server: TrainingApp) -> None:
     assert published not in server.engine.adapters
 
 
+async def test_a_checkpoint_that_was_asked_for_is_listed_and_a_model(server: TrainingApp) -> None:
+    asked = asyncio.Event()
+    when(server.engine, OptimizerStep, 1, asked.wait)
+    id_ = (await create(server, hyperparameters={"n_epochs": 1})).id
+    while (await server.sdk("sk-a").fine_tuning.jobs.retrieve(id_)).status != "running":
+        assert "not in training" in (await refusal(checkpoint(server, id_)))[1]
+        await asyncio.sleep(0.01)
+    asking = asyncio.create_task(checkpoint(server, id_))
+    await asyncio.sleep(0.05)
+    asked.set()
+    made = await asking
+    assert (made["object"], made["step_number"]) == ("fine_tuning.job.checkpoint", 1)
+    await finish(server, id_)
+    client = server.sdk("sk-a")
+    listed = [each async for each in client.fine_tuning.jobs.checkpoints.list(id_)]
+    assert [each.step_number for each in listed] == [3, 1]
+    assert listed[1].id == made["id"]
+    name = (await client.models.retrieve(made["fine_tuned_model_checkpoint"])).id
+    assert name == f"a-x-{id_[-10:]}-step-1"
+    assert "not in training" in (await refusal(checkpoint(server, id_)))[1]
+
+
 async def test_a_job_without_a_name_makes_an_adapter_of_its_own(server: TrainingApp) -> None:
     training = await upload(server, "sk-all")
     client = server.sdk("sk-all").fine_tuning.jobs
@@ -149,7 +177,7 @@ async def test_a_job_is_seen_by_its_own_key_and_by_who_administers_all(server: T
         assert [each.id async for each in server.sdk(key).fine_tuning.jobs.list()] == seen
     jobs = server.sdk("sk-b").fine_tuning.jobs
     calls = (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list)
-    calls += (partial(delete, server, key="sk-b"),)
+    calls += (partial(delete, server, key="sk-b"), partial(checkpoint, server, key="sk-b"))
     for call in calls:
         hidden = await refusal(call(mine.id), openai.NotFoundError)
         unknown = await refusal(call("ftjob-0"), openai.NotFoundError)
@@ -280,7 +308,7 @@ async def test_without_training_every_route_says_how_to_turn_it_on(tmp_path: Pat
     server = StubAdminApp(tmp_path)
     for method, path in (
         ("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/cancel"), ("POST", "/x/pause"), ("POST", "/x/resume"),
-        ("GET", "/x/events"), ("GET", "/x/checkpoints"), ("DELETE", "/x"),
+        ("GET", "/x/events"), ("GET", "/x/checkpoints"), ("DELETE", "/x"), ("POST", "/x/checkpoints"),
     ):  # fmt: skip
         body = {"model": "base", "training_file": "file-1"} if (method, path) == ("POST", "") else None
         answer = await server.ask(method, f"/v1/fine_tuning/jobs{path}", json=body)

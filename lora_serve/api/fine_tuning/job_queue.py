@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from lora_serve.api.fine_tuning.job_control import Intervals, TrainingEngine
-from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord
+from lora_serve.api.fine_tuning.job_records import CheckpointRecord, JobEvent, JobRecord
 from lora_serve.api.fine_tuning.job_results import JobResults
 from lora_serve.api.fine_tuning.job_runner import JobRunner
 from lora_serve.api.fine_tuning.job_store import JobStore
@@ -107,6 +107,21 @@ class JobQueue:
         else:
             await asyncio.to_thread(self.store.clean_up, id_)
         return self.store.find(id_)
+
+    async def checkpoint(self, id_: str) -> tuple[int, CheckpointRecord]:
+        """Make a checkpoint after the step that runs; returns it with its step.
+
+        Raises `BadRequest` if the job does not train, or stops before it.
+        """
+        job, runner = self.store.find(id_), self._training.get(id_)
+        if runner is None or runner.publishing or job.status != "running":
+            raise BadRequest(f"job {id_} is {job.status} and not in training: no checkpoint can be made of it now")
+        made, ended = runner.control.ask_for_checkpoint(), asyncio.ensure_future(runner.ended.wait())
+        await asyncio.wait({made, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not made.done():
+            raise BadRequest(f"job {id_} is {self.store.find(id_).status}: it stopped before the checkpoint was made")
+        return made.result()
 
     async def pause(self, id_: str) -> JobRecord:
         """Let a job save and stop after its step. Raises `BadRequest` if it has finished."""
