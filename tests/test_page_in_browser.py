@@ -466,7 +466,9 @@ def test_an_adapter_is_trained_tried_beside_the_base_and_given_an_alias(
     page.get_by_label("What is tried").select_option("as it is now")
     page.get_by_label("Message to both").fill(PROMPT)
     page.get_by_label("Message to both").press("Enter")
-    expect(page.get_by_label("Answers of model").get_by_text(PROMPT)).to_have_count(2)  # asked, and answered by the base
+    expect(page.get_by_label("Answers of model").get_by_text(PROMPT)).to_have_count(
+        2
+    )  # asked, and answered by the base
     expect(page.get_by_role("heading", name=re.compile("Trained: step [1-9]"))).to_be_visible()
     expect(page.locator(".served", has_text=re.compile(r"b-long-b-.*-step-\d+@"))).to_be_visible()
     page.get_by_role("button", name="Pause").click()
