@@ -264,7 +264,7 @@ class Engine:
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
-        load = ServingLoad(self._serving, prompts)
+        load = ServingLoad(self._serving, prompts, len(scheduler.running) + len(scheduler.waiting))
         ran = seconds = self._training.advance(load)
         while seconds and load.active and self._training.pending and ran < MOST_TRAINING:
             seconds = self._training.advance(load)
