@@ -166,6 +166,11 @@ class JobQueue:
         if after != before:
             self.store.tell(id_, JobEvent(int(self.store.clock()), "info", message))
 
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        return self._closed or (self._engine.alive and not self._engine.ready)
+
     # --- what runs ---------------------------------------------------------------------------------------------------
 
     @property
@@ -199,7 +204,7 @@ class JobQueue:
             self._tasks.discard(task)
             runner.ended.set()
             del where[job.id]
-            if not self._engine.alive or self._engine.ready:  # otherwise it drains
+            if not self.draining:
                 self._fill()
 
         task.add_done_callback(ended)
