@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import openai
 import pytest
-from fake_training import COMPLETIONS, PREFERENCES, TrainingApp, when
+from fake_training import COMPLETIONS, PREFERENCES, Jobs, TrainingApp, when
 from stub_admin import StubAdminApp
 
 from lora_serve.api.caller import Caller
+from lora_serve.api.fine_tuning.event_stream import event_stream
+from lora_serve.api.fine_tuning.job_records import JobEvent
+from lora_serve.api.fine_tuning.job_store import UnknownJob
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AliasInfo
 from lora_serve.training_messages import OptimizerStep
@@ -67,6 +71,20 @@ async def refusal(call: Any, error: type[openai.APIStatusError] = openai.BadRequ
     with pytest.raises(error) as refused:
         await call
     return refused.value.param, refused.value.message
+
+
+async def streamed(server: TrainingApp, id_: str, **options: Any) -> list[dict[str, Any]]:
+    """Events of a job until its stream ends, as SSE has them."""
+    url = f"/v1/fine_tuning/jobs/{id_}/events"
+    found = []
+    async with server.http.stream(
+        "GET", url, params={"stream": "true", **options}, headers={"Authorization": "Bearer sk-a"}
+    ) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for line in response.aiter_lines():
+            found += [line.removeprefix("data: ")] if line else []
+    assert found.pop() == "[DONE]"
+    return [json.loads(each) for each in found]
 
 
 async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
@@ -231,6 +249,52 @@ async def test_jobs_are_counted_by_status(server: TrainingApp) -> None:
     counts = {"succeeded": 1, "cancelled": 1, "failed": 0, "queued": 0}
     for status, count in counts.items():
         assert f'lora_serve_fine_tuning_jobs{{status="{status}"}} {count}.0' in metrics
+
+
+async def test_events_are_streamed_until_the_job_has_finished(server: TrainingApp) -> None:
+    made = await create(server)
+    events = await streamed(server, made.id)
+    listed = [each.to_dict() async for each in server.sdk("sk-a").fine_tuning.jobs.list_events(made.id)]
+    assert events == listed[::-1]
+    assert events[-1]["message"] == "The job has successfully completed"
+    assert await streamed(server, made.id, after=events[2]["id"]) == events[3:]
+    assert await streamed(server, made.id, after=events[-1]["id"]) == []
+
+
+async def test_a_stream_of_events_has_them_as_they_happen_and_ends_with_the_server(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    reached = asyncio.Event()
+
+    async def after(operation: Any) -> None:
+        if isinstance(operation, OptimizerStep):
+            reached.set()
+            await asyncio.Event().wait()
+
+    jobs.engine.after = after
+    id_ = await jobs.create()
+    stream = event_stream(jobs.queue, id_, None, poll=0.005)
+    await reached.wait()
+    assert (await anext(stream))["message"] == f"Created fine-tuning job: {id_}"
+    jobs.store.tell(id_, JobEvent(5, "info", "now"))
+    seen = []
+    async with asyncio.timeout(5):
+        async for each in stream:
+            seen.append(each["message"])
+            if each["message"] == "now":
+                closing = asyncio.ensure_future(jobs.queue.close())
+    await closing
+    assert seen[-1] == "now"
+
+
+async def test_a_stream_of_a_job_that_is_deleted_says_so(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    id_ = await jobs.create()
+    await jobs.end(id_)
+    stream = event_stream(jobs.queue, id_, None)
+    await anext(stream)
+    await jobs.queue.delete(id_)
+    with pytest.raises(UnknownJob):
+        [each async for each in stream]
 
 
 async def test_dpo_shows_its_beta(server: TrainingApp) -> None:

@@ -117,7 +117,8 @@ class JobQueue:
         if runner is None or runner.publishing or job.status != "running":
             raise BadRequest(f"job {id_} is {job.status} and not in training: no checkpoint can be made of it now")
         made, ended = runner.control.ask_for_checkpoint(), asyncio.ensure_future(runner.ended.wait())
-        await asyncio.wait({made, ended}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {made, ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
         if not made.done():
             raise BadRequest(f"job {id_} is {self.store.find(id_).status}: it stopped before the checkpoint was made")
@@ -181,6 +182,11 @@ class JobQueue:
         if after != before:
             self.store.tell(id_, JobEvent(int(self.store.clock()), "info", message))
 
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        return self._closed or (self._engine.alive and not self._engine.ready)
+
     # --- what runs ---------------------------------------------------------------------------------------------------
 
     @property
@@ -214,7 +220,7 @@ class JobQueue:
             self._tasks.discard(task)
             runner.ended.set()
             del where[job.id]
-            if not self._engine.alive or self._engine.ready:  # otherwise it drains
+            if not self.draining:
                 self._fill()
 
         task.add_done_callback(ended)
