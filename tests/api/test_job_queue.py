@@ -19,7 +19,7 @@ from lora_serve.api.fine_tuning.job_queue import choose
 from lora_serve.api.fine_tuning.job_records import CheckpointRecord, TrainerSettings
 from lora_serve.api.fine_tuning.job_saves import RUN
 from lora_serve.api.fine_tuning.job_store import TRAINING
-from lora_serve.errors import BadRequest
+from lora_serve.errors import BadRequest, Unavailable
 from lora_serve.training_messages import CreateRun, ExportRun, ForwardBackward, OptimizerStep, SaveRun
 
 STEPS = list(range(1, 10))
@@ -227,6 +227,25 @@ async def test_who_asked_for_a_checkpoint_is_told_if_the_job_stops_before(jobs: 
     await jobs.end(id_)
     with pytest.raises(BadRequest, match="is cancelled: it stopped before"):
         await asked[0]
+
+
+async def test_who_asked_for_a_checkpoint_is_told_if_the_server_ends_before(jobs: Jobs) -> None:
+    asked: list[asyncio.Task[tuple[int, CheckpointRecord]]] = []
+
+    async def ask_and_end() -> None:
+        asked.append(asyncio.create_task(jobs.queue.checkpoint(id_)))
+        await asyncio.sleep(0)
+        closing.append(asyncio.create_task(jobs.queue.close()))
+        await asyncio.sleep(0)
+
+    closing: list[asyncio.Task[None]] = []
+    when(jobs.engine, ForwardBackward, 2, ask_and_end)
+    id_ = await jobs.create()
+    while not asked:
+        await asyncio.sleep(0.002)
+    with pytest.raises(Unavailable, match="about to end"):
+        await asked[0]
+    await closing[0]
 
 
 async def test_a_checkpoint_survives_a_lost_engine_that_was_asked_for_before(jobs: Jobs, tmp_path: Path) -> None:

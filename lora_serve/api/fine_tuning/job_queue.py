@@ -20,7 +20,7 @@ from lora_serve.api.fine_tuning.job_records import CheckpointRecord, JobEvent, J
 from lora_serve.api.fine_tuning.job_results import JobResults
 from lora_serve.api.fine_tuning.job_runner import JobRunner
 from lora_serve.api.fine_tuning.job_store import JobStore
-from lora_serve.errors import BadRequest, ServeError, StorageFull
+from lora_serve.errors import BadRequest, ServeError, StorageFull, Unavailable
 
 VALIDATED_AT_ONCE = 2
 
@@ -111,18 +111,22 @@ class JobQueue:
     async def checkpoint(self, id_: str) -> tuple[int, CheckpointRecord]:
         """Make a checkpoint after the step that runs; returns it with its step.
 
-        Raises `BadRequest` if the job does not train, or stops before it.
+        Raises `BadRequest` if the job does not train or stops before it, `Unavailable` if the server does.
         """
         job, runner = self.store.find(id_), self._training.get(id_)
         if runner is None or runner.publishing or job.status != "running":
             raise BadRequest(f"job {id_} is {job.status} and not in training: no checkpoint can be made of it now")
         made, ended = runner.control.ask_for_checkpoint(), asyncio.ensure_future(runner.ended.wait())
         either: set[asyncio.Future[Any]] = {made, ended}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if not made.done():
-            raise BadRequest(f"job {id_} is {self.store.find(id_).status}: it stopped before the checkpoint was made")
-        return made.result()
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if made.done():
+            return made.result()
+        if (status := self.store.find(id_).status) == "running":
+            raise Unavailable("the server is about to end; ask again when the job goes on")
+        raise BadRequest(f"job {id_} is {status}: it stopped before the checkpoint was made")
 
     async def pause(self, id_: str) -> JobRecord:
         """Let a job save and stop after its step. Raises `BadRequest` if it has finished."""
