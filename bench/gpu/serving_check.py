@@ -21,7 +21,7 @@ import torch
 
 from bench.gpu.command import Part, add_sizes, command_parser, describe_gpu, finish, note, require_device, run_parts
 from bench.gpu.figures import Limits, step_table
-from bench.gpu.forward_pass import measure_limits, write_config
+from bench.gpu.forward_pass import measure_limits, used_memory, write_config
 from bench.gpu.goals import EIGHT_BITS, FOUR_BITS, Value, quantized_values, reached, step_values
 from bench.gpu.served import ServedFigures, ServedModels, ServedSizes
 from bench.gpu.steps import StepFigures, StepSizes, measure_decode, measure_steps
@@ -88,6 +88,7 @@ def measure_quantized(folder: Path, device: torch.device, sizes: CheckSizes, fou
             continue
         found.quantized[scheme] = measure_decode(folder, device, sizes.quantized, steps.context, steps.budget, scheme)
         note(f"{scheme}: {found.quantized[scheme]}")
+        used_memory(device)  # frees the base
 
 
 def check_parts(

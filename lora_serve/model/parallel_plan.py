@@ -37,6 +37,7 @@ WHOLE = {
     "embedding_rowwise",
     "embedding_colwise",
     "replicated_with_grad_allreduce",
+    "mla_kv_a_proj",  # forwards; part of its gradient is added up
     "replicate",
 }
 
