@@ -36,6 +36,7 @@ from lora_serve.model.trainable_base import TrainableBase
 CPU = torch.device("cpu")
 STEPS = int(os.environ.get("TRAINING_STEPS", "6"))
 LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
+HEAD_OUTPUTS = 32  # that are computed at a time: a third of the vocabulary
 MEMORY = 1 << 25  # not enough to keep what a layer saves
 
 
@@ -55,7 +56,7 @@ class TrainingDriver:
     ) -> None:
         kernels = kernels or select(device, native)
         self.loaded = load_small(folder, dtype, scheme, device)
-        self.trainable = TrainableBase(self.loaded, kernels, slots)
+        self.trainable = TrainableBase(self.loaded, kernels, slots, head_weights=HEAD_OUTPUTS * 64)
         served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, device)
         kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, device)
         self.base = ResidentBase(self.loaded, served, kernels, kv)

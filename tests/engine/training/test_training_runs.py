@@ -227,7 +227,7 @@ def test_gradients_of_a_batch_that_failed_half_way_are_not_applied(session: Trai
     runs = session.engine._training
     assert runs is not None
     call = session.submit(ForwardBackward("run", batch(2, seed=9)))
-    while runs._pass is None or runs._pass.kind != "backward":
+    while runs._pass is None or runs._pass.next.kind != "backward":
         session.step()
 
     def out_of_memory(_: object) -> None:
