@@ -100,6 +100,8 @@ class ShortOperations:
         match queued.operation:
             case CreateRun():
                 return "create", queued.memory
+            case OptimizerStep() | RestoreRun() if (encoder := run.trained.layout.encoder) is not None:
+                return "encoder", encoder.encoder.work
             case OptimizerStep():
                 return "optimizer", run.trained.nbytes
             case _:

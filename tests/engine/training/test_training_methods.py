@@ -23,14 +23,17 @@ from lora_serve.engine.training.loss_formulas import LossValue
 from lora_serve.engine.training.method_settings import (
     AdapterSettings,
     Ia3Settings,
-    PrefixTuningSettings,
-    PromptTuningSettings,
     adapter_settings,
 )
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
 from lora_serve.engine.training.trained_files import save_peft
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.virtual_token_settings import (
+    PrefixTuningSettings,
+    PromptTuningSettings,
+    PTuningSettings,
+)
 from lora_serve.errors import BadRequest
 from lora_serve.model.dropped_delta import dropout_factors
 from lora_serve.model.training_step import DeltaDropout
@@ -80,11 +83,14 @@ def read_back(driver: TrainingDriver, adapter: TrainableAdapter, folder: Path) -
 @pytest.mark.parametrize("architecture", LINEAR)
 def test_ia3_prompt_and_prefix_tuning_equal_peft(architecture: str, tmp_path: Path) -> None:
     """In one batch with LoRA, over positions and embeddings that the model scales or adds to."""
-    driver = TrainingDriver(save(architecture, tmp_path / "base"))
+    driver = TrainingDriver(save(architecture, tmp_path / "base"), slots=7)
     kinds: dict[str, AdapterSettings] = {
         "ia3": Ia3Settings(feedforward_modules=LINEAR[architecture]),
         "prompt": PromptTuningSettings(5, seed=1),
         "prefix": PrefixTuningSettings(4, seed=2),
+        "encoder": PTuningSettings(5, encoder_hidden_size=24, seed=3),
+        "lstm": PTuningSettings(4, "LSTM", 10, 2, seed=4),
+        "projection": PrefixTuningSettings(4, prefix_projection=True, encoder_hidden_size=20, seed=5),
         "lora": LoraSettings(r=4, lora_alpha=6),
     }
     check_parity(driver, reference(architecture), tmp_path, kinds, STEPS)
