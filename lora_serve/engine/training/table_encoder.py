@@ -23,7 +23,8 @@ from torch.nn import functional
 EMBEDDING = "embedding.weight"
 _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _GATES = 4  # of an LSTM's cell
-_SAVED = 14  # numbers of a cell and its gradients, by its width
+_CELL_SAVED = 28  # numbers that a cell saves for its gradients, with these, by its width; measured, as are those below
+_LAYER_WEIGHTS = 4  # copies of the weights of a cell while its gradients are computed
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 
@@ -85,11 +86,14 @@ class TableEncoder:
     def working(self) -> int:
         """Numbers that computing the gradients takes beside the parameters and their gradients, at most.
 
-        What the modules save and the gradients of it; the gradient of a parameter, and its sum with another one.
+        What the modules save and the gradients of it; the gradient of a parameter before it is added.
         """
-        cells = 2 * self.lstm_layers * _SAVED * self._lstm_hidden
-        activations = 4 * (self.token_dim + sum(self.widths))
-        return self.tokens * (cells + activations) + 2 * max(map(math.prod, self.shapes.values()))
+        cells = 2 * self.lstm_layers * _CELL_SAVED * self._lstm_hidden
+        activations = 2 * (self.token_dim + sum(self.widths))
+        weights = [
+            _LAYER_WEIGHTS * _GATES * self._lstm_hidden * (inputs + self._lstm_hidden) for _, inputs in self._cells()
+        ]
+        return self.tokens * (cells + activations) + max(*weights, *map(math.prod, self.shapes.values()))
 
     def initial(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """What each parameter begins with, on the host."""

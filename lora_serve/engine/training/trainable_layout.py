@@ -1,6 +1,7 @@
 """Where the parts of an adapter in training lie in its flat tensors: matrices, magnitudes, gains and virtual tokens.
 
-Virtual tokens may be computed by an encoder, whose parameters lie there too. Every part starts at a multiple of `ALIGNMENT`; the numbers between parts are zero and stay so.
+Virtual tokens may be computed by an encoder, whose parameters lie there too. Every part starts at a multiple of
+`ALIGNMENT`; the numbers between parts are zero and stay so.
 """
 
 from __future__ import annotations
