@@ -66,7 +66,7 @@ class PeftPTuningOptions(Strict):
     num_virtual_tokens: VirtualTokens
     encoder_reparameterization_type: Literal["MLP", "LSTM"] | None = None
     encoder_hidden_size: EncoderWidth | None = Field(None, description="default: the base's")
-    encoder_num_layers: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="of the LSTM")
+    encoder_num_layers: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="of the LSTM")
     encoder_dropout: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="none is trained")
 
 

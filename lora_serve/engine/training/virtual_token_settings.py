@@ -17,9 +17,11 @@ from lora_serve.engine.training.training_settings import check_seed
 from lora_serve.errors import BadRequest
 
 MAX_VIRTUAL_TOKENS = 1024
-MAX_LSTM_LAYERS = 8  # of them every token is a step that waits for the one before
+MAX_LSTM_LAYERS = 4  # of them every token is a step that waits for the one before
 LSTM_LAYERS = 2  # PEFT's default; its MLP has no other number
-MAX_WORK = 1 << 33  # multiplications of an encoder, which computes between two steps of serving: a second or so
+MAX_WORK = (
+    1 << 33
+)  # multiplications of an encoder, which computes between two steps of serving: at most two seconds on two cores
 PROMPT_INITIALISATIONS = ("RANDOM", "SAMPLE_VOCAB")
 ENCODERS = ("MLP", "LSTM")
 _HIDDEN, _LAYERS = "encoder_hidden_size", "encoder_num_layers"
