@@ -130,6 +130,8 @@ class ShortOperations:
         except ServeError as error:
             self.finish(run, error)
         except torch.OutOfMemoryError:
+            if isinstance(queued.operation, OptimizerStep):
+                run.lose_gradients()  # they are not what the passes added any more
             self.finish(run, Unavailable("training ran out of memory", retry_after=5))
         except Exception:
             log.exception("an operation on training run %s failed", run.name)

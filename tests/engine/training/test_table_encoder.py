@@ -130,3 +130,37 @@ def test_the_memory_of_an_encoder_s_gradients_is_counted(encoder: TableEncoder) 
             held += event.nbytes()
             peak = max(peak, held)
     assert 0.25 * encoder.working < peak / 4 <= encoder.working
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_encoder_begins_with_the_parameters_of_peft_s(kind: str) -> None:
+    """As many, of the same shapes and distributions."""
+    torch.manual_seed(0)
+    width, tokens, hidden = 48, 32, 64
+    task: dict[str, Any] = {
+        "task_type": "CAUSAL_LM", "num_virtual_tokens": tokens, "token_dim": width, "num_transformer_submodules": 1,
+        "num_layers": 3, "num_attention_heads": 4, "encoder_hidden_size": hidden,
+    }  # fmt: skip
+    theirs: Any
+    if kind == "projection":
+        encoder = TableEncoder.projection(tokens, width, hidden, 3 * 2 * width)
+        theirs = peft.PrefixEncoder(peft.PrefixTuningConfig(prefix_projection=True, **task))  # type: ignore[no-untyped-call]
+    else:
+        encoder = (
+            TableEncoder.mlp(tokens, width, hidden) if kind == "mlp" else TableEncoder.lstm(tokens, width, hidden, 2)
+        )
+        config = peft.PromptEncoderConfig(encoder_reparameterization_type=kind.upper(), **task)
+        theirs = peft.PromptEncoder(config)  # type: ignore[no-untyped-call]
+    ours = dict(encoder.initial(torch.Generator().manual_seed(1)))
+    assert {name: each.shape for name, each in ours.items()} == {
+        name: each.shape for name, each in theirs.state_dict().items()
+    }
+    for name, each in theirs.state_dict().items():
+        if each.ndim > 1:
+            assert float(ours[name].std()) == pytest.approx(float(each.std()), rel=0.1), name
+            if name != "embedding.weight":
+                assert float(ours[name].abs().max()) == pytest.approx(float(each.abs().max()), rel=0.02), name
+        else:
+            assert float(ours[name].abs().max()) == pytest.approx(float(each.abs().max()), rel=0.2), name
+    theirs.load_state_dict(ours)
+    torch.testing.assert_close(encoder(ours), theirs(torch.arange(tokens)[None])[0].detach())
