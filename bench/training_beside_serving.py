@@ -4,7 +4,8 @@
     python -m bench.training_beside_serving --model .bench/qwen2.5-0.5b/model --threads 2
 
 drives an engine process of its own, without HTTP. Under full load each client sends a request as soon as its last one
-has ended, under half load it rests for as long as that took. For every load, times with and without a run take turns.
+has ended. Under half load requests arrive at random times, half as many a second as were answered under full load
+without a run, whether earlier ones have ended or not. For every load, times with and without a run take turns.
 Printed are the gaps between two tokens of a stream, tokens served and trained per second, and the share of the time
 that training took. The last line is JSON.
 """
@@ -39,7 +40,7 @@ from lora_serve.training_messages import (
     TrainingExample,
 )
 
-RESTS = {"full": 0.0, "half": 1.0}  # of a client, as a part of the time its request took
+LOADS = ("full", "half", "none")
 WARM_UP = 3.0  # seconds before measuring
 
 
@@ -72,15 +73,22 @@ class Loaded:
         self._requests = 0
         self.window: Window | None = None
 
-    async def measure(self, load: str, *, training: bool) -> Window:
-        """Serve and train for a while."""
+    async def measure(self, load: str, rate: float, *, training: bool) -> Window:
+        """Serve and train for a while.
+
+        Args:
+            rate: of arrivals under half load, in requests a second.
+        """
         options = self._options
-        clients = options.clients if load in RESTS else 0
-        tasks = [asyncio.ensure_future(self._client(RESTS[load])) for _ in range(clients)]
+        tasks: list[asyncio.Task[None]] = []
+        if load == "full":
+            tasks += [asyncio.ensure_future(self._client()) for _ in range(options.clients)]
+        if load == "half":
+            tasks.append(asyncio.ensure_future(self._arrivals(rate)))
         if training:
             await self._engine.call(CreateRun("bench", RunSettings(r=options.rank, lora_alpha=2.0 * options.rank)))
             tasks.append(asyncio.ensure_future(self._train()))
-        await asyncio.sleep(WARM_UP)
+        await asyncio.sleep(WARM_UP if load == "full" else 2 * WARM_UP)  # arrivals take a while to become streams
         self.window, before, begun = Window(), self._totals(), time.perf_counter()
         await asyncio.sleep(options.seconds)
         window, self.window = self.window, None
@@ -98,24 +106,32 @@ class Loaded:
         stats = self._engine.stats
         return stats.training_tokens_total, sum(stats.training_seconds_total.values())
 
-    async def _client(self, rest: float) -> None:
-        options = self._options
-        await asyncio.sleep(rest * self._draw.uniform(0.0, WARM_UP))  # not all at once
+    async def _client(self) -> None:
         while True:
-            self._requests += 1
-            prompt = self._draw.choices(range(300, 2000), k=options.prompt)
-            sampling = Sampling(max_tokens=options.output, temperature=0.0, ignore_eos=True)
-            begun, last = time.perf_counter(), None
-            async for event in self._engine.generate(Request(f"r{self._requests}", prompt, sampling)):
-                now = time.perf_counter()
-                if isinstance(event, Tokens) and self.window is not None:
+            await self._request()
+
+    async def _arrivals(self, rate: float) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(self._draw.expovariate(rate))
+                group.create_task(self._request())
+
+    async def _request(self) -> None:
+        """Send a request and note its gaps and tokens."""
+        options = self._options
+        self._requests += 1
+        prompt = self._draw.choices(range(300, 2000), k=options.prompt)
+        sampling = Sampling(max_tokens=options.output, temperature=0.0, ignore_eos=True)
+        last = None
+        async for event in self._engine.generate(Request(f"r{self._requests}", prompt, sampling)):
+            now = time.perf_counter()
+            if isinstance(event, Finished) and event.failure is not None:
+                raise event.failure.error()
+            if isinstance(event, Tokens):
+                if self.window is not None:
                     self.window.served += len(event.token_ids)
-                    if last is not None:
-                        self.window.gaps.append(now - last)
-                if isinstance(event, Finished) and event.failure is not None:
-                    raise event.failure.error()
-                last = now if isinstance(event, Tokens) else last
-            await asyncio.sleep(rest * (time.perf_counter() - begun) * self._draw.uniform(0.5, 1.5))
+                    self.window.gaps += [] if last is None else [now - last]
+                last = now
 
     async def _train(self) -> None:
         options, length = self._options, self._options.length
@@ -155,15 +171,21 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, list[Window]]]
         try:
             loaded = Loaded(engine, options)
             found: dict[str, dict[str, list[Window]]] = {}
-            for load in options.loads.split(","):
+            for load in options.loads:
                 found[load] = {"off": [], "on": []}
+                rate = served_per_second(found["full"]["off"]) / options.output / 2 if load == "half" else 0.0
                 for _ in range(options.rounds):
-                    for state in ("off", "on") if load in RESTS else ("on",):
-                        found[load][state].append(await loaded.measure(load, training=state == "on"))
+                    for state in ("off", "on") if load != "none" else ("on",):
+                        found[load][state].append(await loaded.measure(load, rate, training=state == "on"))
                         print(load, state, quanta(engine.stats), file=sys.stderr, flush=True)
             return found
         finally:
             await engine.stop()
+
+
+def served_per_second(windows: Sequence[Window]) -> float:
+    all_ = joined(windows)
+    return all_.served / all_.seconds
 
 
 def quanta(stats: Stats) -> str:
@@ -185,7 +207,7 @@ def rows(found: dict[str, dict[str, list[Window]]]) -> list[list[str]]:
         if states["off"]:
             off, on = joined(states["off"]), joined(states["on"])
             ratios = [on.gap(quantile) / off.gap(quantile) for quantile in (0.5, 0.99, 1.0)]
-            served = (on.served / on.seconds) / (off.served / off.seconds)
+            served = served_per_second(states["on"]) / served_per_second(states["off"])
             lines.append([f"{load}, on ÷ off", *(number(ratio, 2) for ratio in ratios), number(served, 2), "", ""])
     return lines
 
@@ -200,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint (bench.make_model makes one)")
-    parser.add_argument("--loads", default="full,half,none", help="of these, comma-separated")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS, help="half needs full before it")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
@@ -215,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_png_option(parser)
     options = parser.parse_args(given)
+    if "half" in options.loads and "full" not in options.loads[: options.loads.index("half")]:
+        parser.error("half load is half of full load, which has to be measured before it")
     found = asyncio.run(run(options))
     print(
         table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tarfile
@@ -14,6 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from server_process import ADAPTERS, ServerProcess
 
+from demo.tasks import heldout_prompts
 from lora_serve.api.key_file import hash_key
 
 CHROMIUM = next(
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path_factory.mktemp("store"), "--adapters", str(ADAPTERS)) as server:
+    options = ["--adapters", str(ADAPTERS), "--training-memory", "64MiB"]
+    with ServerProcess(tmp_path_factory.mktemp("store"), *options) as server:
         yield server
 
 
@@ -415,6 +418,104 @@ def test_a_change_by_somebody_else_is_told_and_not_written_over(
     visitor.problems.clear()  # browsers log every 412
 
 
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def write_examples(path: Path, count: int) -> Path:
+    """Chats in which a sentence is answered in capitals."""
+    chats = [[("user", text), ("assistant", text.upper())] for text in heldout_prompts(count)]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_an_adapter_is_trained_tried_beside_the_base_and_given_an_alias(
+    visitor: Visitor, server: ServerProcess, tmp_path: Path
+) -> None:
+    page = visitor.open("/#training")
+    examples, validation = page.get_by_label("Examples", exact=True), page.get_by_label("Validation examples")
+    upload = page.locator("input[type=file]")
+    bad = tmp_path / "<img src=x onerror=alert(1)>.jsonl"
+    bad.write_text(write_examples(tmp_path / "good.jsonl", 24).read_text() + '\n{"messages": 5}\nnonsense')
+    upload.first.set_input_files(bad)
+    mistakes = page.get_by_role("alert")
+    expect(mistakes).to_contain_text("<img src=x onerror=alert(1)>.jsonl: no valid training data in 2 of the 26 lines")
+    expect(mistakes.get_by_role("listitem")).to_have_text(
+        ["line 25: messages: Input should be a valid list", re.compile("line 26: the line is not valid JSON")]
+    )
+    visitor.problems.clear()  # browsers log every 400
+    upload.first.set_input_files(tmp_path / "good.jsonl")
+    expect(examples.locator("option:checked")).to_contain_text("good.jsonl")
+    upload.last.set_input_files(write_examples(tmp_path / "held-out.jsonl", 10))
+    expect(validation.locator("option:checked")).to_contain_text("held-out.jsonl")
+
+    page.get_by_label("Name", exact=True).fill("<b>long</b>")
+    for label, value in {"Epochs": "1000", "Batch size": "12", "Learning rate": "0.001", "Rank": "4"}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_role("button", name="Start training").click()
+    heading = page.locator("#job-title")
+    expect(heading).to_be_focused()
+    expect(heading).to_have_text(re.compile("^b-long-b-[0-9a-f]{10}$"))
+    curve = page.get_by_role("figure").first
+    expect(curve.locator("canvas")).to_be_visible()
+    expect(curve.get_by_role("listitem")).to_have_text([re.compile(r"training\s+[\d.]+"), re.compile(r"validation\s")])
+    progress = page.get_by_role("progressbar")
+    expect(page.get_by_text(re.compile(r"step [\d,.]+ of 2,000 · epoch \d+ of 1000 · [\d,]+ tokens"))).to_be_visible()
+    step = int(progress.get_attribute("aria-valuenow") or 0)
+    expect(progress).not_to_have_attribute("aria-valuenow", str(step))
+    page.get_by_label("What is tried").select_option("as it is now")
+    page.get_by_label("Message to both").fill(PROMPT)
+    page.get_by_label("Message to both").press("Enter")
+    expect(page.get_by_label("Answers of model").get_by_text(PROMPT)).to_have_count(
+        2
+    )  # asked, and answered by the base
+    expect(page.get_by_role("heading", name=re.compile("Trained: step [1-9]"))).to_be_visible()
+    expect(page.locator(".served", has_text=re.compile(r"b-long-b-.*-step-\d+@"))).to_be_visible()
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator(".bar-row").get_by_role("status")).to_have_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator(".bar-row").get_by_role("status")).to_have_text("running")
+    page.get_by_role("button", name="Cancel job").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
+    expect(page.locator(".bar-row").get_by_role("status")).to_have_text("cancelled")
+
+    page.get_by_label("Name", exact=True).fill("short")
+    page.get_by_label("Epochs", exact=True).fill("2")
+    page.get_by_role("button", name="Start training").click()
+    expect(page.locator(".bar-row").get_by_role("status")).to_have_text("succeeded")
+    name = heading.inner_text()
+    assert name.startswith("short-")
+    page.get_by_label("Message to both").fill(PROMPT)
+    page.get_by_role("button", name="Ask both").click()
+    expect(page.get_by_label("Answers of the result")).to_contain_text("three", ignore_case=True)
+    expect(page.locator(".served", has_text=f"{name}@")).to_be_visible()
+    page.get_by_text("Settings and events").click()
+    expect(page.get_by_label("Events")).to_contain_text("The job has successfully completed")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        check_accessible(page)
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    check_fits(page)
+
+    page.get_by_role("button", name="Let it stand for this").click()
+    page.get_by_role("dialog").get_by_label("Name").fill("trained")
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()
+    expect(page.get_by_text(re.compile(f"trained stands for {name}@[0-9a-f]+ now"))).to_be_visible()
+    (target,) = targets_of(server, "trained")
+    assert target.startswith(f"{name}@")
+    for _ in range(2):
+        page.get_by_role("button", name="Delete", exact=True).click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_role("heading", name="0 jobs")).to_be_visible()
+    assert server.http.get("/v1/fine_tuning/jobs").json()["data"] == []
+    assert server.http.get(f"/v1/adapters/{name}").is_success  # what was published stays
+    server.http.delete("/v1/aliases/trained")
+    for adapter in server.http.get("/v1/adapters").json()["data"]:
+        if adapter["name"].startswith(("short-", "b-long-b-")):
+            server.http.delete(f"/v1/adapters/{adapter['name']}").raise_for_status()
+
+
 # --- charts and reference --------------------------------------------------------------------------------------------
 
 
@@ -474,6 +575,8 @@ def test_a_key_is_asked_for_and_what_it_may_not_do_is_left_out(browser: Browser,
     page.get_by_text("Versions and report").click()
     expect(page.get_by_role("button", name=re.compile("Delete|alias"))).to_have_count(0)
     expect(page.get_by_role("link", name="Download")).to_have_count(0)
+    page.get_by_role("link", name="Training").click()
+    expect(page.get_by_text("Training needs an admin key")).to_be_visible()
     page.get_by_role("link", name="Charts").click()
     expect(page.get_by_text("metrics: true")).to_be_visible()
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
@@ -491,11 +594,13 @@ def test_a_key_is_asked_for_and_what_it_may_not_do_is_left_out(browser: Browser,
     with page.expect_download() as download:  # a link cannot send the key
         page.get_by_role("link", name="Download").click()
     assert tarfile.is_tarfile(download.value.path())
+    page.get_by_role("link", name="Training").click()
+    expect(page.get_by_text("start it with --training-memory")).to_be_visible()
     page.get_by_role("link", name="Charts").click()
     expect(page.get_by_role("figure")).to_have_count(6)
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [1, 0]
     visitor.close()
-    assert [problem for problem in visitor.problems if "401" not in problem] == []
+    assert [problem for problem in visitor.problems if not re.search("40[01]", problem)] == []  # and this for training
 
 
 # --- everybody -------------------------------------------------------------------------------------------------------

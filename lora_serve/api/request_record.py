@@ -17,8 +17,7 @@ class Change(NamedTuple):
 
     Attributes:
         action: publish, delete, load, evict, pin, unpin, unload; alias, unalias; upload-file, delete-file; create-job,
-            cancel-job, pause-job, resume-job, delete-job;
-            download, which changes nothing.
+            cancel-job, pause-job, resume-job, delete-job, create-checkpoint; download, which changes nothing.
         name: of the adapter or alias, or the file's id.
         digest: of the version or file, or of what an alias stands for; empty if none was named or made.
         targets: of an alias, with their weights.

@@ -14,17 +14,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from itertools import islice
-from typing import Any
 
-import msgspec
-
-from lora_serve.adapters.operation_queue import if_successful
 from lora_serve.adapters.operations import AdapterOperations
 from lora_serve.adapters.registry import Registry
 from lora_serve.adapters.sharing import SharedOperations
 from lora_serve.config import ServeConfig
 from lora_serve.engine.active_requests import ActiveRequests
+from lora_serve.engine.admin_calls import AdminCalls
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
 from lora_serve.engine.prefill_pacer import PrefillPacer
@@ -36,36 +32,8 @@ from lora_serve.engine.scheduler import Scheduler
 from lora_serve.engine.startup import build_parts
 from lora_serve.engine.training.training_pacer import ServingLoad
 from lora_serve.engine.training.training_runs import TrainingRuns
-from lora_serve.errors import BadRequest, Failure, ServeError, Unavailable
-from lora_serve.messages import (
-    Abort,
-    Call,
-    DeleteAdapter,
-    DeleteAlias,
-    DescribeAdapter,
-    DescribeAlias,
-    Drain,
-    EngineInfo,
-    EvictAdapter,
-    Generate,
-    Inspect,
-    ListAdapters,
-    ListAliases,
-    ListNames,
-    LoadAdapter,
-    LocateFiles,
-    PinAdapter,
-    Publish,
-    PutAlias,
-    Reply,
-    ResolveAdapters,
-    Stats,
-    StepReport,
-    UnloadAdapter,
-    Update,
-)
-from lora_serve.names import check_adapter_name
-from lora_serve.training_messages import CreateRun, ExportRun, PublishRun, RunOperation
+from lora_serve.errors import Unavailable
+from lora_serve.messages import Abort, Call, Drain, EngineInfo, Generate, Reply, Stats, StepReport, Update
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +76,10 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._registry = registry
-        self._operations = operations
         self._shared = shared
+        self._calls = AdminCalls(info, registry, operations, shared, training)
         self._grammars = grammars
         self._requests = ActiveRequests(info, scheduler, registry, grammars, max_queue, clock)
-        self._replies: list[Reply] = []
         self._draining: list[int] | None = None  # ids of drain calls to answer when no request is left
         self._in_flight: InFlightStep | None = None
         self._last_outputs = 0.0  # when the outputs of the last step were read
@@ -156,7 +123,7 @@ class Engine:
     def busy(self) -> bool:
         """Whether another step, or a quantum of training, would do any work now."""
         training = self._training is not None and self._training.pending
-        return self._serving or self._requests.has_events or bool(self._replies) or training
+        return self._serving or self._requests.has_events or self._calls.has_replies or training
 
     @property
     def _serving(self) -> bool:
@@ -178,8 +145,10 @@ class Engine:
                 self._requests.admit(request)
             case Abort(request_id):
                 self._requests.abort(request_id)
+            case Call(id, Drain()):
+                self._draining = [*(self._draining or []), id]
             case Call():
-                self._call(message)
+                self._calls.start(message, draining=self._draining is not None)
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -196,7 +165,8 @@ class Engine:
         # Sequences that finished, or whose load failed, may have freed blocks for others.
         self._stalled = report is None and not self.step_in_flight and len(self._requests) == active
         if self._draining is not None and not self._requests:
-            self._replies += [Reply(call) for call in self._draining]
+            for call in self._draining:
+                self._calls.reply(Reply(call))
             self._draining = []
         return Update(self._requests.take_events(), self._stats_of_names(), report)
 
@@ -264,7 +234,7 @@ class Engine:
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
-        load = ServingLoad(self._serving, prompts)
+        load = ServingLoad(self._serving, prompts, len(scheduler.running) + len(scheduler.waiting))
         ran = seconds = self._training.advance(load)
         while seconds and load.active and self._training.pending and ran < MOST_TRAINING:
             seconds = self._training.advance(load)
@@ -301,99 +271,11 @@ class Engine:
             for seq in self._scheduler.users(tuple(adapter_set)):
                 self._requests.finish(seq, "error", error)
 
-    def _call(self, call: Call) -> None:
-        """Start an admin operation; its result is among the `replies` when it is ready."""
-
-        def done(result: Any) -> None:
-            if isinstance(result, ServeError):
-                self._replies.append(Reply(call.id, failure=Failure.of(result)))
-            else:
-                self._replies.append(Reply(call.id, msgspec.to_builtins(result)))
-
-        try:
-            self._dispatch(call, done)
-        except ServeError as error:
-            done(error)
-
-    def _dispatch(self, call: Call, done: Callable[[Any], None]) -> None:
-        """Dispatch an admin operation (publish, load, evict, …).
-
-        `done` is called with its result or a ServeError, now or later. Also raises ServeError.
-        """
-        operations, shared = self._operations, self._shared
-        match call.operation:
-            case Drain():
-                self._draining = [*(self._draining or []), call.id]
-            case Publish() if shared is not None:
-                shared.publish(call.operation, done)
-            case DeleteAdapter(name, precondition) if shared is not None:
-                shared.delete(name, done, precondition)
-            case PutAlias() if shared is not None:
-                shared.put_alias(call.operation, done)
-            case DeleteAlias() if shared is not None:
-                shared.delete_alias(call.operation, done)
-            case Publish():
-                operations.publish(call.operation, done)
-            case PublishRun():
-                self._publish_run(call.operation, done)
-            case Inspect():
-                operations.inspect(call.operation, done)
-            case ListAdapters(after):
-                done(operations.describe_some(after))
-            case DescribeAdapter(name):
-                done(operations.describe(name))
-            case LoadAdapter(name):
-                operations.load(name, done)
-            case EvictAdapter(name):
-                operations.evict(name, done)
-            case PinAdapter(name, pinned):
-                operations.pin(name, pinned, done)
-            case DeleteAdapter(name, precondition):
-                operations.delete(name, done, precondition)
-            case UnloadAdapter(name):
-                operations.unload(name, done)
-            case ResolveAdapters(adapters, routing):
-                done([self._registry.resolve(use, routing) for use in adapters])
-            case LocateFiles():
-                done(operations.locate(call.operation))
-            case PutAlias():
-                operations.aliases.put(call.operation, done)
-            case DeleteAlias():
-                operations.aliases.delete(call.operation, done)
-            case DescribeAlias(name):
-                done(operations.aliases.describe(name))
-            case ListAliases(after):
-                done(operations.aliases.describe_some(after))
-            case ListNames(most):
-                done(list(islice(operations.names(), most)))
-            case _:
-                self._train(call.operation, done)
-
-    def _publish_run(self, operation: PublishRun, done: Callable[[Any], None]) -> None:
-        """Write a run's adapter into the store's staging and publish it from there, without a compiler process."""
-        check_adapter_name(operation.name, self.info.model)
-        folder = str(self._operations.new_folder())
-
-        def publish(_: Any) -> None:
-            named = Publish(operation.name, folder)
-            self._operations.publish(named, done, own=True, durable=operation.durable)
-
-        # Not waited for: the store waits for its files, if it is to.
-        self._train(ExportRun(operation.run, folder, durable=False), if_successful(publish, done))
-
-    def _train(self, operation: RunOperation, done: Callable[[Any], None]) -> None:
-        if self._training is None:
-            raise BadRequest("training is off: this server was started without --training-memory")
-        if self._draining is not None and isinstance(operation, CreateRun):  # those that there are can be saved
-            raise Unavailable("the server is shutting down", retry_after=5)
-        self._training.start(operation, done)
-
     # --- replies and statistics --------------------------------------------------------------------------------------
 
     def replies(self) -> list[Reply]:
         """Replies that became ready since the last call."""
-        replies, self._replies = self._replies, []
-        return replies
+        return self._calls.take_replies()
 
     def stats(self) -> Stats:
         """Current statistics of the queues, KV cache and adapters."""

@@ -92,6 +92,13 @@ class TrainableBase:
         self._layers: list[nn.Module] = [*_decoder_layers(self._model, loaded.shape.body, self._kind)]
         self.layers = len(self._layers)
         sites = {name: site for name, site in self.shape.sites.items() if name != self.shape.head}
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        self._outside = [
+            (name, deltas, index)
+            for names, deltas in self.deltas.groups.items()
+            for index, name in enumerate(names)
+            if name in sites and not name.endswith("]") and id(self._model.get_submodule(name)) not in inside
+        ]  # linear modules between the embedding and the layers, or the layers and the head
         self.layer_weights = sum(site.in_features * site.out_features for site in sites.values()) // self.layers
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
@@ -103,14 +110,17 @@ class TrainableBase:
         """Number of adapters that can still be added."""
         return self.deltas.slots - len(self.deltas.ranks)
 
-    def begin(self, step: TrainingStep, token_ids: Tensor, positions: Tensor) -> LayerwisePass:
+    def begin(
+        self, step: TrainingStep, token_ids: Tensor, positions: Tensor, *, gradients: bool = False
+    ) -> LayerwisePass:
         """Start a pass over token ids [tokens] at their positions in their sequences: embed them.
 
-        Virtual tokens' rows have any id; the gradient of their tables comes with that of the first layer's input.
+        Virtual tokens' rows have any id. The gradients of their tables, and of what adapts modules between the
+        embedding and the first layer, come with that of its input.
         """
         body = self._model.get_submodule(self.shape.body)
         self._calls = []  # of a pass that could not begin
-        learned = any(each.table.requires_grad for each in step.virtual_tokens)
+        learned = gradients and (len(step.virtual_tokens) > 0 or self._adapted_outside(step))
         with self._running(step), torch.set_grad_enabled(learned):
             body(
                 input_ids=token_ids[None],
@@ -123,8 +133,18 @@ class TrainableBase:
         if len(calls) != self.layers:
             raise ModelUnsupported(f"{self._kind} does not call each of its decoder layers once")
         if learned and any(_requires_grad(call.arguments) for call in calls):
-            raise ModelUnsupported(f"virtual tokens are not trained on {self._kind}: all layers read embeddings")
+            raise ModelUnsupported(
+                f"nothing before the first layer is trained on {self._kind}: all layers read embeddings"
+            )
         return LayerwisePass(self, step, [call.arguments for call in calls], calls[0].hidden)
+
+    def _adapted_outside(self, step: TrainingStep) -> bool:
+        """Whether an adapter of the batch adapts a linear module that is in no layer, and is not the head."""
+        return any(
+            deltas.get(index, span.slot) is not None or name in span.gains
+            for name, deltas, index in self._outside
+            for span in step.spans
+        )
 
     def layer(self, index: int, step: TrainingStep, hidden: Tensor, call: LayerCall) -> Tensor:
         """Decoder layer `index` as the modelling code has it: hidden [1, tokens, hidden] → the same."""
@@ -286,15 +306,15 @@ class LayerwisePass:
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of the last remaining layer's input, of that of its output; the layer is forgotten.
 
-        With the first layer's those of virtual tokens are added.
+        With the first layer's the gradients of what comes before it are added.
         """
         given, output = self._edges.pop()
         (found,) = torch.autograd.grad(output, given, grad)
         if not self._edges and self._embedded.requires_grad:
-            learned = [each for each in self._step.virtual_tokens if each.table.requires_grad]
-            grads = torch.autograd.grad(self._embedded, [each.table for each in learned], found)
-            for each, own in zip(learned, grads, strict=True):
-                each.gradient.add_(own)
+            torch.autograd.backward(self._embedded, found)
+            for each in self._step.virtual_tokens:
+                if each.table.grad is not None:
+                    each.gradient.add_(each.table.grad)
         return found
 
 

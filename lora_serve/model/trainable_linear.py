@@ -241,6 +241,7 @@ class ResidentEmbedding(nn.Module):
         """ids [...] → [..., hidden]."""
         with torch.no_grad():
             found: Tensor = self._resident()(ids)
+        found.requires_grad_(torch.is_grad_enabled())  # of modules between it and the first layer
         step = self._context.step
         for each in () if step is None else step.virtual_tokens:
             table = each.table.to(found.dtype).expand(each.rows.shape[0], -1, -1).flatten(0, 1)

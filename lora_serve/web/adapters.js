@@ -127,7 +127,8 @@ function VersionActions({ name, version, isNewest, aliases, onEdit, onProblem })
   const point = (alias) => onEdit({ ...alias, targets: pointedAt(alias.targets, name, version.digest) });
   return html`
     <div class="actions start">
-      <${Download} name=${name} digest=${version.digest} onProblem=${onProblem} />
+      <${Download} path=${`v1/adapters/${name}/files?version=${version.digest}`} text="Download"
+        file=${`${name}-${short(version.digest)}.tar`} label=${`Download ${shown}`} onProblem=${onProblem} />
       ${naming.map((alias) => {
         const label = `${isNewest ? "Move" : "Roll back"} ${alias.name}`;
         return alias.targets.some(({ adapter }) => adapter === target)

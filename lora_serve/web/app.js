@@ -8,9 +8,10 @@ import { Playground } from "./playground.js";
 import { useMetrics } from "./series.js";
 import { useSession } from "./session.js";
 import { Brand, KeyCard } from "./shell.js";
+import { TrainingView } from "./training.js";
 import { html, render, useEffect, useRef, useState } from "./ui.js";
 
-const VIEWS = { playground: "Playground", adapters: "Adapters", charts: "Charts" };
+const VIEWS = { playground: "Playground", adapters: "Adapters", training: "Training", charts: "Charts" };
 
 const viewOf = () => (location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "playground");
 
@@ -35,6 +36,10 @@ function App() {
     document.title = `${VIEWS[view]} · lora-serve`;
   }, [view]);
 
+  const tryOut = (name) => {
+    setTried({ name });
+    location.hash = "playground";
+  };
   const keyed = session.state === "key" || hasKey();
   return html`
     <header class="top">
@@ -61,8 +66,8 @@ function App() {
       ${ready && html`
         <div hidden=${view !== "playground"}><${Playground} session=${session} tried=${tried} /></div>
         ${view === "adapters" && html`
-          <${AdaptersView} session=${session} metrics=${metrics}
-            onTry=${(name) => (setTried({ name }), (location.hash = "playground"))} />`}
+          <${AdaptersView} session=${session} metrics=${metrics} onTry=${tryOut} />`}
+        ${view === "training" && html`<${TrainingView} session=${session} onTry=${tryOut} />`}
         ${view === "charts" && html`<${ChartsView} session=${session} metrics=${metrics} />`}`}
     </main>
     ${asksKey && html`

@@ -1,12 +1,12 @@
 // Live charts, from the metrics since the page was opened.
 
 import { count, duration, percent } from "./format.js";
+import { Chart, clockAxis } from "./plot.js";
 import { mean, quantile, rate } from "./series.js";
-import { html, useEffect, useRef } from "./ui.js";
+import { html } from "./ui.js";
 
 const MOST_ADAPTERS = 6; // with a line of their own
 const WINDOW = 5; // samples that a quantile or a mean is over
-const HEIGHT = 170;
 const TTFT = "lora_serve_time_to_first_token_seconds";
 const ITL = "lora_serve_inter_token_seconds";
 const TOKENS = "lora_serve_adapter_tokens_total";
@@ -71,62 +71,7 @@ export function ChartsView({ session, metrics }) {
       ? html`<p class="notice" role="status">Measuring…</p>`
       : html`<div class="charts">
           ${charts(samples).map((chart) => html`
-            <${Chart} key=${chart.title} ...${chart} times=${samples.slice(1).map((sample) => sample.time)} />`)}
+            <${Chart} key=${chart.title} ...${chart} axis=${clockAxis}
+              at=${samples.slice(1).map((sample) => sample.time)} />`)}
         </div>`}`;
 }
-
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const lineColor = (index) => `--line-${index % 7}`;
-
-/** A chart with the latest values beside the names of its lines, which is also how it is read without seeing it. */
-function Chart({ title, lines, show, times, least }) {
-  const place = useRef();
-  const plot = useRef(null);
-  const names = lines.map(([name]) => name).join("\n");
-  const data = [times, ...lines.map(([, values]) => values)];
-
-  useEffect(() => {
-    plot.current = new uPlot(options(lines, show, least, place.current.clientWidth), data, place.current);
-    const resized = new ResizeObserver(([{ contentRect }]) =>
-      plot.current.setSize({ width: contentRect.width, height: HEIGHT }));
-    resized.observe(place.current);
-    const scheme = matchMedia("(prefers-color-scheme: dark)");
-    const redraw = () => plot.current.redraw(false);
-    scheme.addEventListener("change", redraw);
-    return () => {
-      scheme.removeEventListener("change", redraw);
-      resized.disconnect();
-      plot.current.destroy();
-    };
-  }, [names]);
-  useEffect(() => plot.current.setData(data));
-
-  return html`
-    <figure class="card chart">
-      <figcaption>${title}</figcaption>
-      <div ref=${place} class="plot" aria-hidden="true"></div>
-      <ul class="legend">
-        ${lines.map(([name, values], index) => html`
-          <li><span class="swatch" style=${{ background: `var(${lineColor(index)})` }} aria-hidden="true"></span>
-            ${name} <b>${values.at(-1) === null ? "–" : show(values.at(-1))}</b></li>`)}
-      </ul>
-    </figure>`;
-}
-
-function options(lines, show, least, width) {
-  const grid = { stroke: () => color("--line"), width: 1 };
-  const axis = { stroke: () => color("--muted"), grid, ticks: { show: false } };
-  return {
-    width, height: HEIGHT, legend: { show: false }, cursor: { drag: { setScale: false }, points: { size: 6 } },
-    scales: { y: { range: (_, low, high) => [0, Math.max(least, high * (least === 1 && high <= 1 ? 1 : 1.15))] } },
-    axes: [
-      { ...axis, values: (_, ticks) => ticks.map((tick) => clock(tick)), space: 90, size: 30 },
-      { ...axis, size: 62, space: 34, values: (_, ticks) => ticks.map((tick) => show(tick)) },
-    ],
-    series: [{}, ...lines.map(([label], index) => ({
-      label, stroke: () => color(lineColor(index)), width: 2, points: { show: false }, spanGaps: true,
-    }))],
-  };
-}
-
-const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { timeStyle: "medium" });

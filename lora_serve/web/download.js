@@ -1,20 +1,19 @@
-// A link to the files of a version. With a key, which a link cannot send, the page fetches them and then saves them.
+// A link to a file. With a key, which a link cannot send, the page fetches it and then saves it.
 
 import { blob, hasKey } from "./api.js";
-import { short } from "./format.js";
 import { html, useState } from "./ui.js";
 
 const LATER = 60_000; // ms for which a browser may still read what it saves
 
-export function Download({ name, digest, onProblem }) {
+/** `file`: the name under which it is saved. `label` says more than `text`, to those who do not see what is around. */
+export function Download({ path, file, text, label, onProblem }) {
   const [busy, setBusy] = useState(false);
-  const path = `v1/adapters/${name}/files?version=${digest}`;
   const save = async () => {
     setBusy(true);
     try {
       const link = document.createElement("a");
       link.href = URL.createObjectURL(await blob(path));
-      link.download = `${name}-${short(digest)}.tar`;
+      link.download = file;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), LATER);
     } catch (error) {
@@ -28,6 +27,5 @@ export function Download({ name, digest, onProblem }) {
     if (!busy) save();
   };
   return html`
-    <a href=${path} download aria-label=${`Download ${name}@${short(digest)}`} onClick=${click}>
-      ${busy ? "Downloading…" : "Download"}</a>`;
+    <a href=${path} download aria-label=${label} onClick=${click}>${busy ? "Downloading…" : text}</a>`;
 }

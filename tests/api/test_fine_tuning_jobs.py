@@ -11,13 +11,16 @@ from typing import Any
 
 import openai
 import pytest
-from fake_training import COMPLETIONS, CONTEXT, PREFERENCES, TrainingApp
+from fake_training import COMPLETIONS, CONTEXT, PREFERENCES, Jobs, TrainingApp, when
 from stub_admin import StubAdminApp
 
 from lora_serve.api.caller import Caller
+from lora_serve.api.fine_tuning.event_stream import event_stream
+from lora_serve.api.fine_tuning.job_records import JobEvent
+from lora_serve.api.fine_tuning.job_store import UnknownJob
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AliasInfo
-from lora_serve.training_messages import CreateRun, ForwardBackward, RunSettings
+from lora_serve.training_messages import CreateRun, ForwardBackward, OptimizerStep, RunSettings
 
 CALLERS = {
     "sk-a": Caller("a", admin=True, adapters=("a-*", "ft-*"), key="1"),
@@ -59,10 +62,29 @@ async def delete(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
     return await server.sdk(key).delete(f"/fine_tuning/jobs/{id_}", cast_to=object)
 
 
+async def checkpoint(server: TrainingApp, id_: str, key: str = "sk-a") -> Any:
+    """Our own route as well: a checkpoint as soon as possible."""
+    return await server.sdk(key).post(f"/fine_tuning/jobs/{id_}/checkpoints", cast_to=object)
+
+
 async def refusal(call: Any, error: type[openai.APIStatusError] = openai.BadRequestError) -> tuple[str | None, str]:
     with pytest.raises(error) as refused:
         await call
     return refused.value.param, refused.value.message
+
+
+async def streamed(server: TrainingApp, id_: str, **options: Any) -> list[dict[str, Any]]:
+    """Events of a job until its stream ends, as SSE has them."""
+    url = f"/v1/fine_tuning/jobs/{id_}/events"
+    found = []
+    async with server.http.stream(
+        "GET", url, params={"stream": "true", **options}, headers={"Authorization": "Bearer sk-a"}
+    ) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        async for line in response.aiter_lines():
+            found += [line.removeprefix("data: ")] if line else []
+    assert found.pop() == "[DONE]"
+    return [json.loads(each) for each in found]
 
 
 async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
@@ -135,6 +157,28 @@ async def test_the_name_of_the_result_is_a_model(server: TrainingApp) -> None:
     assert published not in server.engine.adapters
 
 
+async def test_a_checkpoint_that_was_asked_for_is_listed_and_a_model(server: TrainingApp) -> None:
+    asked = asyncio.Event()
+    when(server.engine, OptimizerStep, 1, asked.wait)
+    id_ = (await create(server, hyperparameters={"n_epochs": 1})).id
+    while (await server.sdk("sk-a").fine_tuning.jobs.retrieve(id_)).status != "running":
+        assert "not in training" in (await refusal(checkpoint(server, id_)))[1]
+        await asyncio.sleep(0.01)
+    asking = asyncio.create_task(checkpoint(server, id_))
+    await asyncio.sleep(0.05)
+    asked.set()
+    made = await asking
+    assert (made["object"], made["step_number"]) == ("fine_tuning.job.checkpoint", 1)
+    await finish(server, id_)
+    client = server.sdk("sk-a")
+    listed = [each async for each in client.fine_tuning.jobs.checkpoints.list(id_)]
+    assert [each.step_number for each in listed] == [3, 1]
+    assert listed[1].id == made["id"]
+    name = (await client.models.retrieve(made["fine_tuned_model_checkpoint"])).id
+    assert name == f"a-x-{id_[-10:]}-step-1"
+    assert "not in training" in (await refusal(checkpoint(server, id_)))[1]
+
+
 async def test_a_job_without_a_name_makes_an_adapter_of_its_own(server: TrainingApp) -> None:
     training = await upload(server, "sk-all")
     client = server.sdk("sk-all").fine_tuning.jobs
@@ -152,7 +196,7 @@ async def test_a_job_is_seen_by_its_own_key_and_by_who_administers_all(server: T
         assert [each.id async for each in server.sdk(key).fine_tuning.jobs.list()] == seen
     jobs = server.sdk("sk-b").fine_tuning.jobs
     calls = (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list)
-    calls += (partial(delete, server, key="sk-b"),)
+    calls += (partial(delete, server, key="sk-b"), partial(checkpoint, server, key="sk-b"))
     for call in calls:
         hidden = await refusal(call(mine.id), openai.NotFoundError)
         unknown = await refusal(call("ftjob-0"), openai.NotFoundError)
@@ -206,6 +250,52 @@ async def test_jobs_are_counted_by_status(server: TrainingApp) -> None:
     counts = {"succeeded": 1, "cancelled": 1, "failed": 0, "queued": 0}
     for status, count in counts.items():
         assert f'lora_serve_fine_tuning_jobs{{status="{status}"}} {count}.0' in metrics
+
+
+async def test_events_are_streamed_until_the_job_has_finished(server: TrainingApp) -> None:
+    made = await create(server)
+    events = await streamed(server, made.id)
+    listed = [each.to_dict() async for each in server.sdk("sk-a").fine_tuning.jobs.list_events(made.id)]
+    assert events == listed[::-1]
+    assert events[-1]["message"] == "The job has successfully completed"
+    assert await streamed(server, made.id, after=events[2]["id"]) == events[3:]
+    assert await streamed(server, made.id, after=events[-1]["id"]) == []
+
+
+async def test_a_stream_of_events_has_them_as_they_happen_and_ends_with_the_server(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    reached = asyncio.Event()
+
+    async def after(operation: Any) -> None:
+        if isinstance(operation, OptimizerStep):
+            reached.set()
+            await asyncio.Event().wait()
+
+    jobs.engine.after = after
+    id_ = await jobs.create()
+    stream = event_stream(jobs.queue, id_, None, poll=0.005)
+    await reached.wait()
+    assert (await anext(stream))["message"] == f"Created fine-tuning job: {id_}"
+    jobs.store.tell(id_, JobEvent(5, "info", "now"))
+    seen = []
+    async with asyncio.timeout(5):
+        async for each in stream:
+            seen.append(each["message"])
+            if each["message"] == "now":
+                closing = asyncio.ensure_future(jobs.queue.close())
+    await closing
+    assert seen[-1] == "now"
+
+
+async def test_a_stream_of_a_job_that_is_deleted_says_so(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    id_ = await jobs.create()
+    await jobs.end(id_)
+    stream = event_stream(jobs.queue, id_, None)
+    await anext(stream)
+    await jobs.queue.delete(id_)
+    with pytest.raises(UnknownJob):
+        [each async for each in stream]
 
 
 async def test_dpo_shows_its_beta(server: TrainingApp) -> None:
@@ -310,7 +400,7 @@ async def test_without_training_every_route_says_how_to_turn_it_on(tmp_path: Pat
     server = StubAdminApp(tmp_path)
     for method, path in (
         ("POST", ""), ("GET", ""), ("GET", "/x"), ("POST", "/x/cancel"), ("POST", "/x/pause"), ("POST", "/x/resume"),
-        ("GET", "/x/events"), ("GET", "/x/checkpoints"), ("DELETE", "/x"),
+        ("GET", "/x/events"), ("GET", "/x/checkpoints"), ("DELETE", "/x"), ("POST", "/x/checkpoints"),
     ):  # fmt: skip
         body = {"model": "base", "training_file": "file-1"} if (method, path) == ("POST", "") else None
         answer = await server.ask(method, f"/v1/fine_tuning/jobs{path}", json=body)

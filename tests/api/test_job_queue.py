@@ -16,11 +16,11 @@ from fake_training import COMPLETIONS, PREFERENCES, Jobs, when
 
 from lora_serve.api.fine_tuning.job_control import Intervals
 from lora_serve.api.fine_tuning.job_queue import choose
-from lora_serve.api.fine_tuning.job_records import TrainerSettings
+from lora_serve.api.fine_tuning.job_records import CheckpointRecord, TrainerSettings
 from lora_serve.api.fine_tuning.job_saves import RUN
 from lora_serve.api.fine_tuning.job_store import TRAINING
-from lora_serve.errors import BadRequest
-from lora_serve.training_messages import CreateRun, ForwardBackward, OptimizerStep, SaveRun
+from lora_serve.errors import BadRequest, Unavailable
+from lora_serve.training_messages import CreateRun, ExportRun, ForwardBackward, OptimizerStep, SaveRun
 
 STEPS = list(range(1, 10))
 
@@ -189,6 +189,77 @@ async def test_a_job_that_is_paused_and_resumed_at_once_goes_on(jobs: Jobs) -> N
     id_ = await jobs.create()
     assert (await jobs.end(id_)).status == "succeeded"
     assert jobs.steps(id_) == STEPS
+
+
+@pytest.mark.parametrize("step", [1, 4])
+async def test_a_checkpoint_is_made_when_it_is_asked_for(jobs: Jobs, tmp_path: Path, step: int) -> None:
+    asked: list[asyncio.Task[tuple[int, CheckpointRecord]]] = []
+    when(jobs.engine, OptimizerStep, step, lambda: asked.extend(asyncio.create_task(ask()) for ask in [make] * 2))
+
+    async def make() -> tuple[int, CheckpointRecord]:
+        return await jobs.queue.checkpoint(id_)
+
+    id_ = await jobs.create()
+    assert (await jobs.end(id_)).status == "succeeded"
+    (made, again) = [await each for each in asked]
+    assert made == again
+    assert made[0] in (step, step + 1)  # the step may have ended before it was asked
+    assert made[1].metrics["step"] == made[0]
+    assert jobs.result == await undisturbed(tmp_path)
+    checkpoints = [each for each, _ in jobs.store.saves(id_).checkpoints()]
+    assert checkpoints == sorted({made[0], 3, 6, 9})[-3:]
+    exported = [each for each in jobs.engine.trained if isinstance(each, ExportRun)]
+    assert len(exported) == 4  # one for both who asked
+    with pytest.raises(BadRequest, match="succeeded and not in training"):
+        await jobs.queue.checkpoint(id_)
+
+
+async def test_who_asked_for_a_checkpoint_is_told_if_the_job_stops_before(jobs: Jobs) -> None:
+    asked: list[asyncio.Task[tuple[int, CheckpointRecord]]] = []
+
+    async def ask_and_cancel() -> None:
+        asked.append(asyncio.create_task(jobs.queue.checkpoint(id_)))
+        await asyncio.sleep(0)
+        await jobs.queue.cancel(id_)
+
+    when(jobs.engine, ForwardBackward, 2, ask_and_cancel)
+    id_ = await jobs.create()
+    await jobs.end(id_)
+    with pytest.raises(BadRequest, match="is cancelled: it stopped before"):
+        await asked[0]
+
+
+async def test_who_asked_for_a_checkpoint_is_told_if_the_server_ends_before(jobs: Jobs) -> None:
+    asked: list[asyncio.Task[tuple[int, CheckpointRecord]]] = []
+
+    async def ask_and_end() -> None:
+        asked.append(asyncio.create_task(jobs.queue.checkpoint(id_)))
+        await asyncio.sleep(0)
+        closing.append(asyncio.create_task(jobs.queue.close()))
+        await asyncio.sleep(0)
+
+    closing: list[asyncio.Task[None]] = []
+    when(jobs.engine, ForwardBackward, 2, ask_and_end)
+    id_ = await jobs.create()
+    while not asked:
+        await asyncio.sleep(0.002)
+    with pytest.raises(Unavailable, match="about to end"):
+        await asked[0]
+    await closing[0]
+
+
+async def test_a_checkpoint_survives_a_lost_engine_that_was_asked_for_before(jobs: Jobs, tmp_path: Path) -> None:
+    asked: list[asyncio.Task[tuple[int, CheckpointRecord]]] = []
+
+    def ask_and_die() -> None:
+        asked.append(asyncio.create_task(jobs.queue.checkpoint(id_)))
+        jobs.engine.die()
+
+    when(jobs.engine, ForwardBackward, 5, ask_and_die)
+    id_ = await jobs.create()
+    assert (await jobs.end(id_)).status == "succeeded"
+    assert (await asked[0])[0] == 4  # it goes on from the save of step 3
+    assert jobs.result == await undisturbed(tmp_path)
 
 
 async def test_a_paused_job_stays_so_when_the_server_starts(jobs: Jobs, tmp_path: Path) -> None:

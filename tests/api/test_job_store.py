@@ -209,6 +209,24 @@ def test_events_are_read_in_pages_newest_first(tmp_path: Path) -> None:
     assert log.page("ftevent-unknown", 5) == ([], False)
 
 
+def test_events_are_read_from_one_on(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events", "ftjob-0123456789abcdef01234567")
+    assert log.newer(None, 5) == []
+    for number in range(30):
+        log.add(JobEvent(1, "info", str(number)))
+    everything = log.newer(None, 100)
+    assert everything == log.page(None, 100)[0][::-1]
+    for limit in (1, 7, 30):
+        found: list[tuple[str, JobEvent]] = []
+        while more := log.newer(found[-1][0] if found else None, limit):
+            found += more
+        assert found == everything
+    last = everything[-1][0]
+    inside, beyond = (f"{last[:-12]}{int(last[-12:], 16) + more:012x}" for more in (3, 5000))
+    for unknown in ("ftevent-unknown", inside, beyond, f"{last[:-12]}-0", ""):
+        assert log.newer(unknown, 100) == everything
+
+
 def test_a_line_that_was_cut_short_is_no_event(tmp_path: Path) -> None:
     path = tmp_path / "events"
     log = EventLog(path, "ftjob-0123456789abcdef01234567")

@@ -15,8 +15,11 @@ from driver import Driver
 from parity import logits, read_adapter
 from safetensors.torch import save_file
 from torch import Tensor
+from training_driver import TrainingDriver, check_parity
 from transformers import AutoModelForCausalLM
 
+from lora_serve.engine.training.trainer import Trainer
+from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.errors import AdapterInvalid
 from lora_serve.model.baichuan import AlibiFeatures, BaichuanConfig, alibi_slopes
 
@@ -239,6 +242,16 @@ def test_a_mixed_batch_has_the_logits_of_the_formulas(name: str, dtype: torch.dt
     ]
     own = [logits(theirs[i % 3], tokens) for i, tokens in enumerate(driver.sequences)]
     assert median_error(rows, wanted) <= 1.25 * median_error(own, wanted)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_on_the_base_is_peft_s(name: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", VARIANTS[name], torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    kinds = {"layers": LoraSettings(r=3), "and the head": LoraSettings(r=3, train_lm_head=True, seed=1)}
+    driver = TrainingDriver(tmp_path / "base")
+    driver.trainer = Trainer(driver.trainable, memory=1 << 28)  # a large vocabulary
+    check_parity(driver, model, tmp_path, kinds, steps=3)
 
 
 def test_a_saved_head_is_normalised_as_the_base_s_is(tmp_path: Path) -> None:

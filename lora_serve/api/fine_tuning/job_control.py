@@ -1,4 +1,4 @@
-"""What a running job is told, waits for and tells: to stop, space on the disk, the engine; events, its status."""
+"""What a running job is told, waits for and tells: to stop, to make a checkpoint, space on the disk; events, status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord, Status
+from lora_serve.api.fine_tuning.job_records import CheckpointRecord, JobEvent, JobRecord, Status
 from lora_serve.api.fine_tuning.job_store import JobStore
 from lora_serve.errors import ServeError, StorageFull
 from lora_serve.messages import EngineInfo, Operation
@@ -66,6 +66,7 @@ class JobControl:
         self.waits_for_space = False
         self._abandoned = asyncio.Event()
         self._poked = asyncio.Event()  # somebody thinks that waiting is over
+        self._asked: asyncio.Future[tuple[int, CheckpointRecord]] | None = None
 
     @property
     def job(self) -> JobRecord:
@@ -90,6 +91,23 @@ class JobControl:
         """Raise `Stopped` if the job was abandoned."""
         if self._abandoned.is_set():
             raise Stopped
+
+    # --- checkpoints that are asked for -------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_is_asked_for(self) -> bool:
+        return self._asked is not None and not self._asked.done()
+
+    def ask_for_checkpoint(self) -> asyncio.Future[tuple[int, CheckpointRecord]]:
+        """The next checkpoint with its step, which several may wait for; none comes if the job ends before."""
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.get_running_loop().create_future()
+        return self._asked
+
+    def checkpoint_made(self, step: int, checkpoint: CheckpointRecord) -> None:
+        """Tell those who wait for it."""
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_result((step, checkpoint))
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 

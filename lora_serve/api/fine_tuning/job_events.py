@@ -64,6 +64,25 @@ class EventLog:
             found.append((f"{self._prefix}{start:012x}", _decode(line)))
         return found[:limit], len(found) > limit
 
+    def newer(self, after: str | None, limit: int) -> list[tuple[str, JobEvent]]:
+        """Up to `limit` events with their ids, oldest first, newer than `after`; only those that are on the disk.
+
+        All of them are newer than an event that does not exist.
+        """
+        with self._lock:
+            end = self._complete_size()
+        if not end:
+            return []
+        found: list[tuple[str, JobEvent]] = []
+        with self._path.open("rb") as file:
+            if after is not None and self._begins_line(file, after, end):
+                file.readline()
+            else:
+                file.seek(0)
+            while file.tell() < end and len(found) < limit:
+                found.append((f"{self._prefix}{file.tell():012x}", _decode(file.readline())))
+        return found
+
     def last_step(self) -> int:
         """The step of the newest metrics event; 0 if there is none."""
         return next(self._metrics_backwards(), (0, None))[0]
@@ -122,6 +141,14 @@ class EventLog:
                         yield place, line
                     rest = rest[:first]
                 end = start
+
+    def _begins_line(self, file: IO[bytes], id_: str, end: int) -> bool:
+        """Whether there is an event of this id, and if so, go to its line."""
+        place = self._place(id_)
+        if id_ != f"{self._prefix}{place:012x}" or place >= end:
+            return False
+        file.seek(max(0, place - 1))
+        return place == 0 or file.read(1) == b"\n"
 
     def _place(self, id_: str) -> int:
         try:

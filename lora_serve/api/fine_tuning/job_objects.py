@@ -8,6 +8,7 @@ import msgspec
 from pydantic import BaseModel
 
 from lora_serve.api.fine_tuning.job_records import (
+    CheckpointRecord,
     Hyperparameters,
     JobError,
     JobEvent,
@@ -187,17 +188,22 @@ def event_object(id_: str, event: JobEvent) -> EventObject:
 def checkpoint_objects(job: JobRecord, checkpoints: list[tuple[int, SaveRecord]]) -> list[CheckpointObject]:
     """Checkpoints as clients see them, newest first."""
     return [
-        CheckpointObject(
-            id=save.checkpoint.id,
-            created_at=save.checkpoint.created_at,
-            fine_tuned_model_checkpoint=job.checkpoint_name(step),
-            fine_tuning_job_id=job.id,
-            step_number=step,
-            metrics=save.checkpoint.metrics,
-        )
+        checkpoint_object(job, step, save.checkpoint)
         for step, save in reversed(checkpoints)
         if save.checkpoint is not None
     ]
+
+
+def checkpoint_object(job: JobRecord, step: int, checkpoint: CheckpointRecord) -> CheckpointObject:
+    """A checkpoint as clients see it."""
+    return CheckpointObject(
+        id=checkpoint.id,
+        created_at=checkpoint.created_at,
+        fine_tuned_model_checkpoint=job.checkpoint_name(step),
+        fine_tuning_job_id=job.id,
+        step_number=step,
+        metrics=checkpoint.metrics,
+    )
 
 
 def _error(error: JobError) -> JobErrorObject:

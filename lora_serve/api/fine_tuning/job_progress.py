@@ -27,6 +27,7 @@ class JobProgress:
         self._saved = position.step
         self._saved_at = self._began_at = time.monotonic()
         self._first = self._last = position.step
+        self._unsaved: Metrics | None = None  # of the last step, unless there is a checkpoint of it
 
     @property
     def estimated_finish(self) -> int | None:
@@ -38,8 +39,10 @@ class JobProgress:
         return int(self._control.store.clock() + each * (steps - self._last))
 
     async def before_step(self, position: Position) -> None:
-        """Save if it is time, or if the job is paused; then raise `Stopped`."""
+        """Save if it is time, if a checkpoint was asked for, or if the job is paused; then raise `Stopped`."""
         self._control.check()
+        if self._control.checkpoint_is_asked_for and self._unsaved is not None:
+            await self._save(position, self._unsaved)
         status = self._control.job.status
         if status == "paused":
             await self._save(position, None)
@@ -51,7 +54,7 @@ class JobProgress:
 
     async def stepped(self, position: Position, metrics: Metrics) -> None:
         """Add the metrics event of a step, unless there is one from before the job went on from a save."""
-        self._last = position.step
+        self._last, self._unsaved = position.step, metrics
         if position.step <= self._told:
             return
         self._told = position.step
@@ -63,7 +66,7 @@ class JobProgress:
 
     async def epoch_ended(self, position: Position, metrics: Metrics) -> None:
         """Make a checkpoint."""
-        await self._save(position, {name: metrics[name] for name in metrics if name.startswith(IN_CHECKPOINTS)})
+        await self._save(position, metrics)
 
     async def _save(self, position: Position, metrics: Metrics | None) -> None:
         """Save the run, as a checkpoint if there are metrics."""
@@ -71,10 +74,11 @@ class JobProgress:
             return
         control = self._control
         saves = control.store.saves(control.id)
-        checkpoint = None
+        checkpoint: CheckpointRecord | None = None
         if metrics is not None:
             id_ = f"ftckpt-{control.job.short_id}{position.step:09d}"
-            checkpoint = CheckpointRecord(id_, int(control.store.clock()), metrics)
+            kept = {name: metrics[name] for name in metrics if name.startswith(IN_CHECKPOINTS)}
+            checkpoint = CheckpointRecord(id_, int(control.store.clock()), kept)
 
         async def save() -> None:
             with disk_errors():
@@ -90,3 +94,6 @@ class JobProgress:
 
         await control.with_space(save)
         self._saved, self._saved_at = position.step, time.monotonic()
+        if checkpoint is not None:
+            self._unsaved = None
+            control.checkpoint_made(position.step, checkpoint)

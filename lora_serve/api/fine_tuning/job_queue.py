@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 
 from lora_serve.api.fine_tuning.job_control import Intervals, TrainingEngine
-from lora_serve.api.fine_tuning.job_records import JobEvent, JobRecord
+from lora_serve.api.fine_tuning.job_records import CheckpointRecord, JobEvent, JobRecord
 from lora_serve.api.fine_tuning.job_results import JobResults
 from lora_serve.api.fine_tuning.job_runner import JobRunner
 from lora_serve.api.fine_tuning.job_store import JobStore
-from lora_serve.errors import BadRequest, ServeError, StorageFull
+from lora_serve.errors import BadRequest, ServeError, StorageFull, Unavailable
 
 VALIDATED_AT_ONCE = 2
 
@@ -108,6 +108,26 @@ class JobQueue:
             await asyncio.to_thread(self.store.clean_up, id_)
         return self.store.find(id_)
 
+    async def checkpoint(self, id_: str) -> tuple[int, CheckpointRecord]:
+        """Make a checkpoint after the step that runs; returns it with its step.
+
+        Raises `BadRequest` if the job does not train or stops before it, `Unavailable` if the server does.
+        """
+        job, runner = self.store.find(id_), self._training.get(id_)
+        if runner is None or runner.publishing or job.status != "running":
+            raise BadRequest(f"job {id_} is {job.status} and not in training: no checkpoint can be made of it now")
+        made, ended = runner.control.ask_for_checkpoint(), asyncio.ensure_future(runner.ended.wait())
+        either: set[asyncio.Future[Any]] = {made, ended}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if made.done():
+            return made.result()
+        if (status := self.store.find(id_).status) == "running":
+            raise Unavailable("the server is about to end; ask again when the job goes on")
+        raise BadRequest(f"job {id_} is {status}: it stopped before the checkpoint was made")
+
     async def pause(self, id_: str) -> JobRecord:
         """Let a job save and stop after its step. Raises `BadRequest` if it has finished."""
         runner = self._runner(id_)
@@ -166,6 +186,11 @@ class JobQueue:
         if after != before:
             self.store.tell(id_, JobEvent(int(self.store.clock()), "info", message))
 
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        return self._closed or (self._engine.alive and not self._engine.ready)
+
     # --- what runs ---------------------------------------------------------------------------------------------------
 
     @property
@@ -199,7 +224,7 @@ class JobQueue:
             self._tasks.discard(task)
             runner.ended.set()
             del where[job.id]
-            if not self._engine.alive or self._engine.ready:  # otherwise it drains
+            if not self.draining:
                 self._fill()
 
         task.add_done_callback(ended)

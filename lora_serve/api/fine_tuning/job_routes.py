@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +18,16 @@ from fastapi import Path as InPath
 
 from lora_serve.api.auth import Administrator
 from lora_serve.api.caller import Caller
+from lora_serve.api.fine_tuning.event_stream import event_stream
 from lora_serve.api.fine_tuning.file_store import FINE_TUNE, StoredFile, UnknownFile
 from lora_serve.api.fine_tuning.job_objects import (
+    CheckpointObject,
     CheckpointPage,
     DeletedJob,
     EventPage,
     JobObject,
     JobPage,
+    checkpoint_object,
     checkpoint_objects,
     event_object,
     job_object,
@@ -39,6 +42,7 @@ from lora_serve.api.openai.preprocess import base_names, engine_info
 from lora_serve.api.openapi import errors
 from lora_serve.api.request_record import Change, record_of
 from lora_serve.api.services import Services, ServicesDep
+from lora_serve.api.sse import SSEResponse
 from lora_serve.errors import AdapterExists, AdapterNotFound, BadRequest, Unavailable
 from lora_serve.messages import DescribeAlias
 from lora_serve.names import check_adapter_name
@@ -193,9 +197,17 @@ async def resume_job(request: Request, job: Job, jobs: Jobs) -> JobObject:
     return job_object(await jobs.resume(job.id), None)
 
 
-@router.get("/jobs/{fine_tuning_job_id}/events", responses=errors(404))
-async def list_events(job: Job, jobs: Jobs, after: After = None, limit: Limit = LISTED) -> EventPage:
-    """What happened to a job, newest first."""
+@router.get("/jobs/{fine_tuning_job_id}/events", response_model=EventPage, responses=errors(404))
+async def list_events(
+    job: Job,
+    jobs: Jobs,
+    after: After = None,
+    limit: Limit = LISTED,
+    stream: Annotated[bool, Query(description="server-sent events, oldest first, until the job has finished")] = False,
+) -> EventPage | SSEResponse:
+    """What happened to a job, newest first; with `stream`, all of it after the event `after`, as it happens."""
+    if stream:
+        return SSEResponse(event_stream(jobs, job.id, after), AsyncExitStack())
     found, more = await asyncio.to_thread(jobs.store.events(job.id).page, after, limit)
     return EventPage(data=[event_object(*each) for each in found], has_more=more)
 
@@ -208,6 +220,13 @@ async def list_checkpoints(job: Job, jobs: Jobs, after: After = None, limit: Lim
     data = found[:limit]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return CheckpointPage(data=data, has_more=len(found) > limit, first_id=first, last_id=last)
+
+
+@router.post("/jobs/{fine_tuning_job_id}/checkpoints", responses=errors(404))
+async def create_checkpoint(request: Request, job: Job, jobs: Jobs) -> CheckpointObject:
+    """Make a checkpoint of a running job as soon as its step is done, which OpenAI has no route for."""
+    record_of(request.scope).changes.append(Change("create-checkpoint", job.id))
+    return checkpoint_object(job, *await jobs.checkpoint(job.id))
 
 
 @router.api_route("/checkpoints/{checkpoint:path}/permissions", methods=["GET", "POST"], include_in_schema=False)

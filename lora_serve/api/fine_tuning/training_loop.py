@@ -82,6 +82,7 @@ async def train(
         metrics = {
             "step": position.step,
             "total_steps": order.steps,
+            "trained_tokens": position.tokens,
             "train_loss": found.loss,
             **{f"train_{name}": value for name, value in found.metrics.items()},
             "learning_rate": rate,

@@ -194,7 +194,7 @@ class FusedPass:
             first + place for first, length in zip(before, self._lengths, strict=True) for place in range(length)
         ]
         ids, at = (to_device(each, torch.int64, base.device) for each in (self._ids, positions))
-        running = base.begin(step, ids, at)
+        running = base.begin(step, ids, at, gradients=self.backward)
         yield
         for layer in range(base.layers):
             running.forward(gradients=self._gradients, keep=layer >= self._first_kept)

@@ -21,10 +21,12 @@ from collections import deque
 from typing import NamedTuple
 
 from lora_serve.engine.training.quantum_costs import QuantumCosts
+from lora_serve.engine.training.request_level import RequestLevel
 
 STRETCH = 1.25  # times the longest usual gap; what is measured then is below 1.3
 RARE = 200  # gaps between two that are longer
-MOST_SHARE = 0.05  # of the time beside streams, in quanta that they tolerate
+FULL_SHARE = 0.05  # of the time beside as many requests as there have been lately, in quanta that they tolerate
+SPARE_SHARE = 0.5  # of the time that fewer requests leave
 SAVED = 1.0  # seconds of these that may be saved up
 RECENT = 256  # steps whose longest is the usual gap
 FEW = 16  # steps before which that is not known
@@ -33,10 +35,17 @@ MARGIN = 1.1  # times the expected duration of a quantum
 
 
 class ServingLoad(NamedTuple):
-    """What serving does: whether anything runs or could run, and whether prompts wait or are being computed."""
+    """What serving does.
+
+    Attributes:
+        active: whether anything runs or could run.
+        prompts: whether prompts wait or are being computed.
+        requests: number of unfinished requests.
+    """
 
     active: bool
     prompts: bool
+    requests: int
 
 
 class TrainingPacer:
@@ -57,6 +66,7 @@ class TrainingPacer:
         self._usual: float | None = None  # the longest usual gap
         self._since: float | None = None  # when it was last decided that training waits or runs
         self._floor = self._tolerated = 0.0  # seconds that were saved up
+        self._requests = RequestLevel()
         self._in_gap = 0.0  # seconds of quanta since the last step
         self._gaps = 0  # since the last one that was longer
 
@@ -108,13 +118,15 @@ class TrainingPacer:
         return None if room is None else self.costs.size_within(kind, room / MARGIN)
 
     def _save_up(self, load: ServingLoad, now: float) -> None:
+        level = self._requests.observe(load.requests, now)
         passed = 0.0 if self._since is None else max(0.0, now - self._since)
         self._since = now
         if not load.active:
             self._floor = self._tolerated = 0.0
             return
         self._floor += self._share * passed
-        self._tolerated = min(SAVED, self._tolerated + MOST_SHARE * passed)
+        tolerated = max(FULL_SHARE, SPARE_SHARE * (1 - level))
+        self._tolerated = min(SAVED, self._tolerated + tolerated * passed)
 
     def _largest_quantum(self) -> float | None:
         """Seconds of a quantum with which no gap is too long; None: unknown."""

@@ -7,10 +7,11 @@ import math
 import pytest
 
 from lora_serve.engine.training.quantum_costs import QuantumCosts
+from lora_serve.engine.training.request_level import RequestLevel
 from lora_serve.engine.training.training_pacer import ServingLoad, TrainingPacer
 
 STEP = 0.05
-IDLE, DECODING, PREFILLING = ServingLoad(False, False), ServingLoad(True, False), ServingLoad(True, True)
+IDLE, DECODING, PREFILLING = ServingLoad(False, False, 0), ServingLoad(True, False, 8), ServingLoad(True, True, 8)
 
 
 class Served:
@@ -144,3 +145,35 @@ def test_costs_are_a_line_and_where_sizes_do_not_differ_cautious() -> None:
     assert costs.seconds("head", 150) == pytest.approx(0.25)
     assert costs.size_within("head", 0.25) == pytest.approx(150, abs=1)
     assert costs.size_within("head", 0.01) == 0
+
+
+@pytest.mark.parametrize(("requests", "share"), [(8, 0.05), (7, 0.0625), (4, 0.25), (1, 0.4375)])
+def test_with_fewer_requests_than_lately_training_gets_half_of_what_they_leave(requests: int, share: float) -> None:
+    served = Served(0.0, quantum=0.008)
+    served.run(60.0)
+    served.run(60.0, DECODING._replace(requests=requests))  # the mean of ten seconds
+    begun, before = served.now, served.trained
+    served.run(200.0, DECODING._replace(requests=requests))
+    assert (served.trained - before) / (served.now - begun) == pytest.approx(
+        min(share, 0.008 / 0.058), rel=0.1
+    )  # one quantum fits in a gap
+    assert served.longest_usual <= 1.3 * STEP
+
+
+def test_after_ten_minutes_fewer_requests_are_all_that_there_are() -> None:
+    served = Served(0.0, quantum=0.004)
+    served.run(60.0)
+    served.run(700.0, DECODING._replace(requests=4))
+    begun, before = served.now, served.trained
+    served.run(100.0, DECODING._replace(requests=4))
+    assert (served.trained - before) / (served.now - begun) == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_burst_of_requests_leaves_nothing() -> None:
+    level = RequestLevel()
+    for second in range(100):
+        assert level.observe(4, float(second)) == 1.0
+    assert level.observe(20, 100.0) == 1.0
+    assert level.observe(5, 101.0) == pytest.approx(0.26, abs=0.02)  # 4 in the mean, 5 now, 20 at most
+    assert level.observe(0, 140.0) < 0.02
+    assert level.observe(0, 2000.0) == 0.0

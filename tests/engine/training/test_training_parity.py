@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import ARCHITECTURES, COMMON, EXPERTS, HEADS_FIRST, VOCABULARY, make_model, reference, save
-from training_driver import CPU, TrainingDriver, check_parity, load_small
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, OPTConfig
+from architectures import BASES
+from support import ARCHITECTURES, EXPERTS, HEADS_FIRST, reference, save, uncentred
+from training_driver import CPU, STEPS, TrainingDriver, check_parity, load_small
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.errors import ModelUnsupported
@@ -42,25 +43,14 @@ def test_training_equals_peft(architecture: str, tmp_path: Path) -> None:
     check_parity(driver, reference(architecture), tmp_path, ATTENTION if architecture in EXPERTS else KINDS)
 
 
-OTHERS = {
-    "opt": OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, word_embed_proj_dim=64, pad_token_id=1, bos_token_id=1, eos_token_id=2,
-        dropout=0.0,
-    ),
-    "gpt_oss": GptOssConfig(
-        **COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_layers_elsewhere_and_attention_sinks_train_as_in_peft(kind: str, tmp_path: Path) -> None:
-    model = make_model(OTHERS[kind])
+@pytest.mark.parametrize("name", BASES)
+def test_every_kind_of_base_trains_as_in_peft(name: str, tmp_path: Path) -> None:
+    """Modules outside the layers too: those of OPT between embeddings, layers and head."""
+    base = BASES[name]
+    model = uncentred(base.config)
     model.save_pretrained(tmp_path / "base")
-    kinds = {"lora": LoraSettings(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])}
-    check_parity(TrainingDriver(tmp_path / "base"), model, tmp_path, kinds)
+    kinds = {name: replace(settings, target_modules=base.alone) for name, settings in KINDS.items()}
+    check_parity(TrainingDriver(tmp_path / "base"), model, tmp_path, kinds, steps=min(STEPS, 4))
 
 
 def test_what_cannot_be_trained_is_refused_by_name(tmp_path: Path) -> None:
