@@ -192,3 +192,21 @@ def test_p_tuning_goes_on_after_a_killed_engine_and_is_served_as_peft_computes_i
                 wanted = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
             answer = tokenizer.decode(wanted, skip_special_tokens=True)
             assert server.complete(text, "made", max_tokens=12).rstrip("\n") == answer.rstrip("\n")
+
+
+def test_jobs_train_every_method_at_once(tmp_path: Path) -> None:
+    tokens = {"num_virtual_tokens": 4}
+    asked: dict[str, dict[str, Any]] = {
+        "lora": {"peft_type": "LORA", "r": 4, "use_dora": True},
+        "ia3": {"peft_type": "IA3", "feedforward_modules": ["down_proj"]},
+        "prompt": {"peft_type": "PROMPT_TUNING", **tokens},
+        "mlp": {"peft_type": "P_TUNING", "encoder_hidden_size": 16, **tokens},
+        "prefix": {"peft_type": "PREFIX_TUNING", **tokens},
+        "projection": {"peft_type": "PREFIX_TUNING", "prefix_projection": True, **tokens},
+    }
+    with start(tmp_path / "store") as server:
+        ids = [create(server, "supervised", epochs=2, adapter=name, peft=own) for name, own in asked.items()]
+        for name, id_ in zip(asked, ids, strict=True):
+            assert finish(server, id_).startswith(f"{name}@")
+            assert len(metrics(server, id_)) == 8
+            assert server.complete(PROMPTS[0], name)
