@@ -240,6 +240,22 @@ def test_gradients_of_a_batch_that_failed_half_way_are_not_applied(session: Trai
     assert session.train("run", range(1)) == wanted
 
 
+def test_gradients_are_lost_in_a_step_that_ran_out_of_memory(session: TrainingSession) -> None:
+    """Scaled, clipped or taken through an encoder a second time they would be others."""
+    session.call(create("run"))
+    session.call(ForwardBackward("run", batch(2)))
+    assert session.engine._training is not None
+
+    def out_of_memory(*_: object) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError
+
+    hook = session.engine._training._runs["run"].trained._optimizer.register_step_pre_hook(out_of_memory)
+    assert session.failure(OptimizerStep("run", 5e-3)).message == "training ran out of memory"
+    assert "gradients were lost" in session.failure(OptimizerStep("run", 5e-3)).message
+    assert session.call(OptimizerStep("run", 5e-3))["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("at", range(4))
 def test_a_full_disk_leaves_no_folder(at: int, tmp_path: Path) -> None:
     def full() -> OSError:
