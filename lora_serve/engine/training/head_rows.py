@@ -124,7 +124,9 @@ class HeadBlock:
             call = self._base.head(self._step, self._given, part)
         logits = call.logits.detach()
         blocks = torch.split(logits, max(1, WIDENED // logits.shape[1]))
-        self._sums = torch.logaddexp(self._sums, torch.cat([block.float().logsumexp(1) for block in blocks]))
+        sums = torch.cat([block.float().logsumexp(1) for block in blocks])
+        # Not logaddexp, whose bits depend on a row's place.
+        self._sums = torch.stack((self._sums, sums), 1).logsumexp(1)
         self._highest = torch.maximum(self._highest, torch.cat([block.amax(1) for block in blocks]).float())
         places, inside = self._places(part)
         self._own = torch.where(inside, logits.gather(1, places[:, None])[:, 0].float(), self._own)
