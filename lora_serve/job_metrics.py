@@ -45,7 +45,7 @@ class JobCollector(Collector):
         for status, count in self._counts().items():
             gauge.add_metric([status], count)
         yield gauge
-        labels = ["job", "adapter"]
+        labels = ["fine_tuning_job", "adapter"]  # `job` is Prometheus's own
         names = {
             "step": "Optimizer steps that a running job has done.",
             "steps": "Optimizer steps of a running job in all.",

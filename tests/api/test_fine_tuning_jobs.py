@@ -252,6 +252,27 @@ async def test_jobs_are_counted_by_status(server: TrainingApp) -> None:
         assert f'lora_serve_fine_tuning_jobs{{status="{status}"}} {count}.0' in metrics
 
 
+async def test_a_job_that_trains_has_metrics_of_its_own(server: TrainingApp) -> None:
+    seen: list[str] = []
+
+    async def after(operation: Any) -> None:
+        if isinstance(operation, OptimizerStep):
+            seen.append((await server.http.get("/metrics", headers={"Authorization": "Bearer sk-all"})).text)
+
+    server.engine.after = after
+    made = await create(server, validation_file=await upload(server), hyperparameters={"n_epochs": 2, "batch_size": 4})
+    await finish(server, made.id)
+    labels = f'{{adapter="a-x",fine_tuning_job="{made.id}"}}'
+    assert f"lora_serve_fine_tuning_job_step{labels} 0.0" in seen[0]
+    assert "_train_loss{" not in seen[0]
+    told = [each["data"] for each in await streamed(server, made.id) if each["type"] == "metrics"]
+    values = {"step": 4, "steps": 6, "tokens": told[3]["trained_tokens"], "train_loss": told[3]["train_loss"]}
+    for name, value in {**values, "valid_loss": told[2]["valid_loss"]}.items():
+        assert f"lora_serve_fine_tuning_job_{name}{labels} {float(value)}\n" in seen[4], name
+    metrics = (await server.http.get("/metrics", headers={"Authorization": "Bearer sk-all"})).text
+    assert made.id not in metrics
+
+
 async def test_events_are_streamed_until_the_job_has_finished(server: TrainingApp) -> None:
     made = await create(server)
     events = await streamed(server, made.id)

@@ -49,7 +49,7 @@ class JobProgress:
         return RunningJob(job.id, job.adapter, self._last, job.steps or 0, self._tokens, *losses)
 
     async def before_step(self, position: Position) -> None:
-        """Save if it is time, or a checkpoint was asked for. Raises `Stopped` if the job is paused or the server ends."""
+        """Save if it is time, or a checkpoint was asked for. Raises `Stopped` if the job pauses, or the server ends."""
         self._control.check()
         if self._control.checkpoint_is_asked_for and self._unsaved is not None:
             await self._save(position, self._unsaved)
