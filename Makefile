@@ -103,7 +103,7 @@ wheel-test: $(VENV)/.dev  ## that a wheel without a compiler serves the demo wit
 image-test: $(VENV)/.dev  ## the image, built and run with podman: keys, read-only root, health, drain (minutes)
 	$(BIN)/pytest -m packaging tests/deploy/test_image.py
 
-gpu-check:  ## on a machine with a GPU: its tests and benchmark, into OUT=gpu-check; needs no network
+gpu-check:  ## on a machine with a GPU: its tests, then every goal, in eight minutes, into OUT=gpu-check; no network
 	$(PYTHON) bench/gpu/check.py --out $(OUT)
 
 gpu-tune:  ## on a machine with a GPU: measure launch plans of its kernels, for lora_serve/kernels/gpu/tuned

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 REPEATS = 5
-QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 / 32}  # bytes per weight, scales included
+QUANTIZED = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 2 / 32}  # bytes per weight, scales included
 READ = 1 << 30  # bytes read to measure the bandwidth: far more than any cache
 
 

@@ -141,8 +141,10 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights, KV and adapters (auto: the checkpoint's)"
     )
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="quantize the base's linear modules and experts at load; adapters keep their precision"
+    quantize: Literal["int8", "int4", "fp8"] | None = Field(
+        None,
+        description="quantize the base's linear modules and experts at load; adapters keep their precision; "
+        "fp8 needs a GPU of Ada or newer",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     tensor_parallel: int = Field(
@@ -261,13 +263,6 @@ class ServeConfig(BaseSettings):
     def _a_shared_store_is_a_place(cls, value: str | None) -> str | None:
         if value is not None:
             parse_shared_store(value)
-        return value
-
-    @field_validator("tensor_parallel")
-    @classmethod
-    def _a_shared_base_is_in_full_precision(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and info.data.get("quantize") is not None:
-            raise ValueError("devices cannot share a base that --quantize makes smaller; leave one of the two away")
         return value
 
     @field_validator("training_memory")

@@ -47,7 +47,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve"], "MODEL: name the base model"),
         (["serve", "m", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
         (["serve", "m", "--kv-cache-memory", "lots"], "--kv-cache-memory: could not parse"),
-        (["serve", "m", "--tensor-parallel", "2", "--quantize", "int8"], "--tensor-parallel: devices cannot share a"),
         (["serve", "m", "--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
         (["adapter"], "subcommand is required"),
         (["store"], "subcommand is required"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,40 +21,26 @@ from typing import Any
 import torch
 
 from bench.gpu import engine, training
-from bench.gpu.command import add_sizes, command_parser, finish, note, require_device, run_parts
+from bench.gpu.command import Part, add_sizes, command_parser, describe_gpu, finish, note, require_device, run_parts
 from bench.gpu.figures import (
     GOAL_ROWS,
     ITEM,
     Limits,
     Stall,
-    Step,
     adapter_bytes,
-    goals,
     kv_bytes,
-    seconds,
-    step_bytes,
     step_table,
     weights_read,
 )
-from bench.gpu.forward_pass import (
-    RandomBase,
-    decode_batch,
-    measure_limits,
-    prefill_batch,
-    random_adapter,
-    synchronize,
-    time_in_turns,
-    write_config,
-)
+from bench.gpu.forward_pass import measure_limits, synchronize, write_config
+from bench.gpu.goals import GOALS, STALL, reached, stall_value, step_values
 from bench.gpu.operation_pairs import time_operation_pairs
+from bench.gpu.steps import RANK, StepFigures, StepSizes, measure_steps
 from bench.machine import describe
 from bench.png_plots import add_png_option, write_png
-from bench.report import goal_records, goal_table, json_line, number, table
+from bench.report import Goal, goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
 from lora_serve.kernels.select import select
-
-RANK = 16
-MIXED = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -86,11 +72,8 @@ class Results:
     """The measurements so far."""
 
     limits: Limits
-    steps: list[Step] = field(default_factory=list)
+    steps: StepFigures = field(default_factory=StepFigures)
     operations: dict[str, dict[str, float]] = field(default_factory=dict)
-    idle: float = float("nan")
-    prompts: dict[str, float] = field(default_factory=dict)
-    startup: dict[str, float] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     training: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -98,6 +81,18 @@ class Results:
     @property
     def stall(self) -> Stall | None:
         return self.engine.get("stall")
+
+    @property
+    def prompts(self) -> dict[str, float]:
+        """Tokens per second of prompts, by tokens and mix."""
+        return {name: int(name.split()[0]) / each for name, each in self.steps.prompts.items()}
+
+    def goals(self, shape: Shape) -> list[Goal]:
+        """The goals of what is measured here."""
+        values = step_values(self.steps, shape, self.limits)
+        if self.stall is not None:
+            values[STALL] = stall_value(self.stall)
+        return reached(values, [row for row in GOALS if row.part == "steps" or row.name == STALL])
 
 
 def needed_memory(shape: Shape, rows: int, context: int) -> int:
@@ -128,36 +123,10 @@ def measure_operations(shape: Shape, folder: Path, device: torch.device, sizes: 
     found.operations = time_operation_pairs(select(device), shape, rows, device, sizes.budget / 10)
 
 
-def measure_steps(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
-    """Time decode steps by mix and batch size, and prefill; results go into `found` one by one."""
-    most = max(sizes.rows)
-    base = RandomBase(folder, device, rows=most, context=sizes.context, slots=most, longest=sizes.longest)
-    found.startup |= base.startup
-    middle = max(rows for rows in sizes.rows if rows <= GOAL_ROWS)
-
-    def of(slots: Sequence[int]) -> Callable[[], object]:
-        return base.step(decode_batch(slots, sizes.context))
-
-    before = time_in_turns({"none": of([0] * middle)}, device, sizes.budget)["none"]
-    slots = [base.load(random_adapter(base.shape, RANK, f"same {index}", device)) for index in range(most)]
-    slots.sort()
-    for rows in sizes.rows:
-        mixes = {"none": [0] * rows, "one": slots[:1] * rows, "distinct": slots[:rows]}
-        ranks = {"none": 0, "one": 1, "distinct": rows}
-        for mix, each in time_in_turns({mix: of(own) for mix, own in mixes.items()}, device, sizes.budget).items():
-            found.steps.append(Step(mix, rows, each, step_bytes(shape, rows, sizes.context, [RANK] * ranks[mix])))
-    found.idle = before / seconds(found.steps, "none", middle)
-    for tokens in sizes.prompts:
-        calls = {
-            f"{tokens} base": base.step(prefill_batch(tokens, 0)),
-            f"{tokens} one": base.step(prefill_batch(tokens, slots[0])),
-        }
-        found.prompts |= {name: tokens / each for name, each in time_in_turns(calls, device, sizes.budget).items()}
-    base.evict_all()
-    ranks_of = [MIXED[index % len(MIXED)] for index in range(middle)]
-    slots = [base.load(random_adapter(base.shape, rank, f"{i}", device)) for i, rank in enumerate(ranks_of)]
-    mixed = time_in_turns({"mixed": of(sorted(slots))}, device, sizes.budget)["mixed"]
-    found.steps.append(Step("ranks 8…128", middle, mixed, step_bytes(shape, middle, sizes.context, ranks_of)))
+def measure_forward_passes(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
+    """Time decode steps by mix and batch size, prompts and mixed steps."""
+    chosen = StepSizes(sizes.rows, sizes.rows, sizes.context, sizes.prompts, sizes.longest, sizes.budget)
+    measure_steps(shape, folder, device, chosen, found.steps)
 
 
 def measure_engine(shape: Shape, folder: Path, device: torch.device, sizes: Sizes, found: Results) -> None:
@@ -179,22 +148,22 @@ def measure(shape: Shape, device: torch.device, sizes: Sizes, deadline: float) -
         folder = write_config(shape, Path(scratch, "model"))
         parts = {
             "operations": measure_operations,
-            "steps": measure_steps,
+            "steps": measure_forward_passes,
             "engine": measure_engine,
             "training": measure_training,
         }
-        calls = {name: partial(part, shape, folder, device, sizes, found) for name, part in parts.items()}
-        found.failures += run_parts(calls, deadline, device)
+        calls = {name: Part(partial(part, shape, folder, device, sizes, found)) for name, part in parts.items()}
+        found.failures += [f"{name}: {why}" for name, why in run_parts(calls, deadline, device).items()]
     return found
 
 
-def report(found: Results) -> str:
+def report(found: Results, shape: Shape) -> str:
     """Tables and goals as text."""
     best = found.limits
     lines = [
         f"memory read {best.read / 1e9:,.0f} GB/s, copy {best.copy / 1e9:,.0f} GB/s, host-to-device "
         f"{best.host_to_device / 1e9:,.1f} GB/s from pinned memory, bf16 {best.flops / 1e12:,.1f} TFLOP/s",
-        step_table(found.steps, best),
+        step_table(found.steps.decode, best),
     ]
     if found.operations:
         rows = [
@@ -213,16 +182,15 @@ def report(found: Results) -> str:
         lines.append(table(["engine", "decode step ms", "tok/s with prefill"], rows))
     for what, each in found.training.items():
         lines.append(table(["training", what], [[name, number(value, 0)] for name, value in each.items()]))
-    startup = found.startup | {f"start: {stage}": each for stage, each in found.engine.get("startup", {}).items()}
+    startup = found.steps.startup | {f"start: {stage}": each for stage, each in found.engine.get("startup", {}).items()}
     rows = [[name, number(each, 2) if each < 1e5 else f"{each / 1e9:,.2f} GB"] for name, each in startup.items()]
     lines.append(table(["start-up", "seconds or bytes"], rows))
-    lines.append(goal_table(goals(found.steps, found.idle, best, found.stall)))
+    lines.append(goal_table(found.goals(shape)))
     return "\n\n".join([*lines, *(f"not measured: {failure}" for failure in found.failures)])
 
 
 def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """All results, for `json_line`."""
-    reached = goals(found.steps, found.idle, found.limits, found.stall)
     engine = found.engine | (
         {} if found.stall is None else {"stall": asdict(found.stall) | {"ratio": found.stall.ratio}}
     )
@@ -232,30 +200,16 @@ def record(found: Results, name: str, sizes: Sizes, device: torch.device) -> dic
         "shape": name,
         "sizes": asdict(sizes),
         "limits": asdict(found.limits),
-        "steps": [asdict(each) | {"ratio": each.ratio(found.limits)} for each in found.steps],
+        "steps": [asdict(each) | {"ratio": each.ratio(found.limits)} for each in found.steps.decode],
         "operations": found.operations,
         "prompts": found.prompts,
-        "startup": found.startup,
+        "mixed": found.steps.mixed,
+        "startup": found.steps.startup,
         "engine": engine,
         "training": found.training,
-        "goals": goal_records(reached),
+        "goals": goal_records(found.goals(SHAPES[name])),
         "failures": found.failures,
     }
-
-
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """Name, memory and software versions of the GPU."""
-    if device.type != "cuda":
-        return {"gpu": str(device)}
-    import triton
-
-    about = torch.cuda.get_device_properties(device)
-    versions = {"cuda": torch.version.cuda, "triton": triton.__version__}
-    return {
-        "gpu": about.name,
-        "gpu_gb": round(about.total_memory / 1e9, 1),
-        "sms": about.multi_processor_count,
-    } | versions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -276,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     synchronize(device)
     line = json_line(record(found, name, sizes, device))
     about = f"{name}, bf16, context {sizes.context}, adapters of rank {RANK} on all linear modules"
-    print(about, report(found), "", sep="\n\n")
+    print(about, report(found, SHAPES[name]), "", sep="\n\n")
     finish(line, args.json)
     write_png(line, args.png)
     if found.failures:

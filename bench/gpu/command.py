@@ -7,7 +7,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,21 +41,49 @@ def require_device(command: str, name: str = "cuda") -> torch.device:
     return device
 
 
-def run_parts(parts: Mapping[str, Callable[[], object]], end: float, device: torch.device) -> list[str]:
-    """Run the parts by name; those that fail, or would start after `end` (monotonic), are left out, with the reason."""
-    failures = []
+@dataclass(frozen=True)
+class Part:
+    """One part of a run, and about the seconds that it takes."""
+
+    call: Callable[[], object]
+    seconds: float = 0.0
+
+
+def run_parts(
+    parts: Mapping[str, Part], end: float, device: torch.device, clock: Callable[[], float] = time.monotonic
+) -> dict[str, str]:
+    """Run the parts by name; those that fail, or would not be done by `end`, are returned with the reason."""
+    missing = {}
     for name, part in parts.items():
-        note(f"{name} starts")
-        if time.monotonic() > end:
-            failures.append(f"{name}: no time was left")
+        left = end - clock()
+        if left < part.seconds:
+            missing[name] = f"cut: takes about {part.seconds:.0f} s, and {max(0.0, left):.0f} s of the budget were left"
+            note(f"{name} is {missing[name]}")
             continue
+        note(f"{name} starts")
         try:
-            part()
+            part.call()
         except Exception as error:  # earlier results are kept
             traceback.print_exc()
-            failures.append(f"{name}: {type(error).__name__}: {error}")
+            missing[name] = f"{type(error).__name__}: {error}"
         used_memory(device)  # also frees what the part held
-    return failures
+        note(f"{name} took {left - (end - clock()):.1f} s")
+    return missing
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name, memory and software versions of the GPU."""
+    if device.type != "cuda":
+        return {"gpu": str(device)}
+    import triton
+
+    about = torch.cuda.get_device_properties(device)
+    versions = {"cuda": torch.version.cuda, "triton": triton.__version__}
+    return {
+        "gpu": about.name,
+        "gpu_gb": round(about.total_memory / 1e9, 1),
+        "sms": about.multi_processor_count,
+    } | versions
 
 
 def finish(line: str, file: Path | None) -> None:

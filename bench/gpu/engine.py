@@ -219,4 +219,5 @@ def measure(
     with started_engine(model, adapters, store, device, work, found["startup"]) as (engine, wake):
         found |= {"kv tokens": engine.info.kv_tokens, "kernels": engine.info.kernels, "notes": list(engine.info.notes)}
         found["decode"] = decode(engine, wake, work, shape.vocabulary)
+        found["learnt costs"] = engine.stats().step_costs
         found["stall"] = load_stalls(engine, wake, work)

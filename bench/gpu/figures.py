@@ -1,4 +1,4 @@
-"""Byte floors, adapter overheads, load stalls, goals and tables, computed from GPU measurements."""
+"""Byte floors, adapter overheads, load stalls and tables, computed from GPU measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bench.report import Goal, number, table
+from bench.report import number, table
 from bench.shapes import Shape
 
 ITEM = 2  # bytes of a weight, adapter or KV element: all bf16
@@ -105,40 +105,6 @@ def seconds(steps: Sequence[Step], mix: str, rows: int) -> float:
 def overhead(steps: Sequence[Step], mix: str, rows: int) -> float:
     """What adapters add to the base's step, as a fraction of it."""
     return seconds(steps, mix, rows) / seconds(steps, "none", rows) - 1
-
-
-def goals(steps: Sequence[Step], idle: float, limits: Limits, stall: Stall | None) -> list[Goal]:
-    """The goals with their measured values; NaN, which meets no target, where a measurement is missing.
-
-    Args:
-        idle: the base's step without loaded adapters ÷ with all of them loaded.
-    """
-    sizes = sorted({each.rows for each in steps})
-    middle = max((rows for rows in sizes if rows <= GOAL_ROWS), default=0)
-
-    def ms(mix: str) -> str:
-        return f"{1e3 * seconds(steps, mix, middle):.2f}"
-
-    overheads = {rows: overhead(steps, "one", rows) for rows in sizes}
-    worst = max(overheads, key=lambda rows: overheads[rows], default=0)
-    small = [each for each in steps if each.rows <= GOAL_ROWS and each.mix in MIXES]
-    farthest = max(small, key=lambda each: each.ratio(limits), default=None)
-    mix = seconds(steps, "one", middle) / seconds(steps, "distinct", middle)
-    gap = "" if stall is None else f"{1e3 * stall.loading:.2f} ÷ {1e3 * stall.usual:.2f} ms, {stall.loads} loads"
-    return [
-        Goal(1, f"mixed batch: all same ÷ all distinct, {middle} rows", mix, 0.95,
-            f"{ms('one')} ÷ {ms('distinct')} ms"),
-        Goal(2, "adapter overhead: one adapter, worst batch size", overheads.get(worst, math.nan), 0.08,
-            f"{worst} rows", at_most=True),
-        Goal(2, f"adapter overhead: all distinct, {middle} rows", overhead(steps, "distinct", middle), 0.12,
-            f"{ms('distinct')} − {ms('none')} ms", at_most=True),
-        Goal(3, "idle overhead: base without ÷ with adapters loaded", idle, 0.99, f"{middle} rows"),
-        Goal(11, f"roofline: decode step, worst up to {GOAL_ROWS} rows",
-            math.nan if farthest is None else farthest.ratio(limits), 1.35,
-            "" if farthest is None else f"{farthest.mix}, {farthest.rows} rows", at_most=True),
-        Goal(6, "load stall: worst token gap while an adapter loads ÷ usual",
-            math.nan if stall is None else stall.ratio, 1.1, gap, at_most=True),
-    ]  # fmt: skip
 
 
 def step_table(steps: Sequence[Step], limits: Limits) -> str:

@@ -26,6 +26,7 @@ from bench.shapes import Shape
 from lora_serve.adapters.adapter import Adapter, BaseShape, Lowered, flatten
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.kernels.contract import Delta
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.select import select
 from lora_serve.kv.tensors import KVTensors
 from lora_serve.model import load as loading
@@ -133,26 +134,45 @@ class RandomBase:
 
     Attributes:
         startup: seconds and bytes of its start-up, by part.
+
+    Args:
+        longest: tokens of the longest sequence.
+        tokens: of the largest step that is captured; None: `longest`.
+        scheme: how the base is quantised.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, *, rows: int, context: int, slots: int, longest: int
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        rows: int,
+        context: int,
+        slots: int,
+        longest: int,
+        tokens: int | None = None,
+        scheme: Scheme | None = None,
     ) -> None:
         self._device = device
         self.startup: dict[str, float] = {}
         with random_weights_on(device), self._recorded("base"):
             loaded = loading.load(
-                str(folder), revision=None, dtype="bfloat16", device=device, progress=lambda stage, done: None
+                str(folder),
+                revision=None,
+                dtype="bfloat16",
+                device=device,
+                progress=lambda stage, done: None,
+                scheme=scheme,
             )
             self.shape = loaded.shape
             self._device_slots = DeviceSlots(loaded.shape, slots, DTYPE, device)
-            tokens = max(rows * (context + BLOCK), longest)
-            kv = KVTensors(loaded.layers, -(-tokens // BLOCK), BLOCK, DTYPE, device)
+            held = max(rows * (context + BLOCK), longest)
+            kv = KVTensors(loaded.layers, -(-held // BLOCK), BLOCK, DTYPE, device)
             self._base = ResidentBase(loaded, self._device_slots, select(device), kv)
             self._base.pack()
             del loaded
         with self._recorded("graphs"):
-            self._base.prepare(rows, longest, -(-longest // BLOCK))
+            self._base.prepare(rows, longest if tokens is None else tokens, -(-longest // BLOCK))
 
     def load(self, adapter: Adapter) -> int:
         """Load an adapter onto the device; returns its slot."""

@@ -18,21 +18,39 @@ import torch
 import triton
 from torch import Tensor
 
-from bench.gpu.tuning_problems import DTYPE, TOLERANCE, DeltaCase, MatmulCase, delta_cases, groups, relative_error
+from bench.gpu.tuning_problems import (
+    DTYPE,
+    TOLERANCE,
+    AttentionCase,
+    DeltaCase,
+    MatmulCase,
+    delta_cases,
+    groups,
+    relative_error,
+)
 from bench.shapes import SHAPES
 from lora_serve.kernels.contract import DeltaGroup
 from lora_serve.kernels.gpu import matmul
+from lora_serve.kernels.gpu.attention import decode_by_rule, forget_plans, prefill_by_rule
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.delta import plan_by_rule
-from lora_serve.kernels.gpu.device import processors
-from lora_serve.kernels.gpu.plan_table import DeltaPlan, MatmulPlan, PlanTable
+from lora_serve.kernels.gpu.device import hopper, processors
+from lora_serve.kernels.gpu.plan_table import (
+    DecodeAttentionPlan,
+    DeltaPlan,
+    MatmulPlan,
+    PlanTable,
+    PrefillAttentionPlan,
+)
 from lora_serve.kernels.packed_weight import RUN, Scheme
+from lora_serve.kernels.select import refuse_scheme
 
 GAIN = 0.99  # a plan is better if it takes less than this share of the time
 REPEATS = 5
-SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
-Plan = TypeVar("Plan", DeltaPlan, MatmulPlan)
+SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "fp8")
+Plan = TypeVar("Plan", DeltaPlan, MatmulPlan, DecodeAttentionPlan, PrefillAttentionPlan)
 Axes = Mapping[str, Sequence[Any]]
+Cases = Sequence[DeltaCase] | Sequence[MatmulCase] | Sequence[AttentionCase]
 Run = Callable[[], list[list[Tensor]]]  # layers' outputs
 
 DECODE_AXES: Axes = {
@@ -60,6 +78,16 @@ MATMUL_AXES: Axes = {
     "warps": (4, 8),
     "block_m": (16, 32, 64, 128),
 }
+
+
+DECODE_ATTENTION_AXES: Axes = {
+    "programs": (1, 2, 4, 8),
+    "tokens": (32, 64, 128),
+    "warps": (2, 4, 8),
+    "stages": (2, 3, 4, 5),
+    "least_part": (64, 128, 256),
+}
+PREFILL_ATTENTION_AXES: Axes = {"rows": (64, 128), "tokens": (32, 64, 128), "warps": (4, 8), "stages": (2, 3, 4, 5)}
 
 
 class PlanFails(Exception):
@@ -110,7 +138,7 @@ class Tuned:
     base: float
     before: float
     after: float
-    plan: DeltaPlan | MatmulPlan
+    plan: DeltaPlan | MatmulPlan | DecodeAttentionPlan | PrefillAttentionPlan
     tried: int
 
 
@@ -157,6 +185,8 @@ class Tuner:
         """All groups of a model with quantised weights."""
         for rows in sizes:
             for scheme in SCHEMES:
+                if refuse_scheme(scheme, torch.device(self.device)):
+                    continue
                 for group in groups(model):
                     if self.over:
                         return
@@ -164,6 +194,26 @@ class Tuner:
                     start = _matmul_rule(case, scheme, processors(torch.device(self.device)))
                     what = f"{model} {group.name}, {rows} rows, {scheme}"
                     self._search(what, float("nan"), [case], self.table.matmul, start, MATMUL_AXES)
+
+    def tune_attention(self, model: str, decode: Sequence[int], prompts: Sequence[int]) -> None:
+        """Sequences that decode, by their number, and prompts, by their tokens."""
+        device, given = torch.device(self.device), {"cache": self.cache, "device": self.device}
+        shape = SHAPES[model]
+        width = max(16, triton.next_power_of_2(shape.head_dim))
+        for rows in decode:
+            if self.over:
+                return
+            case = AttentionCase(self.kernels, model, rows, 1, **given)
+            start = decode_by_rule(width, DTYPE.itemsize)
+            what = f"{model} attention, {rows} sequences that decode"
+            self._search(what, float("nan"), [case], self.table.decode_attention, start, DECODE_ATTENTION_AXES)
+        for tokens in prompts:
+            if self.over:
+                return
+            case = AttentionCase(self.kernels, model, 1, tokens, **given)
+            first = prefill_by_rule(width, DTYPE.itemsize, hopper(device))
+            what = f"{model} attention, prompt of {tokens}"
+            self._search(what, float("nan"), [case], self.table.prefill_attention, first, PREFILL_ATTENTION_AXES)
 
     def tune_pointwise(self, model: str, sizes: Sequence[int]) -> None:
         """Whether norms and gated activations between products are faster as dependent launches."""
@@ -184,7 +234,7 @@ class Tuner:
         self,
         what: str,
         base: float,
-        cases: Sequence[DeltaCase] | Sequence[MatmulCase],
+        cases: Cases,
         plans: dict[Any, Any],
         start: Plan,
         axes: Axes,
@@ -195,6 +245,7 @@ class Tuner:
         def cost(plan: Plan) -> float:
             if plan not in tried:
                 plans[problem] = plan
+                forget_plans()
                 tried[plan] = self._cost(cases, f"{what}: {plan}")
             return tried[plan]
 
@@ -209,12 +260,13 @@ class Tuner:
                 if cost(candidate) < GAIN * cost(best):
                     best = candidate
         plans[problem] = best
+        forget_plans()
         if cost(best) == float("inf"):
             del plans[problem]
         else:
             self.found.append(Tuned(what, base, before, cost(best), best, len(tried)))
 
-    def _cost(self, cases: Sequence[DeltaCase] | Sequence[MatmulCase], what: str) -> float:
+    def _cost(self, cases: Cases, what: str) -> float:
         """Seconds per call, the mean over the cases; infinite for a plan that fails."""
         try:
             for case in cases:
@@ -237,7 +289,7 @@ def _changed(plan: Plan, name: str, value: object) -> Plan | None:
 
 def _matmul_rule(case: MatmulCase, scheme: Scheme, processors: int) -> MatmulPlan:
     problem = case.problem
-    wide, runs = RUN if scheme == "int8" else RUN // 2, triton.cdiv(problem.in_features, RUN)
+    wide, runs = RUN // 2 if scheme == "int4" else RUN, triton.cdiv(problem.in_features, RUN)
     p = matmul.tiling(case.rows, problem.out_features, runs, wide, processors)
     return MatmulPlan(p.splits, p.block_m, p.block_n, p.warps, p.stages)
 

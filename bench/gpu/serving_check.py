@@ -1,265 +1,191 @@
-"""Does serving on a GPU keep what its decode steps give? Steps with prompts, mixed steps, an engine and a server.
+"""Measure every goal of the GPU path (`bench/gpu/goals.py`) in one run, and end with one line of JSON.
 
-    python -m bench.gpu.serving_check [--profile FILE] [--json FILE]
+    python -m bench.gpu.serving_check --json check.json [--profile] [--parts steps,cliff]
 
-takes at most five minutes on a card, needs no network and no model, and ends with one line of JSON. Times of steps are
-those of many in a row without waiting for each: as long as Python is faster than the device, the device's. Each step is
-timed as it is served (replayed from a CUDA graph) and eagerly. Parts that fail, or that would start too late, are
-reported and left out. `--profile` adds the device's time by kernel.
+takes at most six minutes on a card, needs no network and no model: weights are random. Each part has an estimate of its
+time (`PARTS`, from the figures of one H200), and one that would not fit in what is left of `--seconds` is cut and named
+in the JSON. Times of steps are those of many in a row without waiting for each: as long as Python is faster than the
+device, the device's. Parts that fail are left out, with the reason. It writes some 30 GB into TMPDIR.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu import engine
-from bench.gpu.benchmark import RANK, describe_gpu
-from bench.gpu.command import add_sizes, command_parser, finish, require_device, run_parts
-from bench.gpu.figures import Limits
-from bench.gpu.forward_pass import (
-    RandomBase,
-    decode_batch,
-    measure_limits,
-    mixed_batch,
-    prefill_batch,
-    random_adapter,
-    time_in_turns,
-    used_memory,
-    write_config,
-)
-from bench.gpu.kernel_profile import kernel_times
+from bench.gpu.command import Part, add_sizes, command_parser, describe_gpu, finish, note, require_device, run_parts
+from bench.gpu.figures import Limits, step_table
+from bench.gpu.forward_pass import measure_limits, used_memory, write_config
+from bench.gpu.goals import EIGHT_BITS, FOUR_BITS, Value, quantized_values, reached, step_values
+from bench.gpu.served import ServedFigures, ServedModels, ServedSizes
+from bench.gpu.steps import StepFigures, StepSizes, measure_decode, measure_steps
 from bench.machine import describe
-from bench.make_model import make_model
 from bench.png_plots import add_png_option, write_png
-from bench.report import Goal, goal_records, goal_table, json_line, number, table
-from bench.serving.client import Server, list_models
-from bench.serving.engine_throughput import Driver
-from bench.serving.launch import launched
-from bench.serving.load import Load, run
-from bench.serving.summary import summarise
+from bench.report import goal_records, goal_table, json_line, number, table
 from bench.shapes import SHAPES, Shape
-from lora_serve.model.batch import Batch
+from lora_serve.kernels.select import refuse_scheme
 
-SERVE = (sys.executable, "-m", "lora_serve", "serve")
+# Parts in their order, and about the seconds of each with the 8B and the 1.5B shape: a base with its graphs takes
+# 8 s to 25 s, a step 0.7 s, a server of the 1.5B shape 15 s, the files of the 8B shape 20 s.
+PARTS = {"steps": 60.0, "quantized": 50.0, "small server": 45.0, "large server": 90.0, "cliff": 40.0, "registry": 70.0}
+BUDGET = 360.0  # seconds of all
 
 
 @dataclass(frozen=True)
 class CheckSizes:
-    """Sizes of a run.
+    """Sizes of a run; `quantized`: rows of the decode steps of quantised bases."""
 
-    Attributes:
-        rows, context: of decode steps; the first of `prompts` is that of the mixed step.
-        clients, prompt, output, requests: of the closed loop; requests of each client.
-        budget: about the seconds for one repeat of one step.
-    """
-
-    rows: int = 32
-    context: int = 512
-    prompts: tuple[int, ...] = (512, 128, 2048)
-    longest: int = 8192
-    clients: int = 64
-    prompt: int = 128
-    output: int = 128
-    requests: int = 4
-    budget: float = 0.1
+    steps: StepSizes
+    served: ServedSizes
+    quantized: tuple[int, ...]
 
 
-QUICK_CHECK = CheckSizes(
-    rows=4, context=32, prompts=(48, 64), longest=512, clients=4, prompt=16, output=8, requests=2, budget=0.01
+FULL = CheckSizes(
+    StepSizes((1, 8, 32, 64, 128, 256), (32,), 512, (512, 128, 2048), 8192, 0.1, loop=(64, ServedSizes().context)),
+    ServedSizes(),
+    quantized=(1, 8, 32),
+)
+QUICK = CheckSizes(
+    StepSizes((1, 4), (4,), 32, (48, 64), 512, 0.01, loop=(4, 20)),
+    ServedSizes(4, 16, 8, requests=2, longest=512, adapters=9, registry=12, repeats=1, seconds=1.0),
+    quantized=(1, 4),
 )
 
 
 @dataclass
 class Findings:
-    """What was measured so far: seconds of steps by name, as served and eagerly, and figures of the other parts."""
+    """What was measured so far.
+
+    Attributes:
+        quantized: seconds of a decode step without adapters, by scheme and rows.
+        missing: parts that were cut or failed, with the reason.
+    """
 
     limits: Limits
-    steps: dict[str, dict[str, float]] = field(default_factory=dict)
-    kernels: dict[str, Any] = field(default_factory=dict)
-    startup: dict[str, float] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)
-    http: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    steps: StepFigures = field(default_factory=StepFigures)
+    quantized: dict[str, dict[int, float]] = field(default_factory=dict)
+    served: ServedFigures = field(default_factory=ServedFigures)
+    missing: dict[str, str] = field(default_factory=dict)
 
-    def seconds(self, name: str) -> float:
-        """Seconds of a step as it is served; NaN if it was not measured."""
-        return self.steps.get(name, {}).get("served", math.nan)
-
-
-def compute_floor(shape: Shape, tokens: int, limits: Limits) -> float:
-    """Seconds of a prompt's arithmetic at the device's peak: linear modules, causal attention, one row of the head."""
-    linear = shape.layers * sum(wide * tall for wide, tall in shape.linears().values())
-    attention = shape.layers * shape.heads * shape.head_dim * tokens * (tokens + 1)
-    return (2 * linear * tokens + 2 * attention + 2 * shape.vocabulary * shape.hidden) / limits.flops
+    def values(self, shape: Shape) -> dict[str, Value]:
+        """Values of goals, by name."""
+        found = step_values(self.steps, shape, self.limits) | quantized_values(self.steps.decode, self.quantized)
+        return found | self.served.values
 
 
-def measure_steps(
-    shape: Shape, device: torch.device, sizes: CheckSizes, found: Findings, *, profile: bool = False
-) -> None:
-    """Time decode, prompt and mixed steps, without adapters, with one, and decode with all distinct."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_config(shape, Path(scratch, "model"))
-        base = RandomBase(
-            folder, device, rows=max(sizes.rows, sizes.clients), context=sizes.context, slots=sizes.rows,
-            longest=sizes.longest,
-        )  # fmt: skip
-    found.startup |= base.startup
-    slots = sorted(base.load(random_adapter(base.shape, RANK, f"{i}", device)) for i in range(sizes.rows))
-    rows, context = sizes.rows, sizes.context
-    batches = {"decode distinct": decode_batch(slots, context)}
-    for name, slot in (("base", 0), ("one", slots[0])):
-        batches[f"decode {name}"] = decode_batch([slot] * rows, context)
-        batches |= {f"prompt {tokens} {name}": prefill_batch(tokens, slot) for tokens in sizes.prompts}
-        batches[f"mixed {name}"] = mixed_batch(rows, context, sizes.prompts[0], slot)
-    for name, batch in batches.items():
-        calls = {"served": base.step(batch), "eager": base.step(batch, eager=True)}
-        found.steps[name] = time_in_turns(calls, device, sizes.budget)
-        print(f"# {name}: {found.steps[name]}", file=sys.stderr, flush=True)
-    if profile:
-        found.kernels = {name: kernel_times(base.step(batch), device) for name, batch in batches.items()}
+def measure_quantized(folder: Path, device: torch.device, sizes: CheckSizes, found: Findings) -> None:
+    """Decode steps of a base in each scheme that the device has."""
+    steps = sizes.steps
+    for scheme in (*EIGHT_BITS, *FOUR_BITS):
+        if reason := refuse_scheme(scheme, device):
+            note(reason)
+            continue
+        found.quantized[scheme] = measure_decode(folder, device, sizes.quantized, steps.context, steps.budget, scheme)
+        note(f"{scheme}: {found.quantized[scheme]}")
+        used_memory(device)  # frees the base
 
 
-def measure_decode_rate(shape: Shape, device: torch.device, sizes: CheckSizes) -> float:
-    """Tokens per second of decode steps with all clients, at their mean context, without engine and server."""
-    context = sizes.prompt + sizes.output // 2
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_config(shape, Path(scratch, "model"))
-        base = RandomBase(
-            folder, device, rows=sizes.clients, context=context, slots=1, longest=sizes.prompt + sizes.output
-        )
-    batch: Batch = decode_batch([0] * sizes.clients, context)
-    return sizes.clients / time_in_turns({"decode": base.step(batch)}, device, sizes.budget)["decode"]
+def check_parts(
+    large: str, small: str, device: torch.device, sizes: CheckSizes, found: Findings, scratch: Path, *, profile: bool
+) -> dict[str, Part]:
+    """All parts, in their order.
+
+    Args:
+        large, small: names of the shapes.
+        scratch: an empty folder.
+    """
+    shape, folder = SHAPES[large], write_config(SHAPES[large], scratch / "large-config")
+    served = ServedModels(scratch, device, sizes.served, sizes.steps.budget, found.served)
+    calls = {
+        "steps": lambda: measure_steps(shape, folder, device, sizes.steps, found.steps, profile=profile),
+        "quantized": lambda: measure_quantized(folder, device, sizes, found),
+        "small server": lambda: served.small_server(small),
+        "large server": lambda: served.large_server(large, found.steps.loop),
+        "cliff": lambda: served.cliff(small),
+        "registry": lambda: served.registry(small),
+    }
+    return {name: Part(calls[name], seconds) for name, seconds in PARTS.items()}
 
 
-def closed_loop(shape: Shape, sizes: CheckSizes) -> Load:
-    """The load of the engine and of the server."""
-    return Load(
-        clients=sizes.clients, requests=sizes.clients * sizes.requests, prompt=(sizes.prompt, sizes.prompt),
-        output=(sizes.output, sizes.output), token_ids=(1, min(2000, shape.vocabulary) - 1),
-    )  # fmt: skip
+def report(found: Findings, shape: Shape) -> str:
+    """Tables, and what is missing, as text."""
+    lines = [step_table(found.steps.decode, found.limits)]
+    served = found.steps.prompts | {f"mixed {name}": each[0] for name, each in found.steps.mixed.items()}
+    rows = [[name, number(1e3 * each, 2), number(1e3 * found.steps.eager[name], 2)] for name, each in served.items()]
+    lines.append(table(["step", "served ms", "eager ms"], rows))
+    schemes = [[name, *(number(1e3 * each, 2) for each in found.quantized[name].values())] for name in found.quantized]
+    if schemes:
+        header = [f"{rows} rows ms" for rows in next(iter(found.quantized.values()))]
+        lines.append(table(["decode step, base", *header], schemes))
+    for name, each in found.steps.kernels.items():
+        lines.append(f"{name}: busy {1e3 * each['busy']:.2f} ms")
+        kernels = [[kernel[:60], number(count, 1), number(us, 1)] for kernel, count, us in each["kernels"]]
+        lines.append(table(["kernel", "launches", "µs"], kernels))
+    lines.append(goal_table(reached(found.values(shape), missing=found.missing)))
+    return "\n\n".join([*lines, *(f"{part}: {why}" for part, why in found.missing.items())])
 
 
-def measure_engine(shape: Shape, device: torch.device, sizes: CheckSizes, found: Findings) -> None:
-    """The engine in this process, without HTTP: throughput, and its steps in which all clients decode."""
-    work = engine.EngineLoad(adapters=1, clients=sizes.clients, longest=sizes.longest)
-    load = closed_loop(shape, sizes)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_config(shape, Path(scratch, "model"))
-        adapters = engine.make_adapters(shape, Path(scratch, "adapters"), 1)
-        startup: dict[str, float] = {}
-        with engine.started_engine(folder, adapters, Path(scratch, "store"), device, work, startup) as (served, wake):
-            driver = Driver(served, wake)
-            driver.run(replace(load, requests=sizes.clients, salt=1))
-            result = driver.run(load)
-            costs = served.stats().step_costs
-    steps = result.decode_steps
-    found.engine = {
-        "tokens per second": result.throughput,
-        "decode step": statistics.median(steps) if steps else math.nan,
-        "decode steps with all clients": len(steps),
-        "learnt costs": costs,
-        "startup": startup,
+def record(found: Findings, large: str, small: str, sizes: CheckSizes, device: torch.device) -> dict[str, Any]:
+    """All results, for `json_line`."""
+    steps = asdict(found.steps)
+    decode = [each | {"ratio": step.ratio(found.limits)} for each, step in zip(
+        steps.pop("decode"), found.steps.decode, strict=True
+    )]  # fmt: skip
+    return {
+        "bench": "gpu serving",
+        "machine": describe() | describe_gpu(device),
+        "shape": large,
+        "served shape": small,
+        "sizes": asdict(sizes),
+        "limits": asdict(found.limits),
+        "decode": decode,
+        **steps,
+        "quantized": found.quantized,
+        "served": found.served.parts,
+        "goals": goal_records(reached(found.values(SHAPES[large]), missing=found.missing)),
+        "missing": found.missing,
     }
 
 
-def measure_http(shape: Shape, device: torch.device, sizes: CheckSizes, found: Findings) -> None:
-    """A server's throughput in a closed loop, beside the decode rate of the same batch."""
-    found.http["decode rate"] = measure_decode_rate(shape, device, sizes)
-    used_memory(device)  # frees it
-    load = closed_loop(shape, sizes)
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch, "model")
-        make_model(shape, model)
-        options = ("--device", device.type, "--dtype", "bfloat16", "--max-num-seqs", str(sizes.clients))
-        options += ("--store", str(Path(scratch, "store")), "--max-model-len", str(sizes.longest))
-        begin = time.perf_counter()
-        with launched([str(model), *options], command=SERVE, timeout=150) as url:
-            found.http["start"] = time.perf_counter() - begin
-            server = Server(url, list_models(url)[0], "adapter", None)
-            asyncio.run(run(server, replace(load, requests=sizes.clients, salt=1)))
-            summary = summarise(asyncio.run(run(server, load)))
-    found.http |= {key: value for key, value in asdict(summary).items() if key != "failures"}
-
-
-def check_goals(shape: Shape, sizes: CheckSizes, found: Findings) -> list[Goal]:
-    """The goals; NaN, which meets no target, where a measurement is missing."""
-    at = found.seconds
-
-    def ms(*names: str) -> str:
-        return " ÷ ".join(f"{1e3 * at(name):.2f}" for name in names) + " ms"
-
-    goals = [
-        Goal(12, f"HTTP throughput, {sizes.clients} clients ÷ decode rate of the same batch",
-             found.http.get("throughput", math.nan) / found.http.get("decode rate", math.nan), 0.85,
-             f"{found.http.get('throughput', math.nan):.0f} ÷ {found.http.get('decode rate', math.nan):.0f} tok/s"),
-    ]  # fmt: skip
-    for tokens in sorted(sizes.prompts):
-        floor, step = compute_floor(shape, tokens, found.limits), at(f"prompt {tokens} base")
-        target = 1.15 if tokens >= 2048 else 1.3
-        if tokens >= 512:
-            of = f"{1e3 * step:.2f} ÷ {1e3 * floor:.2f} ms"
-            goals.append(Goal(11, f"prompt of {tokens} ÷ compute floor", step / floor, target, of, at_most=True))
-        names = f"prompt {tokens} base", f"prompt {tokens} one"
-        goals.append(
-            Goal(2, f"prompt of {tokens} kept with one adapter", at(names[0]) / at(names[1]), 0.93, ms(*names))
-        )
-    for name in ("base", "one"):
-        parts = at(f"decode {name}") + at(f"prompt {sizes.prompts[0]} {name}")
-        of = f"{1e3 * at(f'mixed {name}'):.2f} ÷ {1e3 * parts:.2f} ms"
-        what = f"mixed step, {sizes.rows} + {sizes.prompts[0]}, {name} ÷ its two parts"
-        goals.append(Goal(0, what, at(f"mixed {name}") / parts, 1.15, of, at_most=True))
-    for law, what, left, right, target in (
-        (2, "kept with one adapter", "decode base", "decode one", 0.92),
-        (1, "all same ÷ all distinct", "decode one", "decode distinct", 0.95),
-    ):
-        goals.append(Goal(law, f"decode, {sizes.rows} rows: {what}", at(left) / at(right), target, ms(left, right)))
-    return goals
+def chosen_parts(text: str) -> list[str]:
+    """Names of parts, comma-separated. Raises ValueError for others."""
+    names = text.split(",")
+    if unknown := set(names) - PARTS.keys():
+        raise ValueError(f"no parts: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command_parser(__doc__, 200.0)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="of the steps")
-    parser.add_argument("--served-shape", choices=SHAPES, default="qwen2.5-1.5b", help="of the engine and the server")
+    begin = time.monotonic()
+    parser = command_parser(__doc__, BUDGET)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="the large one")
+    parser.add_argument("--served-shape", choices=SHAPES, default="qwen2.5-1.5b", help="the small one")
+    parser.add_argument("--parts", type=chosen_parts, default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
     add_sizes(parser)
     add_png_option(parser)
     args = parser.parse_args(arguments)
     device = require_device("serving_check", args.device)
-    sizes, end = QUICK_CHECK if args.quick else CheckSizes(), time.monotonic() + args.seconds
-    shape, served = SHAPES[args.shape], SHAPES[args.served_shape]
+    sizes = QUICK if args.quick else FULL
     found = Findings(measure_limits(device))
-    parts: dict[str, Callable[[], None]] = {
-        "steps": lambda: measure_steps(shape, device, sizes, found, profile=args.profile),
-        "http": lambda: measure_http(served, device, sizes, found),
-        "engine": lambda: measure_engine(served, device, sizes, found),
-    }
-    found.failures += run_parts(parts, end, device)
-    goals = check_goals(shape, sizes, found)
-    rows = [[name, *(number(1e3 * each[how], 2) for how in ("served", "eager"))] for name, each in found.steps.items()]
-    print(table(["step", "served ms", "eager ms"], rows), goal_table(goals), *found.failures, sep="\n\n")
-    for name, each in found.kernels.items():
-        print(f"\n{name}: busy {1e3 * each['busy']:.2f} ms\n")
-        print(
-            table(["kernel", "launches", "µs"], [[k[:60], number(n, 1), number(us, 1)] for k, n, us in each["kernels"]])
+    with tempfile.TemporaryDirectory(prefix="serving-check-") as scratch:
+        parts: Mapping[str, Part] = check_parts(
+            args.shape, args.served_shape, device, sizes, found, Path(scratch), profile=args.profile
         )
-    line = json_line(
-        {"bench": "gpu serving", "machine": describe() | describe_gpu(device), "shape": args.shape,
-         "served shape": args.served_shape, "sizes": asdict(sizes)} | asdict(found) | {"goals": goal_records(goals)}
-    )  # fmt: skip
+        wanted = {name: part for name, part in parts.items() if name in args.parts}
+        found.missing = dict.fromkeys(parts.keys() - wanted.keys(), "left out by --parts")
+        found.missing |= run_parts(wanted, begin + args.seconds, device)
+    print(report(found, SHAPES[args.shape]), "", sep="\n")
+    line = json_line(record(found, args.shape, args.served_shape, sizes, device))
     finish(line, args.json)
     write_png(line, args.png)
-    if found.failures:
+    if found.missing.keys() & wanted.keys():
         raise SystemExit(1)
 
 

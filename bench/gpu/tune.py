@@ -3,9 +3,10 @@
     python -m bench.gpu.tune [--models llama-3.1-8b,...] [--seconds 200] [--json tune.json]
 
 needs a GPU (exit status 3 without one), no network and no model: weights are random. For the linear layers of known
-models, with deltas in decode and prefill steps and with quantised weights, it searches for the fastest plan from the
-one by rule on (`plan_search.py`). The card's file is written after every part, the most important first, so that it
-holds what was found when the time is over. Prints a table of before and after and, last, one line of JSON.
+models, with deltas in decode and prefill steps and with quantised weights, and for their attention, it searches for
+the fastest plan from the one by rule on (`plan_search.py`). The card's file is written after every part, the most
+important first, so that it holds what was found when the time is over. Prints a table of before and after and, last,
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import triton
 
 from bench.gpu.command import command_parser, finish, note, require_device
 from bench.gpu.plan_search import GraphTimer, Tuner
-from bench.gpu.tuning_problems import DECODE_ROWS, MODELS, PREFILL_ROWS, QUANTIZED_ROWS
+from bench.gpu.tuning_problems import ATTENTION_ROWS, DECODE_ROWS, MODELS, PREFILL_ROWS, QUANTIZED_ROWS
 from bench.report import json_line, number, table
 from lora_serve.kernels.gpu import plan_table
 from lora_serve.kernels.gpu.backend import GpuKernels
-from lora_serve.kernels.gpu.plan_table import DeltaEntry, MatmulEntry, PlanFile, PlanTable
+from lora_serve.kernels.gpu.plan_table import (
+    DecodeAttentionEntry,
+    DeltaEntry,
+    MatmulEntry,
+    PlanFile,
+    PlanTable,
+    PrefillAttentionEntry,
+)
 
 
 def file_of(table: PlanTable, card: str, capability: tuple[int, int]) -> PlanFile:
@@ -38,6 +46,8 @@ def file_of(table: PlanTable, card: str, capability: tuple[int, int]) -> PlanFil
         pointwise="dependent" if table.dependent_pointwise else "in_turn",
         delta=tuple(DeltaEntry(problem, plan) for problem, plan in table.delta.items()),
         matmul=tuple(MatmulEntry(problem, plan) for problem, plan in table.matmul.items()),
+        decode_attention=tuple(DecodeAttentionEntry(*each) for each in table.decode_attention.items()),
+        prefill_attention=tuple(PrefillAttentionEntry(*each) for each in table.prefill_attention.items()),
     )
 
 
@@ -104,8 +114,10 @@ def tune(tuner: Tuner, models: Sequence[str], content: Callable[[], PlanFile], f
     parts: list[Callable[[], None]] = [
         lambda: tuner.tune_pointwise(first, (1, 32)),
         lambda: tuner.tune_delta(first, DECODE_ROWS[:4], PREFILL_ROWS[:2]),
+        lambda: tuner.tune_attention(first, ATTENTION_ROWS[:3], PREFILL_ROWS[:2]),
         lambda: tuner.tune_matmul(first, QUANTIZED_ROWS[:2]),
         lambda: tuner.tune_delta(first, DECODE_ROWS[4:], PREFILL_ROWS[2:]),
+        lambda: tuner.tune_attention(first, ATTENTION_ROWS[3:], PREFILL_ROWS[2:]),
     ]
     for model in others:
         parts.append(lambda model=model: tuner.tune_delta(model, DECODE_ROWS[:4], PREFILL_ROWS[:2]))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Problems that `tune.py` measures launch plans on: linear layers with deltas and quantised layers of known models.
+"""Problems that `tune.py` measures launch plans on: layers with deltas, quantised ones and attention of known models.
 
 As in a step, every call reads weights that no cache holds: the layers of a problem are as many as it takes to be larger
 than the cache, each with adapters of its own.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bench.shapes import SHAPES
-from lora_serve.kernels.contract import Delta, DeltaGroup, Kernels, Segments
+from lora_serve.kernels.contract import AttentionMetadata, Delta, DeltaGroup, Kernels, Segments
 from lora_serve.kernels.gpu.graph_sizes import MAX_RANK, MAX_SEGMENT_ROWS
-from lora_serve.kernels.gpu.plan_table import DeltaProblem, MatmulProblem, rows_bucket
+from lora_serve.kernels.gpu.plan_table import AttentionProblem, DeltaProblem, MatmulProblem, rows_bucket
 from lora_serve.kernels.packed_weight import PackedWeight, Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
@@ -28,6 +28,9 @@ MODELS = ("llama-3.1-8b", "qwen2.5-1.5b", "qwen2.5-0.5b")
 DECODE_ROWS = (1, 32, 8, 64, 16, 2, 4, 128, 256)  # the ones that goals are set for first
 PREFILL_ROWS = (2048, 512, 1024, 256, 128)
 QUANTIZED_ROWS = (1, 32, 8, 128, 512, 2048)
+ATTENTION_ROWS = (32, 1, 8, 64, 128, 256)
+CONTEXT, LONGEST = 512, 8192  # tokens of sequences that decode; of the longest one, which graphs are captured for
+BLOCK = 16  # tokens of a KV block
 REFERENCE = ReferenceKernels()
 
 
@@ -132,6 +135,54 @@ class MatmulCase:
         """As of `DeltaCase`."""
         (got,) = self.kernels.linear(self.x, [(self._layers[0], None)])
         return relative_error(got, self._wanted)
+
+
+class AttentionCase:
+    """Attention of several layers: of sequences that decode, or of one prompt, at a model's heads.
+
+    Args:
+        sequences, rows: how many, and rows of each; its context is `CONTEXT`, or the prompt itself.
+        cache: bytes that keys and values must be more than.
+    """
+
+    def __init__(self, kernels: Kernels, model: str, sequences: int, rows: int, *, cache: int, device: str) -> None:
+        shape = SHAPES[model]
+        context, self.kernels, self.rows = max(CONTEXT if rows == 1 else 0, rows), kernels, sequences * rows
+        share, self._scale = shape.heads // shape.kv_heads, shape.head_dim**-0.5
+        heads = (shape.kv_heads, share, shape.head_dim, shape.head_dim)
+        self.problem = AttentionProblem(*heads, DTYPE.itemsize, rows_bucket(sequences if rows == 1 else rows))
+        width = -(-context // BLOCK)
+        pool = (sequences * width, BLOCK, shape.kv_heads, shape.head_dim)
+        nbytes = 2 * DTYPE.itemsize * sequences * context * shape.kv_heads * shape.head_dim
+        self._pools = [
+            tuple(torch.randn(pool, device=device).to(DTYPE) for _ in range(2))
+            for _ in range(min(MOST_LAYERS, cache // nbytes + 2))
+        ]
+        self._q = torch.randn(self.rows, shape.heads, shape.head_dim, device=device).to(DTYPE)
+        counts = {"dtype": torch.int32, "device": device}
+        self._metadata = AttentionMetadata(
+            torch.arange(0, self.rows + 1, rows, **counts),
+            torch.full((sequences,), context, **counts),
+            torch.randperm(pool[0], device=device).to(torch.int32).view(sequences, width),
+            rows,
+            max(LONGEST, context),
+        )
+        self._wanted: Tensor | None = None
+
+    def run(self) -> list[list[Tensor]]:
+        return [[self._call(self.kernels, layer)] for layer in range(self.calls)]
+
+    def _call(self, kernels: Kernels, layer: int) -> Tensor:
+        return kernels.attention(self._q, *self._pools[layer], self._metadata, self._scale)
+
+    @property
+    def calls(self) -> int:
+        return len(self._pools)
+
+    def error(self) -> float:
+        """As of `DeltaCase`."""
+        self._wanted = self._call(REFERENCE, 0) if self._wanted is None else self._wanted
+        return relative_error(self._call(self.kernels, 0), self._wanted)
 
 
 def delta_cases(

@@ -20,7 +20,7 @@ import torch
 from bench.serving.adapter_sets import AdapterMaker, files
 from bench.serving.adapter_traffic import Sizes
 from bench.serving.client import Server, list_models
-from bench.serving.launch import launched
+from bench.serving.launch import LORA_SERVE, launched
 
 START = 900.0  # seconds that a server may take to start: thousands of adapters are published then
 
@@ -121,6 +121,8 @@ class Workspace:
         dtype: that adapters are served in.
         options: of every server.
         context: tokens that a request may have.
+        command: that starts a server.
+        patience: seconds that a server may take to start.
     """
 
     model: Path
@@ -130,6 +132,8 @@ class Workspace:
     options: tuple[str, ...]
     context: int
     scale: Scale
+    command: tuple[str, ...] = LORA_SERVE
+    patience: float = START
 
     @property
     def rank8(self) -> list[str]:
@@ -160,5 +164,6 @@ class Workspace:
     ) -> Iterator[tuple[Server, AdapterRoutes]]:
         """A server with the common adapters, or those of a folder, in a store of the workspace."""
         arguments = [str(self.model), "--store", str(self.folder / store), *self.options, *more]
-        with launched([*arguments, "--adapters", str(adapters or self.make_common())], timeout=START, log=log) as url:
+        arguments += ["--adapters", str(adapters or self.make_common())]
+        with launched(arguments, command=self.command, timeout=self.patience, log=log) as url:
             yield Server(url, list_models(url)[0]), AdapterRoutes(url)

@@ -33,7 +33,14 @@ def stall(workspace: Workspace) -> tuple[list[Goal], Figures]:
     A load is compared with the same request to the adapter when it is resident, an upload with nothing, right after it.
     """
     with workspace.serving() as (server, routes):
-        measured = asyncio.run(_stall(workspace, server, routes))
+        return measure_stall(workspace, server, routes, uploads=True)
+
+
+def measure_stall(
+    workspace: Workspace, server: Server, routes: AdapterRoutes, *, uploads: bool
+) -> tuple[list[Goal], Figures]:
+    """`stall` on a running server; without `uploads`, of loads only."""
+    measured = asyncio.run(_stall(workspace, server, routes, uploads))
     goals = []
     for event, pairs in measured.items():
         above, below = median([pair["with"] for pair in pairs]), median([pair["without"] for pair in pairs])
@@ -43,12 +50,14 @@ def stall(workspace: Workspace) -> tuple[list[Goal], Figures]:
     return goals, measured
 
 
-async def _stall(workspace: Workspace, server: Server, routes: AdapterRoutes) -> dict[str, list[dict[str, float]]]:
+async def _stall(
+    workspace: Workspace, server: Server, routes: AdapterRoutes, uploads: bool
+) -> dict[str, list[dict[str, float]]]:
     names, count = workspace.rank16, max(2, workspace.scale.clients // 2)
     cold, streaming = names[count], names[:count]
     tokens = min(STREAM_TOKENS, workspace.context - 2 * workspace.scale.sizes.prompt[1])
     requests = Requests(workspace.scale.sizes, "stall", "")
-    forms = [_upload_forms(workspace) for _ in range(workspace.scale.repeats)]
+    forms = [_upload_forms(workspace) if uploads else {} for _ in range(workspace.scale.repeats)]
     windows: dict[str, list[tuple[Window, Window]]] = {"load": [], **{kind: [] for kind in forms[0]}}
 
     async with server.session() as session:
@@ -120,7 +129,14 @@ def cold_start(workspace: Workspace) -> tuple[list[Goal], Figures]:
     From the disk, the time to read the same file is subtracted; both find it in the page cache.
     """
     with workspace.serving("--adapter-slots", "2") as (server, routes):
-        ttft = asyncio.run(_cold_start(workspace, server, routes))
+        return measure_cold_start(workspace, server, routes, slots=2)
+
+
+def measure_cold_start(
+    workspace: Workspace, server: Server, routes: AdapterRoutes, *, slots: int
+) -> tuple[list[Goal], Figures]:
+    """`cold_start` on a running server with so many slots."""
+    ttft = asyncio.run(_cold_start(workspace, server, routes, slots))
     middle = {name: median(values) for name, values in ttft.items()}
     resident, host = middle["resident"], middle["host"]
     disk = middle["disk"] - middle["read"]
@@ -132,8 +148,10 @@ def cold_start(workspace: Workspace) -> tuple[list[Goal], Figures]:
     ], {"seconds": middle, "all": ttft}
 
 
-async def _cold_start(workspace: Workspace, server: Server, routes: AdapterRoutes) -> dict[str, list[float]]:
-    measured, *others = workspace.rank16[:3]
+async def _cold_start(
+    workspace: Workspace, server: Server, routes: AdapterRoutes, slots: int
+) -> dict[str, list[float]]:
+    measured, *others = workspace.rank16[: 1 + slots]
     lowered = _lowered_file(workspace, routes.info(measured)["digest"])
     requests = Requests(workspace.scale.sizes, "cold start", "")
     found: dict[str, list[float]] = {"resident": [], "host": [], "disk": [], "read": []}
@@ -151,7 +169,7 @@ async def _cold_start(workspace: Workspace, server: Server, routes: AdapterRoute
 
         await ttft(measured)
         for _ in range(5 * workspace.scale.repeats):
-            for name in others:  # two slots: now both are theirs
+            for name in others:  # now all slots are theirs
                 await ttft(name)
             await expect("host")
             found["host"].append(await ttft(measured))

@@ -23,20 +23,23 @@ Law = Callable[[Workspace], tuple[list[Goal], Figures]]
 Clients = Callable[[str, str], Sequence[Iterator[Job]]]  # the clients of a load, by seed and salt
 
 MIXED_RANKS = (8, 16, 32, 48, 64)
+REGISTRIES = {"rank 8": ((8,), 0.97), "mixed ranks": (MIXED_RANKS, 0.94)}  # ranks, and the goal
+TIERS = ("slots", "host memory")
 FEW = len(MIXED_RANKS)
 SHORT = (4, 12)  # output tokens where many requests are needed, rather than long ones
 LONG = (48, 80)  # where a client's own time between two requests must not count
 LARGE_SET = 2 << 30  # bytes that a large set of adapters should not exceed
 
 
-def registry(workspace: Workspace) -> tuple[list[Goal], Figures]:
+def registry(workspace: Workspace, kinds: Sequence[str] = tuple(REGISTRIES)) -> tuple[list[Goal], Figures]:
     """Throughput with many adapters in use ÷ with five, popularity by a power law, rank 8 and mixed ranks.
 
     Both loads are the same requests with the same ranks: adapter n of the many is adapter n mod 5 of the few.
     """
     many, folder = workspace.scale.adapters, workspace.folder / "registry"
     modules: Figures = {}
-    for kind, ranks in (("rank 8", (8,)), ("mixed ranks", MIXED_RANKS)):
+    for kind in kinds:
+        ranks = REGISTRIES[kind][0]
         cycle = [ranks[index % len(ranks)] for index in range(many)]
         targets = workspace.maker.targets_within(LARGE_SET, cycle)
         modules[kind] = targets or "all linear"
@@ -61,16 +64,16 @@ def registry(workspace: Workspace) -> tuple[list[Goal], Figures]:
         shutil.rmtree(path)
     speed = _throughputs(runs)
     goals = []
-    for kind, target in (("rank 8", 0.97), ("mixed ranks", 0.94)):
+    for kind in kinds:
         above, below = speed[f"{kind}, {many}"], speed[f"{kind}, {FEW}"]
         of = f"{above:.1f} ÷ {below:.1f} tok/s, base {speed['base']:.1f}"
-        goals.append(Goal(4, f"registry: {many} ÷ {FEW} adapters, {kind}", above / below, target, of))
+        goals.append(Goal(4, f"registry: {many} ÷ {FEW} adapters, {kind}", above / below, REGISTRIES[kind][1], of))
     waits = {name: [wait for run in each for wait in ttfts(run.timings, run.window)] for name, each in runs.items()}
     ttft = {name: {"median": median(each), "p99": percentile(each, 0.99)} for name, each in waits.items()}
     return goals, {"throughput": speed, "ttft": ttft, "modules": modules}
 
 
-def cliff(workspace: Workspace) -> tuple[list[Goal], Figures]:
+def cliff(workspace: Workspace, tiers: Sequence[str] = TIERS) -> tuple[list[Goal], Figures]:
     """Median TTFT with twice as many hot adapters as fit ÷ with all fitting: slots, then host memory."""
     names, fit = workspace.rank16, workspace.scale.clients
 
@@ -80,8 +83,9 @@ def cliff(workspace: Workspace) -> tuple[list[Goal], Figures]:
     loads = {"fitting": load(fit), "twice": load(2 * fit)}
     goals, figures = [], {}
     memory = int((fit + 0.5) * elements(workspace.make_common() / names[0]) * workspace.dtype.itemsize)
-    for tier, options in (("slots", ["--adapter-slots", fit]), ("host memory", ["--adapter-cache-memory", memory])):
-        with workspace.serving(*map(str, options)) as (server, _):
+    options = {"slots": ("--adapter-slots", str(fit)), "host memory": ("--adapter-cache-memory", str(memory))}
+    for tier in tiers:
+        with workspace.serving(*options[tier]) as (server, _):
             runs = in_turns(workspace, server, loads)
         ttft = {name: median([median(ttfts(run.timings, run.window)) for run in each]) for name, each in runs.items()}
         of = f"{ttft['twice']:.2f} ÷ {ttft['fitting']:.2f} s, {fit} fit, {2 * workspace.scale.clients} clients"

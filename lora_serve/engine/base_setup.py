@@ -17,7 +17,7 @@ from lora_serve.engine.ranks import LeadingBase, LeadingDeviceSlots, Ranks
 from lora_serve.engine.runner import SampledTokens
 from lora_serve.engine.sizing import StepLimits, adapter_memory, kv_memory, measure_memory, step_limits
 from lora_serve.errors import ModelUnsupported
-from lora_serve.kernels.select import select
+from lora_serve.kernels.select import refuse_scheme, select
 from lora_serve.kv.tensors import KVTensors, bytes_per_token
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import load
@@ -73,6 +73,8 @@ def set_up_base(
     torch.set_num_threads(compute_threads(config.threads, config.tensor_parallel))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if reason := refuse_scheme(config.quantize, device):
+        raise ModelUnsupported(reason)
     progress("building kernels", 0.0)
     kernels = select(device, config.native_kernels)
     loaded = load(

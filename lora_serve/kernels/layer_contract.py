@@ -27,6 +27,8 @@ class LayerOperations(Protocol):
     ) -> list[PackedWeight]:
         """Lay out the weights [out, in] (fp32, bf16 or fp16) of layers that read the same input, for `linear`.
 
+        Raises NotImplementedError for a scheme that the backend has not: fp8 is for GPUs (`select.refuse_scheme`).
+
         Args:
             importance: of the inputs, [in]; see `packed_weight.quantize`.
         """
@@ -47,7 +49,7 @@ class LayerOperations(Protocol):
 
         Shapes: x [rows, in] with unit stride in the last dimension, bias [out] in x's dtype; returns [rows, out] in x's
         dtype, with unit stride in the last dimension. Where the weights are quantised, rows are rounded too: x is
-        `packed_weight.round_rows(x, scheme)`.
+        `packed_weight.round_rows(x, scheme)`. No row depends on another one.
         """
         ...
 

@@ -1,13 +1,16 @@
-"""Packed weights of linear layers, in full precision or quantised (int8, int4), and the maths of the quantisation.
+"""Packed weights of linear layers, in full precision or quantised (int8, int4, fp8), and how they are quantised.
 
     int8:  W[o, i] ≈ scale[o] · q[o, i],                  q in -127..127
            x[t, i] ≈ step[t, i // RUN] · p[t, i],         p in -127..127
     int4:  W[o, i] ≈ scale[o] · s[o, g] · (q[o, i] - z[o, g] / 8),  g = i // GROUP, q in 0..15, z in 0..127
            x[t, i] ≈ step[t, g] · p[t, i],                p in -127..127
+    fp8:   W[o, i] ≈ scale[o] · q[o, i],                  q in e4m3, -448..448
+           x[t, i] ≈ step[t] · p[t, i],                   p in e4m3, -448..448
 
-q, p and z are integers, rounded to nearest (halves to even). A step, and int8's scale, is the largest magnitude among
-the numbers that share it, divided by the largest integer. Products of integers are summed exactly over what shares a
-scale and a step.
+In int8 and int4, q, p and z are integers, rounded to nearest (halves to even). A step, and int8's scale, is the largest
+magnitude among the numbers that share it, divided by the largest integer. Products of integers are summed exactly over
+what shares a scale and a step. fp8 is the same with torch's `float8_e4m3fn`, floats of four bits of exponent and three
+of mantissa, rounded to nearest (halves to even); their products are exact in float32, in which they are summed.
 
 In int4 s and z fill 16 bits, a *level*: z in the lower seven, above them s, a float of four bits of exponent and five
 of mantissa, (1 + mantissa / 32) · 2 ** (exponent - 15). They are fitted by weighted least squares: what a weight's
@@ -25,7 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Scheme = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "fp8"]
+FP8 = torch.float8_e4m3fn
+MOST_FP8 = 448.0  # the largest of them
 GROUP = 32  # inputs that share a scale, and a step of the rows, in int4
 RUN = 64  # inputs that share a step of the rows in int8; the last of a row may be fewer
 ZERO_BITS = 7  # of a level, for z; the others are for s
@@ -102,7 +107,7 @@ def scheme_for(scheme: Scheme | None, in_features: int) -> Scheme | None:
 
 
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers q int8 [out, in], scales float32 [out] and, in int4, levels int16 [out, groups].
+    """q int8 (in fp8: `FP8`) [out, in], scales float32 [out] and, in int4, levels int16 [out, groups].
 
     Args:
         importance: of each input, float32 [in], for int4; None: all the same.
@@ -114,12 +119,15 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     if scheme == "int4":
         q, scale, levels = zip(*(_quantize_groups(chunk, importance) for chunk in chunks), strict=True)
         return torch.cat(q), torch.cat(scale), torch.cat(levels)
+    if scheme == "fp8":
+        floats, scale = zip(*map(_quantize_to_fp8, chunks), strict=True)
+        return torch.cat([each.view(torch.int8) for each in floats]).view(FP8), torch.cat(scale), None
     whole, steps = zip(*map(_quantize_outputs, chunks), strict=True)
     return torch.cat(whole), torch.cat(steps), None
 
 
 def dequantize(q: Tensor, scale: Tensor, levels: Tensor | None = None) -> Tensor:
-    """The weights float32 [out, in] that integers, scales and levels stand for."""
+    """The weights float32 [out, in] that q, scales and levels stand for."""
     if levels is None:
         return q.float() * scale[:, None]
     s, z = (each[..., None] for each in unpack_levels(levels))
@@ -139,6 +147,13 @@ def _quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     grouped = _grouped(weight, weight.shape[1])
     step = _step(grouped)
     return _integers(grouped, step).clamp(-_MOST, _MOST).to(torch.int8).view(weight.shape), step.flatten()
+
+
+def _quantize_to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize` in fp8, of some outputs."""
+    wide = weight.float()
+    step = _step(wide, MOST_FP8)
+    return _floats(wide, step), step.flatten()
 
 
 def _quantize_groups(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +205,10 @@ def _sum(x: Tensor) -> Tensor:
 
 def round_rows(x: Tensor, scheme: Scheme) -> Tensor:
     """Rows x [rows, in] rounded as a layer quantised in the scheme multiplies them, float32."""
+    if scheme == "fp8":
+        wide = x.float()
+        step = _step(wide, MOST_FP8)
+        return _floats(wide, step).float() * step
     width, size = x.shape[1], RUN if scheme == "int8" else GROUP
     grouped = _grouped(functional.pad(x, (0, -width % size)), size)
     step = _step(grouped)
@@ -201,8 +220,12 @@ def _grouped(rows: Tensor, size: int) -> Tensor:
     return rows.float().reshape(rows.shape[0], rows.shape[1] // size, size)
 
 
-def _step(grouped: Tensor) -> Tensor:
-    return (grouped.abs().amax(-1, keepdim=True) / _MOST).clamp(min=_LEAST)
+def _step(grouped: Tensor, most: float = _MOST) -> Tensor:
+    return (grouped.abs().amax(-1, keepdim=True) / most).clamp(min=_LEAST)
+
+
+def _floats(wide: Tensor, step: Tensor) -> Tensor:
+    return (wide * (1 / step)).clamp(-MOST_FP8, MOST_FP8).to(FP8)
 
 
 def _integers(grouped: Tensor, step: Tensor) -> Tensor:

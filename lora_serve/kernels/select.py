@@ -10,8 +10,10 @@ from lora_serve.kernels.contract import Kernels
 from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.cpu.build import BuildError, library, more_flags
 from lora_serve.kernels.cpu.prebuilt import prebuilt_libraries
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.reference import ReferenceKernels
 
+FP8_CAPABILITY = (8, 9)  # GPUs that multiply it: Ada and Hopper
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +30,25 @@ def select(device: torch.device, native: bool = True) -> Kernels:
         log.warning("no kernels for %s; using the slower plain torch kernels", device.type)
         return ReferenceKernels()
     return _native()
+
+
+def refuse_scheme(scheme: Scheme | None, device: torch.device) -> str | None:
+    """Why a base cannot be quantised in this scheme for the device; None if it can."""
+    if scheme != "fp8":
+        return None
+    if device.type != "cuda":
+        return f"--quantize fp8 needs an NVIDIA GPU, and the base is for {device}: int8 is as small"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        return (
+            f"--quantize fp8 needs a GPU of compute capability {_dotted(FP8_CAPABILITY)} or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {_dotted(capability)}: int8 is as small"
+        )
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _native() -> Kernels:

@@ -35,6 +35,7 @@ import lora_serve.model.baichuan  # noqa: F401  # registers its classes with tra
 from lora_serve.adapters.adapter import divide_rows
 from lora_serve.adapters.checkpoint import DTYPES as PARAMETER_DTYPES
 from lora_serve.adapters.checkpoint import INDEX_DTYPES
+from lora_serve.adapters.sharding import stack_of
 from lora_serve.kernels.packed_weight import Scheme, dequantize, quantize
 from lora_serve.model.checkpoint_files import CheckpointTensor, read_header, weight_files
 from lora_serve.model.experts import expert_weight
@@ -93,6 +94,8 @@ class CheckpointWeights:
         divided: modules whose weight's rows are divided by their lengths at load.
         schemes: how the resident base's sites were quantised at load, by site.
         importance: of their inputs for that, by site; one for all experts.
+        parts: sites whose inputs several devices share, each of which quantised its part: the number of parts; one for
+            all experts.
         external: whether the checkpoint itself is quantised, so that its library has to load it as a whole.
     """
 
@@ -104,6 +107,7 @@ class CheckpointWeights:
     divided: frozenset[str] = frozenset()
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, int] = field(default_factory=dict)
     external: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +127,11 @@ class CheckpointWeights:
         scheme = self.schemes.get(site)
         if scheme is None:
             return weight.detach()
-        return dequantize(*quantize(weight, scheme, self.importance.get(site.partition("[")[0])))
+        stack = stack_of(site)
+        importance, count = self.importance.get(stack), self.parts.get(stack, 1)
+        own = [None] * count if importance is None else importance.chunk(count)
+        parts = zip(weight.chunk(count, 1), own, strict=True)
+        return torch.cat([dequantize(*quantize(part, scheme, each)) for part, each in parts], 1)
 
     def parameter(self, path: str) -> Tensor:
         """A parameter by its path in the model, as the checkpoint has it. Raises KeyError if there is none."""

@@ -12,7 +12,7 @@ LongCat-Flash's (`identity_experts.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -52,20 +52,32 @@ class AdaptedExperts(nn.Module):
     Args:
         base: the module itself, or `PackedExperts`.
         groups: pointer tables of each expert, by parameter.
+        all_reduce: adds up what several devices compute, each of which has a part of every expert.
     """
 
-    def __init__(self, base: nn.Module, groups: Mapping[str, Sequence[DeltaGroup]], context: ForwardContext) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        groups: Mapping[str, Sequence[DeltaGroup]],
+        context: ForwardContext,
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.base: Any = base
         self._groups = {name: ExpertsGroup(each) for name, each in groups.items()}
         self._context = context
+        self._all_reduce = all_reduce
+
+    def complete(self, y: Tensor) -> Tensor:
+        """The module's output, of what `base` gives for some rows."""
+        return y if self._all_reduce is None else self._all_reduce(y)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] → [tokens, hidden]."""
         segments = self._context.step.segments
         if segments is None:
             plain: Tensor = self.base(hidden_states, top_k_index, top_k_weights)
-            return plain
+            return self.complete(plain)
         base = self.base
         stacked = base.stacked if isinstance(base, PackedExperts) else base
         rows = ExpertRows.sort(top_k_index, stacked.num_experts)
@@ -80,4 +92,4 @@ class AdaptedExperts(nn.Module):
             self._context.kernels.delta(x, [y], self._groups[name], own)
             return y
 
-        return run_experts(stacked, rows, hidden_states, top_k_weights, project)
+        return self.complete(run_experts(stacked, rows, hidden_states, top_k_weights, project))

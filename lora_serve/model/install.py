@@ -39,7 +39,9 @@ def install(loaded: LoadedModel, device_slots: DeviceSlots, context: ForwardCont
             module, _, parameter = names[0].partition("[")[0].rpartition(".")
             stacks.setdefault(module, {}).setdefault(parameter, []).append(group)
     for module, groups in stacks.items():
-        _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context))
+        cut = loaded.sharding is not None and any(f"{module}.{name}" in loaded.sharding.row_parallel for name in groups)
+        all_reduce = loaded.parallel.all_reduce if loaded.parallel and cut else None
+        _replace(model, module, AdaptedExperts(model.get_submodule(module), groups, context, all_reduce))
     _install_linears(loaded, device_slots, context, packed=False)
 
 
@@ -77,9 +79,12 @@ def _install_group(
     model: Any = loaded.model
     modules: list[Any] = [base_module(model, name) for name in names]
     embedding = model.get_submodule(loaded.shape.input_embedding)
-    bases = _pack(modules, context, loaded, loaded.importance.get(names[0])) if packed else modules
     parallel, sharding = loaded.parallel, loaded.sharding
     partial = sharding is not None and names[0] in sharding.row_parallel
+    importance = loaded.importance.get(names[0])
+    if sharding is not None and partial and importance is not None:
+        importance = sharding.part(importance, 0)
+    bases = _pack(modules, context, loaded, importance) if packed else modules
     shared = SharedInput(bases, group, context.kernels, parallel.all_reduce if parallel and partial else None)
     for index, (name, base) in enumerate(zip(names, bases, strict=True)):
         head = name == loaded.shape.head and loaded.keeps_logits

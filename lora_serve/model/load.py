@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from lora_serve.adapters.sharding import Sharding
 from lora_serve.adapters.vocabulary import vocabulary_digest
 from lora_serve.errors import ModelUnsupported, ServeError
 from lora_serve.kernels.packed_weight import Scheme
@@ -33,6 +34,7 @@ from lora_serve.model.base_config import (
 from lora_serve.model.base_pooling import read_pooling
 from lora_serve.model.checkpoint_files import weight_files
 from lora_serve.model.checkpoint_weights import CheckpointWeights
+from lora_serve.model.experts import is_stacked, stacked_parameters
 from lora_serve.model.external_linear import parameter_shapes
 from lora_serve.model.external_quantization import (
     Quantization,
@@ -46,10 +48,10 @@ from lora_serve.model.importance import importance_digest, measure_importance, r
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.observe import ObservedModel, observe
 from lora_serve.model.paged_attention import PAGED_ATTENTION
-from lora_serve.model.parallel_plan import cut_model
+from lora_serve.model.parallel_plan import cut_model, plan_sharding
 from lora_serve.model.self_check import Oracle, compute_oracle, eager_experts, refusing
 from lora_serve.model.shape import build_base_shape
-from lora_serve.model.shared_oracle import share_oracle
+from lora_serve.model.shared_oracle import share_importance, share_oracle
 from lora_serve.model.tensor_parallel import TensorParallel
 
 
@@ -97,8 +99,11 @@ def _load(
     notes: list[str] = []
     refuse_unsupported(name, config)
     quantized = find_quantization(name, config, device)
-    if parallel is not None and (quantized is not None or scheme is not None):
-        raise ModelUnsupported(f"{name!r} is quantised, and cannot be shared by devices; leave --tensor-parallel away")
+    if parallel is not None and quantized is not None:
+        raise ModelUnsupported(
+            f"{name!r} is quantised ({quantized.label}), and cannot be shared by devices: name the original checkpoint "
+            "and give --quantize, or leave --tensor-parallel away"
+        )
     # The whole model of several devices fits none of them: it stays mapped from its files until it is cut.
     whole = device if parallel is None else torch.device("cpu")
     if quantized is not None:
@@ -139,7 +144,7 @@ def _load(
     model = model.eval().requires_grad_(False)
     mark_experts(model)
     divided = divide_head(model)
-    if scheme is not None:
+    if scheme is not None and parallel is None:
         move_unquantized(model, device, quantizes_experts=quantizes_experts)
     progress("observing the forward pass", 0.8)
     with reading_host_weights(model, whole):
@@ -154,12 +159,19 @@ def _load(
             if ids is None:
                 notes.append("warning: int4 is fitted to random tokens: there is no tokenizer to read a text with")
                 ids = random_tokens(vocabulary)
-            with reading_host_weights(model, device):
-                importance = measure_importance(model, observed.groups, ids[:max_model_len], device)
+            importance = _importance(model, observed, ids[:max_model_len], whole, parallel)
     remove_step_dependent_branches(model)
     generation = generation_config(name, revision, model)
     eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     pooling, not_embedding = read_pooling(name, revision, notes)
+    layers, rounding = observed.layers, importance_digest(importance)
+    sharding: Sharding | None = None
+    parts: dict[str, int] = {}
+    if parallel is not None:
+        sharding = plan_sharding(model, observed.groups, len(layers), parallel)
+    if sharding is not None and scheme is not None:
+        parts = dict.fromkeys(sharding.row_parallel, sharding.size)
+        rounding = f"{rounding} {sharding.size} parts".strip()
     shape = build_base_shape(
         model,
         observed,
@@ -177,18 +189,21 @@ def _load(
         names=(name, str(getattr(config, "_name_or_path", "")), *names),
         vocabulary=vocabulary_digest(Path(name)),
         quantized=scheme or (quantized.label if quantized else ""),
-        rounding=importance_digest(importance),
+        rounding=rounding,
         divided=divided,
+        parts=parts,
     )
     headless = f"{shape.head}.weight" in loading_info["missing_keys"]
     if headless:
         notes.append("the checkpoint has no LM head: it makes embeddings, no text")
     vocab_size, parameters = parameter_shapes(model.get_output_embeddings())["weight"][0], _parameters(model)
-    layers, sharding = observed.layers, None
-    if parallel is not None:
+    if sharding is not None:
         progress("cutting the base for its devices", 0.84)
-        sharding, layers = cut_model(model, observed, parallel)
-        model = model.to(device)
+        sharding, layers = cut_model(model, observed, sharding)
+        if scheme is None:
+            model = model.to(device)
+        else:
+            move_unquantized(model, device, quantizes_experts=quantizes_experts)
     return LoadedModel(
         model=model,
         shape=shape,
@@ -241,6 +256,25 @@ def _oracle(model: Any, device: torch.device, parallel: TensorParallel | None, *
         return compute_oracle(model, device, external=external)
     own = compute_oracle(model, device, external=external) if parallel.rank == 0 else None
     return share_oracle(own, parallel)
+
+
+def _importance(
+    model: Any, observed: ObservedModel, ids: list[int], device: torch.device, parallel: TensorParallel | None
+) -> dict[str, Tensor]:
+    """Importance of inputs, measured by rank 0 alone if several ranks share the base."""
+    own: dict[str, Tensor] = {}
+    if parallel is None or parallel.rank == 0:
+        with reading_host_weights(model, device):
+            own = measure_importance(model, observed.groups, ids, device)
+    if parallel is None:
+        return own
+    widths = {
+        name: parameter_shapes(model.get_submodule(name))["weight"][1] for names in observed.groups for name in names
+    }
+    for path, module in model.named_modules():
+        if is_stacked(module):
+            widths |= {f"{path}.{name}": sizes[0][0] for name, sizes in stacked_parameters(module).items()}
+    return share_importance(own, widths, parallel)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_serve.adapters.adapter import BaseShape, ModuleOverride
 from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.batch import AdapterRows, Batch
+from lora_serve.model.experts import AdaptedExperts
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.linear import AdaptedLinear
 from lora_serve.model.observe import rows_of, tensors_of
@@ -173,7 +174,7 @@ class _OverrideHook:
             output = _pad_vocabulary(output, self._parts)
         for part in self._parts:
             if part.override.parameters or part.override.gain_in is not None:
-                complete = module.complete if isinstance(module, AdaptedLinear) else None
+                complete = module.complete if isinstance(module, AdaptedLinear | AdaptedExperts) else None
                 _recompute(self._module, part, inputs, output, layout, complete)
             if part.override.lookup is not None:
                 ids, y = layout.part(x, part.rows), layout.part(output, part.rows)
@@ -198,7 +199,7 @@ def _recompute(
     """Recompute a part's rows of `output` with the adapter's input gain and parameters.
 
     Args:
-        complete: of a linear module; see `AdaptedLinear.complete`.
+        complete: of a linear module or of experts; see `AdaptedLinear.complete`.
     """
     args = [layout.part(value, part.rows) for value in inputs]
     if part.override.gain_in is not None:
@@ -208,9 +209,10 @@ def _recompute(
         fresh = fresh if complete is None else complete(fresh)
     elif isinstance(module, PackedExperts):
         fresh = module.with_parameters(args[0], args[1], args[2], part.override.parameters)
+        fresh = fresh if complete is None else complete(fresh)
     else:
         fresh = _with_parameters(module, part.override.parameters).forward(*args)  # its hooks are for the whole batch
-        fresh = fresh if complete is None else complete(fresh)  # a linear module that is not packed
+        fresh = fresh if complete is None else complete(fresh)  # of one that is not packed
     for whole, tensor in zip(tensors_of(output), tensors_of(fresh), strict=True):
         layout.part(whole, part.rows)[..., : tensor.shape[-1]] = tensor
 

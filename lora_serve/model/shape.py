@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_serve.adapters.adapter import BaseShape, Site
+from lora_serve.adapters.sharding import stack_of
 from lora_serve.kernels.packed_weight import Scheme, scheme_for
 from lora_serve.model.checkpoint_weights import CheckpointWeights
 from lora_serve.model.experts import AdaptedExperts, is_stacked, stacked_parameters
@@ -29,6 +30,7 @@ def build_base_shape(
     quantized: str = "",
     rounding: str = "",
     divided: frozenset[str] = frozenset(),
+    parts: Mapping[str, int] | None = None,
 ) -> BaseShape:
     """Describe a traced model.
 
@@ -38,6 +40,7 @@ def build_base_shape(
         scheme: how its linear modules will be quantised.
         quantizes_experts: whether its experts will be, too.
         names, vocabulary, quantized, rounding, divided: see `BaseShape`.
+        parts: see `CheckpointWeights`.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     sites: dict[str, Site] = {}
@@ -69,8 +72,10 @@ def build_base_shape(
     input_embedding, head = paths[id(inputs)], paths[id(model.get_output_embeddings())]
     tied = bool(model.config.tie_word_embeddings)
     packed = (site for site in sites.values() if quantizes_experts or not site.name.endswith("]"))
-    schemes = {site.name: found for site in packed if (found := scheme_for(scheme, site.in_features)) is not None}
-    weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes)
+    shares = parts or {}
+    inputs_of = {site.name: site.in_features // shares.get(stack_of(site.name), 1) for site in packed}
+    schemes = {name: found for name, width in inputs_of.items() if (found := scheme_for(scheme, width)) is not None}
+    weights = weights_of(head=head, tied=input_embedding if tied else "", schemes=schemes, parts=shares)
     return BaseShape(
         sites=sites,
         groups=tuple(groups),

@@ -1,6 +1,9 @@
-"""Send the self-check's oracle, which rank 0 computes with the whole model, to the other ranks of a base."""
+"""Send what rank 0 computes with the whole model to the other ranks of a base: the oracle, inputs' importance."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import msgspec
 import torch
@@ -35,3 +38,21 @@ def share_oracle(own: Oracle | None, parallel: TensorParallel) -> Oracle:
     logits: Tensor = torch.empty(fields.shape) if own is None else own.logits.contiguous()
     parallel.share(logits)
     return Oracle(fields.kind, fields.tokens, logits, fields.float32_tolerance, fields.tolerance)
+
+
+def share_importance(
+    own: Mapping[str, Tensor], widths: Mapping[str, int], parallel: TensorParallel
+) -> dict[str, Tensor]:
+    """Rank 0's importance of the inputs of linear modules, in every rank; the others' own is not read.
+
+    Args:
+        widths: of the inputs, by module; a module need not have an importance.
+    """
+    found = {}
+    for name, width in sorted(widths.items()):
+        missing = torch.full((width,), math.nan)
+        shared = own.get(name, missing).clone() if parallel.rank == 0 else missing
+        parallel.share(shared)
+        if not shared.isnan().any():
+            found[name] = shared
+    return found

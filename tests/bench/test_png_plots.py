@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from bench import png_plots
+from bench.gpu.goals import FLOOR, ONE, PROMPT_FLOOR
 from bench.png_plots import PANELS, draw, write_png
 from bench.report import Goal, goal_records, json_line
 from bench.serving import goals
@@ -101,8 +102,9 @@ def test_servers_are_lines_by_clients(tmp_path: Path) -> None:
 def test_decode_steps_are_shown_as_what_they_keep_beside_the_goals(tmp_path: Path) -> None:
     steps = {("none", 1): 4.0, ("one", 1): 5.0, ("none", 32): 6.0, ("one", 32): 6.25, ("distinct", 32): 8.0}
     reached = [
-        Goal(2, "adapter overhead: one adapter, worst batch size", 0.25, 0.08, "1 rows", at_most=True),
-        Goal(11, "roofline: decode step", 1.2, 1.35, "", at_most=True),
+        Goal(2, ONE, 0.8, 0.92, "1 rows"),
+        Goal(11, FLOOR, 1.2, 1.35, "", at_most=True),
+        Goal(11, PROMPT_FLOOR.format(512), 1.2, 1.3, "", at_most=True),
     ]
     record = recorded(
         "gpu",
@@ -116,13 +118,14 @@ def test_decode_steps_are_shown_as_what_they_keep_beside_the_goals(tmp_path: Pat
     assert draw(record).get_suptitle().splitlines()[1].startswith("NVIDIA H100 · AMD EPYC, 2 cores · commit")
     kept, floor, _ = drawn(record, tmp_path)
     assert labels(kept) == ("rows of a decode step", "base's step ÷ step")
-    goal = "goal ≥ 0.926 (one adapter, worst batch size)"
+    goal = "goal ≥ 0.92 (one adapter, worst batch size)"
     assert {name: [y for _, y in line] for name, line in lines_of(kept).items()} == {
         "one": [0.8, 0.96],
         "distinct": [0.75],
-        goal: [pytest.approx(0.926, abs=0.001)] * 2,
+        goal: [0.92] * 2,
     }
     assert [y for _, y in lines_of(floor)["goal ≤ 1.35"]] == [1.35, 1.35]
+    assert "goal ≤ 1.3" not in lines_of(floor)  # prompts'
     assert kept.get_ylim()[0] == floor.get_ylim()[0] == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_device import DEVICE, gpu_only, here, sized
+from gpu_device import DEVICE, ON_GPU, gpu_only, here, sized
 from kernels.kernel_cases import AttentionCase, assert_near, zeros_like
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +16,9 @@ from lora_serve.kernels.contract import Activation, AttentionMetadata, Delta, De
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.gpu.cuda_graph import CapturedGraph
 from lora_serve.kernels.gpu.plan_table import DeltaPlan, DeltaProblem, Launch, PlanTable
+from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.reference import ReferenceKernels
+from lora_serve.kernels.select import refuse_scheme
 
 pytestmark = here
 REFERENCE = ReferenceKernels()
@@ -428,3 +430,22 @@ def test_a_pass_that_depends_on_values_is_refused_and_later_captures_work() -> N
     x += 1
     plain.replay()
     assert torch.equal(doubled, 2 * x)
+
+
+SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "fp8")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", sized([1, 32, 64, 500], [3]))
+def test_quantised_layers(kernels: GpuKernels, rows: int, scheme: Scheme) -> None:
+    """Neighbours in memory, one of whose outputs no tile divides, at sizes where inputs are split and are not."""
+    if reason := ON_GPU and refuse_scheme(scheme, DEVICE):
+        pytest.skip(reason)
+    wide, outs = (4096, (1024, 4099)) if ON_GPU else (128, (32, 35))
+    weights = [draw(out, wide, dtype=BF16, scale=wide**-0.5) for out in outs]
+    biases = [draw(outs[0], dtype=BF16), None]
+    x = draw(rows, wide, dtype=BF16)
+    got = kernels.linear(x, list(zip(kernels.pack(weights, scheme), biases, strict=True)))
+    wanted = REFERENCE.linear(x, list(zip(REFERENCE.pack(weights, scheme), biases, strict=True)))
+    for mine, right in zip(got, wanted, strict=True):
+        assert_near(mine, right)

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_serve.kernels.contract import GraphBuckets
 from lora_serve.kernels.gpu.backend import GpuKernels
+from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.kernels.select import refuse_scheme
 
 pytestmark = [*here, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT warns
 
@@ -171,7 +173,10 @@ def test_memory_of_an_evicted_adapter_is_freed(tmp_path: Path) -> None:
 
 
 @gpu_only
-def test_a_base_is_quantised_without_being_there_in_full_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_base_is_quantised_without_being_there_in_full_precision(scheme: Scheme, tmp_path: Path) -> None:
+    if reason := refuse_scheme(scheme, DEVICE):
+        pytest.skip(reason)
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 8}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | shape), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -179,6 +184,6 @@ def test_a_base_is_quantised_without_being_there_in_full_precision(tmp_path: Pat
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    Driver(tmp_path, dtype="bfloat16", device=DEVICE, scheme="int8", max_tokens=23, kernels=NoGraphs())
+    Driver(tmp_path, dtype="bfloat16", device=DEVICE, scheme=scheme, max_tokens=23, kernels=NoGraphs())
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 0.85 * sum(parameter.nbytes for parameter in model.parameters())  # packed they are half

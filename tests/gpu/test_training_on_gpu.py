@@ -16,6 +16,8 @@ from lora_serve.engine.training.training_settings import LoraSettings
 from lora_serve.engine.training.virtual_token_settings import PrefixTuningSettings, PTuningSettings
 from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.kernels.reference import ReferenceKernels
+from lora_serve.kernels.select import refuse_scheme
 
 pytestmark = here
 STEPS = 4 if ON_GPU else 2
@@ -39,12 +41,15 @@ def losses(driver: TrainingDriver) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("scheme", [None, "int8"] if ON_GPU else [None])
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8"] if ON_GPU else [None])
 def test_losses_are_those_of_a_cpu(scheme: Scheme | None, tmp_path: Path) -> None:
+    if reason := ON_GPU and refuse_scheme(scheme, DEVICE):
+        pytest.skip(reason)
     folder = save("llama", tmp_path / "base")
+    plain = ReferenceKernels() if scheme == "fp8" else None
     got, wanted = (
         losses(TrainingDriver(folder, scheme=scheme, device=device, kernels=kernels))
-        for device, kernels in ((DEVICE, GpuKernels()), (torch.device("cpu"), None))
+        for device, kernels in ((DEVICE, GpuKernels()), (torch.device("cpu"), plain))
     )
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-3, atol=1e-3)
     assert all(last < first for first, last in zip(got[0][:2], got[-1][:2], strict=True))

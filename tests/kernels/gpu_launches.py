@@ -21,7 +21,7 @@ from lora_serve.kernels.contract import Rotation
 from lora_serve.kernels.gpu import attention, pointwise
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TYPES |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64"}
 SHAPES = ((1, 80), (4, 128), (2, 256))  # query heads per kv head, and their width
 
 

@@ -13,7 +13,12 @@ from lora_serve.kernels.gpu import matmul
 from lora_serve.kernels.packed_weight import Scheme
 
 COPIES = "cp.async.cg.shared.global"  # sixteen bytes each
-LOADS = {"round_rows": "ld.global.v4", "multiply": COPIES, "add_splits": "ld.global.v4"}
+LOADS = {
+    "round_rows": "ld.global.v4",
+    "round_rows_to_fp8": "ld.global.v4",
+    "multiply": COPIES,
+    "add_splits": "ld.global.v4",
+}
 CASES: list[tuple[Scheme, torch.dtype, int, tuple[int, ...]]] = [  # scheme, rows' type, rows, targets
     ("int8", torch.bfloat16, 1, (80, 89, 90)),
     ("int8", torch.bfloat16, 32, (90,)),
@@ -23,6 +28,8 @@ CASES: list[tuple[Scheme, torch.dtype, int, tuple[int, ...]]] = [  # scheme, row
     ("int4", torch.float32, 32, (90,)),
     ("int4", torch.bfloat16, 64, (89, 90)),
     ("int4", torch.bfloat16, 500, (80, 89, 90)),
+    ("fp8", torch.bfloat16, 1, (89, 90)),
+    ("fp8", torch.bfloat16, 64, (89, 90)),
 ]
 
 

@@ -165,7 +165,7 @@ def test_no_segments_are_the_base_alone(cuda: FakeCuda) -> None:
     assert [work for _, work, _ in cuda.launched] == ["product"]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 def test_quantised_layers_get_deltas_too(scheme: str) -> None:
     torch.manual_seed(0)
     x, _ = CASE.rows()

@@ -17,8 +17,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lora_serve.kernels.contract import AttentionMetadata
-from lora_serve.kernels.gpu.attention import _plan, attention, decode_tile, splits_of
+from lora_serve.kernels.gpu.attention import _plan, attention, decode_by_rule, splits_of
 from lora_serve.kernels.gpu.attention_kernels import sequence_of, used_splits
+from lora_serve.kernels.gpu.plan_table import (
+    AttentionProblem,
+    DecodeAttentionPlan,
+    PlanTable,
+    PrefillAttentionPlan,
+    rows_bucket,
+)
 from lora_serve.kernels.reference import ReferenceKernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # NaN is intended
@@ -89,6 +96,28 @@ def test_contexts_of_uneven_lengths_are_split_correctly(
 ) -> None:
     assert splits_of(2 * 4, 500, 4 * 32) > 1
     assert_equals_reference(dataclasses.replace(DECODING, dtype=dtype, window=window, softcap=softcap, sinks=sinks))
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prompts"),
+    [
+        (DecodeAttentionPlan(16, 1, 1, programs=1, least_part=16), PrefillAttentionPlan(16, 16, 1, 1)),
+        (DecodeAttentionPlan(128, 8, 3, programs=32, least_part=256), PrefillAttentionPlan(64, 128, 4, 2)),
+    ],
+)
+@pytest.mark.parametrize("case", [CASE, DECODING])
+def test_every_plan_gives_the_same(
+    case: AttentionCase, decoding: DecodeAttentionPlan, prompts: PrefillAttentionPlan
+) -> None:
+    q, keys, values, metadata = case.tensors()
+    table = PlanTable()
+    heads = (case.kv_heads, case.share, case.key_dim, case.value_dim, case.dtype.itemsize)
+    table.decode_attention[AttentionProblem(*heads, rows_bucket(len(case.sequences)))] = decoding
+    table.prefill_attention[AttentionProblem(*heads, rows_bucket(q.shape[0]))] = prompts
+    before = _plan.cache_info().misses
+    got = attention(q, keys, values, metadata, 0.125, table=table)
+    assert _plan.cache_info().misses == before + 1  # another table is another plan
+    assert_near(got, reference.attention(q, keys, values, metadata, 0.125))
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -240,7 +269,7 @@ def test_splits_fill_the_device_and_no_more() -> None:
     assert splits_of(programs=8, reach=1 << 17, enough=528) == 32
     assert splits_of(programs=8 * 32, reach=1 << 17, enough=528) == 3
     assert splits_of(programs=8 * 256, reach=1 << 17, enough=528) == 1
-    assert decode_tile(share=4, width=128, itemsize=2) == (16, 64, 4)
+    assert (decode_by_rule(width=128, itemsize=2).tokens, decode_by_rule(width=256, itemsize=4).tokens) == (64, 16)
 
 
 def test_calls_of_one_kind_are_checked_and_planned_once() -> None:

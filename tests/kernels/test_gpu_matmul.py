@@ -13,12 +13,21 @@ from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near, pack_one
 from torch import Tensor
 
-from lora_serve.kernels.gpu.matmul import linear, merge, merged_layer, pack, quantize_rows, tiling, unpack
-from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantize, quantize, round_rows
+from lora_serve.kernels.gpu.matmul import (
+    MOST_FP8_TILE,
+    linear,
+    merge,
+    merged_layer,
+    pack,
+    quantize_rows,
+    tiling,
+    unpack,
+)
+from lora_serve.kernels.packed_weight import FP8, GROUP, RUN, PackedWeight, Scheme, dequantize, quantize, round_rows
 from lora_serve.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-SCHEMES: list[Scheme] = ["int8", "int4"]
+SCHEMES: list[Scheme] = ["int8", "int4", "fp8"]
 Layers = list[tuple[PackedWeight, Tensor | None]]
 few = settings(max_examples=8, deadline=None)
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -109,11 +118,29 @@ def test_rows_are_rounded_bit_for_bit_as_specified(
     torch.manual_seed(seed)
     x = (torch.randn(rows, wide) * 10 ** torch.randint(-3, 4, (rows, wide))).to(dtype)
     whole, step, total = quantize_rows(x, scheme)
-    amounts = (whole * step[..., None]).transpose(0, 1).flatten(1)
+    amounts = (whole.float() * step[..., None]).transpose(0, 1).flatten(1)
     assert amounts[:, :wide].equal(round_rows(x, scheme))
     assert not amounts[:, wide:].any()
-    assert (total is None) == (scheme == "int8")
+    assert (total is None) == (scheme != "int4")
     assert total is None or total.equal(whole.sum(2, dtype=torch.int32))
+
+
+def test_every_float_of_eight_bits_is_what_torch_rounds_to() -> None:
+    """All of them, what lies in the middle of two, and what lies beside that."""
+    floats = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    middle = (floats[1:] + floats[:-1]) / 2
+    x = torch.cat([floats, middle, middle.nextafter(torch.zeros(())), middle.nextafter(torch.full((), 448.0))])
+    x = torch.cat([x, -x])[None]
+    codes, step, _ = quantize_rows(x, "fp8")  # of a step of 1, as the largest is 448
+    assert step.item() == 1
+    assert codes.float().flatten()[: x.shape[1]].equal(x.to(FP8).float()[0])
+
+
+def test_a_row_of_more_floats_than_a_program_holds_is_rounded_by_its_largest() -> None:
+    x = torch.randn(2, MOST_FP8_TILE + 70)
+    x[0, 5], x[1, -1] = 300, 500
+    codes, step, _ = quantize_rows(x, "fp8")
+    assert (codes.float() * step[:, None]).transpose(0, 1).flatten(1)[:, : x.shape[1]].equal(round_rows(x, "fp8"))
 
 
 @each_scheme
@@ -147,8 +174,8 @@ def test_transposed_weights_are_packed_correctly(scheme: Scheme) -> None:
 
 def test_packed_weights_take_no_more_memory_than_integers_and_scales() -> None:
     (weight,) = random_weights([128], 256, torch.bfloat16)
-    half, quarter = (pack(weight, scheme) for scheme in SCHEMES)
-    assert half.nbytes == 128 * 256 + 128 * 4
+    half, quarter, floats = (pack(weight, scheme) for scheme in SCHEMES)
+    assert half.nbytes == floats.nbytes == 128 * 256 + 128 * 4
     assert quarter.data.nbytes == 128 * 256 // 2
     assert quarter.nbytes == 128 * 256 // 2 + 128 * 256 // GROUP * 2 + 128 * 4
     laid = merge([quarter, quarter])

@@ -12,6 +12,9 @@ import pytest
 pytest.importorskip("triton")
 
 from lora_serve.kernels.gpu.plan_table import (
+    AttentionProblem,
+    DecodeAttentionEntry,
+    DecodeAttentionPlan,
     DeltaEntry,
     DeltaPlan,
     DeltaProblem,
@@ -19,6 +22,8 @@ from lora_serve.kernels.gpu.plan_table import (
     MatmulPlan,
     MatmulProblem,
     PlanFile,
+    PrefillAttentionEntry,
+    PrefillAttentionPlan,
     find,
     read,
     rows_bucket,
@@ -29,9 +34,15 @@ DELTA = DeltaEntry(DeltaProblem(4096, (4096, 1024), 32, False), DeltaPlan(4, 16,
 MATMUL = MatmulEntry(MatmulProblem(4096, 6144, "int8", 1), MatmulPlan(5, 16, 64, 4, 6))
 
 
+HEADS = AttentionProblem(8, 4, 128, 128, 2, 32)
+DECODING = DecodeAttentionEntry(HEADS, DecodeAttentionPlan(64, 4, 3, 1, 256))
+PROMPTS = PrefillAttentionEntry(HEADS, PrefillAttentionPlan(128, 64, 8, 3))
+ATTENTION: dict[str, Any] = {"decode_attention": (DECODING,), "prefill_attention": (PROMPTS,)}
+
+
 def a_file(card: str = "NVIDIA H200", **others: Any) -> PlanFile:
     given = {"format": 1, "card": card, "capability": (9, 0), "triton": "3.6.0", "pointwise": "in_turn"}
-    return PlanFile(**(given | {"delta": (DELTA,), "matmul": (MATMUL,)} | others))
+    return PlanFile(**(given | {"delta": (DELTA,), "matmul": (MATMUL,)} | ATTENTION | others))
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -46,6 +57,8 @@ def test_a_card_gets_its_own_plans_or_those_of_its_compute_capability(tmp_path: 
     write(a_file(pointwise="dependent"), tmp_path)
     assert find("NVIDIA H200", (9, 0), tmp_path).delta == {DELTA.problem: DELTA.plan}
     assert find("NVIDIA H200", (9, 0), tmp_path).matmul == {MATMUL.problem: MATMUL.plan}
+    assert find("NVIDIA H200", (9, 0), tmp_path).decode_attention == {HEADS: DECODING.plan}
+    assert find("NVIDIA H200", (9, 0), tmp_path).prefill_attention == {HEADS: PROMPTS.plan}
     assert find("NVIDIA H200", (9, 0), tmp_path).dependent_pointwise
     assert find("NVIDIA GH200", (9, 0), tmp_path).delta == {DELTA.problem: other}
     assert find("NVIDIA A100", (8, 0), tmp_path).delta == {}
@@ -73,6 +86,10 @@ def broken(change: str) -> dict[str, Any]:
             plan["splits"] = 32
         case "matmul out of range":
             content["matmul"][0]["plan"]["stages"] = 0
+        case "attention without splits":
+            content["decode_attention"][0]["plan"]["programs"] = 0
+        case "attention of odd tiles":
+            content["prefill_attention"][0]["plan"]["tokens"] = 48
         case "two plans":
             content["delta"] *= 2
         case "older card":
@@ -84,7 +101,15 @@ def broken(change: str) -> dict[str, Any]:
 
 FAULTS = (
     *("unknown field", "unknown field above", "missing field", "unknown launch", "wrong type", "no power of two"),
-    *("out of range", "matmul out of range", "two plans", "older card", "another format"),
+    *(
+        "attention without splits",
+        "attention of odd tiles",
+        "out of range",
+        "matmul out of range",
+        "two plans",
+        "older card",
+        "another format",
+    ),
 )
 
 

@@ -68,7 +68,7 @@ def test_mixed_batches_equal_peft(architecture: str, tmp_path: Path) -> None:
     assert all(each.replays > replays for each, replays in zip(plain, before, strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_a_quantized_base_equals_the_reference(scheme: Any, tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "base")
     got = Driver(folder, kernels=KernelsWithFakeGraphs(), scheme=scheme, max_tokens=STEP).teach(PROMPTS[:2], decode=2)

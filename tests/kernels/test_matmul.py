@@ -79,6 +79,19 @@ def test_int8_weights_are_off_by_at_most_half_a_step() -> None:
     assert (apart <= 0.5 / 127 * weight.abs().amax(-1, keepdim=True) * 1.001).all()
 
 
+def test_fp8_weights_are_off_by_at_most_half_of_the_last_bit_of_their_mantissa() -> None:
+    (weight,) = weights([24], 64, torch.float32)
+    largest = weight.abs().amax(-1, keepdim=True)
+    apart = (dequantize(*quantize(weight, "fp8")) - weight).abs()
+    subnormal = largest / 448 / 512  # half of their step
+    assert (apart <= torch.maximum(weight.abs() / 16, subnormal) * 1.001).all()
+
+
+def test_a_cpu_has_no_fp8_weights(native: NativeKernels) -> None:
+    with pytest.raises(NotImplementedError, match="fp8 is for GPUs"):
+        native.pack([torch.zeros(8, 32)], "fp8")
+
+
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 0.5, 3.0])
 def test_int4_weights_are_closer_than_the_range_of_their_group_cut_into_even_steps(shift: float) -> None:
     weight = weights([64], 256, torch.float32)[0] * 4 + shift / 4
@@ -122,6 +135,8 @@ def test_tiny_and_huge_weights_are_quantized_as_specified(
 def test_rows_are_rounded_in_steps_of_the_largest_value_that_shares_the_step() -> None:
     x = torch.tensor([[127.0, 0.4, -0.6, 3.0], [0.0, 0.0, 0.0, 0.0]])
     assert round_rows(x, "int8").tolist() == [[127.0, 0.0, -1.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
+    rows = torch.tensor([[448.0, 17.0, -18.9, 0.001], [0.0, 0.0, 0.0, 0.0]])  # 16 and 18 are neighbours
+    assert round_rows(rows, "fp8").tolist() == [[448.0, 16.0, -18.0, 1 / 512], [0.0, 0.0, 0.0, 0.0]]
     groups = torch.zeros(1, 2 * GROUP)
     groups[0, 0], groups[0, 1], groups[0, GROUP], groups[0, GROUP + 1] = 127, 0.4, 1.27, 0.4
     assert round_rows(groups, "int4")[0, [0, 1, GROUP, GROUP + 1]].tolist() == pytest.approx([127, 0, 1.27, 0.4])

@@ -40,7 +40,7 @@ class TrackedMemory(TorchDispatchMode):
         self._bytes -= nbytes
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
 def test_a_layer_is_quantized_in_little_more_memory_than_it_had(scheme: Scheme) -> None:
     weight = torch.randn(4096, 2048).bfloat16()
     with TrackedMemory(weight) as memory:

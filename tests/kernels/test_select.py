@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from lora_serve.kernels.cpu import build
 from lora_serve.kernels.cpu.backend import NativeKernels
 from lora_serve.kernels.cpu.build import BuildError, library
-from lora_serve.kernels.select import select
+from lora_serve.kernels.select import refuse_scheme, select
 
 CPU = torch.device("cpu")
 
@@ -155,6 +156,26 @@ def test_a_gpu_without_triton_and_other_devices_use_plain_torch_with_one_warning
     assert select(torch.device("xpu")).name == "reference"
     assert ["no GPU kernels" in caplog.messages[0], "no kernels for xpu" in caplog.messages[1]] == [True, True]
     assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("scheme", "device", "capability", "reason"),
+    [
+        ("fp8", "cpu", (9, 0), "needs an NVIDIA GPU, and the base is for cpu: int8 is as small"),
+        ("fp8", "cuda", (8, 6), "capability 8.9 or newer, and RTX has 8.6: int8 is as small"),
+        ("fp8", "cuda", (8, 9), None),
+        ("fp8", "cuda", (9, 0), None),
+        ("int8", "cpu", (8, 0), None),
+        (None, "cuda", (7, 0), None),
+    ],
+)
+def test_fp8_is_refused_where_there_are_no_units_for_it(
+    scheme: Any, device: str, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX")
+    found = refuse_scheme(scheme, torch.device(device))
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_the_native_kernels_share_torchs_openmp_runtime(native: NativeKernels) -> None:

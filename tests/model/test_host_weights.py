@@ -33,6 +33,7 @@ def largest_group(driver: Driver) -> int:
     ("config", "scheme"),
     [
         pytest.param(LlamaConfig(**COMMON | {"num_hidden_layers": 2}), "int4", id="llama"),
+        pytest.param(LlamaConfig(**COMMON | {"num_hidden_layers": 2}), "fp8", id="llama in fp8"),
         pytest.param(EXPERTS["mixtral"], "int8", id="mixtral", marks=pytest.mark.slow),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ def serve(folder: Path, scheme: Scheme, dtype: str = "float32", native: bool = T
     return driver, theirs
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("dtype", "native"),
-    [("float32", True), ("bfloat16", True), ("float16", True), ("float32", False)],
-    ids=["float32", "bfloat16", "float16", "reference"],
+    ("scheme", "dtype", "native"),
+    [
+        *product(("int8", "int4"), ("float32", "bfloat16", "float16"), (True,)),
+        *product(("int8", "int4", "fp8"), ("float32",), (False,)),
+    ],
 )
 def test_adapters_over_a_quantised_base_equal_peft_over_the_dequantised_one(
     scheme: Scheme, dtype: str, native: bool, tmp_path: Path
@@ -66,9 +68,9 @@ def test_adapters_over_a_quantised_base_equal_peft_over_the_dequantised_one(
     for tokens, got, model in zip(driver.sequences, rows, models, strict=True):
         got = got.float()
         wanted = logits(model, tokens)
-        # Inputs are rounded to int8 at every linear map, which no other adapter's numbers could hide behind.
+        # Inputs are rounded at every linear map, which no other adapter's numbers could hide behind.
         apart = [(got - logits(other, tokens)).norm().item() for other in models]
-        assert apart[models.index(model)] < 0.05 * wanted.norm()
+        assert apart[models.index(model)] < (0.1 if scheme == "fp8" else 0.05) * wanted.norm()
         assert apart[models.index(model)] == min(apart)
     checkpoint = read(tmp_path / "dora", max_bytes=1 << 20)
     report = complete(lower(checkpoint, driver.loaded.shape), checkpoint, driver.loaded.shape)

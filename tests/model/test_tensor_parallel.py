@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 from driver import Driver
-from parity import make_adapter, read_adapter, save_noisy_adapter
+from parity import logits, make_adapter, read_adapter, save_noisy_adapter
 from ranks import RankRunner
-from support import COMMON, make_model, reference, save
+from support import COMMON, EXPERTS, make_model, reference, save, uncentred
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from lora_serve.errors import ModelUnsupported
+from lora_serve.kernels.packed_weight import Scheme
+from lora_serve.model.parallel_plan import plan_sharding
+from lora_serve.model.shape import base_module
 from lora_serve.model.tensor_parallel import TensorParallel
 
 pytestmark = [  # PEFT talks about heads, ties and patterns
@@ -77,21 +82,80 @@ def run_ranks() -> Iterator[RankRunner]:
         yield run
 
 
-def compare(run_ranks: RankRunner, folder: Path, base: Any, configs: Sequence[peft.PeftConfig]) -> None:
-    """Serve adapters of these configurations on one process and on two."""
+def compare(
+    run_ranks: RankRunner, folder: Path, base: Any, configs: Sequence[peft.PeftConfig], near: float = 1e-5
+) -> None:
+    """Serve adapters of these configurations on one process and on two, whose logits are as near as given."""
     base.save_pretrained(folder / "base")
     for number, config in enumerate(configs):
         save_noisy_adapter(base, folder / str(number), number, config, noise=0.08)
     wanted, tokens = serve(folder, len(configs))
     for got, own in run_ranks(partial(serve, folder, len(configs))):
         assert own == tokens
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, wanted, atol=near, rtol=near)
     assert all(not torch.allclose(wanted[0][:1], rows[:1], atol=1e-3) for rows in wanted[1:]), "an adapter does nothing"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"])
 def test_two_processes_give_the_logits_of_one(architecture: str, run_ranks: RankRunner, tmp_path: Path) -> None:
     compare(run_ranks, tmp_path, reference(architecture), LORAS)
+
+
+EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERT_LORAS = [
+    lora(target_modules=[], target_parameters=EXPERT_PARAMETERS),
+    lora(target_modules=["q_proj", "o_proj"], target_parameters=EXPERT_PARAMETERS[1:], r=7),
+    lora(target_modules=["k_proj"], modules_to_save=["experts"]),
+]
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_are_cut_one_by_one(architecture: str, run_ranks: RankRunner, tmp_path: Path) -> None:
+    # Routers with large weights, which tell experts apart, also enlarge what sums in another order differ by.
+    compare(run_ranks, tmp_path, uncentred(EXPERTS[architecture]), EXPERT_LORAS, near=2e-4)
+
+
+def quantized_experts(
+    folder: Path, parallel: TensorParallel
+) -> tuple[Tensor, list[int], dict[str, Tensor], dict[str, Tensor]]:
+    """Logits under an adapter, their tokens, and weights of experts: as lowered against, and as they are here."""
+    driver = Driver(folder / "base", max_tokens=23, parallel=parallel, scheme="int4")
+    route = [(driver.load_adapter(read_adapter(driver, folder / "0")), 1.0)]
+    (rows,) = driver.teach([list(range(5, 45))], decode=3, adapters=[route])
+    shape, model = driver.loaded.shape, driver.loaded.model
+    lowered = {name: shape.weight(name) for name in shape.sites}
+    places = {name: name.partition("[") for name in lowered if name.endswith("]")}
+    own = {
+        name: base_module(model, path.rpartition(".")[0]).expert_weight(path.rpartition(".")[2], int(index[:-1]))
+        for name, (path, _, index) in places.items()
+    }
+    return rows, driver.sequences[0], lowered, own
+
+
+def test_parts_of_experts_are_quantised_and_adapters_are_lowered_against_them(
+    run_ranks: RankRunner, tmp_path: Path
+) -> None:
+    theirs = uncentred(MixtralConfig(**COMMON | {"intermediate_size": 128}, num_local_experts=4, num_experts_per_tok=2))
+    theirs.save_pretrained(tmp_path / "base")
+    save_noisy_adapter(theirs, tmp_path / "0", 0, EXPERT_LORAS[0], noise=0.05)
+    (rows, tokens, lowered, first), (others, _, again, second) = run_ranks(partial(quantized_experts, tmp_path))
+    assert torch.equal(rows, others)
+    assert all(torch.equal(again[name], weight) for name, weight in lowered.items())
+    with torch.no_grad():
+        for name, weight in lowered.items():
+            path, expert, index = name.partition("[")
+            if not expert:
+                theirs.get_submodule(name).weight.copy_(weight)
+                continue
+            theirs.get_parameter(path)[int(index[:-1])] = weight
+            blocks = [torch.cat(pair) for pair in zip(first[name].chunk(2), second[name].chunk(2), strict=True)]
+            whole = torch.cat(blocks) if "gate_up" in path else torch.cat([first[name], second[name]], 1)
+            assert torch.equal(whole, weight), name
+    plain = logits(theirs.eval(), tokens)
+    wanted = logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "0").eval(), tokens)
+    errors = [float(((rows - each).norm(dim=1) / each.norm(dim=1)).median()) for each in (wanted, plain)]
+    assert errors[0] < 0.05  # of a median: where rows are rounded, other experts may be chosen
+    assert errors[0] < 0.4 * errors[1]
 
 
 def test_biases_of_layers_whose_outputs_are_added_up_count_once(run_ranks: RankRunner, tmp_path: Path) -> None:
@@ -103,6 +167,50 @@ def test_biases_of_layers_whose_outputs_are_added_up_count_once(run_ranks: RankR
 @pytest.mark.parametrize("kind", METHODS)
 def test_what_adapters_do_beside_deltas_is_cut_as_well(kind: str, run_ranks: RankRunner, tmp_path: Path) -> None:
     compare(run_ranks, tmp_path, reference("qwen3"), METHODS[kind])
+
+
+def serve_quantized(
+    folder: Path, scheme: Scheme, adapters: int, parallel: TensorParallel | None = None
+) -> tuple[list[Tensor], list[list[int]], dict[str, Tensor], dict[str, Tensor]]:
+    """As `serve` over a quantised base; also the weights that adapters are lowered against, and those in use here."""
+    driver = Driver(folder / "base", max_tokens=11, parallel=parallel, scheme=scheme, native=scheme != "fp8")
+    routes: list[list[tuple[str, float]]] = [[]]
+    for number in range(adapters):
+        routes.append([(driver.load_adapter(read_adapter(driver, folder / str(number))), 1.0)])
+    rows = driver.teach([PROMPTS[1]] * len(routes), decode=3, adapters=routes)
+    lowered = {name: driver.loaded.shape.weight(name) for name in driver.loaded.shape.sites}
+    own = {name: base_module(driver.loaded.model, name).full_weight for name in lowered}
+    return rows, driver.sequences, lowered, own
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("fp8", marks=pytest.mark.slow)],
+)
+def test_a_base_is_quantised_part_by_part_and_adapters_are_lowered_against_the_parts(
+    scheme: Scheme, run_ranks: RankRunner, tmp_path: Path
+) -> None:
+    theirs = uncentred(LlamaConfig(**COMMON | {"intermediate_size": 128}))
+    theirs.save_pretrained(tmp_path / "base")
+    for number, config in enumerate(LORAS):
+        save_noisy_adapter(theirs, tmp_path / str(number), number, config, noise=0.08)
+    ranks = run_ranks(partial(serve_quantized, tmp_path, scheme, len(LORAS)))
+    (rows, sequences, lowered, _), second = ranks[0], ranks[1]
+    assert all(torch.equal(mine, other) for mine, other in zip(rows, second[0], strict=True))
+    for name, whole in lowered.items():
+        parts = [each[3][name] for each in ranks]
+        cut = 0 if parts[0].shape[0] < whole.shape[0] else 1
+        assert torch.equal(parts[0] if parts[0].shape == whole.shape else torch.cat(parts, cut), whole), name
+        assert torch.equal(second[2][name], whole), name
+    with torch.no_grad():
+        for name, weight in lowered.items():
+            theirs.get_submodule(name).weight.copy_(weight)
+    models = [theirs.eval()]
+    models += [peft.PeftModel.from_pretrained(deepcopy(theirs), tmp_path / str(n)).eval() for n in range(len(LORAS))]
+    for got, tokens, model in zip(rows, sequences, models, strict=True):
+        wanted = logits(model, tokens)
+        apart = [(got - logits(other, tokens)).norm().item() for other in models]
+        assert apart[models.index(model)] == min(apart) < (0.1 if scheme == "fp8" else 0.05) * wanted.norm()
 
 
 def first_adapter(folder: Path, dtype: str, parallel: TensorParallel | None = None) -> Tensor:
@@ -178,7 +286,7 @@ def refusal(folder: Path, parallel: TensorParallel) -> str:
     [
         ("gpt2", 2, "gpt2 has no plan for tensor parallelism"),
         ("phi3", 2, "cuts no layers that need no gathering"),
-        ("mixtral", 2, "'packed_colwise', which is not supported"),
+        ("qwen3_moe", 4, "4 attention heads and 2 of keys and values cannot be divided among 4 devices"),
         ("llama", 3, "features of model.layers.0.self_attn.* cannot be divided among 3 devices"),
         ("llama", 4, "4 attention heads and 2 of keys and values cannot be divided among 4 devices"),
     ],
@@ -190,3 +298,43 @@ def test_what_cannot_be_shared_is_refused_by_name(
 
     for message in run_ranks(partial(refusal, tmp_path), size):
         assert re.search(reason, message), message
+
+
+EXPERT_PLAN = {
+    "model.layers.*.mlp.experts": "moe_tp_experts",
+    "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.experts.down_proj": "rowwise",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "reason"),
+    [
+        (GptOssConfig(**COMMON, head_dim=16, num_local_experts=4), EXPERT_PLAN, "it has biases, transposed weights or"),
+        (
+            EXPERTS["mixtral"],
+            EXPERT_PLAN | {"model.layers.*.mlp.experts.gate_up_proj": "colwise"},
+            "it is not cut at the outputs of gate_up_proj and the inputs of down_proj",
+        ),
+        (EXPERTS["mixtral"], EXPERT_PLAN | {"model.layers.*.mlp": "moe_tp_experts"}, "is a MixtralSparseMoeBlock"),
+        (EXPERTS["mixtral"], EXPERT_PLAN | {"model.norm.weight": "rowwise"}, "cuts model.norm.weight .* a Parameter"),
+        (EXPERTS["mixtral"], {**EXPERT_PLAN, "lm_head": "gather"}, "cuts lm_head for tensor parallelism as 'gather'"),
+    ],
+)
+def test_a_plan_that_cuts_in_ways_that_are_not_known_is_refused(
+    config: PretrainedConfig, plan: dict[str, str], reason: str
+) -> None:
+    class Planned:
+        """A model with another plan."""
+
+        tp_plan = plan
+
+        def __init__(self) -> None:
+            self.model = make_model(config)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.model, name)
+
+    ranks: Any = SimpleNamespace(rank=0, size=2)
+    with pytest.raises(ModelUnsupported, match=reason):
+        plan_sharding(Planned(), [], 3, ranks)

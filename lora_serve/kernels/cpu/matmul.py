@@ -39,6 +39,8 @@ class NativeLinear:
 
     def pack(self, weight: Tensor, scheme: Scheme | None = None, importance: Tensor | None = None) -> PackedWeight:
         shape = (weight.shape[0], weight.shape[1])
+        if scheme == "fp8":
+            raise NotImplementedError("fp8 is for GPUs")
         if scheme == "int4" and shape[1] % GROUP:
             raise ValueError(f"{shape[1]} inputs are not a multiple of int4's groups of {GROUP}")
         source = weight.detach().contiguous()  # kept alive until the call is over

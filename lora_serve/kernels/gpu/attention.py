@@ -12,7 +12,7 @@ waits for the device, and a captured graph stays valid while sequences grow, end
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,37 +22,38 @@ from torch import Tensor
 from lora_serve.kernels.contract import AttentionMetadata
 from lora_serve.kernels.gpu.attention_kernels import combine, decode, prefill
 from lora_serve.kernels.gpu.device import TYPES, hopper, processors
+from lora_serve.kernels.gpu.plan_table import (
+    NO_PLANS,
+    AttentionProblem,
+    DecodeAttentionPlan,
+    PlanTable,
+    PrefillAttentionPlan,
+    rows_bucket,
+)
 
 EVERYTHING = 1 << 30  # a window longer than any context
 MOST_SPLITS = 32
 LEAST_PART = 128  # fewest tokens of a split: fewer would cost more to combine than they save
 PROGRAMS = 4  # per multiprocessor; about half are resident, the rest evens out contexts of different lengths
+STAGES = 5
 MIXED_PROGRAMS = 4096  # of a step with prompts: which sequences decode, and share them, only the device knows
 INTERPRETED = 32  # multiprocessors assumed in the interpreter: few, yet enough to split contexts
 LOG2E = math.log2(math.e)
 
 
-class Tile(NamedTuple):
-    """Tile sizes of one program: query rows, context tokens per iteration, warps."""
-
-    rows: int
-    tokens: int
-    warps: int
+def decode_by_rule(width: int, itemsize: int) -> DecodeAttentionPlan:
+    """For keys and values `width` (a power of two) wide or less."""
+    tokens = _tokens(16 if itemsize == 4 else 32, width, itemsize)
+    return DecodeAttentionPlan(tokens, warps=4, stages=STAGES, programs=PROGRAMS, least_part=LEAST_PART)
 
 
-def decode_tile(share: int, width: int, itemsize: int) -> Tile:
-    """For `share` query heads per kv head; keys and values are `width` (a power of two) wide or less."""
-    rows = min(32, max(16, triton.next_power_of_2(share)))  # `tl.dot` takes at least 16
-    return Tile(rows, _tokens(16 if itemsize == 4 else 32, width, itemsize), 4)
-
-
-def prefill_tile(width: int, itemsize: int, hopper: bool) -> Tile:
-    """For keys and values `width` (a power of two) wide or less; as large as registers allow."""
+def prefill_by_rule(width: int, itemsize: int, hopper: bool) -> PrefillAttentionPlan:
+    """For keys and values `width` (a power of two) wide or less; tiles as large as registers allow."""
     if itemsize == 4:  # without tensor cores
-        return Tile(16, _tokens(16, width, itemsize), 4)
+        return PrefillAttentionPlan(16, _tokens(16, width, itemsize), 4, STAGES)
     if hopper:
-        return Tile(128, _tokens(32, width, itemsize), 8)
-    return Tile(128 if width <= 128 else 64, _tokens(16, width, itemsize), 8)
+        return PrefillAttentionPlan(128, _tokens(32, width, itemsize), 8, STAGES)
+    return PrefillAttentionPlan(128 if width <= 128 else 64, _tokens(16, width, itemsize), 8, STAGES)
 
 
 def _tokens(kib: int, width: int, itemsize: int) -> int:
@@ -60,9 +61,14 @@ def _tokens(kib: int, width: int, itemsize: int) -> int:
     return min(64, max(16, (kib << 10) // (2 * width * itemsize)))
 
 
-def splits_of(programs: int, reach: int, enough: int) -> int:
+def splits_of(programs: int, reach: int, enough: int, least_part: int = LEAST_PART) -> int:
     """Number of splits of each context, where `programs` would read up to `reach` tokens each without, of `enough`."""
-    return max(1, min(-(-enough // programs), -(-reach // LEAST_PART), MOST_SPLITS))
+    return max(1, min(-(-enough // programs), -(-reach // least_part), MOST_SPLITS))
+
+
+def forget_plans() -> None:
+    """Look plans up again, after a table has changed."""
+    _plan.cache_clear()
 
 
 class AttentionPlan(NamedTuple):
@@ -96,6 +102,8 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    *,
+    table: PlanTable = NO_PLANS,
 ) -> Tensor:
     """`Kernels.attention`. The maxima in `metadata` may be too large.
 
@@ -104,18 +112,18 @@ def attention(
     Heads are 8 to 256 wide, sequences up to 65,535. Raises ValueError or TypeError for shapes, strides or types that do
     not fit.
     """
-    start, context, table = metadata.query_start, metadata.context, metadata.block_table
-    tensors = (q, keys, values, start, context, table, sinks)
+    start, context, blocks = metadata.query_start, metadata.context, metadata.block_table
+    tensors = (q, keys, values, start, context, blocks, sinks)
     # Layers repeat: what follows from shapes, strides and types alone, checks too, is computed for the first of them.
     layouts = tuple([None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors])
-    p = _plan(layouts, metadata.max_query_len, metadata.max_context_len, scale, window, softcap, q.device)
+    p = _plan(layouts, metadata.max_query_len, metadata.max_context_len, scale, window, softcap, q.device, table)
     tokens, heads, _ = q.shape
     out = torch.empty((tokens, heads, values.shape[3]), dtype=q.dtype, device=q.device)
     if p is None:
         return out
     parts = torch.empty(p.parts, dtype=torch.float32, device=q.device)
     sums = torch.empty(p.sums, dtype=torch.float32, device=q.device)
-    given = (q, keys, values, start, context, table, sinks, out)
+    given = (q, keys, values, start, context, blocks, sinks, out)
     decode[p.decode_grid](*given, parts, sums, *p.numbers, *p.strides, *p.cutting, **p.decode)
     if p.combine_grid is not None:
         combine[p.combine_grid](out, parts, sums, start, context, p.numbers[0], *p.cutting, **p.combine)
@@ -141,11 +149,12 @@ def _plan(
     window: int | None,
     softcap: float | None,
     device: torch.device,
+    table: PlanTable,
 ) -> AttentionPlan | None:
     """Check and plan calls whose q, keys, values, metadata and sinks are laid out so; None: there is nothing to do."""
     *given, sinks = [None if each is None else TensorLayout(*each) for each in layouts]
-    q, keys, values, query_start, context, table = cast("list[TensorLayout]", given)
-    _check(q, keys, values, query_start, context, table, sinks)
+    q, keys, values, query_start, context, block_table = cast("list[TensorLayout]", given)
+    _check(q, keys, values, query_start, context, block_table, sinks)
     tokens, heads, key_dim = q.shape
     _, size, kv_heads, value_dim = values.shape
     sequences = context.shape[0]
@@ -167,28 +176,32 @@ def _plan(
         **dict(zip(("KEY_BLOCK", "KEY_TOKEN", "KEY_HEAD"), keys.stride, strict=False)),
         **dict(zip(("VALUE_BLOCK", "VALUE_TOKEN", "VALUE_HEAD"), values.stride, strict=False)),
     }
-    tile = decode_tile(share, width, dtype.itemsize)
-    columns = kv_heads * triton.cdiv(share, tile.rows)
-    mixed, enough = max_query_len > 1, PROGRAMS * processors(device, INTERPRETED)
+    problem = partial(AttentionProblem, kv_heads, share, key_dim, value_dim, dtype.itemsize)
+    planned = table.decode_attention.get(problem(rows_bucket(sequences)))
+    d = decode_by_rule(width, dtype.itemsize) if planned is None else planned
+    rows = min(32, max(16, triton.next_power_of_2(share)))  # `tl.dot` takes at least 16
+    columns = kv_heads * triton.cdiv(share, rows)
+    mixed, enough = max_query_len > 1, d.programs * processors(device, INTERPRETED)
     most = max(enough, MIXED_PROGRAMS) if mixed else enough
-    splits = splits_of(columns * sequences, min(max_context_len, reach), most)
+    splits = splits_of(columns * sequences, min(max_context_len, reach), most, d.least_part)
     cut = splits > 1
     cuts = (sequences, heads, splits) if cut else (0, 0, 0)
-    part = {"MIXED": mixed and cut, "LEAST_PART": LEAST_PART, "TILE": tile.tokens}
-    rows = prefill_tile(width, dtype.itemsize, hopper(device))
+    part = {"MIXED": mixed and cut, "LEAST_PART": d.least_part, "TILE": d.tokens}
+    wanted = table.prefill_attention.get(problem(rows_bucket(tokens)))
+    p = prefill_by_rule(width, dtype.itemsize, hopper(device)) if wanted is None else wanted
     return AttentionPlan(
         parts=(*cuts, value_dim),
         sums=(*cuts, 2),
         # Softmax takes powers of two; with a cap, `scale` is applied before the hyperbolic tangent and `cap` after it.
         numbers=(reach, scale / softcap if softcap else scale * LOG2E, softcap * LOG2E if softcap else 0.0),
-        strides=(q.stride[0], q.stride[1], table.stride[0]),
+        strides=(q.stride[0], q.stride[1], block_table.stride[0]),
         cutting=(splits, triton.cdiv(enough, columns)),
         decode_grid=(columns, splits, sequences),
-        decode={"CUT": cut, "ROWS": tile.rows, **part, **shape, "num_warps": tile.warps},
+        decode={"CUT": cut, "ROWS": rows, "STAGES": d.stages, **part, **shape, "num_warps": d.warps},
         combine_grid=(heads, sequences) if cut else None,
         combine={"SPLITS": MOST_SPLITS, "VALUE_DIM": value_dim, "VALUE_PAD": value_pad, **part},
-        prefill_grid=(tokens * share // rows.rows + sequences, kv_heads) if mixed else None,
-        prefill={"ROWS": rows.rows, "TILE": rows.tokens, **shape, "num_warps": rows.warps},
+        prefill_grid=(tokens * share // p.rows + sequences, kv_heads) if mixed else None,
+        prefill={"ROWS": p.rows, "TILE": p.tokens, "STAGES": p.stages, **shape, "num_warps": p.warps},
     )
 
 

@@ -14,6 +14,7 @@
     SHARE, SIZE                query heads of a kv head; tokens of a block
     KEY_PAD, VALUE_PAD         powers of two, no less than KEY_DIM and VALUE_DIM
     ROWS, TILE                 query rows of a program; tokens per iteration of its loop
+    STAGES                     iterations under way: of five, the block table is loaded two ahead, keys and values one
     sequences, tokens          number of sequences, some of which may have no rows; rows of q and out
 
 The pool's shape and strides are constexpr: they never change, and the compiler can vectorise loads by them.
@@ -27,7 +28,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
-STAGES = tl.constexpr(5)  # the block table is loaded two iterations ahead, keys and values one
 AMONG = tl.constexpr(256)  # sequences that a program looks at per iteration
 NOT_SPECIALIZED = ["window", "table_row", "splits", "sequences", "tokens", "enough"]  # they change often
 NOT_ALIGNED = ["query_start", "contexts", "tables"]  # parts of one buffer, at offsets that a step's sizes give
@@ -40,7 +40,7 @@ def _attend(
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     KEY_TOKEN: tl.constexpr, VALUE_BLOCK: tl.constexpr, VALUE_TOKEN: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Online softmax of the rows q [ROWS, KEY_PAD], whose positions are at [ROWS], over tokens first:end.
 
@@ -122,7 +122,7 @@ def decode(
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sequences of one row. Program: up to ROWS query heads of a kv head (axis 0), split (axis 1), sequence (axis 2).
 
@@ -162,7 +162,7 @@ def decode(
         query.to(DTYPE), tl.zeros([ROWS], tl.int32) + (end - 1), keys + kv_head * KEY_HEAD,
         values + kv_head * VALUE_HEAD, tables + sequence.to(tl.int64) * table_row,
         first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
-        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE,
+        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE, STAGES,
     )  # fmt: skip
     heads = tl.num_programs(0) // tl.cdiv(SHARE, ROWS) * SHARE
     if CUT:
@@ -234,7 +234,7 @@ def prefill(
     DTYPE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, SHARE: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SIZE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, KEY_TOKEN: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    VALUE_TOKEN: tl.constexpr, VALUE_HEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sequences of two rows or more. Program: tile (axis 0), kv head (axis 1).
 
@@ -275,7 +275,7 @@ def prefill(
         query.to(DTYPE), before + row, keys + kv_head * KEY_HEAD, values + kv_head * VALUE_HEAD,
         tables + sequence.to(tl.int64) * table_row,
         first, end, window, scale, cap, top, total, DTYPE, CAPPED, WINDOWED, KEY_DIM, VALUE_DIM, KEY_PAD, VALUE_PAD,
-        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE,
+        SIZE, KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, ROWS, TILE, STAGES,
     )  # fmt: skip
     place = ((start + pairs // SHARE).to(tl.int64) * tl.num_programs(1) * SHARE + head) * VALUE_DIM
     result = tl.where(mine[:, None], acc / tl.where(mine, total, 1.0)[:, None], 0.0).to(out.dtype.element_ty)

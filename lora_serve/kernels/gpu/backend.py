@@ -42,11 +42,10 @@ class GpuKernels(ComposedBackward):
     graph_buckets: GraphBuckets | None = GRAPH_SIZES
     has_grouped_linear = False
 
-    attention = staticmethod(attention)
-
     def __init__(self, plans: PlanTable | None = None, fork: StreamFork | None = None) -> None:
         self._plans = current() if plans is None else plans
         self._fork = StreamFork() if fork is None else fork
+        self.attention = partial(attention, table=self._plans)
         dependent = self._plans.dependent_pointwise
         self.rms_norm = partial(pointwise.rms_norm, dependent=dependent)
         self.add_rms_norm = partial(pointwise.add_rms_norm, dependent=dependent)

@@ -1,7 +1,7 @@
-"""Linear layers with int8 and int4 weights on a GPU, in Triton.
+"""Linear layers with int8, int4 and fp8 weights on a GPU, in Triton.
 
-Two launches (`matmul_kernels.py`): the rows are rounded to int8 once for all layers that read them, then tensor cores
-multiply integers, run by run, and scales are applied in float32. Where outputs are too few to fill the device, the
+Two launches (`matmul_kernels.py`): the rows are rounded once for all layers that read them, to int8 or fp8, then tensor
+cores multiply run by run, and scales are applied in float32. Where outputs are too few to fill the device, the
 input is cut into splits, whose sums a third launch adds in a fixed order: two runs give the same bits. Layers whose
 weights are neighbours in memory are one product. Grids depend on shapes and nothing waits for the device: a CUDA graph
 can capture it.
@@ -11,6 +11,7 @@ Weights are stored in runs of 64 inputs, the last padded with zeros; within a ru
     int8:  data int8 [runs, out, 64], scale float32 [out]
     int4:  data int8 [runs, out, 32]; byte i is q[i] in its lower half and q[i + 32] - 8 in its upper one
            scale float32 [out], levels int32 [runs, out]; the first group's level in the lower half
+    fp8:   data int8 [runs, out, 64], the bits of e4m3; scale float32 [out]
 
 Unpacking int4 takes only masks, which work on four numbers at once where shifts work on one: the upper half is used as
 sixteen times its number. The zero points, and the 8, are accounted for by the sums of the rows' integers.
@@ -29,11 +30,12 @@ from torch.nn import functional
 
 from lora_serve.kernels.contract import Layers
 from lora_serve.kernels.gpu.device import TYPES, processors
-from lora_serve.kernels.gpu.matmul_kernels import add_splits, multiply, round_rows
+from lora_serve.kernels.gpu.matmul_kernels import add_splits, multiply, round_rows, round_rows_to_fp8
 from lora_serve.kernels.gpu.plan_table import NO_PLANS, MatmulPlan, MatmulProblem, PlanTable, rows_bucket
-from lora_serve.kernels.packed_weight import GROUP, RUN, PackedWeight, Scheme, dequantize, quantize
+from lora_serve.kernels.packed_weight import FP8, GROUP, RUN, PackedWeight, Scheme, dequantize, quantize
 
 PROGRAM = 2048  # numbers that a program of round_rows rounds
+MOST_FP8_TILE = 16384  # numbers that a program of round_rows_to_fp8 holds, 32 a thread
 COLUMNS = 1024  # outputs of a program of add_splits
 MOST_SPLITS = 8
 LEAST_SPAN = 4  # runs of a split; fewer do not fill a pipeline
@@ -58,7 +60,10 @@ class MatmulTiling(NamedTuple):
 
 
 class RoundedRows(NamedTuple):
-    """Rows rounded to integers: int8 [groups, rows, size], steps float32 and, for int4, sums int32 [groups, rows]."""
+    """Rows rounded to int8 [groups, rows, size], with steps float32 and, for int4, sums int32 [groups, rows].
+
+    For fp8, `whole` is of that type, a group is a run, and steps are [rows].
+    """
 
     whole: Tensor
     step: Tensor
@@ -102,6 +107,7 @@ def pack(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Pa
     if scheme == "int4" and width % GROUP:
         raise ValueError(f"{width} inputs are not a multiple of int4's groups of {GROUP}")
     whole, scale, levels = quantize(weight, scheme, importance)
+    whole = whole.view(torch.int8)
     runs = functional.pad(whole, (0, -width % RUN)).view(out, -1, RUN).transpose(0, 1)  # [runs, out, RUN]
     if levels is None:
         return PackedWeight((out, width), weight.dtype, scheme, runs.contiguous(), scale)
@@ -119,6 +125,7 @@ def unpack(packed: PackedWeight) -> Tensor:
         pairs = packed.levels.T.clone(memory_format=torch.contiguous_format)
         levels = pairs.view(torch.int16)[:, : width // GROUP]  # [out, groups]
     whole = whole.transpose(0, 1).flatten(1)[:, :width].contiguous()  # [out, inputs]
+    whole = whole.view(FP8) if packed.scheme == "fp8" else whole
     return dequantize(whole, packed.scale, levels)
 
 
@@ -162,8 +169,16 @@ def linear(x: Tensor, layers: Layers, table: PlanTable = NO_PLANS) -> list[Tenso
 
 
 def quantize_rows(x: Tensor, scheme: Scheme | None) -> RoundedRows:
-    """Rows x [rows, in] as integers, in the layout that `multiply` reads."""
+    """Rows x [rows, in] rounded, in the layout that `multiply` reads."""
     rows, width = x.shape
+    if scheme == "fp8":
+        codes = torch.empty(triton.cdiv(width, RUN), rows, RUN, dtype=torch.int8, device=x.device)
+        steps = torch.empty(rows, dtype=torch.float32, device=x.device)
+        tile = min(MOST_FP8_TILE, max(PROGRAM, triton.next_power_of_2(width)))
+        round_rows_to_fp8[(rows,)](
+            *(x, codes, steps, x.stride(0), rows), WIDTH=width, RUN=RUN, TILE=tile, num_warps=max(4, tile // 1024)
+        )
+        return RoundedRows(codes.view(FP8), steps, None)
     size = RUN if scheme == "int8" else GROUP
     groups = triton.cdiv(width, RUN) * (RUN // size)
     whole = torch.empty(groups, rows, size, dtype=torch.int8, device=x.device)
@@ -218,7 +233,14 @@ def _multiply(x: Tensor, shared: RoundedRows, packed: PackedWeight, bias: Tensor
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     sums = torch.empty(p.splits, rows, out, dtype=torch.float32, device=x.device) if cut else y
     multiply[triton.cdiv(rows, p.block_m), triton.cdiv(out, p.block_n), p.splits](
-        *(*shared, packed.data, packed.scale, packed.levels, None if cut else bias, sums),
+        *(
+            *shared,
+            packed.data.view(FP8) if packed.scheme == "fp8" else packed.data,
+            packed.scale,
+            packed.levels,
+            None if cut else bias,
+            sums,
+        ),
         *(rows, out, packed.data.stride(0) // wide, runs, p.span),
         INT4=int4,
         RUN=RUN,

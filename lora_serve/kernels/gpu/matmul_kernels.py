@@ -1,4 +1,4 @@
-"""Triton kernels of quantised linear layers: rounding of rows and integer products, launched by `matmul.py`.
+"""Triton kernels of quantised linear layers: rounding of rows, and products, launched by `matmul.py`.
 
 Weights and rows are stored run by run, so that what a program reads of one run is contiguous, however few outputs or
 rows it takes. Offsets within a run fit 32 bits; from run to run, pointers are advanced.
@@ -48,6 +48,55 @@ def round_rows(
         tl.store(total + place, tl.sum(numbers.to(tl.int32), 1), mask=inside)
 
 
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def round_rows_to_fp8(
+    x: tl.tensor, codes: tl.tensor, step: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
+    WIDTH: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Round rows to e4m3, a step for each, as `packed_weight.py` defines; zeros from WIDTH to the end of the last run.
+
+    Semantics; a step is NaN where not all of the row is finite:
+
+        x[t, r * RUN + i] ≈ step[t] * codes[r, t, i], whose bits are stored
+
+    Shapes: x [rows, WIDTH], codes int8 [runs, rows, RUN], step float32 [rows].
+    Program: (row). A row of more than TILE inputs is read twice.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    most, fault = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    part = most
+    for first in range(0, WIDTH, TILE):
+        column = first + tl.arange(0, TILE)
+        part = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(part))
+        fault += part - part
+    size = tl.maximum(tl.div_rn(tl.max(most, 0), 448.0), LEAST)
+    times = tl.div_rn(1.0, size)
+    for first in range(0, WIDTH, TILE):
+        column = first + tl.arange(0, TILE)
+        if WIDTH > TILE:
+            part = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        near = tl.minimum(tl.maximum(part * times, -448.0), 448.0)
+        place = (column // RUN).to(tl.int64) * rows * RUN + row * RUN + column % RUN
+        tl.store(codes + place, e4m3_bits(near), mask=column < (WIDTH + RUN - 1) // RUN * RUN)
+    tl.store(step + row, size + tl.sum(fault, 0))
+
+
+@triton.jit
+def e4m3_bits(x: tl.tensor) -> tl.tensor:
+    """The bits of float32 numbers in -448..448 rounded to e4m3, halves to even, as int8.
+
+    A conversion does the same on a GPU; in Triton's interpreter it rounds otherwise.
+    """
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # exponents begin at -6 instead of -126
+    small = ((size * 512.0 + ROUND) - ROUND).to(tl.int32)  # below 2⁻⁶ a code is a number of 512ths
+    code = tl.where(size < 0.015625, small, normal)
+    return tl.where(x < 0, code - 128, code).to(tl.int8)
+
+
 @triton.jit
 def product(
     whole: tl.tensor, weights: tl.tensor, step: tl.tensor, m: tl.tensor, here: tl.tensor,
@@ -94,10 +143,12 @@ def multiply(
                    + step[2r + 1, t] * s(2r + 1, o)
                      * (whole[2r + 1, t] @ (data[r, o] & -16) / 16 + (8 - z(2r + 1, o) / 8) * total[2r + 1, t])
                ) + bias[o]
+        fp8:   y[split, t, o] = scale[o] * step[t] * sum(whole[r, t] @ data[r, o]) + bias[o]
 
-    with s and z of levels[r, o]. Integer products are exact.
-    Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data and levels. In int8 levels is None; bias
-    may be None.
+    with s and z of levels[r, o]. Integer products are exact; those of fp8 are, and a tensor core's sums of them leave
+    its registers after every run, because some have fewer bits than float32.
+    Shapes: y [splits, rows, out]; `stride` outputs lie between runs in data and levels. Levels and total are int4's,
+    else None; bias may be None.
     Program: (BLOCK_M rows, BLOCK_N outputs, split).
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,17 +156,23 @@ def multiply(
     split = tl.program_id(2)
     first = (split * span).to(tl.int64)
     here, inside = m < rows, n < out
+    FLOATS: tl.constexpr = data.dtype.element_ty == tl.float8e4nv
     WIDE: tl.constexpr = RUN // 2 if INT4 else RUN  # bytes of a run's weights
     data += first * stride * WIDE
     whole += first * rows * RUN
-    step += first * rows * (RUN // GROUP)
+    if not FLOATS:
+        step += first * rows * (RUN // GROUP)
     if INT4:
         levels += first * stride
         total += first * rows * (RUN // GROUP)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(0, tl.minimum(span, runs - split * span), num_stages=STAGES):
-        weights = tl.load(data + (n * WIDE)[:, None] + tl.arange(0, WIDE)[None, :], mask=inside[:, None], other=0)
-        if INT4:
+        place = data + (n * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+        weights = tl.load(place, mask=inside[:, None], other=0.0 if FLOATS else 0)
+        if FLOATS:
+            part = tl.load(whole + (m * RUN)[:, None] + tl.arange(0, RUN)[None, :], mask=here[:, None], other=0.0)
+            sums = tl.dot(part, tl.trans(weights), sums, max_num_imprecise_acc=RUN)
+        elif INT4:
             level = tl.load(levels + n, mask=inside, other=0)
             sums += group_product(whole, weights & 15, level, step, total, m, here, 1, 0, GROUP, BLOCK_M, BLOCK_N)
             sums += group_product(
@@ -128,7 +185,10 @@ def multiply(
             sums += product(whole, weights, step, m, here, RUN, BLOCK_M, BLOCK_N)
         data += stride * WIDE
         whole += rows * RUN
-        step += rows * (RUN // GROUP)
+        if not FLOATS:
+            step += rows * (RUN // GROUP)
+    if FLOATS:
+        sums *= tl.load(step + m, mask=here, other=0.0)[:, None]
     sums *= tl.load(scale + n, mask=inside, other=0.0)[None, :]
     if bias is not None:
         sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]

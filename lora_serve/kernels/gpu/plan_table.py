@@ -2,8 +2,8 @@
 
 `make gpu-tune` measures and writes a file into the folder `tuned` beside this module. A card's own file is used;
 without one, that of another card of the same compute capability. A problem that it does not hold, or a card without a
-file, gets the plans that `delta.py` and `matmul.py` choose by rule. A plan decides speed alone: every plan gives the
-same result up to the order of sums.
+file, gets the plans that `delta.py`, `matmul.py` and `attention.py` choose by rule. A plan decides speed alone: every
+plan gives the same result up to the order of sums.
 """
 
 from __future__ import annotations
@@ -100,13 +100,66 @@ class MatmulPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.splits <= 64:
-            raise ValueError(f"splits {self.splits} is not between 1 and 64")
+        _check_count("splits", self.splits, 64)
         _check_range("block_m", self.block_m, 16, 256)
         _check_range("block_n", self.block_n, 16, 512)
         _check_range("warps", self.warps, 1, 16)
-        if not 1 <= self.stages <= 8:
-            raise ValueError(f"stages {self.stages} is not between 1 and 8")
+        _check_count("stages", self.stages, 8)
+
+
+class AttentionProblem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Calls of attention that share a plan.
+
+    Attributes:
+        share: query heads of a kv head.
+        itemsize: bytes of a number.
+        size: `rows_bucket` of the sequences that decode, or of a step's tokens where there are prompts.
+    """
+
+    kv_heads: int
+    share: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    size: int
+
+
+class DecodeAttentionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How sequences of one row attend.
+
+    Attributes:
+        tokens, warps, stages: of a program: context tokens per iteration, and iterations under way.
+        programs: per multiprocessor, until which contexts are cut into splits.
+        least_part: fewest tokens of a split.
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+    least_part: int
+
+    def __post_init__(self) -> None:
+        _check_range("tokens", self.tokens, 16, 256)
+        _check_range("warps", self.warps, 1, 16)
+        _check_count("stages", self.stages, 8)
+        _check_count("programs", self.programs, 32)
+        _check_range("least_part", self.least_part, 16, 4096)
+
+
+class PrefillAttentionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How sequences of more rows attend: query rows and context tokens per iteration of a program, warps, stages."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        _check_range("rows", self.rows, 16, 256)
+        _check_range("tokens", self.tokens, 16, 256)
+        _check_range("warps", self.warps, 1, 16)
+        _check_count("stages", self.stages, 8)
 
 
 class DeltaEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +170,16 @@ class DeltaEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MatmulEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     problem: MatmulProblem
     plan: MatmulPlan
+
+
+class DecodeAttentionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    problem: AttentionProblem
+    plan: DecodeAttentionPlan
+
+
+class PrefillAttentionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    problem: AttentionProblem
+    plan: PrefillAttentionPlan
 
 
 class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,11 +197,13 @@ class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pointwise: Literal["in_turn", "dependent"]
     delta: tuple[DeltaEntry, ...]
     matmul: tuple[MatmulEntry, ...]
+    decode_attention: tuple[DecodeAttentionEntry, ...] = ()
+    prefill_attention: tuple[PrefillAttentionEntry, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"format {self.format} is not {FORMAT}")
-        for entries in (self.delta, self.matmul):
+        for entries in (self.delta, self.matmul, self.decode_attention, self.prefill_attention):
             problems = [entry.problem for entry in entries]
             if len(set(problems)) < len(problems):
                 raise ValueError("a problem has two plans")
@@ -156,6 +221,8 @@ class PlanTable:
     def __init__(self, file: PlanFile | None = None) -> None:
         self.delta = {} if file is None else {entry.problem: entry.plan for entry in file.delta}
         self.matmul = {} if file is None else {entry.problem: entry.plan for entry in file.matmul}
+        self.decode_attention = {} if file is None else {each.problem: each.plan for each in file.decode_attention}
+        self.prefill_attention = {} if file is None else {each.problem: each.plan for each in file.prefill_attention}
         self.dependent_pointwise = file is not None and file.pointwise == "dependent"
 
 
@@ -201,6 +268,12 @@ def current() -> PlanTable:
     if not torch.cuda.is_available():
         return NO_PLANS
     return find(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
+def _check_count(name: str, value: int, most: int) -> None:
+    """Raise ValueError unless `value` is between 1 and `most`."""
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} {value} is not between 1 and {most}")
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:

@@ -13,16 +13,24 @@ import torch
 from memory_recording import MemoryRecording
 from torch import Tensor
 
-from bench.gpu import plan_search, tune
+from bench.gpu import plan_search, tune, tuning_problems
 from bench.gpu.command import NO_GPU
 from bench.gpu.plan_search import GraphTimer, PlanFails, Run, Tuner
 from bench.gpu.tuning_problems import DeltaCase, Group, delta_cases, groups
 from lora_serve.kernels.contract import Activation, DeltaGroup, Layers, Segments
 from lora_serve.kernels.gpu import plan_table
 from lora_serve.kernels.gpu.backend import GpuKernels
-from lora_serve.kernels.gpu.plan_table import DeltaPlan, MatmulPlan, PlanTable
+from lora_serve.kernels.gpu.plan_table import (
+    AttentionProblem,
+    DecodeAttentionPlan,
+    DeltaPlan,
+    MatmulPlan,
+    PlanTable,
+    PrefillAttentionPlan,
+)
 
 MODEL = "tiny"
+AnyPlan = DeltaPlan | MatmulPlan | DecodeAttentionPlan | PrefillAttentionPlan
 GROUPS = [Group(MODEL, "gate+up", 32, (48, 48))]
 
 
@@ -32,20 +40,31 @@ def one_small_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_search, "groups", lambda model: GROUPS)
 
 
+@pytest.fixture
+def small_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_problems, "CONTEXT", 40)
+    monkeypatch.setattr(tuning_problems, "LONGEST", 64)
+    monkeypatch.setattr(
+        plan_search, "DECODE_ATTENTION_AXES", {"programs": (1, 4), "tokens": (32, 64, 128), "warps": (2, 4, 8)}
+    )
+    monkeypatch.setattr(plan_search, "PREFILL_ATTENTION_AXES", {"tokens": (16, 32, 64), "warps": (4, 8)})
+
+
 class InventedTimer:
     """Seconds of a call by the plan that is in force, after running it."""
 
-    def __init__(self, plans: PlanTable, seconds: Callable[[DeltaPlan | MatmulPlan | None], float]) -> None:
+    def __init__(self, plans: PlanTable, seconds: Callable[[AnyPlan | None], float]) -> None:
         self._plans, self._seconds = plans, seconds
 
     def __call__(self, run: Run) -> float:
         run()
-        plans = [*self._plans.delta.values(), *self._plans.matmul.values()]
+        plans: list[AnyPlan] = [*self._plans.delta.values(), *self._plans.matmul.values()]
+        plans += [*self._plans.decode_attention.values(), *self._plans.prefill_attention.values()]
         return self._seconds(plans[-1] if plans else None)
 
 
 def tuner(
-    seconds: Callable[[DeltaPlan | MatmulPlan | None], float],
+    seconds: Callable[[AnyPlan | None], float],
     backend: type[GpuKernels] = GpuKernels,
     *,
     deadline: float = math.inf,
@@ -57,10 +76,12 @@ def tuner(
     )
 
 
-def narrow(plan: DeltaPlan | MatmulPlan | None) -> float:
-    """Fastest with 256 outputs, in two splits, dependent."""
+def narrow(plan: AnyPlan | None) -> float:
+    """Fastest with 256 outputs, in two splits, dependent; attention with 32 tokens and two warps or more."""
     if plan is None:
         return 1.0
+    if isinstance(plan, DecodeAttentionPlan | PrefillAttentionPlan):
+        return 1.0 + abs(math.log2(plan.tokens / 32)) + plan.warps / 16
     slow = abs(math.log2(plan.block_n / 256)) + abs(math.log2(plan.splits / 2))
     return 1 + slow + (isinstance(plan, DeltaPlan) and plan.launch != "dependent")
 
@@ -76,6 +97,17 @@ def test_the_fastest_value_of_each_field_is_found(dependent: bool) -> None:
         assert (each.plan.launch == "dependent") == dependent
         assert each.after <= each.before
     assert [*search.table.delta.values()] == [each.plan for each in search.found]
+    assert not search.failures
+
+
+def test_attention_is_tuned_for_sequences_that_decode_and_for_prompts(small_attention: None) -> None:
+    search = tuner(narrow)
+    search.tune_attention(MODEL, decode=[3], prompts=[20])
+    ((problem, decoding),) = search.table.decode_attention.items()
+    ((other, prompts),) = search.table.prefill_attention.items()
+    assert (problem, other) == (AttentionProblem(2, 2, 32, 32, 2, 4), AttentionProblem(2, 2, 32, 32, 2, 32))
+    assert (decoding.tokens, decoding.warps, prompts.tokens, prompts.warps) == (32, 2, 32, 4)
+    assert [each.tried for each in search.found] == [6, 4]  # one field after the other
     assert not search.failures
 
 
@@ -111,8 +143,8 @@ def test_a_plan_with_other_results_is_never_chosen() -> None:
 
 
 def test_a_plan_that_fails_is_reported_and_never_chosen() -> None:
-    def seconds(plan: DeltaPlan | MatmulPlan | None) -> float:
-        if plan is not None and plan.block_n == 256:
+    def seconds(plan: AnyPlan | None) -> float:
+        if isinstance(plan, DeltaPlan) and plan.block_n == 256:
             raise PlanFails("out of shared memory")
         return narrow(plan)
 
@@ -129,8 +161,10 @@ def test_after_the_deadline_nothing_is_tried_and_what_was_found_is_written(tmp_p
     assert plan_table.read(path).delta == ()
 
 
-def test_what_was_found_is_what_the_card_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for sizes in ("DECODE_ROWS", "QUANTIZED_ROWS"):
+def test_what_was_found_is_what_the_card_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_attention: None
+) -> None:
+    for sizes in ("DECODE_ROWS", "QUANTIZED_ROWS", "ATTENTION_ROWS"):
         monkeypatch.setattr(tune, sizes, (2,))
     monkeypatch.setattr(tune, "PREFILL_ROWS", (20,))
     search = tuner(narrow)
@@ -138,6 +172,8 @@ def test_what_was_found_is_what_the_card_gets(tmp_path: Path, monkeypatch: pytes
     got = plan_table.find("NVIDIA H100", (9, 0), tmp_path)
     assert got.delta == search.table.delta
     assert got.matmul == search.table.matmul
+    assert got.decode_attention == search.table.decode_attention
+    assert got.prefill_attention == search.table.prefill_attention
     assert len(got.delta) == 2
     text = tune.report(search)
     assert "tiny gate+up, 20 rows of a prompt" in text

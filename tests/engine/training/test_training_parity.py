@@ -72,11 +72,13 @@ def test_patterns_and_an_adapted_head_equal_peft_with_plain_kernels(tmp_path: Pa
     check_parity(driver, reference("llama"), tmp_path, kinds)
 
 
-@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "int8"), ("gpt2", "int4"), ("qwen3_moe", "int8")])
+@pytest.mark.parametrize(
+    ("architecture", "scheme"), [("llama", "int8"), ("gpt2", "int4"), ("qwen3_moe", "int8"), ("qwen2", "fp8")]
+)
 def test_a_quantised_base_trains_as_peft_over_the_same_weights(
     architecture: str, scheme: Scheme, tmp_path: Path
 ) -> None:
-    driver = TrainingDriver(save(architecture, tmp_path / "base"), scheme=scheme)
+    driver = TrainingDriver(save(architecture, tmp_path / "base"), scheme=scheme, native=scheme != "fp8")
     base = driver.with_resident_weights(reference(architecture))
     check_parity(driver, base, tmp_path, ATTENTION if architecture in EXPERTS else KINDS)
 
