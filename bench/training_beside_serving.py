@@ -5,9 +5,9 @@
 
 drives an engine process of its own, without HTTP. Under full load each client sends a request as soon as its last one
 has ended. Under half load requests arrive at random times, half as many a second as were answered under full load
-without a run, whether earlier ones have ended or not. For every load, times with and without a run take turns.
-Printed are the gaps between two tokens of a stream, tokens served and trained per second, and the share of the time
-that training took. The last line is JSON.
+without a run, whether earlier ones have ended or not, and at the same times with a run and without. For every load,
+times with and without a run take turns. Printed are the gaps between two tokens of a stream, tokens served and trained
+per second, and the share of the time that training took. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -73,18 +73,19 @@ class Loaded:
         self._requests = 0
         self.window: Window | None = None
 
-    async def measure(self, load: str, rate: float, *, training: bool) -> Window:
+    async def measure(self, load: str, rate: float, round_: int, *, training: bool) -> Window:
         """Serve and train for a while.
 
         Args:
             rate: of arrivals under half load, in requests a second.
+            round_: decides when these are.
         """
         options = self._options
         tasks: list[asyncio.Task[None]] = []
         if load == "full":
             tasks += [asyncio.ensure_future(self._client()) for _ in range(options.clients)]
         if load == "half":
-            tasks.append(asyncio.ensure_future(self._arrivals(rate)))
+            tasks.append(asyncio.ensure_future(self._arrivals(rate, random.Random(1000 * options.seed + round_))))
         if training:
             await self._engine.call(CreateRun("bench", RunSettings(r=options.rank, lora_alpha=2.0 * options.rank)))
             tasks.append(asyncio.ensure_future(self._train()))
@@ -110,10 +111,10 @@ class Loaded:
         while True:
             await self._request()
 
-    async def _arrivals(self, rate: float) -> None:
+    async def _arrivals(self, rate: float, draw: random.Random) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
-                await asyncio.sleep(self._draw.expovariate(rate))
+                await asyncio.sleep(draw.expovariate(rate))
                 group.create_task(self._request())
 
     async def _request(self) -> None:
@@ -174,9 +175,9 @@ async def run(options: argparse.Namespace) -> dict[str, dict[str, list[Window]]]
             for load in options.loads:
                 found[load] = {"off": [], "on": []}
                 rate = served_per_second(found["full"]["off"]) / options.output / 2 if load == "half" else 0.0
-                for _ in range(options.rounds):
+                for round_ in range(options.rounds):
                     for state in ("off", "on") if load != "none" else ("on",):
-                        found[load][state].append(await loaded.measure(load, rate, training=state == "on"))
+                        found[load][state].append(await loaded.measure(load, rate, round_, training=state == "on"))
                         print(load, state, quanta(engine.stats), file=sys.stderr, flush=True)
             return found
         finally:

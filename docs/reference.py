@@ -24,6 +24,7 @@ sys.path.insert(0, str(DOCS.parent))
 from lora_serve.api.app import create_app  # noqa: E402
 from lora_serve.api.fine_tuning.job_store import JobStore  # noqa: E402
 from lora_serve.config import ServeConfig  # noqa: E402
+from lora_serve.job_metrics import JobCollector, RunningJob  # noqa: E402
 from lora_serve.messages import SharedStatus, Stats, Update  # noqa: E402
 from lora_serve.metrics import TOTALS_BY_QUANTUM, TOTALS_BY_TIER, Metrics  # noqa: E402
 from lora_serve.sources.totals import RunningFetch, SourceTotals  # noqa: E402
@@ -179,7 +180,10 @@ def metrics_page() -> str:
     shared = SharedStatus(1, 0, 0.0, 0, True)
     stats = Stats(resident=["a"], resident_in_host=["a"], step_costs={"decode": 1.0}, shared=shared, **by_tier)
     totals = SourceTotals(Counter({("s", "fetched"): 1}), Counter({"s": 1}), {"s": 1.0}, [RunningFetch("s")])
-    metrics = Metrics(lambda: stats, lambda: 0, totals, JobStore(lambda: None).count_by_status)
+    job = RunningJob("j", "a", 1, 2, 3, 1.0, 1.0)
+    metrics = Metrics(
+        lambda: stats, lambda: 0, totals, JobCollector(JobStore(lambda: None).count_by_status, lambda: [job])
+    )
     metrics.observe(Update([], stats=stats))
     timer = metrics.begin("chat")
     timer.admitted("a")

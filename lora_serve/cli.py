@@ -49,6 +49,7 @@ from lora_serve.train_command import TrainCommand
 
 if TYPE_CHECKING:
     from lora_serve.api.key_file import Keys
+    from lora_serve.engine.client import EngineClient
 
 LoadKeys = Callable[[Path | None], "Keys | None"]
 
@@ -158,11 +159,12 @@ def serve(config: ServeConfig, load_keys: LoadKeys | None = None) -> int:
 
     check_sources(parse_sources(config.adapter_source), os.environ)
     traces = RequestTraces.from_environment() if config.traces else None
-    return server.serve(
-        config,
-        load_tokenizer=lambda: load_tokenizer(config),
-        make_app=lambda engine, tokenizer: create_app(engine, tokenizer, config, keys, traces),
-    )
+
+    def make_app(engine: EngineClient, tokenizer: Any) -> server.App:
+        app = create_app(engine, tokenizer, config, keys, traces)
+        return server.App(app, app.state.services.jobs.drain)
+
+    return server.serve(config, load_tokenizer=lambda: load_tokenizer(config), make_app=make_app)
 
 
 def expect_no_torch() -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from lora_serve.job_metrics import JobCollector
 from lora_serve.messages import SharedStatus, Stats, Update
 from lora_serve.request import Admitted
 from lora_serve.source_metrics import SourceCollector
@@ -110,7 +111,7 @@ class Metrics:
         engine_stats: returns the latest engine statistics.
         restarts: returns the number of engine restarts.
         sources: what was fetched from sources.
-        jobs: returns the numbers of fine-tuning jobs by status.
+        jobs: metrics of fine-tuning jobs.
         block_size: tokens of a KV block.
         clock: for durations.
         wall: seconds since the epoch, for the time of the last change.
@@ -121,7 +122,7 @@ class Metrics:
         engine_stats: Callable[[], Stats],
         restarts: Callable[[], int],
         sources: SourceTotals | None = None,
-        jobs: Callable[[], Mapping[str, int]] | None = None,
+        jobs: JobCollector | None = None,
         *,
         block_size: int = 16,
         clock: Clock = time.perf_counter,
@@ -134,7 +135,7 @@ class Metrics:
         if sources is not None:
             registry.register(SourceCollector(sources))
         if jobs is not None:
-            registry.register(_JobCollector(jobs))
+            registry.register(jobs)
         self._labelled: set[str] = set()
 
         def histogram(name: str, meaning: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
@@ -228,17 +229,6 @@ class _MonotonicTotals:
 
     def by_label(self, name: str) -> Iterator[tuple[str, float]]:
         return ((label, total) for (of, label), total in sorted(self._total.items()) if of == name)
-
-
-class _JobCollector(Collector):
-    def __init__(self, jobs: Callable[[], Mapping[str, int]]) -> None:
-        self._jobs = jobs
-
-    def collect(self) -> Iterator[Metric]:
-        gauge = GaugeMetricFamily("lora_serve_fine_tuning_jobs", "Fine-tuning jobs by status.", labels=["status"])
-        for status, count in self._jobs().items():
-            gauge.add_metric([status], count)
-        yield gauge
 
 
 class _EngineCollector(Collector):

@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import uvicorn
 from rich.console import Console
@@ -35,7 +35,19 @@ LAST_THREADS = 1.0  # seconds for threads to end, e.g. one that tokenizes for a 
 
 log = logging.getLogger(__name__)
 
-App = Callable[..., Any]  # ASGI
+
+class App(NamedTuple):
+    """What is served.
+
+    Attributes:
+        asgi: the HTTP application.
+        drain: lets work that is no request be saved when the server ends, in so many seconds at most.
+    """
+
+    asgi: Callable[..., Any]
+    drain: Callable[[float], Awaitable[None]]
+
+
 MakeApp = Callable[[EngineClient, Any], App]
 
 
@@ -136,7 +148,7 @@ class _ServerProcess:
     async def _serve(self, listener: socket.socket, app: App, stop_requested: asyncio.Task[Any]) -> int:
         server = _Server(
             uvicorn.Config(
-                app,
+                app.asgi,
                 http=limited_protocol(self._limits),  # type: ignore[arg-type]  # a factory will do
                 log_config=None,
                 log_level="warning",
@@ -152,7 +164,8 @@ class _ServerProcess:
         await asyncio.wait({stop_requested, serving}, return_when=asyncio.FIRST_COMPLETED)
         # HTTP stays open during the drain: /ready answers 503, and streams get their final events.
         log.info("draining: running requests have %g s to finish", self._config.drain_timeout)
-        await self._engine.drain(self._config.drain_timeout)
+        limit = self._config.drain_timeout
+        await asyncio.gather(self._engine.drain(limit), app.drain(limit))
         server.should_exit = True
         await asyncio.gather(self._engine.stop(), serving)
         return 0 if server.started else 1

@@ -11,15 +11,21 @@ import msgspec
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`, `IA3Config`, `PromptTuningConfig`).
+    """The adapter of a run, in PEFT's words and with PEFT's meaning (`LoraConfig`, `IA3Config`, …).
 
     Attributes:
-        peft_type: "LORA", "IA3", "PROMPT_TUNING" or "PREFIX_TUNING"; fields of another method keep their defaults.
+        peft_type: "LORA", "IA3", "PROMPT_TUNING", "P_TUNING" or "PREFIX_TUNING"; fields of another method keep
+            their defaults.
         init_lora_weights: "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4" or "olora".
         train_lm_head: adapt the LM head beside `target_modules`, of which "all-linear" is all others.
         feedforward_modules: IA3's modules whose input is multiplied, by the end of their names.
-        num_virtual_tokens: of prompt and prefix tuning.
+        num_virtual_tokens: of prompt, P- and prefix tuning.
         prompt_tuning_init: "RANDOM" or "SAMPLE_VOCAB".
+        encoder_reparameterization_type: of P-tuning, "MLP" or "LSTM".
+        encoder_hidden_size: of P-tuning's encoder or the projection; 0: the base's width.
+        encoder_num_layers: of P-tuning's LSTM.
+        encoder_dropout: 0.
+        prefix_projection: prefix tuning with a projection.
     """
 
     peft_type: str = "LORA"
@@ -36,6 +42,11 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     feedforward_modules: str | list[str] = []
     num_virtual_tokens: int = 0
     prompt_tuning_init: str = "RANDOM"
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int = 0
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    prefix_projection: bool = False
     seed: int = 0
 
 

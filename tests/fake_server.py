@@ -23,7 +23,7 @@ ENGINE = (sys.executable, str(Path(__file__).parent / "engine" / "fake_engine.py
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class App:
+class AnsweringApp:
     def __init__(self, engine: EngineClient, tokenizer: str) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -53,13 +53,20 @@ def load_tokenizer(config: ServeConfig) -> str:
     return "fake tokenizer"
 
 
+def make_app(engine: EngineClient, tokenizer: str) -> server.App:
+    async def drain(timeout: float) -> None:
+        print("drained", file=sys.stderr, flush=True)
+
+    return server.App(AnsweringApp(engine, tokenizer), drain)
+
+
 def main(arguments: list[str]) -> int:
     model, *options = arguments
     values = dict(option.removeprefix("--").split("=", 1) for option in options)
     config = ServeConfig(model=model, port=0, **values)  # type: ignore[arg-type]
     logging.basicConfig(level="INFO", stream=sys.stderr)
     try:
-        return server.serve(config, load_tokenizer=lambda: load_tokenizer(config), make_app=App, engine=ENGINE)
+        return server.serve(config, load_tokenizer=lambda: load_tokenizer(config), make_app=make_app, engine=ENGINE)
     except ServeError as error:
         print(error.message, file=sys.stderr)
         return 1

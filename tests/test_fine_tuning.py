@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
+import tarfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import pytest
-from server_process import ServerProcess, until
+import torch
+from server_process import DEMO, ServerProcess, until
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.tasks import heldout_prompts
 
@@ -33,6 +38,10 @@ PREFERENCES = [
     for text in PROMPTS
 ]
 METHODS: dict[str, tuple[list[dict[str, Any]], float]] = {"supervised": (CHAT, 1e-3), "dpo": (PREFERENCES, 1e-4)}
+P_TUNING = {
+    "peft_type": "P_TUNING", "num_virtual_tokens": 4, "encoder_reparameterization_type": "LSTM",
+    "encoder_hidden_size": 16,
+}  # fmt: skip
 
 
 def start(store: Path) -> ServerProcess:
@@ -45,13 +54,13 @@ def upload(server: ServerProcess, lines: list[dict[str, Any]]) -> str:
     return str(answer.raise_for_status().json()["id"])
 
 
-def create(server: ServerProcess, method: str, epochs: int = 6) -> str:
+def create(server: ServerProcess, method: str, epochs: int = 6, **adapter: Any) -> str:
     lines, rate = METHODS[method]
     hyperparameters = {"n_epochs": epochs, "batch_size": 6}
     body = {
         "model": "demo", "training_file": upload(server, lines), "validation_file": upload(server, lines[:10]),
         "seed": 5, "method": {"type": method, method: {"hyperparameters": hyperparameters}},
-        "lora": {"r": 4}, "trainer": {"learning_rate": rate}, "adapter": "made",
+        "trainer": {"learning_rate": rate}, "adapter": "made", **(adapter or {"lora": {"r": 4}}),
     }  # fmt: skip
     return str(server.http.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"])
 
@@ -162,3 +171,42 @@ def test_a_server_that_is_killed_at_any_moment_loses_no_job(tmp_path: Path) -> N
         assert len(digests) == 1
         staged = [path for path in (tmp_path / "store" / "staging").iterdir() if re.match("upload-", path.name)]
         assert staged == []
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+def test_p_tuning_goes_on_after_a_killed_engine_and_is_served_as_peft_computes_it(tmp_path: Path) -> None:
+    with start(tmp_path / "store") as server:
+        first = finish(server, create(server, "supervised", epochs=3, peft=P_TUNING))
+        id_ = create(server, "supervised", epochs=3, peft=P_TUNING)
+        reach(server, id_, 5)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        assert finish(server, id_) == first
+        with tarfile.open(fileobj=io.BytesIO(server.http.get("/v1/adapters/made/files").content)) as files:
+            files.extractall(tmp_path / "peft", filter="data")
+        tokenizer = AutoTokenizer.from_pretrained(DEMO)
+        base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+        for text in PROMPTS[:4]:
+            ids = tokenizer(text + "\n", return_tensors="pt").input_ids
+            with torch.no_grad():
+                wanted = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+            answer = tokenizer.decode(wanted, skip_special_tokens=True)
+            assert server.complete(text, "made", max_tokens=12).rstrip("\n") == answer.rstrip("\n")
+
+
+def test_jobs_train_every_method_at_once(tmp_path: Path) -> None:
+    tokens = {"num_virtual_tokens": 4}
+    asked: dict[str, dict[str, Any]] = {
+        "lora": {"peft_type": "LORA", "r": 4, "use_dora": True},
+        "ia3": {"peft_type": "IA3", "feedforward_modules": ["down_proj"]},
+        "prompt": {"peft_type": "PROMPT_TUNING", **tokens},
+        "mlp": {"peft_type": "P_TUNING", "encoder_hidden_size": 16, **tokens},
+        "prefix": {"peft_type": "PREFIX_TUNING", **tokens},
+        "projection": {"peft_type": "PREFIX_TUNING", "prefix_projection": True, **tokens},
+    }
+    with start(tmp_path / "store") as server:
+        ids = [create(server, "supervised", epochs=2, adapter=name, peft=own) for name, own in asked.items()]
+        for name, id_ in zip(asked, ids, strict=True):
+            assert finish(server, id_).startswith(f"{name}@")
+            assert len(metrics(server, id_)) == 8
+            assert server.complete(PROMPTS[0], name)

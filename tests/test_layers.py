@@ -56,7 +56,7 @@ PACKAGES = (
         ),
     ),
     Package(6, "api", ("api",)),
-    Package(5, "metrics", ("metrics", "source_metrics")),
+    Package(5, "metrics", ("metrics", "source_metrics", "job_metrics")),
     Package(5, "engine from outside", tuple(f"engine.{module}" for module in OUTSIDE)),
     Package(4, "engine inside", ("engine",)),
     Package(3, "model", ("model",)),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.engine.training.method_settings import AdapterSettings
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
+from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trained_files import peft_tensors, save_peft
 from lora_serve.engine.training.trainer import Trainer
 from lora_serve.engine.training.training_settings import AdamSettings
@@ -36,6 +37,7 @@ from lora_serve.model.trainable_base import TrainableBase
 CPU = torch.device("cpu")
 STEPS = int(os.environ.get("TRAINING_STEPS", "6"))
 LOSS, WEIGHTS = 1e-4, 1e-3  # the issue's own bounds
+HEAD_OUTPUTS = 32  # that are computed at a time: a third of the vocabulary
 MEMORY = 1 << 25  # not enough to keep what a layer saves
 
 
@@ -55,7 +57,7 @@ class TrainingDriver:
     ) -> None:
         kernels = kernels or select(device, native)
         self.loaded = load_small(folder, dtype, scheme, device)
-        self.trainable = TrainableBase(self.loaded, kernels, slots)
+        self.trainable = TrainableBase(self.loaded, kernels, slots, head_weights=HEAD_OUTPUTS * 64)
         served = DeviceSlots(self.loaded.shape, 2, self.loaded.dtype, device)
         kv = KVTensors(self.loaded.layers, 20, 4, self.loaded.dtype, device)
         self.base = ResidentBase(self.loaded, served, kernels, kv)
@@ -109,13 +111,17 @@ def examples(count: int, vocabulary: int, seed: int, shortest: int = 6, longest:
     return [TrainingSequence.completion(prompt, completion, 1 / total) for prompt, completion in pairs]
 
 
-def load_trainable(base: Any, folder: Path) -> Any:
-    """What PEFT loads from an adapter's folder onto a copy of a base, to be trained."""
+def load_trainable(base: Any, folder: Path, adapter: TrainableAdapter | None = None) -> Any:
+    """What PEFT loads from an adapter's folder onto a copy of a base, to be trained; an encoder is the adapter's."""
     config: Any = peft.PeftConfig.from_pretrained(folder)
     if not config.is_prompt_learning:
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True).eval()
     config.inference_mode = False
     model = peft.get_peft_model(copy.deepcopy(base), config)
+    if adapter is not None and adapter.layout.encoder is not None:
+        encoder: Any = model.prompt_encoder["default"]
+        encoder.load_state_dict(adapter.layout.encoder.parameters(adapter.masters))
+        return model.eval()
     peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model.eval()
 
@@ -157,7 +163,7 @@ def check_parity(
         adapter = driver.trainer.create(name, settings, AdamSettings(weight_decay=0.01))
         save_peft(adapter, folder / name)
         adapters.append(adapter)
-        models.append(load_trainable(base, folder / name))
+        models.append(load_trainable(base, folder / name, adapter))
         data.append([examples(3, VOCABULARY, seed=100 * index + step) for step in range(steps)])
     rates = [rate.at(step) for step in range(steps)]
     losses: list[list[float]] = [[] for _ in adapters]
@@ -175,4 +181,10 @@ def check_parity(
         assert start.keys() == theirs.keys()
         for key, tensor in start.items():
             torch.testing.assert_close(tensor, theirs[key].detach(), atol=WEIGHTS, rtol=0)
+        if adapter.layout.encoder is not None:
+            state = model.prompt_encoder["default"].state_dict()
+            parameters = adapter.layout.encoder.parameters(adapter.masters)
+            assert state.keys() == parameters.keys()
+            for key, tensor in parameters.items():
+                torch.testing.assert_close(tensor, state[key], atol=WEIGHTS, rtol=0)
         driver.trainer.close(adapter)

@@ -49,6 +49,7 @@ from lora_serve.api.traces import RequestTraces
 from lora_serve.api.usage import UsageRecords
 from lora_serve.config import ServeConfig, is_public
 from lora_serve.errors import Unavailable
+from lora_serve.job_metrics import JobCollector
 from lora_serve.metrics import CONTENT_TYPE, Metrics
 from lora_serve.sources.fetcher import Fetcher
 from lora_serve.sources.totals import SourceTotals
@@ -99,7 +100,7 @@ def create_app(
         lambda: engine.stats,
         lambda: engine.restarts,
         totals,
-        stored.count_by_status,
+        JobCollector(stored.count_by_status, lambda: jobs.running),
         block_size=config.kv_block_size,
     )
     engine.observe(metrics.observe)

@@ -23,7 +23,7 @@ from lora_serve.engine.active_requests import ActiveRequests
 from lora_serve.engine.admin_calls import AdminCalls
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.in_flight import InFlightStep, LaunchedStep, launch
-from lora_serve.engine.prefill_pacer import PrefillPacer
+from lora_serve.engine.prefill_pacer import Demand, PrefillPacer
 from lora_serve.engine.queue_times import QueueTimes
 from lora_serve.engine.ranks import Ranks
 from lora_serve.engine.runner import Runner
@@ -71,6 +71,7 @@ class Engine:
     ) -> None:
         self._ranks = ranks
         self._training = training
+        self._prompts_held = False  # by the last step, because of training
         self._trained = 0.0  # seconds of training since the outputs of the last step were read
         self.info = info
         self._scheduler = scheduler
@@ -129,6 +130,11 @@ class Engine:
     def _serving(self) -> bool:
         """Whether a step runs, or could."""
         return (bool(self._requests) and not self._stalled) or self.step_in_flight
+
+    @property
+    def _unfinished(self) -> int:
+        """Number of requests that are being answered or wait for it."""
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
 
     @property
     def step_in_flight(self) -> bool:
@@ -190,7 +196,13 @@ class Engine:
         memory.prefetch(beginning, keep=lambda version: holds(version.digest) or not version.in_host)
         # What is copied before the step in flight ends delays nothing.
         hidden = self._pacer.costs.decode(1) if self.step_in_flight else 0.0
-        return self._scheduler.schedule(self._pacer.budget, memory.copying(hidden))
+        return self._scheduler.schedule(self._prefill_budget, memory.copying(hidden))
+
+    def _prefill_budget(self, demand: Demand) -> int:
+        """Prompt tokens of a step beside streams: none, once, if these have already waited for training."""
+        trained = self._training is not None and self._training.pacer.in_gap > 0
+        self._prompts_held = trained and not self._prompts_held
+        return 0 if self._prompts_held else self._pacer.budget(demand)
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""
@@ -218,7 +230,7 @@ class Engine:
         decoding = sum(part.decodes for part in step.scheduled)
         self._pacer.record(decoding, tokens - decoding, seconds)
         if self._training is not None and decoding:
-            self._training.pacer.served(seconds)
+            self._training.pacer.served(seconds, self._unfinished, now)
         self._queue_times.record(self._scheduler.running.started, len(self._scheduler.waiting), now)
         return StepReport(len(step.scheduled), tokens, step.adapters, seconds)
 
@@ -234,7 +246,7 @@ class Engine:
             return False
         scheduler = self._scheduler
         prompts = len(scheduler.waiting) > 0 or any(seq.pending > 1 for seq in scheduler.running)
-        load = ServingLoad(self._serving, prompts, len(scheduler.running) + len(scheduler.waiting))
+        load = ServingLoad(self._serving, prompts, self._unfinished)
         ran = seconds = self._training.advance(load)
         while seconds and load.active and self._training.pending and ran < MOST_TRAINING:
             seconds = self._training.advance(load)

@@ -7,6 +7,7 @@ pointer tables, never the addresses, and loops over segments and sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class ReferenceKernels(ComposedOperations, ComposedBackward):
 
     def unpack(self, packed: PackedWeight) -> Tensor:
         return packed.data if packed.scale is None else dequantize(packed.data, packed.scale, packed.levels)
+
+    def outputs_of(self, packed: PackedWeight, outputs: slice) -> PackedWeight:
+        scale, levels = (None if part is None else part[outputs] for part in (packed.scale, packed.levels))
+        shape = (outputs.stop - outputs.start, packed.shape[1])
+        return replace(packed, shape=shape, data=packed.data[outputs], scale=scale, levels=levels)
 
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, packed.data)

@@ -11,9 +11,18 @@ from lora_serve.kernels.delta_contract import DeltaGroup, Segments
 from lora_serve.kernels.layer_contract import Layers
 from lora_serve.kernels.packed_weight import PackedWeight
 
+PART_OUTPUTS = 32  # of which parts of a weight have a multiple
+
 
 class TrainingOperations(Protocol):
-    """Linear layers without rounding, and backward passes."""
+    """Linear layers without rounding, also with parts of a weight, and backward passes."""
+
+    def outputs_of(self, packed: PackedWeight, outputs: slice) -> PackedWeight:
+        """The weight of some outputs, in the same memory, for `exact_linear`, `linear_backward` and `unpack`.
+
+        The first is a multiple of `PART_OUTPUTS`, and so is the end, unless it is that of the weight.
+        """
+        ...
 
     def exact_linear(self, x: Tensor, layers: Layers) -> list[Tensor]:
         """`linear` of weights that are quantised without rounding the rows: y = x @ unpack(packed).T + bias.

@@ -1,4 +1,4 @@
-"""LoRA deltas with dropout of their input, of one adapter's rows, forwards and backwards, in torch's products.
+"""LoRA deltas of one adapter's rows, with dropout of their input or without, forwards and backwards, in torch.
 
     y += B (A d(x))        d(x) = mask ⊙ x / (1 − rate), a mask of its own for each module
 
@@ -16,17 +16,18 @@ from lora_serve.kernels.contract import Delta
 from lora_serve.model.training_step import DeltaDropout
 
 
-def add_dropped_delta(y: Tensor, x: Tensor, delta: Delta, dropout: DeltaDropout, module: str) -> None:
+def add_dropped_delta(y: Tensor, x: Tensor, delta: Delta, dropout: DeltaDropout | None, module: str) -> None:
     """Add the delta of x [rows, in] to y [rows, out]."""
-    dropped = x.float() * dropout_factors(dropout, module, x)
+    dropped = x.float() if dropout is None else x.float() * dropout_factors(dropout, module, x)
     y += ((dropped @ delta.a.T) @ delta.b).to(y.dtype)
 
 
 def add_dropped_gradients(
-    x: Tensor, dy: Tensor, dx: Tensor, delta: Delta, gradient: Delta, dropout: DeltaDropout, module: str
+    x: Tensor, dy: Tensor, dx: Tensor, delta: Delta, gradient: Delta, dropout: DeltaDropout | None, module: str
 ) -> None:
     """Add the gradient of x [rows, in] to dx, and those of A and B to `gradient`."""
-    factors, g = dropout_factors(dropout, module, x), dy.float()
+    factors = 1.0 if dropout is None else dropout_factors(dropout, module, x)
+    g = dy.float()
     dropped, inner = x.float() * factors, g @ delta.b.T  # [rows, in], [rows, rank]
     gradient.b.addmm_((dropped @ delta.a.T).T, g)
     gradient.a.addmm_(inner.T, dropped)
@@ -37,5 +38,7 @@ def dropout_factors(dropout: DeltaDropout, module: str, like: Tensor) -> Tensor:
     """0 or 1 / (1 − rate), float32, in the shape of `like`."""
     seed = hashlib.blake2b(f"{dropout.seed} {module}".encode(), digest_size=7).digest()
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(seed, "big"))
-    kept = torch.rand(like.shape, generator=generator, device=like.device) >= dropout.rate
-    return kept / (1 - dropout.rate)
+    rows = like.shape[0]
+    shape = (rows if dropout.count is None else dropout.count, *like.shape[1:])
+    kept = torch.rand(shape, generator=generator, device=like.device) >= dropout.rate
+    return kept[dropout.first : dropout.first + rows] / (1 - dropout.rate)

@@ -41,7 +41,9 @@ def sequence_attention(
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else training_windows[layer]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     parts = []
-    for start, count, length, prefix in _runs(training_step):
+    # From the last to the first: gradients go the other way, so prefixes add up theirs in the order of the sequences,
+    # as they would if these were in several passes.
+    for start, count, length, prefix in reversed([*_runs(training_step)]):
         q, k, v = (_stacked(each[0, :, start : start + count * length], count) for each in (query, key, value))
         if prefix is not None:
             k, v = (prefixed(each, prefix, 2 * layer + index) for index, each in enumerate((k, v)))
@@ -56,7 +58,7 @@ def sequence_attention(
         else:
             out = _attend(q, k, v, scale, own_window, softcap, s_aux)
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [rows, heads, value_dim]
-    return torch.cat(parts)[None], None
+    return torch.cat(parts[::-1])[None], None
 
 
 def prefixed(x: Tensor, prefix: TrainedPrefix, place: int) -> Tensor:

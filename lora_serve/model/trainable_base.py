@@ -25,14 +25,18 @@ from torch.utils.checkpoint import checkpoint
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels, Segments
+from lora_serve.kernels.training_contract import PART_OUTPUTS
+from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
 from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
 from lora_serve.model.shape import base_module
 from lora_serve.model.trainable_experts import FrozenExperts
 from lora_serve.model.trainable_linear import (
+    HeadReading,
     ResidentEmbedding,
     TrainableGroup,
+    TrainableHead,
     TrainableLinear,
     TrainableSites,
     TrainingContext,
@@ -41,6 +45,19 @@ from lora_serve.model.trainable_linear import (
 from lora_serve.model.training_step import TrainingStep
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]  # a layer's arguments besides the hidden states
+
+
+class HeadCall(NamedTuple):
+    """Logits [rows, width] of a part of the vocabulary, and the rows that the head read, the final norm's outputs.
+
+    Attributes:
+        normed: [rows, hidden], as they come from the hidden states.
+        given: the same numbers, to which the gradient of the logits goes.
+    """
+
+    logits: Tensor
+    normed: Tensor
+    given: Tensor
 
 
 class _NotedCall(NamedTuple):
@@ -62,14 +79,17 @@ class TrainableBase:
         vocabulary: number of logits.
         max_length: of a sequence.
         token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
+        head_parts: parts of the vocabulary whose logits are computed at a time. They are about as many weights as a
+            layer, and fixed, so that sums over them have the same bits whatever else is in a batch.
 
     Args:
         loaded: the model as it was loaded; made before `ResidentBase` replaces its modules.
         slots: the most adapters that are trained at a time.
+        head_weights: of the LM head, that are computed with at a time; None: as many as a layer has.
     Raises ModelUnsupported if it cannot be trained layer by layer, or is shared by several devices.
     """
 
-    def __init__(self, loaded: LoadedModel, kernels: Kernels, slots: int) -> None:
+    def __init__(self, loaded: LoadedModel, kernels: Kernels, slots: int, *, head_weights: int | None = None) -> None:
         self.shape, self.device, self.dtype, self.vocabulary = (
             loaded.shape,
             loaded.device,
@@ -100,6 +120,7 @@ class TrainableBase:
             if name in sites and not name.endswith("]") and id(self._model.get_submodule(name)) not in inside
         ]  # linear modules between the embedding and the layers, or the layers and the head
         self.layer_weights = sum(site.in_features * site.out_features for site in sites.values()) // self.layers
+        self.head_parts = self._cut_head(loaded, head_weights or self.layer_weights)
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -155,10 +176,14 @@ class TrainableBase:
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
-    def logits(self, step: TrainingStep, hidden: Tensor) -> Tensor:
-        """Final norm, LM head and whatever the model does to logits: hidden [rows, hidden] → [rows, vocabulary]."""
+    def head(self, step: TrainingStep, hidden: Tensor, part: slice) -> HeadCall:
+        """Final norm, LM head and whatever the model does to logits, of one of `head_parts`; for hidden [rows, hidden].
+
+        Gradients of the logits end at what the head reads, so that the norm's own is computed once for all parts.
+        """
         rows = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=self.device)
         self._replacement = hidden[None]
+        self._context.head = reading = HeadReading(None if len(self.head_parts) == 1 else part)
         try:
             with self._running(step):
                 logits: Tensor = self._model(
@@ -169,8 +194,10 @@ class TrainableBase:
                     training_windows=self._windows,
                 ).logits[0]
         finally:
-            self._replacement = None
-        return logits
+            self._replacement = self._context.head = None
+        if reading.normed is None or reading.given is None:  # the head is no module that is trained
+            return HeadCall(logits, hidden, hidden)
+        return HeadCall(logits, reading.normed, reading.given)
 
     @torch.no_grad()
     def weight(self, site: str) -> Tensor:
@@ -198,13 +225,21 @@ class TrainableBase:
                 saved = self._saved_bytes(partial(self.layer, index, step, hidden, running.calls[index]), hidden)
                 self.token_bytes = max(self.token_bytes, -(-saved // len(ids)))
                 hidden = self.layer(index, step, hidden, running.calls[index])
-            got = self.logits(step, hidden[0]).cpu().float()
-        error = relative_error(got, wanted.flatten(0, 1))
+            got = self._logits(step, hidden[0])
+            error = relative_error(got, wanted.flatten(0, 1))
+            if (
+                not error <= self._tolerance and len(self.head_parts) > 1
+            ):  # what the model does to logits needs them all
+                self.head_parts = [slice(0, self.vocabulary)]
+                error = relative_error(self._logits(step, hidden[0]), wanted.flatten(0, 1))
         if not error <= self._tolerance:
             raise ModelUnsupported(
                 f"{self._kind} cannot be trained: layer by layer its logits differ from its own by {error:.2g}, "
                 f"more than {self._tolerance:.2g}"
             )
+
+    def _logits(self, step: TrainingStep, hidden: Tensor) -> Tensor:
+        return torch.cat([self.head(step, hidden, part).logits.cpu().float() for part in self.head_parts], 1)
 
     def _saved_bytes(self, run: Callable[[], Tensor], hidden: Tensor) -> int:
         """Bytes of the tensors that a layer saves for its backward pass, without the base's parameters."""
@@ -242,6 +277,17 @@ class TrainableBase:
         finally:
             self._context.step = None
 
+    def _cut_head(self, loaded: LoadedModel, weights: int) -> list[slice]:
+        """Parts of the vocabulary; one if the head's outputs are not the logits, or it is packed at each call."""
+        site = self.shape.sites.get(self.shape.head)
+        alone = (self.shape.head,) in self.deltas.groups
+        if site is None or not alone or site.out_features != self.vocabulary:
+            return [slice(0, self.vocabulary)]
+        if isinstance(base_module(loaded.model, self.shape.head), ExternalLinear):
+            return [slice(0, self.vocabulary)]
+        width = max(1, weights // (site.in_features * PART_OUTPUTS)) * PART_OUTPUTS
+        return [slice(at, min(at + width, self.vocabulary)) for at in range(0, self.vocabulary, width)]
+
     def _copy(self, loaded: LoadedModel) -> Any:
         """The model's modules without weights: parameters are shared, modules whose weights are packed are replaced."""
         model: Any = loaded.model
@@ -261,7 +307,8 @@ class TrainableBase:
             sites = TrainableSites(names, deltas, self.gradients.groups[names], partial(base_module, model))
             group = TrainableGroup(sites, self._context)
             for index, name in enumerate(names):
-                linear = TrainableLinear(group, index, partial(_weight_of, model, name))
+                kind = TrainableHead if names == (loaded.shape.head,) else TrainableLinear
+                linear = kind(group, index, partial(_weight_of, model, name))
                 shared[id(model.get_submodule(name))] = linear
         return copy.deepcopy(model, shared)
 

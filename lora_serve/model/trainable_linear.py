@@ -27,15 +27,30 @@ from lora_serve.model.dropped_delta import add_dropped_delta, add_dropped_gradie
 from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.packed_linear import PackedLinear
 from lora_serve.model.trained_gain import apply_gains
-from lora_serve.model.training_step import AdapterSpan, DeltaDropout, Magnitude, TrainingStep
+from lora_serve.model.training_step import AdapterSpan, Magnitude, TrainingStep
+
+
+@dataclass
+class HeadReading:
+    """One call of the LM head.
+
+    Attributes:
+        part: of the outputs; None: all.
+        normed, given: what it read, and where gradients end; see `HeadCall`.
+    """
+
+    part: slice | None
+    normed: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclass
 class TrainingContext:
-    """Shared by all modules of a trainable base; `step` changes with every quantum."""
+    """Shared by all modules of a trainable base; `step` changes with every quantum, `head` is set while it runs."""
 
     kernels: Kernels
     step: TrainingStep | None = None
+    head: HeadReading | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class _GroupCall:
     """One call of modules that read the same input; what its backward pass needs besides the input.
 
     Attributes:
+        part: outputs of the only module that are computed; None: all.
         gained: per module (span, its magnitude, the span's rows before the gain).
         grads: of the outputs, between the two operations of the backward pass.
     """
@@ -66,12 +82,17 @@ class _GroupCall:
     sites: TrainableSites
     kernels: Kernels
     step: TrainingStep
+    part: slice | None = None
     gained: list[list[tuple[AdapterSpan, Magnitude, Tensor]]] = field(default_factory=list)
     grads: Sequence[Tensor] = ()
 
     def layers(self) -> list[tuple[PackedWeight, Tensor | None]]:
         """The resident weights and biases."""
-        return [resident_layer(self.sites.base(name), self.kernels) for name in self.sites.names]
+        layers = [resident_layer(self.sites.base(name), self.kernels) for name in self.sites.names]
+        if self.part is None:
+            return layers
+        ((packed, bias),) = layers
+        return [(self.kernels.outputs_of(packed, self.part), None if bias is None else bias[self.part])]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Outputs of all modules, for x [rows, in]."""
@@ -84,18 +105,21 @@ class _GroupCall:
             (packed, None if own else bias) for (packed, bias), own in zip(layers, magnitudes, strict=True)
         ]  # a bias is added after the gain
         outputs = self.kernels.exact_linear(x, inner)
-        self.kernels.delta(x, outputs, self.sites.deltas, self.step.segments)
-        for span, module, dropout, delta in self._dropped():
-            dropped = slice(span.start, span.end)
-            add_dropped_delta(outputs[module][dropped], x[dropped], delta, dropout, self.sites.names[module])
+        if self.part is None:
+            self.kernels.delta(x, outputs, self.sites.deltas, self.step.segments)
+        for span, module, delta in self._alone():
+            rows, name = slice(span.start, span.end), self.sites.names[module]
+            add_dropped_delta(outputs[module][rows], x[rows], self._own(delta), span.dropout, name)
         for module, own in enumerate(magnitudes):
             self.gained.append([])
             for span, magnitude in own:
                 if magnitude.norm is None:
-                    magnitude.norm = self._norm(module, span.slot, layers[module][0])
-                rows = outputs[module][span.start : span.end]
-                self.gained[module].append((span, magnitude, rows.clone()))
-                rows.copy_(rows.float() * (magnitude.values / magnitude.norm))
+                    magnitude.norm = self._norm(module, span.slot)
+                own_magnitude = magnitude if self.part is None else magnitude.of(self.part)
+                assert own_magnitude.norm is not None
+                gained = outputs[module][span.start : span.end]
+                self.gained[module].append((span, own_magnitude, gained.clone()))
+                gained.copy_(gained.float() * (own_magnitude.values / own_magnitude.norm))
             bias = layers[module][1]
             if own and bias is not None:
                 outputs[module] += bias
@@ -118,24 +142,33 @@ class _GroupCall:
     def delta_backward(self, x: Tensor, dx: Tensor) -> None:
         """Add the input's gradient through the deltas to dx, and those of the deltas to the adapters'."""
         sites = self.sites
-        self.kernels.delta_backward(x, self.grads, dx, sites.deltas, self.step.segments, sites.gradients)
-        for span, module, dropout, delta in self._dropped():
+        if self.part is None:
+            self.kernels.delta_backward(x, self.grads, dx, sites.deltas, self.step.segments, sites.gradients)
+        for span, module, delta in self._alone():
             gradient = sites.gradients.get(module, span.slot)
             if gradient is not None:
-                rows, name = slice(span.start, span.end), sites.names[module]
-                add_dropped_gradients(x[rows], self.grads[module][rows], dx[rows], delta, gradient, dropout, name)
+                rows, name, grad = slice(span.start, span.end), sites.names[module], self.grads[module]
+                pair = self._own(delta), self._own(gradient)
+                add_dropped_gradients(x[rows], grad[rows], dx[rows], *pair, span.dropout, name)
         self.grads = ()
 
-    def _dropped(self) -> Iterator[tuple[AdapterSpan, int, DeltaDropout, Delta]]:
-        """Spans with dropout, the modules that they have a delta for, and it."""
+    def _alone(self) -> Iterator[tuple[AdapterSpan, int, Delta]]:
+        """Spans, modules and their deltas, of deltas that the kernels do not compute: with dropout, or of a part."""
         for span in self.step.spans:
-            for module in range(len(self.sites.names) if span.dropout is not None else 0):
+            if span.dropout is None and self.part is None:
+                continue
+            for module in range(len(self.sites.names)):
                 delta = self.sites.deltas.get(module, span.slot)
-                if span.dropout is not None and delta is not None:
-                    yield span, module, span.dropout, delta
+                if delta is not None:
+                    yield span, module, delta
 
-    def _norm(self, module: int, slot: int, packed: PackedWeight) -> Tensor:
+    def _own(self, delta: Delta) -> Delta:
+        """The part of a delta that is computed; a view."""
+        return delta if self.part is None else Delta(delta.a, delta.b[:, self.part])
+
+    def _norm(self, module: int, slot: int) -> Tensor:
         """‖W + BA‖ of each output, float32."""
+        packed, _ = resident_layer(self.sites.base(self.sites.names[module]), self.kernels)
         return output_norm(self.kernels.unpack(packed), self.sites.deltas.get(module, slot))
 
 
@@ -187,20 +220,29 @@ class TrainableGroup:
         """Of the batch that is running."""
         return () if self._context.step is None else self._context.step.spans
 
+    @property
+    def head(self) -> HeadReading | None:
+        """The call of the LM head that is running."""
+        return self._context.head
+
     def output(self, module: int, x: Tensor) -> Tensor:
         """Output [..., out] of one of the modules for x [..., in]."""
         if x is not self._input or module not in self._outputs:
-            assert self._context.step is not None
-            call = _GroupCall(self.sites, self._context.kernels, self._context.step)
-            rows = x.reshape(-1, x.shape[-1])
-            saved: Tensor = SavedInput.apply(rows, call)  # type: ignore[no-untyped-call]
-            outputs: tuple[Tensor, ...] = AdaptedProduct.apply(saved, call)  # type: ignore[no-untyped-call]
-            self._outputs = {index: y.view(*x.shape[:-1], y.shape[-1]) for index, y in enumerate(outputs)}
+            self._outputs = dict(enumerate(self.compute(x)))
             self._input = x
         y = self._outputs.pop(module)
         if not self._outputs:
             self._input = None
         return y
+
+    def compute(self, x: Tensor, part: slice | None = None) -> list[Tensor]:
+        """Outputs of all modules, or a part of those of the only one."""
+        assert self._context.step is not None
+        call = _GroupCall(self.sites, self._context.kernels, self._context.step, part)
+        rows = x.reshape(-1, x.shape[-1])
+        saved: Tensor = SavedInput.apply(rows, call)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = AdaptedProduct.apply(saved, call)  # type: ignore[no-untyped-call]
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 class TrainableLinear(nn.Module):
@@ -221,6 +263,21 @@ class TrainableLinear(nn.Module):
         spans = self._group.spans
         x = apply_gains(x, spans, self._name, on_input=True)
         return apply_gains(self._group.output(self._module, x), spans, self._name, on_input=False)
+
+
+class TrainableHead(TrainableLinear):
+    """Takes the LM head's place: computes the part of its outputs that is asked for, and ends the gradients there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., width of the part]."""
+        reading = self._group.head
+        assert reading is not None, "the head is only called by `TrainableBase.head`"
+        reading.normed = x.reshape(-1, x.shape[-1])
+        reading.given = reading.normed.detach().requires_grad_(torch.is_grad_enabled())
+        spans, part = self._group.spans, reading.part
+        given = apply_gains(reading.given.view(x.shape), spans, self._name, on_input=True)
+        (y,) = self._group.compute(given, part)
+        return apply_gains(y, spans, self._name, on_input=False, part=part)
 
 
 class ResidentEmbedding(nn.Module):

@@ -16,10 +16,18 @@ from lora_serve.model.training_step import AdapterSpan, Gain
 GainedSpan = tuple[AdapterSpan, Gain]
 
 
-def apply_gains(x: Tensor, spans: Sequence[AdapterSpan], module: str, *, on_input: bool) -> Tensor:
-    """x [..., width] times the gains that a module's adapters have on its input, or on its output."""
+def apply_gains(
+    x: Tensor, spans: Sequence[AdapterSpan], module: str, *, on_input: bool, part: slice | None = None
+) -> Tensor:
+    """x [..., width] times the gains that a module's adapters have on its input, or on its output.
+
+    Args:
+        part: which numbers of the output x is; None: all.
+    """
     found = [
-        (span, gain) for span in spans if (gain := span.gains.get(module)) is not None and gain.on_input == on_input
+        (span, gain if part is None else Gain(gain.values[part], gain.gradient[part], on_input))
+        for span in spans
+        if (gain := span.gains.get(module)) is not None and gain.on_input == on_input
     ]
     if not found:
         return x

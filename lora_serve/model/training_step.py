@@ -24,6 +24,12 @@ class Magnitude:
     gradient: Tensor
     norm: Tensor | None = None
 
+    def of(self, outputs: slice) -> Magnitude:
+        """That of some outputs, in the same memory."""
+        return Magnitude(
+            self.values[outputs], self.gradient[outputs], None if self.norm is None else self.norm[outputs]
+        )
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -44,10 +50,15 @@ class DeltaDropout:
     """Dropout of the deltas' input: each number is left out with probability `rate`, others are divided by 1 − rate.
 
     The mask of a module depends on the seed only, so a layer that is computed again has the same one.
+
+    Attributes:
+        first, count: the rows are those from `first` on of a mask over so many; None: they are all of them.
     """
 
     rate: float
     seed: int
+    first: int = 0
+    count: int | None = None
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ function JobFacts({ job }) {
     ["Epochs", n_epochs],
     ["Batch size", batch_size],
     ["Learning rate", learning_rate],
-    ["Rank, alpha", `${job.lora.r}, ${job.lora.lora_alpha}`],
+    ["Adapter", job.peft.peft_type],
+    ["Rank, alpha", job.lora && `${job.lora.r}, ${job.lora.lora_alpha}`],
+    ["Virtual tokens", job.peft.num_virtual_tokens],
     ["Schedule", job.trainer.lr_scheduler_type],
     ["Seed", job.seed],
   ];

@@ -102,7 +102,7 @@ class FakeTrainingEngine(StubAdminEngine):
         self.most_at_once = 0
 
     async def call(self, operation: Operation) -> Any:
-        if not self.alive or (not self.ready and hasattr(operation, "run")):
+        if not self.alive or (not self.ready and isinstance(operation, CreateRun)):
             raise Unavailable("the engine is not running, or drains")
         if isinstance(operation, Publish) and self.dies_of_publishing:
             self.die()

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_training import COMPLETIONS, PREFERENCES, Jobs, TrainingApp, when
+from fake_training import COMPLETIONS, CONTEXT, PREFERENCES, Jobs, TrainingApp, when
 from stub_admin import StubAdminApp
 
 from lora_serve.api.caller import Caller
@@ -20,7 +20,7 @@ from lora_serve.api.fine_tuning.job_records import JobEvent
 from lora_serve.api.fine_tuning.job_store import UnknownJob
 from lora_serve.api.key_file import Keys, hash_key
 from lora_serve.messages import AliasInfo
-from lora_serve.training_messages import OptimizerStep
+from lora_serve.training_messages import CreateRun, ForwardBackward, OptimizerStep, RunSettings
 
 CALLERS = {
     "sk-a": Caller("a", admin=True, adapters=("a-*", "ft-*"), key="1"),
@@ -108,6 +108,7 @@ async def test_a_job_s_life_with_the_sdk(server: TrainingApp) -> None:
     assert made.hyperparameters.n_epochs == 2
     assert made.hyperparameters.batch_size == made.hyperparameters.learning_rate_multiplier == "auto"
     assert (made.lora["r"], made.lora["use_rslora"], made.lora["seed"], made.max_length) == (4, True, 7, 32)
+    assert made.peft == made.lora | {"peft_type": "LORA"}
     job = await finish(server, made.id)
     assert (job.status, job.error) == ("succeeded", None)
     assert job.fine_tuned_model == f"ft:base:a:My sums!:{job.id[-10:]}"
@@ -251,6 +252,27 @@ async def test_jobs_are_counted_by_status(server: TrainingApp) -> None:
         assert f'lora_serve_fine_tuning_jobs{{status="{status}"}} {count}.0' in metrics
 
 
+async def test_a_job_that_trains_has_metrics_of_its_own(server: TrainingApp) -> None:
+    seen: list[str] = []
+
+    async def after(operation: Any) -> None:
+        if isinstance(operation, OptimizerStep):
+            seen.append((await server.http.get("/metrics", headers={"Authorization": "Bearer sk-all"})).text)
+
+    server.engine.after = after
+    made = await create(server, validation_file=await upload(server), hyperparameters={"n_epochs": 2, "batch_size": 4})
+    await finish(server, made.id)
+    labels = f'{{adapter="a-x",fine_tuning_job="{made.id}"}}'
+    assert f"lora_serve_fine_tuning_job_step{labels} 0.0" in seen[0]
+    assert "_train_loss{" not in seen[0]
+    told = [each["data"] for each in await streamed(server, made.id) if each["type"] == "metrics"]
+    values = {"step": 4, "steps": 6, "tokens": told[3]["trained_tokens"], "train_loss": told[3]["train_loss"]}
+    for name, value in {**values, "valid_loss": told[2]["valid_loss"]}.items():
+        assert f"lora_serve_fine_tuning_job_{name}{labels} {float(value)}\n" in seen[4], name
+    metrics = (await server.http.get("/metrics", headers={"Authorization": "Bearer sk-all"})).text
+    assert made.id not in metrics
+
+
 async def test_events_are_streamed_until_the_job_has_finished(server: TrainingApp) -> None:
     made = await create(server)
     events = await streamed(server, made.id)
@@ -316,6 +338,23 @@ async def test_a_file_that_does_not_fit_fails_the_job(server: TrainingApp) -> No
     assert events[0].level == "error"
 
 
+P_TUNING: dict[str, Any] = {"peft_type": "P_TUNING", "num_virtual_tokens": 8}
+
+
+async def test_a_job_trains_any_method_and_leaves_room_for_its_virtual_tokens(server: TrainingApp) -> None:
+    asked = P_TUNING | {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 24}
+    long = [json.dumps({"prompt": "x" * 20, "completion": "y" * 50})] * 10
+    made = await create(server, training_file=await upload(server, lines=long), seed=3, extra={"peft": asked})
+    settings = {"encoder_num_layers": 2, "encoder_dropout": 0, "seed": 3}
+    assert (made.lora, made.peft) == (None, asked | settings)
+    job = await finish(server, made.id)
+    assert (job.status, job.error) == ("succeeded", None)
+    (created,) = (each for each in server.engine.trained if isinstance(each, CreateRun))
+    assert created.settings == RunSettings(**(asked | {"seed": 3}))
+    passes = [each for each in server.engine.trained if isinstance(each, ForwardBackward)]
+    assert {len(example.tokens) + 8 for each in passes for example in each.examples} == {CONTEXT - 1}
+
+
 @pytest.mark.parametrize(
     ("given", "param", "message"),
     [
@@ -332,6 +371,16 @@ async def test_a_file_that_does_not_fit_fails_the_job(server: TrainingApp) -> No
         ({"metadata": {"k": "v" * 513}}, "metadata.k", ""),
         ({"extra": {"lora": {"rank": 4}}}, "lora.rank", "unknown"),
         ({"extra": {"lora": {"init_lora_weights": "eva"}}}, "lora.init_lora_weights", ""),
+        ({"extra": {"peft": {"peft_type": "LOHA"}}}, "peft", "P_TUNING"),
+        ({"extra": {"peft": {"num_virtual_tokens": 4}}}, "peft", "peft_type"),
+        ({"extra": {"peft": {"peft_type": "P_TUNING"}}}, "peft.num_virtual_tokens", "missing"),
+        ({"extra": {"peft": P_TUNING | {"r": 4}}}, "peft.r", "unknown"),
+        ({"extra": {"peft": P_TUNING | {"encoder_hidden_size": 10**9}}}, "peft.encoder_hidden_size", "65536"),
+        ({"extra": {"peft": P_TUNING | {"encoder_num_layers": 10**6}}}, "peft.encoder_num_layers", "4"),
+        ({"extra": {"peft": P_TUNING | {"encoder_dropout": 0.1}}}, "peft.encoder_dropout", "0"),
+        ({"extra": {"peft": P_TUNING | {"num_virtual_tokens": 63}}}, "peft.num_virtual_tokens", "of the context"),
+        ({"extra": {"peft": P_TUNING, "lora": {}}}, None, "send one of them"),
+        ({"extra": {"peft": P_TUNING}, "method": {"type": "dpo"}}, None, "dpo learns against the base"),
         ({"extra": {"trainer": {"load_best_model_at_end": True}}}, None, "need a validation_file"),
         ({"extra": {"learning_rate": 1}}, "learning_rate", "unknown"),
         ({"extra": {"adapter": "a b"}}, "adapter", ""),

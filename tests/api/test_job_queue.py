@@ -486,18 +486,23 @@ async def test_runs_are_saved_between_epochs_too(tmp_path: Path) -> None:
     assert jobs.result == await undisturbed(tmp_path)
 
 
-async def test_a_job_of_a_draining_server_goes_on_later(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_job_of_a_draining_server_saves_if_it_can_and_goes_on_later(
+    jobs: Jobs, tmp_path: Path, full: bool
+) -> None:
     def drain() -> None:
-        jobs.engine.ready = False
+        jobs.engine.ready, jobs.engine.full = False, full
 
     when(jobs.engine, OptimizerStep, 5, drain)
     id_ = await jobs.create()
-    while not jobs.engine.trained or jobs.queue._runner(id_) is not None:
+    while jobs.engine.ready:
         await asyncio.sleep(0.002)
+    await jobs.queue.drain(10.0)
+    assert jobs.queue._runner(id_) is None
     assert jobs.store.find(id_).status == "running"
     newest = jobs.store.saves(id_).newest()
     assert newest is not None
-    assert newest[1].position.step == 3
+    assert newest[1].position.step == (3 if full else 5)
     assert "The job" not in jobs.messages(id_)[-1]
     await jobs.queue.close()
     again = Jobs(tmp_path, disk=QuickDisk())

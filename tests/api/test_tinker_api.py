@@ -229,6 +229,32 @@ async def test_checkpoints_are_loaded_listed_and_deleted(server: StubTrainingApp
     assert await server.train(f"{session}:train:1", 1) == -3
 
 
+async def test_a_deleted_checkpoint_does_not_come_back_when_its_model_goes_on(tmp_path: Path) -> None:
+    async with StubTrainingApp(tmp_path) as before:
+        session = await before.session()
+        model = await before.model(session)
+        for seq, name in ((1, "deleted"), (2, "replaced"), (4, "kept")):
+            await before.call("save_weights", {"model_id": model, "seq_id": seq, "path": name})
+            if name == "replaced":
+                more = {"path": "replaced", "overwrite": True}
+                await before.call("save_weights", {"model_id": model, "seq_id": 3, **more})
+        await before.call("save_weights_for_sampler", {"model_id": model, "seq_id": 5, "path": "sampled"})
+        for gone in ("weights/deleted", "sampler_weights/sampled"):
+            assert (await before.client.delete(f"/api/v1/training_runs/{model}/checkpoints/{gone}")).status_code == 200
+        assert len(list((tmp_path / "tinker" / "checkpoints").glob("*/state"))) == 2
+    async with StubTrainingApp(tmp_path) as server:
+        assert await server.train(model, 6) == 0  # after all calls were repeated
+        shown = (await server.client.get("/api/v1/checkpoints")).json()["checkpoints"]
+        assert {each["checkpoint_id"] for each in shown} == {"weights/replaced", "weights/kept"}
+        assert not [name for name in server.engine.adapters if name.startswith("tinker-")]
+        service, folder = server.app.state.tinker, tmp_path / "tinker" / "checkpoints"
+        await service._forget_deleted()
+        assert len(list(folder.iterdir())) == 5  # its calls may be repeated once more
+        await service.finish(session, "")
+        await service._forget_deleted()
+        assert len(list(folder.iterdir())) == 2
+
+
 async def test_weights_are_sampled_by_name(server: StubTrainingApp) -> None:
     session = await server.session()
     model = await server.model(session)

@@ -19,7 +19,8 @@ import pytest
 from metrics_server import served_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from lora_serve.messages import Stats, StepReport, Update
+from lora_serve.job_metrics import JobCollector, RunningJob
+from lora_serve.messages import SharedStatus, Stats, StepReport, Update
 from lora_serve.metrics import Metrics
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana" / "lora-serve.json").read_text())
@@ -33,15 +34,22 @@ class Served:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.metrics = Metrics(lambda: self.stats, lambda: 1)
+        self.metrics = Metrics(lambda: self.stats, lambda: 1, jobs=JobCollector(lambda: {"running": 1}, self.jobs))
+
+    def jobs(self) -> list[RunningJob]:
+        return [RunningJob("ftjob-1", "a", self.steps, 100, 10 * self.steps, 0.5, 0.6)]
 
     @property
     def stats(self) -> Stats:
         steps = self.steps
         tiers, seconds = {"host": steps, "device": steps}, {"host": steps / 10, "device": steps / 100}
+        quanta = {"forward": steps, "backward": steps}
         return Stats(
-            1, 2, 3, 10, steps, steps, steps, steps, tiers, tiers, tiers, tiers, seconds, tiers, ["a"], adapters=3
-        )
+            1, 2, 3, 10, steps, steps, steps, steps, tiers, tiers, tiers, tiers, seconds, tiers, ["a"], adapters=3,
+            training_runs=1, training_bytes=1 << 20, training_tokens_total=100 * steps, training_quanta_total=quanta,
+            training_seconds_total={"forward": steps / 10, "backward": steps / 5},
+            shared=SharedStatus(steps, 0, 0.5, steps, True),
+        )  # fmt: skip
 
     def work(self) -> None:
         self.steps += 1

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from lora_serve.kernels.contract import Delta, DeltaGroup, Segments
 from lora_serve.kernels.cpu.backend import NativeKernels
+from lora_serve.kernels.gpu.backend import GpuKernels
 from lora_serve.kernels.packed_weight import Scheme
 from lora_serve.kernels.reference import ReferenceKernels
+from lora_serve.kernels.training_contract import PART_OUTPUTS
 
 REFERENCE = ReferenceKernels()
 
@@ -106,3 +108,27 @@ def test_a_large_weight_is_unpacked_in_parts(native: NativeKernels, scheme: Sche
     if scheme is not None:
         x = torch.randn(3, 128)
         assert_near(native.exact_linear(x, [(packed, None)])[0], x @ dense.T, "linear")
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_some_outputs_of_a_weight_are_a_weight(
+    native: NativeKernels, scheme: Scheme | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5 * PART_OUTPUTS + 7, 64).to(dtype)
+    for kernels in (REFERENCE, GpuKernels(), *([] if scheme == "fp8" else [native])):  # CPUs have no fp8
+        packed = pack_one(kernels, weight, scheme)
+        whole = kernels.unpack(packed)
+        for outputs in (slice(0, 64), slice(64, 96), slice(96, weight.shape[0]), slice(0, weight.shape[0])):
+            own = kernels.outputs_of(packed, outputs)
+            assert own.shape == (outputs.stop - outputs.start, 64)
+            assert kernels.unpack(own).equal(whole[outputs])
+            x, grad = torch.randn(3, 64).to(dtype), torch.randn(3, own.shape[0]).to(dtype)
+            (y,) = kernels.exact_linear(x, [(own, None)])
+            assert_near(y, (x.double() @ whole[outputs].to(dtype).double().T).to(dtype), "linear")
+            dx = kernels.linear_backward([grad], [own])
+            assert_near(dx, (grad.double() @ whole[outputs].to(dtype).double()).to(dtype), "gradient")
+    if scheme != "fp8":
+        with pytest.raises(ValueError, match="whole panels"):
+            native.outputs_of(pack_one(native, weight, scheme), slice(0, 40))

@@ -148,6 +148,8 @@ class JobControl:
             try:
                 result = await work()
             except StorageFull as error:
+                if self.draining:
+                    raise Stopped from None
                 if not self.waits_for_space:
                     self.waits_for_space = True
                     self._change_status("paused", ("running", "queued", "validating_files"), on_disk=False)

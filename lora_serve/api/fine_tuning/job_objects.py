@@ -16,6 +16,7 @@ from lora_serve.api.fine_tuning.job_records import (
     SaveRecord,
     Status,
 )
+from lora_serve.api.fine_tuning.peft_options import shown_settings
 
 
 class JobErrorObject(BaseModel):
@@ -35,7 +36,7 @@ class HyperparametersObject(BaseModel):
 
 
 class JobObject(BaseModel):
-    """OpenAI's fine-tuning job. `lora`, `trainer`, `adapter`, `max_length`, `training` are this server's."""
+    """OpenAI's fine-tuning job. `lora`, `peft`, `trainer`, `adapter`, `max_length`, `training` are this server's."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -57,7 +58,8 @@ class JobObject(BaseModel):
     metadata: dict[str, str] | None
     integrations: list[Any]
     adapter: str
-    lora: dict[str, Any]
+    lora: dict[str, Any] | None
+    peft: dict[str, Any]
     trainer: dict[str, Any]
     max_length: int | None
     training: dict[str, Any]
@@ -132,6 +134,7 @@ def job_object(job: JobRecord, estimated_finish: int | None) -> JobObject:
             learning_rate_multiplier=numbers.learning_rate_multiplier,
             beta=numbers.beta,
         )
+    peft = shown_settings(job.settings)
     shown = {name: value for name, value in msgspec.to_builtins(chosen).items() if value is not None}
     return JobObject(
         id=job.id,
@@ -157,7 +160,8 @@ def job_object(job: JobRecord, estimated_finish: int | None) -> JobObject:
         metadata=job.metadata,
         integrations=[],
         adapter=job.adapter if job.digest is None else f"{job.adapter}@{job.digest[:12]}",
-        lora=msgspec.to_builtins(job.settings),
+        lora=peft if job.settings.peft_type == "LORA" else None,
+        peft=peft,
         trainer=msgspec.to_builtins(job.trainer),
         max_length=job.max_length,
         training={

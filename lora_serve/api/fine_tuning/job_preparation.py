@@ -90,7 +90,8 @@ async def _encode(
         raise invalid(f"{file.id} has {file.kind} examples; method {job.method} learns from {needed} ones", param=param)
     if name == TRAINING and file.examples < FEWEST_EXAMPLES:
         raise invalid(f"{file.id} has {file.examples} examples; at least {FEWEST_EXAMPLES} are needed", param=param)
-    most_tokens = min(job.max_length or info.max_model_len, info.max_model_len)
+    longest = info.max_model_len - job.settings.num_virtual_tokens
+    most_tokens = min(job.max_length or longest, longest)
     encoder = ExampleEncoder(tokenizer, end_tokens=info.eos_token_ids, most_tokens=most_tokens)
     folder = store.folder(job)
     encoded = encoder.encode_all(read_examples(folder / name))

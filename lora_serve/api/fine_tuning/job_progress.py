@@ -10,6 +10,7 @@ from lora_serve.api.fine_tuning.job_records import CheckpointRecord, JobEvent, P
 from lora_serve.api.fine_tuning.job_saves import ADAPTER, RUN
 from lora_serve.api.fine_tuning.job_store import disk_errors
 from lora_serve.api.fine_tuning.training_loop import Metrics
+from lora_serve.job_metrics import RunningJob
 from lora_serve.training_messages import ExportRun, SaveRun
 
 IN_CHECKPOINTS = ("step", "train_", "valid_", "full_valid_")  # how metrics begin that checkpoints have
@@ -27,6 +28,8 @@ class JobProgress:
         self._saved = position.step
         self._saved_at = self._began_at = time.monotonic()
         self._first = self._last = position.step
+        self._tokens = position.tokens
+        self._losses: Metrics = {}  # the last ones
         self._unsaved: Metrics | None = None  # of the last step, unless there is a checkpoint of it
 
     @property
@@ -38,13 +41,20 @@ class JobProgress:
         each = (time.monotonic() - self._began_at) / (self._last - self._first)
         return int(self._control.store.clock() + each * (steps - self._last))
 
+    @property
+    def measured(self) -> RunningJob:
+        """How far the job is."""
+        job = self._control.job
+        losses = self._losses.get("train_loss"), self._losses.get("valid_loss")
+        return RunningJob(job.id, job.adapter, self._last, job.steps or 0, self._tokens, *losses)
+
     async def before_step(self, position: Position) -> None:
-        """Save if it is time, if a checkpoint was asked for, or if the job is paused; then raise `Stopped`."""
+        """Save if it is time, or a checkpoint was asked for. Raises `Stopped` if the job pauses, or the server ends."""
         self._control.check()
         if self._control.checkpoint_is_asked_for and self._unsaved is not None:
             await self._save(position, self._unsaved)
         status = self._control.job.status
-        if status == "paused":
+        if status == "paused" or self._control.draining:
             await self._save(position, None)
             raise Stopped
         if status == "queued":  # paused, and resumed before that was noticed
@@ -54,7 +64,8 @@ class JobProgress:
 
     async def stepped(self, position: Position, metrics: Metrics) -> None:
         """Add the metrics event of a step, unless there is one from before the job went on from a save."""
-        self._last, self._unsaved = position.step, metrics
+        self._last, self._unsaved, self._tokens = position.step, metrics, position.tokens
+        self._losses |= {name: metrics[name] for name in ("train_loss", "valid_loss") if name in metrics}
         if position.step <= self._told:
             return
         self._told = position.step

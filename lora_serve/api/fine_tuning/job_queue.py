@@ -21,6 +21,7 @@ from lora_serve.api.fine_tuning.job_results import JobResults
 from lora_serve.api.fine_tuning.job_runner import JobRunner
 from lora_serve.api.fine_tuning.job_store import JobStore
 from lora_serve.errors import BadRequest, ServeError, StorageFull, Unavailable
+from lora_serve.job_metrics import RunningJob
 
 VALIDATED_AT_ONCE = 2
 
@@ -69,6 +70,20 @@ class JobQueue:
             log.warning("%d fine-tuning jobs wait until the server is started with --training-memory", unfinished)
         self._fill()
 
+    async def drain(self, timeout: float) -> None:
+        """Let jobs that train save where they are, when the engine takes no new requests any more.
+
+        Returns when they have, or after `timeout` seconds: they go on from their last save then.
+        """
+        for runner in self._validating.values():
+            runner.control.abandon()
+        for runner in self._training.values():
+            runner.control.poke()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=timeout)
+            if late:
+                log.warning("%d fine-tuning jobs were not saved at the end of the drain", len(late))
+
     async def close(self) -> None:
         """Leave all jobs as they are."""
         self._closed = True
@@ -83,6 +98,11 @@ class JobQueue:
         self.store.tell(job.id, JobEvent(job.created_at, "info", f"Created fine-tuning job: {job.id}"))
         self._fill()
         return self.store.find(job.id)
+
+    @property
+    def running(self) -> list[RunningJob]:
+        """The jobs that train, and how far they are."""
+        return [found for runner in self._training.values() if (found := runner.measured) is not None]
 
     def estimated_finish(self, job: JobRecord) -> int | None:
         """When a running job will have finished, in Unix time."""

@@ -20,6 +20,7 @@ from lora_serve.api.fine_tuning.file_store import CONTENT, FileStore
 from lora_serve.api.fine_tuning.job_control import TrainingEngine
 from lora_serve.api.fine_tuning.job_records import JobRecord
 from lora_serve.api.fine_tuning.job_store import JobStore, disk_errors
+from lora_serve.api.fine_tuning.peft_options import shown_settings
 from lora_serve.api.request_record import Change
 from lora_serve.api.upload import staging_folder
 from lora_serve.errors import ServeError, StorageFull
@@ -107,7 +108,7 @@ def training_record(store: JobStore, job: JobRecord, step: int) -> dict[str, obj
         "seed": job.seed,
         "max_length": job.max_length,
         "hyperparameters": msgspec.to_builtins(job.numbers),
-        "lora": msgspec.to_builtins(job.settings),
+        "peft": shown_settings(job.settings),
         "trainer": msgspec.to_builtins(job.trainer),
         "metrics": {"step": step} if checkpoint is None else checkpoint.metrics,
     }
@@ -117,6 +118,6 @@ def _card(job: JobRecord, record: dict[str, object]) -> str:
     """A model card. JSON strings are YAML's as well."""
     return (
         f"---\nbase_model: {json.dumps(job.model)}\nlibrary_name: peft\n---\n\n"
-        f"A LoRA adapter, trained by lora-serve in fine-tuning job {job.id}:\n\n"
+        f"A {job.settings.peft_type} adapter, trained by lora-serve in fine-tuning job {job.id}:\n\n"
         f"```json\n{json.dumps(record, indent=2)}\n```\n"
     )

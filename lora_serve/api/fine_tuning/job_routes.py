@@ -95,6 +95,12 @@ async def create_job(
         raise BadRequest(
             f"model {body.model[:100]} cannot be fine-tuned here; {engine_info(services).model} can", param="model"
         )
+    settings, longest = body.run_settings, engine_info(services).max_model_len
+    if settings.num_virtual_tokens >= longest - 1:
+        raise BadRequest(
+            f"{settings.num_virtual_tokens} virtual tokens leave no example to the {longest} tokens of the context",
+            param="peft.num_virtual_tokens",
+        )
     ids = {TRAINING: body.training_file, VALIDATION: body.validation_file}
     files = {
         name: await asyncio.to_thread(_file, services, id_, caller, f"{name}_file")
@@ -121,7 +127,7 @@ async def create_job(
         validation=data.get(VALIDATION),
         method="supervised" if body.method is None else body.method.type,
         hyperparameters=body.chosen_hyperparameters,
-        settings=msgspec.structs.replace(body.run_settings, seed=seed),
+        settings=msgspec.structs.replace(settings, seed=seed),
         trainer=body.trainer_settings,
         suffix=suffix,
         seed=seed,

@@ -28,6 +28,7 @@ from lora_serve.api.fine_tuning.job_store import TRAINING, VALIDATION, JobStore,
 from lora_serve.api.fine_tuning.objectives import make_objective, write_reference
 from lora_serve.api.fine_tuning.training_loop import is_complete, train
 from lora_serve.errors import EngineFault, Overloaded, RunNotFound, ServeError, Unavailable
+from lora_serve.job_metrics import RunningJob
 from lora_serve.learning_rate import LearningRate
 from lora_serve.training_messages import CloseRun, CreateRun, RestoreRun
 
@@ -63,6 +64,11 @@ class JobRunner:
     def estimated_finish(self) -> int | None:
         """Unix time in seconds; None if nothing is known yet."""
         return None if self._progress is None else self._progress.estimated_finish
+
+    @property
+    def measured(self) -> RunningJob | None:
+        """How far it is; None if it does not train."""
+        return None if self._progress is None or self.publishing else self._progress.measured
 
     async def prepare(self) -> None:
         """Validate and encode the job's files. Raises nothing."""

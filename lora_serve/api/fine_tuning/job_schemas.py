@@ -1,4 +1,4 @@
-"""The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields, and `lora`, `trainer`, `max_length`, `adapter`."""
+"""The body of `POST /v1/fine_tuning/jobs`: OpenAI's fields, and this server's own."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lora_serve.api.fine_tuning.job_records import Hyperparameters, TrainerSettings
+from lora_serve.api.fine_tuning.peft_options import BEGIN_AS_THE_BASE, LoraOptions, PeftOptions
 from lora_serve.api.openai.schemas import Few, Strict
 from lora_serve.names import NAME_PATTERN
 from lora_serve.training_messages import RunSettings
 
 MOST_EPOCHS, MOST_BATCH, LARGEST_MULTIPLIER = 1000, 4096, 1000.0
-MOST_MODULES = 10_000
 
 Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)] | Auto | None
 BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)] | Auto | None
 Multiplier = Annotated[float, Field(gt=0, le=LARGEST_MULTIPLIER)] | Auto | None
 Beta = Annotated[float, Field(gt=0, le=100)] | Auto | None
-Module = Annotated[str, Field(min_length=1, max_length=500)]
-Modules = Module | Annotated[list[Module], Field(min_length=1, max_length=MOST_MODULES, fail_fast=True)]
-Rank = Annotated[int, Field(ge=1, le=1024)]
-Alpha = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class SupervisedHyperparameters(Strict):
@@ -69,21 +65,6 @@ class MethodChoice(Strict):
         return self
 
 
-class LoraOptions(Strict):
-    """The adapter, in PEFT's words; `target_modules`: names of modules, an expression, or "all-linear"."""
-
-    r: Rank | None = None
-    lora_alpha: Alpha | None = None
-    target_modules: Modules | None = None
-    rank_pattern: Annotated[dict[str, Rank], Few] | None = None
-    alpha_pattern: Annotated[dict[str, Alpha], Few] | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"] | None = None
-    train_lm_head: bool | None = Field(None, description="adapt the LM head beside target_modules")
-
-
 class TrainerOptions(Strict):
     """How to train, in the words of transformers' `TrainingArguments`."""
 
@@ -118,6 +99,7 @@ class CreateFineTuningJob(Strict):
     method: MethodChoice | None = None
     hyperparameters: SupervisedHyperparameters | None = Field(None, description="the old place, without `method`")
     lora: LoraOptions | None = None
+    peft: PeftOptions | None = Field(None, description="instead of `lora`: any method that is trained")
     trainer: TrainerOptions | None = None
     max_length: Annotated[int, Field(ge=2, le=1 << 24)] | None = Field(
         None, description="tokens of an example, beyond which its end is cut off (default: the base's context)"
@@ -144,6 +126,13 @@ class CreateFineTuningJob(Strict):
     def _fields_agree(self) -> CreateFineTuningJob:
         if self.method is not None and self.hyperparameters is not None:
             raise ValueError("hyperparameters: send them in method")
+        if self.lora is not None and self.peft is not None:
+            raise ValueError("lora, peft: send one of them")
+        preferences = self.method is not None and self.method.type == "dpo"
+        if preferences and self.peft is not None and not isinstance(self.peft, BEGIN_AS_THE_BASE):
+            raise ValueError(
+                f"peft: dpo learns against the base, as which an adapter begins; {self.peft.peft_type} begins otherwise"
+            )
         trainer = self.trainer or TrainerOptions()
         validates = trainer.early_stopping_patience is not None or trainer.load_best_model_at_end
         if validates and self.validation_file is None:
@@ -165,7 +154,8 @@ class CreateFineTuningJob(Strict):
     @property
     def run_settings(self) -> RunSettings:
         """The adapter to train. Its first weights follow from the seed, which is given later."""
-        return RunSettings(**({} if self.lora is None else self.lora.model_dump(exclude_none=True)))
+        given = self.lora or self.peft
+        return RunSettings(**({} if given is None else given.model_dump(exclude_none=True)))
 
     @property
     def trainer_settings(self) -> TrainerSettings:

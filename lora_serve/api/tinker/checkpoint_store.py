@@ -4,7 +4,8 @@ checkpoints/<id>/checkpoint.json    its record
 checkpoints/<id>/state              what the engine saved: weights and optimizer; not of weights for sampling
 
 A checkpoint appears by one rename of a folder that is already on the disk. Weights for sampling are an adapter in the
-adapter store, which the record names.
+adapter store, which the record names. Of a checkpoint that was deleted, expired or replaced the record stays as long as
+its model's calls may be repeated: otherwise the one that saved it would do so again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class TinkerCheckpoint(msgspec.Struct, frozen=True):
         owner: as `Caller.owner` says.
         seq: number of the call that saved it.
         adapter, digest: of weights for sampling.
+        deleted: whether only the record is left.
     """
 
     id: str
@@ -71,6 +73,7 @@ class TinkerCheckpoint(msgspec.Struct, frozen=True):
     metadata: dict[str, str] = {}
     adapter: str = ""
     digest: str = ""
+    deleted: bool = False
 
     @property
     def path(self) -> str:
@@ -103,18 +106,18 @@ class TinkerCheckpoints:
         """Checkpoints of all keys whose time has come."""
         with self._lock:
             now = self._clock()
-            return [each for each in self._opened().values() if each.expires is not None and each.expires <= now]
+            return [each for each in self._kept() if each.expires is not None and each.expires <= now]
 
     def adapters(self) -> set[str]:
         """The adapters that checkpoints of all keys name."""
         with self._lock:
-            return {each.adapter for each in self._opened().values() if each.adapter}
+            return {each.adapter for each in self._kept() if each.adapter}
 
     def list(self, owner: str) -> list[TinkerCheckpoint]:
         """A key's checkpoints, oldest first."""
         with self._lock:
             now = self._clock()
-            found = [each for each in self._opened().values() if each.owner == owner]
+            found = [each for each in self._kept() if each.owner == owner]
             return sorted(
                 (each for each in found if each.expires is None or each.expires > now), key=lambda each: each.created
             )
@@ -127,7 +130,7 @@ class TinkerCheckpoints:
         return found[-1]
 
     def saved_by(self, model_id: str, seq: int) -> TinkerCheckpoint | None:
-        """The checkpoint that a call of a model has saved."""
+        """The checkpoint that a call of a model has saved, whether it was deleted since or not."""
         with self._lock:
             return next(
                 (each for each in self._opened().values() if (each.model_id, each.seq) == (model_id, seq)), None
@@ -156,7 +159,7 @@ class TinkerCheckpoints:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise _unusable(error) from error
             found = self._opened()
-            for other in [each for each in found.values() if each.path == checkpoint.path and each.id != checkpoint.id]:
+            for other in [each for each in self._kept() if each.path == checkpoint.path and each.id != checkpoint.id]:
                 self.delete(other)
             found[checkpoint.id] = checkpoint
             return checkpoint
@@ -182,11 +185,28 @@ class TinkerCheckpoints:
     def delete(self, checkpoint: TinkerCheckpoint) -> None:
         """Delete a checkpoint; its adapter is left to the caller."""
         with self._lock:
-            self._opened().pop(checkpoint.id, None)
-            folder = self._folder() / checkpoint.id
-            with suppress(OSError):
-                (folder / RECORD).unlink()  # first: a folder without a record is no checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
+            folder, deleted = self._folder() / checkpoint.id, msgspec.structs.replace(checkpoint, deleted=True)
+            self._opened()[checkpoint.id] = deleted
+            try:
+                self._write(folder, deleted)
+                shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
+            except OSError:  # a full disk, say: space is worth more than the record
+                self._remove(folder)
+
+    def forget_deleted(self, may_repeat: Callable[[str], bool]) -> None:
+        """Remove the records of deleted checkpoints, except those of models whose calls may be repeated."""
+        with self._lock:
+            for each in [each for each in self._opened().values() if each.deleted and not may_repeat(each.model_id)]:
+                del self._opened()[each.id]
+                self._remove(self._folder() / each.id)
+
+    def _remove(self, folder: Path) -> None:
+        with suppress(OSError):
+            (folder / RECORD).unlink()  # first: a folder without a record is no checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _kept(self) -> Sequence[TinkerCheckpoint]:
+        return [each for each in self._opened().values() if not each.deleted]
 
     def _opened(self) -> dict[str, TinkerCheckpoint]:
         if self._found is None:

@@ -202,7 +202,13 @@ class TinkerService:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(min(SWEEP_SECONDS, self._silent_seconds / 2))
-            for step in (self._end_silent, self._remove_left, self._remove_expired, self._remove_needless):
+            for step in (
+                self._end_silent,
+                self._remove_left,
+                self._remove_expired,
+                self._forget_deleted,
+                self._remove_needless,
+            ):
                 try:
                     await step()
                 except (ServeError, OSError) as error:
@@ -232,6 +238,12 @@ class TinkerService:
         for checkpoint in await asyncio.to_thread(self.checkpoints.expired):
             await asyncio.to_thread(self.checkpoints.delete, checkpoint)
             await self.weights.delete(checkpoint.adapter)
+
+    async def _forget_deleted(self) -> None:
+        def session_lives(model_id: str) -> bool:
+            return self._folder(model_id.partition(":")[0]).exists()
+
+        await asyncio.to_thread(self.checkpoints.forget_deleted, session_lives)
 
     async def _remove_needless(self) -> None:
         """Remove sampling weights whose deletion failed, or whose server was killed before it had noted them."""

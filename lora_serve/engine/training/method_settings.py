@@ -1,8 +1,6 @@
-"""Settings of all methods that are trained: LoRA's, IA³, prompt and prefix tuning, and which of them a run asks for.
+"""Which method a run asks for, with its settings; and those of IA³.
 
-    IA³              y = l ⊙ (W x + b), in feed-forward modules W (l ⊙ x) + b; l begins as ones    Liu et al. 2022
-    prompt tuning    embeddings of virtual tokens before every sequence                           Lester et al. 2021
-    prefix tuning    keys and values of virtual tokens before every sequence, in every layer      Li, Liang 2021
+    y = l ⊙ (W x + b), in feed-forward modules W (l ⊙ x) + b; l begins as ones        Liu et al. 2022
 
 Names and defaults are PEFT's.
 """
@@ -11,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import re2
 
 from lora_serve.adapters.adapter import BaseShape
 from lora_serve.engine.training.target_sites import target_sites
 from lora_serve.engine.training.trainable_layout import TrainableLayout
-from lora_serve.engine.training.training_settings import LoraSettings, check_seed
+from lora_serve.engine.training.training_settings import LoraSettings
+from lora_serve.engine.training.virtual_token_settings import (
+    PrefixTuningSettings,
+    PromptTuningSettings,
+    PTuningSettings,
+)
 from lora_serve.errors import BadRequest
 from lora_serve.training_messages import RunSettings
 
-MAX_VIRTUAL_TOKENS = 1024
 MOST_NAMES = 4096  # in a list, or patterns: the engine's loop compares each with the base's modules
 LONGEST_NAME = 4000  # characters; as of a regular expression that is read
-PROMPT_INITIALISATIONS = ("RANDOM", "SAMPLE_VOCAB")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Ia3Settings:
         target_modules: names of linear modules, as PEFT matches them, or "all-linear".
         feedforward_modules: the ends of the names of those whose input is multiplied, or a regular expression.
     """
+
+    SIZED_BY: ClassVar = "target_modules"  # the field that says most about its memory
 
     target_modules: str | Sequence[str] = "all-linear"
     feedforward_modules: str | Sequence[str] = ()
@@ -77,88 +80,12 @@ class Ia3Settings:
         return lambda name: expression.fullmatch(name) is not None
 
 
-@dataclass(frozen=True)
-class PromptTuningSettings:
-    """Prompt tuning, as in PEFT's `PromptTuningConfig`.
-
-    Attributes:
-        prompt_tuning_init: "RANDOM" (normal) or "SAMPLE_VOCAB" (embeddings of random tokens).
-        seed: of the initialisation.
-    """
-
-    num_virtual_tokens: int
-    prompt_tuning_init: str = "RANDOM"
-    seed: int = 0
-
-    def layout(self, base: BaseShape) -> TrainableLayout:
-        """The adapter's parts. Raises BadRequest naming the field that does not fit."""
-        check_seed(self.seed)
-        _check_virtual_tokens(self.num_virtual_tokens)
-        if self.prompt_tuning_init not in PROMPT_INITIALISATIONS:
-            raise BadRequest(
-                f"prompt_tuning_init {self.prompt_tuning_init!r} is none of {', '.join(PROMPT_INITIALISATIONS)}",
-                param="prompt_tuning_init",
-            )
-        return TrainableLayout.of_virtual_tokens(self.num_virtual_tokens, base.hidden_size)
-
-    def peft_config(self) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`."""
-        return {
-            "peft_type": "PROMPT_TUNING",
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "prompt_tuning_init": self.prompt_tuning_init,
-        }
-
-
-@dataclass(frozen=True)
-class PrefixTuningSettings:
-    """Prefix tuning without projection, as in PEFT's `PrefixTuningConfig`; begins with normal numbers.
-
-    Attributes:
-        seed: of the initialisation.
-    """
-
-    num_virtual_tokens: int
-    seed: int = 0
-
-    def layout(self, base: BaseShape) -> TrainableLayout:
-        """The adapter's parts. Raises BadRequest if it does not fit the base."""
-        check_seed(self.seed)
-        _check_virtual_tokens(self.num_virtual_tokens)
-        if len(set(base.kv)) != 1 or base.kv[0][1] != base.kv[0][2]:
-            raise BadRequest(
-                "prefix tuning needs layers with keys and values of one shape; this base's differ", param="peft_type"
-            )
-        heads, dim, _ = base.kv[0]
-        return TrainableLayout.of_prefix(self.num_virtual_tokens, len(base.kv), heads, dim)
-
-    def peft_config(self) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`."""
-        return {
-            "peft_type": "PREFIX_TUNING",
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "prefix_projection": False,
-        }
-
-
-def _check_virtual_tokens(count: int) -> None:
-    if not 0 < count <= MAX_VIRTUAL_TOKENS:
-        raise BadRequest(
-            f"{count} virtual tokens are not trained; 1 to {MAX_VIRTUAL_TOKENS} are", param="num_virtual_tokens"
-        )
-
-
-AdapterSettings = LoraSettings | Ia3Settings | PromptTuningSettings | PrefixTuningSettings
+AdapterSettings = LoraSettings | Ia3Settings | PromptTuningSettings | PTuningSettings | PrefixTuningSettings
 METHODS: dict[str, type[AdapterSettings]] = {
     "LORA": LoraSettings,
     "IA3": Ia3Settings,
     "PROMPT_TUNING": PromptTuningSettings,
+    "P_TUNING": PTuningSettings,
     "PREFIX_TUNING": PrefixTuningSettings,
 }
 

@@ -71,14 +71,17 @@ class RunCheckpoint:
 def _modules(adapter: TrainableAdapter) -> dict[str, Any]:
     """What the flat tensors hold, as JSON has it.
 
-    Of each module rank, scaling, whether it has DoRA's magnitude and an initial delta; gains; virtual tokens.
+    Of each module rank, scaling, whether it has DoRA's magnitude and an initial delta; gains; virtual tokens; their
+    encoder, where there is one: older files have no word for it.
     """
     layers = {
         name: [layer.module.rank, layer.module.scaling, layer.magnitude >= 0, layer.subtracts]
         for name, layer in adapter.layers.items()
     }
     gains = {name: "input" if gain.on_input else "output" for name, gain in adapter.layout.gains.items()}
-    return {
+    encoder = adapter.layout.encoder
+    encoded = {} if encoder is None else {"encoder": asdict(encoder.encoder) | {"widths": [*encoder.encoder.widths]}}
+    return encoded | {
         "layers": layers,
         "gains": gains,
         "virtual_tokens": adapter.virtual_tokens,

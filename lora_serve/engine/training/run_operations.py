@@ -131,7 +131,10 @@ class TrainingRun:
         parts = [part for layer in adapter.layers.values() for part in (layer.a(flat), layer.b(flat))]
         parts += [layer.m(flat) for layer in adapter.layers.values() if layer.magnitude >= 0]
         parts += [gain.values(flat) for gain in adapter.layout.gains.values()]
-        parts += [each.values(flat) for each in (adapter.layout.table, adapter.layout.prefix) if each is not None]
+        if adapter.layout.encoder is not None:
+            parts += adapter.layout.encoder.parameters(flat).values()
+        else:
+            parts += [each.values(flat) for each in (adapter.layout.table, adapter.layout.prefix) if each is not None]
         return RunInfo(self.name, sum(part.numel() for part in parts), adapter.nbytes, adapter.steps)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from lora_serve.engine.training.fused_pass import FusedPass
+from lora_serve.engine.training.fused_pass import Quantum
 from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.engine.training.run_operations import QueuedPass, TrainingRun, parts_within
 from lora_serve.engine.training.trainer import Trainer
@@ -62,13 +62,13 @@ class SharedPass:
     """A running pass.
 
     Attributes:
-        kind: of the next quantum: embed, forward, head or backward.
+        next: the next quantum.
 
     Raises BadRequest if a share does not fit the base or the memory.
     """
 
-    def __init__(self, trainer: Trainer, shares: Sequence[PassShare], layers: int) -> None:
-        self.shares, self._layers = shares, layers
+    def __init__(self, trainer: Trainer, shares: Sequence[PassShare]) -> None:
+        self.shares = shares
         self.gradients = not shares[0].operation.forward_only
         batches = [batch for share in shares for batch in _micro_batches(share)]
         self._pass = trainer.forward_backward(batches) if self.gradients else trainer.evaluate(batches)
@@ -83,8 +83,8 @@ class SharedPass:
         return self._pass.tokens
 
     @property
-    def kind(self) -> str:
-        return quantum_kind(self._pass, self._layers)
+    def next(self) -> Quantum:
+        return self._pass.quanta[self._pass.done]
 
     def advance(self) -> bool:
         """Run a quantum; whether more remain."""
@@ -116,15 +116,6 @@ class SharedPass:
         if self.gradients:
             share.run.lose_gradients()
         share.run.finish(error)
-
-
-def quantum_kind(running: FusedPass, layers: int) -> str:
-    """What the next quantum of a pass is."""
-    if running.done == 0:
-        return "embed"
-    if running.done <= layers:
-        return "forward"
-    return "backward" if running.backward and running.done >= running.quanta - layers else "head"
 
 
 def _micro_batches(share: PassShare) -> list[MicroBatch]:

@@ -100,6 +100,8 @@ class ShortOperations:
         match queued.operation:
             case CreateRun():
                 return "create", queued.memory
+            case OptimizerStep() | RestoreRun() if (encoder := run.trained.layout.encoder) is not None:
+                return "encoder", encoder.encoder.work
             case OptimizerStep():
                 return "optimizer", run.trained.nbytes
             case _:
@@ -128,6 +130,8 @@ class ShortOperations:
         except ServeError as error:
             self.finish(run, error)
         except torch.OutOfMemoryError:
+            if isinstance(queued.operation, OptimizerStep):
+                run.lose_gradients()  # they are not what the passes added any more
             self.finish(run, Unavailable("training ran out of memory", retry_after=5))
         except Exception:
             log.exception("an operation on training run %s failed", run.name)

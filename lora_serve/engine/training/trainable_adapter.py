@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lora_serve.adapters.adapter import Adapter, BaseShape, ModuleOverride, Prefix
 from lora_serve.engine.training.initial_weights import InitialWeights, lora_weights
-from lora_serve.engine.training.method_settings import AdapterSettings, PrefixTuningSettings, PromptTuningSettings
-from lora_serve.engine.training.trainable_layout import FlatLayer
+from lora_serve.engine.training.method_settings import AdapterSettings, Ia3Settings
+from lora_serve.engine.training.trainable_layout import FlatLayer, TrainableLayout
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.virtual_token_settings import PromptTuningSettings
 from lora_serve.errors import BadRequest
 from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
@@ -43,7 +44,11 @@ class OptimizerResult:
 
 def adapter_bytes(base: BaseShape, settings: AdapterSettings) -> int:
     """Bytes of an adapter in training. Raises BadRequest for settings that do not fit the base."""
-    return FLATS * 4 * settings.layout(base).size
+    return _layout_bytes(settings.layout(base))
+
+
+def _layout_bytes(layout: TrainableLayout) -> int:
+    return 4 * (FLATS * layout.size + (layout.encoder.encoder.working if layout.encoder else 0))
 
 
 class TrainableAdapter:
@@ -115,7 +120,7 @@ class TrainableAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors, the optimizer's among them, which exist from the first step on."""
-        return FLATS * self.masters.nbytes
+        return _layout_bytes(self.layout)
 
     @property
     def base_sites(self) -> Iterable[str]:
@@ -192,6 +197,8 @@ class TrainableAdapter:
                 layer.b(self.gradients).mul_(layer.module.scaling)
             for fixed in layer.initial(self.gradients):
                 fixed.zero_()
+        if self.layout.encoder is not None:
+            self.layout.encoder.backward(self.masters, self.gradients)
         norm = float(torch.linalg.vector_norm(self.gradients))
         if not math.isfinite(norm):
             self.gradients.zero_()
@@ -253,8 +260,13 @@ class TrainableAdapter:
         for gain in self.layout.gains.values():
             gain.values(self.masters).fill_(1)
         virtual = self.layout.table or self.layout.prefix
-        if isinstance(settings, PromptTuningSettings | PrefixTuningSettings) and virtual is not None:
+        if not isinstance(settings, LoraSettings | Ia3Settings):
             generator.manual_seed(settings.seed)
+        if self.layout.encoder is not None:
+            parameters = self.layout.encoder.parameters(self.masters)
+            for name, drawn in self.layout.encoder.encoder.initial(generator):
+                parameters[name].copy_(drawn)
+        elif virtual is not None:
             values = virtual.values(self.masters)
             if isinstance(settings, PromptTuningSettings) and settings.prompt_tuning_init == "SAMPLE_VOCAB":
                 ids = torch.randint(0, self._base.vocabulary, (len(values),), generator=generator)
@@ -276,6 +288,8 @@ class TrainableAdapter:
 
     def _refresh(self, *, first: bool = False) -> None:
         """Bring the weights that are computed with up to date."""
+        if self.layout.encoder is not None:
+            self.layout.encoder.encode(self.masters)
         self._computed.copy_(self.masters)
         for layer in self.layers.values():
             if layer.module.scaling != 1:

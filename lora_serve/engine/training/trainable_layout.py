@@ -1,6 +1,7 @@
 """Where the parts of an adapter in training lie in its flat tensors: matrices, magnitudes, gains and virtual tokens.
 
-Every part starts at a multiple of `ALIGNMENT`; the numbers between parts are zero and stay so.
+Virtual tokens may be computed by an encoder, whose parameters lie there too. Every part starts at a multiple of
+`ALIGNMENT`; the numbers between parts are zero and stay so.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lora_serve.adapters.adapter import ALIGNMENT, MatrixOffsets, Site
+from lora_serve.engine.training.table_encoder import TableEncoder
 
 _STEP = ALIGNMENT // 4  # elements
 
@@ -109,6 +112,44 @@ class FlatPrefix:
 
 
 @dataclass(frozen=True)
+class FlatEncoder:
+    """Parameters of an encoder, which are trained, and the virtual tokens that it computes, which are not themselves.
+
+    Attributes:
+        offsets: of each parameter, by PEFT's name.
+        table: its output.
+    """
+
+    encoder: TableEncoder
+    offsets: Mapping[str, int]
+    table: FlatTable | FlatPrefix
+
+    def parameters(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views."""
+        return {
+            name: flat[self.offsets[name] : self.offsets[name] + math.prod(shape)].view(shape)
+            for name, shape in self.encoder.shapes.items()
+        }
+
+    @torch.no_grad()
+    def encode(self, masters: Tensor) -> None:
+        """Compute the virtual tokens of the parameters."""
+        table = self.table.values(masters)
+        table.copy_(self.encoder(self.parameters(masters)).view_as(table))
+
+    def backward(self, masters: Tensor, gradients: Tensor) -> None:
+        """Turn the gradient of the virtual tokens into that of the parameters."""
+        leaves = {name: each.detach().requires_grad_() for name, each in self.parameters(masters).items()}
+        for name, gradient in self.parameters(gradients).items():
+            leaves[name].grad = gradient.zero_()  # which is then added to in place
+        with torch.enable_grad():
+            output = self.encoder(leaves)
+        table = self.table.values(gradients)
+        torch.autograd.backward(output, table.view_as(output), inputs=[*leaves.values()])
+        table.zero_()
+
+
+@dataclass(frozen=True)
 class TrainableLayout:
     """All parts of an adapter.
 
@@ -117,6 +158,7 @@ class TrainableLayout:
         layers, gains: by module.
         table: embeddings of virtual tokens.
         prefix: their keys and values.
+        encoder: what computes the table, or the prefix.
     """
 
     size: int
@@ -124,6 +166,7 @@ class TrainableLayout:
     gains: Mapping[str, FlatGain] = field(default_factory=dict)
     table: FlatTable | None = None
     prefix: FlatPrefix | None = None
+    encoder: FlatEncoder | None = None
 
     @classmethod
     def of_matrices(cls, modules: Mapping[str, AdaptedSite], *, dora: bool, subtract: bool) -> TrainableLayout:
@@ -146,18 +189,22 @@ class TrainableLayout:
         return cls(place.size, gains=gains)
 
     @classmethod
-    def of_virtual_tokens(cls, tokens: int, width: int) -> TrainableLayout:
+    def of_virtual_tokens(cls, tokens: int, width: int, encoder: TableEncoder | None = None) -> TrainableLayout:
         """The embeddings of virtual tokens."""
         place = _Places()
         table = FlatTable(tokens, width, place(tokens * width))
-        return cls(place.size, table=table)
+        flat_encoder = _place_encoder(place, encoder, table)
+        return cls(place.size, table=table, encoder=flat_encoder)
 
     @classmethod
-    def of_prefix(cls, tokens: int, layers: int, heads: int, dim: int) -> TrainableLayout:
+    def of_prefix(
+        cls, tokens: int, layers: int, heads: int, dim: int, encoder: TableEncoder | None = None
+    ) -> TrainableLayout:
         """Keys and values of virtual tokens."""
         place = _Places()
         prefix = FlatPrefix(tokens, layers, heads, dim, place(tokens * layers * 2 * heads * dim))
-        return cls(place.size, prefix=prefix)
+        flat_encoder = _place_encoder(place, encoder, prefix)
+        return cls(place.size, prefix=prefix, encoder=flat_encoder)
 
     @property
     def saved(self) -> int:
@@ -175,3 +222,9 @@ class _Places:
     def __call__(self, elements: int) -> int:
         start, self.size = self.size, self.size + -(-elements // _STEP) * _STEP
         return start
+
+
+def _place_encoder(place: _Places, encoder: TableEncoder | None, table: FlatTable | FlatPrefix) -> FlatEncoder | None:
+    if encoder is None:
+        return None
+    return FlatEncoder(encoder, {name: place(math.prod(shape)) for name, shape in encoder.shapes.items()}, table)

@@ -21,9 +21,14 @@ from lora_serve.adapters.formats.keys import PREFIX
 from lora_serve.adapters.formats.residual import difference
 from lora_serve.adapters.formats.virtual_tokens import TABLE
 from lora_serve.adapters.peft_folder import write_peft_folder
-from lora_serve.engine.training.method_settings import Ia3Settings, PrefixTuningSettings, PromptTuningSettings
+from lora_serve.engine.training.method_settings import Ia3Settings
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter
 from lora_serve.engine.training.trainable_layout import FlatLayer
+from lora_serve.engine.training.virtual_token_settings import (
+    PrefixTuningSettings,
+    PromptTuningSettings,
+    PTuningSettings,
+)
 
 
 def peft_tensors(adapter: TrainableAdapter, masters: Tensor | None = None) -> dict[str, Tensor]:
@@ -73,14 +78,13 @@ def save_peft(adapter: TrainableAdapter, folder: Path, base_name: str = "") -> N
 
 def _settings(adapter: TrainableAdapter) -> dict[str, Any]:
     settings, gains = adapter.settings, adapter.layout.gains
-    if isinstance(settings, PromptTuningSettings):
+    if isinstance(settings, PromptTuningSettings | PTuningSettings):
         assert adapter.layout.table is not None
-        return settings.peft_config() | {"token_dim": adapter.layout.table.width}
+        return settings.peft_config(adapter.layout.table.width)
     if isinstance(settings, PrefixTuningSettings):
         prefix = adapter.layout.prefix
         assert prefix is not None
-        sizes = {"token_dim": prefix.heads * prefix.dim, "num_attention_heads": prefix.heads}
-        return settings.peft_config() | sizes | {"num_layers": prefix.layers}
+        return settings.peft_config(prefix.layers, prefix.heads, prefix.dim)
     if isinstance(settings, Ia3Settings):
         sites = {name: gain.site for name, gain in gains.items()}
         targets, feedforward = _targets(adapter, sites), {name for name, gain in gains.items() if gain.on_input}

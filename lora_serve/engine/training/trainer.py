@@ -76,7 +76,8 @@ class Trainer:
         needed = adapter_bytes(self._base.shape, settings)
         if needed > self._memory:
             raise BadRequest(
-                f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}", param="r"
+                f"training {name!r} takes {_mib(needed)}, and all training has {_mib(self._memory)}",
+                param=settings.SIZED_BY,
             )
         if needed > self.free or not self._base.free_slots:
             raise Overloaded(

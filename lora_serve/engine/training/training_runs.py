@@ -247,7 +247,7 @@ class TrainingRuns:
         if self._pass is not None:
             running = self._pass
             owners = [(share.run.owner, share.tokens) for share in running.shares]
-            return _Quantum(running.kind, running.tokens, self._advance_pass, owners)
+            return _Quantum(*running.next, self._advance_pass, owners)
         if not passes:
             return None
         slowest = "forward" if passes[0][1].forward_only else "backward"
@@ -271,7 +271,7 @@ class TrainingRuns:
 
     def _begin_pass(self, shares: list[PassShare]) -> None:
         try:
-            self._pass = SharedPass(self._trainer, shares, self._base.layers)
+            self._pass = SharedPass(self._trainer, shares)
         except Exception as error:
             if not isinstance(error, ServeError):
                 log.exception("a training pass could not begin")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +38,8 @@ class LoraSettings:
             W stays, and the initial delta is subtracted: y = W x + s (B A − B0 A0) x.
         train_lm_head: adapt the LM head beside the target modules; a tied embedding stays as it is.
     """
+
+    SIZED_BY: ClassVar = "r"
 
     r: int = 16
     lora_alpha: float = 32

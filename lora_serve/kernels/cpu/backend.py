@@ -47,7 +47,7 @@ class NativeKernels(ComposedOperations, ComposedBackward):
         self._matmul, self._pointwise = NativeLinear(self._library), NativePointwise(self._library)
         attention = NativeAttention(self._library)
         self.unpack, self.lookup, self.linear = self._matmul.unpack, self._matmul.lookup, self._matmul.linear
-        self.grouped_linear = self._matmul.grouped_linear
+        self.grouped_linear, self.outputs_of = self._matmul.grouped_linear, self._matmul.outputs_of
         self.rms_norm, self.gated_activation = self._pointwise.rms_norm, self._pointwise.gated_activation
         self.rope, self.write_kv, self.attention = self._pointwise.rope, attention.write_kv, attention.attention
         self.delta = NativeDelta(self._library).delta

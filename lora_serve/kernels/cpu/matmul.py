@@ -156,21 +156,22 @@ class NativeLinear:
     def _tiles(self, packed: PackedWeight) -> Iterator[tuple[int, PackedWeight]]:
         """Runs of outputs of a weight, of at most `TILE` weights each: the first output, and the run's own weight."""
         out, width = packed.shape
-        panels = -(-out // self._columns)
-        panel = packed.data.numel() // max(1, panels)  # bytes
-        step = max(1, TILE // (max(1, width) * self._columns))  # panels
-        for first in range(0, panels, step):
-            last = min(panels, first + step)
-            start, end = first * self._columns, last * self._columns
-            yield (
-                start,
-                replace(
-                    packed,
-                    shape=(min(out, end) - start, width),
-                    data=packed.data[first * panel : last * panel],
-                    scale=None if packed.scale is None else packed.scale[start:end],
-                ),
-            )
+        step = max(1, TILE // (max(1, width) * self._columns)) * self._columns
+        for first in range(0, out, step):
+            yield first, self.outputs_of(packed, slice(first, min(out, first + step)))
+
+    def outputs_of(self, packed: PackedWeight, outputs: slice) -> PackedWeight:
+        out, width = packed.shape
+        first, last = outputs.start // self._columns, -(-outputs.stop // self._columns)  # panels
+        if outputs.start % self._columns or (outputs.stop != out and outputs.stop % self._columns):
+            raise ValueError(f"outputs {outputs.start} to {outputs.stop} of {out} are not whole panels")
+        panel = packed.data.numel() // max(1, -(-out // self._columns))  # bytes
+        return replace(
+            packed,
+            shape=(outputs.stop - outputs.start, width),
+            data=packed.data[first * panel : last * panel],
+            scale=None if packed.scale is None else packed.scale[first * self._columns : last * self._columns],
+        )
 
     def grouped_linear(self, x: Tensor, weights: PackedExpertWeights, bias: Tensor | None, end: Tensor) -> Tensor:
         (rows, width), (out, wide), experts = x.shape, weights.shape, len(weights)

@@ -76,6 +76,10 @@ class GpuKernels(ComposedBackward):
     def unpack(self, packed: PackedWeight) -> Tensor:
         return self._plain.unpack(packed) if packed.scheme is None else matmul.unpack(packed)
 
+    def outputs_of(self, packed: PackedWeight, outputs: slice) -> PackedWeight:
+        plain = packed.scheme is None
+        return self._plain.outputs_of(packed, outputs) if plain else matmul.outputs_of(packed, outputs)
+
     def lookup(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         return self._plain.lookup(packed, ids)
 

@@ -129,6 +129,14 @@ def unpack(packed: PackedWeight) -> Tensor:
     return dequantize(whole, packed.scale, levels)
 
 
+def outputs_of(packed: PackedWeight, outputs: slice) -> PackedWeight:
+    """The weight of some outputs, in the same memory; for `unpack`."""
+    scale = None if packed.scale is None else packed.scale[outputs]
+    levels = None if packed.levels is None else packed.levels[:, outputs]
+    shape = (outputs.stop - outputs.start, packed.shape[1])
+    return replace(packed, shape=shape, data=packed.data[:, outputs], scale=scale, levels=levels)
+
+
 def merge(layers: Sequence[PackedWeight]) -> list[PackedWeight]:
     """The same layers with their weights in one tensor, so that `linear` is one product for all of them."""
     if len(layers) == 1 or any(packed.scheme != layers[0].scheme for packed in layers):

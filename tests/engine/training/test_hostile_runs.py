@@ -31,6 +31,10 @@ from lora_serve.training_messages import (
     TrainingExample,
 )
 
+P_TUNING = {"peft_type": "P_TUNING", "num_virtual_tokens": 4}
+LSTM = {**P_TUNING, "encoder_reparameterization_type": "LSTM"}
+PROJECTION = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "prefix_projection": True}
+
 
 def trained(session: TrainingSession, run: str) -> TrainableAdapter:
     """The adapter of a run."""
@@ -61,6 +65,13 @@ def test_numbers_that_would_spoil_the_weights_are_refused_without_effect(session
         ({"peft_type": "IA3", "feedforward_modules": [f"x{index}" for index in range(5000)]}, "feedforward_modules"),
         ({"init_lora_weights": "x" * 5000}, "init_lora_weights"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 128}, "num_virtual_tokens"),
+        ({**P_TUNING, "encoder_hidden_size": 10**9}, "encoder_hidden_size"),
+        ({**P_TUNING, "encoder_hidden_size": 10**60}, "encoder_hidden_size"),
+        ({**P_TUNING, "encoder_hidden_size": 1400}, "encoder_hidden_size"),  # more than all memory
+        ({**LSTM, "encoder_num_layers": 10**6}, "encoder_num_layers"),
+        ({**LSTM, "encoder_hidden_size": 10**9}, "encoder_hidden_size"),
+        ({**PROJECTION, "encoder_hidden_size": 10**9}, "encoder_hidden_size"),
+        ({**PROJECTION, "encoder_hidden_size": 1 << 16}, "num_virtual_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

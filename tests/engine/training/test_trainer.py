@@ -93,7 +93,7 @@ def test_the_base_serves_between_any_two_quanta(driver: TrainingDriver) -> None:
     running = driver.trainer.forward_backward([MicroBatch(one, batch)])
     while running.advance():
         assert driver.serve().equal(before)
-    assert running.done == running.quanta == 1 + 2 * driver.trainable.layers + 1
+    assert running.done == len(running.quanta) == 1 + 2 * driver.trainable.layers + 2 * 3
     driver.trainer.forward_backward([MicroBatch(two, batch)]).finish()
     assert one.gradients.equal(two.gradients)
     driver.trainer.close(one)

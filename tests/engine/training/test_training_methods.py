@@ -23,14 +23,17 @@ from lora_serve.engine.training.loss_formulas import LossValue
 from lora_serve.engine.training.method_settings import (
     AdapterSettings,
     Ia3Settings,
-    PrefixTuningSettings,
-    PromptTuningSettings,
     adapter_settings,
 )
 from lora_serve.engine.training.micro_batch import MicroBatch, TrainingSequence
 from lora_serve.engine.training.trainable_adapter import TrainableAdapter, adapter_bytes
 from lora_serve.engine.training.trained_files import save_peft
 from lora_serve.engine.training.training_settings import AdamSettings, LoraSettings
+from lora_serve.engine.training.virtual_token_settings import (
+    PrefixTuningSettings,
+    PromptTuningSettings,
+    PTuningSettings,
+)
 from lora_serve.errors import BadRequest
 from lora_serve.model.dropped_delta import dropout_factors
 from lora_serve.model.training_step import DeltaDropout
@@ -80,11 +83,14 @@ def read_back(driver: TrainingDriver, adapter: TrainableAdapter, folder: Path) -
 @pytest.mark.parametrize("architecture", LINEAR)
 def test_ia3_prompt_and_prefix_tuning_equal_peft(architecture: str, tmp_path: Path) -> None:
     """In one batch with LoRA, over positions and embeddings that the model scales or adds to."""
-    driver = TrainingDriver(save(architecture, tmp_path / "base"))
+    driver = TrainingDriver(save(architecture, tmp_path / "base"), slots=7)
     kinds: dict[str, AdapterSettings] = {
         "ia3": Ia3Settings(feedforward_modules=LINEAR[architecture]),
         "prompt": PromptTuningSettings(5, seed=1),
         "prefix": PrefixTuningSettings(4, seed=2),
+        "encoder": PTuningSettings(5, encoder_hidden_size=24, seed=3),
+        "lstm": PTuningSettings(4, "LSTM", 10, 2, seed=4),
+        "projection": PrefixTuningSettings(4, prefix_projection=True, encoder_hidden_size=20, seed=5),
         "lora": LoraSettings(r=4, lora_alpha=6),
     }
     check_parity(driver, reference(architecture), tmp_path, kinds, STEPS)
@@ -96,6 +102,9 @@ def test_ia3_prompt_and_prefix_tuning_equal_peft(architecture: str, tmp_path: Pa
         Ia3Settings(["k_proj", "v_proj", "down_proj"], feedforward_modules=r".*\.down_proj"),
         PromptTuningSettings(3, "SAMPLE_VOCAB"),
         PrefixTuningSettings(3),
+        PTuningSettings(3, encoder_hidden_size=16),
+        PTuningSettings(3, "LSTM", encoder_num_layers=1),
+        PrefixTuningSettings(3, prefix_projection=True),
         LoraSettings(r=4, init_lora_weights="pissa"),
         LoraSettings(r=24, init_lora_weights="pissa", target_modules=["k_proj"]),
         LoraSettings(r=4, init_lora_weights="olora", use_rslora=True, rank_pattern={"o_proj": 6}),
@@ -316,6 +325,9 @@ def test_a_head_is_trained_beside_a_tied_embedding(architecture: str, tmp_path: 
         Ia3Settings(feedforward_modules=["down_proj"]),
         PromptTuningSettings(4),
         PrefixTuningSettings(4),
+        PTuningSettings(4, encoder_hidden_size=16),
+        PTuningSettings(4, "LSTM", 16),
+        PrefixTuningSettings(4, prefix_projection=True),
     ],
     ids=str,
 )
@@ -333,7 +345,9 @@ def test_training_goes_on_from_a_saved_state_and_takes_the_bytes_that_were_said(
     train(driver, second, data[2:])
     assert second.masters.equal(straight.masters)
     tensors = [first.masters, first.gradients, first._computed, state["exp_avg"], state["exp_avg_sq"]]
-    assert adapter_bytes(driver.loaded.shape, settings) == first.nbytes == sum(each.nbytes for each in tensors)
+    held, encoder = sum(each.nbytes for each in tensors), first.layout.encoder
+    working = 0 if encoder is None else 4 * encoder.encoder.working
+    assert adapter_bytes(driver.loaded.shape, settings) == first.nbytes == held + working
 
 
 def test_split_passes_are_clipped_as_one(driver: TrainingDriver) -> None:
@@ -387,6 +401,10 @@ def test_virtual_tokens_count_in_a_sequence_s_length(driver: TrainingDriver) -> 
         driver.trainer.evaluate([MicroBatch(adapter, [TrainingSequence([5] * 101, [5] * 101, [1.0] * 101)])])
 
 
+P_TUNING = {"peft_type": "P_TUNING", "num_virtual_tokens": 4}
+LSTM = {**P_TUNING, "encoder_reparameterization_type": "LSTM"}
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [
@@ -395,6 +413,14 @@ def test_virtual_tokens_count_in_a_sequence_s_length(driver: TrainingDriver) -> 
         ({"num_virtual_tokens": 4}, "num_virtual_tokens"),
         ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}, "prompt_tuning_init"),
+        ({"peft_type": "P_TUNING"}, "num_virtual_tokens"),
+        ({**P_TUNING, "encoder_reparameterization_type": "GRU"}, "encoder_reparameterization_type"),
+        ({**P_TUNING, "encoder_num_layers": 3}, "encoder_num_layers"),
+        ({**LSTM, "encoder_num_layers": 0}, "encoder_num_layers"),
+        ({**LSTM, "encoder_dropout": 0.1}, "encoder_dropout"),
+        ({**P_TUNING, "encoder_hidden_size": -1}, "encoder_hidden_size"),
+        ({**P_TUNING, "prefix_projection": True}, "prefix_projection"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "encoder_hidden_size": 8}, "encoder_hidden_size"),
         ({"peft_type": "IA3", "feedforward_modules": "(?=a)b"}, "feedforward_modules"),
         ({"init_lora_weights": "eva"}, "init_lora_weights"),
         ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights"),
@@ -432,6 +458,7 @@ METHODS: dict[str, AdapterSettings] = {
     "ia3": Ia3Settings(),
     "prompt": PromptTuningSettings(3),
     "prefix": PrefixTuningSettings(3),
+    "encoder": PTuningSettings(3, encoder_hidden_size=8),
 }
 
 

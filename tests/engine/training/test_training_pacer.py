@@ -34,7 +34,7 @@ class Served:
             gap = STEP if load.active else 0.0
             self.now += gap
             if load.active:
-                self.pacer.served(STEP)
+                self.pacer.served(STEP, load.requests, self.now)
             while self.pacer.allows("backward", 1, load, self.now):
                 self.now += self.quantum
                 gap += self.quantum
@@ -56,7 +56,7 @@ def test_without_streams_quanta_follow_each_other_whatever_they_take() -> None:
     assert served.trained == pytest.approx(served.now)
 
 
-@pytest.mark.parametrize("quantum", [0.001, 0.004, 0.009])
+@pytest.mark.parametrize("quantum", [0.001, 0.003, 0.006])
 def test_short_quanta_beside_streams_keep_both_bounds(quantum: float) -> None:
     served = Served(0.003, quantum)
     served.run(200.0)
@@ -127,7 +127,10 @@ def test_passes_are_as_large_as_their_longest_quantum_may_be() -> None:
     assert served.pacer.pass_tokens("backward", IDLE) is None
     for tokens in (100, 200, 400):
         served.pacer.ran("backward", tokens, IDLE, 0.002 + tokens * 1e-4)
-    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.25 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
+    assert served.pacer.pass_tokens("backward", DECODING) == pytest.approx((0.15 * STEP / 1.1 - 0.002) / 1e-4, abs=1)
+    streams = served.pacer.pass_tokens("backward", DECODING)
+    assert served.pacer.pass_tokens("backward", IDLE) == streams  # they will come back
+    served.pacer.allows("backward", 1, IDLE, served.now + 60.0)
     assert served.pacer.pass_tokens("backward", IDLE) == pytest.approx((0.1 / 1.1 - 0.002) / 1e-4, abs=1)
 
 
@@ -147,15 +150,17 @@ def test_costs_are_a_line_and_where_sizes_do_not_differ_cautious() -> None:
     assert costs.size_within("head", 0.01) == 0
 
 
-@pytest.mark.parametrize(("requests", "share"), [(8, 0.05), (7, 0.0625), (4, 0.25), (1, 0.4375)])
-def test_with_fewer_requests_than_lately_training_gets_half_of_what_they_leave(requests: int, share: float) -> None:
-    served = Served(0.0, quantum=0.008)
+@pytest.mark.parametrize(("requests", "share"), [(8, 0.05), (7, 0.09375), (4, 0.375), (1, 0.65625)])
+def test_with_fewer_requests_than_lately_training_gets_three_quarters_of_what_they_leave(
+    requests: int, share: float
+) -> None:
+    served = Served(0.0, quantum=0.006)
     served.run(60.0)
     served.run(60.0, DECODING._replace(requests=requests))  # the mean of ten seconds
     begun, before = served.now, served.trained
     served.run(200.0, DECODING._replace(requests=requests))
     assert (served.trained - before) / (served.now - begun) == pytest.approx(
-        min(share, 0.008 / 0.058), rel=0.1
+        min(share, 0.006 / 0.056), rel=0.1
     )  # one quantum fits in a gap
     assert served.longest_usual <= 1.3 * STEP
 
@@ -177,3 +182,15 @@ def test_a_burst_of_requests_leaves_nothing() -> None:
     assert level.observe(5, 101.0) == pytest.approx(0.26, abs=0.02)  # 4 in the mean, 5 now, 20 at most
     assert level.observe(0, 140.0) < 0.02
     assert level.observe(0, 2000.0) == 0.0
+
+
+def test_a_run_that_begins_between_two_requests_knows_how_many_there_were() -> None:
+    served = Served(0.0, quantum=0.001)
+    for number in range(400):  # nothing is trained
+        served.pacer.served(STEP, 4, number * STEP)
+    for tokens in (100, 200, 400):
+        served.pacer.ran("backward", tokens, IDLE, 0.002 + tokens * 1e-4)
+    served.pacer.allows("embed", 1, IDLE, 400 * STEP)
+    small = served.pacer.pass_tokens("backward", IDLE)
+    assert small is not None
+    assert small < 100

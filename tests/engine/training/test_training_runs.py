@@ -227,7 +227,7 @@ def test_gradients_of_a_batch_that_failed_half_way_are_not_applied(session: Trai
     runs = session.engine._training
     assert runs is not None
     call = session.submit(ForwardBackward("run", batch(2, seed=9)))
-    while runs._pass is None or runs._pass.kind != "backward":
+    while runs._pass is None or runs._pass.next.kind != "backward":
         session.step()
 
     def out_of_memory(_: object) -> None:
@@ -238,6 +238,22 @@ def test_gradients_of_a_batch_that_failed_half_way_are_not_applied(session: Trai
     assert session.answer(call).message == "training ran out of memory; send smaller batches"
     assert "gradients were lost" in session.failure(OptimizerStep("run", 5e-3)).message
     assert session.train("run", range(1)) == wanted
+
+
+def test_gradients_are_lost_in_a_step_that_ran_out_of_memory(session: TrainingSession) -> None:
+    """Scaled, clipped or taken through an encoder a second time they would be others."""
+    session.call(create("run"))
+    session.call(ForwardBackward("run", batch(2)))
+    assert session.engine._training is not None
+
+    def out_of_memory(*_: object) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError
+
+    hook = session.engine._training._runs["run"].trained._optimizer.register_step_pre_hook(out_of_memory)
+    assert session.failure(OptimizerStep("run", 5e-3)).message == "training ran out of memory"
+    assert "gradients were lost" in session.failure(OptimizerStep("run", 5e-3)).message
+    assert session.call(OptimizerStep("run", 5e-3))["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("at", range(4))
