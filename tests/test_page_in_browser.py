@@ -504,9 +504,11 @@ def test_an_adapter_is_trained_tried_beside_the_base_and_given_an_alias(
     (target,) = targets_of(server, "trained")
     assert target.startswith(f"{name}@")
     for _ in range(2):
+        shown = page.get_by_role("heading", name=heading.inner_text())
         page.get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         expect(page.get_by_role("dialog")).to_have_count(0)
+        expect(shown).to_have_count(0)
     expect(page.get_by_role("heading", name="0 jobs")).to_be_visible()
     assert server.http.get("/v1/fine_tuning/jobs").json()["data"] == []
     assert server.http.get(f"/v1/adapters/{name}").is_success  # what was published stays

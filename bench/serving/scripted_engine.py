@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from lora_serve.config import ServeConfig
+from lora_serve.engine.client import EngineClient
 from lora_serve.engine.process_main import main as run_engine
 from lora_serve.messages import Abort, Call, EngineInfo, Generate, Reply, Stats, StepReport, Update
 from lora_serve.request import Admitted, Event, Finished, Request, Tokens
@@ -116,10 +118,15 @@ def serve(model: str, step_ms: float, port: int) -> int:
     from lora_serve.cli import load_tokenizer
 
     config = ServeConfig(model=model, port=port, max_num_seqs=4096)
+
+    def make_app(engine: EngineClient, tokenizer: Any) -> server.App:
+        app = create_app(engine, tokenizer, config, keys=None)
+        return server.App(app, app.state.services.jobs.drain)
+
     return server.serve(
         config,
         load_tokenizer=lambda: load_tokenizer(config),
-        make_app=lambda engine, tokenizer: create_app(engine, tokenizer, config, keys=None),
+        make_app=make_app,
         engine=(sys.executable, "-m", "bench.serving.scripted_engine", "engine", str(step_ms)),
     )
 

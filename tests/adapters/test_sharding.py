@@ -14,7 +14,7 @@ BASE = BaseShape(SITES, tuple((name,) for name in SITES), lambda site: torch.emp
 
 
 def shardings(size: int = 2) -> list[Sharding]:
-    return [Sharding(rank, size, frozenset({"q"}), frozenset({"o"}), (True, False)) for rank in range(size)]
+    return [Sharding(rank, size, {"q": 1}, frozenset({"o"}), (True, False)) for rank in range(size)]
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ class IdleEngine:
             adapter_slots=len(contents) + 1,
             kv_cache_memory=4 << 20,
         )
-        infos = self.session.engine._operations.describe_some("")
+        infos = self.session.engine._calls._operations.describe_some("")
         self._names = {info.versions[0].digest: info.name for info in infos}
         self._answers: dict[Any, list[int]] = {}
 

@@ -162,7 +162,7 @@ def test_adapters_beyond_the_device_s_memory_take_turns(folder: Path, tmp_path: 
 
 def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Path, tmp_path: Path) -> None:
     session = Session(tmp_path, adapters=folder)
-    size = session.engine._operations.describe("one").versions[0].memory_bytes
+    size = session.engine._calls._operations.describe("one").versions[0].memory_bytes
     session.engine.close()
     session = Session(tmp_path, adapter_device_memory=3 * size)
     session.send("both", [5, 9, 33], uses=(AdapterUse("one"), AdapterUse("two")))
@@ -176,7 +176,7 @@ def test_no_request_or_pin_gets_more_than_half_of_the_device_s_memory(folder: Pa
     assert "half of the memory" in session.replies[1].failure.message
     session.engine.close()
     session = Session(tmp_path, adapter_device_memory=2 * size - 2)
-    assert session.engine._operations.describe_some("")[0].broken is not None
+    assert session.engine._calls._operations.describe_some("")[0].broken is not None
     assert any("half of --adapter-device-memory" in note for note in session.engine.info.notes)
     session.send("large", [5, 9, 33], adapter="one")
     session.step()
