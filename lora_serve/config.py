@@ -181,7 +181,8 @@ class ServeConfig(BaseSettings):
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     training_memory: Size = Field(
         Size(0),
-        description="memory for adapters in training, beside all other; 0: no training, nothing of it is loaded",
+        description="memory for adapters in training and a pass over their data; served adapters use it while "
+        "nothing is trained; 0: no training, nothing of it is loaded",
     )
     training_share: float = Field(
         0.003,

@@ -317,7 +317,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     `pooling` is how the base alone embeds; if it is None, `not_embedding` says why it does not. A `headless` base
     generates no text. `store`: folder of the published adapters. `adapters`: how many are listed, and
     `broken_adapters` how many of them cannot be served. `tensor_parallel`: how many devices share the base; `device` is
-    the first. `training_memory`: bytes for training runs; 0: training is off.
+    the first. `training_memory`: bytes for training runs; 0: training is off. `memory`: by place and part, the bytes
+    that may be taken (`engine/memory_plan.py`).
     """
 
     model: str
@@ -343,6 +344,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     broken_adapters: int = 0
     tensor_parallel: int = 1
     training_memory: int = 0
+    memory: dict[str, dict[str, int]] = {}
 
 
 class SharedStatus(msgspec.Struct, frozen=True):
@@ -381,6 +383,7 @@ class Stats(msgspec.Struct):
         gaps_exceeded_total: steps whose prompts exceed the bound on the time between two tokens of a stream.
         shared: None without a shared store.
         training_runs, training_bytes: how many there are, and the memory they take between passes.
+        memory: `EngineInfo.memory`.
         training_tokens_total: tokens of passes that were finished.
         training_quanta_total, training_seconds_total: pieces of training, by kind, and the engine's time they took.
     """
@@ -415,6 +418,7 @@ class Stats(msgspec.Struct):
     settings_state: int = 0
     training_runs: int = 0
     training_bytes: int = 0
+    memory: dict[str, dict[str, int]] = {}
     training_tokens_total: int = 0
     training_quanta_total: dict[str, int] = {}
     training_seconds_total: dict[str, float] = {}

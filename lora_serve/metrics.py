@@ -297,6 +297,13 @@ class _EngineCollector(Collector):
         for tier, size in sorted(stats.bytes.items()):
             sizes.add_metric([tier], size)
         yield sizes
+        planned = GaugeMetricFamily(
+            "lora_serve_memory_planned_bytes", "Bytes that a part may take of a memory.", labels=["memory", "part"]
+        )
+        for place, parts in sorted(stats.memory.items()):
+            for part, size in parts.items():
+                planned.add_metric([place, part], size)
+        yield planned
         for field, (name, meaning) in (TOTALS | TOTALS_BY_TIER | TOTALS_BY_QUANTUM).items():
             by = ["tier"] if field in TOTALS_BY_TIER else ["kind"] if field in TOTALS_BY_QUANTUM else []
             total = CounterMetricFamily(name, meaning, labels=by)

@@ -214,6 +214,12 @@ def _progress() -> Generator[Callable[[str, float], None]]:
     yield show
 
 
+def _describe_memory(place: str, parts: dict[str, int]) -> str:
+    """What each part may take of a memory."""
+    shown = ", ".join(f"{part} {size / (1 << 30):.2f}" for part, size in parts.items() if size)
+    return f"{place}: at most {sum(parts.values()) / (1 << 30):.2f} GiB ({shown})"
+
+
 def _print_summary(info: EngineInfo, host: str, port: int) -> None:
     table = Table.grid(padding=(0, 2))
     shown = f"[{host}]" if ":" in host else host
@@ -224,6 +230,7 @@ def _print_summary(info: EngineInfo, host: str, port: int) -> None:
         "device": f"{info.device}, {info.dtype}, {info.kernels}{shared}",
         "context": f"{info.max_model_len:,} tokens each, KV for {info.kv_tokens:,}",
         "adapters": f"{info.adapters} published{broken}, {info.adapter_slots} at once on the device",
+        "memory": "; ".join(_describe_memory(place, parts) for place, parts in info.memory.items()),
         "store": info.store,
         "listening": f"http://{shown}:{port}",
     }

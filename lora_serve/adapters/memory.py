@@ -18,7 +18,8 @@ from lora_serve.adapters.lowered_file import Summary
 from lora_serve.adapters.publisher import Publisher
 from lora_serve.adapters.residency import Residency, Version
 from lora_serve.adapters.workers import Workers
-from lora_serve.errors import AdapterBroken, EngineFault, ServeError, Unavailable
+from lora_serve.errors import AdapterBroken, EngineFault, Overloaded, ServeError, Unavailable
+from lora_serve.malloc import trim
 from lora_serve.messages import Stats
 
 TURN = 0.5  # seconds for which an adapter stays in host memory while others that are needed wait
@@ -118,6 +119,32 @@ class AdapterMemory:
         """Free a version in both tiers."""
         self._evict_from_device(version)
         self._evict_from_host(version)
+
+    # --- what training shares --------------------------------------------------------------------------------------
+
+    def begin_training(self) -> None:
+        """Free training's part of the memory. Raises Overloaded, with the numbers, if adapters in use take it."""
+        residency = self._residency
+        evict = residency.decide_training()
+        if evict is None:
+            excess, training = residency.excess / 2**20, residency.budget.training / 2**20
+            raise Overloaded(
+                f"adapters that are in use take {excess:.1f} of the {training:.1f} MiB for training, until the "
+                "requests for them end",
+                retry_after=1,
+            )
+        for digest in evict:
+            if residency.budget.device is None:
+                self._evict_from_host(residency.versions[digest])
+            else:
+                self._evict_from_device(residency.versions[digest])
+        residency.training = True
+        if evict:
+            trim()  # else the allocator keeps it for tensors of their sizes
+
+    def end_training(self) -> None:
+        """Let adapters take training's part of the memory again."""
+        self._residency.training = False
 
     def _read(self, version: Version, *, again: bool = False) -> None:
         def work() -> tuple[Adapter, float]:

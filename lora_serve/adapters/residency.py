@@ -25,12 +25,15 @@ from lora_serve.request import AdapterUse
 class Budget:
     """What adapters may take: slots of the device, bytes of host memory, and bytes of the device.
 
-    `device` is None on a CPU: there an adapter in a slot is the one in host memory, and is counted once.
+    `device` is None on a CPU: there an adapter in a slot is the one in host memory, and is counted once. `training`:
+    bytes of the same memory, the device's or on a CPU the host's, for training; while nothing is trained, adapters may
+    stay there until they are evicted. What requests and pins need together must fit without it.
     """
 
     slots: int
     host: int
     device: int | None = None
+    training: int = 0
 
     @property
     def pins(self) -> int:
@@ -114,6 +117,7 @@ class Residency:
         pinned: digests of pinned versions, wherever they are.
         host, device: the versions in host memory and on the device.
         unmet: whether pinned or leased versions were missing in memory at the last decision: a release may help them.
+        training: whether training has its part of the memory.
 
     Args:
         keep_versions: versions of a name that stay in the store; further ones go with their last lease, unless an alias
@@ -127,6 +131,7 @@ class Residency:
         self.versions: dict[str, Version] = {}
         self.pinned: Set[str] = frozenset()
         self.unmet = False
+        self.training = False
         self.host: MemoryTier[Version] = MemoryTier()
         self.device: MemoryTier[Version] = MemoryTier()
         self._loading: dict[str, Version] = {}
@@ -325,7 +330,7 @@ class Residency:
         refuse = [digest for digest in wanted if not self.versions[digest].holds_memory and digest not in staying]
         load: list[str] = []
         evict: list[str] = []
-        free = self.budget.host - self.host_bytes
+        free = self._most_in_host - self.host_bytes
         for version in missing[: max(0, limit - len(self._loading))]:
             evicted = self._evictable(version.bytes - free, staying | set(evict))
             free += self._bytes(evicted) - version.bytes
@@ -342,6 +347,7 @@ class Residency:
         excess = 0
         if self.budget.device is not None:
             excess = self.device.bytes + self._bytes(version.digest for version in missing) - self.budget.device
+            excess -= self._lent
         keep = {*digests, *self.pinned}
         evict: list[str] = []
         for version in self.device:
@@ -352,10 +358,37 @@ class Residency:
                 slots, excess = slots - 1, excess - version.bytes
         return None if slots > 0 or excess > 0 else evict
 
-    def _evictable(self, needed: int, keep: Set[str]) -> list[str]:
-        """The least recently used versions in host memory that free `needed` bytes, none of `keep`."""
+    def decide_training(self) -> list[str] | None:
+        """Versions to evict from the memory that training shares, so that it has its part of it.
+
+        The least recently used ones (LRU), none that is leased or pinned; None if those take more than adapters' own
+        part.
+        """
+        shared = self.host if self.budget.device is None else self.device
+        keep = {*self.pinned, *self._leased}
+        evict = self._evictable(self.excess, keep, shared)
+        return evict if self._bytes(evict) >= self.excess else None
+
+    @property
+    def excess(self) -> int:
+        """Bytes that adapters take of training's part of the memory; not positive if none."""
+        if self.budget.device is None:
+            return self.host_bytes - self.budget.host
+        return self.device.bytes - self.budget.device
+
+    @property
+    def _lent(self) -> int:
+        """Bytes of training's part that adapters may take now."""
+        return 0 if self.training else self.budget.training
+
+    @property
+    def _most_in_host(self) -> int:
+        return self.budget.host + (self._lent if self.budget.device is None else 0)
+
+    def _evictable(self, needed: int, keep: Set[str], tier: MemoryTier[Version] | None = None) -> list[str]:
+        """The least recently used versions in a tier, or in host memory, that free `needed` bytes, none of `keep`."""
         found: list[str] = []
-        for version in self.host:
+        for version in self.host if tier is None else tier:
             if needed <= 0:
                 break
             if version.digest not in keep:

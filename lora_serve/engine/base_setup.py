@@ -13,12 +13,15 @@ import torch
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.config import ServeConfig
 from lora_serve.engine.cores import compute_threads
+from lora_serve.engine.host_memory import host_memory, process_memory
+from lora_serve.engine.memory_plan import MemoryPlan, gpu_plans, host_plan, step_bytes_on_cpu
 from lora_serve.engine.ranks import LeadingBase, LeadingDeviceSlots, Ranks
 from lora_serve.engine.runner import SampledTokens
-from lora_serve.engine.sizing import StepLimits, adapter_memory, kv_memory, measure_memory, step_limits
+from lora_serve.engine.sizing import GpuMemory, StepLimits, adapter_memory, kv_memory, measure_memory, step_limits
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.select import refuse_scheme, select
 from lora_serve.kv.tensors import KVTensors, bytes_per_token
+from lora_serve.malloc import trim
 from lora_serve.model.base import ResidentBase
 from lora_serve.model.load import load
 from lora_serve.model.loaded_model import LoadedModel
@@ -40,6 +43,7 @@ class BaseSetup:
         tokens: sampled tokens on the device, if steps are launched before those of the last one are read.
         blocks: of KV.
         trainable: the base as training runs it; None: there is no memory for training.
+        memory: what may be taken of which memory.
     """
 
     loaded: LoadedModel
@@ -52,6 +56,7 @@ class BaseSetup:
     max_model_len: int
     blocks: int
     trainable: TrainableBase | None
+    memory: list[MemoryPlan]
 
 
 def set_up_base(
@@ -111,11 +116,35 @@ def set_up_base(
         capacity = None if capacity is None else parallel.least(capacity)
     max_model_len = _max_model_len(config, loaded, memory, longest)
     blocks = _kv_blocks(config, loaded, memory, max_model_len, limits.seqs)
+    plans = _memory_plans(config, device, loaded, limits, gpu, blocks)
+    for plan in plans:
+        plan.check()
+        loaded.notes.extend([] if plan.note is None else [plan.note])
     kv.resize(blocks)
     progress("preparing steps", 0.9)
     base.prepare(limits.seqs, limits.tokens, -(-max_model_len // config.kv_block_size))
     described = f"{kernels.name} kernels" + (f" {kernels.build}" if kernels.build else "")
-    return BaseSetup(loaded, described, limits, capacity, device_slots, tokens, base, max_model_len, blocks, trainable)
+    return BaseSetup(
+        loaded, described, limits, capacity, device_slots, tokens, base, max_model_len, blocks, trainable, plans
+    )
+
+
+def _memory_plans(
+    config: ServeConfig,
+    device: torch.device,
+    loaded: LoadedModel,
+    limits: StepLimits,
+    gpu: GpuMemory | None,
+    blocks: int,
+) -> list[MemoryPlan]:
+    """What may be taken of which memory, once the base is there."""
+    trim()  # what loading has freed
+    host, taken = host_memory(), process_memory() or 0
+    kv = blocks * config.kv_block_size * bytes_per_token(loaded.layers, loaded.dtype)
+    if gpu is not None:
+        return gpu_plans(config, device, gpu, taken, kv, host)
+    step = step_bytes_on_cpu(loaded, limits)
+    return [host_plan(config, taken, step, kv, host, config.tensor_parallel)]
 
 
 def device_of(name: str, rank: int = 0, size: int = 1) -> torch.device:

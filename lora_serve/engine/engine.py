@@ -307,6 +307,7 @@ class Engine:
             expected_wait=self._queue_times.expected(len(scheduler.waiting)),
             gaps_exceeded_total=self._pacer.gaps_exceeded,
             step_costs={"decode": costs.decode(1), "prompt": costs.fixed, "prompt_token": costs.per_token},
+            memory=self.info.memory,
         )
         self._registry.fill_stats(stats)
         if self._shared is not None:

@@ -109,7 +109,7 @@ def measure_memory(
     _release_cached_memory()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _largest_step(base, config.kv_block_size, limits, longest)
+    largest_step(base, config.kv_block_size, limits, longest)
     torch.cuda.synchronize(device)
     passes = torch.cuda.max_memory_allocated(device) - before
     _release_cached_memory()
@@ -126,7 +126,7 @@ def _release_cached_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def _largest_step(base: ResidentBase, block_size: int, limits: StepLimits, longest: int) -> None:
+def largest_step(base: ResidentBase, block_size: int, limits: StepLimits, longest: int) -> None:
     """Run a step with the maximum number of tokens, logits, sampled rows and log-probabilities."""
     tokens = limits.tokens
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]

@@ -121,7 +121,8 @@ def _build_parts(
     training = None
     if setup.trainable is not None:
         pacer = TrainingPacer(config.training_share, config.itl_target)
-        training = TrainingRuns(setup.trainable, int(config.training_memory), pacer, workers, config.model)
+        memory = int(config.training_memory)
+        training = TrainingRuns(setup.trainable, memory, registry.memory, pacer, workers, config.model)
     fairness = Fairness()
     scheduler = Scheduler(
         BlockPool(setup.blocks, config.kv_block_size),
@@ -157,7 +158,10 @@ def _build_parts(
         store=str(root),
         tensor_parallel=config.tensor_parallel,
         training_memory=int(config.training_memory),
+        memory={plan.place: plan.parts for plan in setup.memory},
     )
+    for plan in setup.memory:
+        log.info("%s", plan)
     grammars = GrammarCompiler(lambda: _grammar_tokenizer(config, loaded), wake)
     runner = Runner(base, config.kv_block_size, device, setup.tokens)
     return EngineParts(info, scheduler, runner, registry, operations, grammars, ranks, shared, training)
@@ -186,7 +190,8 @@ def _open_adapters(
     limits = CompilerLimits(int(config.compiler_memory), config.compiler_cpu_time)
     compiler = Compiler(context, limits)
     publisher = Publisher(store, compiler, workers)
-    residency = Residency(Budget(config.adapter_slots, host, capacity), config.keep_versions)
+    budget = Budget(config.adapter_slots, host, capacity, int(config.training_memory))
+    residency = Residency(budget, config.keep_versions)
     registry = Registry(residency, device_slots, publisher, workers)
     operations = AdapterOperations(registry, residency, publisher, config.served_name())
 

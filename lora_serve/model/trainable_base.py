@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lora_serve.adapters.adapter import BaseShape
 from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels, Segments
 from lora_serve.kernels.training_contract import PART_OUTPUTS
 from lora_serve.model.external_linear import ExternalLinear
+from lora_serve.model.external_quantization import is_externally_quantized
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
 from lora_serve.model.sequence_attention import SEQUENCE_ATTENTION
@@ -43,6 +46,8 @@ from lora_serve.model.trainable_linear import (
     resident_layer,
 )
 from lora_serve.model.training_step import TrainingStep
+
+UNPACKED = 1 << 23  # weights that are unpacked at a time, as `kernels/cpu/matmul.py` does
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]  # a layer's arguments besides the hidden states
 
@@ -79,6 +84,7 @@ class TrainableBase:
         vocabulary: number of logits.
         max_length: of a sequence.
         token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
+        unpacked_bytes: of the weights that are unpacked for a product.
         head_parts: parts of the vocabulary whose logits are computed at a time. They are about as many weights as a
             layer, and fixed, so that sums over them have the same bits whatever else is in a batch.
 
@@ -121,6 +127,8 @@ class TrainableBase:
         ]  # linear modules between the embedding and the layers, or the layers and the head
         self.layer_weights = sum(site.in_features * site.out_features for site in sites.values()) // self.layers
         self.head_parts = self._cut_head(loaded, head_weights or self.layer_weights)
+        external = any(is_externally_quantized(module) for module in loaded.model.modules())
+        self.unpacked_bytes = unpacked_bytes(self.shape, self.dtype, external=external)
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -313,6 +321,20 @@ class TrainableBase:
         return copy.deepcopy(model, shared)
 
 
+def unpacked_bytes(shape: BaseShape, dtype: torch.dtype, *, external: bool) -> int:
+    """Bytes of the weights that are unpacked for a product: a part of one in float32, packed and transposed.
+
+    Args:
+        external: whether another library quantised them: then it is all of those that read one input, and another copy.
+    """
+    sizes = {name: site.in_features * site.out_features for name, site in shape.sites.items()}
+    if not external:
+        return 3 * 4 * min(max(sizes.values()), UNPACKED)
+    sizes[shape.head] = 0  # is not quantised
+    widest, group = max(sizes.values()), max(sum(sizes[name] for name in names) for names in shape.groups)
+    return group * dtype.itemsize + widest * (4 + dtype.itemsize)
+
+
 class LayerwisePass:
     """One flat batch on its way through the base, forwards and backwards.
 
@@ -324,7 +346,9 @@ class LayerwisePass:
     def __init__(self, base: TrainableBase, step: TrainingStep, calls: Sequence[LayerCall], hidden: Tensor) -> None:
         self._base, self._step, self.calls = base, step, calls
         self._embedded, self.hidden = hidden, hidden.detach()
-        self._edges: list[tuple[Tensor, Tensor]] = []  # each layer's input and output, the graph between them
+        self._done = 0
+        self._edges: list[tuple[Tensor, GradientEdge]] = []  # each layer's input, and its output's place in the graph
+        self._outputs: Tensor | None = None  # [layers, 1, tokens, hidden]
 
     def forward(self, *, gradients: bool, keep: bool) -> None:
         """Compute the next layer.
@@ -333,12 +357,11 @@ class LayerwisePass:
             gradients: whether `backward` will be called.
             keep: what it will need besides the layer's input, instead of computing it again.
         """
-        index = len(self._edges)
+        index, self._done = self._done, self._done + 1
         run = partial(self._base.layer, index, self._step, call=self.calls[index])
         if not gradients:
             with torch.no_grad():
                 self.hidden = run(self.hidden)
-            self._edges.append((self.hidden, self.hidden))
             return
         given = self.hidden.requires_grad_()
         output: Tensor
@@ -347,8 +370,21 @@ class LayerwisePass:
                 output = run(given)
         else:
             output = checkpoint(run, given, use_reentrant=False, preserve_rng_state=False)
-        self._edges.append((given, output))
-        self.hidden = output.detach()
+        self._edges.append((given, get_gradient_edge(output)))
+        self.hidden = self._copy_output(index, output.detach())
+
+    def _copy_output(self, index: int, output: Tensor) -> Tensor:
+        """A layer's output where those of all layers are.
+
+        They live as long as the pass, and everything else for a layer at most: between them on the heap, the allocator
+        could not use the memory again for tensors of other sizes.
+        """
+        if self._outputs is None:
+            self._outputs = output.new_empty((self._base.layers, *output.shape))
+        place = self._outputs[index]
+        kept = torch.empty(0, dtype=output.dtype, device=output.device)  # no view: these share a count of changes
+        kept.set_(place.untyped_storage(), place.storage_offset(), place.shape, place.stride())
+        return kept.copy_(output)
 
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of the last remaining layer's input, of that of its output; the layer is forgotten.

@@ -53,6 +53,7 @@ class RegistryHarness:
         slots: int = 3,
         memory: int = 1 << 20,
         device: int | None = None,
+        training: int = 0,
         keep_versions: int = 1,
         dtype: torch.dtype = torch.float32,
         base: BaseShape = BASE,
@@ -62,7 +63,7 @@ class RegistryHarness:
     ) -> None:
         self.folder = folder
         self.device_slots = DeviceSlots(base, slots, dtype, torch.device("cpu"))
-        self.residency = Residency(Budget(slots, memory, device), keep_versions)
+        self.residency = Residency(Budget(slots, memory, device, training), keep_versions)
         self.store = Store(folder / "store", "a fingerprint", disk=disk)
         self.workers = workers = workers or Workers(lambda: None, compilers=2)
         compiler = compiler or InProcessCompiler(LoweringContext(base, "a base", dtype, 1 << 20, 1 << 20))

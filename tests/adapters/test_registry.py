@@ -11,7 +11,15 @@ from peft_folders import tensors, write
 from registry_harness import BASE_NAME, RegistryHarness
 
 from lora_serve.adapters import lowered_file, operations
-from lora_serve.errors import AdapterBroken, AdapterBusy, AdapterExists, AdapterInvalid, AdapterNotFound, BadRequest
+from lora_serve.errors import (
+    AdapterBroken,
+    AdapterBusy,
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNotFound,
+    BadRequest,
+    Overloaded,
+)
 from lora_serve.messages import Publish
 from lora_serve.request import AdapterUse
 
@@ -437,3 +445,37 @@ def test_a_name_that_the_base_got_is_listed_as_broken(tmp_path: Path) -> None:
     assert infos == {"a": None, BASE_NAME: f"{BASE_NAME} is the name of the base model"}
     assert again.registry.acquire(AdapterUse("a")).digest == digest
     again.registry.close()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_training_does_not_use_serves_adapters_until_it_begins(tmp_path: Path, on_gpu: bool) -> None:
+    probe = RegistryHarness(tmp_path / "probe")
+    size = probe.publish("a").versions[0].memory_bytes
+    probe.registry.close()
+    own, more = 2 * size, 2 * size
+    memory, device = (1 << 20, own) if on_gpu else (own, None)
+    harness = RegistryHarness(tmp_path / "own", slots=9, memory=memory, device=device, training=more)
+    digests = [harness.publish(name, seed).versions[0].digest for seed, name in enumerate("abcd")]
+    tier = "device" if on_gpu else "host"
+    leases = []
+    for name, digest in zip("abcd", digests, strict=True):
+        leases.append(harness.registry.acquire(AdapterUse(name)))
+        harness.load(digest)
+        harness.registry.memory.assign_slots([digest])
+        if name in "ab":
+            harness.registry.release(leases.pop())
+    assert harness.stats().bytes[tier] == 4 * size
+    last = harness.registry.acquire(AdapterUse("a"))
+    with pytest.raises(Overloaded, match=r"in use take 0\.0 of the 0\.0 MiB for training, until the requests"):
+        harness.registry.memory.begin_training()
+    harness.registry.release(last)
+    harness.registry.memory.begin_training()
+    stats = harness.stats()
+    assert (stats.bytes[tier], stats.evictions_total[tier]) == (2 * size, 2)
+    assert stats.resident == ["c", "d"]
+    harness.registry.memory.end_training()
+    harness.registry.acquire(AdapterUse("b"))
+    harness.load(digests[1])
+    harness.registry.memory.assign_slots([digests[1]])
+    assert harness.stats().bytes[tier] == 3 * size
+    harness.registry.close()

@@ -15,9 +15,9 @@ from lora_serve.errors import AdapterBusy, AdapterNotFound, BadRequest, TooLarge
 from lora_serve.request import AdapterUse
 
 
-def residency(host: int = 100, slots: int = 3, device: int | None = None, **sizes: int) -> Residency:
+def residency(host: int = 100, slots: int = 3, device: int | None = None, training: int = 0, **sizes: int) -> Residency:
     """Adapters named by a letter, of so many bytes each, on disk; name and digest are the same."""
-    state = Residency(Budget(slots, host, device), keep_versions=2)
+    state = Residency(Budget(slots, host, device, training), keep_versions=2)
     for name, size in sizes.items():
         state.versions[name] = Version(Summary(name, "", "", size, "", 1, 1, 1, {}, Traits()), 0.0)
         state.apply(name, NameRecord([name]))
@@ -244,3 +244,58 @@ def test_decisions_do_not_depend_on_how_many_versions_are_on_disk() -> None:
     assert state.decide_slots(["a", "b"]) == []
     assert state.host_bytes == 80
     assert repr(state) == "<Residency 4 names, 4 versions, 80 of 100 bytes, 0 of 3 slots>"
+
+
+# --- what training shares ---------------------------------------------------------------------------
+
+
+def test_adapters_stay_in_what_training_does_not_use_and_leave_when_it_begins() -> None:
+    state = residency(training=60, a=40, b=40, c=40, d=40, e=40)
+    load(state, "a", "b", "c")
+    assert (state.host_bytes, state.excess) == (120, 20)
+    (lease_of_d,) = lease(state, "d")
+    assert state.decide_loads() == Loads([], ["d"], [])  # 160 of 160
+    load(state, "d")
+    lease(state, "e")
+    assert state.decide_loads() == Loads(["a"], ["e"], [])
+    assert state.decide_training() == ["a", "b"]
+    state.release(state.versions["d"], lease_of_d)
+    for name in ("a", "b"):
+        state.leave_host(state.versions[name])
+    state.training = True
+    assert state.decide_loads() == Loads(["c"], ["e"], [])  # 100 are there now
+    assert state.decide_training() == []
+
+
+def test_requests_and_pins_are_never_promised_what_training_takes() -> None:
+    state = residency(training=60, a=110, b=60, c=60)
+    with pytest.raises(TooLarge):
+        state.check_size(110)
+    with pytest.raises(AdapterBusy):
+        state.check_pins("b", "b", 60)
+    lease(state, "b", "c")
+    assert state.decide_loads(limit=2).load == ["b"]  # both would fit now, and not while something is trained
+
+
+def test_what_is_leased_or_pinned_does_not_leave_for_training() -> None:
+    state = residency(training=60, a=50, b=50, c=50)
+    load(state, "a", "b", "c")
+    lease(state, "a", "c")
+    assert state.decide_training() == ["b"]
+    lease(state, "b")
+    assert state.decide_training() is None
+    assert state.excess == 50
+
+
+def test_on_a_device_of_its_own_training_shares_the_device_only() -> None:
+    state = residency(host=100, device=50, training=50, a=40, b=40, c=40)
+    load(state, "a", "b")
+    state.enter_device(state.versions["a"], 1)
+    assert state.decide_slots(["b"]) == []
+    state.enter_device(state.versions["b"], 2)
+    lease(state, "c")
+    assert state.decide_loads() == Loads(["a"], ["c"], [])  # host memory is not shared
+    assert state.decide_training() == ["a"]
+    state.leave_device(state.versions["a"])
+    state.training = True
+    assert state.decide_slots(["b", "a"]) is None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.engine.training.head_rows import WIDENED, HeadBlock, HeadRows, block_rows
+from lora_serve.engine.training.heap_limit import HeapLimit, growth, heap_bytes
 from lora_serve.engine.training.loss_formulas import MeanMetric
 from lora_serve.engine.training.micro_batch import MicroBatch, MicroBatchResult
 from lora_serve.kernels.contract import Segments
@@ -31,16 +32,17 @@ def pass_bytes(base: TrainableBase, tokens: int, kept_layers: int = 0) -> int:
     """Bytes that a pass takes at most, beside the base and the adapters.
 
     The inputs of all layers; what one layer saves, and as much again of gradients and intermediate results; logits of a
-    block of rows; one part of a weight, unpacked and transposed. Layers that are kept add what they save.
+    block of rows; weights that are unpacked; on a CPU what its allocator keeps of freed memory.
+    Layers that are kept add what they save. Compared with a process's memory by `bench/training_memory.py`.
     """
     item = base.dtype.itemsize
-    widest = max(site.in_features * site.out_features for site in base.shape.sites.values())
     rows = min(tokens, block_rows(base))
     return (
         tokens * base.shape.hidden_size * item * (base.layers + 2)
         + (2 + kept_layers) * tokens * base.token_bytes
         + rows * base.vocabulary * item + 3 * 4 * WIDENED
-        + 3 * 4 * min(widest, 1 << 23)
+        + base.unpacked_bytes
+        + (heap_bytes(tokens * base.token_bytes) if base.device.type == "cpu" else 0)
     )  # fmt: skip
 
 
@@ -71,12 +73,19 @@ class FusedPass:
     Args:
         gradients: add the gradients of the losses to those of the adapters; else only the losses are computed.
         kept_layers: number of layers, the last ones, that are not computed again for their backward pass.
+        heap: bounds what the allocator keeps of freed memory; None on a device with another allocator.
     """
 
     def __init__(
-        self, base: TrainableBase, batches: Sequence[MicroBatch], *, gradients: bool, kept_layers: int = 0
+        self,
+        base: TrainableBase,
+        batches: Sequence[MicroBatch],
+        *,
+        gradients: bool,
+        kept_layers: int = 0,
+        heap: HeapLimit | None = None,
     ) -> None:
-        self._base, self._gradients = base, gradients
+        self._base, self._heap = base, heap
         self._first_kept = base.layers - kept_layers
         self._parts, rows = [], 0
         for batch in batches:
@@ -108,6 +117,8 @@ class FusedPass:
         if self.done < len(self.quanta):
             next(self._run)
             self.done += 1
+            if self._heap is not None:
+                self._heap.check(growth(self.tokens * self._base.token_bytes))
             if self.done == len(self.quanta):
                 self._run.close()
                 if not self.backward:
@@ -156,7 +167,7 @@ class FusedPass:
         running = base.begin(step, ids, at, gradients=self.backward)
         yield
         for layer in range(base.layers):
-            running.forward(gradients=self._gradients, keep=layer >= self._first_kept)
+            running.forward(gradients=self.backward, keep=layer >= self._first_kept)
             yield
         hidden = running.hidden[0]
         for block in self._others.blocks(block_rows(base)):

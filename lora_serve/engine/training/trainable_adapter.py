@@ -26,6 +26,7 @@ from lora_serve.model.trainable_base import TrainableBase
 from lora_serve.model.training_step import DeltaDropout, Gain, Magnitude
 
 FLATS = 5  # masters, computed weights, gradients, two moments
+STEP_FLATS = 2  # AdamW's intermediate results
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
@@ -49,6 +50,11 @@ def adapter_bytes(base: BaseShape, settings: AdapterSettings) -> int:
 
 def _layout_bytes(layout: TrainableLayout) -> int:
     return 4 * (FLATS * layout.size + (layout.encoder.encoder.working if layout.encoder else 0))
+
+
+def step_bytes(adapter: int) -> int:
+    """Bytes that a step of the optimizer takes while it runs, of an adapter of so many."""
+    return adapter // FLATS * STEP_FLATS
 
 
 class TrainableAdapter:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_serve.adapters.memory import AdapterMemory
 from lora_serve.adapters.workers import Workers
 from lora_serve.engine.training.fused_pass import pass_bytes
 from lora_serve.engine.training.losses import find_loss
@@ -76,6 +77,7 @@ class TrainingRuns:
     Args:
         base: checked.
         memory: bytes of all adapters in training and a running pass.
+        lent_to: served adapters, which may have that memory while there are no runs.
         workers: threads for files.
         base_name: what exported adapters say of their base.
     """
@@ -84,12 +86,14 @@ class TrainingRuns:
         self,
         base: TrainableBase,
         memory: int,
+        lent_to: AdapterMemory,
         pacer: TrainingPacer,
         workers: Workers,
         base_name: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._base, self._trainer, self.pacer = base, Trainer(base, memory), pacer
+        self._lent_to = lent_to
         self._short, self._clock = ShortOperations(self._trainer, workers, base_name, self._remove_closed), clock
         self._runs: dict[str, TrainingRun] = {}
         self._pass: SharedPass | None = None
@@ -134,6 +138,8 @@ class TrainingRuns:
             )
         if isinstance(settings, LoraSettings) and settings.reads_weights:
             self._trainer.check(operation.run, settings)  # before a thread reads all weights
+        if not self._runs:
+            self._lent_to.begin_training()
         run = self._runs[operation.run] = TrainingRun.of(operation)
         self._enqueue(run, QueuedOperation(operation, done, next(self._orders), memory=memory))
 
@@ -198,6 +204,8 @@ class TrainingRuns:
                 self._trainer.close(run.adapter)
             if all(other.owner != run.owner for other in self._runs.values()):
                 self._turns.forget(run.owner)
+            if not self._runs:
+                self._lent_to.end_training()
             for done in run.on_close:
                 done(None)
 

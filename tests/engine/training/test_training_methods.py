@@ -54,7 +54,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> TrainingDriver:
 def closed(driver: TrainingDriver) -> Iterator[None]:
     """Close a test's adapters."""
     yield
-    for adapter in [*driver.trainer._adapters.values()]:
+    for adapter in [*driver.trainer.adapters.values()]:
         driver.trainer.close(adapter)
 
 
@@ -261,9 +261,9 @@ def test_dropout_is_that_of_peft_with_the_same_masks(driver: TrainingDriver, tmp
         (wanted,) = train_peft(model, [data], [0.0], max_grad_norm=1e9)
         batches = [MicroBatch(neighbour, examples(1, VOCABULARY, 9)), MicroBatch(adapter, data)]
         trainer = driver.trainer
-        trainer._memory += (1 << 30) * kept
+        trainer.memory += (1 << 30) * kept
         result = trainer.forward_backward(batches).finish()[1]
-        trainer._memory -= (1 << 30) * kept
+        trainer.memory -= (1 << 30) * kept
         assert result.loss == pytest.approx(wanted, abs=LOSS)
     gradients = driver.trainer.create("once", settings)
     with_random_weights(gradients).passes = adapter.passes - 1

@@ -87,7 +87,7 @@ def test_batches_of_several_runs_share_passes_and_each_gets_what_it_gets_alone(s
 
 
 def test_a_batch_that_memory_does_not_hold_is_split_between_sequences(tmp_path: Path) -> None:
-    whole, small = TrainingSession(tmp_path / "whole"), TrainingSession(tmp_path / "small", training_memory=13_800_000)
+    whole, small = TrainingSession(tmp_path / "whole"), TrainingSession(tmp_path / "small", training_memory=14_600_000)
     for session in (whole, small):
         session.call(create("run"))
     examples = batch(40, length=24, weight=0.01)
@@ -196,7 +196,7 @@ def test_a_base_that_devices_share_is_not_trained() -> None:
 
 
 def test_examples_that_a_loss_compares_stay_in_one_pass(tmp_path: Path) -> None:
-    session = TrainingSession(tmp_path, training_memory=13_800_000)
+    session = TrainingSession(tmp_path, training_memory=14_600_000)
     session.call(create("run"))
     pairs = [
         TrainingExample(each.tokens, each.targets, {"weights": [1.0] * 24, "logprobs": [-4.0] * 24})
@@ -264,3 +264,19 @@ def test_a_full_disk_leaves_no_folder(at: int, tmp_path: Path) -> None:
     with pytest.raises(StorageFull, match="the disk for training runs is full"):
         write_folder(tmp_path / "saved", {"a": b"12345", "b": b"123"}, FailingDisk(at, full, full=at > 0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_has_its_part_of_the_memory_as_long_as_there_are_runs(tmp_path: Path) -> None:
+    session = TrainingSession(tmp_path)
+    residency = session.engine._registry.memory._residency
+    assert residency.budget.training == 1 << 25
+    for name in ("first", "second"):
+        session.call(create(name))
+    for name in ("first", "second"):
+        assert residency.training
+        session.call(CloseRun(name))
+    assert not residency.training
+    huge = session.failure(create("huge", r=1024, target_modules="all-linear"))  # refused in its own quantum
+    assert "all training has 32.0 MiB" in huge.message
+    assert not residency.training
+    session.engine.close()
