@@ -84,6 +84,7 @@ class TrainableBase:
         vocabulary: number of logits.
         max_length: of a sequence.
         token_bytes: of what one layer saves of each token for its backward pass; measured by `check`.
+        logit_bytes: of one logit, and of what the model saves of it for its backward pass; measured by `check`.
         unpacked_bytes: of the weights that are unpacked for a product.
         head_parts: parts of the vocabulary whose logits are computed at a time. They are about as many weights as a
             layer, and fixed, so that sums over them have the same bits whatever else is in a batch.
@@ -110,6 +111,7 @@ class TrainableBase:
         self._context = TrainingContext(kernels)
         self._windows = loaded.windows
         self.deltas, self.gradients = (DeviceSlots(loaded.shape, slots, torch.float32, loaded.device) for _ in range(2))
+        self.logit_bytes = loaded.dtype.itemsize
         self._oracle = loaded.oracle
         self._tolerance = loaded.oracle.tolerance if loaded.scheme is None else QUANTIZED_TOLERANCE
         self._resident: Any = loaded.model
@@ -230,16 +232,17 @@ class TrainableBase:
             running = self.begin(step, ids, positions)
             hidden = running.hidden
             for index in range(self.layers):
-                saved = self._saved_bytes(partial(self.layer, index, step, hidden, running.calls[index]), hidden)
-                self.token_bytes = max(self.token_bytes, -(-saved // len(ids)))
+                saved = self._saved(partial(self.layer, index, step, hidden, running.calls[index]), hidden)
+                self.token_bytes = max(self.token_bytes, -(-sum(saved) // len(ids)))
                 hidden = self.layer(index, step, hidden, running.calls[index])
-            got = self._logits(step, hidden[0])
-            error = relative_error(got, wanted.flatten(0, 1))
-            if (
-                not error <= self._tolerance and len(self.head_parts) > 1
-            ):  # what the model does to logits needs them all
+            error = relative_error(self._logits(step, hidden[0]), wanted.flatten(0, 1))
+            if not error <= self._tolerance and len(self.head_parts) > 1:  # the model may need all logits at once
                 self.head_parts = [slice(0, self.vocabulary)]
                 error = relative_error(self._logits(step, hidden[0]), wanted.flatten(0, 1))
+            part = self.head_parts[0]
+            logits = len(ids) * (part.stop - part.start) * self.dtype.itemsize
+            saved = self._saved(lambda: self.head(step, hidden[0], part).logits, hidden)
+            self.logit_bytes += sum(each // (len(ids) * (part.stop - part.start)) for each in saved if each >= logits)
         if not error <= self._tolerance:
             raise ModelUnsupported(
                 f"{self._kind} cannot be trained: layer by layer its logits differ from its own by {error:.2g}, "
@@ -249,8 +252,8 @@ class TrainableBase:
     def _logits(self, step: TrainingStep, hidden: Tensor) -> Tensor:
         return torch.cat([self.head(step, hidden, part).logits.cpu().float() for part in self.head_parts], 1)
 
-    def _saved_bytes(self, run: Callable[[], Tensor], hidden: Tensor) -> int:
-        """Bytes of the tensors that a layer saves for its backward pass, without the base's parameters."""
+    def _saved(self, run: Callable[[], Tensor], hidden: Tensor) -> list[int]:
+        """Bytes of each tensor that is saved for a backward pass, without the base's parameters."""
         parameters = {each.untyped_storage().data_ptr() for each in (*self._model.parameters(), *self._model.buffers())}
         saved: dict[int, int] = {}
 
@@ -265,7 +268,7 @@ class TrainableBase:
             output = run()
         hidden.requires_grad_(False)
         del output
-        return sum(saved.values())
+        return list(saved.values())
 
     def _probe(self, index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for a decoder layer in the model's forward: notes its arguments, and passes hidden states on."""

@@ -486,6 +486,16 @@ async def test_runs_are_saved_between_epochs_too(tmp_path: Path) -> None:
     assert jobs.result == await undisturbed(tmp_path)
 
 
+async def test_a_server_that_ends_without_an_engine_does_not_wait_for_its_jobs(jobs: Jobs) -> None:
+    when(jobs.engine, OptimizerStep, 2, lambda: setattr(jobs.engine, "alive", False))
+    id_ = await jobs.create()
+    while jobs.engine.alive:
+        await asyncio.sleep(0.002)
+    async with asyncio.timeout(5):
+        await jobs.queue.drain(1000.0)
+    assert not jobs.store.find(id_).finished
+
+
 @pytest.mark.parametrize("full", [False, True])
 async def test_a_job_of_a_draining_server_saves_if_it_can_and_goes_on_later(
     jobs: Jobs, tmp_path: Path, full: bool

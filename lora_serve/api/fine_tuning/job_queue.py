@@ -78,7 +78,10 @@ class JobQueue:
         for runner in self._validating.values():
             runner.control.abandon()
         for runner in self._training.values():
-            runner.control.poke()
+            if self._engine.alive:
+                runner.control.poke()
+            else:  # there is nobody who could save
+                runner.control.abandon()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=timeout)
             if late:

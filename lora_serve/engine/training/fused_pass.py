@@ -40,7 +40,7 @@ def pass_bytes(base: TrainableBase, tokens: int, kept_layers: int = 0) -> int:
     return (
         tokens * base.shape.hidden_size * item * (base.layers + 2)
         + (2 + kept_layers) * tokens * base.token_bytes
-        + rows * base.vocabulary * item + 3 * 4 * WIDENED
+        + rows * base.vocabulary * base.logit_bytes + 3 * 4 * WIDENED
         + base.unpacked_bytes
         + (heap_bytes(tokens * base.token_bytes) if base.device.type == "cpu" else 0)
     )  # fmt: skip

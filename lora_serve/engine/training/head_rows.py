@@ -19,13 +19,13 @@ from lora_serve.kernels.host_device_copy import to_device
 from lora_serve.model.trainable_base import HeadCall, TrainableBase
 from lora_serve.model.training_step import TrainingStep
 
-LOGITS_BYTES = 1 << 27  # of the logits of a block, at most
+LOGITS_BYTES = 1 << 27  # of the logits of a block and what is saved of them, at most
 WIDENED = 1 << 20  # logits that are widened to float32 at a time
 
 
 def block_rows(base: TrainableBase) -> int:
     """The most rows of a block."""
-    return max(1, LOGITS_BYTES // (base.vocabulary * base.dtype.itemsize))
+    return max(1, LOGITS_BYTES // (base.vocabulary * base.logit_bytes))
 
 
 class HeadRows:

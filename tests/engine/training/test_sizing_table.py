@@ -39,6 +39,8 @@ class Paper(NamedTuple):
     layers: int
     token_bytes: int
     unpacked_bytes: int
+
+    logit_bytes: int = 2
     vocabulary: int = VOCABULARY
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = torch.device("cuda")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from support import VOCABULARY, save
+from support import ARCHITECTURES, VOCABULARY, make_model, save
 from torch import Tensor
 from training_driver import MEMORY, TrainingDriver, examples
 
@@ -211,6 +212,17 @@ def test_memory_is_known_before_and_refused_with_numbers(driver: TrainingDriver)
     small.close(adapter)
     with pytest.raises(BadRequest, match=r"all training has 0\.0 MiB"):
         Trainer(driver.trainable, 1000).create("none", settings)
+
+
+def test_what_a_model_does_to_logits_is_counted(tmp_path: Path) -> None:
+    """Gemma 2 bounds them by tanh, whose result is saved."""
+    counted = []
+    for cap in (None, 30.0):
+        config = copy.deepcopy(ARCHITECTURES["gemma2"])
+        config.final_logit_softcapping = cap
+        make_model(config).save_pretrained(tmp_path / str(cap))
+        counted.append(TrainingDriver(tmp_path / str(cap)).trainable.logit_bytes)
+    assert counted[1] == counted[0] + 4
 
 
 def test_there_is_no_second_copy_of_the_weights(driver: TrainingDriver) -> None:
