@@ -77,9 +77,10 @@ class GrammarCompiler:
             return
         if not self._threads:
             self._threads = _start_threads(self._work)
-        if grammar not in self._waiting:
-            self._queue.put(grammar)
+        is_new = grammar not in self._waiting
         self._waiting.setdefault(grammar, []).append(done)
+        if is_new:  # queued last: a thread leaves out what nobody waits for
+            self._queue.put(grammar)
 
     def cancel(self, grammar: str, done: Done) -> None:
         """Forget who waits for a grammar; one that nobody waits for any more is not compiled."""

@@ -320,3 +320,27 @@ def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled() -> None:
     compiler.poll()
     assert sorted(answers) == ["0", "1"]
     assert len(compiled) == 3
+
+
+def test_no_grammar_is_lost_by_a_thread_that_takes_it_at_once() -> None:
+    def load_tokenizer() -> LLTokenizer:
+        raise Unavailable("no tokenizer")
+
+    compiler = GrammarCompiler(load_tokenizer, lambda: None)
+    compiler._waiting = SlowToAdd()
+    answers: list[Any] = []
+    for number in range(5):
+        compiler.compile(f'start: "{number}"', answers.append)
+    deadline = time.monotonic() + 10
+    while len(answers) < 5 and time.monotonic() < deadline:
+        compiler.poll()
+    compiler.close()
+    assert len(answers) == 5
+
+
+class SlowToAdd(dict[str, Any]):
+    """Another thread may run before an entry is there."""
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        time.sleep(0.02)
+        return super().setdefault(key, default)
