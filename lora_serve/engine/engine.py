@@ -202,7 +202,7 @@ class Engine:
         """Prompt tokens of a step beside streams: none, once, if these have already waited for training."""
         trained = self._training is not None and self._training.pacer.in_gap > 0
         self._prompts_held = trained and not self._prompts_held
-        return 0 if self._prompts_held else self._pacer.budget(demand)
+        return self._pacer.hold(demand) if self._prompts_held else self._pacer.budget(demand)
 
     def _launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep | None:
         """Launch a step's forward pass, after which the next one may be scheduled."""

@@ -83,6 +83,11 @@ class PrefillPacer:
             return budget
         return self.costs.filling(demand.decoding, budget) if self.costs.buckets else _rounded(budget)
 
+    def hold(self, demand: Demand) -> int:
+        """A budget of 0, for a reason of others: prompts wait for one more step, and that counts as waiting."""
+        self._demand = demand
+        return 0
+
     def record(self, decoding: int, prompt: int, seconds: float) -> None:
         """Record a finished step: sequences that decoded, prompt tokens computed, duration in seconds."""
         learnt = self.costs.record(decoding, prompt, seconds)

@@ -28,7 +28,6 @@ from lora_serve.adapters.device_slots import DeviceSlots
 from lora_serve.errors import ModelUnsupported
 from lora_serve.kernels.contract import Kernels, Segments
 from lora_serve.kernels.training_contract import PART_OUTPUTS
-from lora_serve.model.external_linear import ExternalLinear
 from lora_serve.model.external_quantization import is_externally_quantized
 from lora_serve.model.loaded_model import LoadedModel
 from lora_serve.model.self_check import QUANTIZED_TOLERANCE, refusing, relative_error
@@ -129,8 +128,10 @@ class TrainableBase:
         ]  # linear modules between the embedding and the layers, or the layers and the head
         self.layer_weights = sum(site.in_features * site.out_features for site in sites.values()) // self.layers
         self.head_parts = self._cut_head(loaded, head_weights or self.layer_weights)
-        external = any(is_externally_quantized(module) for module in loaded.model.modules())
-        self.unpacked_bytes = unpacked_bytes(self.shape, self.dtype, external=external)
+        external = {name for name, module in loaded.model.named_modules() if is_externally_quantized(module)}
+        self.unpacked_bytes = unpacked_bytes(
+            self.shape, self.dtype, external=bool(external), external_head=self.shape.head in external
+        )
         self._calls: list[_NotedCall] = []
         self._replacement: Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -294,7 +295,7 @@ class TrainableBase:
         alone = (self.shape.head,) in self.deltas.groups
         if site is None or not alone or site.out_features != self.vocabulary:
             return [slice(0, self.vocabulary)]
-        if isinstance(base_module(loaded.model, self.shape.head), ExternalLinear):
+        if is_externally_quantized(base_module(loaded.model, self.shape.head)):
             return [slice(0, self.vocabulary)]
         width = max(1, weights // (site.in_features * PART_OUTPUTS)) * PART_OUTPUTS
         return [slice(at, min(at + width, self.vocabulary)) for at in range(0, self.vocabulary, width)]
@@ -324,16 +325,18 @@ class TrainableBase:
         return copy.deepcopy(model, shared)
 
 
-def unpacked_bytes(shape: BaseShape, dtype: torch.dtype, *, external: bool) -> int:
+def unpacked_bytes(shape: BaseShape, dtype: torch.dtype, *, external: bool, external_head: bool = False) -> int:
     """Bytes of the weights that are unpacked for a product: a part of one in float32, packed and transposed.
 
     Args:
         external: whether another library quantised them: then it is all of those that read one input, and another copy.
+        external_head: whether it quantised the LM head, too.
     """
     sizes = {name: site.in_features * site.out_features for name, site in shape.sites.items()}
     if not external:
         return 3 * 4 * min(max(sizes.values()), UNPACKED)
-    sizes[shape.head] = 0  # is not quantised
+    if not external_head:
+        sizes[shape.head] = 0
     widest, group = max(sizes.values()), max(sum(sizes[name] for name in names) for names in shape.groups)
     return group * dtype.itemsize + widest * (4 + dtype.itemsize)
 

@@ -20,6 +20,7 @@ from lora_serve.api.private_adapters import private_adapter
 from lora_serve.api.tinker import future_results, ordered_calls, sample_runs, sampling_sessions
 from lora_serve.api.tinker.protobuf_messages import SampleResponse
 from lora_serve.api.tinker.sampling_sessions import KEPT_EPHEMERAL
+from lora_serve.api.tinker.tinker_errors import UnknownTinkerObject
 from lora_serve.api.tinker.tinker_service import SILENT_SECONDS
 from lora_serve.errors import Overloaded
 
@@ -223,8 +224,11 @@ async def test_checkpoints_are_loaded_listed_and_deleted(server: StubTrainingApp
     assert (await server.client.put(f"{checkpoint}/ttl", json={"ttl_seconds": 3600})).status_code == 200
     shown = (await server.client.get(f"/api/v1/training_runs/{model}/checkpoints")).json()
     assert shown["checkpoints"][0]["expires_at"]
+    (found,) = server.app.state.tinker.checkpoints.list("")
     assert (await server.client.delete(checkpoint)).status_code == 200
     assert (await server.client.delete(checkpoint)).status_code == 404
+    with pytest.raises(UnknownTinkerObject):  # found before it was deleted
+        server.app.state.tinker.checkpoints.set_expiry(found, None)
     server.engine.lose()  # the model goes on without the checkpoint that it was loaded from
     assert await server.train(f"{session}:train:1", 1) == -3
 

@@ -215,3 +215,17 @@ def test_all_that_waits_is_computed_at_once_if_its_padding_keeps_the_bound() -> 
     assert unheld(free, demand(32, 1, 230)) == 230  # padded to 384, 14 ms
     assert unheld(stated, demand(32, 1, 230)) == 256 - 32
     assert not stated.gaps_exceeded
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_prompts_that_others_hold_as_well_begin_in_bounded_time(every: int) -> None:
+    """Training holds them for one step now and then: that counts as waiting."""
+    pacer, waiting, now, step = taught(eager_gpu), demand(32, 1, 200), 0.0, 0
+    while True:
+        budget = pacer.hold(waiting) if step % (every + 1) == 0 else pacer.budget(waiting)
+        step += 1
+        if budget:
+            break
+        pacer.record(32, 0, eager_gpu(32, 0))
+        now += eager_gpu(32, 0)
+        assert now <= MOST_HELD + 3 * eager_gpu(32, 0), step

@@ -201,13 +201,20 @@ class JobQueue:
 
     async def _changed(self, id_: str, change: Any, message: str) -> None:
         """Change a job's record, in memory only if the disk is full, and tell if that made a difference."""
-        before = self.store.find(id_)
+        told = False
+
+        def change_and_tell(job: JobRecord) -> JobRecord:
+            nonlocal told
+            after: JobRecord = change(job)
+            if after != job and not told:  # before it is seen: who waits for it reads the events then
+                self.store.tell(id_, JobEvent(int(self.store.clock()), "info", message))
+                told = True
+            return after
+
         try:
-            after = await asyncio.to_thread(self.store.update, id_, change)
+            await asyncio.to_thread(self.store.update, id_, change_and_tell)
         except StorageFull:
-            after = self.store.update(id_, change, on_disk=False)
-        if after != before:
-            self.store.tell(id_, JobEvent(int(self.store.clock()), "info", message))
+            self.store.update(id_, change_and_tell, on_disk=False)
 
     @property
     def draining(self) -> bool:

@@ -30,6 +30,7 @@ from lora_serve.api.fine_tuning.training_loop import is_complete, train
 from lora_serve.errors import EngineFault, Overloaded, RunNotFound, ServeError, Unavailable
 from lora_serve.job_metrics import RunningJob
 from lora_serve.learning_rate import LearningRate
+from lora_serve.messages import Operation
 from lora_serve.training_messages import CloseRun, CreateRun, RestoreRun
 
 MOST_FAILURES = 5  # of training without a new save, and of publishing
@@ -178,9 +179,14 @@ class JobRunner:
         if data.has_reference:
             return
 
+        async def call(operation: Operation) -> Any:
+            if self.control.draining or self.control.job.status == "paused":  # nothing of it is kept
+                raise Stopped
+            return await self.control.call(operation)
+
         async def write() -> None:
             with disk_errors():
-                await write_reference(self.control.call, self.id, data, self._store.disk)
+                await write_reference(call, self.id, data, self._store.disk)
 
         await self.control.with_space(write)
 

@@ -175,7 +175,10 @@ class TinkerCheckpoints:
     def set_expiry(self, checkpoint: TinkerCheckpoint, ttl: int | None) -> None:
         """Let a checkpoint expire so many seconds from now, or never."""
         with self._lock:
-            changed = msgspec.structs.replace(checkpoint, expires=None if ttl is None else self._clock() + ttl)
+            found = self._opened().get(checkpoint.id)
+            if found is None or found.deleted:
+                raise UnknownTinkerObject(f"there is no checkpoint {checkpoint.path[:200]} any more", param="path")
+            changed = msgspec.structs.replace(found, expires=None if ttl is None else self._clock() + ttl)
             try:
                 self._write(self._folder() / checkpoint.id, changed)
             except OSError as error:

@@ -96,7 +96,7 @@ class TrainingPacer:
             return True
         seconds = self.costs.seconds(kind, size)
         if seconds is None:  # it has to be tried once; the share pays for it as soon as there is any
-            return self._floor > 0
+            return self._floor > 0 or (not load.prompts and self._tolerated > 0)
         if seconds <= self._floor:
             return True
         room = self._largest_quantum()
@@ -113,7 +113,7 @@ class TrainingPacer:
             self.in_gap += seconds
             if self.in_gap > (self._largest_quantum() or 0.0):
                 self._gaps = 0
-            self._tolerated -= seconds
+            self._tolerated = max(-SAVED, self._tolerated - seconds)  # the share may have paid for it
             self._floor -= seconds
             if self._floor < 0 and self._share:  # tolerated quanta count as share, but are no debt to pay back
                 self._floor = 0.0

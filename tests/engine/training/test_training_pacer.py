@@ -110,6 +110,25 @@ def test_a_rest_saves_nothing_up() -> None:
     assert served.trained == trained
 
 
+def test_without_a_share_a_new_kind_is_tried_when_streams_tolerate_any() -> None:
+    pacer = TrainingPacer(0.0)
+    assert not pacer.allows("head", 1, DECODING, 0.0)
+    assert not pacer.allows("head", 1, PREFILLING, 1.0)
+    assert pacer.allows("head", 1, DECODING, 2.0)
+
+
+def test_what_the_share_pays_for_is_no_debt_for_ever() -> None:
+    served = Served(0.5, quantum=0.02)
+    served.run(300.0)
+    begun, before = served.now, served.trained
+    served.pacer._share = 0.0
+    served.quantum = 0.004
+    for _ in range(50):
+        served.pacer.ran("backward", 1, IDLE, 0.004)
+    served.run(200.0)
+    assert served.trained - before == pytest.approx(0.05 * (served.now - begun), rel=0.15)
+
+
 def test_the_first_quantum_of_a_kind_is_tried_from_the_share() -> None:
     pacer = TrainingPacer(0.003)
     assert not pacer.allows("head", 1, DECODING, 0.0)
